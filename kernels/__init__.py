@@ -1,0 +1,1 @@
+"""The ops of Token Sparse Attention: schema, fake, CPU reference and Triton kernels."""

@@ -1,0 +1,1 @@
+"""Token Sparse Attention for unmodified PyTorch models, as a torch.compile backend."""
