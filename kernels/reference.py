@@ -1,0 +1,215 @@
+"""Token Sparse Attention in plain PyTorch: the oracle that every kernel is tested against.
+
+One function per op and one for the whole layer, written for the eye: loops over batch items and heads, slices where
+the kernels use masks. Nothing here is fast, and nothing shares code with the implementations that it checks.
+
+    score             where does the window of the last queries look?          [B,H,L]
+    budget            how many tokens does each batch item keep?               [B]
+    select            which tokens, per head?                                  [B,Hs,C]
+    compress          the selected rows of query, key and value                [B,H,C,D] [B,Hs,C,D] [B,Hs,C,Dv]
+    attend            causal attention over them                               [B,H,C,Dv]
+    decompress        the output rows back in their places, zeros elsewhere    [B,H,L,Dv]
+
+B batch, H query heads over G key/value heads, L length, C capacity, Hs = H, or G when a group shares its selection.
+Arithmetic is float32 for half-precision inputs and float64 for float64 inputs: feed float64 for ground truth.
+Method: Token Sparse Attention, arXiv 2602.03216.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
+    """Ascending positions [n_b] of the tokens of one batch item that its padding mask (True = valid) allows."""
+    if padding is None:
+        return torch.arange(seq_len)
+    return padding[item].cpu().nonzero().flatten()
+
+
+def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
+
+    +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the finite entries
+    are the candidates. So the best tokens of a row can be found without its padding mask and without the window.
+    """
+    batch, heads, seq_len, _ = query.shape
+    group = heads // key.shape[1]
+    query, key = _wide(query), _wide(key)
+    scores = torch.full((batch, heads, seq_len), -math.inf, dtype=query.dtype, device=query.device)
+    for b in range(batch):
+        valid = valid_positions(padding, b, seq_len)
+        candidates, rows = valid[: max(len(valid) - window, 0)], valid[-window:]
+        for h in range(heads):
+            logits = scale * query[b, h, rows] @ key[b, h // group, valid].T
+            future = valid[None, :] > rows[:, None]
+            weights = logits.masked_fill(future.to(logits.device), -math.inf).softmax(dim=-1)
+            scores[b, h, rows] = math.inf
+            if len(candidates) > 0:
+                scores[b, h, candidates] = _average_pool(weights[:, : len(candidates)].mean(dim=0), pool)
+    return scores
+
+
+def _average_pool(row: Tensor, pool: int) -> Tensor:
+    """Stride 1, zero padding pool // 2, the divisor always `pool`: [n] -> [n]."""
+    padded = torch.nn.functional.pad(row, (pool // 2, pool // 2))
+    return torch.stack([padded[i : i + len(row)] for i in range(pool)]).sum(dim=0) / pool
+
+
+def group_scores(scores: Tensor, kv_heads: int) -> Tensor:
+    """Granularity "group": the mean over the heads of a group, [B,H,L] -> [B,G,L]; infinities stay infinite."""
+    return scores.unflatten(1, (kv_heads, -1)).mean(dim=2)
+
+
+def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    """How many tokens each batch item keeps, its window included: [B,Hs,L] -> int32 [B].
+
+    Coverage drops the least-attended candidates whose joint mass (mean over heads, normalised) just reaches `coverage`;
+    a keep ratio keeps ceil(keep_ratio * candidates). Exactly one of the two is given. At least `min_tokens` candidates
+    are kept.
+    """
+    counts = []
+    for item in scores:
+        candidates, window = int(item[0].isfinite().sum()), int(item[0].isposinf().sum())
+        if keep_ratio is not None:
+            keep = max(min_tokens, math.ceil(Fraction(str(keep_ratio)) * candidates))
+        elif coverage == 0 or candidates <= min_tokens:
+            keep = candidates
+        else:
+            mass = item[:, item[0].isfinite()].double().mean(dim=0)
+            cumulated = (mass / mass.sum()).sort().values.cumsum(dim=0)
+            drop = int((cumulated < coverage).sum())
+            # With the token that crosses the line the dropped set is the smallest whose mass reaches coverage.
+            keep = max(min_tokens, candidates - (drop + 1 if drop > 0 else 0))
+        counts.append(min(keep, candidates) + window)
+    return torch.tensor(counts, dtype=torch.int32, device=scores.device)
+
+
+def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
+    """The `count` best tokens of each row in ascending order, int32 [B,Hs,C]; of equal scores the lower position wins.
+
+    Slots from count on hold L - 1. Without a count every slot is a token.
+    """
+    batch, heads, seq_len = scores.shape
+    indices = torch.full((batch, heads, capacity), seq_len - 1, dtype=torch.int32, device=scores.device)
+    for b in range(batch):
+        kept = min(capacity if count is None else int(count[b]), capacity, seq_len)
+        for h in range(heads):
+            row = scores[b, h].tolist()
+            best = sorted(range(seq_len), key=lambda t: (-row[t], t))[:kept]
+            indices[b, h, :kept] = torch.tensor(sorted(best), dtype=torch.int32)
+    return indices
+
+
+def compress(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The selected rows of query [B,H,C,D], key [B,Hs,C,D] and value [B,Hs,C,Dv]; zeros from count on."""
+    heads, selections = query.shape[1], indices.shape[1]
+    return (
+        _gather_rows(query, indices, count, heads),
+        _gather_rows(key, indices, count, selections),
+        _gather_rows(value, indices, count, selections),
+    )
+
+
+def _gather_rows(source: Tensor, indices: Tensor, count: Tensor | None, heads: int) -> Tensor:
+    """Rows of `source` [B,*,L,D] for each of `heads` output heads, which share source heads or selections in groups."""
+    batch, selections, capacity = indices.shape
+    out = source.new_zeros(batch, heads, capacity, source.shape[-1])
+    for b in range(batch):
+        kept = capacity if count is None else int(count[b])
+        for h in range(heads):
+            rows = indices[b, h * selections // heads, :kept].long()
+            out[b, h, :kept] = source[b, h * source.shape[1] // heads, rows]
+    return out
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float) -> Tensor:
+    """Causal attention over the first `count` rows of each item: [B,H,C,D], [B,Hk,C,D|Dv] -> [B,H,C,Dv]; then zeros."""
+    batch, heads, capacity, _ = query.shape
+    out = query.new_zeros(batch, heads, capacity, value.shape[-1])
+    for b in range(batch):
+        kept = capacity if count is None else int(count[b])
+        allowed = torch.ones(kept, kept, dtype=torch.bool, device=query.device).tril()
+        for h in range(heads):
+            kv = h * key.shape[1] // heads
+            out[b, h, :kept] = _attention(query[b, h, :kept], key[b, kv, :kept], value[b, kv, :kept], allowed, scale)
+    return out
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query key^T, over `allowed`) value for one head; a row that may look nowhere is 0."""
+    logits = (scale * _wide(query) @ _wide(key).T).masked_fill(~allowed, -math.inf)
+    weights = logits.softmax(dim=-1).masked_fill(~allowed, 0.0)
+    return (weights @ _wide(value)).to(value.dtype)
+
+
+def decompress(out: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """Row j < count of `out` [B,H,C,Dv] at position indices[j], every other row exactly 0: [B,H,L,Dv]."""
+    batch, heads, capacity, _ = out.shape
+    full = out.new_zeros(batch, heads, seq_len, out.shape[-1])
+    for b in range(batch):
+        kept = capacity if count is None else int(count[b])
+        for h in range(heads):
+            full[b, h, indices[b, h * indices.shape[1] // heads, :kept].long()] = out[b, h, :kept]
+    return full
+
+
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False
+) -> Tensor:
+    """Dense attention under (kv <= q) & padding[b, kv]: [B,H,L,Dv].
+
+    A row that may look nowhere (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all L
+    keys: what a softmax over equal, finitely masked logits gives.
+    """
+    batch, heads, seq_len, _ = query.shape
+    out = query.new_zeros(batch, heads, seq_len, value.shape[-1])
+    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query.device).tril()
+    for b in range(batch):
+        valid = slice(None) if padding is None else padding[b]
+        allowed = causal[:, valid]
+        for h in range(heads):
+            kv = h * key.shape[1] // heads
+            out[b, h] = _attention(query[b, h], key[b, kv][valid], value[b, kv][valid], allowed, scale)
+            if mean_rows:
+                out[b, h, ~allowed.any(dim=-1)] = _wide(value[b, kv]).mean(dim=0).to(value.dtype)
+    return out
+
+
+def token_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    coverage: float | None = 0.005,
+    keep_ratio: float | None = None,
+    window: int = 128,
+    pool: int = 7,
+    min_tokens: int = 1024,
+    granularity: str = "head",
+    capacity: int | None = None,
+) -> Tensor:
+    """The whole layer: [B,H,L,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,L,Dv]. A keep ratio, where given, replaces coverage."""
+    seq_len, head_dim = query.shape[2:]
+    scale = head_dim**-0.5 if scale is None else scale
+    capacity = seq_len if capacity is None else capacity
+    scores = score(query, key, padding, scale, window, pool)
+    if granularity == "group":
+        scores = group_scores(scores, key.shape[1])
+    count = budget(scores, None if keep_ratio is not None else coverage, keep_ratio, min_tokens).clamp(max=capacity)
+    indices = select(scores, count, capacity)
+    rows = compress(query, key, value, indices, count)
+    return decompress(attend(*rows, count, scale), indices, count, seq_len)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
