@@ -1,0 +1,43 @@
+"""Where the Triton kernels run: on the GPU if there is one (marker `gpu`), else in Triton's interpreter on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+# Read when a kernel is decorated, so before anything imports tsa_compile.kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request):
+    """The device of the tensors that a launcher is called with."""
+    pytest.importorskip("triton")
+    if request.param == "cuda":
+        return "cuda"
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    return "cpu"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The device of the tensors that an op is called with."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned_empty():
+    """torch.empty hands out NaN, so that a row which nobody writes, or which somebody reads too much, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
