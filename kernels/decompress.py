@@ -1,0 +1,136 @@
+"""Scatter the compressed output rows back to their positions and write zeros everywhere else, in one launch.
+
+    out[b, h, indices[b, h // (H / Hs), j]] = compressed[b, h, j]   for j < count[b];   every other row is exactly 0
+
+    compressed [B, H, C, Dv], indices int32 [B, Hs, C] ascending up to count, count int32 [B] or None (every slot real)
+    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv], which the output projection reads as [B, L, H * Dv]
+
+The output drives: a program owns a tile of positions, finds the tile's slots by searching the ascending indices, and
+writes each row once, zeros included, so there is no separate fill. Slots from count on are never read; whatever they
+hold, NaN included, cannot reach the output. Nothing synchronises.
+
+With n = count and e bytes per element, B H Dv e (L + n) bytes move. At H = 32, Dv = 128, bfloat16, n = 64K of 128K:
+1.5 GiB, 0.38 ms at 4.2 TB/s.
+
+Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
+
+
+@triton.jit
+def _lower_bound(p_sorted, target, high, FAN: tl.constexpr):
+    """How many of sorted[:high] are below target.
+
+    Every round asks FAN evenly spaced elements at once: four dependent loads for 2^20 elements instead of twenty.
+    """
+    low = 0
+    while low < high:
+        step = tl.cdiv(high - low, FAN)
+        probes = low + (tl.arange(0, FAN) + 1) * step - 1
+        b_values = tl.load(p_sorted + probes, mask=probes < high, other=2147483647)
+        low += tl.sum((b_values < target).to(tl.int32), axis=0) * step
+        high = tl.minimum(high, low + step - 1)
+    return low
+
+
+@triton.jit(do_not_specialize=["stride_cb", "stride_ch", "stride_cl", "stride_ib", "stride_is", "seq_len", "capacity"])
+def _decompress_kernel(
+    p_compressed, p_indices, p_count, p_output,
+    stride_cb, stride_ch, stride_cl, stride_ib, stride_is, seq_len, capacity,
+    HEADS: tl.constexpr, HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, DIM_POW2: tl.constexpr,
+    ALIGN: tl.constexpr, FAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK positions of one head."""
+    head = tl.program_id(0)
+    start = tl.program_id(1) * BLOCK
+    item = tl.program_id(2).to(tl.int64)
+    count = capacity
+    if p_count is not None:
+        count = tl.minimum(tl.load(p_count + item), capacity)
+    p_indices += item * stride_ib + (head // HEADS_PER_SELECTION).to(tl.int64) * stride_is
+
+    # Distinct ascending positions: the tile's slots lie in the BLOCK slots from the first that is not before the tile.
+    slots = _lower_bound(p_indices, start, count, FAN) + tl.arange(0, BLOCK)
+    found = tl.load(p_indices + slots, mask=slots < count, other=-1)
+    positions = start + tl.arange(0, BLOCK)
+    b_match = positions[:, None] == found[None, :]
+    b_slot = tl.max(tl.where(b_match, slots[None, :], -1), axis=1).to(tl.int64)
+
+    dims = tl.arange(0, DIM_POW2)
+    b_inside = (dims < DIM)[None, :]
+    p_compressed += (item * stride_cb + head.to(tl.int64) * stride_ch) * ALIGN
+    source = p_compressed + (b_slot * stride_cl * ALIGN)[:, None] + dims[None, :]
+    b_rows = tl.load(source, mask=(b_slot >= 0)[:, None] & b_inside, other=0.0)
+    b_target = ((item * seq_len + positions) * HEADS + head) * DIM
+    tl.store(p_output + b_target[:, None] + dims[None, :], b_rows, mask=(positions < seq_len)[:, None] & b_inside)
+
+
+def decompress_triton(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """Launch the kernel; also runs on CPU tensors in the Triton interpreter."""
+    compressed, indices = rows_contiguous(compressed), rows_contiguous(indices)
+    output = _allocate(compressed, seq_len)
+    if output.numel() == 0:
+        return output
+    batch, heads, capacity, dim = compressed.shape
+    align = row_alignment(compressed)
+    # Every position is compared with every slot of its tile, so tiles stay small.
+    block = block_rows(dim, compressed.element_size(), at_most=64)
+    _decompress_kernel[(heads, triton.cdiv(seq_len, block), batch)](
+        compressed,
+        indices,
+        count,
+        output,
+        *(stride // align for stride in compressed.stride()[:3]),
+        *indices.stride()[:2],
+        seq_len,
+        capacity,
+        HEADS=heads,
+        HEADS_PER_SELECTION=heads // indices.shape[1],
+        DIM=dim,
+        DIM_POW2=triton.next_power_of_2(dim),
+        ALIGN=align,
+        FAN=32,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return output
+
+
+def _allocate(compressed: Tensor, seq_len: int) -> Tensor:
+    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
+    batch, heads, _, dim = compressed.shape
+    return compressed.new_empty(batch, seq_len, heads, dim).transpose(1, 2)
+
+
+@torch.library.custom_op("tsa::decompress", mutates_args=(), device_types="cuda")
+def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """The rows back in their places, zeros elsewhere. See the module's docstring."""
+    if not HAS_TRITON:
+        return _decompress_torch(compressed, indices, count, seq_len)
+    with torch.cuda.device_of(compressed):
+        return decompress_triton(compressed, indices, count, seq_len)
+
+
+@decompress.register_fake
+def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    return _allocate(compressed, seq_len)
+
+
+@decompress.register_kernel("cpu")
+def _decompress_torch(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """Plain PyTorch: filler goes to one row too many, which is cut off."""
+    batch, heads, capacity, dim = compressed.shape
+    if count is not None:
+        filler = (torch.arange(capacity, device=count.device) >= count[:, None])[:, None]
+        indices = indices.masked_fill(filler, seq_len)
+    rows = indices.repeat_interleave(heads // indices.shape[1], 1)
+    output = compressed.new_zeros(batch, seq_len + 1, heads, dim).transpose(1, 2)
+    output.scatter_(2, rows.long()[..., None].expand(-1, -1, -1, dim), compressed)
+    return output[:, :, :seq_len].transpose(1, 2).contiguous().transpose(1, 2)
