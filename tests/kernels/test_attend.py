@@ -1,0 +1,266 @@
+"""tsa::attend and the registry of attention kernels."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tsa_compile.errors import KernelError
+from tsa_compile.kernels import attend as registry
+from tsa_compile.kernels import reference
+from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, attend, choose, get, names, register, unregister
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+REQUEST = KernelRequest("cpu", torch.float32, 64, 64, 8, 2)
+
+
+def make(batch=2, heads=4, kv_heads=2, capacity=33, dim=32, value_dim=32, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    sizes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
+    return tuple(torch.randn(batch, h, capacity, d, device=device).to(dtype) for h, d in sizes)
+
+
+def check(inputs, counts, kernel="auto"):
+    """The real rows equal a float64 evaluation; on the CPU the others are zeros."""
+    query = inputs[0]
+    count = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=query.device)
+    out = attend(*inputs, count, 0.2, kernel)
+    assert out.is_contiguous() and out.dtype == query.dtype
+    expected = reference.attend(*(t.double() for t in inputs), count, 0.2)
+    assert out.shape == expected.shape
+    for b, n in enumerate(counts or [query.shape[2]] * len(query)):
+        torch.testing.assert_close(out[b, :, :n].double(), expected[b, :, :n], rtol=0, atol=TOLERANCE[query.dtype])
+        assert query.is_cuda or (out[b, :, n:] == 0).all()
+
+
+@pytest.mark.parametrize("counts", [None, [33, 33], [20, 20], [33, 5], [0, 7], [0, 0], [1, 32]])
+def test_equals_reference(device, counts):
+    check(make(device=device), counts)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize("dim, value_dim", [(32, 32), (80, 80), (96, 48), (64, 128), (256, 256)])
+def test_dtypes_sharing_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
+    inputs = make(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
+    check(inputs, [33, 12, 1])
+    check(inputs, None)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 300])
+def test_lengths(device, capacity):
+    check(make(1, capacity=capacity, device=device), [capacity])
+    check(make(1, capacity=capacity, device=device), [capacity // 2])
+
+
+def test_a_count_beyond_the_capacity_is_the_capacity(device):
+    inputs = make(1, device=device)
+    count = torch.tensor([50], dtype=torch.int32, device=device)
+    assert torch.equal(attend(*inputs, count, 0.2, "auto"), attend(*inputs, None, 0.2, "auto"))
+
+
+@pytest.mark.parametrize("counts", [[20, 20], [33, 5]])
+def test_filler_does_not_reach_real_rows(counts):
+    """On the CPU filler may be anything; on CUDA compress writes zeros behind count, see compress.FILLER_ROWS."""
+    inputs = make()
+    for tensor in inputs:
+        for b, n in enumerate(counts):
+            tensor[b, :, n:] = float("nan")
+    count = torch.tensor(counts, dtype=torch.int32)
+    out = attend(*inputs, count, 0.2, "auto")
+    assert out.isfinite().all()
+
+
+def test_zeros_behind_count_shield_real_rows(device):
+    """What compress guarantees is enough: 256 rows of zeros, then poison, even where all rows are computed."""
+    inputs = make(1, capacity=700, device=device)
+    for tensor in inputs:
+        tensor[:, :, 300:556] = 0
+        tensor[:, :, 556:] = float("nan")
+    count = torch.tensor([300], dtype=torch.int32, device=device)
+    expected = attend(*(t[:, :, :300] for t in inputs), None, 0.2, "auto")
+    torch.testing.assert_close(attend(*inputs, count, 0.2, "auto")[:, :, :300], expected)
+    torch.testing.assert_close(attend(*inputs, None, 0.2, "auto")[:, :, :300], expected)
+
+
+@pytest.mark.parametrize("with_count", [True, False])
+def test_opcheck(device, with_count):
+    inputs = make(value_dim=48, device=device)
+    count = torch.tensor([33, 33], dtype=torch.int32, device=device)
+    torch.library.opcheck(attend, (*inputs, count if with_count else None, 0.2, "auto"))
+
+
+@pytest.fixture
+def own_kernel():
+    """Registers kernels for the length of a test."""
+    added = []
+
+    def add(kernel):
+        added.append(register(kernel).name)
+        return kernel
+
+    yield add
+    for name in added:
+        if name in names():
+            unregister(name)
+
+
+def test_builtin_names_by_priority():
+    assert names() == ("cudnn", "flash", "sdpa")
+
+
+def test_auto_on_the_cpu_is_sdpa():
+    assert choose(REQUEST).name == "sdpa"
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(KernelError, match=r"'cuddn'.*cudnn, flash, sdpa"):
+        choose(REQUEST, "cuddn")
+    with pytest.raises(KernelError, match="cudnn, flash, sdpa"):
+        attend(*make(), None, 0.2, "cuddn")
+
+
+def test_a_named_kernel_that_does_not_fit_says_why():
+    with pytest.raises(KernelError, match="CUDA devices only, not on cpu"):
+        choose(REQUEST, "cudnn")
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_taken_names_are_refused(name):
+    with pytest.raises(KernelError, match="taken"):
+        register(dataclasses.replace(get("sdpa"), name=name))
+
+
+def test_unregister_of_an_unknown_name():
+    with pytest.raises(KernelError, match="nobody"):
+        unregister("nobody")
+
+
+def plain(query, key, value, scale):
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+def test_a_third_party_kernel_is_found_by_name_and_by_auto(own_kernel):
+    calls = []
+
+    def run(query, key, value, scale):
+        calls.append(query.shape[2])
+        return plain(query, key, value, scale)
+
+    def supports(request):
+        return None if request.head_dim == 32 else "takes heads of 32 only"
+
+    own_kernel(AttentionKernel("theirs", run, supports, priority=99))
+    check(make(), [33, 5], kernel="theirs")
+    check(make(), [33, 5], kernel="auto")
+    assert calls == [33, 5] * 2
+    assert choose(REQUEST).name == "sdpa"
+    with pytest.raises(KernelError, match="heads of 32 only"):
+        check(make(dim=64), None, kernel="theirs")
+
+
+def test_output_in_another_layout_is_made_contiguous(own_kernel):
+    def run(query, key, value, scale):
+        return plain(query, key, value, scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+    own_kernel(AttentionKernel("rows", run, lambda request: None, priority=-1))
+    for counts in (None, [33, 33], [20, 4]):
+        check(make(), counts, kernel="rows")
+
+
+def test_contiguous_output_is_not_copied(own_kernel):
+    results = []
+
+    def run(query, key, value, scale):
+        results.append(plain(query, key, value, scale).contiguous())
+        return results[-1]
+
+    own_kernel(AttentionKernel("kept", run, lambda request: None, priority=-1))
+    for count in (None, torch.tensor([33, 33], dtype=torch.int32)):
+        assert attend(*make(), count, 0.2, "kept").data_ptr() == results[-1].data_ptr()
+
+
+def test_a_kernel_that_reads_the_count_on_the_device_gets_it(own_kernel):
+    seen = []
+
+    def run(query, key, value, scale, count):
+        seen.append(count)
+        return plain(query, key, value, scale)
+
+    own_kernel(AttentionKernel("device", run, lambda request: None, priority=-1, device_count=True))
+    count = torch.tensor([20, 4], dtype=torch.int32)
+    inputs = make()
+    torch.testing.assert_close(attend(*inputs, count, 0.2, "device")[1, :, :4], plain(*inputs, 0.2)[1, :, :4])
+    attend(*inputs, None, 0.2, "device")
+    assert seen[0] is not None and seen[1] is None
+    assert choose(REQUEST).name == "sdpa"
+    assert choose(REQUEST, device_count=True).name == "device"
+
+
+def test_rounded_rows_are_cut_to_the_capacity_and_not_returned(own_kernel):
+    calls = []
+
+    def run(query, key, value, scale):
+        calls.append(query.shape[2])
+        return plain(query, key, value, scale)
+
+    own_kernel(AttentionKernel("coarse", run, lambda r: None, priority=-1, round_rows=lambda n: -(-n // 16) * 16))
+    check(make(), [20, 33], kernel="coarse")
+    check(make(), [3, 3], kernel="coarse")
+    assert calls == [32, 33, 16]
+
+
+def test_plan_grid_is_coarse_and_close():
+    grid = {registry._plan_rows(n) for n in range(1, 131073, 7)}
+    assert all(n <= registry._plan_rows(n) <= max(n + 255, n * 33 / 32) for n in range(1, 131073, 7))
+    assert len(grid) < 350 and all(n % 256 == 0 for n in grid)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_it_for_every_length(device):
+    def attention(query, key, value, count):
+        return attend(query * 2, key, value, count, 0.2, "auto") + 1
+
+    compiled = torch.compile(attention, dynamic=True, fullgraph=True)
+    for capacity in (33, 20):
+        inputs = make(capacity=capacity, device=device)
+        count = torch.tensor([20, 20], dtype=torch.int32, device=device)
+        torch.testing.assert_close(compiled(*inputs, count)[:, :, :20], attention(*inputs, count)[:, :, :20])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cudnn", "flash", "sdpa"])
+def test_each_builtin_kernel(name):
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = make(2, 8, 2, 1000, 128, 128, dtype, "cuda")
+        for tensor in inputs:  # as compress leaves them
+            tensor[1, :, 411:667] = 0
+        check(inputs, [1000, 411], kernel=name)
+        check(inputs, None, kernel=name)
+
+
+@pytest.mark.gpu
+def test_auto_is_cudnn_on_hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("measured on Hopper only")
+    assert choose(KernelRequest.of(*make(dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda"))).name == "cudnn"
+    assert choose(KernelRequest.of(*make(device="cuda"))).name == "sdpa", "float32 is for neither cudnn nor flash"
+
+
+@pytest.mark.gpu
+def test_captured_graph_replays_with_another_count():
+    inputs = make(2, 8, 2, 700, 64, 64, torch.bfloat16, "cuda")
+    count = torch.tensor([300, 700], dtype=torch.int32, device="cuda")
+    attend(*inputs, None, 0.2, "auto")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*inputs, count, 0.2, "auto")
+    for counts in ([300, 700], [700, 123]):
+        count.copy_(torch.tensor(counts, dtype=torch.int32))
+        graph.replay()
+        expected = reference.attend(*(t.double() for t in inputs), count, 0.2)
+        for b, n in enumerate(counts):
+            torch.testing.assert_close(out[b, :, :n].double(), expected[b, :, :n], rtol=0, atol=2e-2)
