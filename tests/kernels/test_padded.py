@@ -1,0 +1,178 @@
+"""tsa::padded_attention: every row, pad rows included, equals dense attention with the mask that it stands for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tsa_compile.kernels import padded, reference
+from tsa_compile.kernels.padded import padded_attention, spans
+
+SEQ_LEN = 41
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def mask_of(*valid):
+    """bool [B, L], one argument for each item: the positions that are valid."""
+    padding = torch.zeros(len(valid), SEQ_LEN, dtype=torch.bool)
+    for row, positions in zip(padding, valid):
+        row[list(positions)] = True
+    return padding
+
+
+ALL = range(SEQ_LEN)
+LEFT, RIGHT, BOTH, NONE = range(7, SEQ_LEN), range(29), range(5, 31), ()
+HOLES = [t for t in range(3, 36) if t % 5]
+MASKS = {
+    "all": mask_of(ALL),
+    "all, twice": mask_of(ALL, ALL),
+    "left": mask_of(LEFT),
+    "right": mask_of(RIGHT),
+    "both sides": mask_of(BOTH),
+    "left, twice": mask_of(LEFT, LEFT),
+    "holes": mask_of(HOLES),
+    "nothing": mask_of(NONE),
+    "one token": mask_of([17]),
+    "last token": mask_of([SEQ_LEN - 1]),
+    "mixed": mask_of(LEFT, ALL, RIGHT),
+    "mixed with holes": mask_of(HOLES, NONE, ALL),
+    "different holes": mask_of(HOLES, [t for t in HOLES if t != 11], HOLES),
+}
+
+
+def make(batch, heads=4, kv_heads=2, dim=32, value_dim=32, dtype=torch.float32, device="cpu", seq_len=SEQ_LEN):
+    torch.manual_seed(0)
+    query = torch.randn(batch, seq_len, heads, dim, device=device).to(dtype).transpose(1, 2)
+    key = torch.randn(batch, seq_len, kv_heads, dim, device=device).to(dtype).transpose(1, 2)
+    value = torch.randn(batch, seq_len, kv_heads, value_dim, device=device).to(dtype).transpose(1, 2)
+    return query, key, value
+
+
+def dense(query, key, value, padding, scale, mean_rows):
+    """The attention as a model writes it, in float64: a boolean mask, or an additive one of finfo.min."""
+    query, key, value = (t.double() for t in (query, key, value))
+    seq_len = query.shape[2]
+    allowed = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query.device).tril() & padding[:, None, None]
+    mask = allowed
+    if mean_rows:
+        mask = torch.zeros_like(allowed, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def check(inputs, padding, mean_rows, scale=0.2):
+    query, _, value = inputs
+    out = padded_attention(*inputs, padding, spans(padding), scale, mean_rows)
+    heads = query.shape[1]
+    dim = value.shape[3]
+    assert out.dtype == query.dtype
+    assert out.stride()[1:] == (dim, heads * dim, 1)
+    expected = dense(*inputs, padding, scale, mean_rows)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[query.dtype])
+    reaches = padding.cumsum(1) > 0
+    nowhere = out.transpose(1, 2)[~reaches]
+    assert mean_rows or (nowhere == 0).all(), "rows that may look nowhere are exactly 0"
+
+
+@pytest.mark.parametrize("mean_rows", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_row_equals_the_masked_attention(device, name, mean_rows):
+    padding = MASKS[name].to(device)
+    check(make(len(padding), device=device), padding, mean_rows)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, value_dim", [(4, 4, 64, 64), (4, 1, 80, 80), (6, 2, 96, 32), (2, 1, 32, 256)]
+)
+def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
+    padding = MASKS["mixed with holes"].to(device)
+    inputs = make(3, heads, kv_heads, dim, value_dim, dtype, device)
+    check(inputs, padding, mean_rows=False, scale=dim**-0.5)
+    check(inputs, padding, mean_rows=True, scale=dim**-0.5)
+
+
+def test_the_oracle_agrees_with_sdpa():
+    for padding in MASKS.values():
+        inputs = [t.double() for t in make(len(padding))]
+        for mean_rows in (False, True):
+            expected = dense(*inputs, padding, 0.2, mean_rows)
+            torch.testing.assert_close(reference.padded_attention(*inputs, padding, 0.2, mean_rows), expected)
+
+
+def test_several_chunks(device, monkeypatch):
+    monkeypatch.setattr(padded, "_CHUNK", 8)
+    padding = MASKS["different holes"].to(device)
+    check(make(3, device=device), padding, mean_rows=False)
+    check(make(3, device=device), padding, mean_rows=True)
+
+
+def test_pads_may_hold_anything_finite_and_do_not_reach_valid_rows(device):
+    padding = MASKS["mixed"].to(device)
+    query, key, value = make(3, device=device)
+    before = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
+    for tensor in (key, value):
+        tensor.masked_fill_(~padding[:, None, :, None], 1e4)
+    after = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
+    assert torch.equal(before, after)
+
+
+def test_a_batch_equals_its_items_alone(device):
+    padding = MASKS["mixed with holes"].to(device)
+    inputs = make(3, device=device)
+    together = padded_attention(*inputs, padding, spans(padding), 0.2, True)
+    for b in range(3):
+        alone = [t[b : b + 1] for t in inputs]
+        one = padded_attention(*alone, padding[b : b + 1], spans(padding[b : b + 1]), 0.2, True)
+        torch.testing.assert_close(together[b : b + 1], one)
+
+
+def test_all_valid_costs_one_causal_call(device, monkeypatch):
+    calls = []
+    causal = padded._causal
+    monkeypatch.setattr(padded, "_causal", lambda *args: calls.append(args[0].shape) or causal(*args))
+    monkeypatch.setattr(padded, "_shared_keys", None)
+    padding = MASKS["all, twice"].to(device)
+    check(make(2, device=device), padding, mean_rows=False)
+    assert calls == [(2, 4, SEQ_LEN, 32)]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_spans(device, name):
+    found = spans(MASKS[name].to(device))
+    assert found.dtype == torch.int64 and found.device.type == "cpu" and found.is_contiguous()
+    for row, (start, stop, contiguous) in zip(MASKS[name], found.tolist()):
+        positions = row.nonzero().flatten().tolist()
+        expected = (positions[0], positions[-1] + 1) if positions else (0, 0)
+        assert (start, stop) == expected
+        assert contiguous == (len(positions) == stop - start)
+
+
+def test_spans_of_empty_masks(device):
+    assert spans(torch.ones(2, 0, dtype=torch.bool, device=device)).tolist() == [[0, 0, 1]] * 2
+    assert spans(torch.ones(0, 4, dtype=torch.bool, device=device)).shape == (0, 3)
+
+
+def test_spans_of_an_expanded_mask(device):
+    padding = torch.ones(1, 1, dtype=torch.bool, device=device).expand(3, 5)
+    assert spans(padding).tolist() == [[0, 5, 1]] * 3
+
+
+@pytest.mark.parametrize("name", ["all, twice", "mixed", "mixed with holes"])
+def test_opcheck(device, name):
+    padding = MASKS[name].to(device)
+    torch.library.opcheck(spans, (padding,))
+    inputs = make(len(padding), value_dim=48, device=device)
+    torch.library.opcheck(padded_attention, (*inputs, padding, spans(padding), 0.2, False))
+
+
+@pytest.mark.slow
+def test_inductor_compiles_it_for_every_length(device):
+    def attention(query, key, value, padding):
+        out = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
+        return out.transpose(1, 2).flatten(2) * 2
+
+    compiled = torch.compile(attention, dynamic=True, fullgraph=True)
+    for name, batch in (("mixed", 3), ("all, twice", 2)):
+        padding = MASKS[name].to(device)
+        for seq_len in (SEQ_LEN, 23):
+            inputs = *make(batch, device=device, seq_len=seq_len), padding[:, :seq_len]
+            torch.testing.assert_close(compiled(*inputs), attention(*inputs))
