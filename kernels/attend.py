@@ -156,7 +156,8 @@ def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = Fal
 
 @torch.library.custom_op("tsa::attend", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
-    """Causal attention over the first count rows of each item. See the module's docstring."""
+    """Causal attention over the first count rows of each item; ValueError where shapes do not fit."""
+    _check(query, key, value, count)
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     chosen = choose(KernelRequest.of(query, key, value), kernel, device_count=count is not None and capturing)
     if chosen.device_count:
@@ -168,6 +169,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scal
     if len(set(counts)) == 1 and min(chosen.round_rows(counts[0]), capacity) == capacity == counts[0]:
         return chosen.run(query, key, value, scale).contiguous()
     return _attend_counts(chosen, query, key, value, counts, scale)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> None:
+    batch, heads, rows, dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape != (batch, kv_heads, rows, dim) or value.shape[:3] != key.shape[:3] or heads % kv_heads != 0:
+        raise ValueError(
+            f"tsa::attend: key {tuple(key.shape)} and value {tuple(value.shape)} do not fit query "
+            f"{tuple(query.shape)}; expected [B,Hk,C,D] and [B,Hk,C,Dv] with the query's heads a multiple of Hk"
+        )
+    if count is not None and count.shape != (batch,):
+        raise ValueError(f"tsa::attend: count {tuple(count.shape)}; expected {(batch,)}")
+
+
+def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float) -> Tensor:
+    """The same in ATen ops alone, traceable: all C rows, whatever the count, then zeros behind it."""
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    if count is not None:
+        filler = torch.arange(query.shape[2], device=count.device) >= count[:, None]
+        out = out.masked_fill(filler[:, None, :, None], 0)
+    return out.contiguous()
 
 
 def _attend_counts(

@@ -161,13 +161,22 @@ def _allocate(query: Tensor, key: Tensor, value: Tensor, indices: Tensor) -> tup
     )
 
 
-@torch.library.custom_op("tsa::compress", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("tsa::compress", mutates_args=())
 def compress(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The selected rows of query, key and value. See the module's docstring."""
+    """The selected rows of query, key and value; ValueError where shapes do not fit. See the module's docstring."""
+    _check(query, key, value, indices, count)
+    return compress_aten(query, key, value, indices, count)
+
+
+@compress.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(query, key, value, indices, count)
     if not HAS_TRITON:
-        return _compress_torch(query, key, value, indices, count)
+        return compress_aten(query, key, value, indices, count)
     with torch.cuda.device_of(query):
         return compress_triton(query, key, value, indices, count)
 
@@ -179,19 +188,35 @@ def _(
     return _allocate(query, key, value, indices)
 
 
-@compress.register_kernel("cpu")
-def _compress_torch(
+def _check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None) -> None:
+    batch, heads, seq_len, dim = query.shape
+    kv_heads, selections = key.shape[1], indices.shape[1]
+    if key.shape != (batch, kv_heads, seq_len, dim) or value.shape[:3] != key.shape[:3] or heads % kv_heads != 0:
+        raise ValueError(
+            f"tsa::compress: key {tuple(key.shape)} and value {tuple(value.shape)} do not fit query "
+            f"{tuple(query.shape)}; expected [B,G,L,D] and [B,G,L,Dv] with the query's heads a multiple of G"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"tsa::compress: query, key, value are {query.dtype}, {key.dtype}, {value.dtype}, not alike")
+    if indices.shape[0] != batch or selections not in (heads, kv_heads):
+        raise ValueError(
+            f"tsa::compress: indices {tuple(indices.shape)}; expected [{batch},{heads},C], or [{batch},{kv_heads},C] "
+            "where the heads of a group share a selection"
+        )
+    if count is not None and count.shape != (batch,):
+        raise ValueError(f"tsa::compress: count {tuple(count.shape)}; expected {(batch,)}")
+
+
+def compress_aten(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch, every filler row zero."""
-    _, selections, capacity = indices.shape
+    """The same in ATen ops alone, on any device, traceable; every filler row is zero."""
     filler = None
     if count is not None:
-        filler = (torch.arange(capacity, device=count.device) >= count[:, None])[:, None]
+        filler = (torch.arange(indices.shape[2], device=count.device) >= count[:, None])[:, None]
         indices = indices.masked_fill(filler, 0)
-    heads = query.shape[1]
     return (
-        _gather_rows(query, indices.repeat_interleave(heads // selections, 1), filler),
+        _gather_rows(query, indices.repeat_interleave(query.shape[1] // indices.shape[1], 1), filler),
         _gather_rows(key, indices, filler),
         _gather_rows(value, indices, filler),
     )

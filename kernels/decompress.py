@@ -109,11 +109,18 @@ def _allocate(compressed: Tensor, seq_len: int) -> Tensor:
     return compressed.new_empty(batch, seq_len, heads, dim).transpose(1, 2)
 
 
-@torch.library.custom_op("tsa::decompress", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("tsa::decompress", mutates_args=())
 def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """The rows back in their places, zeros elsewhere. See the module's docstring."""
+    """The rows back in their places; ValueError where shapes do not fit. See the module's docstring."""
+    _check(compressed, indices, count)
+    return decompress_aten(compressed, indices, count, seq_len)
+
+
+@decompress.register_kernel("cuda")
+def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    _check(compressed, indices, count)
     if not HAS_TRITON:
-        return _decompress_torch(compressed, indices, count, seq_len)
+        return decompress_aten(compressed, indices, count, seq_len)
     with torch.cuda.device_of(compressed):
         return decompress_triton(compressed, indices, count, seq_len)
 
@@ -123,14 +130,24 @@ def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -
     return _allocate(compressed, seq_len)
 
 
-@decompress.register_kernel("cpu")
-def _decompress_torch(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """Plain PyTorch: filler goes to one row too many, which is cut off."""
+def _check(compressed: Tensor, indices: Tensor, count: Tensor | None) -> None:
+    batch, heads, capacity, _ = compressed.shape
+    if indices.shape != (batch, indices.shape[1], capacity) or heads % max(indices.shape[1], 1) != 0:
+        raise ValueError(
+            f"tsa::decompress: indices {tuple(indices.shape)} do not fit rows {tuple(compressed.shape)}; expected "
+            f"[{batch},Hs,{capacity}] with {heads} a multiple of Hs"
+        )
+    if count is not None and count.shape != (batch,):
+        raise ValueError(f"tsa::decompress: count {tuple(count.shape)}; expected {(batch,)}")
+
+
+def decompress_aten(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """The same in ATen ops alone, on any device, traceable: filler goes to one row too many, which is cut off."""
     batch, heads, capacity, dim = compressed.shape
     if count is not None:
         filler = (torch.arange(capacity, device=count.device) >= count[:, None])[:, None]
         indices = indices.masked_fill(filler, seq_len)
     rows = indices.repeat_interleave(heads // indices.shape[1], 1)
     output = compressed.new_zeros(batch, seq_len + 1, heads, dim).transpose(1, 2)
-    output.scatter_(2, rows.long()[..., None].expand(-1, -1, -1, dim), compressed)
+    output = output.scatter(2, rows.long()[..., None].expand(-1, -1, -1, dim), compressed)
     return output[:, :, :seq_len].transpose(1, 2).contiguous().transpose(1, 2)

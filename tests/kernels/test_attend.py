@@ -8,7 +8,17 @@ import torch
 from tsa_compile.errors import KernelError
 from tsa_compile.kernels import attend as registry
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, attend, choose, get, names, register, unregister
+from tsa_compile.kernels.attend import (
+    AttentionKernel,
+    KernelRequest,
+    attend,
+    attend_aten,
+    choose,
+    get,
+    names,
+    register,
+    unregister,
+)
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 REQUEST = KernelRequest("cpu", torch.float32, 64, 64, 8, 2)
@@ -45,6 +55,25 @@ def test_dtypes_sharing_and_head_sizes(device, dtype, heads, kv_heads, dim, valu
     inputs = make(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
     check(inputs, [33, 12, 1])
     check(inputs, None)
+
+
+def test_aten_form_equals_the_op(device):
+    inputs = make(device=device)
+    for tensor in inputs:
+        tensor[1, :, 5:] = 0
+    count = torch.tensor([33, 5], dtype=torch.int32, device=device)
+    out = attend_aten(*inputs, count, 0.2)
+    assert out.is_contiguous() and (out[1, :, 5:] == 0).all()
+    torch.testing.assert_close(out[1, :, :5], attend(*inputs, count, 0.2, "auto")[1, :, :5])
+    torch.testing.assert_close(attend_aten(*inputs, None, 0.2), attend(*inputs, None, 0.2, "auto"))
+
+
+def test_what_does_not_fit_is_refused():
+    query, key, value = make()
+    with pytest.raises(ValueError, match=r"value \(2, 2, 32, 32\)"):
+        attend(query, key, value[:, :, 1:], None, 0.2, "auto")
+    with pytest.raises(ValueError, match=r"count \(1,\)"):
+        attend(query, key, value, torch.ones(1, dtype=torch.int32), 0.2, "auto")
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 300])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.compress import compress, compress_triton, row_alignment
+from tsa_compile.kernels.compress import compress, compress_aten, compress_triton, row_alignment
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -106,6 +106,27 @@ def test_op_equals_reference(device, dtype, kv_heads, selections):
     indices, count = choose_tokens(counts, selections, 37, 37, device)
     expected = reference.compress(*inputs, indices, count)
     assert_gathered(compress(*inputs, indices, count), expected, counts)
+
+
+def test_aten_form_equals_reference(device):
+    inputs = make(value_dim=48, device=device)
+    indices, count = choose_tokens([20, 7], 2, 37, 30, device)
+    expected = reference.compress(*inputs, indices, count)
+    for got, want in zip(compress_aten(*inputs, indices, count), expected):
+        assert torch.equal(got, want)
+
+
+def test_what_does_not_fit_is_refused():
+    query, key, value = make()
+    indices, count = choose_tokens([20, 7], 4, 37, 30)
+    for wrong, message in (
+        ((query, key[:, :, 1:], value, indices, count), r"key \(2, 2, 36, 32\)"),
+        ((query, key, value.half(), indices, count), "float16"),
+        ((query, key, value, indices[:, :3], count), r"indices \(2, 3, 30\)"),
+        ((query, key, value, indices, count[:1]), r"count \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(*wrong)
 
 
 @pytest.mark.parametrize("capacity", [0, 1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.decompress import decompress, decompress_triton
+from tsa_compile.kernels.decompress import decompress, decompress_aten, decompress_triton
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -86,6 +86,21 @@ def test_any_strides(triton_device, poisoned_empty):
 def test_op_equals_reference(device, dtype, selections):
     inputs = make([30, 0, 12], selections=selections, dim=80, dtype=dtype, device=device)
     assert_scattered(decompress(*inputs, 37), *inputs, 37)
+
+
+def test_aten_form_equals_reference(device):
+    inputs = make([30, 3], selections=2, device=device)
+    assert_scattered(decompress_aten(*inputs, 37), *inputs, 37)
+
+
+def test_what_does_not_fit_is_refused():
+    rows, indices, count = make([30, 3])
+    with pytest.raises(ValueError, match=r"indices \(2, 4, 29\)"):
+        decompress(rows, indices[:, :, 1:], count, 37)
+    with pytest.raises(ValueError, match=r"indices \(2, 3, 30\)"):
+        decompress(rows, indices[:, :3], count, 37)
+    with pytest.raises(ValueError, match=r"count \(1,\)"):
+        decompress(rows, indices, count[:1], 37)
 
 
 @pytest.mark.parametrize("capacity", [0, 1])
