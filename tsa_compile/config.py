@@ -1,0 +1,271 @@
+"""What a user can decide: `TSAConfig` and the two budgets, frozen, validated, JSON in and out.
+
+A value that is not allowed raises `ConfigError`, which names the option, the value and what is allowed. Whether a layer
+exists and whether a kernel is registered is known only with a model at hand, so later stages check these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from tsa_compile.errors import ConfigError
+
+GRANULARITIES = ("head", "group")
+
+
+def _reject(option: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{option}={value!r} is not allowed: {option} must be {allowed}")
+
+
+def _number(option: str, value: object, allowed: str) -> float:
+    """`value` as a finite float; a bool is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _reject(option, value, allowed)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _reject(option, value, allowed) from None
+    if not math.isfinite(number):
+        raise _reject(option, value, allowed)
+    return number
+
+
+def _check_int(option: str, value: object, minimum: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise _reject(option, value, f"an integer >= {minimum}" + (" or None" if optional else ""))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Drop the least-scored tokens whose scores sum up to `tau` of the mass: the budget adapts to the input.
+
+    `tau` lies in [0, 1); 0 keeps every token. The published setting is 0.005.
+    """
+
+    tau: float = 0.005
+
+    def __post_init__(self) -> None:
+        allowed = "a number in [0, 1) (0 keeps every token)"
+        tau = _number("Coverage.tau", self.tau, allowed)
+        if not 0.0 <= tau < 1.0:
+            raise _reject("Coverage.tau", self.tau, allowed)
+        object.__setattr__(self, "tau", tau)
+
+
+@dataclass(frozen=True)
+class KeepRatio:
+    """Keep the fraction `ratio` of the candidates, whatever their scores: the budget is a static shape expression.
+
+    `ratio` lies in (0, 1]; 1 keeps every token.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        allowed = "a number in (0, 1]"
+        ratio = _number("KeepRatio.ratio", self.ratio, allowed)
+        if not 0.0 < ratio <= 1.0:
+            raise _reject("KeepRatio.ratio", self.ratio, allowed)
+        object.__setattr__(self, "ratio", ratio)
+
+    @property
+    def fraction(self) -> Fraction:
+        """The ratio as it was written, exactly: ceil(ratio * n) is then integer arithmetic on every device."""
+        return Fraction(str(self.ratio))
+
+
+Budget = Coverage | KeepRatio
+Compiler = str | Callable[..., Any]
+Layers = tuple[int, ...] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TSAConfig:
+    """How, and in which layers, attention becomes sparse. The defaults are those of the publication.
+
+    Attributes:
+        budget: how many tokens a layer keeps: `Coverage(tau)` or `KeepRatio(ratio)`.
+        window: the last tokens, always kept, whose attention scores all others.
+        pool: width of the average pooling over the scores; odd.
+        min_tokens: at least this many tokens are kept besides the window.
+        layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
+            (``"model.layers.1?.*"``). A pattern matches the whole name. Empty: none, and the graph stays exact.
+        granularity: "head" selects per query head, "group" per key/value head.
+        capacity: static size of the selection; None means the sequence length.
+        min_length: shortest sequence to compress; None leaves it to the compiler.
+        kernel: attention kernel over the kept rows: "auto" or a registered name.
+        strict: raise where a rewrite that was asked for is not made, instead of warning.
+        compiler: what compiles the rewritten graph: a Dynamo backend's name or a callable ``(gm, inputs)``.
+    """
+
+    budget: Budget = field(default_factory=Coverage)
+    window: int = 128
+    pool: int = 7
+    min_tokens: int = 1024
+    layers: Layers | None = None
+    granularity: Literal["head", "group"] = "head"
+    capacity: int | None = None
+    min_length: int | None = None
+    kernel: str = "auto"
+    strict: bool = False
+    compiler: Compiler = "inductor"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", _budget(self.budget))
+        object.__setattr__(self, "layers", _layers(self.layers))
+        _check_int("window", self.window, 1)
+        _check_int("min_tokens", self.min_tokens, 0)
+        _check_int("capacity", self.capacity, 1, optional=True)
+        _check_int("min_length", self.min_length, 1, optional=True)
+        if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
+            raise _reject("pool", self.pool, "an odd integer >= 1")
+        if self.granularity not in GRANULARITIES:
+            raise _reject("granularity", self.granularity, 'one of "head", "group"')
+        if not isinstance(self.kernel, str) or not self.kernel:
+            raise _reject("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
+        if not isinstance(self.strict, bool):
+            raise _reject("strict", self.strict, "True or False")
+        if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
+            raise _reject(
+                "compiler", self.compiler, 'a Dynamo backend\'s name (e.g. "inductor", "eager") or a callable'
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> TSAConfig:
+        """The config that `torch.compile(..., options=...)` asks for.
+
+        `options` may hold a whole config under "config"; every other key is a field and overrides it.
+
+        Raises:
+            ConfigError: a key is no option (the nearest one is suggested), or a value is not allowed.
+        """
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise _reject("options", options, "a mapping from option names to values, or None")
+        fields = dict(options)
+        base = fields.pop("config", None)
+        if base is not None and not isinstance(base, TSAConfig):
+            raise _reject("config", base, "a TSAConfig (TSAConfig.from_json reads a file)")
+        _check_names(fields, (*OPTIONS, "config"))
+        return (base if base is not None else cls()).replace(**fields)
+
+    def replace(self, **changes: Any) -> TSAConfig:
+        """A copy with some fields changed; an unknown name is a ConfigError."""
+        _check_names(changes, OPTIONS)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the inverse of `from_json`. A callable compiler becomes its qualified name.
+
+        That name is for reports: it does not read back, so `to_json` refuses it.
+        """
+        values = {name: getattr(self, name) for name in OPTIONS}
+        values["budget"] = _budget_dict(self.budget)
+        values["layers"] = None if self.layers is None else list(self.layers)
+        if not isinstance(self.compiler, str):
+            values["compiler"] = getattr(self.compiler, "__qualname__", type(self.compiler).__qualname__)
+        return values
+
+    def to_json(self) -> str:
+        """This config as JSON text.
+
+        Raises:
+            ConfigError: `compiler` is a callable, which no JSON text can name.
+        """
+        if not isinstance(self.compiler, str):
+            raise ConfigError(
+                f"compiler={self.compiler!r} cannot be written as JSON: only a Dynamo backend's name can; "
+                'write config.replace(compiler="inductor") and pass the callable beside it'
+            )
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> TSAConfig:
+        """Reads JSON text, a file (a Path, or a string that names one) or a mapping; missing fields are defaults.
+
+        Raises:
+            ConfigError: the text is no JSON object, a key is unknown or a value not allowed.
+        """
+        values = _read_json(source)
+        _check_names(values, OPTIONS)
+        return cls().replace(**values)
+
+
+OPTIONS = tuple(f.name for f in dataclasses.fields(TSAConfig))
+
+
+def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"{name!r} is not an option{hint}: the options are {', '.join(known)}")
+
+
+def _budget(value: object) -> Budget:
+    """A budget, also from its JSON form ``{"coverage": 0.005}`` or ``{"keep_ratio": 0.5}``."""
+    allowed = 'Coverage(tau) or KeepRatio(ratio), in JSON {"coverage": tau} or {"keep_ratio": ratio}'
+    if isinstance(value, (Coverage, KeepRatio)):
+        return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((kind, number),) = value.items()
+        if kind == "coverage":
+            return Coverage(number)
+        if kind == "keep_ratio":
+            return KeepRatio(number)
+    raise _reject("budget", value, allowed)
+
+
+def _budget_dict(budget: Budget) -> dict[str, float]:
+    return {"coverage": budget.tau} if isinstance(budget, Coverage) else {"keep_ratio": budget.ratio}
+
+
+def _layers(value: object) -> Layers | None:
+    """None, or a tuple of all ints or all strings, in the order given, without repeats."""
+    allowed = "None, a list of layer indices >= 0, or a list of module-name patterns"
+    if value is None:
+        return None
+    if isinstance(value, range):
+        value = tuple(value)
+    if not isinstance(value, (list, tuple)):
+        raise _reject("layers", value, allowed)
+    indices = all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value)
+    patterns = all(isinstance(item, str) and item for item in value)
+    if indices or patterns:
+        return tuple(dict.fromkeys(value))
+    raise _reject("layers", value, allowed)
+
+
+def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    if isinstance(source, Path) or (isinstance(source, str) and not source.lstrip().startswith("{")):
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{str(source)!r} is neither a JSON object nor a file that can be read: {error}"
+            ) from error
+    elif isinstance(source, str):
+        text = source
+    else:
+        raise _reject("source", source, "JSON text, a path or a mapping")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the config must be a JSON object of options, found {type(values).__name__}")
+    return values

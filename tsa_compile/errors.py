@@ -1,0 +1,21 @@
+"""The exceptions and the warning that a user of the package can meet."""
+
+
+class TSAError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(TSAError, ValueError):
+    """An option has a name or a value that is not allowed; the message names both and says what is."""
+
+
+class RewriteError(TSAError, RuntimeError):
+    """A graph could not be rewritten as asked, or failed verification; raised under ``strict=True``."""
+
+
+class KernelError(TSAError, RuntimeError):
+    """No registered attention kernel has the name that was asked for, or none fits the request."""
+
+
+class TSAWarning(UserWarning):
+    """Something that was asked for did not happen; the computation is still right."""

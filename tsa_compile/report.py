@@ -1,0 +1,314 @@
+"""What the compiler did, and why: one row per attention call, a table to read and JSON to keep.
+
+Every compilation records its `RewriteReport`; `reports()` gives the last ones back, newest last.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+MAX_REPORTS = 256
+
+
+class Decision(StrEnum):
+    """What became of an attention call. All but `SPARSE` compute exactly what the model wrote."""
+
+    SPARSE = "sparse"
+    CAUSAL = "causal"  # dense, its mask removed: is_causal
+    PADDED = "causal+padding"  # dense, its L x L mask replaced by the padding mask behind it
+    UNCHANGED = "unchanged"
+
+
+class Reason(StrEnum):
+    """Why an attention call became sparse or stayed dense."""
+
+    SPARSE = "SPARSE"
+    LAYER_NOT_SELECTED = "LAYER_NOT_SELECTED"
+    LAYER_COUNT_UNKNOWN = "LAYER_COUNT_UNKNOWN"
+    TOO_SHORT = "TOO_SHORT"
+    LENGTH_UNKNOWN = "LENGTH_UNKNOWN"
+    MASK_OPAQUE = "MASK_OPAQUE"
+    NOT_CAUSAL = "NOT_CAUSAL"
+    SLIDING_WINDOW = "SLIDING_WINDOW"
+    CHUNKED = "CHUNKED"
+    PACKED = "PACKED"
+    NOT_SELF_ATTENTION = "NOT_SELF_ATTENTION"
+    NEEDS_GRAD = "NEEDS_GRAD"
+    DROPOUT = "DROPOUT"
+    HEAD_DIM = "HEAD_DIM"
+    DTYPE = "DTYPE"
+    RANK = "RANK"
+    DEVICE = "DEVICE"
+    KERNEL = "KERNEL"
+    UNSUPPORTED_FORM = "UNSUPPORTED_FORM"
+    PASS_FAILED = "PASS_FAILED"
+
+    @property
+    def explanation(self) -> str:
+        """One sentence that says what was found."""
+        return EXPLANATIONS[self]
+
+    @property
+    def remedy(self) -> str | None:
+        """What a user can do about it, or None where nothing is to be done."""
+        return REMEDIES.get(self)
+
+
+EXPLANATIONS: dict[Reason, str] = {
+    Reason.SPARSE: "The call was rewritten to token sparse attention.",
+    Reason.LAYER_NOT_SELECTED: "The layer is not among those that were selected to be sparse.",
+    Reason.LAYER_COUNT_UNKNOWN: "The call cannot be placed among the model's layers, so no default selects it.",
+    Reason.TOO_SHORT: "The sequence is too short for compression to drop tokens or to gain time.",
+    Reason.LENGTH_UNKNOWN: "The sequence length is not known well enough to prove the rewrite right and worth it.",
+    Reason.MASK_OPAQUE: "The meaning of the mask could not be proven.",
+    Reason.NOT_CAUSAL: "The attention is not causal.",
+    Reason.SLIDING_WINDOW: "The mask is a sliding window.",
+    Reason.CHUNKED: "The mask splits the sequence into chunks that do not see each other.",
+    Reason.PACKED: "The mask separates several sequences packed into one row.",
+    Reason.NOT_SELF_ATTENTION: "Query and key lengths are not proven equal, as in a decode step or cross-attention.",
+    Reason.NEEDS_GRAD: "A gradient may be needed, and only inference is rewritten.",
+    Reason.DROPOUT: "The attention uses dropout.",
+    Reason.HEAD_DIM: "The head size is not supported.",
+    Reason.DTYPE: "The data type is not supported.",
+    Reason.RANK: "The inputs do not have the four dimensions batch, heads, length, head size.",
+    Reason.DEVICE: "The device is not supported.",
+    Reason.KERNEL: "No registered attention kernel fits the call.",
+    Reason.UNSUPPORTED_FORM: "The call was recognised as attention, but not in a form that can be rewritten.",
+    Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
+}
+
+REMEDIES: dict[Reason, str] = {
+    Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
+    Reason.LAYER_COUNT_UNKNOWN: "Name the layers by index or by pattern in `layers`.",
+    Reason.TOO_SHORT: "Set `min_length`, or lower `min_tokens` and `window`, to compress shorter sequences.",
+    Reason.LENGTH_UNKNOWN: "Compile with a static length, or set `min_length`.",
+    Reason.MASK_OPAQUE: "Pass the 2-D padding mask to the model and let it build its own causal mask.",
+    Reason.PACKED: "Pass sequences as batch items with a padding mask instead of packing them.",
+    Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
+    Reason.DROPOUT: "Call model.eval().",
+    Reason.DTYPE: "Use float32, float16 or bfloat16.",
+    Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
+    Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",
+}
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One attention call.
+
+    Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
+    proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now.
+    """
+
+    index: int
+    layer: str
+    layer_index: int | None
+    query: tuple[int | str, ...]
+    key: tuple[int | str, ...]
+    value: tuple[int | str, ...]
+    dtype: str
+    form: str
+    mask: str
+    decision: Decision
+    reason: Reason
+    kernel: str
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key", "value"):
+            shape = tuple(dim if type(dim) is int else str(dim) for dim in getattr(self, name))
+            object.__setattr__(self, name, shape)
+        object.__setattr__(self, "decision", Decision(self.decision))
+        object.__setattr__(self, "reason", Reason(self.reason))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        row = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("query", "key", "value"):
+            row[name] = list(row[name])
+        return row | {"decision": str(self.decision), "reason": str(self.reason)}
+
+
+@dataclass(frozen=True)
+class RewriteReport:
+    """What one compilation did: a row per attention call, the config it followed and notes on the whole graph."""
+
+    rows: tuple[SiteRow, ...]
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = ()
+    torch_version: str = str(torch.__version__)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        object.__setattr__(self, "notes", tuple(self.notes))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __bool__(self) -> bool:
+        return True  # a report without attention calls is still a report
+
+    def __iter__(self) -> Iterator[SiteRow]:
+        return iter(self.rows)
+
+    def count(self, decision: Decision) -> int:
+        """How many calls met this decision."""
+        return sum(row.decision is decision for row in self.rows)
+
+    @property
+    def sparse(self) -> int:
+        """Calls rewritten to token sparse attention."""
+        return self.count(Decision.SPARSE)
+
+    @property
+    def causal(self) -> int:
+        """Dense calls whose mask was proven causal and removed."""
+        return self.count(Decision.CAUSAL)
+
+    @property
+    def padded(self) -> int:
+        """Dense calls whose mask was proven causal and padding, and replaced by the padding mask."""
+        return self.count(Decision.PADDED)
+
+    @property
+    def unchanged(self) -> int:
+        """Calls left as the model wrote them."""
+        return self.count(Decision.UNCHANGED)
+
+    @property
+    def sparse_sites(self) -> tuple[SiteRow, ...]:
+        """The rows of the sparse calls."""
+        return tuple(row for row in self.rows if row.decision is Decision.SPARSE)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many calls met which decision."""
+        if not self.rows:
+            return "no attention calls found"
+        parts = ((self.sparse, "sparse"), (self.causal, "dense with the mask removed"))
+        parts += ((self.padded, "dense with padding and no L x L mask"), (self.unchanged, "unchanged"))
+        said = [f"{count} {what}" for count, what in parts if count]
+        calls = "attention call" if len(self) == 1 else "attention calls"
+        first_count, _, first_what = said[0].partition(" ")
+        return ", ".join([f"{first_count} of {len(self)} {calls} {first_what}", *said[1:]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, one entry per call."""
+        rows = [row.to_dict() for row in self.rows]
+        return {"rows": rows, "config": self.config, "notes": list(self.notes), "torch_version": self.torch_version}
+
+    def to_json(self) -> str:
+        """The whole report as JSON text; `from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> RewriteReport:
+        """Reads what `to_json` or `to_dict` wrote."""
+        values = json.loads(text) if isinstance(text, str) else text
+        return cls(**{**values, "rows": tuple(SiteRow(**row) for row in values["rows"])})
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def render(report: RewriteReport) -> str:
+    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons."""
+    lines = [_table(report.rows)] if report.rows else []
+    lines.append(report.summary)
+    for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
+        lines.append("  ".join(filter(None, (f"{reason}: {reason.explanation}", reason.remedy))))
+    lines.extend(f"note: {note}" for note in report.notes)
+    return "\n".join(lines)
+
+
+def _table(rows: tuple[SiteRow, ...]) -> str:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
+    if any(row.detail for row in rows):
+        table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
+    for group in _collapse(rows):
+        table.add_row(*_cells(group))
+    sink = io.StringIO()
+    # Wider than any row, so that no column is ever cut, whatever the terminal.
+    console = Console(file=sink, width=100_000, color_system=None, force_terminal=False, markup=False, emoji=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
+
+
+def _collapse(rows: tuple[SiteRow, ...]) -> list[list[SiteRow]]:
+    """Neighbouring rows that differ in the layer's number alone, together."""
+    return [list(group) for _, group in groupby(rows, key=_likeness)]
+
+
+def _likeness(row: SiteRow) -> tuple[object, ...]:
+    stem = _split(row)
+    rest = tuple(getattr(row, f.name) for f in fields(row) if f.name not in ("index", "layer", "layer_index"))
+    return (stem[0], stem[2], *rest)
+
+
+def _split(row: SiteRow) -> tuple[str, str, str]:
+    """A layer name around its number: ("model.layers.", "15", ".self_attn"); without a number, ("name", "", "")."""
+    found = list(re.finditer(r"\d+", row.layer))
+    own = [match for match in found if row.layer_index is not None and int(match[0]) == row.layer_index]
+    if not found:
+        return row.layer, "", ""
+    match = (own or found)[0]
+    return row.layer[: match.start()], match[0], row.layer[match.end() :]
+
+
+def _cells(group: list[SiteRow]) -> list[str]:
+    row = group[0]
+    shapes = [f"[{', '.join(map(str, shape))}]" for shape in (row.query, row.key, row.value)]
+    cells = [_name(group), f"x{len(group)}", *shapes, row.dtype, row.form, row.mask]
+    return [*cells, str(row.decision), str(row.reason), row.kernel, " ".join(row.detail.split())]
+
+
+def _name(group: list[SiteRow]) -> str:
+    """The name with the group's numbers, as in model.layers.0..15.self_attn; gaps are kept: 0..3,5."""
+    before, first, after = _split(group[0])
+    if not first:
+        return before or "?"
+    numbers = list(dict.fromkeys(int(_split(row)[1]) for row in group))
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return before + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + after
+
+
+_history: deque[RewriteReport] = deque(maxlen=MAX_REPORTS)
+_lock = threading.Lock()
+
+
+def record(report: RewriteReport) -> None:
+    """Appends to the history; the oldest report leaves it when there are more than `MAX_REPORTS`."""
+    with _lock:
+        _history.append(report)
+
+
+def reports() -> list[RewriteReport]:
+    """The reports of this process's compilations, newest last."""
+    with _lock:
+        return list(_history)
+
+
+def clear_reports() -> None:
+    """Empties the history."""
+    with _lock:
+        _history.clear()
