@@ -1,0 +1,20 @@
+"""What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first case of a test may trace or compile.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

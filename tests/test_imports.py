@@ -1,0 +1,134 @@
+"""Imports run one way: config, errors, report <- kernels <- passes <- pipeline <- backend, explain, export, cli."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile": ROOT / "tsa_compile"}
+LEVELS = {"errors": 0, "config": 0, "report": 0, "kernels": 1, "passes": 2, "pipeline": 3}
+TOP = 4  # backend, explain, export, calibrate, cli, testing
+HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
+FILES = sorted(path for room in ROOMS.values() for path in room.rglob("*.py"))
+
+
+def module_name(path):
+    """The name that a file is installed under."""
+    room, *parts = path.relative_to(ROOT).with_suffix("").parts
+    head = ["tsa_compile"] if room == "tsa_compile" else ["tsa_compile", room]
+    return ".".join(head + [part for part in parts if part != "__init__"])
+
+
+def level(module):
+    parts = module.split(".")
+    return LEVELS.get(parts[1], TOP) if len(parts) > 1 else TOP + 1
+
+
+def imports(tree, package):
+    """(node, absolute name) of everything imported; `from a import b` counts as a.b, since b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            yield from ((node, f"{base}.{alias.name}") for alias in node.names)
+
+
+def faults(source, module, *, is_package=False):
+    """What is wrong with a file's imports and calls, as sentences."""
+    tree = ast.parse(source)
+    package = module if is_package else module.rpartition(".")[0]
+    for node, name in imports(tree, package):
+        top, *rest = name.split(".")
+        if top in ("passes", "kernels"):
+            yield f"line {node.lineno}: bare name {name}; import tsa_compile.{top}"
+        if top in HEAVY and node in runs_on_import(tree):
+            yield f"line {node.lineno}: {top} is optional; import it where it is used"
+        if top != "tsa_compile" or module == "tsa_compile":
+            continue
+        # `from tsa_compile import x` is the face unless x is one of its modules.
+        if not rest or not exists(f"tsa_compile.{rest[0]}"):
+            yield f"line {node.lineno}: {name} imports the face; import the submodule"
+        elif level(name) > level(module):
+            yield f"line {node.lineno}: {name} points back up the arrow"
+        elif level(module) == 0:
+            yield (
+                f"line {node.lineno}: config, errors and report import nothing above errors"
+                if rest[0] != "errors"
+                else ""
+            )
+    if module != "tsa_compile.cli":
+        yield from (
+            f"line {node.lineno}: print"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        )
+
+
+def runs_on_import(tree):
+    """The statements that an import of the module runs: all but function bodies and TYPE_CHECKING blocks."""
+    found, queue = set(), list(ast.iter_child_nodes(tree))
+    while queue:
+        node = queue.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            queue.extend(node.orelse)
+            continue
+        found.add(node)
+        queue.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def exists(module):
+    _, name = module.split(".")
+    base = ROOMS.get(name, ROOMS["tsa_compile"] / name)
+    return base.is_dir() or base.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_imports_run_one_way(path):
+    found = faults(path.read_text(encoding="utf-8"), module_name(path), is_package=path.name == "__init__.py")
+    assert [fault for fault in found if fault] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("tsa_compile.kernels.score", "from tsa_compile.passes import masks"),
+        ("tsa_compile.kernels.score", "from tsa_compile.passes.masks import infer"),
+        ("tsa_compile.kernels.score", "def f():\n    import tsa_compile.pipeline"),
+        ("tsa_compile.kernels.score", "from ..passes import masks"),
+        ("tsa_compile.passes.plan", "from tsa_compile.backend import tsa_backend"),
+        ("tsa_compile.passes.plan", "import kernels.score"),
+        ("tsa_compile.passes.plan", "from kernels import score"),
+        ("tsa_compile.passes.plan", "import tsa_compile"),
+        ("tsa_compile.passes.plan", "from tsa_compile import TSAConfig"),
+        ("tsa_compile.report", "from tsa_compile.config import TSAConfig"),
+        ("tsa_compile.passes.plan", "import transformers"),
+        ("tsa_compile.passes.plan", "try:\n    from onnx import helper\nexcept ImportError:\n    pass"),
+        ("tsa_compile.passes.plan", "print(1)"),
+    ],
+)
+def test_a_fault_is_seen(module, source):
+    assert list(filter(None, faults(source, module)))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("tsa_compile.passes.plan", "from tsa_compile.kernels import attend"),
+        ("tsa_compile.passes.plan", "from tsa_compile.config import TSAConfig"),
+        ("tsa_compile.passes.plan", "from tsa_compile.passes.sites import AttentionSite"),
+        ("tsa_compile.config", "from tsa_compile.errors import ConfigError"),
+        ("tsa_compile.passes.plan", "def f():\n    import transformers"),
+        ("tsa_compile.passes.plan", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx"),
+        ("tsa_compile.cli", "print(1)"),
+    ],
+)
+def test_what_is_allowed_passes(module, source):
+    assert list(filter(None, faults(source, module))) == []
