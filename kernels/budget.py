@@ -1,0 +1,229 @@
+"""Budget: how many tokens each batch item keeps, without sorting and without the host.
+
+    g[b,t]    = mean_h scores[b,h,t], normalised to sum 1 over the candidates (the finite entries)
+    drop[b]   = #(cumulated ascending g < coverage), and one more if there are any
+    keep[b]   = max(min_tokens, candidates - drop), at most the candidates        (coverage)
+                max(min_tokens, ceil(keep_ratio * candidates)), at most them      (keep ratio: exact integer arithmetic)
+    count[b]  = keep + W_b, W_b the window's tokens (the entries that are +inf)
+
+    scores float32 [B,Hs,L], contiguous -> count int32 [B]
+
+Coverage on CUDA is a weighted radix select. Masses are integers, shares of 2^60, so that sums are exact in any order
+and atomics reproduce bit for bit. The bits of a nonnegative float32 order like the float; so a histogram of mass and
+count over the leading 11 bits says in which bin the cumulated mass crosses the coverage, two more over the next 11 and
+10 bits narrow it to one exact value, and the tokens that share this value contribute equal steps: a division counts
+them.
+
+    _mass            mean over heads, per-tile sums, candidates and window counted      scores -> mass [B,L]
+    _histogram x 3   mass and count per digit, among tokens that agree with the leading digits found so far
+    _count           the last digit, the ties, and spec's arithmetic                    -> count [B]
+
+Bytes at L = 128K, H = 32: one read of scores (16 MB), three of mass (512 KB each, from L2).
+
+Radix select as in Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._triton import tl, triton
+
+WHOLE = 2**60  # the mass of all candidates
+STEPS = 3
+BINS = 2048
+STATE = 2 + STEPS * 2 * BINS  # per item: candidates, window, then mass and count per bin of each step
+
+# Triton reads a global only if it is a constexpr.
+_WHOLE = tl.constexpr(WHOLE)
+_STEPS = tl.constexpr(STEPS)
+_BINS = tl.constexpr(BINS)
+_STATE = tl.constexpr(STATE)
+
+
+@triton.jit(do_not_specialize=["seq_len", "tiles"])
+def _mass_kernel(p_scores, p_mass, p_sums, p_state, heads, seq_len, tiles, BLOCK: tl.constexpr):
+    """mass[b,t] = mean over heads, -1 where t is no candidate; one float64 sum per tile; the tally of the item."""
+    tile = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    positions = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < seq_len
+    p_scores += b * heads * seq_len + positions
+    first = tl.load(p_scores, mask=inside, other=float("-inf"))
+    candidate = tl.abs(first) < float("inf")
+    total = tl.zeros([BLOCK], tl.float32)
+    for head in range(heads):
+        total += tl.load(p_scores + tl.cast(head, tl.int64) * seq_len, mask=candidate, other=0.0)
+    # Nonnegative and never -0, so that its bits order like its value.
+    mass = tl.where(total > 0, total / heads, 0.0)
+    tl.store(p_mass + b * seq_len + positions, tl.where(candidate, mass, -1.0), mask=inside)
+    tl.store(p_sums + b * tiles + tile, tl.sum(tl.where(candidate, mass, 0.0).to(tl.float64), axis=0))
+    tl.atomic_add(p_state + b * _STATE, tl.sum(candidate.to(tl.int64), axis=0), sem="relaxed")
+    tl.atomic_add(p_state + b * _STATE + 1, tl.sum((first == float("inf")).to(tl.int64), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _shares_per_mass(p_sums, b, tiles):
+    """What turns a mass into its share of the whole; 0 if there is no mass at all. The sum's order is fixed."""
+    offsets = tl.arange(0, 256)
+    sums = tl.zeros([256], tl.float64)
+    for start in range(0, tiles, 256):
+        sums += tl.load(p_sums + b * tiles + start + offsets, mask=start + offsets < tiles, other=0.0)
+    total = tl.sum(sums, axis=0)
+    return tl.where(total > 0, tl.full([], _WHOLE, tl.float64) / tl.where(total > 0, total, 1.0), 0.0)
+
+
+@triton.jit
+def _shift(STEP: tl.constexpr):
+    """Lowest bit of the step's digit: 21, 10, 0."""
+    return 21 - 11 * STEP if STEP < 2 else 0
+
+
+@triton.jit
+def _descend(p_state, target, STEP: tl.constexpr):
+    """Follows the digits of the first STEP histograms to where the cumulated mass reaches the target.
+
+    Returns the digits found (as the leading bits of a key), the mass still missing below the target, how many tokens
+    lie lower, and how many share the digits.
+    """
+    bins = tl.arange(0, _BINS)
+    prefix = tl.zeros([], tl.uint32)
+    lower = tl.zeros([], tl.int64)
+    equal = tl.zeros([], tl.int64)
+    for step in tl.static_range(STEP):
+        p_histogram = p_state + 2 + step * 2 * _BINS
+        mass = tl.load(p_histogram + bins)
+        count = tl.load(p_histogram + _BINS + bins)
+        # With a coverage next to 1, rounding may leave no crossing: then the last bin, which is always empty.
+        digit = tl.minimum(tl.sum((tl.cumsum(mass, axis=0) < target).to(tl.int32), axis=0), _BINS - 1)
+        target -= tl.sum(tl.where(bins < digit, mass, 0), axis=0)
+        lower += tl.sum(tl.where(bins < digit, count, 0), axis=0)
+        equal = tl.sum(tl.where(bins == digit, count, 0), axis=0)
+        prefix = prefix | (digit.to(tl.uint32) << _shift(step))
+    return prefix, target, lower, equal
+
+
+@triton.jit(do_not_specialize=["seq_len", "tiles", "target"])
+def _histogram_kernel(p_mass, p_sums, p_state, target, seq_len, tiles, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass and count per digit of this step, among the tokens whose earlier digits are those of the crossing."""
+    b = tl.program_id(1).to(tl.int64)
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p_state += b * _STATE
+    prefix, _, _, _ = _descend(p_state, target, STEP)
+    mass = tl.load(p_mass + b * seq_len + positions, mask=positions < seq_len, other=-1.0)
+    keys = mass.to(tl.uint32, bitcast=True)
+    member = mass >= 0
+    if STEP > 0:
+        member = member & (keys >> _shift(STEP - 1) == prefix >> _shift(STEP - 1))
+    digit = ((keys >> _shift(STEP)) & (_BINS - 1 if STEP < 2 else _BINS // 2 - 1)).to(tl.int32)
+    shares = (mass.to(tl.float64) * _shares_per_mass(p_sums, b, tiles)).to(tl.int64)
+    p_histogram = p_state + 2 + STEP * 2 * _BINS + digit
+    tl.atomic_add(p_histogram, shares, mask=member, sem="relaxed")
+    tl.atomic_add(p_histogram + _BINS, tl.full([BLOCK], 1, tl.int64), mask=member, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["min_tokens", "tiles", "target"])
+def _count_kernel(p_sums, p_state, p_count, target, min_tokens, tiles):
+    b = tl.program_id(0).to(tl.int64)
+    p_state += b * _STATE
+    candidates, window = tl.load(p_state), tl.load(p_state + 1)
+    key, missing, lower, equal = _descend(p_state, target, _STEPS)
+    shares_per_mass = _shares_per_mass(p_sums, b, tiles)
+    share = (key.to(tl.float32, bitcast=True).to(tl.float64) * shares_per_mass).to(tl.int64)
+    drop = lower + tl.minimum(equal, (missing - 1) // tl.maximum(share, 1))
+    drop = tl.where((drop > 0) & (shares_per_mass > 0), drop + 1, 0)
+    keep = tl.minimum(tl.maximum(candidates - drop, min_tokens), candidates)
+    tl.store(p_count + b, (keep + window).to(tl.int32))
+
+
+def coverage_triton(scores: Tensor, coverage: float, min_tokens: int) -> Tensor:
+    """Launches the kernels for a coverage above 0."""
+    batch, heads, seq_len = scores.shape
+    scores = scores.contiguous()
+    tiles = triton.cdiv(seq_len, 1024)
+    mass = scores.new_empty((batch, seq_len))
+    sums = scores.new_empty((batch, tiles), dtype=torch.float64)
+    state = scores.new_zeros((batch, STATE), dtype=torch.int64)
+    count = scores.new_empty((batch,), dtype=torch.int32)
+    target = max(1, math.ceil(coverage * WHOLE))
+    _mass_kernel[(tiles, batch)](scores, mass, sums, state, heads, seq_len, tiles, BLOCK=1024)
+    for step in range(STEPS):
+        _histogram_kernel[(tiles, batch)](mass, sums, state, target, seq_len, tiles, STEP=step, BLOCK=1024)
+    _count_kernel[(batch,)](sums, state, count, target, min_tokens, tiles)
+    return count
+
+
+@torch.library.custom_op("tsa::budget", mutates_args=())
+def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    """Count [B] int32 of tokens to keep, the window included; ValueError unless exactly one budget is given."""
+    _check(scores, coverage, keep_ratio, min_tokens)
+    return budget_aten(scores, coverage, keep_ratio, min_tokens)
+
+
+@budget.register_kernel("cuda")
+def _(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    _check(scores, coverage, keep_ratio, min_tokens)
+    if coverage:
+        return coverage_triton(scores, coverage, min_tokens)
+    return budget_aten(scores, coverage, keep_ratio, min_tokens)
+
+
+@budget.register_fake
+def _(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    return scores.new_empty(scores.shape[:1], dtype=torch.int32)
+
+
+def _check(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> None:
+    if scores.dim() != 3 or scores.dtype != torch.float32:
+        raise ValueError(f"tsa::budget: scores is {scores.dtype} {tuple(scores.shape)}; expected float32 [B,Hs,L]")
+    if (coverage is None) == (keep_ratio is None):
+        raise ValueError(f"tsa::budget: coverage {coverage} and keep_ratio {keep_ratio}; expected exactly one of them")
+    if coverage is not None and not 0 <= coverage < 1:
+        raise ValueError(f"tsa::budget: coverage is {coverage}; expected 0 <= coverage < 1")
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise ValueError(f"tsa::budget: keep_ratio is {keep_ratio}; expected 0 < keep_ratio <= 1")
+    if min_tokens < 0:
+        raise ValueError(f"tsa::budget: min_tokens is {min_tokens}; expected at least 0")
+
+
+def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    """The same in ATen ops alone, on any device, traceable: no shape and no branch depends on data.
+
+    Masses are cumulated in float64.
+    """
+    is_candidate = scores[:, 0].isfinite()
+    candidates = is_candidate.sum(dim=-1)
+    if keep_ratio is not None:
+        ratio = ceil_fraction(keep_ratio)
+        keep = (candidates * ratio.numerator + ratio.denominator - 1) // ratio.denominator
+    elif coverage:
+        mass = scores.mean(dim=1, dtype=torch.float64).masked_fill(~is_candidate, 0.0)
+        mass = mass / mass.sum(dim=-1, keepdim=True)
+        # At the end of the order, where no cumulated mass is below the coverage any more.
+        ordered = mass.masked_fill(~is_candidate, math.inf).sort(dim=-1).values
+        drop = (ordered.cumsum(dim=-1) < coverage).sum(dim=-1)
+        keep = candidates - torch.where(drop > 0, drop + 1, 0)
+    else:
+        keep = candidates
+    keep = torch.minimum(keep.clamp(min=min_tokens), candidates)
+    return (keep + scores[:, 0].isposinf().sum(dim=-1)).to(torch.int32)
+
+
+def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
+    """The smallest fraction >= the decimal that `ratio` prints as, with a denominator of at most `limit`.
+
+    For every n <= limit, ceil(n * ratio) is the same with either, and n * numerator fits into int64, which it need not
+    do with the decimal itself: 1/3 prints as 0.3333333333333333.
+    """
+    exact = Fraction(str(ratio))
+    near = exact.limit_denominator(limit)
+    if near >= exact:
+        return near
+    # The successor of a/b among these fractions is c/d with c b - a d = 1 and the largest d <= limit.
+    a, b = near.numerator, near.denominator
+    d = limit - (limit + pow(a, -1, b)) % b if b > 1 else limit
+    return Fraction(a * d + 1, b * d)

@@ -1,0 +1,385 @@
+"""Scores: how much attention the most recent queries pay to every earlier token.
+
+    A[b,h,i,t]  = softmax_t(scale * <query[b,h,i], key[b,g,t]>)    i in the window, t valid and t <= i, g = h // (H/G)
+    raw[b,h,t]  = mean_i A[b,h,i,t]                                t a candidate: valid and before the window
+    scores      = average pooling of raw along the candidates, stride 1, zero padded, the divisor always `pool`
+
+    query [B,H,L,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32;
+    padding bool [B,L] (True = valid) or None
+    -> scores float32 [B,H,L], contiguous: +inf at the window's tokens (the last W_b = min(window, n_b) valid ones),
+    -inf at invalid tokens, and at the candidates what the formula says.
+
+On CUDA this is attention's first half, computed twice, because W x L weights are too many to keep:
+
+    _row_stats      one program per (rows of a head, split of the keys): log2-sum-exp of its logits   -> [B,H,S,W]
+    _combine        the splits of a row become its log2-sum-exp                                       -> [B,H,W]
+    _column_mean    one program per tile of keys: recomputes the logits for all heads of the group
+                    (each key is loaded once) and averages the weights over the rows                  -> raw [B,H,L]
+    _pool           neighbours averaged, infinities placed                                            -> scores [B,H,L]
+
+Reads key twice; 4 W L D multiply-adds and 2 W L exponentials per query head. At L = 128K, H = 32, G = 8, D = 128,
+W = 128 in bfloat16: 0.5 GB of keys, 48 MB of scores, 0.27 TFLOP. The order of every sum is fixed by the shapes and is
+the same for every batch item, so the result is reproducible and an item scores alone as it does in a batch. Only the
+device knows how many tokens are valid: with padding, the window's rows are found there.
+
+Method: Token Sparse Attention, arXiv 2602.03216; the two passes follow FlashAttention (arXiv 2205.14135) and its
+split over the keys Flash-Decoding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._triton import tl, triton
+
+MAX_HEAD_DIM = 256
+SPLITS = 32
+MIN_SPLIT = 512
+
+
+@triton.jit(do_not_specialize=["seq_len", "window"])
+def _window_rows_kernel(p_padding, p_rank, p_rows, seq_len, window, BLOCK: tl.constexpr):
+    """rows[b, w] = position of the w-th row of the window: the last min(window, n_b) valid tokens, ascending."""
+    b = tl.program_id(1).to(tl.int64)
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < seq_len
+    valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
+    rank = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0)
+    candidates, _ = _candidates(p_rank, b, seq_len, window, True)
+    slots = rank - 1 - candidates
+    tl.store(p_rows + b * window + slots, positions, mask=inside & valid & (slots >= 0))
+
+
+@triton.jit
+def _candidates(p_rank, b, seq_len, window, HAS_PADDING: tl.constexpr):
+    """Number of candidates and number of window rows of item b; rank counts the valid tokens up to each position."""
+    if HAS_PADDING:
+        valid_tokens = tl.load(p_rank + b * seq_len + seq_len - 1)
+    else:
+        valid_tokens = seq_len
+    rows = tl.minimum(valid_tokens, window)
+    return valid_tokens - rows, rows
+
+
+@triton.jit
+def _load_rows(p_base, stride, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [N, BLOCK_D] at int64 or small row numbers; 0 where masked and beyond the head size."""
+    dims = tl.arange(0, BLOCK_D)
+    pointers = p_base + rows[:, None] * stride + dims[None, :]
+    return tl.load(pointers, mask=mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_window(
+    p_query, p_rows, b, slots, candidates, live, window, stride_ql,
+    HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Query rows of the window's slots, and their positions."""
+    if HAS_PADDING:
+        positions = tl.load(p_rows + b * window + slots, mask=live, other=0)
+    else:
+        positions = candidates + slots
+    return _load_rows(p_query, stride_ql, positions.to(tl.int64), live, HEAD_DIM, BLOCK_D), positions
+
+
+@triton.jit
+def _accumulate(
+    b_query, row_max, row_sum, row_positions, p_key, p_padding, start, seq_len, scale_log2, stride_kl,
+    MASKED: tl.constexpr, HAS_PADDING: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins the running maximum and sum of each row (online softmax)."""
+    offsets = tl.arange(0, BLOCK_N)
+    positions = start + offsets
+    p_tile = p_key + tl.cast(start, tl.int64) * stride_kl
+    b_key = _load_rows(p_tile, stride_kl, offsets, positions < seq_len, HEAD_DIM, BLOCK_D)
+    logits = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
+    if MASKED:
+        allowed = (positions[None, :] <= row_positions[:, None]) & (positions < seq_len)[None, :]
+        if HAS_PADDING:
+            valid = tl.load(p_padding + positions, mask=positions < seq_len, other=0) != 0
+            allowed = allowed & valid[None, :]
+        logits = tl.where(allowed, logits, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+    # A row that has seen no key yet has maximum -inf; -inf - (-inf) must not become NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
+    return new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["seq_len", "window", "split_len"])
+def _row_stats_kernel(
+    p_query, p_key, p_padding, p_rank, p_rows, p_partial,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl,
+    scale_log2, seq_len, window, split_len, heads, group,
+    HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """partial[b,h,split,w] = log2 sum_{t in split, t <= row w} 2^(logit[w,t] log2 e)."""
+    # The row tiles of a group are neighbours in launch order, so that they find each other's keys in the L2 cache.
+    row_tiles = tl.cdiv(window, BLOCK_M)
+    head, row_tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
+    split = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    candidates, rows = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
+
+    slots = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = slots < rows
+    p_query += b * stride_qb + head.to(tl.int64) * stride_qh
+    p_key += b * stride_kb + (head // group).to(tl.int64) * stride_kg
+    p_padding += b * seq_len
+    b_query, row_positions = _load_window(
+        p_query, p_rows, b, slots, candidates, live, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
+    )
+
+    start = split * split_len
+    stop = tl.minimum(start + split_len, seq_len)
+    # Without padding, tiles that end before the window need no mask.
+    masked_from = start
+    if not HAS_PADDING:
+        masked_from += tl.maximum(tl.minimum(stop, candidates) - start, 0) // BLOCK_N * BLOCK_N
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for tile in range(start, masked_from, BLOCK_N):
+        row_max, row_sum = _accumulate(
+            b_query, row_max, row_sum, row_positions, p_key, p_padding, tile, seq_len, scale_log2, stride_kl,
+            False, HAS_PADDING, HEAD_DIM, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    for tile in range(masked_from, stop, BLOCK_N):
+        row_max, row_sum = _accumulate(
+            b_query, row_max, row_sum, row_positions, p_key, p_padding, tile, seq_len, scale_log2, stride_kl,
+            True, HAS_PADDING, HEAD_DIM, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    p_partial += ((b * heads + head) * tl.num_programs(1) + split) * window
+    tl.store(p_partial + slots, row_max + tl.log2(row_sum), mask=live)
+
+
+@triton.jit(do_not_specialize=["seq_len", "window", "splits"])
+def _combine_kernel(
+    p_partial, p_rank, p_row_lse, seq_len, window, heads, splits,
+    HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """row_lse[b,h,w] = log2 sum_split 2^partial; +inf for slots without a row, whose weights thereby become 0."""
+    line = tl.program_id(1).to(tl.int64)
+    _, rows = _candidates(p_rank, line // heads, seq_len, window, HAS_PADDING)
+    slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    parts = tl.arange(0, BLOCK_S)
+    pointers = p_partial + (line * splits + parts)[:, None] * window + slots[None, :]
+    partial = tl.load(pointers, mask=(parts < splits)[:, None] & (slots < rows)[None, :], other=float("-inf"))
+    row_max = tl.max(partial, axis=0)
+    total = tl.sum(tl.exp2(partial - tl.where(slots < rows, row_max, 0.0)[None, :]), axis=0)
+    row_lse = tl.where(slots < rows, row_max + tl.log2(total), float("inf"))
+    tl.store(p_row_lse + line * window + slots, row_lse, mask=slots < window)
+
+
+@triton.jit(do_not_specialize=["seq_len", "window"])
+def _column_mean_kernel(
+    p_query, p_key, p_padding, p_rank, p_rows, p_row_lse, p_raw,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl,
+    scale_log2, seq_len, window, heads, group,
+    HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """raw[b,h,c] = mean over the rows of 2^(logit log2 e - row_lse) for the c-th candidate."""
+    start = tl.program_id(0) * BLOCK_N
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    candidates, rows = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
+    if start >= seq_len - rows:  # no candidate can stand in the last `rows` places
+        return
+
+    offsets = tl.arange(0, BLOCK_N)
+    positions = start + offsets
+    inside = positions < seq_len
+    if HAS_PADDING:
+        valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
+        columns = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0) - 1
+    else:
+        valid = inside
+        columns = positions
+    p_key += b * stride_kb + kv_head.to(tl.int64) * stride_kg + start.to(tl.int64) * stride_kl
+    # Every candidate precedes every row of the window, so no logit is masked here; invalid keys are never stored.
+    b_key = _load_rows(p_key, stride_kl, offsets, inside, HEAD_DIM, BLOCK_D)
+
+    row_tiles = tl.cdiv(window, BLOCK_M)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(0, group * row_tiles):  # one loop over heads and row tiles, so that its loads are pipelined
+        head = kv_head * group + step // row_tiles
+        row_tile = step % row_tiles
+        slots = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        p_head = p_query + b * stride_qb + head.to(tl.int64) * stride_qh
+        b_query, _ = _load_window(
+            p_head, p_rows, b, slots, candidates, slots < rows, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
+        )
+        row_lse = tl.load(p_row_lse + (b * heads + head) * window + slots, mask=slots < window, other=float("inf"))
+        logits = tl.dot(b_key, tl.trans(b_query), input_precision="ieee") * scale_log2
+        weights = tl.sum(tl.exp2(logits - row_lse[None, :]), axis=1)
+        total = tl.where(row_tile == 0, weights, total + weights)
+        stored = tl.where(row_tile == row_tiles - 1, candidates, 0)
+        p_out = p_raw + (b * heads + head) * seq_len + columns
+        tl.store(p_out, total / rows, mask=valid & (columns < stored))
+
+
+@triton.jit(do_not_specialize=["seq_len", "window"])
+def _pool_kernel(
+    p_raw, p_padding, p_rank, p_scores, seq_len, window, heads,
+    HAS_PADDING: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scores[b,h,t]: the mean of the raw scores around candidate t, +inf in the window, -inf where invalid."""
+    line = tl.program_id(1).to(tl.int64)
+    b = line // heads
+    candidates, _ = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < seq_len
+    if HAS_PADDING:
+        valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
+        columns = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0) - 1
+    else:
+        valid = inside
+        columns = positions
+    total = tl.zeros([BLOCK], tl.float32)
+    for shift in tl.static_range(POOL):
+        neighbours = columns + shift - POOL // 2
+        exists = valid & (neighbours >= 0) & (neighbours < candidates)
+        total += tl.load(p_raw + line * seq_len + neighbours, mask=exists, other=0.0)
+    pooled = tl.where(columns < candidates, total / POOL, float("inf"))
+    tl.store(p_scores + line * seq_len + positions, tl.where(valid, pooled, float("-inf")), mask=inside)
+
+
+def score_triton(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, split_len: int = 0
+) -> Tensor:
+    """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
+    batch, heads, seq_len, head_dim = query.shape
+    query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m, block_n, num_warps = _tiles(query.dtype, block_d, window)
+    split_len = triton.cdiv(split_len or max(MIN_SPLIT, triton.cdiv(seq_len, SPLITS)), block_n) * block_n
+    splits, row_tiles = triton.cdiv(seq_len, split_len), triton.cdiv(window, block_m)
+    scores = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
+    raw = torch.empty_like(scores)
+    partial = scores.new_empty((batch, heads, splits, window))
+    row_lse = scores.new_empty((batch, heads, window))
+
+    mask, rank, rows = scores, scores, scores  # stand-ins where nothing is padded; never read
+    has_padding = padding is not None
+    if padding is not None:
+        mask = padding.contiguous().view(torch.uint8)
+        rank = padding.cumsum(dim=1, dtype=torch.int32)
+        rows = rank.new_empty((batch, window))
+        _window_rows_kernel[(triton.cdiv(seq_len, 1024), batch)](mask, rank, rows, seq_len, window, BLOCK=1024)
+
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    scale_log2 = float(scale) / math.log(2)
+    group = heads // key.shape[1]
+    shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
+    _row_stats_kernel[(heads * row_tiles, splits, batch)](
+        query, key, mask, rank, rows, partial, *strides,
+        scale_log2, seq_len, window, split_len, heads, group, **shape, **tiles,
+    )  # fmt: skip
+    _combine_kernel[(triton.cdiv(window, 64), batch * heads)](
+        partial, rank, row_lse, seq_len, window, heads, splits,
+        HAS_PADDING=has_padding, BLOCK_S=max(SPLITS, triton.next_power_of_2(splits)), BLOCK_M=64,
+    )  # fmt: skip
+    _column_mean_kernel[(triton.cdiv(seq_len, block_n), key.shape[1], batch)](
+        query, key, mask, rank, rows, row_lse, raw, *strides,
+        scale_log2, seq_len, window, heads, group, **shape, **tiles,
+    )  # fmt: skip
+    _pool_kernel[(triton.cdiv(seq_len, 1024), batch * heads)](
+        raw, mask, rank, scores, seq_len, window, heads, HAS_PADDING=has_padding, POOL=pool, BLOCK=1024
+    )
+    return scores
+
+
+def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[int, int, int]:
+    """Rows of the window and keys per tile, and warps: what fits into registers and shared memory."""
+    rows = max(16, triton.next_power_of_2(window))
+    if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
+        return min(rows, 32), 64, 8
+    rows = min(rows, 128 if block_d <= 128 else 64)
+    return rows, 128, 8 if rows >= 64 else 4
+
+
+@torch.library.custom_op("tsa::score", mutates_args=())
+def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    """Scores [B,H,L] float32 of every token; ValueError where shapes or options cannot be meant."""
+    _check(query, key, padding, window, pool)
+    return score_aten(query, key, padding, scale, window, pool)
+
+
+@score.register_kernel("cuda")
+def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    _check(query, key, padding, window, pool)
+    if query.dtype == torch.float64 or query.shape[3] > MAX_HEAD_DIM:
+        return score_aten(query, key, padding, scale, window, pool)
+    return score_triton(query, key, padding, scale, window, pool)
+
+
+@score.register_fake
+def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool: int) -> None:
+    batch, heads, seq_len, head_dim = query.shape
+    if key.shape != (batch, key.shape[1], seq_len, head_dim) or heads % key.shape[1] != 0:
+        raise ValueError(
+            f"tsa::score: key {tuple(key.shape)} does not fit query {tuple(query.shape)}; expected [B,G,L,D] of the "
+            "same B, L and D, with the query's heads a multiple of G"
+        )
+    if padding is not None and (padding.dtype != torch.bool or padding.shape != (batch, seq_len)):
+        raise ValueError(
+            f"tsa::score: padding is {padding.dtype} {tuple(padding.shape)}; expected bool {(batch, seq_len)}"
+        )
+    if window < 1 or pool < 1 or pool % 2 == 0:
+        raise ValueError(f"tsa::score: window {window} must be at least 1, pool {pool} odd and at least 1")
+
+
+def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    """The same in ATen ops alone, on any device, traceable: no shape and no branch depends on data."""
+    batch, heads, seq_len, head_dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    positions = torch.arange(seq_len, device=query.device)
+    valid = torch.ones_like(positions, dtype=torch.bool)[None] if padding is None else padding
+    valid = valid.expand(batch, seq_len)
+    rank = valid.cumsum(dim=1)
+    rows = rank[:, -1:].clamp(max=window)
+    candidates = rank[:, -1:] - rows
+    slots = torch.arange(window, device=query.device)
+    # rank rises by one at each valid token, so a sorted search finds the r-th of them.
+    row_positions = torch.searchsorted(rank, candidates + 1 + slots).clamp(max=seq_len - 1)
+
+    transposed_key = key.to(wide).transpose(-1, -2)
+    total = query.new_zeros((batch, heads, seq_len), dtype=wide)
+    for first in range(0, window, 32):  # bounds the weights in memory to 32 rows
+        chunk = row_positions[:, first : first + 32]
+        picked = query.gather(2, chunk[:, None, :, None].expand(-1, heads, -1, head_dim)).to(wide)
+        logits = (scale * picked.unflatten(1, (key.shape[1], -1)).flatten(2, 3)) @ transposed_key
+        allowed = valid[:, None, :] & (positions <= chunk[:, :, None])
+        logits = logits.unflatten(2, (-1, chunk.shape[1])).flatten(1, 2)
+        weights = logits.masked_fill(~allowed[:, None], -math.inf).softmax(dim=-1)
+        live = (slots[first : first + 32] < rows)[:, None, :, None]
+        total = total + weights.masked_fill(~live, 0.0).sum(dim=2)
+
+    raw = total / rows[:, None].clamp(min=1)
+    pooled = _pool_candidates(raw, rank, candidates, pool, packed=padding is None)
+    scores = pooled.masked_fill((rank > candidates)[:, None], math.inf)
+    return scores.masked_fill(~valid[:, None], -math.inf).to(torch.float32)
+
+
+def _pool_candidates(raw: Tensor, rank: Tensor, candidates: Tensor, pool: int, packed: bool) -> Tensor:
+    """Average pooling in candidate order: invalid tokens in between neither count nor take a place."""
+    seq_len = raw.shape[2]
+    order = torch.arange(seq_len, device=raw.device)
+    if not packed:
+        source = torch.searchsorted(rank, (order + 1).expand(rank.shape[0], -1).contiguous()).clamp(max=seq_len - 1)
+        raw = raw.gather(2, source[:, None].expand_as(raw))
+    raw = raw.masked_fill((order >= candidates)[:, None], 0.0)
+    pooled = torch.nn.functional.avg_pool1d(raw, pool, stride=1, padding=pool // 2)
+    if not packed:
+        pooled = pooled.gather(2, (rank - 1).clamp(min=0)[:, None].expand_as(pooled))
+    return pooled
