@@ -1,8 +1,14 @@
 """What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Triton reads this when a kernel is decorated, so it must be set before any test module imports the package.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: the first case of a test may trace or compile.
 settings.register_profile(

@@ -178,7 +178,7 @@ class TestJson:
             return graph_module
 
         config = TSAConfig(compiler=compiler)
-        with pytest.raises(ConfigError, match="compiler=.*only a Dynamo backend's name"):
+        with pytest.raises(ConfigError, match=r"compiler=.*only a Dynamo backend's name"):
             config.to_json()
         json.dumps(config.to_dict())  # a report still names it
         assert config.to_dict()["compiler"].endswith("compiler")

@@ -115,9 +115,9 @@ text = st.text(max_size=12)
 shapes = st.lists(st.integers(0, 1 << 40) | text, max_size=5).map(tuple)
 site_rows = st.builds(
     SiteRow,
-    index=st.integers(0), layer=text, layer_index=st.none() | st.integers(0, 99), query=shapes, key=shapes, value=shapes,
-    dtype=text, form=text, mask=text, decision=st.sampled_from(Decision), reason=st.sampled_from(Reason), kernel=text,
-    detail=text,
+    index=st.integers(0), layer=text, layer_index=st.none() | st.integers(0, 99), query=shapes, key=shapes,
+    value=shapes, dtype=text, form=text, mask=text, decision=st.sampled_from(Decision),
+    reason=st.sampled_from(Reason), kernel=text, detail=text,
 )  # fmt: skip
 any_reports = st.builds(
     RewriteReport,

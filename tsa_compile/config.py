@@ -137,7 +137,7 @@ class TSAConfig:
             raise _reject("strict", self.strict, "True or False")
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise _reject(
-                "compiler", self.compiler, 'a Dynamo backend\'s name (e.g. "inductor", "eager") or a callable'
+                "compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable'
             )
 
     @classmethod
@@ -255,9 +255,7 @@ def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{str(source)!r} is neither a JSON object nor a file that can be read: {error}"
-            ) from error
+            raise ConfigError(f"{str(source)!r} is neither a JSON object nor a readable file: {error}") from error
     elif isinstance(source, str):
         text = source
     else:
