@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.decompress import decompress, decompress_aten, decompress_triton
+from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels.decompress import _lower_bound, decompress, decompress_aten, decompress_triton
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -53,6 +54,22 @@ def test_search_over_long_rows(triton_device, poisoned_empty, count, capacity, s
     """More indices than the search asks for at once, on both sides of its powers."""
     inputs = make([count], heads=1, selections=1, capacity=capacity, seq_len=seq_len, device=triton_device)
     assert_scattered(decompress_triton(*inputs, seq_len), *inputs, seq_len)
+
+
+@triton.jit(do_not_specialize=["size"])
+def search(p_sorted, p_targets, p_found, size, FAN: tl.constexpr):
+    target = tl.load(p_targets + tl.program_id(0))
+    tl.store(p_found + tl.program_id(0), _lower_bound(p_sorted, target, size, FAN))
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 700, 1025])
+def test_search_agrees_with_searchsorted(triton_device, size):
+    torch.manual_seed(0)
+    row = torch.randperm(2 * size + 1)[:size].sort().values.to(triton_device, torch.int32)
+    targets = torch.randint(2 * size + 2, (100,), device=triton_device, dtype=torch.int32)
+    found = torch.empty_like(targets)
+    search[(100,)](row, targets, found, size, FAN=32)
+    assert torch.equal(found, torch.searchsorted(row, targets, out_int32=True))
 
 
 @pytest.mark.parametrize("where", ["front", "back", "both"])
