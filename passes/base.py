@@ -1,0 +1,99 @@
+"""What a pass is: a `torch.fx` PassBase over a shared state, which touches one attention site at a time.
+
+The state carries the configuration, the sites that were found, and what was decided about each. A pass that fails on one
+site leaves no trace of its attempt in the graph: `attempt` removes the nodes it had inserted, marks the site, and either
+warns or, with `strict=True`, raises.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import RewriteError, TSAWarning
+from tsa_compile.passes.layout import conform
+from tsa_compile.report import Decision, Reason
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.masks import MaskMeaning
+    from tsa_compile.passes.sites import AttentionSite
+
+__all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
+
+
+@dataclass
+class SitePlan:
+    """What is known and decided about one site; filled in pass by pass."""
+
+    site: AttentionSite
+    meaning: MaskMeaning | None = None
+    decision: Decision = Decision.UNCHANGED
+    reason: Reason = Reason.UNSUPPORTED_FORM
+    kernel: str = ""
+    detail: str = ""
+
+    def keep(self, reason: Reason, detail: str = "") -> None:
+        """Leaves the site as the model wrote it, and says why."""
+        self.decision, self.reason, self.detail = Decision.UNCHANGED, reason, detail
+
+
+@dataclass
+class GraphState:
+    """What the passes of one compilation share."""
+
+    config: TSAConfig
+    plans: list[SitePlan] = field(default_factory=list)
+    detached: list[Node] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def attempt(self, plan: SitePlan, graph: Graph, doing: str) -> Iterator[None]:
+        """Runs a block for one site; if it raises, the graph is as before and the site stays as the model wrote it."""
+        before = set(graph.nodes)
+        try:
+            yield
+        except Exception as error:
+            for node in reversed(list(graph.nodes)):
+                if node not in before:
+                    graph.erase_node(node)
+            cause = f"{type(error).__name__}: {error}"
+            message = f"{doing} failed at {plan.site.layer!r}: {cause}"
+            if self.config.strict:
+                raise RewriteError(
+                    f"{message}. The site was left as the model wrote it until here (strict=True)."
+                ) from error
+            warnings.warn(f"{message}. It stays as the model wrote it.", TSAWarning, stacklevel=2)
+            plan.keep(Reason.PASS_FAILED, cause)
+
+
+class Pass(PassBase):
+    """A pass over the attention sites of a graph. Subclasses implement `call(graph_module) -> PassResult`."""
+
+    def __init__(self, state: GraphState) -> None:
+        self.state = state
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def result(self, graph_module: GraphModule, modified: bool) -> PassResult:
+        """Recompiles a changed graph and wraps it as torch.fx expects."""
+        if modified:
+            graph_module.recompile()
+        return PassResult(graph_module, modified)
+
+    def replace(self, plan: SitePlan, new: Node) -> None:
+        """Lets every reader of the site's output read `new`; the old nodes are left to the clean-up."""
+        old = plan.site.node
+        new = conform(new, old)
+        value = new.meta["example_value"]
+        new.meta = {**old.meta, **{"val" if "val" in old.meta else "example_value": value}}
+        old.replace_all_uses_with(new)
+        self.state.detached.append(old)

@@ -1,0 +1,166 @@
+"""Small facts about FX nodes that every pass needs: fake values, one name per operator, aliasing, insertion.
+
+Dynamo writes `torch.le`, `operator.le` or a method call, `torch.export` writes `aten.le.Tensor`; `op_name` gives all of
+them the name "le", so that a pass detects the operation and not its spelling.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_ALIASES = {
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "bitwise_not": "not",
+    "logical_not": "not",
+    "invert": "not",
+    "bitwise_xor": "xor",
+    "logical_xor": "xor",
+    "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
+    "greater": "gt",
+    "not_equal": "ne",
+    "subtract": "sub",
+    "multiply": "mul",
+    "true_divide": "div",
+    "truediv": "div",
+    "divide": "div",
+    "floordiv": "floor_divide",
+    "negative": "neg",
+    "_unsafe_view": "view",
+    "_softmax": "softmax",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+}
+
+
+def op_name(node: Node) -> str:
+    """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target.overloadpacket.__name__
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        name = target.__name__
+    else:
+        name = getattr(target, "__name__", str(target))
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    elif target in (operator.and_, operator.or_, operator.not_):
+        name = name.rstrip("_")
+    return _ALIASES.get(name, name)
+
+
+def fake(node: Any) -> Any:
+    """The fake value that tracing recorded for a node (Dynamo: "example_value", export: "val"); constants pass through."""
+    if not isinstance(node, Node):
+        return node
+    value = node.meta.get("example_value")
+    return node.meta.get("val") if value is None else value
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An operator's argument, whether it was written by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def known(condition: Any) -> bool:
+    """Whether a (symbolic) condition holds for every size that the graph admits; never adds a guard."""
+    if isinstance(condition, torch.SymBool):
+        return bool(statically_known_true(condition))
+    return bool(condition)
+
+
+def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two fake tensors provably have one shape."""
+    return left.dim() == right.dim() and all(known(a == b) for a, b in zip(left.shape, right.shape, strict=True))
+
+
+def is_mutation(node: Node) -> bool:
+    """Whether a node writes into one of its arguments (`x.add_(y)`, `x[i] = y`, an operator with a mutable schema)."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if "out" in node.kwargs:
+        return True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(target) if node.op == "call_method" else getattr(target, "__name__", str(target))
+    if name in ("setitem", "delitem", "__setitem__", "copy_to", "set_"):
+        return True
+    if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
+        return name.startswith("i") and name not in ("index", "indexOf", "invert", "inv", "is_", "is_not", "itemgetter")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _storages(value: Any) -> Iterator[StorageWeakRef]:
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_sparse:
+            yield StorageWeakRef(leaf.untyped_storage())
+
+
+def mutated_storages(graph: Graph) -> set[StorageWeakRef]:
+    """Every storage that some node of the graph may write into: what is read from it depends on when it is read."""
+    mutated: set[StorageWeakRef] = set()
+    for node in graph.nodes:
+        if is_mutation(node):
+            for argument_node in node.all_input_nodes:
+                mutated.update(_storages(fake(argument_node)))
+    return mutated
+
+
+def is_mutated(node: Node, mutated: set[StorageWeakRef]) -> bool:
+    """Whether a node's value shares memory with something that the graph writes into."""
+    return bool(mutated) and any(storage in mutated for storage in _storages(fake(node)))
+
+
+def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+    """Adds a call at the graph's insertion point and records its fake value, so that the next pass can read it.
+
+    A string target is a method of the first argument. Must be called under `graph.inserting_before(...)`.
+    """
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    node = graph.create_node(kind, target, args, kwargs, name=name)
+    node.meta["example_value"] = _propagate(graph, target, args, kwargs)
+    return node
+
+
+def _propagate(graph: Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    real_args, real_kwargs = map_arg((args, kwargs), fake)
+    call = getattr(real_args[0], target) if isinstance(target, str) else target
+    real_args = real_args[1:] if isinstance(target, str) else real_args
+    with fake_mode(graph) or nullcontext(), torch.no_grad():
+        return call(*real_args, **real_kwargs)
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode | None:
+    """The mode that made the graph's fake values. Not the active one: Dynamo gives a backend another."""
+    for node in graph.nodes:
+        value = fake(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def size(graph: Graph, node: Node, dim: int) -> int | Node:
+    """A tensor's size along a dimension: an int where it is static, else a node of the graph."""
+    value = fake(node).shape[dim]
+    if isinstance(value, int):
+        return value
+    return insert(graph, torch.ops.aten.sym_size.int, node, dim)

@@ -1,0 +1,225 @@
+"""What a mask means, inferred from the graph that builds it.
+
+    before   arange, <=, &, x[b, kv], expand, where ...  ->  [B, 1, L, L] tensor   (nobody knows what it says)
+    after    MaskMeaning(kind=CAUSAL_PADDING, padding=attention_mask[b, kv] != 0)
+
+The mask is evaluated at the symbolic position (b, h, q, kv) (`symbolic.py`), which gives a formula of what is allowed
+(`predicate.py`). Its conjunctive normal form is then read clause by clause: `kv <= q` makes it causal, clauses without q
+and h are padding, `kv > q - W` is a sliding window. Whatever is left unread makes the mask opaque. Nothing is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+from torch.utils._sympy.value_ranges import bound_sympy
+
+from tsa_compile.passes import symbolic_indexing, symbolic_ops
+from tsa_compile.passes.graph import fake, known, mutated_storages
+from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
+from tsa_compile.passes.symbolic import Evaluator, Opaque, as_number, exact
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.sites import AttentionSite, MaskTerm
+
+_RULE_MODULES = (symbolic_ops, symbolic_indexing)  # importing them registers the rules
+_MAX_ATOMS = 8  # beyond, normal forms get expensive and no known model is near
+
+
+class MaskKind(StrEnum):
+    """The meanings that a rewrite can tell apart; only the causal ones are rewritten."""
+
+    NONE = "none"
+    CAUSAL = "causal"
+    CAUSAL_PADDING = "causal+padding"
+    PADDING = "padding"
+    SLIDING_WINDOW = "sliding window"
+    CHUNKED = "chunked"
+    PACKED = "packed"
+    OPAQUE = "opaque"
+
+
+@dataclass(frozen=True)
+class MaskMeaning:
+    """What a mask was proven to say.
+
+    Attributes:
+        predicate: which (b, h, q, kv) are allowed, a formula over `atoms`; None if opaque.
+        padding: the part of the predicate in (b, kv) alone; None if every key is valid.
+        leaves: the graph's nodes that stand in atoms as uninterpreted functions, by name.
+        mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
+        detail: for a person: the window's size, or why the mask is opaque.
+    """
+
+    kind: MaskKind
+    predicate: Boolean | None = None
+    padding: Boolean | None = None
+    atoms: dict[sympy.Symbol, Atom] = field(default_factory=dict)
+    leaves: dict[str, Node] = field(default_factory=dict)
+    mean_rows: bool = False
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})" if self.detail else str(self.kind)
+
+
+def infer_mask(site: AttentionSite) -> MaskMeaning:
+    """The meaning of everything that masks a site: `is_causal` and each mask term."""
+    query, key = fake(site.query), fake(site.key)
+    sizes = {B: query.shape[0], H: query.shape[1], Q: query.shape[2], KV: key.shape[2]}
+    atoms = Atoms({symbol: _as_expr(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
+    evaluator = Evaluator(atoms, mutated_storages(site.node.graph))
+    try:
+        allowed, hidden = sympy.true, set()
+        for term in site.masks:
+            term_allowed, values = _allowed(evaluator, term)
+            allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
+    except Opaque as reason:
+        return MaskMeaning(MaskKind.OPAQUE, detail=str(reason))
+    if site.is_causal is True:  # upper-left alignment
+        allowed = sympy.And(allowed, atoms.le(KV, Q))
+    elif site.is_causal is not False:
+        return MaskMeaning(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
+    return _classify(allowed, atoms, evaluator, hidden)
+
+
+def _as_expr(extent: Any) -> sympy.Expr:
+    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
+
+
+def _upper_bound(tensor: torch.Tensor) -> Any:
+    """A function that bounds an expression in shape symbols, from the ranges that the graph's ShapeEnv knows."""
+    symbolic = next((extent for extent in tensor.shape if isinstance(extent, torch.SymInt)), None)
+    ranges = symbolic.node.shape_env.var_to_range if symbolic is not None else {}
+
+    def upper(expr: sympy.Expr) -> sympy.Expr:
+        if any(symbol not in ranges for symbol in expr.free_symbols):
+            return sympy.oo
+        return bound_sympy(expr, ranges).upper
+
+    return upper
+
+
+def _allowed(evaluator: Evaluator, term: MaskTerm) -> tuple[Boolean, set[sympy.Expr]]:
+    """Where a mask term lets a score through, and the values that it puts in place of the others."""
+    shape = tuple(fake(term.mask).shape)
+    position = (B, H, Q, KV)[4 - len(shape) :]
+    index = tuple(sympy.Integer(0) if known(extent == 1) else i for extent, i in zip(shape, position, strict=True))
+    if term.role != "bias":
+        formula = evaluator.formula(term.mask, index)
+        value = _hidden_value(term.fill, term.dtype)
+        return (formula if term.role == "keep" else sympy.Not(formula)), {value}
+    allowed, hidden = sympy.false, set()
+    for condition, number in as_number(evaluator.element(term.mask, index)):
+        if number == 0:
+            allowed = sympy.Or(allowed, condition)
+        else:
+            hidden.add(_hidden_value(number, term.dtype))
+    return allowed, hidden
+
+
+def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
+    """A masking value: only -inf and what no score can outweigh hide for certain.
+
+    That is the lowest number of the scores' dtype, or bfloat16's (-3.4e38): adding a score to either does not move it.
+    """
+    value = exact(number) if isinstance(number, float) else number
+    if not value.is_number:
+        raise Opaque(f"adds {value}, which is not constant")
+    if value == -sympy.oo:
+        return -sympy.oo
+    if value > max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min):
+        raise Opaque(f"adds {value}, which need not hide a score")
+    return exact(torch.finfo(dtype).min)
+
+
+def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr]) -> MaskMeaning:
+    if len(allowed.free_symbols) > _MAX_ATOMS:
+        return MaskMeaning(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
+    normal = sympy.to_cnf(sympy.simplify_logic(allowed, form="cnf"))
+    reading = _Reading(atoms.table)
+    for clause in sympy.And.make_args(normal):
+        reading.read(clause)
+    kind, detail = reading.verdict()
+    padding = sympy.And(*reading.padding) if kind in (MaskKind.CAUSAL_PADDING, MaskKind.PADDING) else None
+    if kind is MaskKind.CAUSAL_PADDING and len(hidden) > 1:  # what a fully masked row computes depends on both values
+        kind, detail = MaskKind.OPAQUE, "hides scores with different values"
+    leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
+    mean_rows = bool(hidden) and -sympy.oo not in hidden
+    return MaskMeaning(kind, normal, padding, atoms.table, leaves, mean_rows, detail)
+
+
+def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:
+    return any(
+        function.func.__name__ == name
+        for symbol in formula.free_symbols
+        for function in table[symbol].expr.atoms(sympy.core.function.AppliedUndef)
+    )
+
+
+class _Reading:
+    """Reads a conjunctive normal form clause by clause and remembers what each was."""
+
+    def __init__(self, table: dict[sympy.Symbol, Atom]) -> None:
+        self.table = table
+        self.padding: list[Boolean] = []
+        self.upper: list[int] = []  # kv - q <= upper
+        self.lower: list[sympy.Expr] = []  # kv - q >= lower
+        self.kinds: list[MaskKind] = []
+        self.unread: list[str] = []
+
+    def read(self, clause: Boolean) -> None:
+        if clause == sympy.true:
+            return
+        literals = sorted(sympy.Or.make_args(clause), key=str)
+        exprs = [self.table[symbol].expr for symbol in clause.free_symbols]
+        if clause != sympy.false and not any(expr.has(Q, H) for expr in exprs):
+            self.padding.append(clause)
+        elif len(literals) != 1 or not literals[0].free_symbols:
+            self.unread.append(str(clause))
+        else:
+            self._read_literal(literals[0], exprs[0])
+
+    def _read_literal(self, literal: Boolean, expr: sympy.Expr) -> None:
+        negated = isinstance(literal, sympy.Not)
+        kind = self.table[next(iter(literal.free_symbols))].kind
+        offset = sympy.expand(expr - KV + Q)
+        if kind == "le" and not offset.has(KV, Q, H, B, sympy.core.function.AppliedUndef):
+            (self.lower if negated else self.upper).append(1 - offset if negated else -offset)
+        elif kind == "eq" and not negated and expr.has(sympy.floor) and expr.has(Q, KV):
+            self.kinds.append(MaskKind.CHUNKED)
+        elif kind == "eq" and not negated and _compares_documents(expr):
+            self.kinds.append(MaskKind.PACKED)
+        else:
+            self.unread.append(str(literal))
+
+    def verdict(self) -> tuple[MaskKind, str]:
+        """What the whole mask is. Several bounds on kv - q: only a single one at zero is causal."""
+        if self.unread:
+            return MaskKind.OPAQUE, self.unread[0]
+        causal = any(bound == 0 for bound in self.upper) and all(_at_least_zero(bound) for bound in self.upper)
+        if self.upper and not causal:
+            return MaskKind.OPAQUE, f"kv <= q + {self.upper[0]}"
+        if self.kinds:
+            return self.kinds[0], ""
+        if self.lower:
+            return MaskKind.SLIDING_WINDOW, " and ".join(f"kv >= q - {-bound}" for bound in self.lower)
+        if causal:
+            return (MaskKind.CAUSAL_PADDING if self.padding else MaskKind.CAUSAL), ""
+        return (MaskKind.PADDING if self.padding else MaskKind.NONE), ""
+
+
+def _at_least_zero(bound: sympy.Expr) -> bool:
+    return bound.is_nonnegative is True
+
+
+def _compares_documents(expr: sympy.Expr) -> bool:
+    """`document[b, q] - document[b, kv]`: one function at the query's and at the key's position."""
+    calls = expr.atoms(sympy.core.function.AppliedUndef)
+    return len(calls) == 2 and len({call.func for call in calls}) == 1

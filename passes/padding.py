@@ -1,0 +1,140 @@
+"""From a proven padding predicate back to a tensor: `attention_mask[b, kv] != 0` becomes a bool tensor [B, L].
+
+before   MaskMeaning.padding, a formula in (b, kv) over elements of the graph's tensors
+after    getitem, ne, and ... on small tensors: no query dimension, so nothing of size L x L
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+from torch.fx import Graph, Node
+
+from tsa_compile.errors import RewriteError
+from tsa_compile.passes.graph import fake, insert, size
+from tsa_compile.passes.masks import MaskMeaning
+from tsa_compile.passes.predicate import KV, B
+from tsa_compile.passes.sites import AttentionSite
+
+
+class PaddingBuilder:
+    """Emits the padding tensor of sites, once for all that share a predicate."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._padding: dict[Any, Node] = {}
+        self._spans: dict[Node, Node] = {}
+
+    def padding(self, site: AttentionSite, meaning: MaskMeaning) -> Node | None:
+        """The bool tensor [B, L] of valid tokens for a site; None if all are. Must be called in front of the site."""
+        if meaning.padding is None:
+            return None
+        key = (meaning.padding, tuple(sorted(meaning.leaves.items())), tuple(map(str, fake(site.key).shape)))
+        if key not in self._padding:
+            self._padding[key] = _Emitter(self.graph, site, meaning).emit()
+        return self._padding[key]
+
+    def spans(self, padding: Node) -> Node:
+        """The valid range of each item, computed once in a graph."""
+        if padding not in self._spans:
+            self._spans[padding] = insert(self.graph, torch.ops.tsa.spans.default, padding)
+        return self._spans[padding]
+
+
+class _Emitter:
+    def __init__(self, graph: Graph, site: AttentionSite, meaning: MaskMeaning) -> None:
+        self.graph = graph
+        self.meaning = meaning
+        self.key = site.key
+
+    def emit(self) -> Node:
+        assert self.meaning.padding is not None
+        node = self._formula(self.meaning.padding)
+        return insert(self.graph, "expand", node, self._extent(0), self._extent(2))
+
+    def _extent(self, dim: int) -> int | Node:
+        return size(self.graph, self.key, dim)
+
+    def _formula(self, formula: Boolean) -> Node:
+        if isinstance(formula, sympy.Not):
+            return insert(self.graph, torch.logical_not, self._formula(formula.args[0]))
+        if isinstance(formula, (sympy.And, sympy.Or)):
+            join = torch.logical_and if isinstance(formula, sympy.And) else torch.logical_or
+            parts = [self._formula(part) for part in sorted(formula.args, key=str)]
+            return reduce(lambda left, right: insert(self.graph, join, left, right), parts)
+        if formula.is_Symbol:
+            return self._atom(self.meaning.atoms[formula])
+        raise RewriteError(f"the padding predicate {formula} cannot be written as a tensor")
+
+    def _atom(self, atom: Any) -> Node:
+        if atom.kind == "opaque":
+            return self._truth(atom.expr)
+        comparison = operator.le if atom.kind == "le" else operator.eq
+        return insert(self.graph, comparison, self._value(atom.expr), 0)
+
+    def _truth(self, expr: sympy.Basic) -> Node:
+        if isinstance(expr, AppliedUndef):
+            return self._element(expr)
+        comparisons = {sympy.Le: operator.le, sympy.Lt: operator.lt, sympy.Eq: operator.eq}
+        for kind, call in comparisons.items():
+            if isinstance(expr, kind):
+                return insert(self.graph, call, self._value(expr.args[0]), self._value(expr.args[1]))
+        raise RewriteError(f"the padding condition {expr} cannot be written as a tensor")
+
+    def _value(self, expr: sympy.Expr) -> Any:
+        """An expression in (b, kv) as a number or as a tensor that broadcasts to [B, L]."""
+        if expr.is_number:
+            return int(expr) if expr.is_Integer else float(expr)
+        if expr in (B, KV):
+            return self._positions(expr)
+        if isinstance(expr, AppliedUndef):
+            return self._element(expr)
+        if isinstance(expr, (sympy.Add, sympy.Mul)):
+            call = operator.add if isinstance(expr, sympy.Add) else operator.mul
+            return reduce(lambda a, b: self._join(call, a, b), [self._value(part) for part in expr.args])
+        raise RewriteError(f"the padding expression {expr} cannot be written as a tensor")
+
+    def _join(self, call: Any, left: Any, right: Any) -> Any:
+        if not isinstance(left, Node) and not isinstance(right, Node):
+            return call(left, right)
+        return insert(self.graph, call, left, right)
+
+    def _positions(self, symbol: sympy.Symbol) -> Node:
+        extent = self._extent(0 if symbol == B else 2)
+        positions = insert(self.graph, torch.arange, extent, device=fake(self.key).device)
+        return insert(self.graph, "unsqueeze", positions, 1 if symbol == B else 0)
+
+    def _element(self, call: AppliedUndef) -> Node:
+        """`x(b, 0, kv)` as `x[:, 0, :]`: [B, L], or [1, L] and [B, 1] where b or kv does not occur."""
+        leaf = self.meaning.leaves[call.func.__name__]
+        axes = [B if argument == B else KV for argument in call.args if argument.has(B, KV)]
+        if axes not in ([], [B], [KV], [B, KV]):
+            raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")
+        entries = tuple(self._entry(argument, dim, leaf) for dim, argument in enumerate(call.args))
+        node = insert(self.graph, operator.getitem, leaf, entries) if entries else leaf
+        if axes == [B]:
+            return insert(self.graph, "unsqueeze", node, 1)
+        if axes == [KV]:
+            return insert(self.graph, "unsqueeze", node, 0)
+        if not axes:
+            return insert(self.graph, "reshape", node, 1, 1)
+        return node
+
+    def _entry(self, argument: sympy.Expr, dim: int, leaf: Node) -> Any:
+        if argument == B:
+            return slice(None)
+        start = sympy.expand(argument - KV)
+        if start.is_Integer:
+            extent = self._extent(2)
+            if start == 0 and isinstance(extent, int) and extent == fake(leaf).shape[dim]:
+                return slice(None)
+            return slice(int(start), self._join(operator.add, extent, int(start)) if start != 0 else extent)
+        if argument.is_Integer:
+            return int(argument)
+        raise RewriteError(f"the index {argument} of {leaf.name!r} cannot be written as a constant")

@@ -1,0 +1,202 @@
+"""Which sites become sparse, which dense ones get cheaper without any approximation, and why the others stay.
+
+    before   sites with the meaning of their masks
+    after    the same graph; each SitePlan has a decision, a reason code and a kernel
+
+The order of the questions is the order of the reason codes: is the call of a known form, needs no gradient, has no
+dropout, attends to itself; is its mask causal; is its layer selected; can the kernels take it; is it long enough.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import ConfigError, KernelError
+from tsa_compile.kernels.attend import KernelRequest, choose
+from tsa_compile.passes.base import Pass, PassResult, SitePlan
+from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.masks import MaskKind, infer_mask
+from tsa_compile.passes.sites import AttentionSite, find_sites
+from tsa_compile.report import Decision, Reason
+
+# Shortest length at which a sparse site gains, where the configuration does not say. On an H200 (D=128, 32 heads) the
+# chain breaks even with dense cuDNN between 4K and 8K; on a CPU correctness is the aim, and any length is compressed.
+BREAK_EVEN = {"cuda": 8192, "cpu": 0}
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MASK_REASONS = {
+    MaskKind.NONE: Reason.NOT_CAUSAL,
+    MaskKind.PADDING: Reason.NOT_CAUSAL,
+    MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
+    MaskKind.CHUNKED: Reason.CHUNKED,
+    MaskKind.PACKED: Reason.PACKED,
+    MaskKind.OPAQUE: Reason.MASK_OPAQUE,
+}
+
+
+class FindSites(Pass):
+    """Reads every attention call into its normal form."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        self.state.plans = [SitePlan(site) for site in find_sites(graph_module)]
+        return self.result(graph_module, modified=False)
+
+
+class InferMasks(Pass):
+    """Infers what each site's mask means; sites that share a mask share the work."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        shared: dict[Any, Any] = {}
+        for plan in self.state.plans:
+            site = plan.site
+            if site.problem is not None:
+                continue
+            with self.state.attempt(plan, graph_module.graph, "mask inference"):
+                shapes = (tuple(fake(site.query).shape), fake(site.key).shape[2])
+                key = (site.masks, str(site.is_causal), str(shapes))
+                if key not in shared:
+                    shared[key] = infer_mask(site)
+                plan.meaning = shared[key]
+        return self.result(graph_module, modified=False)
+
+
+class PlanSites(Pass):
+    """Decides about every site; changes nothing in the graph."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        sites = [plan.site for plan in self.state.plans]
+        selected = select_layers(sites, self.state.config, whole=is_whole(graph_module))
+        for plan in self.state.plans:
+            if plan.reason is Reason.PASS_FAILED:
+                continue
+            with self.state.attempt(plan, graph_module.graph, "planning"):
+                self._decide(plan, selected[plan.site])
+        return self.result(graph_module, modified=False)
+
+    def _decide(self, plan: SitePlan, selected: Reason | None) -> None:
+        obstacle = _obstacle(plan)
+        if obstacle is not None:
+            return plan.keep(*obstacle)
+        assert plan.meaning is not None
+        plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
+        reason, detail = (selected, "") if selected is not None else _sparse_obstacle(plan, self.state.config)
+        if reason is None:
+            plan.decision, reason = Decision.SPARSE, Reason.SPARSE
+        plan.reason, plan.detail = reason, detail
+        try:
+            plan.kernel = _kernel(plan, self.state.config)
+        except KernelError as error:  # a kernel that was asked for by name and does not fit this site
+            plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
+            plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
+        return None
+
+
+def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
+    """Why a site must stay exactly as the model wrote it."""
+    site = plan.site
+    if site.problem is not None:
+        return site.problem
+    query, key, value = (fake(node) for node in (site.query, site.key, site.value))
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        return Reason.NEEDS_GRAD, ""
+    if not isinstance(site.dropout, (int, float)) or site.dropout != 0:
+        return Reason.DROPOUT, f"dropout {site.dropout}"
+    if not known(query.shape[2] == key.shape[2]):
+        return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys"
+    assert plan.meaning is not None
+    reason = _MASK_REASONS.get(plan.meaning.kind)
+    return None if reason is None else (reason, plan.meaning.detail)
+
+
+def _sparse_obstacle(plan: SitePlan, config: TSAConfig) -> tuple[Reason | None, str]:
+    """Why a site whose layer is selected stays dense all the same."""
+    query, value = fake(plan.site.query), fake(plan.site.value)
+    if query.device.type not in BREAK_EVEN:
+        return Reason.DEVICE, f"on {query.device.type}"
+    if query.dtype not in _DTYPES:
+        return Reason.DTYPE, str(query.dtype)
+    widths = (query.shape[3], value.shape[3])
+    if not all(isinstance(width, int) and width <= MAX_HEAD_DIM for width in widths):
+        return Reason.HEAD_DIM, f"head sizes {widths[0]} and {widths[1]}"
+    if not isinstance(query.shape[1], int):
+        return Reason.UNSUPPORTED_FORM, "the number of heads is not static"
+    return _length_obstacle(query.shape[2], minimum_length(config, query.device.type))
+
+
+def minimum_length(config: TSAConfig, device_type: str) -> int:
+    """The shortest length that is compressed: what the user says, else where something can be dropped and that pays."""
+    if config.min_length is not None:
+        return config.min_length
+    return max(config.min_tokens + config.window + 1, BREAK_EVEN[device_type])
+
+
+def _length_obstacle(length: int | torch.SymInt, minimum: int) -> tuple[Reason | None, str]:
+    """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense."""
+    if isinstance(length, torch.SymInt):
+        node = length.node
+        if node.hint is None:
+            return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
+    if length < minimum:  # on a SymInt this adds the guard
+        return Reason.TOO_SHORT, f"length {length} < {minimum}"
+    return None, ""
+
+
+def _kernel(plan: SitePlan, config: TSAConfig) -> str:
+    """The kernel that will run at a site: the configured one where it is sparse, else the fastest that fits."""
+    query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
+    if query.device.type not in BREAK_EVEN or not isinstance(query.shape[1], int):
+        return "sdpa"
+    return choose(KernelRequest.of(query, key, value), config.kernel if plan.decision is Decision.SPARSE else "auto").name
+
+
+def select_layers(
+    sites: list[AttentionSite], config: TSAConfig, *, whole: bool = True
+) -> dict[AttentionSite, Reason | None]:
+    """For each site: None if its layer may be sparse, else the reason code why not.
+
+    A layer is the number in its module's name; a call outside numbered modules counts by its place in the graph.
+
+    Args:
+        whole: False if the graph ends at a graph break, so that layers above it may exist.
+
+    Raises:
+        ConfigError: a configured layer or pattern that no attention call of a whole model has.
+    """
+    numbers = {site: position if site.layer_index is None else site.layer_index for position, site in enumerate(sites)}
+    if config.layers is None:
+        return _upper_half(sites, numbers, whole)
+    unused = [layer for layer in config.layers if not any(_matches(layer, site, numbers[site]) for site in sites)]
+    if unused and sites and whole and 0 in numbers.values():
+        present = ", ".join(f"{numbers[site]} ({site.layer})" for site in sites)
+        raise ConfigError(f"layers={unused!r} not found: the graph's attention calls are {present}")
+    wanted = {site: any(_matches(layer, site, numbers[site]) for layer in config.layers) for site in sites}
+    return {site: None if wanted[site] else Reason.LAYER_NOT_SELECTED for site in sites}
+
+
+def _matches(layer: int | str, site: AttentionSite, number: int) -> bool:
+    return layer == number if isinstance(layer, int) else fnmatchcase(site.layer, layer)
+
+
+def _upper_half(
+    sites: list[AttentionSite], numbers: dict[AttentionSite, int], whole: bool
+) -> dict[AttentionSite, Reason | None]:
+    """The upper half of each stack of layers, the middle one of an odd number included."""
+    chosen: dict[AttentionSite, Reason | None] = {}
+    for site in sites:
+        layers = 1 + max(numbers[other] for other in sites if other.container == site.container)
+        if not whole:
+            chosen[site] = Reason.LAYER_COUNT_UNKNOWN
+        else:
+            chosen[site] = None if numbers[site] >= layers // 2 else Reason.LAYER_NOT_SELECTED
+    return chosen
+
+
+def is_whole(graph_module: GraphModule) -> bool:
+    """Whether a graph runs to the end of its function: Dynamo records why it stopped tracing."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return not getattr(reason, "graph_break", False)

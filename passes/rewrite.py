@@ -1,0 +1,117 @@
+"""Planned sites, rewritten to token sparse attention (arXiv 2602.03216, section 3).
+
+    before   o = <attention>(q [B,H,L,D], k [B,G,L,D], v [B,G,L,Dv])                      [B, H, L, Dv]
+    after    scores  = tsa.score(q, k, padding, scale, window, pool)                      [B, H, L] float32
+             count   = tsa.budget(scores, coverage, min_tokens)                           [B] int32, on the device
+             indices = tsa.select(scores, count, C)                                       [B, H, C] int32, ascending
+             q^, k^, v^ = tsa.compress(q, k, v, indices, count)                           [B, H, C, D]
+             o^      = tsa.attend(q^, k^, v^, count, scale, kernel)                       [B, H, C, Dv]
+             o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]
+
+C is L, the configured capacity, or, for KeepRatio, an expression in L: no shape depends on data. KeepRatio without
+padding needs no count at all. With granularity "group", scores are averaged over a group's heads first: [B, G, L].
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tsa_compile.config import KeepRatio, TSAConfig
+from tsa_compile.passes.base import Pass, PassResult, SitePlan
+from tsa_compile.passes.canonicalize import scale_of
+from tsa_compile.passes.graph import fake, insert, size
+from tsa_compile.passes.padding import PaddingBuilder
+from tsa_compile.passes.sites import AttentionSite
+from tsa_compile.report import Decision
+
+
+class RewriteSparse(Pass):
+    """Replaces every site that was planned sparse by the five steps."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph, modified = graph_module.graph, False
+        builder = PaddingBuilder(graph)
+        for plan in self.state.plans:
+            if plan.decision is not Decision.SPARSE:
+                continue
+            with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.site.node):
+                assert plan.meaning is not None
+                padding = builder.padding(plan.site, plan.meaning)
+                self.replace(plan, _five_steps(graph, plan, self.state.config, padding))
+                modified = True
+        return self.result(graph_module, modified)
+
+
+def _five_steps(graph: Graph, plan: SitePlan, config: TSAConfig, padding: Node | None) -> Node:
+    site, tsa = plan.site, torch.ops.tsa
+    scale, length = scale_of(site), size(graph, site.query, 2)
+    scores = insert(graph, tsa.score.default, site.query, site.key, padding, scale, config.window, config.pool)
+    if config.granularity == "group":
+        scores = _group_mean(graph, site, scores)
+    capacity = _capacity(graph, config, length)
+    count = _count(graph, config, scores, padding, capacity)
+    indices = insert(graph, tsa.select.default, scores, count, capacity)
+    rows = insert(graph, tsa.compress.default, site.query, site.key, site.value, indices, count)
+    query, key, value = (insert(graph, operator.getitem, rows, i) for i in range(3))
+    compressed = insert(graph, tsa.attend.default, query, key, value, count, scale, plan.kernel)
+    return insert(graph, tsa.decompress.default, compressed, indices, count, length)
+
+
+def _group_mean(graph: Graph, site: AttentionSite, scores: Node) -> Node:
+    """[B, H, L] -> [B, G, L]; +inf (the window) and -inf (padding) are the same for all heads and stay."""
+    groups = fake(site.key).shape[1]
+    grouped = insert(graph, "unflatten", scores, 1, (groups, -1))
+    return insert(graph, "mean", grouped, 2)
+
+
+def _capacity(graph: Graph, config: TSAConfig, length: int | Node) -> int | Node:
+    """The static or symbolic size of the compressed rows."""
+    arithmetic = _ShapeArithmetic(graph)
+    capacity: Any = length
+    if isinstance(config.budget, KeepRatio):
+        share = config.budget.fraction
+        window = arithmetic.minimum(config.window, length)
+        candidates = arithmetic.call(operator.sub, length, window)
+        scaled = arithmetic.call(operator.mul, candidates, share.numerator)
+        kept = arithmetic.call(
+            operator.floordiv, arithmetic.call(operator.add, scaled, share.denominator - 1), share.denominator
+        )
+        kept = arithmetic.minimum(candidates, arithmetic.maximum(kept, config.min_tokens))
+        capacity = arithmetic.call(operator.add, kept, window)
+    return capacity if config.capacity is None else arithmetic.minimum(capacity, config.capacity)
+
+
+def _count(graph: Graph, config: TSAConfig, scores: Node, padding: Node | None, capacity: int | Node) -> Node | None:
+    """How many slots are real, per batch item; None if all are, which KeepRatio without padding knows beforehand."""
+    if isinstance(config.budget, KeepRatio):
+        if padding is None:
+            return None
+        budget = (None, config.budget.ratio)
+    else:
+        budget = (config.budget.tau, None)
+    count = insert(graph, torch.ops.tsa.budget.default, scores, *budget, config.min_tokens)
+    if config.capacity is not None:
+        count = insert(graph, torch.clamp, count, max=capacity)
+    return count
+
+
+class _ShapeArithmetic:
+    """Integer arithmetic that stays Python where all operands are, and becomes nodes where one is symbolic."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def call(self, function: Any, *operands: int | Node) -> Any:
+        if any(isinstance(operand, Node) for operand in operands):
+            return insert(self.graph, function, *operands)
+        return function(*operands)
+
+    def minimum(self, left: int | Node, right: int | Node) -> Any:
+        return self.call(torch.sym_min, left, right)
+
+    def maximum(self, left: int | Node, right: int | Node) -> Any:
+        return self.call(torch.sym_max, left, right)

@@ -1,0 +1,34 @@
+"""What must hold for a graph when the passes are through with it; a violation is a bug in a pass and raises.
+
+The shape, dtype, device and strides of each replacement are held against the original where it is made (`layout.py`).
+Here: the graph is well formed, nothing reads a replaced call, and no new node reads a mask that was proven away.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from tsa_compile.errors import RewriteError
+from tsa_compile.passes.base import Pass, PassResult
+from tsa_compile.passes.masks import MaskKind
+from tsa_compile.report import Decision
+
+
+class Verify(Pass):
+    """Checks the graph; changes nothing."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph_module.graph.lint()
+        nodes = set(graph_module.graph.nodes)
+        changed = [plan for plan in self.state.plans if plan.decision is not Decision.UNCHANGED]
+        for plan in changed:
+            if plan.meaning is None or plan.meaning.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+                raise RewriteError(f"{plan.site.layer!r} was rewritten, but its mask is {plan.meaning}")
+            kept = plan.site.form == "sdpa" and not plan.site.masks and plan.decision is Decision.CAUSAL
+            if not kept and plan.site.node in nodes:
+                raise RewriteError(f"{plan.site.layer!r} was rewritten, but {plan.site.node.name!r} is still in the graph")
+        readers = {reader for plan in changed for term in plan.site.masks for reader in term.mask.users if reader in nodes}
+        for reader in readers:
+            if "tsa" in str(reader.target):
+                raise RewriteError(f"{reader.name!r} reads a mask that was proven away")
+        return self.result(graph_module, modified=False)

@@ -1,0 +1,105 @@
+"""`tsa_backend`, the torch.compile backend: passes over Dynamo's graph, then any other compiler.
+
+torch.compile(model, backend="tsa")                                     entry point, defaults
+torch.compile(model, backend=tsa_backend, options={"layers": [3, 4]})   fields of TSAConfig
+torch.compile(model, backend=tsa_backend, options={"config": TSAConfig(...)})
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import ConfigError, TSAError, TSAWarning
+from tsa_compile.pipeline import run_passes
+from tsa_compile.report import Decision, record
+
+Compiled = Callable[..., Any]
+
+# cuDNN is the fastest dense kernel on Hopper, and which one a plain SDPA call picks differs between versions.
+_DENSE_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def tsa_backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Rewrites the attention of a graph and hands it to `config.compiler`.
+
+    Args:
+        graph_module, example_inputs: as Dynamo passes them to a backend.
+        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's.
+        mode: torch.compile's mode ("reduce-overhead", ...), for Inductor.
+
+    Returns:
+        The compiled graph. What was done is appended to `reports()`.
+
+    Raises:
+        ConfigError: an option that does not exist or has a value that is not allowed.
+        RewriteError: with strict=True, where a rewrite failed or an attention call was not understood.
+    """
+    config = TSAConfig.from_options(options)
+    compiler = resolve_compiler(config, mode)
+    original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    report = run_passes(graph_module, config)
+    try:
+        with _dense_kernels():
+            compiled = compiler(graph_module, list(example_inputs))
+    except (TorchDynamoException, TSAError):
+        raise  # Dynamo's own control flow (a restart of the analysis among it), or an error that is already clear
+    except Exception as error:
+        if config.strict or all(row.decision is Decision.UNCHANGED for row in report.rows):
+            raise
+        text = f"the rewritten graph could not be compiled ({type(error).__name__}: {error}); compiling the model's own"
+        warnings.warn(text, TSAWarning, stacklevel=2)
+        return compiler(original, list(example_inputs))
+    record(report)
+    return compiled
+
+
+def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:
+    """What compiles the rewritten graph: a callable, or the Dynamo backend of that name.
+
+    Raises:
+        ConfigError: no Dynamo backend has that name, or a mode is given to one that takes none.
+    """
+    compiler = config.compiler
+    if isinstance(compiler, str):
+        if compiler == "tsa":
+            raise ConfigError("compiler='tsa' is not allowed: it would compile with itself; name another backend")
+        try:
+            compiler = lookup_backend(compiler)
+        except Exception as error:
+            known = ", ".join(torch._dynamo.list_backends(exclude_tags=()))
+            raise ConfigError(f"compiler={config.compiler!r} is not allowed: Dynamo's backends are {known}") from error
+    if mode is None or mode == "default":
+        return compiler
+    if config.compiler != "inductor":
+        raise ConfigError(f"mode={mode!r} is not allowed with compiler={config.compiler!r}: only Inductor has modes")
+    inductor = compiler
+    return lambda graph_module, inputs: inductor(graph_module, inputs, mode=mode)  # type: ignore[call-arg]
+
+
+def _dense_kernels() -> AbstractContextManager[Any]:
+    """Which kernel a dense SDPA call becomes is decided while it is traced, so the order is set around tracing."""
+    if not torch.cuda.is_available():
+        return nullcontext()
+    return sdpa_kernel(_DENSE_PRIORITY, set_priority=True)

@@ -1,0 +1,58 @@
+"""`explain(model, *inputs)`: what the compiler would do with a model, and why, without compiling it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import TSAWarning
+from tsa_compile.pipeline import run_passes
+from tsa_compile.report import RewriteReport
+
+
+def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: Any) -> RewriteReport:
+    """One row for each attention call of a model, for these inputs.
+
+    The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form:
+    dense, and without L x L masks where they are proven causal. Nothing is compiled and nothing is recorded.
+
+    Args:
+        model: a module or function.
+        args, kwargs: its inputs.
+        config: what would be passed to the backend; the defaults if None.
+
+    Returns:
+        A report over all graphs that the call consists of. `print` shows it as a table, `to_json()` as data.
+    """
+    config = TSAConfig() if config is None else config
+    seen: list[RewriteReport] = []
+
+    def look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        trial = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        trial.compile_subgraph_reason = getattr(graph_module, "compile_subgraph_reason", None)
+        seen.append(run_passes(trial, config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TSAWarning)  # said already, for the configuration that was asked about
+            run_passes(graph_module, TSAConfig(layers=()))
+        return graph_module.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=look)(*args, **kwargs)
+    return _merge(seen, config)
+
+
+def _merge(reports: list[RewriteReport], config: TSAConfig) -> RewriteReport:
+    """One report over several graphs, its rows numbered through."""
+    rows = [row for report in reports for row in report.rows]
+    numbered = tuple(dataclasses.replace(row, index=index) for index, row in enumerate(rows))
+    notes = [note for report in reports for note in report.notes]
+    if len(reports) > 1:
+        notes.insert(0, f"the call consists of {len(reports)} graphs")
+    return RewriteReport(rows=numbered, config=config.to_dict(), notes=tuple(notes))

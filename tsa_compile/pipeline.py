@@ -1,0 +1,128 @@
+"""The passes, in order. This is the one place that knows it.
+
+    FindSites           every attention call, in normal form                    passes/sites.py, eager.py
+    InferMasks          what each mask means                                    passes/masks.py
+    PlanSites           sparse, dense without a mask, or untouched, and why     passes/plan.py
+    RewriteSparse       score, budget, select, compress, attend, decompress     passes/rewrite.py
+    CanonicalizeDense   is_causal, or causal and padding; no repeated heads     passes/canonicalize.py
+    RemoveDeadMasks     what only the replaced calls read                       passes/cleanup.py
+    Verify              what must hold afterwards                               passes/verify.py
+
+A pass that raises leaves the graph as the model wrote it, with a warning; with `strict=True` it raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch.fx import Graph, GraphModule
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
+from tsa_compile.kernels import attend, compress, decompress, padded, score, select
+from tsa_compile.passes.base import GraphState, Pass, SitePlan
+from tsa_compile.passes.canonicalize import CanonicalizeDense
+from tsa_compile.passes.cleanup import RemoveDeadMasks
+from tsa_compile.passes.graph import fake
+from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites
+from tsa_compile.passes.rewrite import RewriteSparse
+from tsa_compile.passes.verify import Verify
+from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
+
+# Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
+OPS = (score, budget, select, compress, attend, decompress, padded)
+
+PASSES: tuple[type[Pass], ...] = (
+    FindSites,
+    InferMasks,
+    PlanSites,
+    RewriteSparse,
+    CanonicalizeDense,
+    RemoveDeadMasks,
+    Verify,
+)
+
+
+def run_passes(graph_module: GraphModule, config: TSAConfig) -> RewriteReport:
+    """Rewrites a graph in place and reports on every attention call in it.
+
+    Args:
+        graph_module: traced by Dynamo or torch.export, with fake values in its nodes' metadata.
+
+    Raises:
+        ConfigError, KernelError: the configuration names a layer or a kernel that does not exist.
+        RewriteError: a pass failed and `config.strict` is set.
+    """
+    if config.kernel != attend.AUTO:
+        attend.get(config.kernel)
+    state = GraphState(config)
+    original = copy.deepcopy(graph_module.graph)
+    for kind in PASSES:
+        try:
+            kind(state)(graph_module)
+        except ConfigError:
+            raise
+        except Exception as error:
+            message = f"{kind.__name__} failed: {type(error).__name__}: {error}"
+            if config.strict:
+                raise RewriteError(f"{message} (strict=True)") from error
+            warnings.warn(f"{message}. The graph is compiled as the model wrote it.", TSAWarning, stacklevel=2)
+            _restore(graph_module, original, state, message)
+            break
+    report = make_report(state)
+    _announce_misses(report, config)
+    return report
+
+
+def _restore(graph_module: GraphModule, original: Graph, state: GraphState, message: str) -> None:
+    """Puts the graph back as the model wrote it, and says so for every call that was found until then."""
+    graph_module.graph = original
+    state.notes.append(message)
+    for plan in state.plans:
+        plan.keep(Reason.PASS_FAILED, message)
+
+
+def make_report(state: GraphState) -> RewriteReport:
+    """One row for each attention call."""
+    return RewriteReport(
+        rows=tuple(_row(index, plan) for index, plan in enumerate(state.plans)),
+        config=state.config.to_dict(),
+        notes=tuple(state.notes),
+    )
+
+
+def _row(index: int, plan: SitePlan) -> SiteRow:
+    site = plan.site
+    shapes = [_shape(fake(node)) for node in (site.query, site.key, site.value)]
+    dtype = str(getattr(fake(site.query), "dtype", "")).removeprefix("torch.")
+    mask = "causal" if plan.meaning is None and site.is_causal is True else str(plan.meaning or "not read")
+    return SiteRow(
+        index=index, layer=site.layer, layer_index=site.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
+        dtype=dtype, form=site.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
+        detail=plan.detail,
+    )  # fmt: skip
+
+
+def _shape(value: object) -> tuple[int | str, ...]:
+    return tuple(extent if isinstance(extent, int) else str(extent) for extent in getattr(value, "shape", ()))
+
+
+_ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION)
+
+
+def _announce_misses(report: RewriteReport, config: TSAConfig) -> None:
+    """No rewrite is silent: sparse layers were asked for, the graph has attention, and none became sparse."""
+    rows = report.rows
+    if not rows or config.layers == () or any(row.decision is Decision.SPARSE for row in rows):
+        return
+    unexpected = [row for row in rows if row.reason not in _ORDINARY]
+    if not unexpected:
+        return
+    reasons = dict.fromkeys(row.reason for row in unexpected)
+    said = "; ".join(f"{reason}: {reason.explanation}" for reason in reasons)
+    text = f"no attention call of this graph became sparse ({len(rows)} calls). {said}"
+    miss = any(row.reason in (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED) for row in unexpected)
+    if config.strict and miss:
+        raise RewriteError(f"{text} (strict=True)")
+    warnings.warn(text, TSAWarning, stacklevel=2)

@@ -1,0 +1,175 @@
+"""Oracles and graph assertions, for this project's tests and for anyone who writes a pass.
+
+graph = capture(model, ids, attention_mask=mask)      what torch.compile hands to a backend
+site, = find_sites(graph)
+values = run_nodes(graph, inputs)                     every node's real value
+allowed = evaluate_mask(infer_mask(site), values)     the inferred predicate, dense: compare it with the real mask
+print(graph_text(graph))                              one line a node, for golden tests
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from tsa_compile.passes.graph import fake, op_name
+from tsa_compile.passes.masks import MaskMeaning
+from tsa_compile.passes.predicate import KV, B, H, Q
+
+
+class Captured:
+    """The graphs that Dynamo makes of a call, with the inputs of each."""
+
+    def __init__(self) -> None:
+        self.graphs: list[GraphModule] = []
+        self.inputs: list[tuple[Any, ...]] = []
+
+    def backend(self, graph_module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(graph_module)
+
+        def run(*inputs: Any) -> Any:
+            self.inputs.append(inputs)
+            return graph_module.forward(*inputs)
+
+        return run
+
+
+def capture_all(function: Any, *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any) -> Captured:
+    """Every graph that torch.compile makes of a call, and the inputs that each was run with."""
+    captured = Captured()
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        torch.compile(function, backend=captured.backend, dynamic=dynamic)(*args, **kwargs)
+    return captured
+
+
+def capture(function: Any, *args: Any, **options: Any) -> GraphModule:
+    """The only graph that torch.compile makes of a call.
+
+    Raises:
+        AssertionError: it makes none or several.
+    """
+    graphs = capture_all(function, *args, **options).graphs
+    assert len(graphs) == 1, f"the call consists of {len(graphs)} graphs, not one"
+    return graphs[0]
+
+
+def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Runs a graph node by node; the value of each by the node's name."""
+    values: dict[str, Any] = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            values[n.name] = result = super().run_node(n)
+            return result
+
+    with torch.no_grad():
+        Recorder(graph_module, garbage_collect_values=False).run(*inputs)
+    return values
+
+
+def evaluate_mask(
+    meaning: MaskMeaning,
+    sizes: tuple[int, int, int, int],
+    values: Mapping[str, Any],
+    symbols: Mapping[str, int] | None = None,
+) -> Tensor:
+    """An inferred predicate as a bool tensor of `sizes` [B, H, Lq, Lk].
+
+    Args:
+        values: the real value of each node that stands in the predicate, by name (`run_nodes`).
+        symbols: the value of each shape symbol, by name.
+    """
+    assert meaning.predicate is not None, "an opaque mask has no predicate"
+    grids = torch.meshgrid(*(torch.arange(extent) for extent in sizes), indexing="ij")
+    environment: dict[Any, Any] = dict(zip((B, H, Q, KV), grids, strict=True))
+    environment.update({symbol: torch.tensor(value) for symbol, value in (symbols or {}).items()})
+    return _truth(meaning.predicate, meaning, environment, values).expand(sizes)
+
+
+def _truth(formula: Any, meaning: MaskMeaning, environment: dict[Any, Any], values: Mapping[str, Any]) -> Tensor:
+    if formula in (sympy.true, sympy.false):
+        return torch.tensor(bool(formula))
+    if isinstance(formula, sympy.Not):
+        return ~_truth(formula.args[0], meaning, environment, values)
+    if isinstance(formula, (sympy.And, sympy.Or)):
+        parts = torch.broadcast_tensors(*(_truth(part, meaning, environment, values) for part in formula.args))
+        return torch.stack(parts).all(0) if isinstance(formula, sympy.And) else torch.stack(parts).any(0)
+    atom = meaning.atoms[formula]
+    if atom.kind == "opaque":
+        relations = {sympy.Le: torch.le, sympy.Lt: torch.lt, sympy.Eq: torch.eq}
+        for kind, call in relations.items():
+            if isinstance(atom.expr, kind):
+                return call(*(_number(side, environment, values) for side in atom.expr.args))
+        return _number(atom.expr, environment, values).bool()
+    number = _number(atom.expr, environment, values)
+    return number <= 0 if atom.kind == "le" else number == 0
+
+
+def _number(expr: Any, environment: dict[Any, Any], values: Mapping[str, Any]) -> Tensor:
+    if expr.is_number:
+        return torch.tensor(int(expr) if expr.is_Integer else float(expr))
+    if expr.is_Symbol:
+        return environment[expr] if expr in environment else environment[expr.name]
+    if isinstance(expr, AppliedUndef):
+        index = torch.broadcast_tensors(*(_number(argument, environment, values) for argument in expr.args))
+        return values[expr.func.__name__][tuple(index)]
+    operands = [_number(argument, environment, values) for argument in expr.args]
+    if isinstance(expr, sympy.floor):
+        return torch.floor(operands[0])
+    operation = {sympy.Add: torch.add, sympy.Mul: torch.mul}[expr.func]
+    result = operands[0]
+    for operand in operands[1:]:
+        result = operation(result, operand)
+    return result
+
+
+def count_ops(graph_module: GraphModule, *names: str) -> dict[str, int]:
+    """How often operators occur in a graph, by their one name (`graph.op_name`): {"sdpa...": 2, "score": 0}."""
+    found = [op_name(node) for node in graph_module.graph.nodes if node.op in ("call_function", "call_method")]
+    return {name: found.count(name) for name in names}
+
+
+def widest_elements(graph_module: GraphModule) -> int:
+    """The number of elements of the largest tensor that a call of the graph makes (static shapes)."""
+    made = [fake(node) for node in graph_module.graph.nodes if node.op in ("call_function", "call_method")]
+    return max((int(value.numel()) for value in made if isinstance(value, Tensor)), default=0)
+
+
+def graph_text(graph_module: GraphModule) -> str:
+    """One line a node: `name: dtype[shape] = operator(arguments)`; placeholders and outputs included."""
+    return "\n".join(_line(node) for node in graph_module.graph.nodes)
+
+
+def _line(node: Node) -> str:
+    if node.op == "output":
+        return f"return {_argument(node.args[0])}"
+    value = fake(node)
+    kind = (
+        f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
+    if node.op == "placeholder":
+        return f"{node.name}: {kind}"
+    arguments = [_argument(argument) for argument in node.args]
+    arguments += [f"{name}={_argument(argument)}" for name, argument in node.kwargs.items()]
+    return f"{node.name}: {kind} = {op_name(node)}({', '.join(arguments)})"
+
+
+def _argument(argument: Any) -> str:
+    if isinstance(argument, Node):
+        return argument.name
+    if isinstance(argument, (tuple, list)):
+        return "(" + ", ".join(map(_argument, argument)) + ")"
+    if isinstance(argument, slice):
+        return ":".join("" if part is None else _argument(part) for part in (argument.start, argument.stop))
+    if isinstance(argument, float):
+        return f"{argument:.6g}"
+    return str(argument)
