@@ -183,9 +183,7 @@ class TestJson:
         json.dumps(config.to_dict())  # a report still names it
         assert config.to_dict()["compiler"].endswith("compiler")
 
-    @pytest.mark.parametrize(
-        "source", ["{", "[1]", "no/such/file.json", "", 3, '{"windw": 3}', '{"window": 0}', "{} {}"]
-    )
+    @pytest.mark.parametrize("source", ["{", "[1]", "no/such/file.json", "", 3, '{"windw": 3}', '{"window": 0}', "{} {}"])
     def test_what_is_no_config(self, source):
         with pytest.raises(ConfigError):
             TSAConfig.from_json(source)

@@ -136,9 +136,7 @@ class TSAConfig:
         if not isinstance(self.strict, bool):
             raise _reject("strict", self.strict, "True or False")
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
-            raise _reject(
-                "compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable'
-            )
+            raise _reject("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> TSAConfig:

@@ -198,8 +198,12 @@ class RewriteReport:
         """One line: how many calls met which decision."""
         if not self.rows:
             return "no attention calls found"
-        parts = ((self.sparse, "sparse"), (self.causal, "dense with the mask removed"))
-        parts += ((self.padded, "dense with padding and no L x L mask"), (self.unchanged, "unchanged"))
+        parts = [
+            (self.sparse, "sparse"),
+            (self.causal, "dense with the mask removed"),
+            (self.padded, "dense with padding and no L x L mask"),
+            (self.unchanged, "unchanged"),
+        ]
         said = [f"{count} {what}" for count, what in parts if count]
         calls = "attention call" if len(self) == 1 else "attention calls"
         first_count, _, first_what = said[0].partition(" ")
