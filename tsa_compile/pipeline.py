@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, compress, decompress, padded, score, select
+from tsa_compile.kernels import attend, budget, compress, decompress, padded, score, select
 from tsa_compile.passes.base import GraphState, Pass, SitePlan
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks

@@ -1,0 +1,195 @@
+"""Time to first token of a Llama-3.1-8B-shaped model: eager, torch.compile, and torch.compile(backend="tsa").
+
+The model has random weights, so the figures are about time and memory, not about quality. `attention_mask` (ones) is
+passed, as every tokenizer does. Writes a table, a JSON file and, with matplotlib, a figure.
+
+    python benchmarks/prefill.py --lengths 8192 32768 131072 --out benchmarks/results
+    python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact        a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsa_compile import KeepRatio, TSAConfig, reports
+
+DESCRIPTIONS = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "exact": 'backend="tsa", exact',
+    "sparse": 'backend="tsa", upper half sparse',
+}
+
+
+def build_model(layers: int) -> Any:
+    """Llama-3.1-8B's shape with random bfloat16 weights, made on the GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5}, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def compiled(model: Any, mode: str, keep: float) -> Callable[..., Any]:
+    """The model in one of the modes of DESCRIPTIONS."""
+    torch._dynamo.reset()
+    if mode == "eager":
+        return model
+    if mode == "compile":
+        return torch.compile(model)
+    config = TSAConfig(layers=[]) if mode == "exact" else TSAConfig(budget=KeepRatio(keep))
+    return torch.compile(model, backend="tsa", options={"config": config})
+
+
+def inputs(length: int) -> dict[str, Any]:
+    """Fresh random tokens and a mask of ones; the length is marked dynamic, so that one compilation serves all."""
+    ids = torch.randint(1, 128256, (1, length), device="cuda")
+    mask = torch.ones_like(ids)
+    for tensor in (ids, mask):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1, "use_cache": True}
+
+
+def measure(call: Callable[..., Any], length: int, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of one prefill, and the peak memory above what was allocated before it, in GiB."""
+    started = time.perf_counter()
+    call(**inputs(length))
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    times, peak = [], 0
+    for _ in range(repeats):
+        batch = inputs(length)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        started = time.perf_counter()
+        call(**batch)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+        peak = max(peak, torch.cuda.max_memory_allocated() - before)
+    spread = [round(min(times), 1), round(max(times), 1)]
+    return {
+        "ms": round(statistics.median(times), 1),
+        "range_ms": spread,
+        "peak_gib": round(peak / 2**30, 2),
+        "first_call_s": round(first, 1),
+    }
+
+
+def measure_mode(model: Any, mode: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All lengths of one mode; running out of memory is a result."""
+    rows = []
+    with torch.no_grad():
+        call = compiled(model, mode, arguments.keep)
+        for length in arguments.lengths:
+            row: dict[str, Any] = {"mode": mode, "length": length}
+            try:
+                row |= measure(call, length, arguments.repeats)
+            except torch.OutOfMemoryError as error:
+                row["error"] = "out of memory: " + str(error).split(".")[0]
+            torch.cuda.empty_cache()
+            if mode in ("exact", "sparse"):
+                row["report"] = reports()[-1].summary
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def check(model: Any, length: int = 4096) -> float:
+    """Relative error of the exact mode's last logits against eager ones, on a left-padded batch of two."""
+    ids = torch.randint(1, 128256, (2, length), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, : length // 4] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits.float()
+        call = compiled(model, "exact", 1.0)
+        found = call(ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits.float()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a mode, a column a length; milliseconds, and the time relative to eager."""
+    lengths = sorted({row["length"] for row in rows})
+    by_key = {(row["mode"], row["length"]): row for row in rows}
+    lines = ["| | " + " | ".join(f"{length // 1024}K" for length in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        cells = [_cell(by_key.get((mode, length)), by_key.get(("eager", length))) for length in lengths]
+        lines.append(f"| {DESCRIPTIONS[mode]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None, eager: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "ms" not in row:
+        return "out of memory"
+    relative = f" ({eager['ms'] / row['ms']:.2f}x)" if eager and "ms" in eager else ""
+    return f"{row['ms']:,.0f} ms{relative}, {row['peak_gib']:.1f} GiB"
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed relative to eager, by length."""
+    from matplotlib import pyplot
+
+    eager = {row["length"]: row["ms"] for row in rows if row["mode"] == "eager" and "ms" in row}
+    _, axes = pyplot.subplots(figsize=(6, 3.5))
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        points = [(row["length"], eager[row["length"]] / row["ms"]) for row in rows if row["mode"] == mode and "ms" in row]
+        axes.plot(*zip(*points, strict=True), marker="o", label=DESCRIPTIONS[mode])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(eager), [f"{length // 1024}K" for length in sorted(eager)])
+    axes.set_xlabel("prompt length")
+    axes.set_ylabel("prefill speed, eager = 1")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    pyplot.tight_layout()
+    pyplot.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--modes", nargs="+", choices=list(DESCRIPTIONS), default=list(DESCRIPTIONS))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--keep", type=float, default=0.675, help="share of the tokens that sparse layers keep")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for prefill.json, prefill.md and prefill.png")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device; examples/quickstart.py also runs on a CPU")
+
+    model = build_model(arguments.layers)
+    rows = [row for mode in arguments.modes for row in measure_mode(model, mode, arguments)]
+    error = check(model)
+    conditions = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": arguments.layers,
+        "keep": arguments.keep, "repeats": arguments.repeats, "exact_relative_error": error,
+    }  # fmt: skip
+    text = table(rows)
+    print(f"\n{json.dumps(conditions)}\n\n{text}")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "prefill.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+        (arguments.out / "prefill.md").write_text(f"{conditions}\n\n{text}\n")
+        figure(rows, arguments.out / "prefill.png")
+
+
+if __name__ == "__main__":
+    main()
