@@ -128,6 +128,7 @@ def _histogram_kernel(p_mass, p_sums, p_state, target, seq_len, tiles, STEP: tl.
 
 @triton.jit(do_not_specialize=["min_tokens", "tiles", "target"])
 def _count_kernel(p_sums, p_state, p_count, target, min_tokens, tiles):
+    """count[b]: tokens below the crossing, those of the ties there that still fit, and the rules of the budget."""
     b = tl.program_id(0).to(tl.int64)
     p_state += b * _STATE
     candidates, window = tl.load(p_state), tl.load(p_state + 1)

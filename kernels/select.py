@@ -40,6 +40,7 @@ def _load_keys(p_row, positions, seq_len):
 def _select_kernel(
     p_scores, p_count, p_indices, heads, seq_len, capacity, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """One row: threshold by radix select, then ordered compaction, then filler."""
     row = tl.program_id(0).to(tl.int64)
     p_scores += row * seq_len
     p_indices += row * capacity
