@@ -332,9 +332,7 @@ def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool
             "same B, L and D, with the query's heads a multiple of G"
         )
     if padding is not None and (padding.dtype != torch.bool or padding.shape != (batch, seq_len)):
-        raise ValueError(
-            f"tsa::score: padding is {padding.dtype} {tuple(padding.shape)}; expected bool {(batch, seq_len)}"
-        )
+        raise ValueError(f"tsa::score: padding is {padding.dtype} {tuple(padding.shape)}; expected bool {(batch, seq_len)}")
     if window < 1 or pool < 1 or pool % 2 == 0:
         raise ValueError(f"tsa::score: window {window} must be at least 1, pool {pool} odd and at least 1")
 
