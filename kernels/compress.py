@@ -88,9 +88,7 @@ def _compress_kernel(
         _copy_rows(p_key, p_key_out, stride_kl, positions, slots, capacity, b_real, DIM, DIM_POW2, ALIGN)
         p_value += (item * stride_vb + kv_head * stride_vh) * ALIGN
         p_value_out += target * VALUE_DIM
-        _copy_rows(
-            p_value, p_value_out, stride_vl, positions, slots, capacity, b_real, VALUE_DIM, VALUE_DIM_POW2, ALIGN
-        )
+        _copy_rows(p_value, p_value_out, stride_vl, positions, slots, capacity, b_real, VALUE_DIM, VALUE_DIM_POW2, ALIGN)
 
 
 def row_alignment(*tensors: Tensor) -> int:
@@ -171,9 +169,7 @@ def compress(
 
 
 @compress.register_kernel("cuda")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check(query, key, value, indices, count)
     if not HAS_TRITON:
         return compress_aten(query, key, value, indices, count)
@@ -182,9 +178,7 @@ def _(
 
 
 @compress.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate(query, key, value, indices)
 
 

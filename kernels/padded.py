@@ -82,9 +82,7 @@ def padded_attention(
 
 
 @padded_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool) -> Tensor:
     return _allocate(query, value)
 
 

@@ -31,7 +31,8 @@ def read_eager(node: Node) -> AttentionSite | None:
     """Reads written-out attention from its last product, `weights @ value`."""
     if not _is_product(node):
         return None
-    weights, value = node.args[:2]
+    weights: Any = node.args[0]
+    value: Any = node.args[1]
     softmax, dropout = _down_to_softmax(weights)
     if softmax is None:
         return None
@@ -197,8 +198,8 @@ def _transposed(node: Any) -> Node | None:
         dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
         return node.args[0] if {dim % rank for dim in dims if isinstance(dim, int)} == {2, 3} else None  # type: ignore
     if name == "permute":
-        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-        return node.args[0] if [dim % rank for dim in dims] == [0, 1, 3, 2] else None  # type: ignore
+        order: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        return node.args[0] if [dim % rank for dim in order] == [0, 1, 3, 2] else None  # type: ignore
     if name == "getattr" and node.args[1] == "mT":
         return node.args[0]  # type: ignore[return-value]
     return None
@@ -223,7 +224,9 @@ def _chain_problem(output: Node, softmax: Node, scores: _Scores) -> str | None:
 
 def _unsupported(node: Node, product: Node, value: Any, problem: str) -> AttentionSite:
     layer, container, layer_index = layer_name(node)
+    query: Any = product.args[0]
+    key: Any = product.args[1]
     return AttentionSite(
-        node, "eager", product.args[0], product.args[1], value, layer=layer, layer_index=layer_index,
+        node, "eager", query, key, value, layer=layer, layer_index=layer_index,
         container=container, problem=(Reason.UNSUPPORTED_FORM, problem),
     )  # type: ignore[arg-type]  # fmt: skip

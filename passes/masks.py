@@ -23,12 +23,13 @@ from torch.utils._sympy.value_ranges import bound_sympy
 from tsa_compile.passes import symbolic_indexing, symbolic_ops
 from tsa_compile.passes.graph import fake, known, mutated_storages
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
-from tsa_compile.passes.symbolic import Evaluator, Opaque, as_number, exact
+from tsa_compile.passes.symbolic import Evaluator, Opaque, as_number, exact, round_constant
 
 if TYPE_CHECKING:
     from tsa_compile.passes.sites import AttentionSite, MaskTerm
 
 _RULE_MODULES = (symbolic_ops, symbolic_indexing)  # importing them registers the rules
+_LOWEST = exact(torch.finfo(torch.bfloat16).min)
 _MAX_ATOMS = 8  # beyond, normal forms get expensive and no known model is near
 
 
@@ -76,9 +77,12 @@ def infer_mask(site: AttentionSite) -> MaskMeaning:
     atoms = Atoms({symbol: _as_expr(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
     evaluator = Evaluator(atoms, mutated_storages(site.node.graph))
     try:
-        allowed, hidden = sympy.true, set()
-        for term in site.masks:
+        allowed, hidden, level = sympy.true, set[sympy.Expr](), True
+        for term in reversed(site.masks):  # as they are applied
             term_allowed, values = _allowed(evaluator, term)
+            if term.role == "bias":  # what two masks hide gets both values
+                level = level and all(value <= _LOWEST for value in values)
+                values |= {round_constant(old + new, term.dtype) for old in hidden for new in values}
             allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
     except Opaque as reason:
         return MaskMeaning(MaskKind.OPAQUE, detail=str(reason))
@@ -86,11 +90,11 @@ def infer_mask(site: AttentionSite) -> MaskMeaning:
         allowed = sympy.And(allowed, atoms.le(KV, Q))
     elif site.is_causal is not False:
         return MaskMeaning(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
-    return _classify(allowed, atoms, evaluator, hidden)
+    return _classify(allowed, atoms, evaluator, hidden, level)
 
 
 def _as_expr(extent: Any) -> sympy.Expr:
-    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
+    return extent.node.expr if hasattr(extent, "node") else sympy.Integer(extent)
 
 
 def _upper_bound(tensor: torch.Tensor) -> Any:
@@ -127,19 +131,20 @@ def _allowed(evaluator: Evaluator, term: MaskTerm) -> tuple[Boolean, set[sympy.E
 def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
     """A masking value: only -inf and what no score can outweigh hide for certain.
 
-    That is the lowest number of the scores' dtype, or bfloat16's (-3.4e38): adding a score to either does not move it.
+    That is the lowest number of the scores' dtype, or bfloat16's (-3.4e38), which adding a score does not even move.
     """
     value = exact(number) if isinstance(number, float) else number
     if not value.is_number:
         raise Opaque(f"adds {value}, which is not constant")
     if value == -sympy.oo:
         return -sympy.oo
-    if value > max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min):
+    if value > max(exact(torch.finfo(dtype).min), _LOWEST):
         raise Opaque(f"adds {value}, which need not hide a score")
-    return exact(torch.finfo(dtype).min)
+    return value
 
 
-def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr]) -> MaskMeaning:
+def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], level: bool) -> MaskMeaning:
+    """Reads a formula. `hidden` are the values of hidden scores; `level` says that a score adds nothing to them."""
     if len(allowed.free_symbols) > _MAX_ATOMS:
         return MaskMeaning(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
     normal = sympy.to_cnf(sympy.simplify_logic(allowed, form="cnf"))
@@ -148,7 +153,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
         reading.read(clause)
     kind, detail = reading.verdict()
     padding = sympy.And(*reading.padding) if kind in (MaskKind.CAUSAL_PADDING, MaskKind.PADDING) else None
-    if kind is MaskKind.CAUSAL_PADDING and len(hidden) > 1:  # what a fully masked row computes depends on both values
+    if kind is MaskKind.CAUSAL_PADDING and (len(hidden) > 1 or not level):  # a fully masked row depends on the values
         kind, detail = MaskKind.OPAQUE, "hides scores with different values"
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
@@ -189,7 +194,7 @@ class _Reading:
     def _read_literal(self, literal: Boolean, expr: sympy.Expr) -> None:
         negated = isinstance(literal, sympy.Not)
         kind = self.table[next(iter(literal.free_symbols))].kind
-        offset = sympy.expand(expr - KV + Q)
+        offset = sympy.expand(expr - KV + Q) if kind == "le" else expr
         if kind == "le" and not offset.has(KV, Q, H, B, sympy.core.function.AppliedUndef):
             (self.lower if negated else self.upper).append(1 - offset if negated else -offset)
         elif kind == "eq" and not negated and expr.has(sympy.floor) and expr.has(Q, KV):

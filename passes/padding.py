@@ -94,7 +94,9 @@ class _Emitter:
         if expr in (B, KV):
             return self._positions(expr)
         if isinstance(expr, AppliedUndef):
-            return self._element(expr)
+            element = self._element(expr)
+            narrow = expr.is_integer and fake(element).dtype != torch.int64
+            return insert(self.graph, "to", element, torch.int64) if narrow else element  # uint8 wraps around
         if isinstance(expr, (sympy.Add, sympy.Mul)):
             call = operator.add if isinstance(expr, sympy.Add) else operator.mul
             return reduce(lambda a, b: self._join(call, a, b), [self._value(part) for part in expr.args])

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.config import KeepRatio, TSAConfig
+from tsa_compile.kernels.budget import ceil_fraction
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import fake, insert, size
@@ -73,7 +74,7 @@ def _capacity(graph: Graph, config: TSAConfig, length: int | Node) -> int | Node
     arithmetic = _ShapeArithmetic(graph)
     capacity: Any = length
     if isinstance(config.budget, KeepRatio):
-        share = config.budget.fraction
+        share = ceil_fraction(config.budget.ratio)  # fits into the int64 that compiled shape code computes in
         window = arithmetic.minimum(config.window, length)
         candidates = arithmetic.call(operator.sub, length, window)
         scaled = arithmetic.call(operator.mul, candidates, share.numerator)
@@ -90,7 +91,7 @@ def _count(graph: Graph, config: TSAConfig, scores: Node, padding: Node | None, 
     if isinstance(config.budget, KeepRatio):
         if padding is None:
             return None
-        budget = (None, config.budget.ratio)
+        budget: tuple[float | None, float | None] = (None, config.budget.ratio)
     else:
         budget = (config.budget.tau, None)
     count = insert(graph, torch.ops.tsa.budget.default, scores, *budget, config.min_tokens)

@@ -95,8 +95,11 @@ def read_sdpa(node: Node) -> AttentionSite | None:
     """Reads a call of scaled_dot_product_attention, whatever its spelling."""
     if node.op != "call_function" or op_name(node) != "scaled_dot_product_attention":
         return None
-    given = {**dict(zip(_SDPA_PARAMETERS, node.args, strict=False)), **node.kwargs}
-    call = {**_SDPA_DEFAULTS, **{("query" if name == "input" else name): value for name, value in given.items()}}
+    given: dict[str, Any] = {**dict(zip(_SDPA_PARAMETERS, node.args, strict=False)), **node.kwargs}
+    call: dict[str, Any] = {
+        **_SDPA_DEFAULTS,
+        **{("query" if name == "input" else name): value for name, value in given.items()},
+    }
     mask = call["attn_mask"]
     masks: tuple[MaskTerm, ...] = ()
     if mask is not None:
@@ -153,8 +156,10 @@ def _shape_problem(query: Node, key: Node, value: Node, grouped: bool) -> tuple[
         matching = known(heads == kv_heads)
     if not matching or not known(kv_heads == v.shape[1]):
         return Reason.UNSUPPORTED_FORM, f"{heads} query heads over {kv_heads} key and {v.shape[1]} value heads"
-    if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0]) and known(k.shape[2] == v.shape[2])):
+    if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0])):
         return Reason.UNSUPPORTED_FORM, "query, key and value are broadcast against each other"
+    if not known(k.shape[2] == v.shape[2]):  # a decode step over caches whose lengths are separate symbols
+        return Reason.NOT_SELF_ATTENTION, f"{q.shape[2]} queries over {k.shape[2]} keys and {v.shape[2]} values"
     return None
 
 

@@ -14,7 +14,7 @@ Operators are in `symbolic_ops.py`, keyed by their one name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -26,7 +26,7 @@ from tsa_compile.passes.predicate import Atoms
 
 Index = tuple[sympy.Expr, ...]
 Cases = list[tuple[Boolean, sympy.Expr]]
-Value = Boolean | Cases
+Value: TypeAlias = "Boolean | Cases"
 
 MAX_CASES = 8
 _EXACT_INTEGERS = (torch.int32, torch.int64)
@@ -130,7 +130,7 @@ class Evaluator:
             return self.truth(value)
         cases = as_number(value)
         if all(number.is_number for _, number in cases):
-            return [(condition, _round(number, dtype)) for condition, number in cases]
+            return [(condition, round_constant(number, dtype)) for condition, number in cases]
         if dtype in _EXACT_INTEGERS and all(number.is_integer for _, number in cases):
             return cases
         raise NotUnderstood
@@ -184,7 +184,7 @@ def _product(operands: Iterable[Cases]) -> list[tuple[Boolean, tuple[sympy.Expr,
     return rows
 
 
-def _round(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+def round_constant(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
     """A constant as the dtype stores it; what it cannot hold (overflow of an integer) is not understood."""
     if number in (sympy.oo, -sympy.oo):
         if dtype.is_floating_point:

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.graph import argument, fake, known
-from tsa_compile.passes.symbolic import Evaluator, Index, NotUnderstood, Value
-from tsa_compile.passes.symbolic_ops import _broadcast, _dim, _expr, _shape, rule
+from tsa_compile.passes.symbolic import Evaluator, Index, NotUnderstood, Value, rule
+from tsa_compile.passes.symbolic_ops import _broadcast, _dim, _expr, _shape
 
 
 def _slice_start(start: Any, extent: Any) -> sympy.Expr:
@@ -53,7 +53,8 @@ def _select(evaluator: Evaluator, node: Node, index: Index) -> Value:
 
 @rule("index")
 def _aten_index(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    entries = [slice(None) if entry is None else entry for entry in node.args[1]]
+    indices: Any = node.args[1]
+    entries = [slice(None) if entry is None else entry for entry in indices]
     return _gather(evaluator, node.args[0], entries, index)
 
 

@@ -161,7 +161,7 @@ def _t(evaluator: Evaluator, node: Node, index: Index) -> Value:
 
 @rule("permute")
 def _permute(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    dims: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
     dims = node.kwargs.get("dims", dims)
     inner: list[sympy.Expr] = [sympy.Integer(0)] * len(index)
     for position, dim in enumerate(dims):

@@ -1,10 +1,10 @@
 """Token Sparse Attention for unmodified PyTorch models, as a torch.compile backend.
 
-    import torch
-    import tsa_compile
+import torch
+import tsa_compile
 
-    fast = torch.compile(model, backend="tsa")
-    print(tsa_compile.explain(model, input_ids=ids))
+fast = torch.compile(model, backend="tsa")
+print(tsa_compile.explain(model, input_ids=ids))
 """
 
 from tsa_compile.backend import tsa_backend

@@ -36,7 +36,7 @@ def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: A
 
     def look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         trial = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-        trial.compile_subgraph_reason = getattr(graph_module, "compile_subgraph_reason", None)
+        trial.__dict__["compile_subgraph_reason"] = getattr(graph_module, "compile_subgraph_reason", None)
         seen.append(run_passes(trial, config))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TSAWarning)  # said already, for the configuration that was asked about

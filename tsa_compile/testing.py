@@ -119,11 +119,12 @@ def _number(expr: Any, environment: dict[Any, Any], values: Mapping[str, Any]) -
         return environment[expr] if expr in environment else environment[expr.name]
     if isinstance(expr, AppliedUndef):
         index = torch.broadcast_tensors(*(_number(argument, environment, values) for argument in expr.args))
-        return values[expr.func.__name__][tuple(index)]
+        element = values[expr.func.__name__][tuple(index)]
+        return element.long() if expr.is_integer else element  # unsigned integers wrap around
     operands = [_number(argument, environment, values) for argument in expr.args]
     if isinstance(expr, sympy.floor):
         return torch.floor(operands[0])
-    operation = {sympy.Add: torch.add, sympy.Mul: torch.mul}[expr.func]
+    operation: Callable[[Tensor, Tensor], Tensor] = {sympy.Add: torch.add, sympy.Mul: torch.mul}[expr.func]
     result = operands[0]
     for operand in operands[1:]:
         result = operation(result, operand)

@@ -166,9 +166,7 @@ def test_unregister_of_an_unknown_name():
 
 
 def plain(query, key, value, scale):
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 
 def test_a_third_party_kernel_is_found_by_name_and_by_auto(own_kernel):

@@ -9,9 +9,7 @@ from tsa_compile.kernels.compress import compress, compress_aten, compress_trito
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def make(
-    batch=2, heads=4, kv_heads=2, seq_len=37, dim=32, value_dim=32, dtype=torch.float32, device="cpu", layout="BLHD"
-):
+def make(batch=2, heads=4, kv_heads=2, seq_len=37, dim=32, value_dim=32, dtype=torch.float32, device="cpu", layout="BLHD"):
     """query, key and value as a model has them: [B, L, H, D] buffers transposed, or plain [B, H, L, D]."""
 
     def tensor(heads, dim):
@@ -57,9 +55,7 @@ def test_kernel_equals_reference_in_every_layout(triton_device, poisoned_empty, 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 80), (80, 96), (96, 48), (33, 32), (256, 128)])
 def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim, value_dim):
-    inputs = make(
-        batch=1, heads=2, kv_heads=1, seq_len=19, dim=dim, value_dim=value_dim, dtype=dtype, device=triton_device
-    )
+    inputs = make(batch=1, heads=2, kv_heads=1, seq_len=19, dim=dim, value_dim=value_dim, dtype=dtype, device=triton_device)
     indices, count = choose_tokens([11], 2, 19, 19, triton_device)
     assert_gathered(compress_triton(*inputs, indices, count), reference.compress(*inputs, indices, count), [11])
 

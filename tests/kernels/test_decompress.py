@@ -10,9 +10,7 @@ from tsa_compile.kernels.decompress import _lower_bound, decompress, decompress_
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def make(
-    counts, heads=4, selections=4, capacity=30, seq_len=37, dim=32, dtype=torch.float32, device="cpu", poison=True
-):
+def make(counts, heads=4, selections=4, capacity=30, seq_len=37, dim=32, dtype=torch.float32, device="cpu", poison=True):
     """Compressed rows, NaN from count on, with random ascending indices and the count."""
     torch.manual_seed(0)
     rows = torch.randn(len(counts), heads, capacity, dim, device=device).to(dtype)
