@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
+from sympy.logic.inference import satisfiable
 from torch.fx import Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
@@ -123,7 +124,7 @@ def _allowed(evaluator: Evaluator, term: MaskTerm) -> tuple[Boolean, set[sympy.E
     for condition, number in as_number(evaluator.element(term.mask, index)):
         if number == 0:
             allowed = sympy.Or(allowed, condition)
-        else:
+        elif satisfiable(condition) is not False:
             hidden.add(_hidden_value(number, term.dtype))
     return allowed, hidden
 

@@ -17,7 +17,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.graph import fake, insert, size
+from tsa_compile.passes.graph import fake, insert, known, size
 from tsa_compile.passes.masks import MaskMeaning
 from tsa_compile.passes.predicate import KV, B
 from tsa_compile.passes.sites import AttentionSite
@@ -116,7 +116,7 @@ class _Emitter:
         """`x(b, 0, kv)` as `x[:, 0, :]`: [B, L], or [1, L] and [B, 1] where b or kv does not occur."""
         leaf = self.meaning.leaves[call.func.__name__]
         axes = [B if argument == B else KV for argument in call.args if argument.has(B, KV)]
-        if axes not in ([], [B], [KV], [B, KV]):
+        if axes not in ([], [B], [KV], [B, KV], [KV, B]):
             raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")
         entries = tuple(self._entry(argument, dim, leaf) for dim, argument in enumerate(call.args))
         node = insert(self.graph, operator.getitem, leaf, entries) if entries else leaf
@@ -124,19 +124,21 @@ class _Emitter:
             return insert(self.graph, "unsqueeze", node, 1)
         if axes == [KV]:
             return insert(self.graph, "unsqueeze", node, 0)
+        if axes == [KV, B]:
+            return insert(self.graph, "transpose", node, 0, 1)
         if not axes:
             return insert(self.graph, "reshape", node, 1, 1)
         return node
 
     def _entry(self, argument: sympy.Expr, dim: int, leaf: Node) -> Any:
-        if argument == B:
-            return slice(None)
-        start = sympy.expand(argument - KV)
-        if start.is_Integer:
-            extent = self._extent(2)
-            if start == 0 and isinstance(extent, int) and extent == fake(leaf).shape[dim]:
-                return slice(None)
-            return slice(int(start), self._join(operator.add, extent, int(start)) if start != 0 else extent)
+        """One dimension's index: a constant, or from a constant on as many elements as there are items or keys."""
         if argument.is_Integer:
             return int(argument)
-        raise RewriteError(f"the index {argument} of {leaf.name!r} cannot be written as a constant")
+        symbol, axis = (B, 0) if argument.has(B) else (KV, 2)
+        start = sympy.expand(argument - symbol)
+        if not start.is_Integer or start < 0:
+            raise RewriteError(f"the index {argument} of {leaf.name!r} cannot be written as a constant")
+        if start == 0 and known(fake(self.key).shape[axis] == fake(leaf).shape[dim]):
+            return slice(None)
+        extent = self._extent(axis)
+        return slice(int(start), extent if start == 0 else self._join(operator.add, extent, int(start)))

@@ -30,7 +30,7 @@ def _position(position: Any, extent: Any) -> sympy.Expr:
     position = fake(position)
     if isinstance(position, int) and position < 0:
         return _expr(extent) + position
-    if known(position >= 0):
+    if isinstance(position, (int, torch.SymInt)) and known(position >= 0):
         return _expr(position)
     raise NotUnderstood
 

@@ -136,6 +136,8 @@ def _unsqueeze(evaluator: Evaluator, node: Node, index: Index) -> Value:
 def _reshape(evaluator: Evaluator, node: Node, index: Index) -> Value:
     """Reshapes that only add or remove dimensions of size one."""
     source, target = _shape(node.args[0]), _shape(node)
+    if fake(node).dtype != fake(node.args[0]).dtype:  # `x.view(dtype)` reads the same bits as another type
+        raise NotUnderstood
     kept = [i for extent, i in zip(target, index, strict=True) if not known(extent == 1)]
     wide = [extent for extent in source if not known(extent == 1)]
     wide_target = [extent for extent in target if not known(extent == 1)]
@@ -240,7 +242,7 @@ def _ne(evaluator: Evaluator, node: Node, index: Index) -> Value:
 
 def _require_plain(node: Node) -> None:
     """`add(x, y, alpha=2)` and `div(x, y, rounding_mode=...)` are other operators."""
-    if set(node.kwargs) - {"input", "self", "other", "dtype"}:
+    if set(node.kwargs) - {"input", "self", "other", "dtype"} or len(node.args) > 2:
         raise NotUnderstood
 
 
