@@ -100,7 +100,7 @@ def _as_expr(extent: Any) -> sympy.Expr:
 
 def _upper_bound(tensor: torch.Tensor) -> Any:
     """A function that bounds an expression in shape symbols, from the ranges that the graph's ShapeEnv knows."""
-    symbolic = next((extent for extent in tensor.shape if isinstance(extent, torch.SymInt)), None)
+    symbolic: Any = next((extent for extent in tensor.shape if isinstance(extent, torch.SymInt)), None)
     ranges = symbolic.node.shape_env.var_to_range if symbolic is not None else {}
 
     def upper(expr: sympy.Expr) -> sympy.Expr:

@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Decision, record
+from tsa_compile.report import Decision, Reason, RewriteReport, record
 
 Compiled = Callable[..., Any]
 
@@ -70,9 +71,16 @@ def tsa_backend(
             raise
         text = f"the rewritten graph could not be compiled ({type(error).__name__}: {error}); compiling the model's own"
         warnings.warn(text, TSAWarning, stacklevel=2)
-        return compiler(original, list(example_inputs))
+        compiled = compiler(original, list(example_inputs))
+        report = untouched(report, text)
     record(report)
     return compiled
+
+
+def untouched(report: RewriteReport, why: str) -> RewriteReport:
+    """The report of a graph that was compiled as the model wrote it after all."""
+    rows = (replace(row, decision=Decision.UNCHANGED, reason=Reason.PASS_FAILED, detail=why) for row in report.rows)
+    return replace(report, rows=tuple(rows), notes=(*report.notes, why))
 
 
 def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:

@@ -124,7 +124,8 @@ def _number(expr: Any, environment: dict[Any, Any], values: Mapping[str, Any]) -
     operands = [_number(argument, environment, values) for argument in expr.args]
     if isinstance(expr, sympy.floor):
         return torch.floor(operands[0])
-    operation: Callable[[Tensor, Tensor], Tensor] = {sympy.Add: torch.add, sympy.Mul: torch.mul}[expr.func]
+    operations: dict[Any, Callable[..., Tensor]] = {sympy.Add: torch.add, sympy.Mul: torch.mul}
+    operation = operations[expr.func]
     result = operands[0]
     for operand in operands[1:]:
         result = operation(result, operand)
