@@ -1,6 +1,7 @@
 """What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,3 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """A compiler without memory: no compiled code, no reports."""
+    from tsa_compile import clear_reports
+
+    torch._dynamo.reset()
+    clear_reports()
+    yield
+    torch._dynamo.reset()

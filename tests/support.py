@@ -1,0 +1,130 @@
+"""Tiny real models with random weights, batches with padding, and the oracle: a model whose attention is the reference.
+
+The oracle is the same transformers model with another attention function, registered under its own name: in the layers
+that are asked for it calls `kernels/reference.py`, in the others the model's own SDPA. It shares no code with the passes
+or the ops, and padding reaches it through the mask that the model builds.
+"""
+
+import contextlib
+
+import torch
+import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from tsa_compile.kernels import reference
+
+VOCAB = 64
+_SIZES = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256)
+_LLAMA = dict(vocab_size=VOCAB, num_key_value_heads=2, head_dim=32, pad_token_id=0, **_SIZES)
+_GPT = dict(vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=256)
+_NO_HEAD_DIM = {name: size for name, size in _LLAMA.items() if name != "head_dim"}
+_ALTERNATING = ["full_attention", "sliding_attention", "full_attention"]
+
+# Class of the configuration and its arguments. The first eight are the models that are promised to gain.
+DECODERS = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", _NO_HEAD_DIM),
+    "gemma3": ("Gemma3TextConfig", {**_LLAMA, "sliding_window": 16, "layer_types": _ALTERNATING}),
+    "phi3": ("Phi3Config", _NO_HEAD_DIM),
+    "gpt_neox": ("GPTNeoXConfig", dict(vocab_size=VOCAB, **_SIZES)),
+    "gpt2": ("GPT2Config", _GPT),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}),
+}
+OTHERS = {
+    "bloom (ALiBi)": ("BloomConfig", dict(vocab_size=VOCAB, hidden_size=64, n_layer=3, n_head=4)),
+    "mpt (ALiBi)": ("MptConfig", dict(vocab_size=VOCAB, d_model=64, n_layers=3, n_heads=4, max_seq_len=256)),
+    "falcon": ("FalconConfig", dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)),
+    "falcon (ALiBi)": (
+        "FalconConfig",
+        dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, alibi=True),
+    ),
+    "gemma2 (soft capping)": ("Gemma2Config", {**_LLAMA, "sliding_window": 16, "layer_types": _ALTERNATING}),
+    "opt": ("OPTConfig", dict(vocab_size=VOCAB, ffn_dim=64, word_embed_proj_dim=64, **_SIZES)),
+    "qwen3": ("Qwen3Config", _LLAMA),
+    "gpt2 (scaled by layer)": ("GPT2Config", {**_GPT, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2 (upcast)": ("GPT2Config", {**_GPT, "reorder_and_upcast_attn": True}),
+    "llama4 (chunked)": (
+        "Llama4TextConfig",
+        {**_LLAMA, "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    ),
+    "gptj": ("GPTJConfig", {**_GPT, "rotary_dim": 8}),
+    "gpt_neo (local)": (
+        "GPTNeoConfig",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=16,
+            max_position_embeddings=256,
+        ),
+    ),
+    "gpt_oss (sinks)": (
+        "GptOssConfig",
+        {**_LLAMA, "num_local_experts": 4, "sliding_window": 16, "layer_types": _ALTERNATING},
+    ),
+    "deepseek_v3 (latent)": (
+        "DeepseekV3Config",
+        dict(
+            vocab_size=VOCAB, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=16,
+            qk_nope_head_dim=16, v_head_dim=24, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            first_k_dense_replace=1, moe_intermediate_size=32, **_SIZES,
+        ),
+    ),
+}  # fmt: skip
+
+
+transformers.logging.set_verbosity_error()  # pad tokens, generation flags: nothing that a test is about
+transformers.logging.disable_progress_bar()
+
+
+def tiny(name, attention="sdpa", **changes):
+    """A causal language model with random weights, in evaluation mode; the same weights whatever the attention."""
+    kind, sizes = {**DECODERS, **OTHERS}[name]
+    config = getattr(transformers, kind)(**{**sizes, **changes})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def tokens(batch, length, seed=0):
+    """Token ids [batch, length] without the pad token."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mixed_padding(length, pads=(0, 9, -13)):
+    """A padding mask [len(pads), length]: that many pad tokens on the left, negative ones on the right, 0 for none."""
+    mask = torch.ones(len(pads), length, dtype=torch.long)
+    for row, pad in zip(mask, pads, strict=True):
+        row[pad:] = 0 if pad < 0 else 1
+        row[: max(pad, 0)] = 0
+    return mask
+
+
+@contextlib.contextmanager
+def oracle(layers, **settings):
+    """Inside, a model built with attention="oracle" runs `token_sparse_attention(**settings)` in `layers`."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        if module.layer_idx not in layers:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        assert query.shape[2] == key.shape[2], "the reference compresses prefill alone"
+        padding = None
+        if attention_mask is not None:  # the last query sees every valid key
+            padding = attention_mask[:, 0, -1].expand(len(query), -1)
+        out = reference.token_sparse_attention(query, key, value, padding, scale=scaling, **settings)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("oracle", attention)
+    AttentionMaskInterface.register("oracle", sdpa_mask)
+    yield
+
+
+def difference(left, right, mask=None):
+    """The largest absolute difference of two [B, L, ...] tensors, on valid rows."""
+    gap = (left - right).abs()
+    assert not gap.isnan().any()
+    return float((gap if mask is None else gap[mask.bool()]).max())

@@ -1,0 +1,268 @@
+"""Real transformers models, tiny and with random weights: exact and sparse, SDPA and eager, padded or not, cached or not.
+
+Every padded batch holds one item without padding, one padded on the left and one on the right. "Plain" is the model
+without this package; the oracle for sparse layers is the same model over `kernels/reference.py` (`support.oracle`).
+"""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+
+from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWarning, reports
+
+from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, tiny, tokens
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh"),
+    pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse"),
+]
+
+LENGTH = 50
+SPARSE_LAYERS = [0, 2]
+SMALL = dict(window=4, min_tokens=4, compiler="eager")
+EXACT = TSAConfig(layers=[], **SMALL)
+KEEP_ALL = TSAConfig(budget=Coverage(0), layers=SPARSE_LAYERS, **SMALL)
+HALF = TSAConfig(budget=KeepRatio(0.5), layers=SPARSE_LAYERS, **SMALL)
+COVERAGE = TSAConfig(budget=Coverage(0.2), layers=SPARSE_LAYERS, **SMALL)
+ATOL = 1e-5
+
+INPUTS = {
+    "plain": dict(use_cache=False),
+    "cache": dict(use_cache=True),
+    "padded": dict(attention_mask=mixed_padding(LENGTH), use_cache=False),
+    "padded-cache": dict(attention_mask=mixed_padding(LENGTH), use_cache=True),
+}
+
+# (configuration, inputs): each model goes through one column with SDPA and the other with eager attention.
+FORMS = ["sdpa", "eager"]
+EXACT_CASES = {"sdpa": ["plain", "padded-cache"], "eager": ["cache", "padded"]}
+SPARSE_CASES = {
+    "sdpa": [(HALF, "padded"), (COVERAGE, "cache")],
+    "eager": [(HALF, "plain"), (COVERAGE, "padded-cache")],
+}
+
+each_decoder = pytest.mark.parametrize("name", DECODERS)
+
+
+def run(model, config, **inputs):
+    """Logits of the compiled model, and the report."""
+    compiled = torch.compile(model, backend="tsa", options={"config": config})
+    with torch.no_grad():
+        logits = compiled(**inputs).logits
+    (report,) = reports()
+    return logits, report
+
+
+def plain(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def windowed(name):
+    """The layers whose mask is a sliding window."""
+    return {"mistral": {0, 1, 2}, "gemma3": {1}}.get(name, set())
+
+
+def expected_rows(name, sparse=(), padded=False):
+    """(layer, decision, reason) of each row."""
+    dense = Decision.PADDED if padded else Decision.CAUSAL
+    rows = []
+    for layer in range(3):
+        if layer in windowed(name):
+            rows.append((layer, Decision.UNCHANGED, Reason.SLIDING_WINDOW))
+        elif layer in sparse:
+            rows.append((layer, Decision.SPARSE, Reason.SPARSE))
+        else:
+            rows.append((layer, dense, Reason.LAYER_NOT_SELECTED))
+    return rows
+
+
+def rows_of(report):
+    return [(row.layer_index, row.decision, row.reason) for row in report]
+
+
+@each_decoder
+@pytest.mark.parametrize("form, case", [(form, case) for form in FORMS for case in EXACT_CASES[form]])
+def test_exact_mode_equals_the_plain_model(name, form, case):
+    """Every row, pad rows included; and each full-attention layer loses its mask."""
+    model = tiny(name, form)
+    inputs = dict(input_ids=tokens(3, LENGTH), **INPUTS[case])
+    logits, report = run(model, EXACT, **inputs)
+    assert rows_of(report) == expected_rows(name, padded="attention_mask" in inputs)
+    assert {row.form for row in report} == {form}
+    assert difference(logits, plain(model, **inputs)) < ATOL
+
+
+@each_decoder
+@pytest.mark.parametrize("form, case", [("sdpa", "padded-cache"), ("eager", "padded")])
+def test_sparse_mode_that_keeps_all_equals_the_plain_model(name, form, case):
+    model = tiny(name, form)
+    inputs = dict(input_ids=tokens(3, LENGTH), **INPUTS[case])
+    logits, report = run(model, KEEP_ALL, **inputs)
+    assert rows_of(report) == expected_rows(name, SPARSE_LAYERS, padded=True)
+    assert difference(logits, plain(model, **inputs), inputs["attention_mask"]) < ATOL
+
+
+@each_decoder
+@pytest.mark.parametrize(
+    "form, config, case",
+    [(form, *case) for form in FORMS for case in SPARSE_CASES[form]],
+    ids=lambda value: "half" if value is HALF else "coverage" if value is COVERAGE else str(value),
+)
+def test_sparse_mode_equals_the_oracle(name, form, config, case):
+    """Tokens are dropped in layers 0 and 2: the model computes what the method's reference computes in its place."""
+    inputs = dict(input_ids=tokens(3, LENGTH), **INPUTS[case])
+    mask = inputs.get("attention_mask")
+    logits, report = run(tiny(name, form), config, **inputs)
+    assert rows_of(report) == expected_rows(name, SPARSE_LAYERS, padded=mask is not None)
+    budget = {"keep_ratio": 0.5} if config is HALF else {"coverage": 0.2}
+    with oracle(set(SPARSE_LAYERS) - windowed(name), window=4, min_tokens=4, **budget):
+        wanted = plain(tiny(name, "oracle"), **inputs)
+    assert difference(logits, wanted, mask) < ATOL
+    if name != "mistral":
+        assert difference(wanted, plain(tiny(name, form), **inputs), mask) > 100 * ATOL  # or nothing was tested
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_on_valid_rows(side):
+    """A padded item of the sparse model equals the same item alone, without padding."""
+    model, pads = tiny("gpt2"), 10
+    mask = mixed_padding(LENGTH, [pads if side == "left" else -pads])
+    ids = tokens(1, LENGTH)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded, _ = run(model, HALF, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    alone = ids[mask.bool()][None]
+    compiled = torch.compile(model, backend="tsa", options={"config": HALF})
+    with torch.no_grad():
+        assert difference(padded[mask.bool()][None], compiled(alone, use_cache=False).logits) < ATOL
+
+
+def test_inductor_runs_the_sparse_graph():
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=True)
+    logits, report = run(tiny("llama"), COVERAGE.replace(compiler="inductor"), **inputs)
+    assert report.sparse == 2
+    with oracle(set(SPARSE_LAYERS), window=4, min_tokens=4, coverage=0.2):
+        wanted = plain(tiny("llama", "oracle"), **inputs)
+    assert difference(logits, wanted, inputs["attention_mask"]) < ATOL
+
+
+def test_inductor_runs_the_exact_graph_of_mixed_windows():
+    model = tiny("gemma3")
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=False)
+    logits, report = run(model, EXACT.replace(compiler="inductor"), **inputs)
+    assert (report.padded, report.unchanged) == (2, 1)
+    assert difference(logits, plain(model, **inputs)) < ATOL
+
+
+def test_mistral_without_a_window_is_compressed():
+    inputs = dict(input_ids=tokens(3, LENGTH), **INPUTS["padded"])
+    logits, report = run(tiny("mistral", sliding_window=None), HALF, **inputs)
+    assert report.sparse == 2
+    with oracle(set(SPARSE_LAYERS), window=4, min_tokens=4, keep_ratio=0.5):
+        wanted = plain(tiny("mistral", "oracle", sliding_window=None), **inputs)
+    assert difference(logits, wanted, inputs["attention_mask"]) < ATOL
+
+
+def test_a_sliding_window_in_all_layers_warns_that_nothing_became_sparse():
+    model = tiny("mistral")
+    with pytest.warns(TSAWarning, match="SLIDING_WINDOW"):
+        run(model, HALF, input_ids=tokens(1, LENGTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    """Against the plain model in the same precision, and no further from float32 than that is."""
+    model = tiny("llama")
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=False)
+    exact = plain(model, **inputs)
+    model = model.to(dtype)
+    logits, report = run(model, KEEP_ALL, **inputs)
+    assert report.sparse == 2
+    allowed = 2 * difference(plain(model, **inputs).float(), exact, inputs["attention_mask"])
+    assert difference(logits.float(), exact, inputs["attention_mask"]) < allowed
+
+
+ENCODERS = {
+    "bert": lambda **kw: transformers.BertModel._from_config(
+        transformers.BertConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ),
+        **kw,
+    ),
+    "vit": lambda **kw: transformers.ViTModel._from_config(
+        transformers.ViTConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+        ),
+        **kw,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name, padded", [("bert", False), ("bert", True), ("vit", False)])
+def test_encoders_stay_unchanged(name, padded, form):
+    torch.manual_seed(0)
+    model = ENCODERS[name](attn_implementation=form).eval()
+    inputs = {"pixel_values": torch.rand(2, 3, 32, 32)} if name == "vit" else {"input_ids": tokens(3, LENGTH)}
+    if padded:
+        inputs["attention_mask"] = mixed_padding(LENGTH)
+    compiled = torch.compile(model, backend="tsa", options={"config": HALF.replace(layers=None)})
+    with torch.no_grad(), pytest.warns(TSAWarning, match="NOT_CAUSAL"):
+        out = compiled(**inputs).last_hidden_state
+    with torch.no_grad():
+        wanted = model(**inputs).last_hidden_state
+    (report,) = reports()
+    assert [(row.decision, row.reason) for row in report] == 2 * [(Decision.UNCHANGED, Reason.NOT_CAUSAL)]
+    assert torch.equal(out, wanted)
+
+
+def forms_of(name):
+    """SDPA, eager or both: what a model of another kind has."""
+    try:
+        tiny(name, "sdpa")
+    except ValueError:
+        return ["eager"]
+    return FORMS
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_other_model_computes_what_it_did(name):
+    """Gains or not: it never breaks because of the backend."""
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
+    upper_half = KEEP_ALL.replace(layers=None)
+    for form, (config, cache) in itertools.product(forms_of(name), [(EXACT, True), (upper_half, False)]):
+        model = tiny(name, form)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="tsa", options={"config": config})
+            logits = compiled(**inputs, use_cache=cache).logits
+        gap = difference(logits, plain(model, **inputs, use_cache=cache), inputs["attention_mask"])
+        assert gap < ATOL, (form, config.layers, cache, reports()[-1])
+
+
+@pytest.mark.parametrize(
+    "form, config", [("sdpa", KEEP_ALL.replace(layers=None)), ("eager", EXACT)], ids=["sdpa-keep-all", "eager-exact"]
+)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_decoders_compute_what_they_did(name, config, form):
+    """Encoder, decoder and cross-attention in one call; T5 adds a learned relative bias to the scores."""
+    kinds = {
+        "t5": lambda: transformers.T5Config(
+            vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        ),
+        "bart": lambda: transformers.BartConfig(
+            vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128,
+        ),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(kinds[name](), attn_implementation=form).eval()
+    inputs = dict(
+        input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), decoder_input_ids=tokens(3, LENGTH, seed=1)
+    )
+    compiled = torch.compile(model, backend="tsa", options={"config": config})
+    with torch.no_grad():
+        logits = compiled(**inputs).logits
+    assert difference(logits, plain(model, **inputs)) < ATOL
