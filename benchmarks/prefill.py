@@ -154,15 +154,17 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     eager = {row["length"]: row["ms"] for row in rows if row["mode"] == "eager" and "ms" in row}
-    _, axes = pyplot.subplots(figsize=(6, 3.5))
+    _, axes = pyplot.subplots(figsize=(6, 4))
     for mode in dict.fromkeys(row["mode"] for row in rows):
         points = [(row["length"], eager[row["length"]] / row["ms"]) for row in rows if row["mode"] == mode and "ms" in row]
         axes.plot(*zip(*points, strict=True), marker="o", label=DESCRIPTIONS[mode])
+        if len(points) < len(eager):
+            axes.annotate("then out of memory", points[-1], xytext=(8, 0), textcoords="offset points", va="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(eager), [f"{length // 1024}K" for length in sorted(eager)])
     axes.set_xlabel("prompt length")
     axes.set_ylabel("prefill speed, eager = 1")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2, frameon=False)
     axes.grid(alpha=0.3)
     pyplot.tight_layout()
     pyplot.savefig(path, dpi=150)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tsa_compile.passes.graph import argument, fake, is_mutation, known, op_name
+from tsa_compile.passes.graph import argument, fake, is_mutated, is_mutation, known, mutated_storages, op_name
 from tsa_compile.passes.sites import AttentionSite, MaskTerm, layer_name, normal_form
 from tsa_compile.report import Reason
 
@@ -46,8 +46,9 @@ def read_eager(node: Node) -> AttentionSite | None:
     site = normal_form(
         node, "eager", (query, key, value), tuple(scores.masks), grouped=False, scale=scores.scale, dropout=dropout
     )
-    if site.problem is None and fake(node).dtype != fake(query).dtype:
-        return _unsupported(node, scores.product, value, "the output's dtype is not the query's")
+    mutated = mutated_storages(node.graph)
+    if any(is_mutated(operand, mutated) for operand in (query, key, value)):  # read early here, late by one call
+        return _unsupported(node, scores.product, value, "query, key or value is written to in place")
     return site
 
 

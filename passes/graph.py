@@ -47,6 +47,12 @@ _ALIASES = {
 }
 
 
+# Operators of Python whose names begin like `iadd`, but which write nothing.
+_NOT_IN_PLACE = frozenset(
+    ["index", "indexOf", "invert", "inv", "is", "is_not", "itemgetter", "int", "iter", "instancecheck"]
+)
+
+
 def op_name(node: Node) -> str:
     """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`."""
     target = node.target
@@ -93,20 +99,27 @@ def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def is_mutation(node: Node) -> bool:
-    """Whether a node writes into one of its arguments (`x.add_(y)`, `x[i] = y`, an operator with a mutable schema)."""
+    """Whether a node writes into one of its arguments (`x.add_(y)`, `x[i] = y`, an operator with a mutable schema).
+
+    A higher-order operator (a Triton kernel, a nested graph) may; what it does inside is not looked at.
+    """
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
-    if "out" in node.kwargs:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
+    if isinstance(target, torch._ops.HigherOrderOperator) or "out" in node.kwargs or node.kwargs.get("inplace") is True:
         return True
     if node.op not in ("call_function", "call_method"):
         return False
     name = str(target) if node.op == "call_method" else getattr(target, "__name__", str(target))
-    if name in ("setitem", "delitem", "__setitem__", "copy_to", "set_"):
+    plain = name.strip("_")
+    if plain in ("setitem", "delitem", "copy_to", "set"):
         return True
-    if node.op == "call_function" and getattr(target, "__module__", "") == "_operator":
-        return name.startswith("i") and name not in ("index", "indexOf", "invert", "inv", "is_", "is_not", "itemgetter")
-    return name.endswith("_") and not name.endswith("__")
+    dunder = name.startswith("__") and name.endswith("__")
+    if dunder or (node.op == "call_function" and getattr(target, "__module__", "") == "_operator"):
+        return plain.startswith("i") and plain not in _NOT_IN_PLACE
+    return name.endswith("_")
 
 
 def _storages(value: Any) -> Iterator[StorageWeakRef]:

@@ -210,12 +210,14 @@ class _Reading:
         if self.unread:
             return MaskKind.OPAQUE, self.unread[0]
         causal = any(bound == 0 for bound in self.upper) and all(_at_least_zero(bound) for bound in self.upper)
-        if self.upper and not causal:
-            return MaskKind.OPAQUE, f"kv <= q + {self.upper[0]}"
+        band = all(_at_least_zero(bound) for bound in self.upper) and all(_at_least_zero(-bound) for bound in self.lower)
+        bounds = [f"kv <= q + {bound}" for bound in self.upper] + [f"kv >= q - {-bound}" for bound in self.lower]
+        if not band or (bool(self.upper) != bool(self.lower) and not causal):
+            return MaskKind.OPAQUE, " and ".join(bounds)
         if self.kinds:
             return self.kinds[0], ""
         if self.lower:
-            return MaskKind.SLIDING_WINDOW, " and ".join(f"kv >= q - {-bound}" for bound in self.lower)
+            return MaskKind.SLIDING_WINDOW, " and ".join(bounds)
         if causal:
             return (MaskKind.CAUSAL_PADDING if self.padding else MaskKind.CAUSAL), ""
         return (MaskKind.PADDING if self.padding else MaskKind.NONE), ""

@@ -115,7 +115,7 @@ class _Emitter:
     def _element(self, call: AppliedUndef) -> Node:
         """`x(b, 0, kv)` as `x[:, 0, :]`: [B, L], or [1, L] and [B, 1] where b or kv does not occur."""
         leaf = self.meaning.leaves[call.func.__name__]
-        axes = [B if argument == B else KV for argument in call.args if argument.has(B, KV)]
+        axes = [B if argument.has(B) else KV for argument in call.args if argument.has(B, KV)]
         if axes not in ([], [B], [KV], [B, KV], [KV, B]):
             raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")
         entries = tuple(self._entry(argument, dim, leaf) for dim, argument in enumerate(call.args))

@@ -185,11 +185,15 @@ def _matches(layer: int | str, site: AttentionSite, number: int) -> bool:
 def _upper_half(
     sites: list[AttentionSite], numbers: dict[AttentionSite, int], whole: bool
 ) -> dict[AttentionSite, Reason | None]:
-    """The upper half of each stack of layers, the middle one of an odd number included."""
+    """The upper half of each stack of numbered layers, the middle one of an odd number included.
+
+    Which half a call belongs to is unknown in part of a model, and outside numbered modules: Dynamo may compile each
+    layer by itself, and then every one looks like this.
+    """
     chosen: dict[AttentionSite, Reason | None] = {}
     for site in sites:
         layers = 1 + max(numbers[other] for other in sites if other.container == site.container)
-        if not whole:
+        if not whole or site.layer_index is None:
             chosen[site] = Reason.LAYER_COUNT_UNKNOWN
         else:
             chosen[site] = None if numbers[site] >= layers // 2 else Reason.LAYER_NOT_SELECTED

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
 
 from tsa_compile.passes.graph import argument, fake, is_mutated, known, mutated_storages, op_name, same_shape
 from tsa_compile.report import Reason
@@ -135,7 +136,7 @@ def normal_form(
         narrow_key, narrow_value = peel_repeated_heads(key), peel_repeated_heads(value)
         if narrow_key is not key and known(fake(narrow_key).shape[1] == fake(narrow_value).shape[1]):
             key, value = narrow_key, narrow_value
-        problem = _kind_problem(query, key, value)
+        problem = _kind_problem(node, query, key, value)
     return AttentionSite(
         node=node, form=form, query=query, key=key, value=value, masks=masks, layer=layer, layer_index=layer_index,
         container=container, problem=problem, wide_key=wide_key, wide_value=wide_value, **rest,
@@ -163,10 +164,15 @@ def _shape_problem(query: Node, key: Node, value: Node, grouped: bool) -> tuple[
     return None
 
 
-def _kind_problem(query: Node, key: Node, value: Node) -> tuple[Reason, str] | None:
-    q, k, v = (fake(node) for node in (query, key, value))
+def _kind_problem(output: Node, query: Node, key: Node, value: Node) -> tuple[Reason, str] | None:
+    q, k, v = tensors = [fake(node) for node in (query, key, value)]
+    plain = (torch.Tensor, FakeTensor)
+    if not all(type(tensor) in plain for tensor in tensors):  # a DTensor, say, has no rule for the ops
+        return Reason.UNSUPPORTED_FORM, f"query, key and value are {', '.join(type(t).__name__ for t in tensors)}"
     if not (q.dtype == k.dtype == v.dtype):
         return Reason.DTYPE, f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}"
+    if fake(output).dtype != q.dtype:  # autocast chooses another dtype inside the call
+        return Reason.DTYPE, f"query is {q.dtype}, the output {fake(output).dtype}"
     if not (q.device == k.device == v.device):
         return Reason.DEVICE, f"query, key and value are on {q.device}, {k.device}, {v.device}"
     return None
@@ -257,12 +263,3 @@ def layer_name(node: Node) -> tuple[str, str, int | None]:
     last = numbered[-1]
     return path, ".".join([*parts[:last], "*", *parts[last + 1 :]]), int(parts[last])
 
-
-def graph_layers(graph: Graph) -> set[tuple[str, int]]:
-    """Every numbered module that a graph's nodes were traced from: (container, number)."""
-    found = set()
-    for node in graph.nodes:
-        _, container, number = layer_name(node)
-        if number is not None:
-            found.add((container, number))
-    return found
