@@ -309,7 +309,7 @@ class Masks:
 
             pad = p.input(name, numbered)
             if more:
-                rows, columns = slice(None, self.batch), slice(start, self.sum_of(self.length, start))
+                rows, columns = (slice(start, self.sum_of(extent, start)) for extent in (self.batch, self.length))
                 pad = p.call(operator.getitem, pad, (rows, columns))
             elif self.maybe(0.1):
                 pad = p.call("t", p.call("t", pad))

@@ -1,0 +1,592 @@
+"""What each kind of mask is inferred to mean, with a near-miss beside each match.
+
+Every mask is traced by Dynamo out of plain torch code, and whatever is inferred is also held against the real mask.
+"""
+
+import operator
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+
+from tsa_compile.passes.masks import MaskKind, infer_mask
+from tsa_compile.passes.padding import PaddingBuilder
+from tsa_compile.passes.predicate import KV, Atoms, B, Q
+from tsa_compile.passes.sites import find_sites
+from tsa_compile.testing import capture_all, evaluate_mask, graph_text, run_nodes
+
+BATCH, HEADS, LENGTH = 2, 3, 8
+LOW = torch.finfo(torch.float32).min
+INF = float("-inf")
+
+NONE, CAUSAL, CAUSAL_PADDING, PADDING, SLIDING, CHUNKED, PACKED, OPAQUE = (
+    MaskKind.NONE, MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING, MaskKind.PADDING, MaskKind.SLIDING_WINDOW,
+    MaskKind.CHUNKED, MaskKind.PACKED, MaskKind.OPAQUE,
+)  # fmt: skip
+
+
+class Inferred:
+    """A traced attention call with one mask: its graph, its site, what the mask was said to mean, all real values."""
+
+    def __init__(self, build, *, length=LENGTH, keys=None, dtype=torch.float32, pad=None, dynamic=None, mark=None, extra=()):
+        query = torch.randn(BATCH, HEADS, length, 8, dtype=dtype)
+        key = torch.randn(BATCH, HEADS, length if keys is None else keys, 8, dtype=dtype)
+        pad = padding_mask(key.shape[2]) if pad is None else pad
+        if mark is not None:
+            mark(query, key, pad)
+
+        def attention(query, key, pad, *extra):
+            mask = build(query.shape[2], key.shape[2], pad, *extra)
+            return F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+
+        captured = capture_all(attention, query, key, pad, *extra, dynamic=dynamic)
+        (self.graph_module,) = captured.graphs
+        (self.site,) = find_sites(self.graph_module)
+        self.meaning = infer_mask(self.site)
+        self.values = run_nodes(self.graph_module, captured.inputs[0])
+        self.symbols = {
+            str(symbolic): extent
+            for node in self.graph_module.graph.nodes
+            if isinstance(node.meta.get("example_value"), torch.Tensor)
+            for symbolic, extent in zip(node.meta["example_value"].shape, self.values[node.name].shape, strict=True)
+        }
+
+    @property
+    def allowed(self):
+        """The mask that the model really builds."""
+        query, key = (self.values[node.name] for node in (self.site.query, self.site.key))
+        mask = torch.ones(1, dtype=torch.bool)
+        for term in self.site.masks:
+            real = self.values[term.mask.name]
+            mask = mask & (real if real.dtype == torch.bool else real == 0)
+        return mask.expand(*query.shape[:3], key.shape[2])
+
+    def inferred(self):
+        return evaluate_mask(self.meaning, tuple(self.allowed.shape), self.values, self.symbols)
+
+
+def padding_mask(length):
+    pad = torch.ones(BATCH, length, dtype=torch.long)
+    pad[0, :3] = 0
+    pad[1, -2:] = 0
+    return pad
+
+
+def positions(n, m):
+    return torch.arange(n)[:, None], torch.arange(m)[None, :]
+
+
+def causal(n, m):
+    q, kv = positions(n, m)
+    return kv <= q
+
+
+def expect(kind, build, **options):
+    """Infers a mask's meaning, checks its kind, and checks whatever it says against the real mask."""
+    result = Inferred(build, **options)
+    assert result.meaning.kind is kind, f"{result.meaning}\n{graph_text(result.graph_module)}"
+    if kind is not OPAQUE:
+        assert torch.equal(result.inferred(), result.allowed)
+    triangle = torch.ones(result.allowed.shape[2:], dtype=torch.bool).tril()
+    if kind is CAUSAL:
+        assert torch.equal(result.allowed, triangle.expand_as(result.allowed))
+    return result
+
+
+def additive(allowed, fill=LOW, dtype=torch.float32):
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, fill)
+
+
+def documents(n, m, document):
+    return document[:, None, :, None] == document[:, None, None, :]
+
+
+def constant_documents(n, m, pad):
+    """A packed batch is recognised by positions that do not go up by one; these always do."""
+    ids = torch.arange(n)[None]
+    document = (torch.diff(ids, prepend=ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    return document[:, None, :, None] == document[:, None, None, :]
+
+
+def looked_up(n, m, pad):
+    """Padding as transformers' index-free masks read it: by advanced indexing."""
+    b, kv = torch.arange(pad.shape[0])[:, None, None, None], torch.arange(m)[None, None, None, :]
+    return causal(n, m) & pad.bool()[b, kv]
+
+
+# Each spelling of a causal mask, and beside it what looks like it but is something else.
+CAUSAL_SPELLINGS = {
+    "kv <= q": (
+        lambda n, m, pad: causal(n, m),
+        (OPAQUE, lambda n, m, pad: positions(n, m)[1] < positions(n, m)[0]),
+    ),
+    "q >= kv": (
+        lambda n, m, pad: torch.arange(n)[:, None] >= torch.arange(m),
+        (OPAQUE, lambda n, m, pad: torch.arange(n)[:, None] <= torch.arange(m) - 1),
+    ),
+    "kv < q + 1": (
+        lambda n, m, pad: torch.arange(m) < torch.arange(n)[:, None] + 1,
+        (OPAQUE, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + 1),
+    ),
+    "not kv > q": (
+        lambda n, m, pad: ~(torch.arange(m) > torch.arange(n)[:, None]),
+        (OPAQUE, lambda n, m, pad: ~(torch.arange(m) >= torch.arange(n)[:, None])),
+    ),
+    "kv - q <= 0": (
+        lambda n, m, pad: torch.arange(m) - torch.arange(n)[:, None] <= 0,
+        (OPAQUE, lambda n, m, pad: torch.arange(m) + torch.arange(n)[:, None] <= 0),
+    ),
+    "tril": (
+        lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).tril(),
+        (OPAQUE, lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).tril(diagonal=1)),
+    ),
+    "tril, shifted down": (
+        lambda n, m, pad: torch.tril(torch.ones(n, m)) == 1,
+        (OPAQUE, lambda n, m, pad: torch.tril(torch.ones(n, m), -1) == 1),
+    ),
+    "not triu": (
+        lambda n, m, pad: ~torch.ones(n, m, dtype=torch.bool).triu(1),
+        (OPAQUE, lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).triu(1)),
+    ),
+    "transposed triu": (
+        lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).triu().transpose(0, 1),
+        (OPAQUE, lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).tril().transpose(0, 1)),
+    ),
+    "triu of -inf": (
+        lambda n, m, pad: torch.triu(torch.full((n, m), INF), diagonal=1),
+        (OPAQUE, lambda n, m, pad: torch.triu(torch.full((n, m), INF), diagonal=2)),
+    ),
+    "additive, lowest": (
+        lambda n, m, pad: additive(causal(n, m)),
+        (OPAQUE, lambda n, m, pad: additive(causal(n, m), -1e4)),
+    ),
+    "additive, where": (
+        lambda n, m, pad: torch.where(causal(n, m), 0.0, INF),
+        (OPAQUE, lambda n, m, pad: torch.where(causal(n, m), 1.0, INF)),
+    ),
+    "(1 - m) * lowest": (
+        lambda n, m, pad: (1.0 - causal(n, m).float()) * LOW,
+        (OPAQUE, lambda n, m, pad: (1.0 - causal(n, m).float()) * LOW * 0.5),
+    ),
+    "filled twice": (
+        lambda n, m, pad: (t := causal(n, m).float()).masked_fill(t == 0, INF).masked_fill(t == 1, 0.0),
+        (OPAQUE, lambda n, m, pad: (t := causal(n, m).float()).masked_fill(t == 0, INF)),
+    ),
+    "through integers": (
+        lambda n, m, pad: causal(n, m).long().ne(0),
+        (NONE, lambda n, m, pad: causal(n, m).long().ne(2)),
+    ),
+    "int32 positions": (
+        lambda n, m, pad: torch.arange(m, dtype=torch.int32) <= torch.arange(n, dtype=torch.int32)[:, None],
+        (OPAQUE, lambda n, m, pad: torch.arange(m, dtype=torch.bfloat16) <= torch.arange(n, dtype=torch.bfloat16)[:, None]),
+    ),
+    "positions of half precision": (
+        lambda n, m, pad: torch.arange(m).to(torch.int32) <= torch.arange(n)[:, None],
+        (OPAQUE, lambda n, m, pad: torch.arange(m).half() <= torch.arange(n).half()[:, None]),
+    ),
+    "counted positions": (
+        lambda n, m, pad: torch.arange(m) <= torch.ones(n, dtype=torch.long).cumsum(0)[:, None] - 1,
+        (OPAQUE, lambda n, m, pad: torch.arange(m) <= torch.ones(n, dtype=torch.long).cumsum(0)[:, None]),
+    ),
+    "offset positions": (
+        lambda n, m, pad: torch.arange(3, m + 3) <= torch.arange(3, n + 3)[:, None],
+        (OPAQUE, lambda n, m, pad: torch.arange(2, m + 2) <= torch.arange(3, n + 3)[:, None]),
+    ),
+    "step of one": (
+        lambda n, m, pad: torch.arange(0, m, 1) <= torch.arange(0, n, 1)[:, None],
+        (OPAQUE, lambda n, m, pad: torch.arange(0, 2 * m, 2) <= torch.arange(n)[:, None]),
+    ),
+    "cut out of a larger mask": (
+        lambda n, m, pad: torch.ones(64, 64, dtype=torch.bool).tril()[:n, :m],
+        (OPAQUE, lambda n, m, pad: torch.ones(64, 64, dtype=torch.bool).tril()[1 : n + 1, :m]),
+    ),
+    "every second element": (
+        lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).tril()[::1, ::1],
+        (OPAQUE, lambda n, m, pad: torch.ones(2 * n, m, dtype=torch.bool).tril()[::2]),
+    ),
+    "a window that is not narrower": (
+        lambda n, m, pad: causal(n, m) & (torch.arange(m) > torch.arange(n)[:, None] - LENGTH),
+        (SLIDING, lambda n, m, pad: causal(n, m) & (torch.arange(m) > torch.arange(n)[:, None] - LENGTH + 1)),
+    ),
+    "one document": (
+        lambda n, m, pad: causal(n, m) & constant_documents(n, m, pad),
+        (PACKED, lambda n, m, pad: causal(n, m) & documents(n, m, pad)),
+    ),
+    "and true": (
+        lambda n, m, pad: causal(n, m) & torch.ones(n, m, dtype=torch.bool),
+        (NONE, lambda n, m, pad: causal(n, m) | torch.ones(n, m, dtype=torch.bool)),
+    ),
+    "not and not": (
+        lambda n, m, pad: ~(~causal(n, m) | ~causal(n, m)),
+        (OPAQUE, lambda n, m, pad: causal(n, m) ^ causal(n, m)),
+    ),
+    "expanded": (
+        lambda n, m, pad: causal(n, m)[None, None].expand(BATCH, HEADS, n, m),
+        (OPAQUE, lambda n, m, pad: causal(n, m)[None, None].expand(BATCH, HEADS, n, m).flip(-1)),
+    ),
+}
+
+PADDING_FORMS = {
+    "!= 0": lambda pad: (pad != 0)[:, None, None, :],
+    "== 1": lambda pad: pad.eq(1)[:, None, None],
+    "> 0": lambda pad: (pad > 0).unsqueeze(1).unsqueeze(1),
+    "> 1 of uint8": lambda pad: (pad.to(torch.uint8) > 1)[:, None, None],
+    "bool": lambda pad: pad.bool().view(BATCH, 1, 1, LENGTH),
+    "not == 0": lambda pad: ~(pad == 0)[:, None, None, :],
+    "float": lambda pad: pad.float()[:, None, None].bool(),
+    "expanded": lambda pad: pad[:, None, None, :].expand(BATCH, 1, LENGTH, LENGTH).bool(),
+    "1 - pad": lambda pad: ~(1 - pad)[:, None, None].bool(),
+    "of two masks": lambda pad: ((pad != 0) & (torch.arange(LENGTH) != 4))[:, None, None],
+}
+
+PADDING_NEAR_MISSES = {
+    "or padding": lambda n, m, pad: causal(n, m) | pad.bool()[:, None, None],
+    "padding of queries": lambda n, m, pad: causal(n, m) & pad.bool()[:, None, :, None],
+    "padding of both": lambda n, m, pad: causal(n, m) & pad.bool()[:, None, None] & pad.bool()[:, None, :, None],
+    "padding shifted by the query": lambda n, m, pad: causal(n, m) & (pad[:, None, None] <= torch.arange(n)[:, None]),
+    "differs between heads": lambda n, m, pad: causal(n, m) & (torch.arange(HEADS) > 0)[:, None, None],
+    "additive padding of one": lambda n, m, pad: additive(causal(n, m)) + pad.float()[:, None, None],
+    "a mask from outside": lambda n, m, pad: causal(n, m) & (pad[:, None, :, None] * pad[:, None, None]).bool(),
+    "strictly causal": lambda n, m, pad: (torch.arange(m) < torch.arange(n)[:, None]) & pad.bool()[:, None, None],
+}
+
+OPAQUE_MASKS = {
+    "prefix": lambda n, m, pad: causal(n, m) | (torch.arange(m) < 3),
+    "band": lambda n, m, pad: (torch.arange(m) - torch.arange(n)[:, None]).abs() < 3,
+    "diagonal": lambda n, m, pad: torch.arange(m) == torch.arange(n)[:, None],
+    "stripes": lambda n, m, pad: causal(n, m) & (torch.arange(m) % 2 == torch.arange(n)[:, None] % 2),
+    "ALiBi": lambda n, m, pad: additive(causal(n, m)) - (torch.arange(n)[:, None] - torch.arange(m)).float(),
+    "random": lambda n, m, pad: torch.rand(n, m) < 0.5,
+    "nothing": lambda n, m, pad: torch.zeros(n, m, dtype=torch.bool),
+    "list of rows": lambda n, m, pad: causal(n, m)[list(reversed(range(LENGTH)))],
+    "permuted rows": lambda n, m, pad: causal(n, m)[(pad[0] * 0 + torch.arange(n)).flip(0)],
+    "bits": lambda n, m, pad: torch.ones(n, m).tril().view(torch.int32) > 1,
+    "doubled": lambda n, m, pad: torch.ones(n, m).tril().add(torch.ones(n, m), alpha=-1) >= 0.5,
+}
+
+
+class TestCausal:
+    @pytest.mark.parametrize("name", CAUSAL_SPELLINGS)
+    def test_spelling(self, name):
+        expect(CAUSAL, CAUSAL_SPELLINGS[name][0])
+
+    @pytest.mark.parametrize("name", CAUSAL_SPELLINGS)
+    def test_near_miss(self, name):
+        kind, build = CAUSAL_SPELLINGS[name][1]
+        expect(kind, build)
+
+    @pytest.mark.parametrize(
+        "name", ["kv <= q", "tril", "triu of -inf", "one document", "offset positions", "counted positions"]
+    )
+    def test_symbolic_lengths(self, name):
+        match, (kind, miss) = CAUSAL_SPELLINGS[name]
+        result = expect(CAUSAL, match, dynamic=True)
+        assert isinstance(result.site.query.meta["example_value"].shape[2], torch.SymInt)
+        expect(kind, miss, dynamic=True)
+
+    def test_is_causal_needs_no_mask(self):
+        def attention(query):
+            return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+        (graph,) = capture_all(attention, torch.randn(1, 2, 4, 8)).graphs
+        assert infer_mask(find_sites(graph)[0]).kind is CAUSAL
+
+    def test_no_mask_is_none(self):
+        expect(NONE, lambda n, m, pad: None)
+
+    def test_half_precision_positions_are_really_not_causal(self):
+        # 2049 is 2048 in float16: a proof over the integers would be wrong from there on.
+        rounded = torch.arange(2050).half()
+        assert not torch.equal(rounded <= rounded[:, None], torch.ones(2050, 2050, dtype=torch.bool).tril())
+
+
+class TestPadding:
+    @pytest.mark.parametrize("form", PADDING_FORMS)
+    def test_causal_and_padding(self, form):
+        numbered = padding_mask(LENGTH) + F.one_hot(torch.tensor(5), LENGTH)
+        result = expect(CAUSAL_PADDING, lambda n, m, pad: causal(n, m) & PADDING_FORMS[form](pad), pad=numbered)
+        self.check_tensor(result)
+
+    @pytest.mark.parametrize("form", ["!= 0", "bool", "not == 0"])
+    def test_padding_alone(self, form):
+        result = expect(PADDING, lambda n, m, pad: PADDING_FORMS[form](pad))
+        self.check_tensor(result, is_causal=False)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_advanced_indexing(self, dynamic):
+        self.check_tensor(expect(CAUSAL_PADDING, looked_up, dynamic=dynamic))
+
+    def test_additive(self):
+        def build(n, m, pad):
+            return additive(causal(n, m)[None, None] & pad.bool()[:, None, None])
+
+        self.check_tensor(expect(CAUSAL_PADDING, build))
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_part_of_a_larger_mask(self, dynamic):
+        def build(n, m, pad, larger):
+            return causal(n, m) & larger.bool()[1 : BATCH + 1, None, None, 2 : m + 2]
+
+        larger = torch.randint(0, 2, (BATCH + 3, LENGTH + 5))
+        self.check_tensor(expect(CAUSAL_PADDING, build, extra=(larger,), dynamic=dynamic))
+
+    def test_transposed_mask(self):
+        def build(n, m, pad, mask):
+            return causal(n, m) & mask.t().bool()[:, None, None]
+
+        self.check_tensor(expect(CAUSAL_PADDING, build, extra=(padding_mask(LENGTH).t().contiguous(),)))
+
+    def test_one_mask_for_all_items(self):
+        def build(n, m, pad, keys):
+            return causal(n, m) & keys
+
+        self.check_tensor(expect(CAUSAL_PADDING, build, extra=(torch.rand(LENGTH) < 0.5,)))
+
+    def test_one_switch_per_item(self):
+        def build(n, m, pad, switch):
+            return causal(n, m) & switch[:, None, None, None]
+
+        self.check_tensor(expect(CAUSAL_PADDING, build, extra=(torch.tensor([True, False]),)))
+
+    def test_positions_as_padding(self):
+        self.check_tensor(expect(CAUSAL_PADDING, lambda n, m, pad: causal(n, m) & (torch.arange(m) >= 2)))
+
+    @pytest.mark.parametrize("name", PADDING_NEAR_MISSES)
+    def test_near_miss(self, name):
+        expect(OPAQUE, PADDING_NEAR_MISSES[name])
+
+    def test_two_calls_share_one_tensor(self):
+        def attention(query, pad):
+            mask = causal(LENGTH, LENGTH) & pad.bool()[:, None, None]
+            query = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+            return F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+        (graph,) = capture_all(attention, torch.randn(BATCH, HEADS, LENGTH, 8), padding_mask(LENGTH)).graphs
+        builder, nodes = PaddingBuilder(graph.graph), set()
+        for site in find_sites(graph):
+            with graph.graph.inserting_before(site.node):
+                nodes.add(builder.padding(site, infer_mask(site)))
+        assert len(nodes) == 1
+
+    def check_tensor(self, result, is_causal=True):
+        """The emitted tensor [B, L] says exactly what the mask says about keys, and no emitted node is wider."""
+        graph = result.graph_module.graph
+        before = set(graph.nodes)
+        with graph.inserting_before(result.site.node):
+            node = PaddingBuilder(graph).padding(result.site, result.meaning)
+        inputs = [result.values[placeholder.name] for placeholder in graph.nodes if placeholder.op == "placeholder"]
+        values = run_nodes(result.graph_module, tuple(inputs))
+        padding = values[node.name]
+        assert padding.shape == (BATCH, LENGTH) and padding.dtype == torch.bool
+        assert not padding.all(), "a test of padding needs some"
+        expected = padding[:, None, None].expand_as(result.allowed)
+        assert torch.equal(result.allowed, expected.tril() if is_causal else expected)
+        made = [values[new.name] for new in graph.nodes if new not in before]
+        assert all(value.numel() <= BATCH * LENGTH for value in made if isinstance(value, torch.Tensor))
+
+
+class TestOtherShapes:
+    """Masks with a name of their own, which stay as the model wrote them."""
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_sliding_window(self, dynamic):
+        def build(n, m, pad):
+            q, kv = positions(n, m)
+            return (kv <= q) & (q - kv < 4)
+
+        result = expect(SLIDING, build, dynamic=dynamic)
+        assert "3" in result.meaning.detail
+
+    def test_a_window_wider_than_any_length_is_causal(self):
+        def build(n, m, pad):
+            q, kv = positions(n, m)
+            return (kv <= q) & (kv > q - 16)
+
+        def mark(query, key, pad):
+            for tensor, dim in ((query, 2), (key, 2), (pad, 1)):
+                torch._dynamo.mark_dynamic(tensor, dim, min=2, max=limit)
+
+        limit = 16
+        expect(CAUSAL, build, mark=mark)
+        limit = 17
+        expect(SLIDING, build, mark=mark)
+
+    def test_window_and_padding(self):
+        expect(SLIDING, lambda n, m, pad: looked_up(n, m, pad) & (torch.arange(m) > torch.arange(n)[:, None] - 4))
+
+    def test_chunks(self):
+        def build(n, m, pad):
+            q, kv = positions(n, m)
+            return (kv <= q) & (q // 4 == kv // 4)
+
+        expect(CHUNKED, build)
+
+    def test_packed(self):
+        document = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1]])
+        expect(PACKED, lambda n, m, pad, document: causal(n, m) & documents(n, m, document), extra=(document,))
+
+    def test_packed_by_given_positions(self):
+        def build(n, m, pad, ids):
+            document = (torch.diff(ids, prepend=ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+            return causal(n, m) & documents(n, m, document)
+
+        ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+        expect(PACKED, build, extra=(ids,))
+
+    @pytest.mark.parametrize("name", OPAQUE_MASKS)
+    def test_opaque(self, name):
+        expect(OPAQUE, OPAQUE_MASKS[name])
+
+    def test_float_mask_from_outside(self):
+        bias = torch.where(padding_mask(LENGTH).bool(), 0.0, INF)[:, None, None]
+        expect(OPAQUE, lambda n, m, pad, bias: additive(causal(n, m)) + bias, extra=(bias,))
+
+    def test_bool_mask_from_outside(self):
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        expect(OPAQUE, lambda n, m, pad, mask: mask, extra=(mask,))
+
+
+class TestQueriesAndKeysOfOtherLengths:
+    def test_upper_left(self):
+        expect(CAUSAL, lambda n, m, pad: causal(n, m), length=4, keys=8)
+
+    def test_lower_right(self):
+        expect(OPAQUE, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n), length=4, keys=8)
+
+    def test_lower_right_of_a_square_is_causal(self):
+        expect(CAUSAL, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n))
+
+    def test_one_query_sees_all_keys(self):
+        expect(NONE, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n), length=1, keys=8)
+
+
+@torch.library.custom_op("tsa_tests::clear", mutates_args=("mask",))
+def clear(mask: torch.Tensor) -> None:
+    mask.zero_()
+
+
+class TestWrites:
+    """What the graph writes into has no fixed value."""
+
+    def write(write):
+        def build(n, m, pad):
+            mask = causal(n, m)
+            write(mask)
+            return mask
+
+        return build
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            write(lambda mask: mask.fill_(True)),
+            write(lambda mask: mask.logical_not_()),
+            write(lambda mask: mask.__setitem__((0, 0), False)),
+            write(lambda mask: mask[:, :2].fill_(True)),
+            write(lambda mask: mask.t().masked_fill_(~mask, True)),
+            write(lambda mask: torch.logical_not(mask, out=mask)),
+            write(lambda mask: mask.__ior__(torch.ones_like(mask))),
+            write(lambda mask: operator.ior(mask, torch.ones_like(mask))),
+            write(clear),
+            write(torch.ops.tsa_tests.clear),
+        ],
+        ids=["fill_", "logical_not_", "setitem", "slice", "transposed", "out", "ior", "operator", "custom", "packet"],
+    )
+    def test_opaque(self, build):
+        expect(OPAQUE, build)
+
+    def test_inplace_argument(self):
+        def build(n, m, pad):
+            mask = additive(causal(n, m))
+            F.threshold(mask, -1.0, 5.0, inplace=True)
+            return mask
+
+        expect(OPAQUE, build)
+
+    def test_padding_mask_written_to(self):
+        def build(n, m, pad):
+            pad = pad.clone()
+            pad[:, 0] = 1
+            return causal(n, m) & pad.bool()[:, None, None]
+
+        expect(OPAQUE, build)
+
+    def test_a_write_elsewhere_does_not_matter(self):
+        def build(n, m, pad):
+            other = torch.zeros(3)
+            other.fill_(1)
+            return causal(n, m)
+
+        expect(CAUSAL, build)
+
+
+class TestRowsWithoutKeys:
+    """A padded row before the first valid key: zeros, the mean of all values, or neither."""
+
+    def mean_rows(self, build, **options):
+        return expect(CAUSAL_PADDING, build, **options).meaning.mean_rows
+
+    @staticmethod
+    def padded(n, m, pad):
+        return causal(n, m) & pad.bool()[:, None, None]
+
+    def test_bool(self):
+        assert self.mean_rows(self.padded) is False
+
+    def test_minus_infinity(self):
+        assert self.mean_rows(lambda n, m, pad: additive(self.padded(n, m, pad), INF)) is False
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_lowest(self, dtype):
+        low = torch.finfo(dtype).min
+        assert self.mean_rows(lambda n, m, pad: additive(self.padded(n, m, pad), low, dtype), dtype=dtype) is True
+
+    def test_float16_lowest_lets_scores_show(self):
+        # -65504 + 40 is another float16 than -65504 + 4: such a row is a softmax of its scores.
+        low = torch.finfo(torch.float16).min
+        expect(OPAQUE, lambda n, m, pad: additive(self.padded(n, m, pad), low, torch.float16), dtype=torch.float16)
+        expect(CAUSAL, lambda n, m, pad: additive(causal(n, m), low, torch.float16), dtype=torch.float16)
+        assert not self.mean_rows(
+            lambda n, m, pad: additive(self.padded(n, m, pad), INF, torch.float16), dtype=torch.float16
+        )
+
+    def test_two_masks_add_up(self):
+        # The lowest number twice is -inf, so that such a row is the mean of some values only.
+        expect(OPAQUE, lambda n, m, pad: additive(causal(n, m)) + additive(pad.bool()[:, None, None]))
+
+    def test_two_masks_of_minus_infinity(self):
+        assert not self.mean_rows(lambda n, m, pad: additive(causal(n, m), INF) + additive(pad.bool()[:, None, None], INF))
+
+
+class TestAtoms:
+    """Equal statements are equal symbols, opposite ones negations of each other."""
+
+    @staticmethod
+    def atoms(length=8):
+        return Atoms({B: sympy.Integer(2), Q: sympy.Integer(length), KV: sympy.Integer(length)}, lambda expr: sympy.oo)
+
+    def test_one_form(self):
+        atoms = self.atoms()
+        assert atoms.le(KV, Q) == atoms.lt(KV, Q + 1) == atoms.le(KV - Q, sympy.Integer(0)) == sympy.Not(atoms.lt(Q, KV))
+        assert atoms.le(KV, Q) != atoms.lt(KV, Q)
+        assert len(atoms.table) == 2
+        assert atoms.eq(KV, Q) == atoms.eq(Q, KV)
+
+    def test_bounds_fold(self):
+        atoms = self.atoms()
+        assert atoms.le(KV, Q + 7) == sympy.true
+        assert atoms.le(KV, Q + 6) != sympy.true
+        assert atoms.lt(KV, sympy.Integer(0)) == sympy.false
+        assert atoms.eq(KV, sympy.Integer(8)) == sympy.false
+        assert atoms.eq(KV, sympy.Integer(7)) not in (sympy.true, sympy.false)
+
+    def test_shape_symbols_fold_by_their_range(self):
+        length = sympy.Symbol("s0", integer=True, positive=True)
+        sizes = {Q: length, KV: length}
+        assert Atoms(sizes, lambda expr: sympy.oo).le(KV, Q + 15) != sympy.true
+        assert Atoms(sizes, lambda expr: expr.subs(length, 16)).le(KV, Q + 15) == sympy.true
+
+    def test_products_of_positions_do_not_fold(self):
+        assert self.atoms().le(KV * Q, sympy.Integer(49)) not in (sympy.true, sympy.false)
+        assert not self.atoms().never_positive(sympy.Function("x", integer=True)(KV))
