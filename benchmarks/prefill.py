@@ -57,24 +57,24 @@ def compiled(model: Any, mode: str, keep: float) -> Callable[..., Any]:
     return torch.compile(model, backend="tsa", options={"config": config})
 
 
-def inputs(length: int) -> dict[str, Any]:
+def inputs(length: int, masked: bool = True) -> dict[str, Any]:
     """Fresh random tokens and a mask of ones; the length is marked dynamic, so that one compilation serves all."""
     ids = torch.randint(1, 128256, (1, length), device="cuda")
-    mask = torch.ones_like(ids)
-    for tensor in (ids, mask):
+    mask = torch.ones_like(ids) if masked else None
+    for tensor in filter(lambda tensor: tensor is not None, (ids, mask)):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)
     return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1, "use_cache": True}
 
 
-def measure(call: Callable[..., Any], length: int, repeats: int) -> dict[str, Any]:
+def measure(call: Callable[..., Any], length: int, repeats: int, masked: bool) -> dict[str, Any]:
     """Median milliseconds of one prefill, and the peak memory above what was allocated before it, in GiB."""
     started = time.perf_counter()
-    call(**inputs(length))
+    call(**inputs(length, masked))
     torch.cuda.synchronize()
     first = time.perf_counter() - started
     times, peak = [], 0
     for _ in range(repeats):
-        batch = inputs(length)
+        batch = inputs(length, masked)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -100,7 +100,7 @@ def measure_mode(model: Any, mode: str, arguments: argparse.Namespace) -> list[d
         for length in arguments.lengths:
             row: dict[str, Any] = {"mode": mode, "length": length}
             try:
-                row |= measure(call, length, arguments.repeats)
+                row |= measure(call, length, arguments.repeats, not arguments.no_mask)
             except torch.OutOfMemoryError as error:
                 row["error"] = "out of memory: " + str(error).split(".")[0]
             torch.cuda.empty_cache()
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--keep", type=float, default=0.675, help="share of the tokens that sparse layers keep")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-mask", action="store_true", help="pass no attention_mask")
     parser.add_argument("--out", type=Path, help="folder for prefill.json, prefill.md and prefill.png")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
