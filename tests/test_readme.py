@@ -1,0 +1,101 @@
+"""The README is true: its code runs, in order and in one namespace, and its tables name what exists."""
+
+import contextlib
+import io
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tsa_compile.backend
+from tsa_compile import Coverage, Reason, TSAConfig
+from tsa_compile.config import OPTIONS
+from tsa_compile.kernels import attend
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("fresh")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def small_llama():
+    """What the README calls `model`, `ids` and `mask`: 18 layers, two prompts of which the first is padded."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    ids = torch.randint(1, 64, (2, 1400))
+    mask = torch.ones_like(ids)
+    mask[0, :200] = 0
+    return {"model": LlamaForCausalLM(config).eval(), "ids": ids, "mask": mask}
+
+
+def lines(text):
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """Compiling takes Inductor minutes on two cores; what is rewritten and computed is the same without it."""
+    lookup = tsa_compile.backend.lookup_backend
+    monkeypatch.setattr(tsa_compile.backend, "lookup_backend", lambda name: lookup("eager"))
+
+
+def test_python_blocks_run_and_print_what_the_readme_shows(without_inductor):
+    namespace = small_llama()
+    shown = []
+    try:
+        for position, (language, block) in enumerate(BLOCKS):
+            if language != "python":
+                continue
+            torch._dynamo.reset()
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(block, f"README.md, block {position}", "exec"), namespace)
+            following, text = BLOCKS[position + 1] if position + 1 < len(BLOCKS) else ("", "")
+            if following == "text" and output.getvalue():
+                assert lines(output.getvalue()) == lines(text), "the README's example report is out of date"
+                shown.append(position)
+    finally:
+        if "mine" in attend.names():
+            attend.unregister("mine")
+    assert len(shown) == 1
+
+
+def test_commands_are_those_of_tox_and_ci():
+    commands = [line for language, block in BLOCKS if language == "console" for line in lines(block)]
+    assert commands[:2] == ["python -m pip install tox && tox -e demo", "python -m pip install tox && tox"]
+    assert "-m pip install tox && tox" in (ROOT / ".ci" / "run").read_text()
+    assert "commands = python examples/quickstart.py" in (ROOT / "tox.ini").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"dev", "transformers"} <= set(project["optional-dependencies"])
+
+
+def test_reason_table_is_complete_and_in_the_reports_words():
+    for reason in Reason:
+        assert f"| `{reason}` | {reason.explanation} | {reason.remedy or ''}".rstrip() in README, reason
+
+
+def test_option_table_names_every_option_and_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, re.MULTILINE))
+    defaults = {name: eval(text, {"Coverage": Coverage}) for name, text in rows.items() if name in OPTIONS}
+    assert defaults == {name: getattr(TSAConfig(), name) for name in OPTIONS}
+
+
+def test_prefill_table_is_that_of_the_last_run():
+    (table,) = re.findall(r"<!-- prefill:begin -->\n(.*?)<!-- prefill:end -->", README, re.DOTALL)
+    assert table.strip() in (ROOT / "benchmarks" / "results" / "prefill.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/architecture.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
