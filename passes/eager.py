@@ -36,7 +36,7 @@ def read_eager(node: Node) -> AttentionSite | None:
     softmax, dropout = _down_to_softmax(weights)
     if softmax is None:
         return None
-    scores = _Scores().walk(softmax.args[0])
+    scores = _Scores().walk(argument(softmax, 0, "input"))
     if scores.product is None:
         return None
     query, key = scores.product.args[0], _transposed(scores.product.args[1])
@@ -76,7 +76,7 @@ def _down_to_softmax(weights: Any) -> tuple[Node | None, Any]:
                 dropout = argument(weights, 1, "p", 0.5)
         elif name not in _CASTS:
             break
-        weights = weights.args[0]
+        weights = argument(weights, 0, "input")
     return None, dropout
 
 
@@ -102,16 +102,18 @@ class _Scores:
     def _step(self, node: Node) -> Any:
         name = op_name(node)
         if name in _CASTS:
-            return node.args[0]
+            return argument(node, 0, "input")
         if is_mutation(node):
             self.problem = f"{name} writes in place"
-            return node.args[0]
-        if name in ("mul", "div"):
+            return argument(node, 0, "input")
+        if name in ("mul", "div") and _is_binary(node):
             return self._factor(node, name)
-        if name == "add" and not set(node.kwargs) - {"input", "other"}:
+        if name == "add" and _is_binary(node):
             return self._bias(node)
         if name == "masked_fill":
-            return self._fill(node, node.args[0], argument(node, 1, "mask"), argument(node, 2, "value"), "drop")
+            return self._fill(
+                node, argument(node, 0, "input"), argument(node, 1, "mask"), argument(node, 2, "value"), "drop"
+            )
         if name == "where" and len(node.args) == 3:
             condition, kept, fill = node.args
             return self._fill(node, kept, condition, fill, "keep")
@@ -159,15 +161,20 @@ def _is_scores(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(fake(node), torch.Tensor) and fake(node).dim() == 4
 
 
+def _is_binary(node: Node) -> bool:
+    """`add(x, y, alpha=2)` and `div(x, y, rounding_mode="floor")` are other operators."""
+    return len(node.args) == 2 and not node.kwargs
+
+
 def _leads_to_product(node: Any) -> bool:
     """Whether a node is made of scores by the steps that this file reads."""
     while isinstance(node, Node) and node.op in ("call_function", "call_method"):
         if _is_product(node):
             return True
-        if op_name(node) not in (*_CASTS, "mul", "div", "add", "masked_fill"):
+        if op_name(node) not in (*_CASTS, "mul", "div", "add", "masked_fill", "where"):
             return False
-        operands = [operand for operand in node.args[:2] if _is_scores(operand)]
-        node = operands[0] if operands else None
+        operands = node.args[1:2] if op_name(node) == "where" else node.args[:2]
+        node = next(filter(_is_scores, operands), None)
     return False
 
 
@@ -179,9 +186,11 @@ def _scalar(value: Any) -> Any:
         return None
     if isinstance(fake(value), (torch.SymFloat, float, int)):
         return value
+    if not isinstance(fake(value), torch.Tensor) or not fake(value).is_floating_point():  # an integer would be rounded
+        return None
     if op_name(value) in ("to", "type", "_to_copy", "lift_fresh_copy", "detach"):
         return _scalar(value.args[0])
-    if op_name(value) in ("full", "new_full") and isinstance(fake(value), torch.Tensor) and fake(value).numel() == 1:
+    if op_name(value) in ("full", "new_full") and fake(value).numel() == 1:
         return _scalar(argument(value, 2 if op_name(value) == "new_full" else 1, "fill_value"))
     if op_name(value) in ("tensor", "scalar_tensor") and value.op == "call_function":
         return _scalar(value.args[0])
@@ -199,7 +208,8 @@ def _transposed(node: Any) -> Node | None:
         dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
         return node.args[0] if {dim % rank for dim in dims if isinstance(dim, int)} == {2, 3} else None  # type: ignore
     if name == "permute":
-        order: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        order: Any = argument(node, 1, "dims")
+        order = order if isinstance(order, (list, tuple)) else node.args[1:]
         return node.args[0] if [dim % rank for dim in order] == [0, 1, 3, 2] else None  # type: ignore
     if name == "getattr" and node.args[1] == "mT":
         return node.args[0]  # type: ignore[return-value]
@@ -212,7 +222,7 @@ def _chain_problem(output: Node, softmax: Node, scores: _Scores) -> str | None:
     node = output.args[0]
     while isinstance(node, Node) and node is not softmax:
         between.append(node)
-        node = node.args[0]
+        node = argument(node, 0, "input")
     if any(len(step.users) != 1 for step in between):
         return "scores or weights are used elsewhere too"
     assert scores.product is not None
@@ -220,6 +230,8 @@ def _chain_problem(output: Node, softmax: Node, scores: _Scores) -> str | None:
     for step in between:
         if fake(step).dim() != 4 or not all(known(a == b) for a, b in zip(fake(step).shape, shape, strict=True)):
             return "the scores change their shape on the way"
+        if not fake(step).is_floating_point():
+            return "the scores are rounded on the way"
     return None
 
 

@@ -190,9 +190,10 @@ def peel_repeated_heads(node: Node) -> Node:
     while op_name(source) in ("contiguous", "clone") and source.op != "placeholder":
         source = source.args[0]  # type: ignore[assignment]
     narrow = _behind_repeat_interleave(source) or _behind_expand(source)
-    if narrow is None or is_mutated(narrow, mutated_storages(node.graph)):
+    if narrow is None:
         return node
-    return narrow
+    mutated = mutated_storages(node.graph)
+    return node if any(is_mutated(step, mutated) for step in (narrow, source, node)) else narrow
 
 
 def _behind_repeat_interleave(node: Node) -> Node | None:
@@ -262,4 +263,3 @@ def layer_name(node: Node) -> tuple[str, str, int | None]:
         return path or node.name, "", None
     last = numbered[-1]
     return path, ".".join([*parts[:last], "*", *parts[last + 1 :]]), int(parts[last])
-

@@ -90,7 +90,7 @@ class Evaluator:
             return self.leaf(node, index)
         try:
             return self._as_dtype(evaluate(self, node, index), value.dtype)
-        except NotUnderstood:
+        except (NotUnderstood, IndexError):  # rules expect the leading arguments by position
             return self.leaf(node, index)
 
     def leaf(self, node: Node, index: Index) -> Value:

@@ -262,6 +262,7 @@ OPAQUE_MASKS = {
     "list of rows": lambda n, m, pad: causal(n, m)[list(reversed(range(LENGTH)))],
     "permuted rows": lambda n, m, pad: causal(n, m)[(pad[0] * 0 + torch.arange(n)).flip(0)],
     "bits": lambda n, m, pad: torch.ones(n, m).tril().view(torch.int32) > 1,
+    "arguments by name": lambda n, m, pad: torch.unsqueeze(input=torch.tril(input=torch.ones(n, m)) == 1, dim=0),
     "doubled": lambda n, m, pad: torch.ones(n, m).tril().add(torch.ones(n, m), alpha=-1) >= 0.5,
 }
 
