@@ -128,3 +128,48 @@ def difference(left, right, mask=None):
     gap = (left - right).abs()
     assert not gap.isnan().any()
     return float((gap if mask is None else gap[mask.bool()]).max())
+
+
+class Attention(torch.nn.Module):
+    """One attention call without projections; `finish` is applied to its output [B, H, L, D]."""
+
+    def __init__(self, finish=lambda out: out, **settings):
+        super().__init__()
+        self.finish = finish
+        self.settings = {"is_causal": True, **settings}
+
+    def forward(self, query, key, value, attn_mask=None):
+        grouped = query.shape[1] != key.shape[1]
+        call = torch.nn.functional.scaled_dot_product_attention
+        return self.finish(call(query, key, value, attn_mask=attn_mask, enable_gqa=grouped, **self.settings))
+
+
+class Stack(torch.nn.Module):
+    """Numbered attention layers, one after the other; a graph break behind those in `breaks`."""
+
+    def __init__(self, count=4, breaks=(), **settings):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Attention(**settings) for _ in range(count))
+        self.breaks = breaks
+
+    def forward(self, query, key, value):
+        query = self.layers[0](query, key, value)
+        if 0 in self.breaks:
+            torch._dynamo.graph_break()
+        query = self.layers[1](query, key, value)
+        if 1 in self.breaks:
+            torch._dynamo.graph_break()
+        for layer in self.layers[2:]:
+            query = layer(query, key, value)
+        return query
+
+
+def heads(batch=2, query_heads=4, kv_heads=2, length=40, head_dim=16, rows_first=True, **options):
+    """Random query, key and value; in memory [B, L, H, D], as projections leave them, or [B, H, L, D]."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for count in (query_heads, kv_heads, kv_heads):
+        shape = (batch, length, count, head_dim) if rows_first else (batch, count, length, head_dim)
+        tensor = torch.randn(shape, generator=generator).to(**options)
+        made.append(tensor.transpose(1, 2) if rows_first else tensor)
+    return tuple(made)

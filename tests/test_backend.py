@@ -1,0 +1,401 @@
+"""`torch.compile(..., backend="tsa")`: options, errors, reports, layouts, and graphs of every kind."""
+
+import functools
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from tsa_compile import (
+    ConfigError,
+    Coverage,
+    Decision,
+    KeepRatio,
+    Reason,
+    RewriteReport,
+    TSAConfig,
+    TSAWarning,
+    reports,
+    tsa_backend,
+)
+from tsa_compile.kernels import attend, reference
+from tsa_compile.testing import count_ops, widest_elements
+
+from .support import Attention, Stack, difference, heads, mixed_padding, oracle, tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+SMALL = dict(window=4, min_tokens=4, compiler="eager")
+HALF = TSAConfig(budget=KeepRatio(0.5), **SMALL)
+ATOL = 1e-5
+
+
+def compiled(model, backend="tsa", **options):
+    return torch.compile(model, backend=backend, options={"config": HALF, **options})
+
+
+def half_of(query, key, value, **settings):
+    """What the reference computes for one causal call under `HALF`."""
+    return reference.token_sparse_attention(query, key, value, keep_ratio=0.5, **{"window": 4, "min_tokens": 4, **settings})
+
+
+class Keeper:
+    """A compiler that keeps the graph it is given."""
+
+    def __call__(self, graph_module, example_inputs):
+        self.graph_module = graph_module
+        return graph_module.forward
+
+
+# How it is asked for
+
+
+@pytest.mark.parametrize("backend", ["tsa", tsa_backend], ids=["entry point", "function"])
+def test_both_spellings_of_the_backend(backend):
+    inputs = heads()
+    with torch.no_grad():
+        out = compiled(Attention(), backend, layers=[0])(*inputs)
+    assert difference(out, half_of(*inputs)) < ATOL
+
+
+def test_entry_point_is_listed():
+    assert "tsa" in torch._dynamo.list_backends()
+
+
+def test_defaults_leave_short_sequences_alone():
+    model = tiny("llama")
+    ids = tokens(2, 40)
+    with torch.no_grad(), pytest.warns(TSAWarning, match="TOO_SHORT"):
+        logits = torch.compile(model, backend="tsa")(ids).logits
+    with torch.no_grad():
+        assert difference(logits, model(ids).logits) < ATOL
+    (report,) = reports()
+    assert [row.reason for row in report] == [Reason.LAYER_NOT_SELECTED, Reason.TOO_SHORT, Reason.TOO_SHORT]
+    assert report.causal == 3
+    assert report.config["compiler"] == "inductor"
+
+
+def test_options_override_the_config():
+    """A field beside a whole config wins: nothing is dropped."""
+    inputs = heads()
+    with torch.no_grad():
+        out = compiled(Attention(), layers=[0], budget=Coverage(0))(*inputs)
+    assert difference(out, Attention()(*inputs)) < ATOL
+    assert reports()[-1].config["budget"] == {"coverage": 0.0}
+
+
+def test_upper_half_by_default():
+    model = tiny("llama", num_hidden_layers=4)
+    with torch.no_grad():
+        compiled(model)(tokens(2, 40))
+    (report,) = reports()
+    assert [row.layer_index for row in report.sparse_sites] == [2, 3]
+    assert [row.layer for row in report] == [f"model.layers.{i}.self_attn" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "layers, sparse",
+    [
+        ([0, 2], [0, 2]),
+        ([], []),
+        (["model.layers.1.*"], [1]),
+        (["model.layers.[02].self_attn"], [0, 2]),
+        (["*"], [0, 1, 2]),
+    ],
+    ids=str,
+)
+def test_layers(layers, sparse):
+    with torch.no_grad():
+        compiled(tiny("llama"), layers=layers)(tokens(2, 40))
+    assert [row.layer_index for row in reports()[-1].sparse_sites] == sparse
+
+
+def test_group_granularity():
+    ids = tokens(3, 50)
+    mask = mixed_padding(50)
+    with torch.no_grad():
+        logits = compiled(tiny("llama"), granularity="group", layers=[0, 2])(ids, attention_mask=mask).logits
+        with oracle([0, 2], window=4, min_tokens=4, keep_ratio=0.5, granularity="group"):
+            wanted = tiny("llama", "oracle")(ids, attention_mask=mask).logits
+    assert difference(logits, wanted, mask) < ATOL
+
+
+@pytest.mark.parametrize("capacity", [12, 24, 100])
+@pytest.mark.parametrize("budget", [{"keep_ratio": 0.5}, {"coverage": 0.2}], ids=str)
+def test_capacity(capacity, budget):
+    """A static size of the selection: what exceeds it is dropped, a larger one changes nothing."""
+    ids, mask = tokens(3, 50), mixed_padding(50)
+    with torch.no_grad():
+        logits = compiled(tiny("llama"), budget=budget, capacity=capacity, layers=[0])(ids, attention_mask=mask).logits
+        with oracle([0], window=4, min_tokens=4, capacity=capacity, **budget):
+            wanted = tiny("llama", "oracle")(ids, attention_mask=mask).logits
+    assert difference(logits, wanted, mask) < ATOL
+
+
+def test_a_registered_kernel_by_name():
+    calls = []
+
+    def run(query, key, value, scale):
+        calls.append(query.shape)
+        return attend.get("sdpa").run(query, key, value, scale)
+
+    attend.register(attend.AttentionKernel("test kernel", run, lambda request: None, priority=-1))
+    try:
+        inputs = heads()
+        with torch.no_grad():
+            out = compiled(Attention(), layers=[0], kernel="test kernel")(*inputs)
+        assert difference(out, half_of(*inputs)) < ATOL
+        assert calls and reports()[-1].rows[0].kernel == "test kernel"
+    finally:
+        attend.unregister("test kernel")
+
+
+def test_a_kernel_that_does_not_fit_leaves_the_layer_dense():
+    inputs = heads()
+    with torch.no_grad(), pytest.warns(TSAWarning, match="KERNEL"):
+        out = compiled(Attention(), layers=[0], kernel="cudnn")(*inputs)
+    assert difference(out, Attention()(*inputs)) < ATOL
+    assert reports()[-1].rows[0].reason is Reason.KERNEL
+
+
+def test_a_callable_compiler_gets_the_rewritten_graph():
+    keeper = Keeper()
+    with torch.no_grad():
+        compiled(Attention(), layers=[0], compiler=keeper)(*heads())
+    steps = ("score", "select", "compress", "attend", "decompress")
+    assert count_ops(keeper.graph_module, *steps) == dict.fromkeys(steps, 1)
+    assert count_ops(keeper.graph_module, "scaled_dot_product_attention")["scaled_dot_product_attention"] == 0
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
+def test_compilers_by_name(compiler):
+    inputs = heads()
+    with torch.no_grad():
+        out = compiled(Attention(), layers=[0], compiler=compiler)(*inputs)
+    assert difference(out, half_of(*inputs)) < ATOL
+
+
+def test_modes_of_inductor():
+    inputs = heads()
+    with torch.no_grad(), pytest.warns(TSAWarning, match="LAYER_COUNT_UNKNOWN"):
+        out = torch.compile(Attention(), backend="tsa", mode="reduce-overhead")(*inputs)
+    assert difference(out, Attention()(*inputs)) < ATOL
+
+
+def test_modes_are_refused_for_other_compilers():
+    backend = functools.partial(tsa_backend, options={"config": HALF})
+    with pytest.raises(BackendCompilerFailed, match="mode='reduce-overhead' is not allowed with compiler='eager'"):
+        torch.compile(Attention(), backend=backend, mode="reduce-overhead")(*heads())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"windw": 3}, ["'windw' is not an option", "did you mean 'window'", "min_tokens"]),
+        ({"budget": {"coverage": 1.0}}, ["Coverage.tau=1.0", r"[0, 1)"]),
+        ({"budget": 0.5}, ["budget=0.5", "Coverage(tau)"]),
+        ({"pool": 6}, ["pool=6", "odd"]),
+        ({"window": 0}, ["window=0", ">= 1"]),
+        ({"layers": [7]}, ["layers", "7", "0 (model.layers.0.self_attn)", "2 (model.layers.2.self_attn)"]),
+        ({"layers": ["decoder.*"]}, ["layers", "decoder.*", "model.layers.1.self_attn"]),
+        ({"kernel": "fastest"}, ["kernel", "'fastest'", "cudnn, flash, sdpa", "auto"]),
+        ({"compiler": "gcc"}, ["compiler='gcc'", "inductor"]),
+        ({"compiler": "tsa"}, ["compiler='tsa'", "name another"]),
+        ({"granularity": "token"}, ["granularity='token'", "head", "group"]),
+        ({"config": {"window": 4}}, ["config=", "TSAConfig"]),
+    ],
+    ids=lambda value: ", ".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_allowed_is_named(options, said):
+    """The option, the value and what is allowed."""
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed) as failure:
+        torch.compile(tiny("llama"), backend="tsa", options=options)(tokens(1, 20))
+    for part in said:
+        assert part in str(failure.value), part
+
+
+def test_errors_are_of_this_package():
+    """Called without Dynamo around it, the backend raises its own exceptions."""
+    with pytest.raises(ConfigError, match="odd"):
+        tsa_backend(None, (), options={"pool": 6})
+
+
+# What is reported
+
+
+def test_the_report_of_a_model():
+    with torch.no_grad():
+        compiled(tiny("llama"), layers=[1])(tokens(3, 50), attention_mask=mixed_padding(50))
+    (report,) = reports()
+    assert (report.sparse, report.causal, report.padded, report.unchanged) == (1, 0, 2, 0)
+    row = report.rows[1]
+    assert (row.index, row.layer, row.layer_index) == (1, "model.layers.1.self_attn", 1)
+    assert (row.query, row.key, row.value) == ((3, 4, 50, 32), (3, 2, 50, 32), (3, 2, 50, 32))
+    assert (row.dtype, row.form, row.mask) == ("float32", "sdpa", "causal+padding")
+    assert (row.decision, row.reason, row.kernel) == (Decision.SPARSE, Reason.SPARSE, "sdpa")
+    assert report.config["layers"] == [1] and report.config["budget"] == {"keep_ratio": 0.5}
+    assert RewriteReport.from_json(report.to_json()) == report
+    assert "model.layers.1.self_attn" in str(report)
+
+
+def test_one_report_a_compilation():
+    model = compiled(Attention(), layers=[0])
+    with torch.no_grad():
+        for length in (40, 40, 50, 60):
+            model(*heads(length=length))
+    assert len(reports()) == 2  # a static length, then a symbolic one
+
+
+# Graphs of every kind
+
+
+@pytest.mark.parametrize("rows_first", [True, False], ids=["BLHD", "BHLD"])
+@pytest.mark.parametrize(
+    "finish",
+    [
+        lambda out: out,
+        lambda out: out.transpose(1, 2),
+        lambda out: out.transpose(1, 2).reshape(*out.shape[0:1], out.shape[2], -1),
+        lambda out: out.as_strided((2, 3), (7, 5)),
+        lambda out: (out, out.flatten(2)),
+        lambda out: out * out.stride(1),
+        lambda out: out[:, :2, 1:],
+        lambda out: out.contiguous().view(2, -1),
+        lambda out: out.reshape(2, -1, 40, 16),
+        lambda out: torch.relu(out.double() + 1),
+        lambda out: out.unbind(1)[1],
+        lambda out: torch.empty_like(out).fill_(1),
+    ],
+    ids=[
+        "output",
+        "transpose",
+        "reshape",
+        "as_strided",
+        "two outputs",
+        "stride()",
+        "slice",
+        "contiguous-view",
+        "reshape to itself",
+        "pointwise",
+        "unbind",
+        "empty_like",
+    ],
+)
+@pytest.mark.parametrize("layers", [[], [0]], ids=["exact", "sparse"])
+def test_strides_are_the_models(finish, rows_first, layers):
+    """Whoever reads the output finds it laid out as before; keep-all, so the values are the same too."""
+    inputs = heads(rows_first=rows_first)
+    model = Attention(finish)
+    with torch.no_grad():
+        out = compiled(model, layers=layers, budget=Coverage(0))(*inputs)
+        wanted = model(*inputs)
+    for found, expected in zip(*((x if isinstance(x, tuple) else (x,)) for x in (out, wanted)), strict=True):
+        assert found.shape == expected.shape and found.stride() == expected.stride()
+        assert difference(found, expected) < ATOL
+
+
+@pytest.mark.parametrize("layers", [[], [0]], ids=["exact", "sparse"])
+@pytest.mark.parametrize(
+    "finish",
+    [
+        lambda out: out.view(2, 160, 16),
+        lambda out: (out * 2).view(2, 160, 16),
+        lambda out: out.reshape(2, 4, 40, 16).view(2, 160, 16),
+        lambda out: out.to(torch.float64).relu().view(2, 160, 16),
+        lambda out: out.split(1)[1].view(160, 16),
+        lambda out: (out + out.sin()).unflatten(1, (2, 2)).view(4, 80, 16),
+    ],
+    ids=["view", "product", "reshape", "cast", "split", "sum"],
+)
+def test_a_view_that_needs_the_models_strides(finish, layers):
+    """With [B, L, H, D] rows, which the new ops leave, `view` would raise."""
+    inputs = heads(rows_first=False)
+    model = Attention(finish)
+    with torch.no_grad():
+        out = compiled(model, layers=layers, budget=Coverage(0))(*inputs)
+        assert difference(out, model(*inputs)) < ATOL
+
+
+def test_value_heads_of_another_size():
+    query, key, value = heads()
+    value = value[..., :8]
+    with torch.no_grad():
+        out = compiled(Attention(), layers=[0])(query, key, value)
+    assert difference(out, half_of(query, key, value)) < ATOL
+
+
+def test_a_scale_of_its_own():
+    inputs = heads()
+    with torch.no_grad():
+        out = compiled(Attention(scale=0.7), layers=[0])(*inputs)
+    assert difference(out, half_of(*inputs, scale=0.7)) < ATOL
+
+
+def test_a_graph_without_attention():
+    function = compiled(lambda x: x.relu() + 1)
+    assert torch.equal(function(torch.ones(3)), 2 * torch.ones(3))
+    assert [len(report) for report in reports()] == [0]
+
+
+def test_no_mask_is_built_in_exact_mode():
+    """The largest tensor of the rewritten graph is far below L x L."""
+    keeper = Keeper()
+    length = 200
+    with torch.no_grad():
+        compiled(tiny("gpt2", n_embd=32), layers=[], compiler=keeper)(
+            tokens(1, length), attention_mask=torch.ones(1, length, dtype=torch.long), use_cache=False
+        )
+    assert widest_elements(keeper.graph_module) < length * length
+
+
+def test_layers_in_several_graphs_need_names():
+    """No graph sees how many layers there are, so the default selects none and says so."""
+    inputs = heads(kv_heads=4)
+    model = Stack(breaks=(0, 1))
+    with torch.no_grad(), pytest.warns(TSAWarning, match="LAYER_COUNT_UNKNOWN"):
+        out = compiled(model)(*inputs)
+        assert difference(out, model(*inputs)) < ATOL
+    rows = [row for report in reports() for row in report]
+    assert len(reports()) == 3 and len(rows) == 4
+    assert Reason.LAYER_COUNT_UNKNOWN in {row.reason for row in rows}
+
+
+@pytest.mark.parametrize("layers", [[1, 3], ["*layers.1", "*layers.3"]], ids=["indices", "patterns"])
+def test_named_layers_in_several_graphs(layers):
+    query, key, value = heads(kv_heads=4)
+    with torch.no_grad():
+        out = compiled(Stack(breaks=(0, 1)), layers=layers)(query, key, value)
+        for layer in range(4):
+            call = half_of if layer in (1, 3) else Attention()
+            query = call(query, key, value)
+    assert difference(out, query) < ATOL
+    assert [row.layer_index for report in reports() for row in report.sparse_sites] == [1, 3]
+
+
+def broken_in_a_layer():
+    """A Llama in which a hook breaks the graph inside one layer, so that Dynamo compiles every layer by itself."""
+    model = tiny("llama")
+    model.model.layers[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
+@pytest.mark.parametrize("layers", [None, [0], [2], ["model.layers.2.*"], []], ids=str)
+def test_layers_that_are_compiled_one_by_one(layers):
+    """Such a graph does not know which layer it is: no layer may be sparse that was not asked for, and none may fail."""
+    model, ids = broken_in_a_layer(), tokens(2, 40)
+    with torch.no_grad():
+        logits = compiled(model, layers=layers)(ids).logits
+        wanted = {1: tiny("llama")(ids).logits}
+        for asked in ([0], [2]):
+            with oracle(asked, window=4, min_tokens=4, keep_ratio=0.5):
+                wanted[asked[0] * 10] = tiny("llama", "oracle")(ids).logits
+    allowed = [wanted[1]]
+    if layers == [0]:
+        allowed.append(wanted[0])
+    if layers in ([2], ["model.layers.2.*"]):
+        allowed.append(wanted[20])
+    assert min(difference(logits, one) for one in allowed) < ATOL

@@ -1,0 +1,77 @@
+"""`explain`: what the compiler would do, for each attention call, without compiling or recording anything."""
+
+import json
+
+import pytest
+import torch
+
+from tsa_compile import Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
+
+from .support import Attention, Stack, heads, mixed_padding, tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+CONFIG = TSAConfig(budget=Coverage(0.2), window=4, min_tokens=4)
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+def test_rows_and_reasons(form):
+    model = tiny("gemma3", form)
+    report = explain(model, input_ids=tokens(3, 40), attention_mask=mixed_padding(40), config=CONFIG)
+    assert [(row.decision, row.reason) for row in report] == [
+        (Decision.PADDED, Reason.LAYER_NOT_SELECTED),
+        (Decision.UNCHANGED, Reason.SLIDING_WINDOW),
+        (Decision.SPARSE, Reason.SPARSE),
+    ]
+    assert [row.form for row in report] == [form] * 3
+    assert [row.layer for row in report] == [f"layers.{i}.self_attn" for i in range(3)] or all(
+        row.layer.endswith(f"layers.{i}.self_attn") for i, row in enumerate(report)
+    )
+    assert report.config == CONFIG.to_dict()
+
+
+def test_nothing_is_recorded_and_nothing_compiled():
+    model = tiny("llama")
+    before = [parameter.clone() for parameter in model.parameters()]
+    explain(model, input_ids=tokens(3, 40), config=CONFIG)
+    assert reports() == []
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert "forward" not in vars(model)
+
+
+def test_default_configuration_says_why_nothing_is_sparse():
+    with pytest.warns(TSAWarning, match="TOO_SHORT"):
+        report = explain(tiny("llama"), input_ids=tokens(1, 40))
+    assert [row.reason for row in report] == [Reason.LAYER_NOT_SELECTED, Reason.TOO_SHORT, Reason.TOO_SHORT]
+    assert "min_length" in str(report)
+
+
+def test_it_explains_inference_whatever_the_mode():
+    """Gradients enabled around the call, as outside torch.no_grad(), are no reason to say NEEDS_GRAD."""
+    assert torch.is_grad_enabled()
+    report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG)
+    assert report.sparse == 2
+    assert torch.is_grad_enabled()
+
+
+def test_several_graphs_become_one_report():
+    report = explain(Stack(breaks=(0, 1)), *heads(), config=CONFIG.replace(layers=[1, 3]))
+    assert [row.index for row in report] == [0, 1, 2, 3]
+    assert [row.layer_index for row in report.sparse_sites] == [1, 3]
+    assert any("3 graphs" in note for note in report.notes)
+
+
+def test_functions_and_positional_inputs():
+    report = explain(Attention().forward, *heads(), config=CONFIG.replace(layers=[0]))
+    assert report.sparse == 1
+
+
+def test_table_and_json():
+    report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG)
+    assert RewriteReport.from_json(report.to_json()) == report
+    assert len(json.loads(report.to_json())["rows"]) == 3
+    assert "model.layers.1..2.self_attn" in str(report)
+
+
+def test_a_model_without_attention():
+    assert len(explain(torch.nn.Linear(3, 3), torch.ones(2, 3))) == 0
