@@ -200,7 +200,7 @@ class _Reading:
             (self.lower if negated else self.upper).append(1 - offset if negated else -offset)
         elif kind == "eq" and not negated and expr.has(sympy.floor) and expr.has(Q, KV):
             self.kinds.append(MaskKind.CHUNKED)
-        elif kind == "eq" and not negated and _compares_documents(expr):
+        elif not negated and _compares_documents(expr):
             self.kinds.append(MaskKind.PACKED)
         else:
             self.unread.append(str(literal))
@@ -228,6 +228,6 @@ def _at_least_zero(bound: sympy.Expr) -> bool:
 
 
 def _compares_documents(expr: sympy.Expr) -> bool:
-    """`document[b, q] - document[b, kv]`: one function at the query's and at the key's position."""
+    """`x[b, q] - x[b, kv]`, zero or at most zero: documents that are equal, or the order of positions that are given."""
     calls = expr.atoms(sympy.core.function.AppliedUndef)
     return len(calls) == 2 and len({call.func for call in calls}) == 1

@@ -1,0 +1,203 @@
+"""What real transformers models mask: the inferred predicate, evaluated densely, is the mask that the model builds.
+
+A tiny model is captured by a backend that does nothing, its graph is run node by node, and at each attention call the
+mask's real values are held against what was inferred from the graph.
+"""
+
+import pytest
+import torch
+import transformers
+
+from tsa_compile.passes.masks import MaskKind, infer_mask
+from tsa_compile.passes.padding import PaddingBuilder
+from tsa_compile.passes.sites import find_sites
+from tsa_compile.testing import capture_all, evaluate_mask, run_nodes
+
+from ..support import mixed_padding, tiny, tokens
+
+BATCH, LENGTH = 3, 24  # longer than the windows of 16
+PADDED = dict(attention_mask=mixed_padding(LENGTH, (0, 5, -7)))
+CASES = {
+    "plain": dict(use_cache=False),
+    "cache": dict(use_cache=True),
+    "ones": dict(attention_mask=torch.ones(BATCH, LENGTH, dtype=torch.long), use_cache=False),
+    "padded": dict(use_cache=False, **PADDED),
+    "padded-cache": dict(use_cache=True, **PADDED),
+}
+KINDS = {
+    "plain": MaskKind.CAUSAL,
+    "cache": MaskKind.CAUSAL,
+    "ones": MaskKind.CAUSAL_PADDING,
+    "padded": MaskKind.CAUSAL_PADDING,
+    "padded-cache": MaskKind.CAUSAL_PADDING,
+}
+
+# One layer each is enough, two where layers differ; True is a layer with a sliding window.
+SHORT = dict(num_hidden_layers=1)
+MIXED = dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+MODELS = {
+    "llama": (SHORT, [False]),
+    "mistral": (SHORT, [True]),
+    "qwen2": (SHORT, [False]),
+    "gemma3": (MIXED, [True, False]),
+    "phi3": (SHORT, [False]),
+    "gpt_neox": (SHORT, [False]),
+    "gpt2": (dict(n_layer=1), [False]),
+    "mixtral": (SHORT, [False]),
+}
+# Each model meets each spelling and each way of masking; llama meets all of them.
+COVERING = [
+    *((name, "sdpa", case) for name in MODELS for case in ("plain", "padded-cache")),
+    *((name, "eager", case) for name in MODELS for case in ("cache", "padded")),
+    *(("llama", form, case) for form in ("sdpa", "eager") for case in ("cache", "plain", "ones", "padded")),
+    ("gemma3", "sdpa", "cache"),
+    ("mistral", "sdpa", "ones"),
+    ("gpt2", "sdpa", "ones"),
+]
+DYNAMIC = [
+    ("llama", "sdpa", "padded"),
+    ("llama", "sdpa", "plain"),
+    ("llama", "eager", "padded-cache"),
+    ("gemma3", "sdpa", "padded"),
+    ("gpt2", "eager", "padded"),
+]
+
+
+def capture(model, length=LENGTH, dynamic=None, **inputs):
+    """The graph of a call, its sites, and every node's real value."""
+    if "pixel_values" not in inputs:
+        inputs.setdefault("input_ids", tokens(BATCH, length))
+    captured = capture_all(model, dynamic=dynamic, **inputs)
+    (graph,) = captured.graphs
+    return graph, find_sites(graph), run_nodes(graph, captured.inputs[0])
+
+
+def real_mask(site, values):
+    """What the model lets through at a site: bool [B, H, Lq, Lk]."""
+    query, key = (values[node.name] for node in (site.query, site.key))
+    allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    if site.is_causal is True:
+        allowed = allowed.tril()
+    for term in site.masks:
+        mask = values[term.mask.name]
+        allowed = allowed & (mask == 0 if term.role in ("bias", "drop") else mask != 0)
+    return allowed.expand(*query.shape[:3], key.shape[2])
+
+
+def symbols_of(graph, values):
+    """The value of each shape symbol."""
+    found = {}
+    for node in graph.graph.nodes:
+        traced, real = node.meta.get("example_value"), values.get(node.name)
+        if isinstance(traced, torch.SymInt):
+            found[str(traced)] = real
+        elif isinstance(traced, torch.Tensor) and isinstance(real, torch.Tensor):
+            found.update({str(symbol): extent for symbol, extent in zip(traced.shape, real.shape, strict=True)})
+    return found
+
+
+def hold_against(graph, site, values):
+    """Infers a site's mask and compares it, and the padding tensor that is made of it, with the real one."""
+    meaning, real = infer_mask(site), real_mask(site, values)
+    assert meaning.predicate is not None, f"{site.layer}: {meaning}"
+    inferred = evaluate_mask(meaning, tuple(real.shape), values, symbols_of(graph, values))
+    assert torch.equal(inferred, real)
+    if meaning.kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+        padding = torch.ones(real.shape[0], real.shape[3], dtype=torch.bool)
+        if meaning.padding is not None:
+            padding = emitted(graph, site, meaning, values)
+        assert torch.equal(real, padding[:, None, None].expand_as(real).tril())
+    return meaning
+
+
+def emitted(graph, site, meaning, values):
+    with graph.graph.inserting_before(site.node):
+        node = PaddingBuilder(graph.graph).padding(site, meaning)
+    inputs = tuple(values[node.name] for node in graph.graph.nodes if node.op == "placeholder")
+    return run_nodes(graph, inputs)[node.name]
+
+
+def check(name, form, case, dynamic=None):
+    changes, windows = MODELS[name]
+    graph, sites, values = capture(tiny(name, form, **changes), dynamic=dynamic, **CASES[case])
+    assert [site.problem for site in sites] == [None] * len(windows)
+    for site, window in zip(sites, windows, strict=True):
+        assert site.form == form
+        meaning = hold_against(graph, site, values)
+        assert meaning.kind is (MaskKind.SLIDING_WINDOW if window else KINDS[case])
+
+
+@pytest.mark.parametrize("name, form, case", sorted(set(COVERING)), ids=str)
+def test_decoders(name, form, case):
+    check(name, form, case)
+
+
+@pytest.mark.parametrize("name, form, case", DYNAMIC, ids=str)
+def test_symbolic_lengths(name, form, case):
+    check(name, form, case, dynamic=True)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_window_as_long_as_the_sequence_is_causal(name):
+    graph, sites, values = capture(tiny(name, **MODELS[name][0]), length=16, use_cache=False)
+    assert {hold_against(graph, site, values).kind for site in sites} == {MaskKind.CAUSAL}
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+def test_packed_sequences(form):
+    positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(BATCH, -1)
+    graph, (site,), values = capture(tiny("llama", form, **SHORT), position_ids=positions, use_cache=False)
+    assert hold_against(graph, site, values).kind is MaskKind.PACKED
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("new", [1, 5], ids=["decode", "chunk"])
+def test_after_a_prefill(form, new):
+    """One more token, or several: never taken for the square causal mask."""
+    model = tiny("llama", form, **SHORT)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(BATCH, LENGTH), past_key_values=cache)
+    _, (site,), values = capture(model, length=new, past_key_values=cache, use_cache=True)
+    real, meaning = real_mask(site, values), infer_mask(site)
+    assert real.shape[2:] == (new, LENGTH + new)
+    assert meaning.kind is not MaskKind.CAUSAL
+    if meaning.kind is MaskKind.NONE:
+        assert real.all()
+
+
+def encoder(kind, form):
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    if kind == "vit":
+        config = transformers.ViTConfig(image_size=16, patch_size=4, **sizes)
+        return transformers.ViTModel._from_config(config, attn_implementation=form).eval()
+    config = transformers.BertConfig(vocab_size=64, **sizes)
+    return transformers.BertModel._from_config(config, attn_implementation=form).eval()
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "kind, inputs, expected",
+    [
+        ("bert", {}, MaskKind.NONE),
+        ("bert", PADDED, MaskKind.PADDING),
+        ("vit", dict(pixel_values=torch.rand(2, 3, 16, 16)), MaskKind.NONE),
+    ],
+    ids=["bert", "bert-padded", "vit"],
+)
+def test_encoders(kind, inputs, expected, form):
+    graph, (site,), values = capture(encoder(kind, form), **inputs)
+    assert site.form == form
+    assert hold_against(graph, site, values).kind is expected
+
+
+@pytest.mark.parametrize("name, case", [("llama", "plain"), ("llama", "padded"), ("gemma3", "padded")])
+def test_exported(name, case):
+    changes, windows = MODELS[name]
+    model = tiny(name, **changes)
+    inputs = {"input_ids": tokens(BATCH, LENGTH), **CASES[case]}
+    with torch.no_grad():
+        graph = torch.export.export(model, (), inputs, strict=False).graph_module
+    kinds = [infer_mask(site).kind for site in find_sites(graph)]
+    assert kinds == [MaskKind.SLIDING_WINDOW if window else KINDS[case] for window in windows]
