@@ -154,7 +154,7 @@ class _Scores:
             self.problem = "scores are replaced by something that is no constant"
         else:
             self.masks.append(MaskTerm(mask, role, value, fake(node).dtype))
-        return scores
+        return scores if isinstance(scores, Node) else fill
 
 
 def _is_scores(node: Any) -> bool:
@@ -167,13 +167,11 @@ def _is_binary(node: Node) -> bool:
 
 
 def _leads_to_product(node: Any) -> bool:
-    """Whether a node is made of scores by the steps that this file reads."""
+    """Whether a node is made of scores, by steps that are understood or not."""
     while isinstance(node, Node) and node.op in ("call_function", "call_method"):
         if _is_product(node):
             return True
-        if op_name(node) not in (*_CASTS, "mul", "div", "add", "masked_fill", "where"):
-            return False
-        operands = node.args[1:2] if op_name(node) == "where" else node.args[:2]
+        operands = node.args[1:] if op_name(node) == "where" else node.all_input_nodes
         node = next(filter(_is_scores, operands), None)
     return False
 

@@ -119,7 +119,8 @@ class _Emitter:
         if axes not in ([], [B], [KV], [B, KV], [KV, B]):
             raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")
         entries = tuple(self._entry(argument, dim, leaf) for dim, argument in enumerate(call.args))
-        node = insert(self.graph, operator.getitem, leaf, entries) if entries else leaf
+        whole = all(entry == slice(None) for entry in entries)
+        node = leaf if whole else insert(self.graph, operator.getitem, leaf, entries)
         if axes == [B]:
             return insert(self.graph, "unsqueeze", node, 1)
         if axes == [KV]:
