@@ -522,6 +522,22 @@ class TestWrites:
         expect(CAUSAL, build)
 
 
+@torch.library.custom_op("tsa_tests::tril", mutates_args=())
+def tril(mask: torch.Tensor) -> torch.Tensor:
+    """Of the same name as an operator of torch, but not the same."""
+    return mask.tril(2)
+
+
+@tril.register_fake
+def _(mask):
+    return torch.empty_like(mask)
+
+
+@pytest.mark.parametrize("call", [tril, torch.ops.tsa_tests.tril], ids=["overload", "packet"])
+def test_another_librarys_operators_are_not_torchs(call):
+    expect(OPAQUE, lambda n, m, pad: call(torch.ones(n, m, dtype=torch.bool)))
+
+
 class TestRowsWithoutKeys:
     """A padded row before the first valid key: zeros, the mean of all values, or neither."""
 
