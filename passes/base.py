@@ -7,6 +7,7 @@ warns or, with `strict=True`, raises.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ __all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
 
 @dataclass
 class SitePlan:
-    """What is known and decided about one site; filled in pass by pass."""
+    """What is known and decided about one site; filled in pass by pass. `selected`: its layer was asked to be sparse."""
 
     site: AttentionSite
     meaning: MaskMeaning | None = None
+    selected: bool = False
     decision: Decision = Decision.UNCHANGED
     reason: Reason = Reason.UNSUPPORTED_FORM
     kernel: str = ""
@@ -97,3 +99,13 @@ class Pass(PassBase):
         new.meta = {**old.meta, **{"val" if "val" in old.meta else "example_value": value}}
         old.replace_all_uses_with(new)
         self.state.detached.append(old)
+        for other in self.state.plans:
+            other.site = reading(other.site, old, new)
+
+
+def reading(site: AttentionSite, old: Node, new: Node) -> AttentionSite:
+    """A site that read `old` directly, one layer's output as the next one's input, as it stands after the replacement."""
+    operands = {name: getattr(site, name) for name in ("query", "key", "value", "wide_key", "wide_value")}
+    if old not in operands.values():
+        return site
+    return dataclasses.replace(site, **{name: new if node is old else node for name, node in operands.items()})

@@ -24,6 +24,7 @@ from tsa_compile.passes.sites import AttentionSite, MaskTerm, layer_name, normal
 from tsa_compile.report import Reason
 
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "contiguous", "clone")
+_CUTS = ("getitem", "slice", "narrow")  # a column is dropped behind the softmax: `_chain_problem` refuses it
 _PRODUCTS = ("matmul",)
 
 
@@ -74,7 +75,7 @@ def _down_to_softmax(weights: Any) -> tuple[Node | None, Any]:
         if name == "dropout":
             if argument(weights, 2, "training", True) is not False:
                 dropout = argument(weights, 1, "p", 0.5)
-        elif name not in _CASTS:
+        elif name not in (*_CASTS, *_CUTS):
             break
         weights = argument(weights, 0, "input")
     return None, dropout

@@ -7,7 +7,7 @@ them the name "le", so that a pass detects the operation and not its spelling.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,10 +58,12 @@ def op_name(node: Node) -> str:
     target = node.target
     if node.op == "call_method":
         name = str(target)
-    elif isinstance(target, torch._ops.OpOverload):
-        name = target.overloadpacket.__name__
-    elif isinstance(target, torch._ops.OpOverloadPacket):
-        name = target.__name__
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        name = packet.__name__
+        namespace = packet._qualified_op_name.split("::")[0]
+        if namespace not in ("aten", "prims", "tsa"):  # another library's `softmax` may be anything
+            return f"{namespace}::{name}"
     else:
         name = getattr(target, "__name__", str(target))
     if name.startswith("__") and name.endswith("__"):
@@ -143,6 +145,11 @@ def is_mutated(node: Node, mutated: set[StorageWeakRef]) -> bool:
     return bool(mutated) and any(storage in mutated for storage in _storages(fake(node)))
 
 
+def is_erased(node: Node) -> bool:
+    """Whether a node has been taken out of its graph, as all nodes of a failed attempt are."""
+    return node._erased
+
+
 def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, name: str | None = None, **kwargs: Any) -> Node:
     """Adds a call at the graph's insertion point and records its fake value, so that the next pass can read it.
 
@@ -150,16 +157,15 @@ def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, name: str
     """
     kind = "call_method" if isinstance(target, str) else "call_function"
     node = graph.create_node(kind, target, args, kwargs, name=name)
-    node.meta["example_value"] = _propagate(graph, target, args, kwargs)
+    node.meta["example_value"] = propagate(graph, target, *map_arg((args, kwargs), fake))
     return node
 
 
-def _propagate(graph: Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    real_args, real_kwargs = map_arg((args, kwargs), fake)
-    call = getattr(real_args[0], target) if isinstance(target, str) else target
-    real_args = real_args[1:] if isinstance(target, str) else real_args
+def propagate(graph: Graph, target: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call makes of fake values; a string target is a method of the first."""
+    call = getattr(args[0], target) if isinstance(target, str) else target
     with fake_mode(graph) or nullcontext(), torch.no_grad():
-        return call(*real_args, **real_kwargs)
+        return call(*(args[1:] if isinstance(target, str) else args), **kwargs)
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode | None:

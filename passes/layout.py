@@ -1,49 +1,25 @@
 """A replacement must look like what it replaces: same shape, dtype and device always, same strides where they are seen.
 
-Most readers of an attention output (`reshape`, `contiguous`, a product) take any strides, so the new output keeps its
-natural layout. `view` and the graph's own outputs do not: then the rows are brought into the old order.
+Most readers of an attention output (`reshape` over merged heads, `contiguous`, a product) give the same result for any
+strides, so the new output keeps its natural layout. A `view`, a sum in the input's layout or the graph's own output do not:
+then the rows are brought into the old order. Which is the case is tried out: the readers are propagated with the new
+strides, on fake tensors, until what they make is as before.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.graph import fake, insert, known, op_name, same_shape
+from tsa_compile.passes.graph import fake, insert, is_mutation, known, op_name, propagate, same_shape
 
-# Operators that pass their input's strides on, and those whose result or success depends on strides.
-_FORWARDING = frozenset(
-    [
-        "transpose",
-        "permute",
-        "getitem",
-        "select",
-        "slice",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "detach",
-        "alias",
-        "t",
-        "narrow",
-        "movedim",
-    ]
-)
-_SEEING = frozenset(
-    [
-        "view",
-        "as_strided",
-        "view_as",
-        "stride",
-        "is_contiguous",
-        "storage_offset",
-        "data_ptr",
-        "unflatten",
-        "getattr",
-        "output",
-    ]
-)
+_READ_MEMORY = ("as_strided", "storage_offset", "data_ptr", "untyped_storage")
+_FAR = 64  # readers with changed strides beyond which a copy is cheaper than finding out
 
 
 def conform(new: Node, old: Node) -> Node:
@@ -58,7 +34,7 @@ def conform(new: Node, old: Node) -> Node:
             f"{new.name!r} would be {made.dtype} {tuple(made.shape)} on {made.device} where the model has "
             f"{wanted.dtype} {tuple(wanted.shape)} on {wanted.device}"
         )
-    if _same_strides(made, wanted) or not _strides_are_seen(old):
+    if _same_strides(made, wanted) or not _strides_are_seen(old, made):
         return new
     order = sorted(range(wanted.dim()), key=lambda dim: (_rank(wanted, dim), dim))
     back = [order.index(dim) for dim in range(wanted.dim())]
@@ -76,10 +52,38 @@ def _rank(tensor: torch.Tensor, dim: int) -> int:
     return sum(known(other > tensor.stride(dim)) for other in tensor.stride())
 
 
-def _strides_are_seen(node: Node) -> bool:
-    for user in node.users:
-        if user.op not in ("call_function", "call_method") or op_name(user) in _SEEING:
+def _strides_are_seen(node: Node, value: torch.Tensor) -> bool:
+    """Whether anything behind a node changes, or fails, if its value has the strides of `value`."""
+    changed: dict[Node, Any] = {node: value}
+    for reader in list(node.graph.nodes):
+        if not any(source in changed for source in reader.all_input_nodes):
+            continue
+        plain = reader.op in ("call_function", "call_method") and not is_mutation(reader)
+        if not plain or op_name(reader) in _READ_MEMORY or len(changed) > _FAR:
             return True
-        if op_name(user) in _FORWARDING and _strides_are_seen(user):
+        args, kwargs = map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, fake(source)))
+        try:
+            result = propagate(node.graph, reader.target, args, kwargs)
+        except (RuntimeError, ValueError):  # a view that the new strides do not allow
             return True
+        same = _same_layout(result, fake(reader))
+        if same is None:
+            return True
+        if not same:
+            changed[reader] = result
     return False
+
+
+def _same_layout(made: Any, wanted: Any) -> bool | None:
+    """Whether two results are alike, strides included; None if one is no tensor and differs (`x.stride()`)."""
+    made_leaves, made_spec = tree_flatten(made)
+    wanted_leaves, wanted_spec = tree_flatten(wanted)
+    if made_spec != wanted_spec:
+        return None
+    alike = True
+    for ours, theirs in zip(made_leaves, wanted_leaves, strict=True):
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and same_shape(ours, theirs):
+            alike = alike and _same_strides(ours, theirs)
+        elif isinstance(ours, torch.Tensor) or isinstance(theirs, torch.Tensor) or not known(ours == theirs):
+            return None
+    return alike

@@ -17,7 +17,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.graph import fake, insert, known, size
+from tsa_compile.passes.graph import fake, insert, is_erased, known, size
 from tsa_compile.passes.masks import MaskMeaning
 from tsa_compile.passes.predicate import KV, B
 from tsa_compile.passes.sites import AttentionSite
@@ -36,13 +36,13 @@ class PaddingBuilder:
         if meaning.padding is None:
             return None
         key = (meaning.padding, tuple(sorted(meaning.leaves.items())), tuple(map(str, fake(site.key).shape)))
-        if key not in self._padding:
+        if key not in self._padding or is_erased(self._padding[key]):
             self._padding[key] = _Emitter(self.graph, site, meaning).emit()
         return self._padding[key]
 
     def spans(self, padding: Node) -> Node:
         """The valid range of each item, computed once in a graph."""
-        if padding not in self._spans:
+        if padding not in self._spans or is_erased(self._spans[padding]):
             self._spans[padding] = insert(self.graph, torch.ops.tsa.spans.default, padding)
         return self._spans[padding]
 

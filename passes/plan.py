@@ -25,8 +25,9 @@ from tsa_compile.passes.sites import AttentionSite, find_sites
 from tsa_compile.report import Decision, Reason
 
 # Shortest length at which a sparse site gains, where the configuration does not say. On an H200 (D=128, 32 heads) the
-# chain breaks even with dense cuDNN between 4K and 8K; on a CPU correctness is the aim, and any length is compressed.
-BREAK_EVEN = {"cuda": 8192, "cpu": 0}
+# chain takes 1.0 to 2.0 of dense cuDNN's time at 8K and 0.36 to 0.71 at 16K (benchmarks/results/attention.md); on a CPU
+# correctness is the aim, and any length is compressed.
+BREAK_EVEN = {"cuda": 16384, "cpu": 0}
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MASK_REASONS = {
@@ -74,6 +75,7 @@ class PlanSites(Pass):
         for plan in self.state.plans:
             if plan.reason is Reason.PASS_FAILED:
                 continue
+            plan.selected = selected[plan.site] is None
             with self.state.attempt(plan, graph_module.graph, "planning"):
                 self._decide(plan, selected[plan.site])
         return self.result(graph_module, modified=False)
@@ -159,7 +161,8 @@ def select_layers(
 ) -> dict[AttentionSite, Reason | None]:
     """For each site: None if its layer may be sparse, else the reason code why not.
 
-    A layer is the number in its module's name; a call outside numbered modules counts by its place in the graph.
+    A layer is the number in its module's name. A call outside any module counts by its place in the graph. One inside
+    modules without a number may be any layer of a model that Dynamo compiles layer by layer: only a pattern selects it.
 
     Args:
         whole: False if the graph ends at a graph break, so that layers above it may exist.
@@ -167,24 +170,45 @@ def select_layers(
     Raises:
         ConfigError: a configured layer or pattern that no attention call of a whole model has.
     """
-    numbers = {site: position if site.layer_index is None else site.layer_index for position, site in enumerate(sites)}
+    numbers = {site: _number(site, position) for position, site in enumerate(sites)}
     if config.layers is None:
-        return _upper_half(sites, numbers, whole)
+        return _upper_half(sites, whole)
     unused = [layer for layer in config.layers if not any(_matches(layer, site, numbers[site]) for site in sites)]
     if unused and sites and whole and 0 in numbers.values():
-        present = ", ".join(f"{numbers[site]} ({site.layer})" for site in sites)
-        raise ConfigError(f"layers={unused!r} not found: the graph's attention calls are {present}")
+        raise ConfigError(f"layers={unused!r} not found: the graph's attention calls are {_present(sites, numbers)}")
     wanted = {site: any(_matches(layer, site, numbers[site]) for layer in config.layers) for site in sites}
-    return {site: None if wanted[site] else Reason.LAYER_NOT_SELECTED for site in sites}
+    by_number = any(isinstance(layer, int) for layer in config.layers)
+    return {site: None if wanted[site] else _not_wanted(by_number and numbers[site] is None) for site in sites}
 
 
-def _matches(layer: int | str, site: AttentionSite, number: int) -> bool:
+def _not_wanted(number_unknown: bool) -> Reason:
+    return Reason.LAYER_COUNT_UNKNOWN if number_unknown else Reason.LAYER_NOT_SELECTED
+
+
+def _number(site: AttentionSite, position: int) -> int | None:
+    if site.layer_index is None and site.layer == site.node.name:
+        return position
+    return site.layer_index
+
+
+def _present(sites: list[AttentionSite], numbers: dict[AttentionSite, int | None]) -> str:
+    """The layers that there are: "0..31 (model.layers.*.self_attn)" for each stack, calls outside stacks one by one."""
+    stacks: dict[str, list[int]] = {}
+    for site in sites:
+        number = numbers[site]
+        stacks.setdefault(site.container or site.layer, []).extend([] if number is None else [number])
+    return ", ".join(f"{_span(found)} ({name})" if found else name for name, found in stacks.items())
+
+
+def _span(found: list[int]) -> str:
+    return str(min(found)) if len(found) == 1 else f"{min(found)}..{max(found)}"
+
+
+def _matches(layer: int | str, site: AttentionSite, number: int | None) -> bool:
     return layer == number if isinstance(layer, int) else fnmatchcase(site.layer, layer)
 
 
-def _upper_half(
-    sites: list[AttentionSite], numbers: dict[AttentionSite, int], whole: bool
-) -> dict[AttentionSite, Reason | None]:
+def _upper_half(sites: list[AttentionSite], whole: bool) -> dict[AttentionSite, Reason | None]:
     """The upper half of each stack of numbered layers, the middle one of an odd number included.
 
     Which half a call belongs to is unknown in part of a model, and outside numbered modules: Dynamo may compile each
@@ -192,11 +216,11 @@ def _upper_half(
     """
     chosen: dict[AttentionSite, Reason | None] = {}
     for site in sites:
-        layers = 1 + max(numbers[other] for other in sites if other.container == site.container)
         if not whole or site.layer_index is None:
             chosen[site] = Reason.LAYER_COUNT_UNKNOWN
         else:
-            chosen[site] = None if numbers[site] >= layers // 2 else Reason.LAYER_NOT_SELECTED
+            layers = 1 + max(other.layer_index or 0 for other in sites if other.container == site.container)
+            chosen[site] = None if site.layer_index >= layers // 2 else Reason.LAYER_NOT_SELECTED
     return chosen
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,8 +103,15 @@ def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:
         return compiler
     if config.compiler != "inductor":
         raise ConfigError(f"mode={mode!r} is not allowed with compiler={config.compiler!r}: only Inductor has modes")
-    inductor = compiler
-    return lambda graph_module, inputs: inductor(graph_module, inputs, mode=mode)  # type: ignore[call-arg]
+    return partial(compiler, config_patches=_mode_options(mode))
+
+
+def _mode_options(mode: str) -> dict[str, Any]:
+    """What torch.compile's own Inductor wrapper makes of a mode."""
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise ConfigError(f"mode={mode!r} is not allowed: Inductor's modes are {', '.join(modes)}")
+    return modes[mode]
 
 
 def _dense_kernels() -> AbstractContextManager[Any]:

@@ -101,7 +101,7 @@ class TSAConfig:
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
             (``"model.layers.1?.*"``). A pattern matches the whole name. Empty: none, and the graph stays exact.
         granularity: "head" selects per query head, "group" per key/value head.
-        capacity: static size of the selection; None means the sequence length.
+        capacity: static size of the selection, at least the window; None means the sequence length.
         min_length: shortest sequence to compress; None leaves it to the compiler.
         kernel: attention kernel over the kept rows: "auto" or a registered name.
         strict: raise where a rewrite that was asked for is not made, instead of warning.
@@ -126,6 +126,8 @@ class TSAConfig:
         _check_int("window", self.window, 1)
         _check_int("min_tokens", self.min_tokens, 0)
         _check_int("capacity", self.capacity, 1, optional=True)
+        if self.capacity is not None and self.capacity < self.window:
+            raise _reject("capacity", self.capacity, f"at least window={self.window}, which is always kept, or None")
         _check_int("min_length", self.min_length, 1, optional=True)
         if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise _reject("pool", self.pool, "an odd integer >= 1")

@@ -70,9 +70,8 @@ def run_passes(graph_module: GraphModule, config: TSAConfig) -> RewriteReport:
             warnings.warn(f"{message}. The graph is compiled as the model wrote it.", TSAWarning, stacklevel=2)
             _restore(graph_module, original, state, message)
             break
-    report = make_report(state)
-    _announce_misses(report, config)
-    return report
+    _announce_misses(state)
+    return make_report(state)
 
 
 def _restore(graph_module: GraphModule, original: Graph, state: GraphState, message: str) -> None:
@@ -108,21 +107,25 @@ def _shape(value: object) -> tuple[int | str, ...]:
     return tuple(extent if isinstance(extent, int) else str(extent) for extent in getattr(value, "shape", ()))
 
 
+# A site that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
+_NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION)
 
 
-def _announce_misses(report: RewriteReport, config: TSAConfig) -> None:
-    """No rewrite is silent: sparse layers were asked for, the graph has attention, and none became sparse."""
-    rows = report.rows
-    if not rows or config.layers == () or any(row.decision is Decision.SPARSE for row in rows):
+def _announce_misses(state: GraphState) -> None:
+    """No rewrite is silent: layers were asked to be sparse, the graph has attention, and none became sparse.
+
+    With `strict=True` a single selected site that was not understood is an error.
+    """
+    plans, config = state.plans, state.config
+    if config.layers == ():
         return
-    unexpected = [row for row in rows if row.reason not in _ORDINARY]
-    if not unexpected:
-        return
-    reasons = dict.fromkeys(row.reason for row in unexpected)
-    said = "; ".join(f"{reason}: {reason.explanation}" for reason in reasons)
-    text = f"no attention call of this graph became sparse ({len(rows)} calls). {said}"
-    miss = any(row.reason in (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED) for row in unexpected)
-    if config.strict and miss:
-        raise RewriteError(f"{text} (strict=True)")
-    warnings.warn(text, TSAWarning, stacklevel=2)
+    missed = [plan for plan in plans if plan.selected and plan.reason in _NOT_UNDERSTOOD]
+    if config.strict and missed:
+        said = "; ".join(f"{plan.site.layer}: {plan.reason} ({plan.detail})" for plan in missed)
+        raise RewriteError(f"not sparse although asked for, because not understood: {said} (strict=True)")
+    reasons = dict.fromkeys(plan.reason for plan in plans if plan.reason not in _ORDINARY)
+    if reasons and all(plan.decision is not Decision.SPARSE for plan in plans):
+        said = "; ".join(f"{reason}: {reason.explanation}" for reason in reasons)
+        text = f"no attention call of this graph became sparse ({len(plans)} calls). {said}"
+        warnings.warn(text, TSAWarning, stacklevel=2)

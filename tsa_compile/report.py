@@ -99,7 +99,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.PACKED: "Pass sequences as batch items with a padding mask instead of packing them.",
     Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
     Reason.DROPOUT: "Call model.eval().",
-    Reason.DTYPE: "Use float32, float16 or bfloat16.",
+    Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
     Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
     Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",
 }

@@ -100,6 +100,19 @@ def test_what_has_an_effect_or_another_reader_stays(inputs):
     assert count_ops(graph, "padded_attention")["padded_attention"] == 1
 
 
+@pytest.mark.parametrize("config", [EXACT, SPARSE.replace(layers=[0, 2])], ids=["exact", "mixed"])
+def test_calls_that_read_each_others_output_directly(config, inputs):
+    def function(x, padding):
+        for _ in range(3):
+            x = attention(x, padding)
+        return x
+
+    captured = capture_all(function, *inputs)
+    (graph,) = captured.graphs
+    assert run_passes(graph, config.replace(strict=True)).unchanged == 0
+    torch.testing.assert_close(graph(*captured.inputs[0])[0], function(*inputs))
+
+
 def test_the_cleanup_looks_at_replaced_calls_only(inputs):
     graph = capture(attention, *inputs)
     before = [node.name for node in graph.graph.nodes]

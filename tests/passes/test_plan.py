@@ -66,7 +66,7 @@ def test_layers_are_chosen_by_number_or_by_name(layers, expected):
 
 @pytest.mark.parametrize("layers", [[3], [0, 99], ["decoder.*"], ["layers.0", "layers.7"]])
 def test_a_layer_that_does_not_exist_is_an_error_that_lists_those_that_do(layers):
-    with pytest.raises(ConfigError, match=r"layers=.*not found.*0 \(layers\.0\), 1 \(layers\.1\)"):
+    with pytest.raises(ConfigError, match=r"layers=.*not found.*0\.\.1 \(layers\.\*\)"):
         rows(Stack(2), SPARSE.replace(layers=layers))
 
 
@@ -184,5 +184,5 @@ def test_a_kernel_that_does_not_fit_leaves_the_site_dense():
 def test_minimum_length_is_where_something_can_be_dropped_and_pays():
     assert minimum_length(TSAConfig(min_tokens=100, window=28), "cpu") == 129
     assert minimum_length(TSAConfig(min_tokens=100, window=28), "cuda") == BREAK_EVEN["cuda"]
-    assert minimum_length(TSAConfig(min_tokens=10_000), "cuda") == 10_129
+    assert minimum_length(TSAConfig(min_tokens=100_000), "cuda") == 100_129
     assert minimum_length(TSAConfig(min_length=7), "cuda") == 7
