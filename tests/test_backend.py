@@ -351,16 +351,16 @@ def test_no_mask_is_built_in_exact_mode():
     assert widest_elements(keeper.graph_module) < length * length
 
 
-def test_layers_in_several_graphs_need_names():
-    """No graph sees how many layers there are, so the default selects none and says so."""
-    inputs = heads(kv_heads=4)
-    model = Stack(breaks=(0, 1))
+def test_default_layers_in_several_graphs():
+    """A graph that ends at a break cannot know how many layers follow; the last one does, by its numbers."""
+    query, key, value = heads(kv_heads=4)
     with torch.no_grad(), pytest.warns(TSAWarning, match="LAYER_COUNT_UNKNOWN"):
-        out = compiled(model)(*inputs)
-        assert difference(out, model(*inputs)) < ATOL
-    rows = [row for report in reports() for row in report]
-    assert len(reports()) == 3 and len(rows) == 4
-    assert Reason.LAYER_COUNT_UNKNOWN in {row.reason for row in rows}
+        out = compiled(Stack(breaks=(0, 1)))(query, key, value)
+        for call in (Attention(), Attention(), half_of, half_of):
+            query = call(query, key, value)
+    assert difference(out, query) < ATOL
+    unknown, sparse = [Reason.LAYER_COUNT_UNKNOWN], [Reason.SPARSE] * 2
+    assert [[row.reason for row in report] for report in reports()] == [unknown, unknown, sparse]
 
 
 @pytest.mark.parametrize("layers", [[1, 3], ["*layers.1", "*layers.3"]], ids=["indices", "patterns"])

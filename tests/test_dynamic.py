@@ -41,8 +41,7 @@ def wanted_logits(config, length, **inputs):
         return tiny("llama", "oracle")(tokens(3, length), use_cache=False, **inputs).logits
 
 
-@pytest.mark.parametrize("config", [HALF, COVERAGE], ids=["half", "coverage"])
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("config, padded", [(HALF, False), (COVERAGE, True)], ids=["half-plain", "coverage-padded"])
 def test_one_compilation_serves_all_long_lengths(config, padded):
     """dynamic=True: a guard at the shortest compressed length, two graphs in all, each right on its side."""
     compiled = torch.compile(tiny("llama"), backend="tsa", options={"config": config}, dynamic=True)

@@ -24,9 +24,7 @@ def test_rows_and_reasons(form):
         (Decision.SPARSE, Reason.SPARSE),
     ]
     assert [row.form for row in report] == [form] * 3
-    assert [row.layer for row in report] == [f"layers.{i}.self_attn" for i in range(3)] or all(
-        row.layer.endswith(f"layers.{i}.self_attn") for i, row in enumerate(report)
-    )
+    assert [row.layer for row in report] == [f"model.layers.{i}.self_attn" for i in range(3)]
     assert report.config == CONFIG.to_dict()
 
 
