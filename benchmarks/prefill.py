@@ -53,7 +53,9 @@ def compiled(model: Any, mode: str, keep: float) -> Callable[..., Any]:
         return model
     if mode == "compile":
         return torch.compile(model)
-    config = TSAConfig(layers=[]) if mode == "exact" else TSAConfig(budget=KeepRatio(keep))
+    config = (
+        TSAConfig(layers=[]) if mode == "exact" else TSAConfig(budget=KeepRatio(keep), min_length=1)
+    )  # sparse at every length that is measured
     return torch.compile(model, backend="tsa", options={"config": config})
 
 

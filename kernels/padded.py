@@ -38,7 +38,11 @@ _BACKENDS = [
 ]
 
 
-@torch.library.custom_op("tsa::spans", mutates_args=())
+# Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's spans.
+_HOST = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("tsa::spans", mutates_args=(), tags=_HOST)
 def spans(padding: Tensor) -> Tensor:
     """(start, stop, contiguous) of every item's valid tokens: bool [B, L] -> int64 [B, 3] on the CPU.
 
@@ -59,7 +63,7 @@ def _(padding: Tensor) -> Tensor:
     return torch.empty(padding.shape[0], 3, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("tsa::padded_attention", mutates_args=())
+@torch.library.custom_op("tsa::padded_attention", mutates_args=(), tags=_HOST)
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool
 ) -> Tensor:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -65,7 +65,7 @@ class GraphState:
             for node in reversed(list(graph.nodes)):
                 if node not in before:
                     graph.erase_node(node)
-            cause = f"{type(error).__name__}: {error}"
+            cause = summary(error)
             message = f"{doing} failed at {plan.site.layer!r}: {cause}"
             if self.config.strict:
                 raise RewriteError(
@@ -73,6 +73,12 @@ class GraphState:
                 ) from error
             warnings.warn(f"{message}. It stays as the model wrote it.", TSAWarning, stacklevel=2)
             plan.keep(Reason.PASS_FAILED, cause)
+
+
+def summary(error: Exception) -> str:
+    """An error in one line: torch's may carry a whole graph."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 class Pass(PassBase):
@@ -105,7 +111,6 @@ class Pass(PassBase):
 
 def reading(site: AttentionSite, old: Node, new: Node) -> AttentionSite:
     """A site that read `old` directly, one layer's output as the next one's input, as it stands after the replacement."""
-    operands = {name: getattr(site, name) for name in ("query", "key", "value", "wide_key", "wide_value")}
-    if old not in operands.values():
-        return site
-    return dataclasses.replace(site, **{name: new if node is old else node for name, node in operands.items()})
+    operands = ("query", "key", "value", "wide_key", "wide_value")
+    renewed: dict[str, Any] = {name: new for name in operands if getattr(site, name) is old}
+    return dataclasses.replace(site, **renewed) if renewed else site

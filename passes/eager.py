@@ -24,14 +24,14 @@ from tsa_compile.passes.sites import AttentionSite, MaskTerm, layer_name, normal
 from tsa_compile.report import Reason
 
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "contiguous", "clone")
-_CUTS = ("getitem", "slice", "narrow")  # a column is dropped behind the softmax: `_chain_problem` refuses it
+_RESHAPES = ("view", "reshape", "getitem", "slice", "narrow")  # `_chain_problem` refuses those that change the shape
 _PRODUCTS = ("matmul",)
 
 
 def read_eager(node: Node) -> AttentionSite | None:
     """Reads written-out attention from its last product, `weights @ value`."""
     if not _is_product(node):
-        return None
+        return _other_product(node)
     weights: Any = node.args[0]
     value: Any = node.args[1]
     softmax, dropout = _down_to_softmax(weights)
@@ -53,6 +53,16 @@ def read_eager(node: Node) -> AttentionSite | None:
     return site
 
 
+def _other_product(node: Node) -> AttentionSite | None:
+    """A product of softmax weights in another form than [B, H, Lq, Lk] @ [B, H, Lk, Dv], so that it is not passed over."""
+    if node.op not in ("call_function", "call_method") or op_name(node) not in ("bmm", "baddbmm", "einsum"):
+        return None
+    operands = [operand for operand in node.all_input_nodes if isinstance(fake(operand), torch.Tensor)]
+    if len(operands) < 2 or _down_to_softmax(operands[0])[0] is None:
+        return None
+    return _unsupported(node, node, operands[-1], f"the weights are multiplied by {op_name(node)}")
+
+
 def _is_product(node: Any) -> bool:
     return (
         isinstance(node, Node)
@@ -64,7 +74,7 @@ def _is_product(node: Any) -> bool:
 
 
 def _down_to_softmax(weights: Any) -> tuple[Node | None, Any]:
-    """The softmax behind the weights, through casts and dropout; and the dropout's probability."""
+    """The softmax behind the weights, through casts, dropout and reshapes; and the dropout's probability."""
     dropout: Any = 0.0
     while isinstance(weights, Node) and weights.op in ("call_function", "call_method"):
         name = op_name(weights)
@@ -75,7 +85,7 @@ def _down_to_softmax(weights: Any) -> tuple[Node | None, Any]:
         if name == "dropout":
             if argument(weights, 2, "training", True) is not False:
                 dropout = argument(weights, 1, "p", 0.5)
-        elif name not in (*_CASTS, *_CUTS):
+        elif name not in (*_CASTS, *_RESHAPES):
             break
         weights = argument(weights, 0, "input")
     return None, dropout

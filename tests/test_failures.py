@@ -231,7 +231,7 @@ def test_decode_steps_are_no_miss():
         torch.compile(Attention(is_causal=False), backend="tsa", options=options)(query[:, :, -1:], key, value)
 
 
-@pytest.mark.parametrize("name", ["gemma2 (soft capping)", "falcon", "gpt_oss (sinks)"])
+@pytest.mark.parametrize("name", ["gemma2 (soft capping)", "falcon", "gpt_oss (sinks)", "bloom (ALiBi)", "falcon (ALiBi)"])
 def test_written_out_attention_of_another_form_is_reported(name):
     """Soft capping, scores divided in place, a sink column: recognised, and a row says why nothing was done."""
     with pytest.warns(TSAWarning):

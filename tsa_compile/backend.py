@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
+from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Decision, Reason, RewriteReport, record
 
@@ -70,7 +71,7 @@ def tsa_backend(
     except Exception as error:
         if config.strict or all(row.decision is Decision.UNCHANGED for row in report.rows):
             raise
-        text = f"the rewritten graph could not be compiled ({type(error).__name__}: {error}); compiling the model's own"
+        text = f"the rewritten graph could not be compiled ({summary(error)}); compiling the model's own"
         warnings.warn(text, TSAWarning, stacklevel=2)
         compiled = compiler(original, list(example_inputs))
         report = untouched(report, text)
@@ -90,7 +91,7 @@ def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:
     Raises:
         ConfigError: no Dynamo backend has that name, or a mode is given to one that takes none.
     """
-    compiler = config.compiler
+    compiler: Any = config.compiler
     if isinstance(compiler, str):
         if compiler == "tsa":
             raise ConfigError("compiler='tsa' is not allowed: it would compile with itself; name another backend")

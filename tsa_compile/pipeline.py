@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import attend, budget, compress, decompress, padded, score, select
-from tsa_compile.passes.base import GraphState, Pass, SitePlan
+from tsa_compile.passes.base import GraphState, Pass, SitePlan, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.graph import fake
@@ -64,7 +64,7 @@ def run_passes(graph_module: GraphModule, config: TSAConfig) -> RewriteReport:
         except ConfigError:
             raise
         except Exception as error:
-            message = f"{kind.__name__} failed: {type(error).__name__}: {error}"
+            message = f"{kind.__name__} failed: {summary(error)}"
             if config.strict:
                 raise RewriteError(f"{message} (strict=True)") from error
             warnings.warn(f"{message}. The graph is compiled as the model wrote it.", TSAWarning, stacklevel=2)

@@ -325,7 +325,6 @@ EAGER_NEAR_MISSES = {
 # Nothing between the last product and the softmax is looked through but casts and dropout.
 NO_ATTENTION = {
     "softmax over the queries",
-    "sink column",
     "weights are scaled",
     "weights are masked",
     "weights are renormalised",
