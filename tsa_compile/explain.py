@@ -21,7 +21,8 @@ def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: A
     """One row for each attention call of a model, for these inputs.
 
     The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form:
-    dense, and without L x L masks where they are proven causal. Nothing is compiled and nothing is recorded.
+    dense, and without L x L masks where they are proven causal. Nothing is compiled and nothing is recorded. Like
+    `torch._dynamo.explain` it resets Dynamo: what was compiled before compiles anew at its next call.
 
     Args:
         model: a module or function.
@@ -43,8 +44,12 @@ def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: A
             run_passes(graph_module, TSAConfig(layers=()))
         return graph_module.forward
 
-    with torch.no_grad():
-        torch.compile(model, backend=look)(*args, **kwargs)
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=look)(*args, **kwargs)
+    finally:  # or the model's next compilation would count this one against Dynamo's recompilation limit
+        torch._dynamo.reset()
     return _merge(seen, config)
 
 
