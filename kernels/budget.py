@@ -26,11 +26,11 @@ Radix select as in Alabi et al., "Fast k-selection algorithms for graphics proce
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._triton import tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
@@ -199,7 +199,7 @@ def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None
     is_candidate = scores[:, 0].isfinite()
     candidates = is_candidate.sum(dim=-1)
     if keep_ratio is not None:
-        ratio = ceil_fraction(keep_ratio)
+        ratio = KeepRatio(keep_ratio).fraction
         keep = (candidates * ratio.numerator + ratio.denominator - 1) // ratio.denominator
     elif coverage:
         mass = scores.mean(dim=1, dtype=torch.float64).masked_fill(~is_candidate, 0.0)
@@ -212,19 +212,3 @@ def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None
         keep = candidates
     keep = torch.minimum(keep.clamp(min=min_tokens), candidates)
     return (keep + scores[:, 0].isposinf().sum(dim=-1)).to(torch.int32)
-
-
-def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
-    """The smallest fraction >= the decimal that `ratio` prints as, with a denominator of at most `limit`.
-
-    For every n <= limit, ceil(n * ratio) is the same with either, and n * numerator fits into int64, which it need not
-    do with the decimal itself: 1/3 prints as 0.3333333333333333.
-    """
-    exact = Fraction(str(ratio))
-    near = exact.limit_denominator(limit)
-    if near >= exact:
-        return near
-    # The successor of a/b among these fractions is c/d with c b - a d = 1 and the largest d <= limit.
-    a, b = near.numerator, near.denominator
-    d = limit - (limit + pow(a, -1, b)) % b if b > 1 else limit
-    return Fraction(a * d + 1, b * d)

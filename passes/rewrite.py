@@ -21,7 +21,6 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.config import KeepRatio, TSAConfig
-from tsa_compile.kernels.budget import ceil_fraction
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import fake, insert, size
@@ -74,7 +73,7 @@ def _capacity(graph: Graph, config: TSAConfig, length: int | Node) -> int | Node
     arithmetic = _ShapeArithmetic(graph)
     capacity: Any = length
     if isinstance(config.budget, KeepRatio):
-        share = ceil_fraction(config.budget.ratio)  # fits into the int64 that compiled shape code computes in
+        share = config.budget.fraction
         window = arithmetic.minimum(config.window, length)
         candidates = arithmetic.call(operator.sub, length, window)
         scaled = arithmetic.call(operator.mul, candidates, share.numerator)

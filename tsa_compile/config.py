@@ -80,8 +80,24 @@ class KeepRatio:
 
     @property
     def fraction(self) -> Fraction:
-        """The ratio as it was written, exactly: ceil(ratio * n) is then integer arithmetic on every device."""
-        return Fraction(str(self.ratio))
+        """The ratio for integer arithmetic: ceil(fraction * n) is ceil(ratio * n) for every n below 2^31, in int64."""
+        return ceil_fraction(self.ratio)
+
+
+def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
+    """The smallest fraction >= the decimal that `ratio` prints as, with a denominator of at most `limit`.
+
+    For every n <= limit, ceil(n * ratio) is the same with either, and n * numerator fits into int64, which it need not
+    do with the decimal itself: 1/3 prints as 0.3333333333333333.
+    """
+    exact = Fraction(str(ratio))
+    near = exact.limit_denominator(limit)
+    if near >= exact:
+        return near
+    # The successor of a/b among these fractions is c/d with c b - a d = 1 and the largest d <= limit.
+    a, b = near.numerator, near.denominator
+    d = limit - (limit + pow(a, -1, b)) % b if b > 1 else limit
+    return Fraction(a * d + 1, b * d)
 
 
 Budget = Coverage | KeepRatio

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsa_compile.config import ceil_fraction
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.budget import budget, budget_aten, ceil_fraction, coverage_triton
+from tsa_compile.kernels.budget import budget, budget_aten, coverage_triton
 from tsa_compile.kernels.select import select, select_aten, select_triton
 
 # The interpreter computes with numpy, which warns of conversions in lanes that are masked later.
