@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from tsa_compile import Coverage, KeepRatio, RewriteReport, TSAConfig, reports
 
@@ -87,7 +88,7 @@ def run(model: Model, inputs: dict[str, Any]) -> tuple[Tensor, float]:
     return logits, time.perf_counter() - started
 
 
-def measure(name: str, model: Model, inputs: dict[str, Any], repeats: int = 3) -> Measurement:
+def measure(name: str, model: Model, inputs: dict[str, Any], repeats: int = 5) -> Measurement:
     """Runs a model once, which compiles it, and then a few times."""
     logits, first = run(model, inputs)
     seconds = statistics.median(run(model, inputs)[1] for _ in range(repeats))
@@ -127,6 +128,8 @@ def kept_share(model: Model, config: TSAConfig, inputs: dict[str, Any]) -> float
 def compare(size: Size, compiler: str) -> list[Measurement]:
     """The plain model, stock torch.compile, the exact mode and two sparse ones."""
     model, inputs = build_model(size), prompt(size)
+    if size.device == "cpu":  # Inductor's pool of compilers starts in the background, on the cores that are being timed
+        inductor_config.compile_threads = 1
     plain = measure("plain model", model, inputs)
     torch._dynamo.reset()
     stock = measure("torch.compile", torch.compile(model, backend=compiler), inputs)
