@@ -206,23 +206,23 @@ def _scalar(value: Any) -> Any:
     return None
 
 
-def _transposed(node: Any) -> Node | None:
-    """Key [B,G,L,D] behind the [B,G,D,L] that is multiplied from the right."""
+def _transposed(node: Any) -> Any:
+    """Key [B,G,L,D] behind the [B,G,D,L] that is multiplied from the right; None if it is not its transpose."""
     while isinstance(node, Node) and op_name(node) in ("contiguous", "clone"):
         node = node.args[0]
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return None
-    name, rank = op_name(node), 4
+    name, rank, swapped = op_name(node), 4, False
     if name == "transpose":
         dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
-        return node.args[0] if {dim % rank for dim in dims if isinstance(dim, int)} == {2, 3} else None  # type: ignore
-    if name == "permute":
+        swapped = {dim % rank for dim in dims if isinstance(dim, int)} == {2, 3}
+    elif name == "permute":
         order: Any = argument(node, 1, "dims")
         order = order if isinstance(order, (list, tuple)) else node.args[1:]
-        return node.args[0] if [dim % rank for dim in order] == [0, 1, 3, 2] else None  # type: ignore
-    if name == "getattr" and node.args[1] == "mT":
-        return node.args[0]  # type: ignore[return-value]
-    return None
+        swapped = [dim % rank for dim in order] == [0, 1, 3, 2]
+    elif name == "getattr":
+        swapped = node.args[1] == "mT"
+    return argument(node, 0, "input") if swapped else None
 
 
 def _chain_problem(output: Node, softmax: Node, scores: _Scores) -> str | None:
@@ -251,4 +251,4 @@ def _unsupported(node: Node, product: Node, value: Any, problem: str) -> Attenti
     return AttentionSite(
         node, "eager", query, key, value, layer=layer, layer_index=layer_index,
         container=container, problem=(Reason.UNSUPPORTED_FORM, problem),
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip

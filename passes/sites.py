@@ -186,9 +186,9 @@ def peel_repeated_heads(node: Node) -> Node:
 
     Both put head g at positions g*n ... g*n + n - 1, which is what grouped-query attention computes.
     """
-    source = node
+    source: Any = node
     while op_name(source) in ("contiguous", "clone") and source.op != "placeholder":
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     narrow = _behind_repeat_interleave(source) or _behind_expand(source)
     if narrow is None:
         return node

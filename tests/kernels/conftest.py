@@ -1,20 +1,7 @@
 """Where the Triton kernels run: on the GPU if there is one (marker `gpu`), else in Triton's interpreter on the CPU."""
 
-import os
-
 import pytest
 import torch
-
-# Read when a kernel is decorated, so before anything imports tsa_compile.kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
