@@ -295,7 +295,10 @@ class Masks:
         """Valid keys, bool [B, 1, 1, L], out of a padding mask in one of the forms in which models are given it."""
         p, full, name = self.p, slice(None), f"pad_{self.pads}"
         self.pads += 1
-        draw = lambda b, n: draw_padding(self.generator, b, n)  # noqa: E731
+
+        def draw(b, n):
+            return draw_padding(self.generator, b, n)
+
         dtype = self.pick(torch.int64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float16)
         if self.maybe(0.15):
             pad = p.input(name, lambda b, n: draw(b, n)[:, None, None].to(dtype))
@@ -462,7 +465,10 @@ class Masks:
     def additive(self, m, fill=None):
         p, dtype = self.p, self.dtype
         fill = self.fill() if fill is None else fill
-        zeros = lambda: p.call(torch.zeros_like, m, dtype=dtype)  # noqa: E731
+
+        def zeros():
+            return p.call(torch.zeros_like, m, dtype=dtype)
+
         kind = self.rng.randrange(8)
         if kind == 0 and dtype != torch.float64:  # scalars make a float32 tensor
             mask = p.call(torch.where, m, 0.0, fill)
