@@ -40,6 +40,7 @@ From then on `TSAConfig(kernel="flash3")` asks for it by name, and "auto" takes 
 priority does.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class KernelRequest:
         heads, kv_heads = query.shape[1], key.shape[1]
         return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], heads, kv_heads, capability)
 
+    def with_kv_heads(self, kv_heads: int) -> "KernelRequest":
+        """The same with another number of key and value heads."""
+        return dataclasses.replace(self, kv_heads=kv_heads)
+
 
 def _exact_rows(rows: int) -> int:
     return rows
@@ -100,6 +105,10 @@ class AttentionKernel:
     priority: int
     device_count: bool = False
     round_rows: Callable[[int], int] = _exact_rows
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None) -> Tensor:
+        """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows."""
+        return self.run(query, key, value, scale, *([count] if self.device_count else []))
 
 
 _registry: dict[str, AttentionKernel] = {}

@@ -158,6 +158,20 @@ def coverage_triton(scores: Tensor, coverage: float, min_tokens: int) -> Tensor:
     return count
 
 
+def kept_tokens(valid: int, window: int, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> int | None:
+    """The count of an item with `valid` tokens where it follows from their number alone, else None.
+
+    It does with a keep ratio, and where coverage has nothing to drop.
+    """
+    window = min(window, valid)
+    candidates = valid - window
+    if keep_ratio is not None:
+        ratio = KeepRatio(keep_ratio).fraction
+        keep = -(-candidates * ratio.numerator // ratio.denominator)
+        return min(max(keep, min_tokens), candidates) + window
+    return valid if not coverage or candidates <= min_tokens else None
+
+
 @torch.library.custom_op("tsa::budget", mutates_args=())
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """Count [B] int32 of tokens to keep, the window included; ValueError unless exactly one budget is given."""

@@ -40,11 +40,16 @@ def _lower_bound(p_sorted, target, high, FAN: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["stride_cb", "stride_ch", "stride_cl", "stride_ib", "stride_is", "seq_len", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        *("stride_cb", "stride_ch", "stride_cl", "stride_ob", "stride_oh", "stride_ol", "stride_ib", "stride_is"),
+        *("seq_len", "capacity"),
+    ]
+)
 def _decompress_kernel(
     p_compressed, p_indices, p_count, p_output,
-    stride_cb, stride_ch, stride_cl, stride_ib, stride_is, seq_len, capacity,
-    HEADS: tl.constexpr, HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, DIM_POW2: tl.constexpr,
+    stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_ib, stride_is, seq_len, capacity,
+    HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, DIM_POW2: tl.constexpr,
     ALIGN: tl.constexpr, FAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK positions of one head."""
@@ -68,18 +73,26 @@ def _decompress_kernel(
     p_compressed += (item * stride_cb + head.to(tl.int64) * stride_ch) * ALIGN
     source = p_compressed + (b_slot * stride_cl * ALIGN)[:, None] + dims[None, :]
     b_rows = tl.load(source, mask=(b_slot >= 0)[:, None] & b_inside, other=0.0)
-    b_target = ((item * seq_len + positions) * HEADS + head) * DIM
-    tl.store(p_output + b_target[:, None] + dims[None, :], b_rows, mask=(positions < seq_len)[:, None] & b_inside)
+    p_output += (item * stride_ob + head.to(tl.int64) * stride_oh) * ALIGN
+    target = p_output + (positions.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
+    tl.store(target, b_rows, mask=(positions < seq_len)[:, None] & b_inside)
 
 
-def decompress_triton(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """Launch the kernel; also runs on CPU tensors in the Triton interpreter."""
+def decompress_triton(
+    compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int, output: Tensor | None = None
+) -> Tensor:
+    """Launch the kernel; also runs on CPU tensors in the Triton interpreter.
+
+    Args:
+        output: where to write, [B, H, L, Dv] with a dense last dimension: a part of a larger tensor, for example.
+    """
     compressed, indices = rows_contiguous(compressed), rows_contiguous(indices)
-    output = _allocate(compressed, seq_len)
+    if output is None:
+        output = _allocate(compressed, seq_len)
     if output.numel() == 0:
         return output
     batch, heads, capacity, dim = compressed.shape
-    align = row_alignment(compressed)
+    align = row_alignment(compressed, output)
     # Every position is compared with every slot of its tile, so tiles stay small.
     block = block_rows(dim, compressed.element_size(), at_most=64)
     _decompress_kernel[(heads, triton.cdiv(seq_len, block), batch)](
@@ -87,11 +100,10 @@ def decompress_triton(compressed: Tensor, indices: Tensor, count: Tensor | None,
         indices,
         count,
         output,
-        *(stride // align for stride in compressed.stride()[:3]),
+        *(stride // align for tensor in (compressed, output) for stride in tensor.stride()[:3]),
         *indices.stride()[:2],
         seq_len,
         capacity,
-        HEADS=heads,
         HEADS_PER_SELECTION=heads // indices.shape[1],
         DIM=dim,
         DIM_POW2=triton.next_power_of_2(dim),

@@ -102,8 +102,7 @@ def _as_rows(output: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    kernel = choose(KernelRequest.of(query, key, value))
-    return kernel.run(query, key, value, scale, None) if kernel.device_count else kernel.run(query, key, value, scale)
+    return choose(KernelRequest.of(query, key, value)).causal(query, key, value, scale)
 
 
 def _fill_masked_rows(output: Tensor, value: Tensor, mean_rows: bool) -> None:

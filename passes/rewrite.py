@@ -57,7 +57,7 @@ def _five_steps(graph: Graph, plan: SitePlan, config: TSAConfig, padding: Node |
     indices = insert(graph, tsa.select.default, scores, count, capacity)
     rows = insert(graph, tsa.compress.default, site.query, site.key, site.value, indices, count)
     query, key, value = (insert(graph, operator.getitem, rows, i) for i in range(3))
-    compressed = insert(graph, tsa.attend.default, query, key, value, count, scale, plan.kernel)
+    compressed = insert(graph, tsa.attend.default, query, key, value, count, scale, config.kernel)
     return insert(graph, tsa.decompress.default, compressed, indices, count, length)
 
 

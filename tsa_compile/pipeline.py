@@ -5,6 +5,7 @@
     PlanSites           sparse, dense without a mask, or untouched, and why     passes/plan.py
     RewriteSparse       score, budget, select, compress, attend, decompress     passes/rewrite.py
     CanonicalizeDense   is_causal, or causal and padding; no repeated heads     passes/canonicalize.py
+    FuseSparse          the steps of a site as one op (compiled graphs only)    passes/fuse.py
     RemoveDeadMasks     what only the replaced calls read                       passes/cleanup.py
     Verify              what must hold afterwards                               passes/verify.py
 
@@ -20,10 +21,11 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, padded, score, select
+from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, score, select
 from tsa_compile.passes.base import GraphState, Pass, SitePlan, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
+from tsa_compile.passes.fuse import FuseSparse
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites
 from tsa_compile.passes.rewrite import RewriteSparse
@@ -31,7 +33,7 @@ from tsa_compile.passes.verify import Verify
 from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, padded)
+OPS = (score, budget, select, compress, attend, decompress, padded, fused)
 
 PASSES: tuple[type[Pass], ...] = (
     FindSites,
@@ -42,13 +44,15 @@ PASSES: tuple[type[Pass], ...] = (
     RemoveDeadMasks,
     Verify,
 )
+COMPILED: tuple[type[Pass], ...] = (*PASSES[:-2], FuseSparse, *PASSES[-2:])
 
 
-def run_passes(graph_module: GraphModule, config: TSAConfig) -> RewriteReport:
+def run_passes(graph_module: GraphModule, config: TSAConfig, passes: tuple[type[Pass], ...] = PASSES) -> RewriteReport:
     """Rewrites a graph in place and reports on every attention call in it.
 
     Args:
         graph_module: traced by Dynamo or torch.export, with fake values in its nodes' metadata.
+        passes: PASSES leave the steps of sparse attention apart, to be read and exported; COMPILED fuse them.
 
     Raises:
         ConfigError, KernelError: the configuration names a layer or a kernel that does not exist.
@@ -58,7 +62,7 @@ def run_passes(graph_module: GraphModule, config: TSAConfig) -> RewriteReport:
         attend.get(config.kernel)
     state = GraphState(config)
     original = copy.deepcopy(graph_module.graph)
-    for kind in PASSES:
+    for kind in passes:
         try:
             kind(state)(graph_module)
         except ConfigError:

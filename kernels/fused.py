@@ -1,0 +1,251 @@
+"""All steps of token sparse attention as one op: what a compiled graph calls once a layer.
+
+    out = decompress(attend(compress(query, key, value, select(score(query, key), count))))
+
+    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides; padding bool [B, L] (True = valid)
+    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]
+
+It computes what the single ops compute, one after the other, and is there for what only their sum can do:
+
+- One call through torch's dispatcher instead of six: at 8K the steps take the GPU less time than six calls the host.
+- Buffers of exactly as many rows as are kept, because the count, where it lies on the device, is read before they are
+  allocated; while it travels, `select` runs. Large ones exist for some heads at a time (STREAM_BYTES).
+- With padding, each item is cut to its span of valid tokens, which `spans` has told the host once for all layers: so the
+  mask of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
+- An item of which everything is kept takes plain causal attention.
+
+`sparse_attention` can be captured in a CUDA graph: the count then stays on the device, and a kernel that reads it there
+does the work (`attend.AttentionKernel.device_count`). `padded_sparse_attention` cannot, as its spans live on the host.
+
+Method: Token Sparse Attention, arXiv 2602.03216, section 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._triton import HAS_TRITON
+from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, attend, choose
+from tsa_compile.kernels.budget import budget, budget_aten, kept_tokens
+from tsa_compile.kernels.compress import compress_aten, compress_triton
+from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
+from tsa_compile.kernels.score import score, score_aten
+from tsa_compile.kernels.select import select_aten, select_triton
+
+STREAM_BYTES = 2**30
+"""The compressed rows of as many heads as fit in this are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The scalars of the ops. `shared`: the heads of a group share one selection. See TSAConfig for the others."""
+
+    scale: float
+    window: int
+    pool: int
+    coverage: float | None
+    keep_ratio: float | None
+    min_tokens: int
+    capacity: int | None
+    shared: bool
+    kernel: str
+
+    def kept(self, valid: int) -> int | None:
+        """How many of an item's valid tokens are kept, if that follows from their number alone."""
+        kept = kept_tokens(valid, self.window, self.coverage, self.keep_ratio, self.min_tokens)
+        return kept if kept is None or self.capacity is None else min(kept, self.capacity)
+
+    def limit(self, seq_len: int) -> int:
+        """No item keeps more than this."""
+        return seq_len if self.capacity is None else min(seq_len, self.capacity)
+
+
+@torch.library.custom_op("tsa::sparse_attention", mutates_args=())
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
+    keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
+    options = Options(scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel)
+    if not (query.is_cuda and HAS_TRITON):
+        return _plain(query, key, value, None, options)
+    with torch.cuda.device_of(query):
+        return sparse_triton(query, key, value, options)
+
+
+@sparse_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
+    keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    return _allocate(query, value)
+
+
+# It looks at the spans on the host: what a CUDA graph captured would be replayed with the first batch's.
+@torch.library.custom_op("tsa::padded_sparse_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def padded_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, window: int, pool: int,
+    coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    """Token sparse attention with padding; `spans` [B, 3] as `tsa::spans` makes them of it. Pad rows are 0."""
+    options = Options(scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel)
+    if not (query.is_cuda and HAS_TRITON):
+        return _plain(query, key, value, padding, options)
+    with torch.cuda.device_of(query):
+        return padded_sparse_triton(query, key, value, padding, spans, options)
+
+
+@padded_sparse_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, window: int, pool: int,
+    coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
+) -> Tensor:  # fmt: skip
+    return _allocate(query, value)
+
+
+def _allocate(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
+    batch, heads, seq_len, _ = query.shape
+    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
+
+
+def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """Without padding; also runs on CPU tensors in the Triton interpreter."""
+    if options.kept(query.shape[2]) == query.shape[2]:
+        return _dense(query, key, value, options)
+    output = _allocate(query, value)
+    _sparse(output, query, key, value, None, options)
+    return output
+
+
+def padded_sparse_triton(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, options: Options
+) -> Tensor:
+    """With padding: runs of items with equal spans are computed together."""
+    seq_len = query.shape[2]
+    items = [tuple(row) for row in spans.tolist()]
+    if all(item == (0, seq_len, 1) for item in items):
+        return sparse_triton(query, key, value, options)
+    output, first = _allocate(query, value), 0
+    for (start, stop, contiguous), same in itertools.groupby(items):
+        group = slice(first, first + len(list(same)))
+        first = group.stop
+        parts = (output[group], query[group], key[group], value[group])
+        if contiguous:
+            _fill_span(*parts, start, stop, options)
+        else:
+            _sparse(*parts, padding[group], options)
+    return output
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> Tensor:
+    """The steps in ATen ops."""
+    seq_len = query.shape[2]
+    scores = score_aten(query, key, padding, options.scale, options.window, options.pool)
+    scores = _grouped(scores, key, options)
+    kept = options.kept(seq_len) if padding is None else None
+    count = None
+    if kept is None:
+        kept = options.limit(seq_len)
+        count = budget_aten(scores, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
+    indices = select_aten(scores, count, kept)
+    rows = compress_aten(query, key, value, indices, count)
+    return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
+
+
+def _grouped(scores: Tensor, key: Tensor, options: Options) -> Tensor:
+    return scores.unflatten(1, (key.shape[1], -1)).mean(2) if options.shared else scores
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_count: bool) -> AttentionKernel:
+    """The kernel for the compressed rows, which have a key head for every selection."""
+    request = KernelRequest.of(query, key, value)
+    return choose(request.with_kv_heads(key.shape[1] if options.shared else query.shape[1]), options.kernel,
+                  device_count=device_count)  # fmt: skip
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """Everything is kept; no copy where the kernel keeps the layout of a query that is [B, L, H, D] in memory."""
+    out = choose(KernelRequest.of(query, key, value)).causal(query, key, value, options.scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fill_span(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, options: Options) -> None:
+    """Items whose valid tokens are exactly [start, stop): unpadded ones, between rows of zeros."""
+    output[:, :, :start].zero_()
+    output[:, :, stop:].zero_()
+    output, query, key, value = (tensor[:, :, start:stop] for tensor in (output, query, key, value))
+    if start == stop:
+        return
+    if options.kept(stop - start) == stop - start:
+        output.copy_(_dense(query, key, value, options))
+    else:
+        _sparse(output, query, key, value, None, options)
+
+
+def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> None:
+    """Scores, decides how many rows there are, and attends to them."""
+    seq_len = query.shape[2]
+    scores = _grouped(score(query, key, padding, options.scale, options.window, options.pool), key, options)
+    kept = options.kept(seq_len) if padding is None else None
+    if kept is not None:
+        kernel = _kernel(query, key, value, options, device_count=False)
+        return _attend(output, query, key, value, select_triton(scores, None, kept), None, kernel, options.scale)
+    limit = options.limit(seq_len)
+    count = budget(scores, options.coverage, options.keep_ratio, options.min_tokens)
+    count = count.clamp_(max=limit) if limit < seq_len else count
+    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    kernel = _kernel(query, key, value, options, device_count=capturing)
+    if capturing or kernel.device_count:
+        return _attend(output, query, key, value, select_triton(scores, count, limit), count, kernel, options.scale)
+    on_host = _Fetched(count)
+    indices = select_triton(scores, count, limit)  # while the count travels
+    counts = on_host.get()
+    alike = len(set(counts)) == 1
+    for items, n in [(slice(None), counts[0])] if alike else [(slice(b, b + 1), n) for b, n in enumerate(counts)]:
+        if n == 0:
+            output[items].zero_()
+            continue
+        rows = min(kernel.round_rows(n), limit)
+        _attend(output[items], query[items], key[items], value[items], indices[items, :, :rows],
+                count[items] if rows > n else None, kernel, options.scale)  # fmt: skip
+    return None
+
+
+class _Fetched:
+    """A small tensor on its way to the host: `get` waits for what was launched before, not for what comes after."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.host, self.arrived = tensor, None
+        if tensor.is_cuda:
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.host.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def get(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.tolist()
+
+
+def _attend(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None,
+    kernel: AttentionKernel, scale: float,
+) -> None:  # fmt: skip
+    """Compresses, attends and decompresses, some groups of heads at a time."""
+    heads, groups, seq_len = query.shape[1], key.shape[1], query.shape[2]
+    batch, selections, rows = indices.shape
+    row_bytes = heads * (query.shape[3] + value.shape[3]) + selections * (key.shape[3] + value.shape[3])
+    parts = -(-batch * rows * row_bytes * query.element_size() // STREAM_BYTES)
+    step = max(1, groups // parts)
+    for first in range(0, groups, step):
+        shared = slice(first, first + step)
+        own, chosen = (slice(first * n // groups, (first + step) * n // groups) for n in (heads, selections))
+        part = compress_triton(query[:, own], key[:, shared], value[:, shared], indices[:, chosen], count)
+        out = kernel.causal(*part, scale, count)
+        decompress_triton(out, indices[:, chosen], count, seq_len, output[:, own])

@@ -1,0 +1,142 @@
+"""Fuses the steps of every sparse site into the one op that a compiled graph calls.
+
+    before   scores = tsa.score(q, k, padding, ...); count = tsa.budget(scores, ...); indices = tsa.select(scores, count, C)
+             q^, k^, v^ = tsa.compress(q, k, v, indices, count); o^ = tsa.attend(q^, k^, v^, count, ...)
+             o = tsa.decompress(o^, indices, count, L)                                     [B, H, L, Dv]
+    after    o = tsa.sparse_attention(q, k, v, ...)                                        without padding
+             o = tsa.padded_sparse_attention(q, k, v, padding, spans, ...)                 with padding [B, L]
+
+For graphs that run where Python does; exported ones keep the steps, which can be opened. Steps that somebody else reads,
+or that another pass has put something between, stay as they are. Padding masks that are computed alike become one, dense
+sites' included, so that the spans of a batch reach the host once for all layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.passes.base import Pass, PassResult
+from tsa_compile.passes.graph import fake, insert, known, op_name
+
+tsa = torch.ops.tsa
+
+
+class FuseSparse(Pass):
+    """Replaces each chain of steps by the fused op, and shares padding masks and their spans."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph, config = graph_module.graph, self.state.config
+        paddings = _SharedPaddings(graph)
+        modified = False
+        for node in list(graph.nodes):
+            if node.target is tsa.padded_attention.default:
+                self.state.detached.extend(paddings.adopt(node))
+                modified = True
+            elif node.target is tsa.decompress.default and (score := _score_of(node)) is not None:
+                with graph.inserting_before(node):
+                    fused = _fused(graph, node, score, config, paddings)
+                fused.meta = {**node.meta}
+                node.replace_all_uses_with(fused)
+                self.state.detached.append(node)
+                modified = True
+        return self.result(graph_module, modified)
+
+
+def _score_of(decompress: Node) -> Node | None:
+    """The score node that a chain begins with, if it is whole and nobody else reads a step of it."""
+    compressed, indices, count, _ = decompress.args
+    attend = _step(compressed, tsa.attend.default)
+    if attend is None:
+        return None
+    rows: Any = attend.args[:3]
+    sources = {row.args[0] for row in rows if op_name(row) == "getitem" and len(row.users) == 1}
+    compress = sources.pop() if len(sources) == 1 else None
+    select = _step(indices, tsa.select.default, readers=2)
+    if select is None or getattr(compress, "target", None) is not tsa.compress.default:
+        return None
+    if compress.args[3:] != (indices, count) or attend.args[3] is not count or len(compress.users) != 3:
+        return None
+    score = _scores_source(select.args[0])
+    same_inputs = score is not None and score.args[:2] == compress.args[:2]
+    return score if same_inputs and select.args[1] is count and _counts(count, select.args[0]) else None
+
+
+def _counts(count: Any, scores: Any) -> bool:
+    """Whether a count is the budget of these scores, clamped or not, or there is none."""
+    if isinstance(count, Node) and op_name(count) == "clamp":
+        count = count.args[0]
+    return count is None or (count.target is tsa.budget.default and count.args[0] is scores)
+
+
+def _step(node: Any, target: Any, readers: int = 1) -> Node | None:
+    return node if isinstance(node, Node) and node.target is target and len(node.users) == readers else None
+
+
+def _scores_source(node: Any) -> Node | None:
+    """`score`, seen through the mean over a group's heads."""
+    while isinstance(node, Node) and op_name(node) in ("mean", "unflatten"):
+        node = node.args[0]
+    return node if isinstance(node, Node) and node.target is tsa.score.default else None
+
+
+def _fused(graph: Graph, decompress: Node, score: Node, config: TSAConfig, paddings: _SharedPaddings) -> Node:
+    query, key, padding, *scoring = score.args
+    value = decompress.args[0].args[2].args[0].args[2]  # type: ignore[union-attr]
+    coverage = config.budget.tau if isinstance(config.budget, Coverage) else None
+    keep_ratio = config.budget.ratio if isinstance(config.budget, KeepRatio) else None
+    shared = config.granularity == "group"
+    options = (*scoring, coverage, keep_ratio, config.min_tokens, config.capacity, shared, config.kernel)
+    if padding is None:
+        return insert(graph, tsa.sparse_attention.default, query, key, value, *options)
+    assert isinstance(padding, Node)
+    padding, spans = paddings.shared(padding)
+    return insert(graph, tsa.padded_sparse_attention.default, query, key, value, padding, spans, *options)
+
+
+class _SharedPaddings:
+    """Padding masks met so far, in the graph's order, with the spans of each."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.spans: dict[Node, Node] = {}
+
+    def shared(self, padding: Node) -> tuple[Node, Node]:
+        """An earlier mask that is computed alike and its spans; else this one, whose spans are inserted here."""
+        for known_padding, spans in self.spans.items():
+            if _alike(known_padding, padding):
+                return known_padding, spans
+        self.spans[padding] = insert(self.graph, tsa.spans.default, padding)
+        return padding, self.spans[padding]
+
+    def adopt(self, attention: Node) -> list[Node]:
+        """Lets a dense site read the shared mask; returns what it read until now, if that is another one."""
+        padding, spans = attention.args[3:5]
+        assert isinstance(padding, Node) and isinstance(spans, Node)
+        for known_padding, known_spans in self.spans.items():
+            if known_padding is not padding and _alike(known_padding, padding):
+                attention.args = (*attention.args[:3], known_padding, known_spans, *attention.args[5:])
+                return [padding, spans]
+        self.spans.setdefault(padding, spans)
+        return []
+
+
+def _alike(left: Any, right: Any) -> bool:
+    """Whether two arguments are the same value: the same node, or the same pure operator on arguments that are alike."""
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(_alike(a, b) for a, b in zip(left, right, strict=True))
+    if isinstance(left, slice) and isinstance(right, slice):
+        return all(_alike(getattr(left, part), getattr(right, part)) for part in ("start", "stop", "step"))
+    if isinstance(left, Node) and isinstance(right, Node):
+        if left is right:
+            return True
+        sizes = (fake(left), fake(right))
+        if all(isinstance(size, (int, torch.SymInt)) for size in sizes):
+            return known(sizes[0] == sizes[1])
+        same_call = (left.op, left.target, left.kwargs.keys()) == (right.op, right.target, right.kwargs.keys())
+        computed = left.op in ("call_function", "call_method") and not left.is_impure()
+        return same_call and computed and _alike((*left.args, *left.kwargs.values()), (*right.args, *right.kwargs.values()))
+    return type(left) is type(right) and left == right

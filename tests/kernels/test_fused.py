@@ -1,0 +1,153 @@
+"""The fused ops: what the single ops compute, for every way in which the count can be known."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsa_compile.kernels import fused, reference
+from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_triton
+from tsa_compile.kernels.padded import spans
+
+from .test_chain import close, make
+
+SCALE = 0.25
+HALF = Options(SCALE, 4, 7, None, 0.5, 3, None, False, "auto")
+COVER = dataclasses.replace(HALF, coverage=0.1, keep_ratio=None)
+L = 50
+
+
+def ones():
+    return torch.ones(3, L, dtype=torch.bool)
+
+
+def sided():
+    padding = ones()
+    padding[1, :11] = False
+    padding[2, 41:] = False
+    return padding
+
+
+def holes():
+    padding = sided()
+    padding[1, 20:25] = False
+    return padding
+
+
+def nothing_valid():
+    padding = ones()
+    padding[:2] = False
+    return padding
+
+
+def expected(query, key, value, padding, options):
+    scalars = dataclasses.asdict(options)
+    scalars["granularity"] = "group" if scalars.pop("shared") else "head"
+    scalars.pop("kernel")
+    wide = (tensor.cpu().double() for tensor in (query, key, value))
+    return reference.token_sparse_attention(*wide, padding, **scalars)
+
+
+PADDINGS = [None, ones, sided, holes, nothing_valid]
+OPTIONS = {
+    "keep_ratio": HALF,
+    "coverage": COVER,
+    "coverage_0": dataclasses.replace(COVER, coverage=0.0),
+    "keep_all": dataclasses.replace(HALF, keep_ratio=1.0),
+    "group": dataclasses.replace(COVER, shared=True),
+    "capacity": dataclasses.replace(COVER, capacity=12),
+    "capacity_of_a_ratio": dataclasses.replace(HALF, capacity=12),
+    "few_tokens": dataclasses.replace(COVER, min_tokens=100),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
+def test_op_equals_the_reference_layer(device, padding, options):
+    inputs = make(3, 2, 2, L, 32, 48, device=device)
+    scalars = dataclasses.astuple(options)
+    if padding is None:
+        out = fused.sparse_attention(*inputs, *scalars)
+    else:
+        padding = padding()
+        out = fused.padded_sparse_attention(*inputs, padding.to(device), spans(padding.to(device)), *scalars)
+    assert out.transpose(1, 2).is_contiguous()
+    close(out.cpu(), expected(*inputs, padding, options))
+
+
+@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity"])
+@pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
+def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty, padding, name):
+    inputs = make(3, 2, 2, L, 32, 32, device=triton_device)
+    if padding is None:
+        out = sparse_triton(*inputs, OPTIONS[name])
+    else:
+        padding = padding()
+        out = padded_sparse_triton(*inputs, padding.to(triton_device), spans(padding), OPTIONS[name])
+    close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("limit", [1, 40_000, 10**9])
+def test_heads_stream_through_small_buffers(triton_device, monkeypatch, shared, limit):
+    monkeypatch.setattr(fused, "STREAM_BYTES", limit)
+    inputs = make(2, 3, 2, L, 32, 16, device=triton_device)
+    options = dataclasses.replace(COVER, shared=shared)
+    close(sparse_triton(*inputs, options).cpu(), expected(*inputs, None, options))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 20), st.sampled_from([0.1, 0.5, 0.675, 1.0]))
+def test_a_count_known_beforehand_is_the_budgets(valid, window, min_tokens, ratio):
+    options = dataclasses.replace(HALF, window=window, min_tokens=min_tokens, keep_ratio=ratio)
+    scores = torch.full((1, 2, 60), -torch.inf)
+    scores[..., :valid] = torch.rand(1, 2, valid)
+    scores[..., max(0, valid - window) : valid] = torch.inf
+    assert options.kept(valid) == int(reference.budget(scores, None, ratio, min_tokens)[0])
+    covered = dataclasses.replace(options, keep_ratio=None, coverage=0.3)
+    assert covered.kept(valid) in (None, int(reference.budget(scores, 0.3, None, min_tokens)[0]))
+
+
+def test_opcheck(device):
+    inputs = make(3, 2, 2, L, 32, 48, device=device)
+    scalars = dataclasses.astuple(HALF)
+    torch.library.opcheck(fused.sparse_attention, (*inputs, *scalars))
+    padding = sided().to(device)
+    torch.library.opcheck(fused.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_captured_op_replays_with_other_data_and_another_count(kernel):
+    inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
+    scalars = dataclasses.astuple(dataclasses.replace(COVER, window=128, min_tokens=64, kernel=kernel))
+    fused.sparse_attention(*inputs, *scalars)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused.sparse_attention(*inputs, *scalars)
+    kept = set()
+    for seed in range(3):
+        for tensor, fresh in zip(inputs, make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda", seed)):
+            tensor.copy_(fresh * (seed + 1))
+        graph.replay()
+        close(out, fused.sparse_attention(*inputs, *scalars), torch.bfloat16)
+        kept.add(int(out.any(dim=-1).sum()))
+    assert len(kept) == 3, "the counts differ"
+
+
+@pytest.mark.gpu
+def test_a_known_count_needs_no_synchronisation():
+    inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
+    padding = torch.ones(2, 3000, dtype=torch.bool, device="cuda")
+    padding[0, :700] = False
+    scalars = dataclasses.astuple(HALF)
+    arguments = (*inputs, padding, spans(padding), *scalars)
+    fused.padded_sparse_attention(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused.sparse_attention(*inputs, *scalars)
+        fused.padded_sparse_attention(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
