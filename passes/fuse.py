@@ -36,9 +36,9 @@ class FuseSparse(Pass):
             if node.target is tsa.padded_attention.default:
                 self.state.detached.extend(paddings.adopt(node))
                 modified = True
-            elif node.target is tsa.decompress.default and (score := _score_of(node)) is not None:
+            elif node.target is tsa.decompress.default and (chain := _chain(node)) is not None:
                 with graph.inserting_before(node):
-                    fused = _fused(graph, node, score, config, paddings)
+                    fused = _fused(graph, *chain, config, paddings)
                 fused.meta = {**node.meta}
                 node.replace_all_uses_with(fused)
                 self.state.detached.append(node)
@@ -46,23 +46,24 @@ class FuseSparse(Pass):
         return self.result(graph_module, modified)
 
 
-def _score_of(decompress: Node) -> Node | None:
-    """The score node that a chain begins with, if it is whole and nobody else reads a step of it."""
+def _chain(decompress: Node) -> tuple[Node, Node] | None:
+    """The score and compress nodes of a chain that ends here, if it is whole and nobody else reads a step of it."""
     compressed, indices, count, _ = decompress.args
     attend = _step(compressed, tsa.attend.default)
     if attend is None:
         return None
     rows: Any = attend.args[:3]
     sources = {row.args[0] for row in rows if op_name(row) == "getitem" and len(row.users) == 1}
-    compress = sources.pop() if len(sources) == 1 else None
+    compress = _step(sources.pop(), tsa.compress.default, readers=3) if len(sources) == 1 else None
     select = _step(indices, tsa.select.default, readers=2)
-    if select is None or getattr(compress, "target", None) is not tsa.compress.default:
+    if select is None or compress is None:
         return None
-    if compress.args[3:] != (indices, count) or attend.args[3] is not count or len(compress.users) != 3:
+    if compress.args[3:] != (indices, count) or attend.args[3] is not count:
         return None
     score = _scores_source(select.args[0])
-    same_inputs = score is not None and score.args[:2] == compress.args[:2]
-    return score if same_inputs and select.args[1] is count and _counts(count, select.args[0]) else None
+    if score is None or score.args[:2] != compress.args[:2]:
+        return None
+    return (score, compress) if select.args[1] is count and _counts(count, select.args[0]) else None
 
 
 def _counts(count: Any, scores: Any) -> bool:
@@ -83,9 +84,9 @@ def _scores_source(node: Any) -> Node | None:
     return node if isinstance(node, Node) and node.target is tsa.score.default else None
 
 
-def _fused(graph: Graph, decompress: Node, score: Node, config: TSAConfig, paddings: _SharedPaddings) -> Node:
+def _fused(graph: Graph, score: Node, compress: Node, config: TSAConfig, paddings: _SharedPaddings) -> Node:
     query, key, padding, *scoring = score.args
-    value = decompress.args[0].args[2].args[0].args[2]  # type: ignore[union-attr]
+    value = compress.args[2]
     coverage = config.budget.tau if isinstance(config.budget, Coverage) else None
     keep_ratio = config.budget.ratio if isinstance(config.budget, KeepRatio) else None
     shared = config.granularity == "group"
