@@ -1,149 +1,319 @@
-"""One layer's attention on a GPU: the five steps of token sparse attention against dense attention, step by step.
+"""One layer's attention on a GPU: token sparse attention against dense attention and against its peers.
 
-Inputs are random with a few dominant tokens for each head. KeepRatio budgets, so that the share of tokens is the same on
-any input; `count` stands for Coverage: the same share, but read from the device.
+    python benchmarks/attention.py --out benchmarks/results              everything, in less than four minutes on an H200
+    python benchmarks/attention.py --parts main --lengths 8192 32768     a part of it
 
-    python benchmarks/attention.py --lengths 4096 8192 16384 32768 131072 --out benchmarks/results
+    main     by length and share kept: this package's op in several forms, dense cuDNN and FlashAttention-2,
+             FlexAttention, and the paper's pipeline written plainly in torch
+    stages   each stage of the op alone: time on the GPU and in calls, what it achieves, and the device's ceiling
+    shapes   other head sizes and numbers of heads, a batch, float16
+    attend   kernels over a number of rows that only the device knows
+
+Inputs are random with a few dominant tokens. Methods of one length take turns, times are medians, and ratios are to dense
+cuDNN in the same run. Every output is checked before it is timed (attention_checks.py): a sample of its rows against
+float64, rows that were not selected against 0. The exit code is 1 if an output is wrong, and 0 if a method could not run:
+then its cell says why. Progress goes to stderr, results to stdout and into --out as JSON, Markdown and a figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
-import statistics
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from attention_checks import TOLERANCE, WrongOutputError, check_output, demand, relative_difference
+from attention_kernels import KERNELS, make_rows
+from attention_methods import COVERAGE_LENGTHS, DENSE, SPARSE, WINDOW, Inputs, Runner, Shape, make_inputs, ours
+from attention_report import TABLES, figure, report, size_of
+from attention_stages import Sizes, Stage, Work, attention_flops, stages
+from attention_timing import burst_ms, graph_ms, peak_of, take_turns
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from tsa_compile import pipeline  # registers the ops
+log = logging.getLogger("attention")
+Result = TypeVar("Result")
+Row = dict[str, Any]
+Candidate = tuple[Row, Callable[[Inputs], Runner]]
+ROTATED_BYTES = 256 * 2**20
+"""Inputs smaller than this, which the L2 cache (60 MB) may hold in part, come in three sets."""
+SHAPES = (
+    Shape(head_dim=64),
+    Shape(heads=64),
+    Shape(heads=16, head_dim=256),
+    Shape(batch=4),
+    Shape(dtype=torch.float16),
+)
+SHAPE_LENGTHS = (16384, 32768, 65536)
+COUNTS = (16384, 32768, 65536)
+STAGE_KEEP = 0.5
+SDPA = ("dense cuDNN", "dense FlashAttention-2")
 
-assert pipeline.OPS
-tsa = torch.ops.tsa
-WINDOW, POOL, MIN_TOKENS = 128, 7, 1024
+
+class Run:
+    """The rows of each part, and what went wrong."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.parts: dict[str, list[Row]] = {}
+        self.failures: list[str] = []
+        self.wrong: list[str] = []
+
+    def attempt(self, what: str, call: Callable[[], Result]) -> Result | str:
+        """The result, or why there is none; the run goes on."""
+        try:
+            return call()
+        except WrongOutputError as error:
+            log.error("%s: WRONG: %s", what, error)
+            self.wrong.append(f"{what}: WRONG: {error}")
+            return f"wrong output: {error}"
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0][:300]}"
+            log.error("%s failed: %s", what, reason, exc_info=log.isEnabledFor(logging.DEBUG))
+            self.failures.append(f"{what}: {reason}")
+            return reason
+
+    def add(self, part: str, what: str, row: Row, measure: Callable[[Any], Row], inputs: Any) -> None:
+        """A row of a part: what `measure` finds, or why it failed."""
+        found = self.attempt(what, functools.partial(measure, inputs))
+        self.parts[part].append(row | ({"failed": found} if isinstance(found, str) else found))
+
+    def measure(self, what: str, candidates: dict[Any, Candidate], sets: list[Inputs]) -> None:
+        """Checks each candidate on every set of inputs and adds what is measured to its row, or why it failed."""
+        runners: dict[Any, list[Runner]] = {}
+        for key, (row, build) in candidates.items():
+            checked = self.attempt(f"{what}, {row['method']}", functools.partial(prepare, build, sets, row))
+            if isinstance(checked, str):
+                row["failed"] = checked
+            else:
+                runners[key] = checked
+        calls = {key: [runner.call for runner in found] for key, found in runners.items()}
+        times = self.attempt(what, lambda: take_turns(calls, self.seconds) if calls else {})
+        for key in runners:
+            row = candidates[key][0]
+            row |= {"failed": times} if isinstance(times, str) else times[key].row()
 
 
-def median_ms(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of a call on the device, in milliseconds."""
-    for _ in range(3):
+def prepare(build: Callable[[Inputs], Runner], sets: list[Inputs], row: Row) -> list[Runner]:
+    """A method's runners on each set of inputs, checked; its memory, error and note go into the row."""
+    runners, errors = [], []
+    for inputs in sets:
+        runner = build(inputs)
+        runner.call()  # compiles, plans
+        out, memory = peak_of(runner.call)
+        errors.append(check_output(*inputs.tensors, out, inputs.scale, runner.selection, row["method"]))
+        if runner.twin is not None:
+            twin = relative_difference(out, runner.twin())
+            row["twin_difference"] = demand(twin, TOLERANCE[out.dtype], f"{row['method']} against the plain op")
+        runners.append(runner)
+        del out
+    row |= {"memory_gib": None if "CUDA graph" in row["method"] else round(memory, 3), "error": max(errors)}
+    if runner.selection is not None:
+        row["kept"] = round((runner.selection.shape[2] - WINDOW) / (sets[-1].length - WINDOW), 4)
+    if runner.note:
+        row["note"] = runner.note
+    return runners
+
+
+def input_sets(shape: Shape, length: int) -> list[Inputs]:
+    """Several where one might be found in the cache."""
+    return [make_inputs(shape, length) for _ in range(3 if shape.input_bytes(length) < ROTATED_BYTES else 1)]
+
+
+def set_ratios(rows: list[Row], baselines: tuple[str, ...]) -> None:
+    """Relates every time to the best of the baselines at the same length."""
+    for row in rows:
+        dense = [other["ms"] for other in rows if other["method"] in baselines and "ms" in other]
+        row["ratio"] = round(row["ms"] / min(dense), 4) if dense and "ms" in row else None
+
+
+def main_part(run: Run, arguments: argparse.Namespace, length: int) -> None:
+    """Every method at one length."""
+    candidates: dict[Any, Candidate] = {}
+    for name, build in DENSE.items():
+        candidates[name] = {"length": length, "keep": None, "method": name}, build
+    for keep in arguments.keep:
+        for name, sparse in SPARSE.items():
+            if "Coverage" not in name or length in COVERAGE_LENGTHS:
+                row = {"length": length, "keep": keep, "method": name}
+                candidates[name, keep] = row, functools.partial(sparse, keep=keep)
+    run.measure(f"main {size_of(length)}", candidates, input_sets(Shape(), length))
+    rows = [row for row, _ in candidates.values()]
+    set_ratios(rows, ("dense cuDNN",))
+    run.parts["main"] += rows
+    log.info("main %s: ours %s of dense cuDNN", size_of(length), [r["ratio"] for r in rows if r["method"] == "ours"])
+
+
+def stages_part(run: Run, arguments: argparse.Namespace, length: int) -> None:
+    """Every stage at one length, and the op that runs them all."""
+    what = f"stages {size_of(length)}"
+    sets = input_sets(Shape(), length)
+    per_set = [stages(inputs, STAGE_KEEP) for inputs in sets]
+    for alike in zip(*per_set, strict=True):
+        run.add("stages", f"{what}, {alike[0].name}", {"length": length, "stage": alike[0].name}, stage_row, alike)
+    run.add("stages", f"{what}, all", {"length": length, "stage": "all, as one op"}, whole_row, sets)
+    log.info("%s done", what)
+
+
+def stage_row(alike: tuple[Stage, ...]) -> Row:
+    """A stage, checked, on each set of inputs: what it takes and achieves."""
+    alike[0].check()
+    times = two_times([stage.call for stage in alike])
+    return times | {"work": achieved(alike[0].work, times["gpu_ms"] or times["ms"])}
+
+
+def whole_row(sets: list[Inputs]) -> Row:
+    """The same of the whole op, which the main part checks."""
+    return two_times([ours(inputs, STAGE_KEEP).call for inputs in sets])
+
+
+def two_times(calls: list[Callable[[], Any]]) -> Row:
+    """Milliseconds of an ordinary call, and of the GPU alone, None where it cannot be captured."""
+    for call in calls:
         call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, stop in events:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
-
-
-def make_inputs(length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """query, key, value in the layout that projections produce: [B, L, heads, D] memory, seen as [B, heads, L, D]."""
-    shapes = [(1, length, count, head_dim) for count in (heads, kv_heads, kv_heads)]
-    query, key, value = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for shape in shapes)
-    heavy = torch.randint(0, length, (length // 100,), device="cuda")
-    key[:, :, heavy] *= 2
-    return query, key, value
-
-
-def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """With cuDNN where it fits, which is the fastest dense kernel on Hopper."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(order, set_priority=True):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-
-
-def chain(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, keep: float, on_device: bool
-) -> dict[str, Callable[[], Any]]:
-    """The five steps as the compiled graph calls them, each over the results of the one before; and all together."""
-    length = query.shape[2]
-    capacity = length if on_device else WINDOW + min(length - WINDOW, max(MIN_TOKENS, -int(-keep * (length - WINDOW) // 1)))
-    scores = tsa.score(query, key, None, scale, WINDOW, POOL)
-    count = tsa.budget(scores, None, keep, MIN_TOKENS) if on_device else None
-    indices = tsa.select(scores, count, capacity)
-    rows = tsa.compress(query, key, value, indices, count)
-    out = tsa.attend(*rows, count, scale, "auto")
-
-    def whole() -> Tensor:
-        scores = tsa.score(query, key, None, scale, WINDOW, POOL)
-        count = tsa.budget(scores, None, keep, MIN_TOKENS) if on_device else None
-        indices = tsa.select(scores, count, capacity)
-        rows = tsa.compress(query, key, value, indices, count)
-        return tsa.decompress(tsa.attend(*rows, count, scale, "auto"), indices, count, length)
-
-    return {
-        "score": lambda: tsa.score(query, key, None, scale, WINDOW, POOL),
-        "budget": lambda: tsa.budget(scores, 0.005, None, MIN_TOKENS),
-        "select": lambda: tsa.select(scores, count, capacity),
-        "compress": lambda: tsa.compress(query, key, value, indices, count),
-        "attend": lambda: tsa.attend(*rows, count, scale, "auto"),
-        "decompress": lambda: tsa.decompress(out, indices, count, length),
-        "chain": whole,
-    }
-
-
-def measure(length: int, keep: float, arguments: argparse.Namespace, on_device: bool) -> dict[str, Any]:
-    """Milliseconds of dense attention, of each step and of the chain; and the memory that the chain needs, in GiB."""
-    tensors = make_inputs(length, arguments.heads, arguments.kv_heads, arguments.head_dim, torch.bfloat16)
-    scale = arguments.head_dim**-0.5
-    steps = chain(*tensors, scale, keep, on_device)
-    row: dict[str, Any] = {"length": length, "keep": keep, "count": on_device}
-    row["dense"] = round(median_ms(lambda: dense(*tensors, scale)), 4)
-    row |= {name: round(median_ms(step), 4) for name, step in steps.items()}
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = steps["chain"]()
-    own = out.numel() * out.element_size()
-    row["memory_gib"] = round((torch.cuda.max_memory_allocated() - before - own) / 2**30, 2)
-    row["ratio"] = round(row["chain"] / row["dense"], 3)
+    once = burst_ms(calls, 0, 1)
+    row: Row = {"ms": round(take_turns({"": calls}, seconds=0.1)[""].ms, 4), "gpu_ms": None}
+    try:
+        row["gpu_ms"] = round(graph_ms(calls, once), 4)
+    except RuntimeError as error:
+        log.error("not capturable: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))
     return row
 
 
-COLUMNS = (
-    "length", "keep", "count", "dense", "score", "budget", "select", "compress", "attend", "decompress", "chain", "ratio",
-    "memory_gib",
-)  # fmt: skip
+def achieved(work: Work, ms: float) -> Row:
+    """For JSON."""
+    return {
+        "gb": round(work.bytes / 1e9, 4), "gflop": round(work.flops / 1e9, 2), "unit": work.counted,
+        "rate": round(work.rate(ms), 3), "ceiling": work.ceiling, "floor_ms": round(work.floor_ms, 4),
+    }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line a measurement; times in milliseconds, memory in GiB beyond inputs and output."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines)
+def shapes_part(run: Run, arguments: argparse.Namespace, case: tuple[Shape, int]) -> None:
+    """Ours against the best dense kernel for one other shape and length."""
+    shape, length = case
+    builders: dict[str, Callable[[Inputs], Runner]] = {name: DENSE[name] for name in SDPA}
+    builders["ours"] = functools.partial(ours, keep=STAGE_KEEP)
+    candidates: dict[Any, Candidate] = {
+        name: ({"shape": str(shape), "length": length, "method": name}, build) for name, build in builders.items()
+    }
+    run.measure(f"shapes {shape}, {size_of(length)}", candidates, input_sets(shape, length))
+    rows = [row for row, _ in candidates.values()]
+    set_ratios(rows, SDPA)
+    run.parts["shapes"] += rows
+    log.info("shapes %s, %s: ours %s of the best dense", shape, size_of(length), rows[-1]["ratio"])
 
 
-def main() -> None:
-    """Measures, prints and writes."""
+def attend_part(run: Run, arguments: argparse.Namespace, count: int) -> None:
+    """Kernels that read a count on the device which is half of their rows; TFLOP/s of 2 H n^2 D operations."""
+    shape = Shape()
+    rows = make_rows(shape, count, 2 * count)
+    device_count = torch.tensor([count], dtype=torch.int32, device="cuda")
+    found: list[Row] = []
+    calls: dict[str, list[Callable[[], Any]]] = {}
+    for name, build in KERNELS.items():
+        found.append({"count": count, "kernel": name})
+        call = run.attempt(f"attend {count}, {name}", functools.partial(checked_kernel, build, rows, device_count, name))
+        if isinstance(call, str):
+            found[-1]["failed"] = call
+        else:
+            calls[name] = [call]
+    times = take_turns(calls, run.seconds) if calls else {}
+    flops = attention_flops(Sizes(1, shape.heads, shape.heads, 2 * count, count, shape.head_dim, 2))
+    for row in found:
+        if row["kernel"] in times:
+            timing = times[row["kernel"]]
+            row |= timing.row() | {"tflops": round(flops / timing.ms / 1e9, 1)}
+    run.parts["attend"] += found
+    log.info("attend %s: TFLOP/s %s", size_of(count), {row["kernel"]: row.get("tflops") for row in found})
+
+
+def checked_kernel(
+    build: Callable[[Inputs, Tensor], Callable[[], Tensor]], rows: Inputs, count: Tensor, name: str
+) -> Callable[[], Tensor]:
+    """A kernel's call, after its rows before count were held against float64."""
+    call, valid = build(rows, count), int(count)
+    inputs = (tensor[:, :, :valid] for tensor in rows.tensors)
+    check_output(*inputs, call()[:, :, :valid], rows.scale, None, name)
+    return call
+
+
+Part = Callable[[Run, argparse.Namespace, Any], None]
+
+
+def parts(arguments: argparse.Namespace) -> dict[str, tuple[Part, list[Any]]]:
+    """Of each part the function and the cases that it is called with."""
+    return {
+        "main": (main_part, arguments.lengths),
+        "stages": (stages_part, arguments.lengths),
+        "shapes": (shapes_part, list(itertools.product(SHAPES, SHAPE_LENGTHS))),
+        "attend": (attend_part, COUNTS),
+    }
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 131072])
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.675])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--out", type=Path, help="folder for attention.json and attention.md")
-    arguments = parser.parse_args()
+    parser.add_argument("--parts", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.675], help="shares of the tokens kept")
+    parser.add_argument("--seconds", type=float, default=0.3, help="measure each method for about this long")
+    parser.add_argument("--verbose", action="store_true", help="show where a method failed")
+    parser.add_argument("--out", type=Path, help="folder for attention.json, attention.md and attention.png")
+    return parser.parse_args(argv)
+
+
+def describe() -> Row:
+    """What the run was made on."""
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(), "shape": str(Shape()),
+    }  # fmt: skip
+
+
+def write(folder: Path, run: Run, conditions: Row, text: str) -> None:
+    """JSON, Markdown and, of the main part, the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"conditions": conditions, **run.parts, "failures": run.failures, "wrong": run.wrong}
+    (folder / "attention.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "attention.md").write_text(text + "\n")
+    if run.parts.get("main"):
+        run.attempt("figure", lambda: figure(run.parts["main"], folder / "attention.png"))
+
+
+def main() -> int:
+    """Measures, prints and writes; the exit code."""
+    arguments = parse()
     if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device")
+        sys.exit("this benchmark needs a CUDA device")
+    log.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(relativeCreated)7d ms  %(message)s"))
+    log.addHandler(handler)
     torch.manual_seed(0)
-    rows = [
-        measure(length, keep, arguments, on_device)
-        for length in arguments.lengths
-        for keep in arguments.keep
-        for on_device in (False, True)
-    ]
-    text = table(rows)
-    conditions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16"}
-    conditions |= {name: getattr(arguments, name) for name in ("heads", "kv_heads", "head_dim")}
-    print(f"{conditions}\n\n{text}")
+    run = Run(arguments.seconds)
+    with torch.no_grad():
+        for name, (part, cases) in parts(arguments).items():
+            run.parts[name] = []
+            for case in cases if name in arguments.parts else []:
+                run.attempt(f"{name} {case}", functools.partial(part, run, arguments, case))
+                torch.cuda.empty_cache()
+    conditions, problems = describe(), run.wrong + run.failures
+    text = report(conditions, run.parts, problems)
+    print(text)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "attention.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
-        (arguments.out / "attention.md").write_text(f"{conditions}\n\n{text}\n")
+        write(arguments.out, run, conditions, text)
+    log.info("%d wrong outputs, %d failures%s", len(run.wrong), len(run.failures), "".join("\n  " + p for p in problems))
+    return 1 if run.wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

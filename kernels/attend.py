@@ -73,13 +73,18 @@ class KernelRequest:
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor) -> "KernelRequest":
         """The request that these [B, heads, rows, head_dim] tensors make."""
-        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+        capability = _capability(query.device) if query.is_cuda else None
         heads, kv_heads = query.shape[1], key.shape[1]
         return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], heads, kv_heads, capability)
 
     def with_kv_heads(self, kv_heads: int) -> "KernelRequest":
         """The same with another number of key and value heads."""
         return dataclasses.replace(self, kv_heads=kv_heads)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _exact_rows(rows: int) -> int:
@@ -120,6 +125,7 @@ def register(kernel: AttentionKernel) -> AttentionKernel:
         taken = ", ".join((AUTO, *names()))
         raise KernelError(f"cannot register attention kernel {kernel.name!r}: the names {taken} are taken")
     _registry[kernel.name] = kernel
+    choose.cache_clear()
     return kernel
 
 
@@ -127,6 +133,7 @@ def unregister(name: str) -> None:
     """Remove a kernel; KernelError if there is none of that name."""
     get(name)
     del _registry[name]
+    choose.cache_clear()
 
 
 def get(name: str) -> AttentionKernel:
@@ -141,6 +148,7 @@ def names() -> tuple[str, ...]:
     return tuple(k.name for k in sorted(_registry.values(), key=lambda k: -k.priority))
 
 
+@functools.lru_cache(maxsize=256)
 def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = False) -> AttentionKernel:
     """The kernel to run for a request.
 

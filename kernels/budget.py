@@ -172,6 +172,13 @@ def kept_tokens(valid: int, window: int, coverage: float | None, keep_ratio: flo
     return valid if not coverage or candidates <= min_tokens else None
 
 
+def budget_cuda(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    """By the kernels for a coverage; a keep ratio is a few ATen ops on [B]."""
+    if coverage:
+        return coverage_triton(scores, coverage, min_tokens)
+    return budget_aten(scores, coverage, keep_ratio, min_tokens)
+
+
 @torch.library.custom_op("tsa::budget", mutates_args=())
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """Count [B] int32 of tokens to keep, the window included; ValueError unless exactly one budget is given."""
@@ -182,9 +189,7 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 @budget.register_kernel("cuda")
 def _(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     _check(scores, coverage, keep_ratio, min_tokens)
-    if coverage:
-        return coverage_triton(scores, coverage, min_tokens)
-    return budget_aten(scores, coverage, keep_ratio, min_tokens)
+    return budget_cuda(scores, coverage, keep_ratio, min_tokens)
 
 
 @budget.register_fake

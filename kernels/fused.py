@@ -30,10 +30,10 @@ from torch import Tensor
 
 from tsa_compile.kernels._triton import HAS_TRITON
 from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, attend, choose
-from tsa_compile.kernels.budget import budget, budget_aten, kept_tokens
+from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
-from tsa_compile.kernels.score import score, score_aten
+from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_aten, select_triton
 
 STREAM_BYTES = 2**30
@@ -190,13 +190,13 @@ def _fill_span(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start:
 def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> None:
     """Scores, decides how many rows there are, and attends to them."""
     seq_len = query.shape[2]
-    scores = _grouped(score(query, key, padding, options.scale, options.window, options.pool), key, options)
+    scores = _grouped(score_cuda(query, key, padding, options.scale, options.window, options.pool), key, options)
     kept = options.kept(seq_len) if padding is None else None
     if kept is not None:
         kernel = _kernel(query, key, value, options, device_count=False)
         return _attend(output, query, key, value, select_triton(scores, None, kept), None, kernel, options.scale)
     limit = options.limit(seq_len)
-    count = budget(scores, options.coverage, options.keep_ratio, options.min_tokens)
+    count = budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
     count = count.clamp_(max=limit) if limit < seq_len else count
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     kernel = _kernel(query, key, value, options, device_count=capturing)

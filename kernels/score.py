@@ -304,6 +304,13 @@ def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[int, int, int
     return rows, 128, 8 if rows >= 64 else 4
 
 
+def score_cuda(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    """By the kernels where they fit, else in ATen ops."""
+    if query.dtype == torch.float64 or query.shape[3] > MAX_HEAD_DIM:
+        return score_aten(query, key, padding, scale, window, pool)
+    return score_triton(query, key, padding, scale, window, pool)
+
+
 @torch.library.custom_op("tsa::score", mutates_args=())
 def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """Scores [B,H,L] float32 of every token; ValueError where shapes or options cannot be meant."""
@@ -314,9 +321,7 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
 @score.register_kernel("cuda")
 def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     _check(query, key, padding, window, pool)
-    if query.dtype == torch.float64 or query.shape[3] > MAX_HEAD_DIM:
-        return score_aten(query, key, padding, scale, window, pool)
-    return score_triton(query, key, padding, scale, window, pool)
+    return score_cuda(query, key, padding, scale, window, pool)
 
 
 @score.register_fake

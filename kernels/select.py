@@ -5,15 +5,25 @@
     scores float32 [B,Hs,L], contiguous; count int32 [B] or None (every slot is a token)
     -> indices int32 [B,Hs,C], contiguous; slots from min(count, C, L) on are filler and hold L - 1
 
-A float's bits, with the sign folded in, are an unsigned integer of the same order. So on CUDA one program per row finds
-the key of its count-th best token digit by digit, from the most significant (radix select): a histogram of the next 8
-bits among the tokens that agree so far says which digit the sought key has. Four such passes give the threshold and how
-many of the tokens that equal it are needed; a last pass writes every token above it and the first of the equal ones, at
-slots that a running count and a prefix sum within the tile assign. Ascending by construction, bit for bit reproducible:
-no order of execution enters anywhere.
+A float's bits, with the sign folded in, are an unsigned integer (the key) of the same order. So on CUDA the key of the
+count-th best token, the threshold, is found digit by digit, from the most significant; then every token above it is
+written, and the first of those that equal it, at slots that a prefix sum assigns. Ascending by construction, bit for
+bit reproducible: integers are added in a fixed order, and there are no atomics.
 
-Bytes: 5 reads of scores (the row, 512 KB at 128K, stays in the L2 cache) and one write of indices; at L = 128K, H = 32
-16 MB from memory, 84 MB from L2, 16 MB written.
+Rows up to 8192 tokens: one launch, a program per row. The row stays in registers, so a digit is one bit: 32 counts.
+
+    _row             threshold, tokens, filler                                       scores, count -> indices
+
+Longer rows: five launches, each over (row, split); a split is one of at most 16 stretches of the row. A digit is 8 bits.
+Each launch first adds up the histograms that the one before left, which gives one more digit of the threshold.
+
+    _histogram x 4   per split, how many tokens have which digit, among those that share the digits found so far
+                     -> state int32 [B*Hs,2,17,256]: in turns, one histogram per split, and a line of what was found
+    _write           tokens of the split, at slots after those of the splits before it; filler              -> indices
+
+Bytes: one read of scores (five of the longer rows, four of them from the L2 cache), one write of indices, and 16 KB of
+histograms per program of each launch, also from L2. At L = 128K, H = 32: 16 MB from memory, 64 + 34 MB from L2, 16 MB
+written; the state has 1 MB.
 
 Radix select as in Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 2012.
 """
@@ -25,73 +35,196 @@ from torch import Tensor
 
 from tsa_compile.kernels._triton import tl, triton
 
+STEPS = 4
+BINS = 256
+
+# Triton reads a global only if it is a constexpr.
+_STEPS = tl.constexpr(STEPS)
+_BINS = tl.constexpr(BINS)
+
 
 @triton.jit
-def _load_keys(p_row, positions, seq_len):
-    """Scores as uint32 keys of the same order; 0, below every score, beyond the row."""
-    inside = positions < seq_len
-    scores = tl.load(p_row + positions, mask=inside, other=0.0)
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)  # -0 and +0 are one score
-    keys = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
-    return tl.where(inside, keys, 0), inside
-
-
-@triton.jit(do_not_specialize=["seq_len", "capacity"])
-def _select_kernel(
-    p_scores, p_count, p_indices, heads, seq_len, capacity, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """One row: threshold by radix select, then ordered compaction, then filler."""
-    row = tl.program_id(0).to(tl.int64)
-    p_scores += row * seq_len
-    p_indices += row * capacity
+def _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT: tl.constexpr):
+    """How many tokens of the row are wanted."""
     kept = tl.minimum(capacity, seq_len)
     if HAS_COUNT:
         kept = tl.maximum(tl.minimum(kept, tl.load(p_count + row // heads)), 0)
-    offsets = tl.arange(0, BLOCK)
+    return kept
 
-    # The threshold, digit by digit: the kept-th highest key lies among those that share its leading digits.
-    digits = tl.arange(0, 256)
-    threshold = tl.zeros([], tl.uint32)
-    missing = tl.maximum(kept, 1)
-    for step in tl.static_range(4):
-        shift = 24 - 8 * step
-        histogram = tl.zeros([256], tl.int32)
-        for start in range(0, seq_len, BLOCK):
-            keys, inside = _load_keys(p_scores, start + offsets, seq_len)
-            if step > 0:
-                inside = inside & (keys >> (shift + 8) == threshold >> (shift + 8))
-            histogram += tl.histogram(((keys >> shift) & 0xFF).to(tl.int32), 256, mask=inside)
-        higher = tl.cumsum(histogram, axis=0, reverse=True) - histogram  # tokens whose digit is larger
-        digit = tl.sum((higher >= missing).to(tl.int32), axis=0)
-        missing -= tl.sum(tl.where(digits == digit, higher, 0), axis=0)
-        threshold = threshold | (digit.to(tl.uint32) << shift)
 
-    # Everything above the threshold, and the first `missing` of those that equal it.
-    slot, equal_seen = 0, 0
-    for start in range(0, seq_len, BLOCK):
-        keys, inside = _load_keys(p_scores, start + offsets, seq_len)
-        equal = (inside & (keys == threshold)).to(tl.int32)
-        early = equal_seen + tl.cumsum(equal, axis=0) <= missing
-        chosen = (inside & ((keys > threshold) | ((equal != 0) & early))).to(tl.int32)
-        slots = slot + tl.cumsum(chosen, axis=0) - 1
-        tl.store(p_indices + slots, start + offsets, mask=(chosen != 0) & (slots < kept))
-        equal_seen += tl.sum(equal, axis=0)
-        slot += tl.sum(chosen, axis=0)
+@triton.jit
+def _load_keys(p_row, positions, stop):
+    """Scores as uint32 keys of the same order; 0, below the key of every score, from position `stop` on."""
+    inside = positions < stop
+    scores = tl.load(p_row + positions, mask=inside, other=0.0)
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)  # -0 and +0 are one score
+    keys = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+    return tl.where(inside, keys, 0)
 
-    for start in range(kept, capacity, BLOCK):
-        slots = start + offsets
+
+@triton.jit
+def _write_tokens(p_indices, keys, positions, threshold, missing, above, equal, BLOCK: tl.constexpr):
+    """Writes what is chosen of one block, given how many tokens before it lie above and equal the threshold.
+
+    `missing` of those that equal it are needed. Returns both numbers for the next block.
+    """
+    is_above, is_equal = keys > threshold, keys == threshold
+    # One scan for both: a block has at most 2^14 tokens, so that each number fits into its half.
+    both = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
+    # In lines of one warp's width: a scan of the whole block would add up partial sums of all warps in every thread.
+    lines = tl.reshape(both, [BLOCK // 32, 32])
+    line_sums = tl.sum(lines, axis=1)
+    line_starts = tl.cumsum(line_sums, axis=0) - line_sums
+    ranks = tl.reshape(tl.cumsum(lines, axis=1) + line_starts[:, None], [BLOCK])
+    above_rank, equal_rank = above + (ranks & 0xFFFF), equal + (ranks >> 16)
+    slots = above_rank + tl.minimum(equal_rank, missing) - 1
+    tl.store(p_indices + slots, positions, mask=is_above | (is_equal & (equal_rank <= missing)))
+    total = tl.sum(both, axis=0)
+    return above + (total & 0xFFFF), equal + (total >> 16)
+
+
+@triton.jit
+def _write_filler(p_indices, first, stride, seq_len, capacity, BLOCK: tl.constexpr):
+    """Blocks of filler, `stride` slots apart, from slot `first` on."""
+    for start in range(first, capacity, stride):
+        slots = start + tl.arange(0, BLOCK)
         tl.store(p_indices + slots, tl.zeros([BLOCK], tl.int32) + seq_len - 1, mask=slots < capacity)
 
 
-def select_triton(scores: Tensor, count: Tensor | None, capacity: int, block: int = 4096) -> Tensor:
-    """Launches the kernel, one program per row."""
+@triton.jit(do_not_specialize=["seq_len", "capacity"])
+def _row_kernel(
+    p_scores, p_count, p_indices, heads, seq_len, capacity, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A whole row of at most BLOCK tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    p_indices += row * capacity
+    kept = _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT)
+    positions = tl.arange(0, BLOCK)
+    keys = _load_keys(p_scores + row * seq_len, positions, seq_len)
+
+    # The threshold is the largest number that at least `kept` keys reach.
+    threshold = tl.zeros([], tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        reached = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
+        threshold = tl.where(reached >= tl.maximum(kept, 1), threshold | bit, threshold)
+        bit = bit >> 1
+
+    missing = kept - tl.sum((keys > threshold).to(tl.int32), axis=0)
+    _write_tokens(p_indices, keys, positions, threshold, missing, 0, 0, BLOCK)
+    _write_filler(p_indices, kept, BLOCK, seq_len, capacity, BLOCK)
+
+
+@triton.jit
+def _descend(p_state, kept, STEP: tl.constexpr, SPLITS: tl.constexpr):
+    """What the histograms of the step before say, with what that step itself started from.
+
+    Returns the first STEP digits of the threshold; per split, how many tokens have higher ones, and how many the same.
+    """
+    splits, bins = tl.arange(0, SPLITS), tl.arange(0, _BINS)
+    p_state += (STEP - 1) % 2 * (SPLITS + 1) * _BINS
+    p_found = p_state + SPLITS * _BINS
+    above = tl.load(p_found + splits)
+    digits = tl.load(p_found + _BINS - 1).to(tl.uint32, bitcast=True)
+    there = splits < tl.num_programs(1)
+    histograms = tl.load(p_state + splits[:, None] * _BINS + bins[None, :], mask=there[:, None], other=0)
+
+    missing = tl.maximum(kept, 1) - tl.sum(above, axis=0)
+    total = tl.sum(histograms, axis=0)
+    higher = tl.cumsum(total, axis=0, reverse=True) - total  # tokens whose digit is larger
+    digit = tl.sum((higher >= missing).to(tl.int32), axis=0)
+    above += tl.sum(tl.where(bins[None, :] > digit, histograms, 0), axis=1)
+    equal = tl.sum(tl.where(bins[None, :] == digit, histograms, 0), axis=1)
+    return digits << 8 | digit.to(tl.uint32), above, equal
+
+
+@triton.jit(do_not_specialize=["seq_len", "capacity", "span"])
+def _histogram_kernel(
+    p_scores, p_count, p_state, heads, seq_len, capacity, span,
+    HAS_COUNT: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many tokens of the split have which digit, among those whose earlier digits are the threshold's."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p_state += row * (2 * (SPLITS + 1) * _BINS)
+    digits = tl.zeros([], tl.uint32)
+    above = tl.zeros([SPLITS], tl.int32)
+    if STEP > 0:
+        kept = _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT)
+        digits, above, _ = _descend(p_state, kept, STEP, SPLITS)
+
+    histogram = tl.zeros([_BINS], tl.int32)
+    stop = tl.minimum((split + 1) * span, seq_len)
+    for start in range(split * span, stop, BLOCK):
+        keys = _load_keys(p_scores + row * seq_len, start + tl.arange(0, BLOCK), stop)
+        member = keys != 0
+        if STEP > 0:
+            member = member & (keys >> (32 - 8 * STEP) == digits)
+        # A histogram costs as much without members, and in the last step few blocks have one.
+        if tl.sum(member.to(tl.int32), axis=0) > 0:
+            histogram += tl.histogram(((keys >> (24 - 8 * STEP)) & 0xFF).to(tl.int32), _BINS, mask=member)
+
+    p_state += STEP % 2 * (SPLITS + 1) * _BINS
+    tl.store(p_state + split * _BINS + tl.arange(0, _BINS), histogram)
+    if split == 0:
+        p_found = p_state + SPLITS * _BINS
+        tl.store(p_found + tl.arange(0, SPLITS), above)
+        tl.store(p_found + _BINS - 1, digits.to(tl.int32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["seq_len", "capacity", "span"])
+def _write_kernel(
+    p_scores, p_count, p_state, p_indices, heads, seq_len, capacity, span,
+    HAS_COUNT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The chosen tokens of the split, and its share of the filler."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p_indices += row * capacity
+    kept = _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT)
+    threshold, above, equal = _descend(p_state + row * (2 * (SPLITS + 1) * _BINS), kept, _STEPS, SPLITS)
+    missing = kept - tl.sum(above, axis=0)
+    before = tl.arange(0, SPLITS) < split
+    above_seen = tl.sum(tl.where(before, above, 0), axis=0)
+    equal_seen = tl.sum(tl.where(before, equal, 0), axis=0)
+    stop = tl.minimum((split + 1) * span, seq_len)
+    for start in range(split * span, stop, BLOCK):
+        positions = start + tl.arange(0, BLOCK)
+        keys = _load_keys(p_scores + row * seq_len, positions, stop)
+        above_seen, equal_seen = _write_tokens(p_indices, keys, positions, threshold, missing, above_seen, equal_seen, BLOCK)
+    _write_filler(p_indices, kept + split * BLOCK, tl.num_programs(1) * BLOCK, seq_len, capacity, BLOCK)
+
+
+def select_triton(
+    scores: Tensor,
+    count: Tensor | None,
+    capacity: int,
+    short: int = 8192,
+    splits: int = 16,
+    block: int = 2048,
+    warps: int = 8,
+) -> Tensor:
+    """Launches one program per row of at most `short` tokens; for longer rows, five times one per row and split.
+
+    `short` and `block` are powers of two from 32 to 2^14, `splits` one up to 64. `short=0` splits every row.
+    """
     batch, heads, seq_len = scores.shape
+    rows, has_count = batch * heads, count is not None
+    scores = scores.contiguous()
     indices = torch.empty((batch, heads, capacity), dtype=torch.int32, device=scores.device)
-    has_count = count is not None
-    _select_kernel[(batch * heads,)](
-        scores.contiguous(), count if has_count else indices, indices, heads, seq_len, capacity,
-        HAS_COUNT=has_count, BLOCK=block, num_warps=16,
-    )  # fmt: skip
+    count = count if has_count else indices
+    if seq_len <= short:
+        _row_kernel[(rows,)](
+            scores, count, indices, heads, seq_len, capacity,
+            HAS_COUNT=has_count, BLOCK=short, num_warps=min(max(short // 512, 1), 32),
+        )  # fmt: skip
+        return indices
+
+    span = triton.cdiv(seq_len, splits * block) * block
+    grid = (rows, triton.cdiv(seq_len, span))
+    state = torch.empty((rows, 2, splits + 1, BINS), dtype=torch.int32, device=scores.device)
+    options = {"HAS_COUNT": has_count, "SPLITS": splits, "BLOCK": block, "num_warps": warps}
+    for step in range(STEPS):
+        _histogram_kernel[grid](scores, count, state, heads, seq_len, capacity, span, STEP=step, **options)
+    _write_kernel[grid](scores, count, state, indices, heads, seq_len, capacity, span, **options)
     return indices
 
 

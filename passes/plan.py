@@ -4,7 +4,8 @@
     after    the same graph; each SitePlan has a decision, a reason code and a kernel
 
 The order of the questions is the order of the reason codes: is the call of a known form, needs no gradient, has no
-dropout, attends to itself; is its mask causal; is its layer selected; can the kernels take it; is it long enough.
+dropout, attends to itself; is its mask causal; is its layer selected; can the kernels take it; is it long enough, which on
+a GPU means long enough to gain time there (costs.py). On a CPU correctness is the aim, and any length is compressed.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, KernelError
 from tsa_compile.kernels.attend import KernelRequest, choose
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
+from tsa_compile.passes.costs import SiteShape, break_even, for_device
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.masks import MaskKind, infer_mask
 from tsa_compile.passes.sites import AttentionSite, find_sites
 from tsa_compile.report import Decision, Reason
 
-# Shortest length at which a sparse site gains, where the configuration does not say. On an H200 (D=128, 32 heads) the
-# chain takes 1.0 to 2.0 of dense cuDNN's time at 8K and 0.36 to 0.71 at 16K (benchmarks/results/attention.md); on a CPU
-# correctness is the aim, and any length is compressed.
-BREAK_EVEN = {"cuda": 16384, "cpu": 0}
+_DEVICES = ("cuda", "cpu")
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MASK_REASONS = {
@@ -72,21 +71,24 @@ class PlanSites(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:
         sites = [plan.site for plan in self.state.plans]
         selected = select_layers(sites, self.state.config, whole=is_whole(graph_module))
+        share = sum(reason is None for reason in selected.values()) / max(len(sites), 1)
         for plan in self.state.plans:
             if plan.reason is Reason.PASS_FAILED:
                 continue
             plan.selected = selected[plan.site] is None
             with self.state.attempt(plan, graph_module.graph, "planning"):
-                self._decide(plan, selected[plan.site])
+                self._decide(plan, selected[plan.site], share)
         return self.result(graph_module, modified=False)
 
-    def _decide(self, plan: SitePlan, selected: Reason | None) -> None:
+    def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
         if obstacle is not None:
             return plan.keep(*obstacle)
         assert plan.meaning is not None
         plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
-        reason, detail = (selected, "") if selected is not None else _sparse_obstacle(plan, self.state.config)
+        reason, detail = selected, ""
+        if reason is None:
+            reason, detail = _sparse_obstacle(plan, self.state.config, sparse_layers)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         plan.reason, plan.detail = reason, detail
@@ -115,10 +117,10 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
     return None if reason is None else (reason, plan.meaning.detail)
 
 
-def _sparse_obstacle(plan: SitePlan, config: TSAConfig) -> tuple[Reason | None, str]:
+def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
     """Why a site whose layer is selected stays dense all the same."""
-    query, value = fake(plan.site.query), fake(plan.site.value)
-    if query.device.type not in BREAK_EVEN:
+    query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
+    if query.device.type not in _DEVICES:
         return Reason.DEVICE, f"on {query.device.type}"
     if query.dtype not in _DTYPES:
         return Reason.DTYPE, str(query.dtype)
@@ -127,31 +129,46 @@ def _sparse_obstacle(plan: SitePlan, config: TSAConfig) -> tuple[Reason | None, 
         return Reason.HEAD_DIM, f"head sizes {widths[0]} and {widths[1]}"
     if not isinstance(query.shape[1], int):
         return Reason.UNSUPPORTED_FORM, "the number of heads is not static"
-    return _length_obstacle(query.shape[2], minimum_length(config, query.device.type))
+    assert plan.meaning is not None
+    shape = SiteShape.of(query, key, value, config, padded=plan.meaning.padding is not None)
+    return _length_obstacle(query.shape[2], *minimum_length(config, query.device, shape, sparse_layers))
 
 
-def minimum_length(config: TSAConfig, device_type: str) -> int:
-    """The shortest length that is compressed: what the user says, else where something can be dropped and that pays."""
+def minimum_length(
+    config: TSAConfig, device: torch.device, shape: SiteShape, sparse_layers: float = 0.5
+) -> tuple[int | None, str]:
+    """The shortest length that is compressed, and what happens there; None if no length gains.
+
+    It is what the user says, else the length from which something can be dropped and that pays on the device.
+    """
     if config.min_length is not None:
-        return config.min_length
-    return max(config.min_tokens + config.window + 1, BREAK_EVEN[device_type])
+        return config.min_length, "the configured min_length"
+    droppable = config.min_tokens + config.window + 1
+    if device.type == "cuda":
+        costs = for_device(device)
+        gaining = break_even(costs, shape, config, sparse_layers)
+        if gaining is None:
+            return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
+        if gaining > droppable:
+            return gaining, f"where the sparse path breaks even on {costs.name}"
+    return droppable, "where tokens can be dropped"
 
 
-def _length_obstacle(length: int | torch.SymInt, minimum: int) -> tuple[Reason | None, str]:
+def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str) -> tuple[Reason | None, str]:
     """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense."""
-    if isinstance(length, torch.SymInt):
-        node = length.node
-        if node.hint is None:
-            return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
+    if minimum is None:
+        return Reason.TOO_SHORT, why
+    if isinstance(length, torch.SymInt) and length.node.hint is None:
+        return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
     if length < minimum:  # on a SymInt this adds the guard
-        return Reason.TOO_SHORT, f"length {length} < {minimum}"
+        return Reason.TOO_SHORT, f"length {length} < {minimum}, {why}"
     return None, ""
 
 
 def _kernel(plan: SitePlan, config: TSAConfig) -> str:
     """The kernel that will run at a site: the configured one where it is sparse, else the fastest that fits."""
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
-    if query.device.type not in BREAK_EVEN or not isinstance(query.shape[1], int):
+    if query.device.type not in _DEVICES or not isinstance(query.shape[1], int):
         return "sdpa"
     return choose(KernelRequest.of(query, key, value), config.kernel if plan.decision is Decision.SPARSE else "auto").name
 

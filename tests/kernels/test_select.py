@@ -50,14 +50,61 @@ def counts(values, device="cpu"):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
+# Interpreted, a program takes its time: rows are few, and splits as short as their blocks allow.
+ROW, SPLIT = {"short": 512}, {"short": 0, "splits": 4, "block": 32}
+
+
+@pytest.mark.parametrize("path", [ROW, SPLIT])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [[120, 7], [0, 1], [300, 299], [301, 150], None])
-def test_select_kernel_equals_reference(triton_device, kind, count):
-    scores = make_scores(kind, device=triton_device)
-    count = None if count is None else counts(count, triton_device)
-    for capacity in (300, 130):
+def test_select_kernel_equals_reference(triton_device, poisoned_empty, kind, path):
+    scores = make_scores(kind, batch=3, heads=1, seq_len=253, device=triton_device)
+    count = counts([120, 253, 7], triton_device)
+    want = reference.select(scores, count, 253)
+    assert torch.equal(select_triton(scores, count, 253, **path), want)
+
+
+@pytest.mark.parametrize("path", [ROW, {"short": 0, "splits": 16, "block": 64}])
+@pytest.mark.parametrize("capacity", [0, 1, 60, 130, 150])
+def test_select_kernel_with_any_count_and_capacity(triton_device, poisoned_empty, capacity, path):
+    scores = make_scores("few values", heads=2, seq_len=129, device=triton_device)
+    for count in (counts([1, 0], triton_device), counts([128, 200], triton_device), None):
         want = reference.select(scores, count, capacity)
-        assert torch.equal(select_triton(scores, count, capacity, block=256), want)
+        assert torch.equal(select_triton(scores, count, capacity, **path), want)
+
+
+def make_ties(kind, seq_len):
+    """One row whose equal scores lie in several blocks and splits."""
+    torch.manual_seed(1)
+    row = torch.zeros(seq_len)
+    if kind == "few above":
+        row[::47] = torch.rand(row[::47].shape)
+    elif kind == "runs":
+        row = (torch.arange(seq_len) // 75 % 3) / 3
+    elif kind == "below zero":
+        row = -torch.randint(0, 3, (seq_len,)).float()
+    elif kind == "third digit":  # floats that differ in the middle of their fractions alone
+        row = 1 + torch.randint(0, 50, (seq_len,)) * 2.0**-14
+    elif kind == "last digit":
+        row = 1 + torch.randint(0, 50, (seq_len,)) * 2.0**-23
+    return row
+
+
+@pytest.mark.parametrize("path", [ROW, SPLIT])
+@pytest.mark.parametrize("kind", ["few above", "runs", "below zero", "third digit", "last digit"])
+def test_ties_are_cut_in_any_block(triton_device, poisoned_empty, kind, path):
+    count = counts([1, 33, 115, 249], triton_device)
+    scores = make_ties(kind, 251).to(triton_device).expand(len(count), 1, 251)
+    indices = select_triton(scores, count, 251, **path)
+    assert torch.equal(indices, reference.select(scores, count, 251))
+
+
+@pytest.mark.parametrize("seq_len", [8192, 8193, 33001])
+def test_select_kernel_as_it_is_launched(triton_device, poisoned_empty, seq_len):
+    scores = make_scores("padded", batch=2, heads=1, seq_len=seq_len, device=triton_device)
+    count = counts([seq_len // 5, seq_len // 2], triton_device)
+    indices = select_triton(scores, count, seq_len // 3)
+    assert torch.equal(indices, select_aten(scores, count, seq_len // 3))
+    assert torch.equal(indices, select_triton(scores, count, seq_len // 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,15 +116,16 @@ def test_select_aten_form_equals_reference(device, kind, count):
         assert torch.equal(select_aten(scores, count, capacity), reference.select(scores, count, capacity))
 
 
+@pytest.mark.parametrize("path", [ROW, SPLIT])
 @pytest.mark.parametrize("seq_len", [1, 2, 31, 129])
-def test_select_at_small_lengths(triton_device, seq_len):
+def test_select_at_small_lengths(triton_device, poisoned_empty, seq_len, path):
     scores = make_scores("few values", batch=3, heads=1, seq_len=seq_len, window=1, device=triton_device)
     count = counts([seq_len, seq_len // 2, 1], triton_device)
     want = reference.select(scores, count, seq_len)
-    assert torch.equal(select_triton(scores, count, seq_len, block=32), want)
+    assert torch.equal(select_triton(scores, count, seq_len, **path), want)
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40),
     count=st.integers(0, 45),
@@ -87,7 +135,8 @@ def test_any_floats_are_ordered_as_floats(values, count):
     want = reference.select(scores, counts([count]), 40)
     assert torch.equal(select(scores, counts([count]), 40), want)
     if not torch.cuda.is_available():
-        assert torch.equal(select_triton(scores, counts([count]), 40, block=32), want)
+        for short in (64, 0):
+            assert torch.equal(select_triton(scores, counts([count]), 40, short=short, block=64), want)
 
 
 def assert_budget(got, scores, coverage, min_tokens):
@@ -183,6 +232,11 @@ def test_real_sizes(poisoned_empty, kind):
     assert_budget(count, scores, 0.02, 1024)
     indices = select(scores, count, 70001)
     assert torch.equal(indices, select_aten(scores, count, 70001))
+    for path in ({"splits": 8, "block": 4096}, {"splits": 32, "block": 4096, "warps": 16}):
+        assert torch.equal(select_triton(scores, count, 70001, **path), indices)
+    for short in (8192, 16384):
+        head = scores[..., -8001:].contiguous()
+        assert torch.equal(select_triton(head, count, 9000, short=short), select_aten(head, count, 9000))
     assert torch.equal(budget(scores, 0.02, None, 1024), count)
     assert torch.equal(select(scores, count, 70001), indices)
 
@@ -235,5 +289,6 @@ def test_a_new_length_compiles_nothing():
         select(scores, budget(scores, 0.1, None, 20), seq_len)
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
-    warm = [run(seq_len) for seq_len in (512, 1001)][-1]
-    assert [run(seq_len) for seq_len in (600, 777, 1024, 4097, 20000, 33333)][-1] == warm
+    # Two lengths of either path of select: one program per row, and rows that are split.
+    warm = [run(seq_len) for seq_len in (512, 1001, 10001, 16384)][-1]
+    assert [run(seq_len) for seq_len in (600, 777, 1024, 4097, 20000, 33333, 70001)][-1] == warm

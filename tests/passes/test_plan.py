@@ -6,9 +6,11 @@ from torch import nn
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError
-from tsa_compile.passes.plan import BREAK_EVEN, minimum_length
+from tsa_compile.passes import costs, plan
+from tsa_compile.passes.costs import H200, SiteShape, break_even
+from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Decision, Reason
+from tsa_compile.report import Decision, Reason, reports
 from tsa_compile.testing import capture, capture_all
 
 SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4)
@@ -181,8 +183,94 @@ def test_a_kernel_that_does_not_fit_leaves_the_site_dense():
     assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.KERNEL)
 
 
-def test_minimum_length_is_where_something_can_be_dropped_and_pays():
-    assert minimum_length(TSAConfig(min_tokens=100, window=28), "cpu") == 129
-    assert minimum_length(TSAConfig(min_tokens=100, window=28), "cuda") == BREAK_EVEN["cuda"]
-    assert minimum_length(TSAConfig(min_tokens=100_000), "cuda") == 100_129
-    assert minimum_length(TSAConfig(min_length=7), "cuda") == 7
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+LLAMA = SiteShape(batch=1, heads=32, kv_heads=8, head_dim=128, value_head_dim=128, itemsize=2, window=128)
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch):
+    """Sites of graphs on the CPU are planned as if they were on an H200."""
+
+    def planned(config, device, *shape):
+        return minimum_length(config, CUDA, *shape)
+
+    monkeypatch.setattr(plan, "for_device", lambda device: H200)
+    monkeypatch.setattr(plan, "minimum_length", planned)
+
+
+def test_on_a_cpu_the_minimum_is_where_something_can_be_dropped():
+    assert minimum_length(TSAConfig(min_tokens=100, window=28), CPU, LLAMA)[0] == 129
+    assert minimum_length(TSAConfig(budget=Coverage(0)), CPU, LLAMA)[0] == 1024 + 128 + 1
+    assert minimum_length(TSAConfig(min_length=7), CPU, LLAMA)[0] == 7
+
+
+def test_on_a_gpu_it_is_also_where_the_site_gains(on_an_h200, monkeypatch):
+    config = TSAConfig(budget=KeepRatio(0.5))
+    minimum, why = minimum_length(config, CUDA, LLAMA)
+    assert minimum == break_even(H200, LLAMA, config) > 1024 + 128 + 1
+    assert "NVIDIA H200" in why
+    assert minimum_length(config.replace(min_tokens=100_000), CUDA, LLAMA)[0] > 100_128
+    assert minimum_length(config.replace(min_length=7), CUDA, LLAMA)[0] == 7
+    monkeypatch.setattr(plan, "break_even", lambda *arguments: 256)
+    assert minimum_length(config, CUDA, LLAMA) == (1024 + 128 + 1, "where tokens can be dropped")
+
+
+@pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
+def test_a_budget_that_keeps_everything_has_no_minimum_on_a_gpu(on_an_h200, budget):
+    assert minimum_length(TSAConfig(budget=budget), CUDA, LLAMA)[0] is None
+    assert minimum_length(TSAConfig(budget=budget, min_length=2), CUDA, LLAMA)[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore:no attention call")
+def test_a_site_below_its_break_even_length_says_the_numbers(on_an_h200):
+    config = TSAConfig(budget=KeepRatio(0.5), layers=[0])
+    shape = SiteShape(1, 32, 32, 16, 16, itemsize=2, window=128, counted=False)
+    minimum = break_even(H200, shape, config, sparse_layers=1.0)
+    stack, call = Stack(1, heads=32), {"width": 32 * 16, "dtype": torch.bfloat16}
+    (short,), (enough,) = (rows(stack, config, length=length, **call) for length in (minimum - 1, minimum))
+    assert (short.decision, short.reason) == (Decision.CAUSAL, Reason.TOO_SHORT)
+    assert {str(minimum - 1), str(minimum), "H200"} <= set(short.detail.replace(",", "").split())
+    assert (enough.decision, enough.reason) == (Decision.SPARSE, Reason.SPARSE)
+
+
+@pytest.mark.filterwarnings("ignore:no attention call")
+@pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
+def test_a_site_that_never_gains_stays_dense(on_an_h200, budget):
+    (row,) = rows(Stack(1), SPARSE.replace(budget=budget))
+    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.TOO_SHORT)
+    (row,) = rows(Stack(1), SPARSE.replace(budget=budget, min_length=1))
+    assert row.decision is Decision.SPARSE
+
+
+@pytest.mark.parametrize(("layers", "share"), [(None, 0.5), ([3], 0.25), ([0, 1, 2, 3], 1.0)])
+def test_the_share_of_sparse_layers_is_counted(on_an_h200, monkeypatch, layers, share):
+    asked = []
+    monkeypatch.setattr(plan, "break_even", lambda costs, site, config, sparse_layers: asked.append(sparse_layers) or 1)
+    assert len(sparse_layers(Stack(4), SPARSE.replace(layers=layers))) == 4 * share == 4 * asked[0]
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.filterwarnings("ignore:no attention call")
+def test_a_symbolic_length_is_guarded_once_at_the_break_even_length(on_an_h200, monkeypatch):
+    monkeypatch.setattr(plan, "break_even", lambda *arguments: 48)
+    config = SPARSE.replace(layers=[0, 1, 2], compiler="eager")
+    compiled = torch.compile(Stack(3), backend="tsa", options={"config": config})
+    decisions = []
+    for length in (60, 50, 48, 47, 30, 49):
+        hidden = torch.randn(1, length, 32)
+        torch._dynamo.mark_dynamic(hidden, 1)
+        with torch.no_grad():
+            compiled(hidden)
+        decisions.append([[row.decision for row in report] for report in reports()])
+    sparse, dense = [Decision.SPARSE] * 3, [Decision.CAUSAL] * 3
+    assert decisions == [[sparse]] * 3 + [[sparse, dense]] * 3
+
+
+def test_shapes_of_sites_are_read_from_their_tensors():
+    query, key, value = (torch.empty(2, heads, 8, size, dtype=torch.bfloat16) for heads, size in ((4, 8), (2, 8), (2, 6)))
+    config = TSAConfig(budget=KeepRatio(0.5), window=4)
+    assert SiteShape.of(query, key, value, config) == SiteShape(2, 4, 2, 8, 6, 2, 4, grouped=False, counted=False)
+    grouped = SiteShape.of(query, key, value, config.replace(granularity="group"), padded=True)
+    assert (grouped.selections, grouped.counted) == (2, True)
+    assert SiteShape.of(query, key, value, config.replace(budget=Coverage())).counted
+    assert costs.expected_share(config.budget, 8) == 0.5
