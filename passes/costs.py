@@ -1,0 +1,328 @@
+"""What one attention site costs, dense and sparse, and from which length on the sparse path gains.
+
+    dense(L)     = attention over L rows
+    sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress
+
+FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them).
+Everything else is a number: B, H, G, D, Dv, bytes per element and the window come from a `SiteShape`; rates come from
+`DeviceCosts`, the only place with measured figures. Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at
+n = h (the half length) twice what its causal pairs are worth: short rows do not fill the GPU, diagonal tiles are half empty.
+
+What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `SiteShape`,
+`for_device`, `expected_share` and `gains`. Two things are not foreseen: items of very unequal length in a padded batch (the
+dense path skips their padding too), and a kernel asked for by name that is slower than the dense one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import sympy
+import torch
+from torch import Tensor
+
+from tsa_compile.config import Budget, Coverage, KeepRatio, TSAConfig
+
+LENGTH, KEPT = sympy.symbols("L s", positive=True)
+LONGEST = 2**20  # tokens; a site that does not gain here never does
+STEP = 256  # break-even lengths are rounded up to multiples: the figures behind them are no finer
+MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
+WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
+LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
+ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
+SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """Measured rates of one device: teraFLOP/s, terabytes (read plus written) per second, milliseconds."""
+
+    name: str
+    attention_tflops: float
+    """What dense attention approaches at long lengths."""
+    attention_half_length: float
+    """Rows at which attention reaches half of that, its launch apart."""
+    attention_ms: float
+    """One attention launch."""
+    score_tflops: float
+    """Of the products in `score`, apart from its bytes."""
+    matmul_tflops: float
+    """Of a layer's projections and MLP."""
+    bandwidth_tbs: float
+    """What the gathering, scattering and reading kernels reach."""
+    select_tbs: float
+    """Of `select`, mostly from the L2 cache."""
+    sparse_ms: float
+    """What the sparse chain takes at any length: launches, and kernels too small to fill the device."""
+    count_ms: float
+    """The same of the count: `budget`'s kernels, and the host that waits for it."""
+
+    def scaled(self, name: str, *, attention: float = 1.0, compute: float = 1.0, bandwidth: float = 1.0) -> DeviceCosts:
+        """Another device of which only ratios of rates are known; launches take what they take here."""
+        return replace(
+            self,
+            name=name,
+            attention_tflops=self.attention_tflops * attention,
+            score_tflops=self.score_tflops * compute,
+            matmul_tflops=self.matmul_tflops * attention,  # whoever multiplies faster does so in every layer
+            bandwidth_tbs=self.bandwidth_tbs * bandwidth,
+            select_tbs=self.select_tbs * min(compute, bandwidth),
+        )
+
+
+# torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: `fit_attention` over dense attention from 4K to 128K and
+# over the compressed rows of keep .3, .5 and .675 (23 times; within 3% of each, 6% at 128K, where the GPU's clock drops).
+# The others solve one measured step at 128K, B=1 H=32 G=8 D=128, for the rate: score 1.1 ms, select .75, compress .70 and
+# decompress .42 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B.
+# sparse_ms and count_ms are estimates, and high ones: timed one by one, budget takes .2 to .3 ms at any length and the other
+# steps .1 to .2 ms each at 4K, mostly the host's time, which a model hides. In a whole model with a count (8K, keep .675:
+# benchmarks/results/prefill.md) 16 sparse layers save 4 ms, which leaves about .25 ms a layer for all but attention.
+H200 = DeviceCosts(
+    name="NVIDIA H200",
+    attention_tflops=605,
+    attention_half_length=640,
+    attention_ms=0.013,
+    score_tflops=290,
+    matmul_tflops=680,
+    bandwidth_tbs=3.85,
+    select_tbs=0.123,
+    sparse_ms=0.15,
+    count_ms=0.3,
+)
+H200_PROCESSORS = 132
+H200_BUS = 4.9  # TB/s that torch computes from the memory's clock and width, not what is reached
+MEASURED = {costs.name: costs for costs in (H200,)}
+
+
+@functools.lru_cache
+def for_device(device: torch.device) -> DeviceCosts:
+    """The costs of a CUDA device: measured, else the H200's, scaled by multiprocessors and memory bandwidth.
+
+    Attention is assumed as fast per multiprocessor as on the H200, and twice as fast from Blackwell on: faster than it is
+    on older and smaller devices, so that the sparse path starts late there rather than early. A device that tells no
+    bandwidth is taken for a slow one.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    if properties.name in MEASURED:
+        return MEASURED[properties.name]
+    compute = properties.multi_processor_count / H200_PROCESSORS
+    # kHz and bits, two transfers a cycle. Builds for some devices know neither.
+    bus = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8 / 1e12
+    return H200.scaled(
+        properties.name,
+        attention=compute * (2 if properties.major >= 10 else 1),
+        compute=compute,
+        bandwidth=bus / H200_BUS if bus else 0.2,
+    )
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What the costs of one attention call depend on besides its length."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    itemsize: int
+    """Bytes per element. Attention in float32 is charged at the speed of half precision, though it is far slower."""
+    window: int
+    grouped: bool = False
+    """Whether the heads of a group select together. `score` and `select` are charged per query head all the same."""
+    counted: bool = True
+    """Whether the number of kept rows is known on the device only."""
+
+    @property
+    def selections(self) -> int:
+        """How many heads select for themselves: so many heads of key and value are gathered."""
+        return self.kv_heads if self.grouped else self.heads
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig, *, padded: bool = False) -> SiteShape:
+        """The call on these [B,H,L,D], [B,G,L,D], [B,G,L,Dv]. A symbolic batch is 1.
+
+        Launches weigh most there, and the graph that is compiled for one batch size serves the others.
+        """
+        batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
+        return cls(
+            batch=batch if isinstance(batch, int) else 1,
+            heads=heads,
+            kv_heads=kv_heads if isinstance(kv_heads, int) else heads,
+            head_dim=query.shape[3],
+            value_head_dim=value.shape[3],
+            itemsize=query.dtype.itemsize,
+            window=config.window,
+            grouped=config.granularity == "group",
+            counted=padded or isinstance(config.budget, Coverage),
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, bytes read and written, and the time that they take in ms: expressions in L and s."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+    ms: sympy.Expr
+
+
+def attention_work(site: SiteShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int) -> Work:
+    """Causal attention over [B,H,rows,D], with key and value at `kv_heads` heads. Its bytes hide behind its FLOPs."""
+    per_pair = site.batch * site.heads * (site.head_dim + site.value_head_dim)  # 2 FLOPs, for half of the pairs
+    widths = (site.heads + kv_heads) * (site.head_dim + site.value_head_dim)
+    pairs = rows * (rows + costs.attention_half_length)
+    ms = costs.attention_ms + per_pair * pairs / (costs.attention_tflops * 1e9)
+    return Work(per_pair * rows**2, site.batch * widths * site.itemsize * rows, ms)
+
+
+def dense_work(site: SiteShape, costs: DeviceCosts) -> Work:
+    """The call as the model wrote it, by the fastest dense kernel."""
+    return attention_work(site, costs, LENGTH, site.kv_heads)
+
+
+def sparse_work(site: SiteShape, costs: DeviceCosts) -> dict[str, Work]:
+    """The sparse path by steps, of which "launches" is what it takes at any length."""
+    batch, heads, size = site.batch, site.heads, site.itemsize
+    kept, selections, zero = KEPT * LENGTH, site.selections, sympy.Integer(0)
+
+    def moved(count: sympy.Expr, rate: float, flops: sympy.Expr = zero) -> Work:
+        return Work(flops, count, count / (rate * 1e9) + flops / (costs.score_tflops * 1e9))
+
+    indices = 4 * batch * selections * kept
+    # Key is read twice and the products are made twice, since the weights are too many to keep; the scores are written,
+    # read for pooling and written again.
+    products = 4 * batch * heads * max(site.head_dim, SCORED_DIM) * site.window * LENGTH
+    scored = (2 * site.kv_heads * site.head_dim * size + 12 * heads) * batch * LENGTH
+    # A row of key and value is read from memory once, for however many heads of its group.
+    pair = site.head_dim + site.value_head_dim
+    pair_in = LENGTH * sympy.Min(1, KEPT * (heads // site.kv_heads)) * site.kv_heads * pair
+    gathered = 2 * kept * heads * site.head_dim + pair_in + kept * selections * pair
+    scattered = batch * heads * site.value_head_dim * size * (LENGTH + kept)
+    return {
+        "launches": Work(zero, zero, sympy.Float(costs.sparse_ms + (costs.count_ms if site.counted else 0.0))),
+        "score": moved(scored, costs.bandwidth_tbs, products),
+        "budget": moved(batch * (4 * heads + 12) * LENGTH if site.counted else zero, costs.bandwidth_tbs),
+        "select": moved(4 * batch * heads * (5 * LENGTH + kept), costs.select_tbs),
+        "compress": moved(batch * size * gathered + indices, costs.bandwidth_tbs),
+        "attend": _attend_work(site, costs),
+        "decompress": moved(scattered + indices, costs.bandwidth_tbs),
+    }
+
+
+def _attend_work(site: SiteShape, costs: DeviceCosts) -> Work:
+    """Attention over the kept rows; with a count, at worst one call per item, on rounded rows, whose result is copied."""
+    exact = attention_work(site, costs, KEPT * LENGTH, site.selections)
+    if not site.counted:
+        return exact
+    rounded = attention_work(site, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), site.selections)
+    copied = 2 * site.batch * site.heads * site.value_head_dim * site.itemsize * KEPT * LENGTH
+    ms = rounded.ms + (site.batch - 1) * costs.attention_ms + copied / (costs.bandwidth_tbs * 1e9)
+    return Work(exact.flops, exact.bytes + copied, ms)
+
+
+@functools.lru_cache
+def dense_ms(site: SiteShape, costs: DeviceCosts) -> Callable[[float], float]:
+    """Milliseconds of the dense call, of its length."""
+    return sympy.lambdify(LENGTH, dense_work(site, costs).ms, "math")
+
+
+@functools.lru_cache
+def sparse_ms(site: SiteShape, costs: DeviceCosts) -> Callable[[float, float], float]:
+    """Milliseconds of the whole sparse path, of the length and the kept share."""
+    return sympy.lambdify((LENGTH, KEPT), sympy.Add(*(step.ms for step in sparse_work(site, costs).values())), "math")
+
+
+def expected_share(budget: Budget, length: int) -> float | Fraction:
+    """The share of candidates that a budget is expected to keep.
+
+    KeepRatio: its ratio, exactly. Coverage(tau) depends on the input. At tau .005 the publication (arXiv 2602.03216) found
+    17% of the attention map skipped in the sparse layers at 4K and 54% at 128K: sqrt(.83) and sqrt(.46) of the tokens kept.
+    In between it is taken as linear in log2 L, beyond as constant. The share dropped is a concave function of tau, 0 at 0
+    and 1 at 1, because the least-scored tokens go first; so the chords from its one known value bound it from below.
+    """
+    if isinstance(budget, KeepRatio):
+        return budget.fraction
+    at_4k, at_128k = 1 - math.sqrt(0.83), 1 - math.sqrt(0.46)
+    octaves = min(max(math.log2(length / 4096), 0.0), 5.0)
+    dropped = at_4k + (at_128k - at_4k) * octaves / 5
+    if budget.tau <= 0.005:
+        return 1 - dropped * budget.tau / 0.005
+    return (1 - dropped) * (1 - budget.tau) / (1 - 0.005)
+
+
+def largest_share(budget: Budget) -> float | Fraction:
+    """The share of candidates that a budget keeps at most: by Coverage(tau) where all scores are equal."""
+    return budget.fraction if isinstance(budget, KeepRatio) else 1 - budget.tau
+
+
+def kept_share(config: TSAConfig, length: int, share: float | Fraction) -> float:
+    """The share of all tokens that a site keeps, given that of the candidates: the window and the minimum included."""
+    window = min(config.window, length)
+    candidates = length - window
+    kept = window + min(candidates, max(config.min_tokens, math.ceil(share * candidates)))
+    return min(kept, length if config.capacity is None else config.capacity) / length
+
+
+def gains(costs: DeviceCosts, site: SiteShape, config: TSAConfig, length: int, sparse_layers: float = 0.5) -> bool:
+    """Whether a site of this length is faster sparse, and safe to make sparse.
+
+    The expected time must be below the dense one by `MARGIN`. And where Coverage finds next to nothing to drop, the steps
+    around attention are spent in vain: that may slow the model, of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
+    """
+    budget, dense = config.budget, dense_ms(site, costs)(length)
+    expected, worst = (
+        sparse_ms(site, costs)(length, kept_share(config, length, share))
+        for share in (expected_share(budget, length), largest_share(budget))
+    )
+    weights = LAYER_WEIGHTS * (site.heads * site.head_dim) ** 2
+    layer = dense + 2 * site.batch * length * weights / (costs.matmul_tflops * 1e9)
+    return expected <= (1 - MARGIN) * dense and sparse_layers * (worst - dense) <= WORST_LOSS * layer
+
+
+def break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float = 0.5) -> int | None:
+    """The shortest length from which a site gains, here and at every longer one; None if it never does.
+
+    Args:
+        sparse_layers: the share of the model's layers that are sparse.
+    """
+    # Only what matters: a config may hold a compiler that cannot be hashed.
+    relevant = TSAConfig(budget=config.budget, window=config.window, min_tokens=config.min_tokens, capacity=config.capacity)
+    return _break_even(costs, site, relevant, sparse_layers)
+
+
+@functools.lru_cache(maxsize=1024)
+def _break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float) -> int | None:
+    """From above by eighths of an octave, since a site gains from there on; then by bisection."""
+
+    def gaining(steps: int) -> bool:
+        return gains(costs, site, config, steps * STEP, sparse_layers)
+
+    high = LONGEST // STEP
+    if not gaining(high):
+        return None
+    low = high
+    while low > 1 and gaining(low):
+        high, low = low, min(low - 1, int(low * 2**-0.125))
+    if gaining(low):
+        return low * STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if gaining(middle) else (middle, high)
+    return high * STEP
+
+
+def fit_attention(site: SiteShape, times: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+    """Measured (rows, ms) of attention -> attention_tflops, attention_half_length, attention_ms.
+
+    Least squares of t0 + a n + b n^2 in relative errors.
+    """
+    rows, ms = (torch.tensor(column, dtype=torch.float64) for column in zip(*times))
+    terms = torch.stack([torch.ones_like(rows), rows, rows**2], dim=1) / ms[:, None]
+    launch, linear, square = torch.linalg.lstsq(terms, torch.ones_like(ms)[:, None]).solution.flatten().tolist()
+    per_pair = site.batch * site.heads * (site.head_dim + site.value_head_dim)
+    return per_pair / square / 1e9, linear / square, launch
