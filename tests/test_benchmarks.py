@@ -1,0 +1,258 @@
+"""What the benchmarks compute on any device: methods, checks, formulas, tables. Times are measured on GPUs only."""
+
+import functools
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsa_compile.kernels import reference
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+LENGTH = 1500  # above the 1024 + 128 tokens that are always kept
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as its neighbours do: by name, from the folder."""
+    monkeypatch.syspath_prepend(FOLDER)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name.startswith(("attention", "memcheck", "prefill")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def methods(load):
+    return load("attention_methods")
+
+
+@pytest.fixture
+def inputs(methods):
+    torch.manual_seed(0)
+    return methods.make_inputs(small(methods), LENGTH, "cpu")
+
+
+def small(methods, **changes):
+    return methods.Shape(**{"heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": torch.float32, **changes})
+
+
+def test_the_plain_pipeline_equals_the_reference(methods):
+    torch.manual_seed(0)
+    query, key, value = methods.make_inputs(small(methods), 200, "cpu").tensors
+    settings = dict(coverage=0.2, window=8, pool=5, min_tokens=10)
+    out, indices = methods.paper_pipeline(query, key, value, 0.3, **settings)
+    wanted = reference.token_sparse_attention(query, key, value, scale=0.3, **settings)
+    assert 18 < indices.shape[2] < 200
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [1100, 1250, 1371, 1372])
+def test_a_coverage_is_found_for_a_number_of_tokens(methods, inputs, keep):
+    scores = methods.tsa.score(inputs.query, inputs.key, None, inputs.scale, 128, 7)
+    coverage = methods.coverage_for(scores[..., :-128], keep)
+    assert abs(int(methods.tsa.budget(scores, coverage, None, 0)) - 128 - keep) <= 1
+
+
+def names_of_sparse_methods():
+    return ["paper's pipeline, plain torch", "ours", "ours, padding mask of ones", "ours, Coverage"]
+
+
+@pytest.mark.parametrize("name", names_of_sparse_methods())
+def test_sparse_methods_pass_their_checks(load, methods, inputs, monkeypatch, name):
+    attention = load("attention")
+    monkeypatch.setattr(attention, "peak_of", lambda call: (call(), 0.0))
+    row = {"method": name}
+    attention.prepare(functools.partial(methods.SPARSE[name], keep=0.8), [inputs], row)
+    assert row["error"] < 1e-4 and row.get("twin_difference", 0.0) == 0.0
+    assert row["kept"] == pytest.approx(0.8, abs=2e-3)
+
+
+def test_every_method_without_a_capture_is_tried_above(methods):
+    assert {name for name in methods.SPARSE if "CUDA graph" not in name} == set(names_of_sparse_methods())
+
+
+def spoilt_row(out):
+    out[0, 0, -1] += 0.1
+
+
+def shifted_rows(out):
+    out.copy_(out.roll(1, dims=2))
+
+
+def not_a_number(out):
+    out[0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("spoil", [spoilt_row, shifted_rows, not_a_number])
+def test_a_wrong_output_is_found(load, methods, inputs, spoil):
+    checks = load("attention_checks")
+    attention = torch.nn.functional.scaled_dot_product_attention
+    out = attention(*inputs.tensors, is_causal=True, scale=inputs.scale, enable_gqa=True)
+    assert checks.check_output(*inputs.tensors, out, inputs.scale, None, "dense") < 1e-5
+    spoil(out)
+    with pytest.raises(checks.WrongOutputError, match="dense"):
+        checks.check_output(*inputs.tensors, out, inputs.scale, None, "dense")
+
+
+def test_a_row_that_was_not_selected_must_be_zero(load, methods, inputs):
+    checks = load("attention_checks")
+    runner = methods.ours(inputs, 0.8)
+    out = runner.call()
+    checks.check_output(*inputs.tensors, out, inputs.scale, runner.selection, "ours")
+    dropped = min(set(range(LENGTH)) - set(runner.selection[0, 1].tolist()))
+    out[0, 1, dropped, 3] = 1e-30
+    with pytest.raises(checks.WrongOutputError, match="1 rows"):
+        checks.check_output(*inputs.tensors, out, inputs.scale, runner.selection, "ours")
+
+
+def test_every_stage_passes_its_check(load, inputs):
+    stages = load("attention_stages").stages(inputs, 0.8)
+    assert [stage.name.split(",")[0] for stage in stages] == [
+        "score", "budget", "select", "compress", "attend", "decompress",
+    ]  # fmt: skip
+    for stage in stages:
+        assert stage.check() < 1e-3
+        assert stage.work.floor_ms > 0
+        stage.call()
+
+
+def test_work_at_128k(load):
+    """Against the figures in the kernels' docstrings."""
+    stages = load("attention_stages")
+    rows, distinct = 65536, 8 * 131072
+    sizes = stages.Sizes(1, 32, 8, 131072, rows, 128, 2, distinct)
+    assert stages.score_work(sizes).flops == pytest.approx(0.27e12, rel=0.02)
+    assert stages.select_work(sizes).bytes == pytest.approx((16 + 8) * 2**20, rel=1e-3)
+    assert 2.2 < stages.compress_work(sizes).bytes / 2**30 < 3.0
+    assert stages.decompress_work(sizes).bytes / 2**30 == pytest.approx(1.5, rel=0.01)
+    assert stages.attend_work(sizes).flops == 2 * rows**2 * 32 * 128
+    assert stages.attend_work(sizes).rate(57.7) == pytest.approx(610, rel=0.01)
+
+
+def test_distinct_rows(load):
+    indices = torch.tensor([[[0, 1], [1, 2], [5, 6], [5, 6]]], dtype=torch.int32)
+    assert load("attention_stages").distinct_rows(indices, 2, 8) == 5
+
+
+def test_methods_take_turns(load):
+    timing = load("attention_timing")
+    order = []
+
+    def burst(calls, first, count):
+        order.append((calls[0], first, count))
+        return calls[0]
+
+    times = timing.take_turns({"fast": [0.5], "slow": [30.0]}, seconds=0.1, burst=burst)
+    assert {name: found.ms for name, found in times.items()} == {"fast": 0.5, "slow": 30.0}
+    assert order[2:6] == [(0.5, 0, 20), (30.0, 0, 1), (0.5, 1, 20), (30.0, 1, 1)]
+    assert times["slow"].rounds == 5
+    assert timing.take_turns({"fast": [0.5]}, seconds=10, burst=burst)["fast"].rounds == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [200, 129, 128, 50])
+def test_block_lists_end_at_the_count(load, methods, count):
+    kernels, checks = load("attention_kernels"), load("attention_checks")
+    rows = kernels.make_rows(small(methods, kv_heads=4), count, 512, "cpu")
+    with torch.no_grad():
+        out = kernels.flex_cut(rows, torch.tensor([count], dtype=torch.int32))()
+    valid = (tensor[:, :, :count] for tensor in rows.tensors)
+    checks.check_output(*valid, out[:, :, :count], rows.scale, None, "cut")
+    assert (out[:, :, 256:] == 0).all()
+
+
+def example_run(attention):
+    """A run with rows of every kind, one of them failed."""
+    run = attention.Run(0.1)
+    for length in (4096, 8192):
+        rows = [
+            {"length": length, "keep": None, "method": "dense cuDNN", "ms": 1.0, "memory_gib": 0.01},
+            {"length": length, "keep": None, "method": "FlexAttention", "failed": "RuntimeError: no"},
+            {"length": length, "keep": 0.5, "method": "ours", "ms": 0.5, "memory_gib": 0.2, "kept": 0.5},
+            {"length": length, "keep": 0.675, "method": "ours", "ms": 0.7, "memory_gib": None, "kept": 0.675},
+        ]
+        attention.set_ratios(rows, ("dense cuDNN",))
+        run.parts.setdefault("main", []).extend(rows)
+    work = {"gb": 1.0, "gflop": 0.0, "unit": "TB/s", "rate": 2.12, "ceiling": 4.24, "floor_ms": 0.25}
+    run.parts["stages"] = [
+        {"length": 4096, "stage": "score", "ms": 0.6, "gpu_ms": 0.5, "work": work},
+        {"length": 4096, "stage": "attend", "ms": 0.6, "gpu_ms": None, "work": work},
+        {"length": 4096, "stage": "select", "failed": "wrong output: select"},
+        {"length": 4096, "stage": "all, as one op", "ms": 0.6, "gpu_ms": 0.5},
+    ]
+    run.parts["shapes"] = [
+        {"shape": "D=64", "length": 16384, "method": "dense cuDNN", "failed": "RuntimeError: no"},
+        {"shape": "D=64", "length": 16384, "method": "dense FlashAttention-2", "ms": 2.0},
+        {"shape": "D=64", "length": 16384, "method": "ours", "ms": 1.0, "memory_gib": 0.5},
+    ]
+    attention.set_ratios(run.parts["shapes"], attention.SDPA)
+    run.parts["attend"] = [
+        {"count": 16384, "kernel": "cuDNN", "ms": 1.0, "tflops": 600.0},
+        {"count": 16384, "kernel": "flex", "failed": "RuntimeError: no"},
+    ]
+    run.failures = ["FlexAttention: RuntimeError: no"]
+    return run
+
+
+def test_tables(load):
+    attention, report = load("attention"), load("attention_report")
+    run = example_run(attention)
+    text = report.report({"device": "none"}, run.parts, run.failures)
+    assert "| ours | 0.5 (0.500) | 0.5 (0.500) |" in text
+    assert "| FlexAttention | failed: RuntimeError: no | failed: RuntimeError: no |" in text
+    assert "| 4K | score | 0.5000 | 0.6000 | 1.000 |  | 2.12 TB/s | 4.24 TB/s | 0.2500 | 50% |" in text
+    assert "| D=64 | 16K | failed: RuntimeError: no | 2 | 1 | 0.500 | 0.50 |" in text
+    assert "| cuDNN | 1 ms, 600 TFLOP/s |" in text
+    assert "- FlexAttention: RuntimeError: no" in text
+    widths = {len(line.split(" | ")) for line in report.stage_table(run.parts["stages"]).splitlines()}
+    assert len(widths) == 1
+
+
+def test_results_are_written(load, tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    attention = load("attention")
+    run = example_run(attention)
+    attention.write(tmp_path, run, {"device": "none"}, "text")
+    assert json.loads((tmp_path / "attention.json").read_text())["main"] == run.parts["main"]
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+
+
+def test_a_failure_is_a_cell_and_a_wrong_output_is_counted(load):
+    attention, checks = load("attention"), load("attention_checks")
+    run = attention.Run(0.1)
+    run.parts["stages"] = []
+
+    def wrong(_):
+        raise checks.WrongOutputError("off by one")
+
+    run.add("stages", "score", {"stage": "score"}, wrong, None)
+    run.add("stages", "select", {"stage": "select"}, lambda given: given["missing"], {})
+    run.add("stages", "attend", {"stage": "attend"}, lambda given: {"ms": given}, 1.0)
+    assert [row.get("failed") for row in run.parts["stages"]] == ["wrong output: off by one", "KeyError: 'missing'", None]
+    assert len(run.wrong) == len(run.failures) == 1
+
+
+def test_command_line(load):
+    attention = load("attention")
+    arguments = attention.parse(["--parts", "shapes", "--lengths", "4096"])
+    assert set(attention.parts(arguments)) == {"main", "stages", "shapes", "attend"}
+    assert arguments.keep == [0.5, 0.675]
+    with pytest.raises(SystemExit):
+        attention.parse(["--parts", "nothing"])
+
+
+@pytest.mark.slow
+def test_memcheck_launches_every_kernel(load, monkeypatch):
+    pytest.importorskip("triton")
+    memcheck = load("memcheck")
+    launches = memcheck.record(functools.partial(monkeypatch.setattr))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for case in memcheck.CASES[1:3]:
+        memcheck.run(replace(case, length=70, capacity=case.capacity // 5, window=5), device)
+    assert [name for name, count in launches.items() if count == 0] == []
