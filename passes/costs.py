@@ -9,8 +9,8 @@ Everything else is a number: B, H, G, D, Dv, bytes per element and the window co
 n = h (the half length) twice what its causal pairs are worth: short rows do not fill the GPU, diagonal tiles are half empty.
 
 What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `SiteShape`,
-`for_device`, `expected_share` and `gains`. Two things are not foreseen: items of very unequal length in a padded batch (the
-dense path skips their padding too), and a kernel asked for by name that is slower than the dense one.
+`for_device`, `expected_share` and `gains`. Not foreseen are padded batches of very unequal items (the dense path skips their
+padding too), padding with holes, and a kernel asked for by name that is slower than the dense one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DeviceCosts:
     select_tbs: float
     """Of `select`, mostly from the L2 cache."""
     sparse_ms: float
-    """What the sparse chain takes at any length: launches, and kernels too small to fill the device."""
+    """What the sparse path takes at any length: launches, and kernels too small to fill the device."""
     count_ms: float
     """The same of the count: `budget`'s kernels, and the host that waits for it."""
 
@@ -135,7 +135,7 @@ class SiteShape:
     grouped: bool = False
     """Whether the heads of a group select together. `score` and `select` are charged per query head all the same."""
     counted: bool = True
-    """Whether the number of kept rows is known on the device only."""
+    """Whether the number of kept rows is known on the device only, as with Coverage."""
 
     @property
     def selections(self) -> int:
@@ -143,7 +143,7 @@ class SiteShape:
         return self.kv_heads if self.grouped else self.heads
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig, *, padded: bool = False) -> SiteShape:
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig) -> SiteShape:
         """The call on these [B,H,L,D], [B,G,L,D], [B,G,L,Dv]. A symbolic batch is 1.
 
         Launches weigh most there, and the graph that is compiled for one batch size serves the others.
@@ -158,7 +158,7 @@ class SiteShape:
             itemsize=query.dtype.itemsize,
             window=config.window,
             grouped=config.granularity == "group",
-            counted=padded or isinstance(config.budget, Coverage),
+            counted=isinstance(config.budget, Coverage),
         )
 
 
@@ -215,14 +215,12 @@ def sparse_work(site: SiteShape, costs: DeviceCosts) -> dict[str, Work]:
 
 
 def _attend_work(site: SiteShape, costs: DeviceCosts) -> Work:
-    """Attention over the kept rows; with a count, at worst one call per item, on rounded rows, whose result is copied."""
+    """Attention over the kept rows; with a count, at worst one call per item, on as many more rows as are rounded up."""
     exact = attention_work(site, costs, KEPT * LENGTH, site.selections)
     if not site.counted:
         return exact
     rounded = attention_work(site, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), site.selections)
-    copied = 2 * site.batch * site.heads * site.value_head_dim * site.itemsize * KEPT * LENGTH
-    ms = rounded.ms + (site.batch - 1) * costs.attention_ms + copied / (costs.bandwidth_tbs * 1e9)
-    return Work(exact.flops, exact.bytes + copied, ms)
+    return replace(exact, ms=rounded.ms + (site.batch - 1) * costs.attention_ms)
 
 
 @functools.lru_cache

@@ -129,8 +129,7 @@ def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) ->
         return Reason.HEAD_DIM, f"head sizes {widths[0]} and {widths[1]}"
     if not isinstance(query.shape[1], int):
         return Reason.UNSUPPORTED_FORM, "the number of heads is not static"
-    assert plan.meaning is not None
-    shape = SiteShape.of(query, key, value, config, padded=plan.meaning.padding is not None)
+    shape = SiteShape.of(query, key, value, config)
     return _length_obstacle(query.shape[2], *minimum_length(config, query.device, shape, sparse_layers))
 
 
