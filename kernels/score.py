@@ -29,6 +29,7 @@ split over the keys Flash-Decoding.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -256,9 +257,10 @@ def score_triton(
     batch, heads, seq_len, head_dim = query.shape
     query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, num_warps = _tiles(query.dtype, block_d, window)
-    split_len = triton.cdiv(split_len or max(MIN_SPLIT, triton.cdiv(seq_len, SPLITS)), block_n) * block_n
-    splits, row_tiles = triton.cdiv(seq_len, split_len), triton.cdiv(window, block_m)
+    stats_tile, mean_tile = _tiles(query.dtype, block_d, window)
+    per_split = triton.cdiv(split_len or max(MIN_SPLIT, triton.cdiv(seq_len, SPLITS)), stats_tile.keys)
+    split_len = per_split * stats_tile.keys
+    splits, row_tiles = triton.cdiv(seq_len, split_len), triton.cdiv(window, stats_tile.rows)
     scores = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
     raw = torch.empty_like(scores)
     partial = scores.new_empty((batch, heads, splits, window))
@@ -276,18 +278,17 @@ def score_triton(
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
     shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 2}
     _row_stats_kernel[(heads * row_tiles, splits, batch)](
         query, key, mask, rank, rows, partial, *strides,
-        scale_log2, seq_len, window, split_len, heads, group, **shape, **tiles,
+        scale_log2, seq_len, window, split_len, heads, group, **shape, **stats_tile.options(),
     )  # fmt: skip
     _combine_kernel[(triton.cdiv(window, 64), batch * heads)](
         partial, rank, row_lse, seq_len, window, heads, splits,
         HAS_PADDING=has_padding, BLOCK_S=max(SPLITS, triton.next_power_of_2(splits)), BLOCK_M=64,
     )  # fmt: skip
-    _column_mean_kernel[(triton.cdiv(seq_len, block_n), key.shape[1], batch)](
+    _column_mean_kernel[(triton.cdiv(seq_len, mean_tile.keys), key.shape[1], batch)](
         query, key, mask, rank, rows, row_lse, raw, *strides,
-        scale_log2, seq_len, window, heads, group, **shape, **tiles,
+        scale_log2, seq_len, window, heads, group, **shape, **mean_tile.options(),
     )  # fmt: skip
     _pool_kernel[(triton.cdiv(seq_len, 1024), batch * heads)](
         raw, mask, rank, scores, seq_len, window, heads, HAS_PADDING=has_padding, POOL=pool, BLOCK=1024
@@ -295,13 +296,28 @@ def score_triton(
     return scores
 
 
-def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[int, int, int]:
-    """Rows of the window and keys per tile, and warps: what fits into registers and shared memory."""
+class _Tile(NamedTuple):
+    """How a kernel cuts the window's rows and the keys, and what it runs on."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Launch arguments."""
+        return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[_Tile, _Tile]:
+    """For _row_stats and _column_mean: what fits into registers and shared memory."""
     rows = max(16, triton.next_power_of_2(window))
     if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
-        return min(rows, 32), 64, 8
+        tile = _Tile(min(rows, 32), 64, 8, 2)
+        return tile, tile
     rows = min(rows, 128 if block_d <= 128 else 64)
-    return rows, 128, 8 if rows >= 64 else 4
+    tile = _Tile(rows, 128, 8 if rows >= 64 else 4, 2)
+    return tile, tile
 
 
 def score_cuda(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
