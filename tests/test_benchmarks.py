@@ -247,11 +247,13 @@ def test_command_line(load):
         attention.parse(["--parts", "nothing"])
 
 
+# The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.slow
 def test_memcheck_launches_every_kernel(load, monkeypatch):
     pytest.importorskip("triton")
     memcheck = load("memcheck")
-    launches = memcheck.record(functools.partial(monkeypatch.setattr))
+    launches = memcheck.record(monkeypatch.setattr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for case in memcheck.CASES[1:3]:
         memcheck.run(replace(case, length=70, capacity=case.capacity // 5, window=5), device)

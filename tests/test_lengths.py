@@ -20,7 +20,7 @@ from .support import difference, heads, mixed_padding, tiny, tokens
 assert pipeline.OPS
 tsa = torch.ops.tsa
 LONG = random.Random(0).sample(range(4096, 40961), 40)
-SHORT = random.Random(0).sample(range(40, 401), 40)
+SHORT = random.Random(0).sample(range(40, 241), 40)
 SCALE, WINDOW, POOL, MIN_TOKENS = 0.2, 128, 7, 256
 BUDGETS = {"half": KeepRatio(0.5), "coverage": Coverage(0.2)}
 
