@@ -25,6 +25,7 @@ Radix select as in Alabi et al., "Fast k-selection algorithms for graphics proce
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -158,6 +159,7 @@ def coverage_triton(scores: Tensor, coverage: float, min_tokens: int) -> Tensor:
     return count
 
 
+@functools.lru_cache(maxsize=1024)
 def kept_tokens(valid: int, window: int, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> int | None:
     """The count of an item with `valid` tokens where it follows from their number alone, else None.
 

@@ -244,8 +244,10 @@ def _attend(
     parts = -(-batch * rows * row_bytes * query.element_size() // STREAM_BYTES)
     step = max(1, groups // parts)
     for first in range(0, groups, step):
-        shared = slice(first, first + step)
-        own, chosen = (slice(first * n // groups, (first + step) * n // groups) for n in (heads, selections))
-        part = compress_triton(query[:, own], key[:, shared], value[:, shared], indices[:, chosen], count)
-        out = kernel.causal(*part, scale, count)
-        decompress_triton(out, indices[:, chosen], count, seq_len, output[:, own])
+        tensors = (output, query, key, value, indices)
+        if step < groups:
+            shares = (slice(first * t.shape[1] // groups, (first + step) * t.shape[1] // groups) for t in tensors)
+            tensors = tuple(tensor[:, share] for tensor, share in zip(tensors, shares, strict=True))
+        target, *sources, chosen = tensors
+        out = kernel.causal(*compress_triton(*sources, chosen, count), scale, count)
+        decompress_triton(out, chosen, count, seq_len, target)

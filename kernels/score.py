@@ -315,8 +315,8 @@ def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[_Tile, _Tile]
     if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
         tile = _Tile(min(rows, 32), 64, 8, 2)
         return tile, tile
-    rows = min(rows, 128 if block_d <= 128 else 64)
-    tile = _Tile(rows, 128, 8 if rows >= 64 else 4, 2)
+    # Four warps leave room for two programs on a multiprocessor: one multiplies while the other exponentiates.
+    tile = _Tile(min(rows, 128), 128, 4, 2) if block_d <= 128 else _Tile(min(rows, 64), 128, 8 if rows >= 64 else 4, 2)
     return tile, tile
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -84,6 +85,7 @@ class KeepRatio:
         return ceil_fraction(self.ratio)
 
 
+@functools.lru_cache(maxsize=64)
 def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
     """The smallest fraction >= the decimal that `ratio` prints as, with a denominator of at most `limit`.
 
