@@ -16,8 +16,8 @@ The work follows the count in one of three ways:
 - count None: every row is real, one call.
 - a count, and the host may look at it (nothing captures): one read of B integers, then one call for each different
   count, on `[:, :, :n]` views. This is the only synchronisation on the sparse path.
-- a count while a CUDA graph is captured: a kernel with `device_count` reads it on the device; without such a kernel all
-  C rows are computed, which is correct and no cheaper than a count of C.
+- a count while a CUDA graph is captured: a kernel with `device_count` reads it on the device, as "triton" does (see
+  flash.py); without such a kernel all C rows are computed, which is correct and no cheaper than a count of C.
 
 Adding a kernel takes one `register` call and nothing in this package changes:
 
@@ -53,6 +53,7 @@ from torch.backends import cuda as cuda_backends
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.errors import KernelError
+from tsa_compile.kernels import flash
 
 AUTO = "auto"
 
@@ -99,7 +100,7 @@ class AttentionKernel:
         The inputs may be views of longer buffers (last stride 1). With `device_count` it is called with a fifth
         argument, `count` (int32 [B] on the device, or None), must not synchronise, and returns all C rows.
     supports: None if the request fits, else a sentence that says why not.
-    priority: "auto" takes the fitting kernel of the highest; the built-in ones have 30, 20 and 0.
+    priority: "auto" takes the fitting kernel of the highest; the built-in ones have 30, 20, 0 and -10.
     round_rows: the rows to compute for a count read on the host, at least as many; for kernels that are planned anew
         for every shape.
     """
@@ -300,3 +301,5 @@ register(
     )
 )
 register(AttentionKernel("sdpa", run=_run_plain, supports=lambda request: None, priority=0))
+# Behind the others, which are faster where the host knows the count; what "auto" captures in a CUDA graph.
+register(AttentionKernel("triton", run=flash.run, supports=flash.supports, priority=-10, device_count=True))

@@ -98,8 +98,11 @@ def row_alignment(*tensors: Tensor) -> int:
     accesses although it knows no stride.
     """
     unit = 16 // tensors[0].element_size()
-    strides = (s for t in tensors for s, size in zip(t.stride()[:-1], t.shape[:-1]) if size > 1)
-    return unit if all(s % unit == 0 for s in strides) else 1
+    for tensor in tensors:
+        for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1]):
+            if stride % unit and size > 1:
+                return 1
+    return unit
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:

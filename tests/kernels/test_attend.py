@@ -135,7 +135,7 @@ def own_kernel():
 
 
 def test_builtin_names_by_priority():
-    assert names() == ("cudnn", "flash", "sdpa")
+    assert names() == ("cudnn", "flash", "sdpa", "triton")
 
 
 def test_auto_on_the_cpu_is_sdpa():

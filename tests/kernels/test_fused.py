@@ -69,10 +69,10 @@ def test_op_equals_the_reference_layer(device, padding, options):
     inputs = make(3, 2, 2, L, 32, 48, device=device)
     scalars = dataclasses.astuple(options)
     if padding is None:
-        out = fused.sparse_attention(*inputs, *scalars)
+        out = torch.ops.tsa.sparse_attention(*inputs, *scalars)
     else:
         padding = padding()
-        out = fused.padded_sparse_attention(*inputs, padding.to(device), spans(padding.to(device)), *scalars)
+        out = torch.ops.tsa.padded_sparse_attention(*inputs, padding.to(device), spans(padding.to(device)), *scalars)
     assert out.transpose(1, 2).is_contiguous()
     close(out.cpu(), expected(*inputs, padding, options))
 
@@ -113,9 +113,9 @@ def test_a_count_known_beforehand_is_the_budgets(valid, window, min_tokens, rati
 def test_opcheck(device):
     inputs = make(3, 2, 2, L, 32, 48, device=device)
     scalars = dataclasses.astuple(HALF)
-    torch.library.opcheck(fused.sparse_attention, (*inputs, *scalars))
+    torch.library.opcheck(torch.ops.tsa.sparse_attention, (*inputs, *scalars))
     padding = sided().to(device)
-    torch.library.opcheck(fused.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
+    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
 
 
 @pytest.mark.gpu
@@ -123,16 +123,16 @@ def test_opcheck(device):
 def test_captured_op_replays_with_other_data_and_another_count(kernel):
     inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
     scalars = dataclasses.astuple(dataclasses.replace(COVER, window=128, min_tokens=64, kernel=kernel))
-    fused.sparse_attention(*inputs, *scalars)
+    torch.ops.tsa.sparse_attention(*inputs, *scalars)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = fused.sparse_attention(*inputs, *scalars)
+        out = torch.ops.tsa.sparse_attention(*inputs, *scalars)
     kept = set()
     for seed in range(3):
         for tensor, fresh in zip(inputs, make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda", seed)):
             tensor.copy_(fresh * (seed + 1))
         graph.replay()
-        close(out, fused.sparse_attention(*inputs, *scalars), torch.bfloat16)
+        close(out, torch.ops.tsa.sparse_attention(*inputs, *scalars), torch.bfloat16)
         kept.add(int(out.any(dim=-1).sum()))
     assert len(kept) == 3, "the counts differ"
 
@@ -144,10 +144,10 @@ def test_a_known_count_needs_no_synchronisation():
     padding[0, :700] = False
     scalars = dataclasses.astuple(HALF)
     arguments = (*inputs, padding, spans(padding), *scalars)
-    fused.padded_sparse_attention(*arguments)
+    torch.ops.tsa.padded_sparse_attention(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused.sparse_attention(*inputs, *scalars)
-        fused.padded_sparse_attention(*arguments)
+        torch.ops.tsa.sparse_attention(*inputs, *scalars)
+        torch.ops.tsa.padded_sparse_attention(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
