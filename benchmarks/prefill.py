@@ -5,6 +5,8 @@ passed, as every tokenizer does. Writes a table, a JSON file and, with matplotli
 
     python benchmarks/prefill.py --lengths 8192 32768 131072 --out benchmarks/results
     python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact        a quick look
+    python benchmarks/prefill.py --layers 2 --lengths 512 1024 2048 4096 8192 16384 32768 65536 131072 \\
+        --modes exact sparse --name lengths --out benchmarks/results     where sparse layers begin to pay
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ DESCRIPTIONS = {
     "eager": "eager",
     "compile": "torch.compile",
     "exact": 'backend="tsa", exact',
-    "sparse": 'backend="tsa", upper half sparse',
 }
+SPARSE = 'backend="tsa", upper half at keep '
 
 
 def build_model(layers: int) -> Any:
@@ -46,16 +48,19 @@ def build_model(layers: int) -> Any:
     return model
 
 
-def compiled(model: Any, mode: str, keep: float) -> Callable[..., Any]:
-    """The model in one of the modes of DESCRIPTIONS."""
+def modes(arguments: argparse.Namespace) -> list[str]:
+    """What is measured: a sparse mode for every share of kept tokens, by its number."""
+    return [name for mode in arguments.modes for name in ([*map(str, arguments.keep)] if mode == "sparse" else [mode])]
+
+
+def compiled(model: Any, mode: str) -> Callable[..., Any]:
+    """The model in one of the modes of DESCRIPTIONS, or with the upper half of its layers at a keep ratio."""
     torch._dynamo.reset()
     if mode == "eager":
         return model
     if mode == "compile":
         return torch.compile(model)
-    config = (
-        TSAConfig(layers=[]) if mode == "exact" else TSAConfig(budget=KeepRatio(keep), min_length=1)
-    )  # sparse at every length that is measured
+    config = TSAConfig(layers=[]) if mode == "exact" else TSAConfig(budget=KeepRatio(float(mode)))
     return torch.compile(model, backend="tsa", options={"config": config})
 
 
@@ -74,8 +79,9 @@ def measure(call: Callable[..., Any], length: int, repeats: int, masked: bool) -
     call(**inputs(length, masked))
     torch.cuda.synchronize()
     first = time.perf_counter() - started
-    times, peak = [], 0
-    for _ in range(repeats):
+    times: list[float] = []
+    peak = 0
+    while len(times) < repeats or (len(times) < 20 and sum(times) < 400):
         batch = inputs(length, masked)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -94,11 +100,11 @@ def measure(call: Callable[..., Any], length: int, repeats: int, masked: bool) -
     }
 
 
-def measure_mode(model: Any, mode: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All lengths of one mode; running out of memory is a result."""
+def measure_mode(model: Any, mode: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+    """All lengths of one mode, where running out of memory is a result; and the logits to compare with other modes'."""
     rows = []
     with torch.no_grad():
-        call = compiled(model, mode, arguments.keep)
+        call = compiled(model, mode)
         for length in arguments.lengths:
             row: dict[str, Any] = {"mode": mode, "length": length}
             try:
@@ -106,66 +112,76 @@ def measure_mode(model: Any, mode: str, arguments: argparse.Namespace) -> list[d
             except torch.OutOfMemoryError as error:
                 row["error"] = "out of memory: " + str(error).split(".")[0]
             torch.cuda.empty_cache()
-            if mode in ("exact", "sparse"):
+            if mode not in ("eager", "compile"):
                 row["report"] = reports()[-1].summary
             print(json.dumps(row), flush=True)
             rows.append(row)
-    return rows
+        logits = None if arguments.no_mask or mode not in DESCRIPTIONS else check_logits(call)
+    return rows, logits
 
 
-def check(model: Any, length: int = 4096) -> dict[str, float]:
-    """Relative error of the last logits, against the eager model's, on a left-padded batch of two.
+def check_logits(call: Callable[..., Any], length: int = 4096) -> torch.Tensor:
+    """The last logits for one fixed prompt, a quarter of it padding on the left."""
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    ids = torch.randint(1, 128256, (1, length), device="cuda", generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, : length // 4] = 0
+    return call(**(inputs(length) | {"input_ids": ids, "attention_mask": mask})).logits.float()
+
+
+def errors_against_eager(logits: dict[str, torch.Tensor | None]) -> dict[str, float]:
+    """Relative error of the logits.
 
     The model computes in bfloat16, so any other order of operations shows: torch.compile's own error is the yardstick.
     """
-    ids = torch.randint(1, 128256, (2, length), device="cuda")
-    mask = torch.ones_like(ids)
-    mask[0, : length // 4] = 0
-    batch = {"attention_mask": mask, "logits_to_keep": 1, "use_cache": False}
-    errors = {}
-    with torch.no_grad():
-        wanted = model(ids, **batch).logits.float()
-        for mode in ("compile", "exact"):
-            found = compiled(model, mode, 1.0)(ids, **batch).logits.float()
-            errors[mode] = round(float((found - wanted).norm() / wanted.norm()), 4)
-    return errors
+    wanted = logits.get("eager")
+    found = {mode: value for mode, value in logits.items() if value is not None and mode != "eager"}
+    if wanted is None:
+        return {}
+    return {mode: round(float((value - wanted).norm() / wanted.norm()), 4) for mode, value in found.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a mode, a column a length; milliseconds, and the time relative to eager."""
+    """Markdown: a row a mode, a column a length; milliseconds, and the speed relative to the first mode."""
     lengths = sorted({row["length"] for row in rows})
+    base = rows[0]["mode"]
     by_key = {(row["mode"], row["length"]): row for row in rows}
-    lines = ["| | " + " | ".join(f"{length // 1024}K" for length in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    lines = ["| | " + " | ".join(f"{length / 1024:g}K" for length in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        cells = [_cell(by_key.get((mode, length)), by_key.get(("eager", length))) for length in lengths]
-        lines.append(f"| {DESCRIPTIONS[mode]} | " + " | ".join(cells) + " |")
+        cells = [_cell(by_key.get((mode, length)), by_key.get((base, length))) for length in lengths]
+        lines.append(f"| {describe(mode)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any] | None, eager: dict[str, Any] | None) -> str:
+def describe(mode: str) -> str:
+    """A mode in words."""
+    return DESCRIPTIONS.get(mode) or SPARSE + mode
+
+
+def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     if "ms" not in row:
         return "out of memory"
-    relative = f" ({eager['ms'] / row['ms']:.2f}x)" if eager and "ms" in eager else ""
-    return f"{row['ms']:,.0f} ms{relative}, {row['peak_gib']:.1f} GiB"
+    relative = f" ({base['ms'] / row['ms']:.2f}x)" if base and "ms" in base else ""
+    return f"{row['ms']:,.{0 if row['ms'] >= 100 else 1}f} ms{relative}, {row['peak_gib']:.1f} GiB"
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed relative to eager, by length."""
+    """Speed relative to the first mode, by length."""
     from matplotlib import pyplot
 
-    eager = {row["length"]: row["ms"] for row in rows if row["mode"] == "eager" and "ms" in row}
+    base = {row["length"]: row["ms"] for row in rows if row["mode"] == rows[0]["mode"] and "ms" in row}
     _, axes = pyplot.subplots(figsize=(6, 4))
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        points = [(row["length"], eager[row["length"]] / row["ms"]) for row in rows if row["mode"] == mode and "ms" in row]
-        axes.plot(*zip(*points, strict=True), marker="o", label=DESCRIPTIONS[mode])
-        if len(points) < len(eager):
+        points = [(row["length"], base[row["length"]] / row["ms"]) for row in rows if row["mode"] == mode and "ms" in row]
+        axes.plot(*zip(*points, strict=True), marker="o", label=describe(mode))
+        if len(points) < len(base):
             axes.annotate("then out of memory", points[-1], xytext=(8, 0), textcoords="offset points", va="center")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(eager), [f"{length // 1024}K" for length in sorted(eager)])
+    axes.set_xticks(sorted(base), [f"{length / 1024:g}K" for length in sorted(base)])
     axes.set_xlabel("prompt length")
-    axes.set_ylabel("prefill speed, eager = 1")
+    axes.set_ylabel(f"prefill speed, {describe(rows[0]['mode'])} = 1")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2, frameon=False)
     axes.grid(alpha=0.3)
     pyplot.tight_layout()
@@ -176,30 +192,36 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--modes", nargs="+", choices=list(DESCRIPTIONS), default=list(DESCRIPTIONS))
+    parser.add_argument("--modes", nargs="+", choices=[*DESCRIPTIONS, "sparse"], default=[*DESCRIPTIONS, "sparse"])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--keep", type=float, default=0.675, help="share of the tokens that sparse layers keep")
+    parser.add_argument(
+        "--keep", type=float, nargs="+", default=[0.675, 0.5], help="shares of the tokens that sparse layers keep"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-mask", action="store_true", help="pass no attention_mask")
-    parser.add_argument("--out", type=Path, help="folder for prefill.json, prefill.md and prefill.png")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--name", default="prefill", help="what the result files are called")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device; examples/quickstart.py also runs on a CPU")
 
     model = build_model(arguments.layers)
-    rows = [row for mode in arguments.modes for row in measure_mode(model, mode, arguments)]
-    errors = check(model)
+    rows, logits = [], {}
+    for mode in modes(arguments):
+        found, logits[mode] = measure_mode(model, mode, arguments)
+        rows += found
     conditions = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": arguments.layers,
-        "keep": arguments.keep, "repeats": arguments.repeats, "relative_error_against_eager": errors,
+        "keep": arguments.keep, "repeats": arguments.repeats, "relative_error_against_eager": errors_against_eager(logits),
     }  # fmt: skip
     text = table(rows)
     print(f"\n{json.dumps(conditions)}\n\n{text}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "prefill.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
-        (arguments.out / "prefill.md").write_text(f"{conditions}\n\n{text}\n")
-        figure(rows, arguments.out / "prefill.png")
+        results = arguments.out / arguments.name
+        results.with_suffix(".json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+        results.with_suffix(".md").write_text(f"{conditions}\n\n{text}\n")
+        figure(rows, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
