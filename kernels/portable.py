@@ -1,0 +1,288 @@
+"""The ops in operators that every deployment runtime has: what ONNX and TensorRT exports are made of.
+
+Same arguments and meaning as the ops of this package, traceable with symbolic batch and length. Nothing here becomes a
+TopK, a sort, a NonZero, an unfold, a bit operation or a shape that depends on data. TensorRT 10 and 11 set the limits
+(their ONNX parser's operators.md): TopK takes k < 3840, CumSum floating point alone, pooling two dimensions or three.
+
+    score        the window's rows gathered, softmax over 32 of them at a time, 2-D average pooling    [B, H, L] float32
+    budget       counts; for a coverage, the mass below a threshold                                    [B] int32
+    select       a threshold by bisection, ties by a prefix sum, slots by another, one scatter         [B, Hs, C] int32
+    compress     one gather of rows for each of query, key and value                                   [B, H, C, D], ...
+    attend       scaled_dot_product_attention: ONNX's Attention from opset 23                          [B, H, C, Dv]
+    decompress   one scatter of C ones a head, a prefix sum, and a gather of rows                      [B, H, L, Dv]
+
+Select's bisection is exact. Non-negative floats order like their bits, so the largest float v that `kept` scores reach
+is found bit by bit; and because neither ONNX (below opset 26) nor TensorRT reinterprets bits, candidates are built by
+arithmetic: nine doublings and one comparison settle the exponent (2^-126 times powers of two, each product exact; an
+overflow is +inf, the window's own value), 23 halvings the mantissa (2^-126 * 2^e * (m + 2^-k), exact as well). By then
+v is the kept-th largest score itself, so fewer than `kept` scores lie above it, and the lowest positions of those that
+equal it fill up. That holds too where a runtime flushes denormal numbers to zero: it then compares them as zeros
+everywhere, and they tie. 33 passes over the scores, at L = 128K, H = 32: 33 times 16 MB.
+
+Prefix sums are float32, since TensorRT has no others, and exact up to 2^24 tokens. Every scatter has distinct targets:
+what must not be written goes to places of its own behind the part that is kept.
+
+Memory beside inputs and outputs: score holds [B, H, 32, L] float32 weights (0.5 GiB at L = 128K, H = 32), gathers one
+int64 index for each row and not for each element. What attend needs is the runtime's affair: a fused kernel (TensorRT)
+nothing, onnxruntime's CPU kernel [B, H, C, C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsa_compile.config import KeepRatio
+
+_SMALLEST_NORMAL = 2.0**-126
+_DOUBLINGS = (64, 64, 64, 32, 16, 8, 4, 2, 1)  # any exponent from 0 to 255 is a sum of them, taken greedily
+_MANTISSA_BITS = 23
+_CHUNK = 32
+
+
+def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+    """`tsa::score`: [B,H,L,D], [B,G,L,D], bool [B,L] or None -> float32 [B,H,L]."""
+    seq_len = query.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    positions = torch.arange(seq_len, device=query.device)
+    if padding is None:
+        # Rows before the first token, where the window is longer than the sequence, are not alive.
+        rows = (torch.arange(window, device=query.device) + (seq_len - window))[None]
+        alive, valid = rows >= 0, None
+        rows, row_count = rows.clamp(min=0), alive.sum(dim=1, keepdim=True)
+        candidates = seq_len - row_count
+        rank = (positions + 1)[None]
+    else:
+        valid = padding
+        rank = _running_count(padding)
+        row_count = rank[:, -1:].clamp(max=window)
+        candidates = rank[:, -1:] - row_count
+        rows = _positions_by_slot(padding, rank - 1 - candidates, window)
+        alive = torch.arange(window, device=query.device) < row_count
+    total = _window_sum(query.to(wide), key.to(wide), valid, rows, alive, scale)
+    raw = total / row_count.clamp(min=1)[:, None].to(wide)
+    pooled = _pool_candidates(raw, padding, rank, candidates, pool)
+    scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
+    if valid is not None:
+        scores = torch.where(valid[:, None], scores, -math.inf)
+    return scores.to(torch.float32)
+
+
+def _window_sum(query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, alive: Tensor, scale: float) -> Tensor:
+    """Weights [B, H, L], summed over those rows [B or 1, W] of the window that are alive."""
+    batch, heads, seq_len, dim = query.shape
+    group = heads // key.shape[1]
+    positions = torch.arange(seq_len, device=query.device)
+    transposed_key = key.transpose(2, 3)
+    parts = []
+    for first in range(0, rows.shape[1], _CHUNK):
+        chunk, chunk_alive = rows[:, first : first + _CHUNK], alive[:, first : first + _CHUNK]
+        count = chunk.shape[1]
+        picked = _take_rows(query, chunk[:, None].expand(batch, heads, count)) * scale
+        logits = picked.reshape(batch, heads // group, group * count, dim) @ transposed_key
+        logits = logits.reshape(batch, heads, count, seq_len)
+        allowed = positions <= chunk[:, :, None]
+        if valid is not None:
+            allowed = allowed & valid[:, None, :]
+        weights = torch.where(allowed[:, None], logits, -math.inf).softmax(dim=-1)
+        parts.append(torch.where(chunk_alive[:, None, :, None], weights, 0.0).sum(dim=2))
+    return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+
+
+def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidates: Tensor, pool: int) -> Tensor:
+    """Average pooling in candidate order: invalid tokens in between neither count nor take a place."""
+    seq_len = raw.shape[2]
+    order = torch.arange(seq_len, device=raw.device)
+    if padding is not None:
+        source = _positions_by_slot(padding, rank - 1, seq_len)
+        raw = raw.gather(2, source[:, None].expand(raw.shape))
+    raw = torch.where((order < candidates)[:, None], raw, 0.0)
+    # As an image of one channel: TensorRT pools over two dimensions.
+    pooled = F.avg_pool2d(raw[:, None], (1, pool), stride=1, padding=(0, pool // 2))[:, 0]
+    if padding is not None:
+        pooled = pooled.gather(2, (rank - 1).clamp(min=0)[:, None].expand(raw.shape))
+    return pooled
+
+
+def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
+    """`tsa::budget`: float32 [B,Hs,L] -> int32 [B]. Masses are float32: a coverage may count one token differently."""
+    first = scores[:, 0]
+    is_candidate = (first > -math.inf) & (first < math.inf)
+    candidates = is_candidate.sum(dim=1)
+    keep = candidates
+    if keep_ratio is not None:
+        ratio = KeepRatio(keep_ratio).fraction
+        keep = torch.floor_divide(candidates * ratio.numerator + (ratio.denominator - 1), ratio.denominator)
+    elif coverage:
+        mass = torch.where(is_candidate, torch.where(is_candidate[:, None], scores, 0.0).mean(dim=1), 0.0)
+        keep = candidates - _dropped(mass, is_candidate, coverage)
+    keep = torch.minimum(keep.clamp(min=min_tokens), candidates)
+    return (keep + (first == math.inf).sum(dim=1)).to(torch.int32)
+
+
+def _dropped(mass: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
+    """How many of the lightest candidates carry `coverage` of the mass [B, L] together, 0 if the first carries it."""
+    target = mass.sum(dim=1) * coverage
+
+    def lighter(value: Tensor) -> Tensor:
+        return torch.where(mass < value[:, None], mass, 0.0).sum(dim=1)
+
+    # Tokens below the threshold stay under the target together; with all that equal it they do not.
+    threshold = _largest(lambda value: lighter(value) < target, target)
+    below = (is_candidate & (mass < threshold[:, None])).sum(dim=1)
+    equal = (is_candidate & (mass == threshold[:, None])).sum(dim=1)
+    steps = torch.ceil((target - lighter(threshold)) / threshold.clamp(min=_SMALLEST_NORMAL)) - 1
+    fitting = torch.minimum(equal, steps.clamp(min=0, max=2.0**24).to(torch.int64))
+    drop = below + torch.where(threshold > 0, fitting, equal)
+    return torch.where((drop > 0) & (target > 0), drop + 1, 0)
+
+
+def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
+    """`tsa::select`: float32 [B,Hs,L], none of it negative and finite, int32 [B] or None -> int32 [B,Hs,C]."""
+    batch, heads, seq_len = scores.shape
+    most = torch.sym_min(capacity, seq_len)
+    kept = torch.full((batch,), most, dtype=torch.int32, device=scores.device)
+    if count is not None:
+        kept = torch.minimum(count, kept).clamp(min=0)
+    wanted = kept[:, None].expand(batch, heads)
+
+    def reached(value: Tensor) -> Tensor:
+        return (scores >= value[..., None]).to(torch.int32).sum(dim=2, dtype=torch.int32) >= wanted
+
+    start = torch.zeros_like(scores[:, :, 0])
+    threshold = torch.where(reached(start), _largest(reached, start), -math.inf)[..., None]
+    above, equal = scores > threshold, scores == threshold
+    missing = wanted - above.to(torch.int32).sum(dim=2, dtype=torch.int32)
+    chosen = above | (equal & (_running_count(equal) <= missing[..., None]))
+
+    positions = torch.arange(seq_len, device=scores.device)
+    rank = _running_count(chosen)
+    slots = torch.where(chosen, rank - 1, positions - rank + capacity)
+    indices = torch.full((batch, heads, capacity + seq_len), seq_len - 1, dtype=torch.int32, device=scores.device)
+    indices = indices.scatter(2, slots, positions.to(torch.int32).expand(batch, heads, seq_len))
+    return indices[:, :, :capacity].contiguous()
+
+
+def _largest(holds: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The largest float32 v >= 0 with holds(v), elementwise, for a condition that holds up to some v and not beyond.
+
+    holds(0) is taken for granted. See the module's docstring for why the result is exact.
+    """
+    unit = torch.full_like(like, _SMALLEST_NORMAL)
+    mantissa = torch.where(holds(unit), 1.0, 0.0).to(like.dtype)
+    for doublings in _DOUBLINGS:
+        larger = unit * 2.0**doublings
+        unit = torch.where(holds(larger), larger, unit)
+    for bit in range(1, _MANTISSA_BITS + 1):
+        larger = mantissa + 2.0**-bit
+        mantissa = torch.where(holds(unit * larger), larger, mantissa)
+    return unit * mantissa
+
+
+def compress(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tsa::compress`: rows `indices` [B,Hs,C] of query [B,H,L,D], key and value; zeros from count on."""
+    real = None if count is None else _slots_below(count, indices.shape[2])[:, None, :, None]
+    gathered = []
+    for source, heads in ((query, query.shape[1]), (key, indices.shape[1]), (value, indices.shape[1])):
+        rows = _take_rows(source, _for_heads(indices, heads))
+        gathered.append(rows if real is None else torch.where(real, rows, 0.0))
+    return gathered[0], gathered[1], gathered[2]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+    """`tsa::attend`: all C rows, whatever the count; no row that counts can see one that does not."""
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa).contiguous()
+
+
+def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """`tsa::decompress`: row j < count of [B,H,C,Dv] at position indices[j], zeros elsewhere: [B,H,L,Dv].
+
+    Positions read from slots instead of slots writing to positions, so only one number for each token is scattered.
+    """
+    batch, heads, capacity, dim = compressed.shape
+    selections = indices.shape[1]
+    slots = torch.arange(capacity, device=indices.device)
+    targets = indices.to(torch.int64)
+    if count is not None:
+        targets = torch.where(_slots_below(count, capacity)[:, None], targets, slots + seq_len)
+    marks = compressed.new_zeros((batch, selections, seq_len + capacity), dtype=torch.float32)
+    marks = marks.scatter(2, targets, torch.ones_like(targets, dtype=torch.float32))[:, :, :seq_len]
+    kept = _for_heads(marks > 0, heads).transpose(1, 2)
+    source = _for_heads((_running_count(marks > 0) - 1).clamp(min=0), heads).transpose(1, 2)
+    rows = compressed.reshape(batch * heads * capacity, dim)
+    starts = _row_starts(batch, heads, heads, capacity, indices.device)
+    rows = rows.index_select(0, (starts[:, None, :, 0] + source).reshape(-1)).reshape(batch, seq_len, heads, dim)
+    return torch.where(kept[..., None], rows, 0.0).to(compressed.dtype).transpose(1, 2)
+
+
+def spans(padding: Tensor) -> Tensor:
+    """Stands for `tsa::spans` [B, 3], which tells the host what need not be computed and is not read here: zeros."""
+    return torch.zeros((padding.shape[0], 3), dtype=torch.int64)
+
+
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool
+) -> Tensor:
+    """`tsa::padded_attention` with the mask [B,1,L,L] written out; pad rows 0 or the mean of value, as there."""
+    positions = torch.arange(query.shape[2], device=query.device)
+    allowed = (positions <= positions[:, None]) & padding[:, None, None, :]
+    sees = (_running_count(padding) > 0)[:, None, :, None]
+    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
+    gqa = query.shape[1] != key.shape[1]
+    allowed = allowed | ~sees
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
+    elsewhere = torch.zeros_like(value[:, :, :1])
+    if mean_rows:
+        elsewhere = value.to(torch.promote_types(value.dtype, torch.float32)).mean(2, keepdim=True).to(value.dtype)
+    elsewhere = _for_heads(elsewhere, query.shape[1])
+    return torch.where(sees, out, elsewhere).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _running_count(flags: Tensor) -> Tensor:
+    """How many flags of the last dimension are set up to and with each: int64. TensorRT cumulates floats alone."""
+    return flags.to(torch.float32).cumsum(dim=-1).to(torch.int64)
+
+
+def _slots_below(count: Tensor, capacity: int) -> Tensor:
+    """The slots that are real: bool [B, C]."""
+    return torch.arange(capacity, dtype=torch.int32, device=count.device) < count[:, None]
+
+
+def _positions_by_slot(padding: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Position of the valid token that has slot s, 0 where none has: [B, L] -> int64 [B, size]. Slots are distinct."""
+    batch, seq_len = padding.shape
+    positions = torch.arange(seq_len, device=padding.device).expand(batch, seq_len)
+    targets = torch.where(padding & (slots >= 0), slots, positions + size)
+    found = torch.zeros((batch, size + seq_len), dtype=torch.int64, device=padding.device)
+    return found.scatter(1, targets, positions)[:, :size]
+
+
+def _for_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[B, S, ...] -> [B, heads, ...], head h from h // (heads / S)."""
+    batch, shared = tensor.shape[:2]
+    if shared == heads:
+        return tensor
+    rest = tensor.shape[2:]
+    return tensor[:, :, None].expand(batch, shared, heads // shared, *rest).reshape(batch, heads, *rest)
+
+
+def _row_starts(batch: int, heads: int, source_heads: int, length: int, device: torch.device) -> Tensor:
+    """Where the rows of head h's source begin in [B * G * L, D]: int64 [B, H, 1]."""
+    shared = _for_heads(torch.arange(source_heads, device=device)[None], heads)
+    return ((torch.arange(batch, device=device)[:, None] * source_heads + shared) * length)[..., None]
+
+
+def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """Source [B, G, L, D], rows [B, H, C] -> [B, H, C, D], head h from h // (H / G), by one gather of whole rows."""
+    batch, source_heads, length, dim = source.shape
+    heads, count = rows.shape[1:]
+    flat = _row_starts(batch, heads, source_heads, length, source.device) + rows
+    taken = source.reshape(batch * source_heads * length, dim).index_select(0, flat.reshape(-1))
+    return taken.reshape(batch, heads, count, dim)
