@@ -1,0 +1,289 @@
+"""Block-sparse causal attention: every block of queries sees its own block up to the diagonal, and the blocks of a list.
+
+    out[b, h, i] = sum_j softmax_j(scale * <query[b, h, i], key[b, g, j]>) value[b, g, j]
+                   over j <= i whose block j // 128 is i // 128 or listed for i // 128;  i < count[b], g = h // (H / Hk)
+
+    query [B, H, C, D], key [B, Hk, C, D], value [B, Hk, C, Dv], strides and dtypes as in flash.py; count int32 [B] or None
+    kv_num_blocks int32 [B, H, Q], kv_indices int32 [B, H, Q, N], Q = ceil(C / 128), contiguous
+    ->  out [B, H, C, Dv], contiguous; rows from `count` on are left unwritten on CUDA, zeros elsewhere
+
+A list is the first kv_num_blocks entries of its row, ascending and without repetitions. Its own block, the diagonal, is the
+only one that a query block sees in part; it may end the list or be left out of it, and is seen in both cases. Blocks after
+the diagonal are not allowed. Lists of query blocks behind `count` are not read; nor are rows of query, key and value, which
+may hold anything there.
+
+Nothing is read on the host and no length is a constant of the kernel. A program computes BLOCK_M rows of a query block and
+goes through its list in steps of BLOCK_N keys; the list's entry is loaded where the tile is, so that the compiler prefetches
+both together. Long lists start first (`longest_first`): a query block that sees everything takes as long as a hundred that
+see what a selector leaves, and would otherwise run alone at the end. With K = sum of list lengths: 4 * 128^2 * K * D flops
+and 128^2 * K exponentials; each 64-row program reads its blocks from L2, 64 flops a byte. At H = 32, D = 128, n = 128K,
+a density of 10 %: 14 TFLOP.
+
+Method: FlashAttention-2, arXiv 2307.08691, over lists of blocks as FlexAttention's, arXiv 2412.05496.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels.compress import row_alignment
+from tsa_compile.kernels.flash import (
+    Tiles,
+    _add_values,
+    _aligned_rows,
+    _block_dim,
+    _descriptor,
+    _diagonal,
+    _load_rows,
+    _load_tile,
+    _scores,
+    _tiles,
+    _tma_fits,
+    _weigh,
+)
+
+BLOCK = 128
+"""Rows of a block, of queries and of keys."""
+
+
+@triton.jit
+def _step_start(p_list, step, listed, own, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of a step: through the listed blocks, then on into the query block's own."""
+    slot = step // (BLOCK // BLOCK_N)
+    block = tl.load(p_list + slot, mask=slot < listed, other=own)
+    return block * BLOCK + step % (BLOCK // BLOCK_N) * BLOCK_N
+
+
+@triton.jit
+def _listed_tiles(
+    b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
+    p_list, listed, own, steps, scale_log2, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles.
+
+    The start of the lagging tile is looked up a second time: a value carried from step to step unchanged would keep the
+    compiler from pipelining the loop.
+    """
+    b_keep = tl.full([BLOCK_M], 1.0, tl.float32)
+    b_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(0, steps):
+        start = _step_start(p_list, step, listed, own, BLOCK, BLOCK_N)
+        b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
+        b_scores = _scores(b_query, b_key)
+        if not LAG:
+            b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
+        value_start = _step_start(p_list, tl.maximum(step - 1, 0), listed, own, BLOCK, BLOCK_N) if LAG else start
+        b_value = _load_tile(
+            desc_value, p_value, stride_vl, item, kv_head, value_start, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
+        )
+        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
+        if LAG:
+            b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
+    if LAG and steps > 0:
+        last = _step_start(p_list, steps - 1, listed, own, BLOCK, BLOCK_N)
+        b_value = _load_tile(
+            desc_value, p_value, stride_vl, item, kv_head, last, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
+        )
+        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
+    return b_acc, b_max, b_sum
+
+
+# Lengths and strides vary from call to call: unspecialized, so that none of their values compiles the kernel anew.
+@triton.jit(
+    do_not_specialize=[
+        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
+        *("stride_vb", "stride_vh", "stride_vl", "stride_ob", "stride_oh", "stride_ol"),
+        *("capacity", "heads", "heads_per_kv", "query_blocks", "slots"),
+    ]
+)
+def _blocks_kernel(
+    p_query, p_key, p_value, p_out, p_count, p_num_blocks, p_indices, p_order, desc_key, desc_value,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_ob, stride_oh, stride_ol, capacity, heads, heads_per_kv, query_blocks, slots, scale_log2,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows of a query block of one head."""
+    place = tl.program_id(0) // (BLOCK // BLOCK_M)
+    row = (place // query_blocks + 1) * query_blocks - 1 - place % query_blocks
+    if p_order is not None:
+        row = tl.load(p_order + place).to(tl.int32)
+    own, head, item = row % query_blocks, row // query_blocks % heads, row // query_blocks // heads
+    count = capacity
+    if p_count is not None:
+        count = tl.minimum(tl.load(p_count + item), capacity)
+    start_m = (own + 1) * BLOCK - (tl.program_id(0) % (BLOCK // BLOCK_M) + 1) * BLOCK_M
+    if start_m >= count:
+        return
+    p_list = p_indices + row.to(tl.int64) * slots
+    listed = tl.minimum(tl.load(p_num_blocks + row), slots)
+    listed -= (tl.load(p_list + listed - 1, mask=listed > 0, other=-1) >= own).to(tl.int32)
+
+    kv_head = head // heads_per_kv
+    far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
+    p_key += (far_item * stride_kb + far_kv_head * stride_kh) * ALIGN
+    p_value += (far_item * stride_vb + far_kv_head * stride_vh) * ALIGN
+    b_query = _load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    steps = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
+    b_acc, b_max, b_sum = _listed_tiles(
+        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
+        p_list, listed, own, steps, scale_log2,
+        DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
+    )  # fmt: skip
+    b_acc, b_sum = _diagonal(
+        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count,
+        scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    p_out += (far_item * stride_ob + far_head * stride_oh + start_m.to(tl.int64) * stride_ol) * ALIGN
+    pointers = p_out + rows[:, None] * stride_ol * ALIGN + dims[None, :]
+    b_inside = (start_m + rows < count)[:, None] & (dims < VALUE_DIM)[None, :]
+    tl.store(pointers, (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty), mask=b_inside)
+
+
+def longest_first(kv_num_blocks: Tensor) -> Tensor:
+    """The order in which query blocks start, as flat positions [B * H * Q]: lists in classes of doubling length, long first.
+
+    Within a class neighbours stay neighbours: they read much the same keys, and find them in the L2 cache.
+    """
+    classes = (kv_num_blocks.flatten() + 1).float().log2().to(torch.int32)
+    return classes.sort(descending=True, stable=True).indices
+
+
+def blocks_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    count: Tensor | None = None,
+    *,
+    tiles: Tiles | None = None,
+    block: int = BLOCK,
+    ordered: bool = True,
+) -> Tensor:
+    """Launch the kernel; also runs on CPU tensors in the Triton interpreter. See the module's docstring.
+
+    tiles: block_m and block_n divide `block`. ordered: start long lists first, instead of head after head.
+    """
+    _check(query, kv_num_blocks, kv_indices, block)
+    query, key, value = _aligned_rows(query), _aligned_rows(key), _aligned_rows(value)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    if out.numel() == 0:
+        return out
+    if scale < 0:  # the kernel takes the maximum of scale * score to be scale times the maximum
+        query, scale = -query, -scale
+    use_tma = _tma_fits(key) and _tma_fits(value)
+    if tiles is None:
+        hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
+        tiles = _tiles(query.dtype, _block_dim(max(query.shape[3], value.shape[3])), hopper)
+    order = longest_first(kv_num_blocks) if ordered else None
+    # A scale of 0 becomes a small one: 0 times the mask's -inf would be NaN.
+    lists = (kv_num_blocks.contiguous(), kv_indices.contiguous(), order)
+    tiles = tiles._replace(use_tma=tiles.use_tma and use_tma)
+    _launch(query, key, value, out, count, lists, max(scale, 1e-30), block, tiles)
+    return out
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, count: Tensor | None,
+    lists: tuple[Tensor, Tensor, Tensor | None], scale: float, block: int, tiles: Tiles,
+) -> None:  # fmt: skip
+    batch, heads, capacity, dim = query.shape
+    value_dim = value.shape[3]
+    align = row_alignment(query, key, value, out)
+    query_blocks = triton.cdiv(capacity, block)
+    _blocks_kernel[(batch * heads * query_blocks * (block // tiles.block_m),)](
+        query,
+        key,
+        value,
+        out,
+        None if count is None else count.contiguous(),
+        *lists,
+        _descriptor(key, tiles.block_n) if tiles.use_tma else None,
+        _descriptor(value, tiles.block_n) if tiles.use_tma else None,
+        *(stride // align for tensor in (query, key, value, out) for stride in tensor.stride()[:3]),
+        capacity,
+        heads,
+        heads // key.shape[1],
+        query_blocks,
+        lists[1].shape[3],
+        scale * math.log2(math.e),
+        DIM=dim,
+        BLOCK_D=_block_dim(dim),
+        VALUE_DIM=value_dim,
+        BLOCK_DV=_block_dim(value_dim),
+        ALIGN=align,
+        BLOCK=block,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        USE_TMA=tiles.use_tma,
+        LAG=tiles.lag,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv_num_blocks: Tensor, kv_indices: Tensor,
+    count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """By the Triton kernel on CUDA, else by SDPA with a mask. ValueError where shapes do not fit."""
+    if not (query.is_cuda and HAS_TRITON):
+        return blocks_aten(query, key, value, scale, kv_num_blocks, kv_indices, count)
+    with torch.cuda.device_of(query):
+        return blocks_triton(query, key, value, scale, kv_num_blocks, kv_indices, count)
+
+
+def _check(query: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block: int) -> None:
+    batch, heads, capacity, _ = query.shape
+    wanted = (batch, heads, -(-capacity // block))
+    if kv_num_blocks.shape != wanted or kv_indices.shape[:3] != wanted or kv_indices.dim() != 4:
+        raise ValueError(
+            f"block-sparse attention: kv_num_blocks {tuple(kv_num_blocks.shape)} and kv_indices {tuple(kv_indices.shape)} "
+            f"do not fit query {tuple(query.shape)}; expected {wanted} and {wanted} with a width"
+        )
+    if kv_num_blocks.dtype != torch.int32 or kv_indices.dtype != torch.int32:
+        raise ValueError(f"block-sparse attention: lists are {kv_num_blocks.dtype}, {kv_indices.dtype}; expected int32")
+
+
+def blocks_mask(kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """Which blocks each query block sees, bool [B, H, Q, Q]: its list, and the diagonal."""
+    blocks = torch.arange(kv_num_blocks.shape[2], device=kv_indices.device)
+    listed = torch.arange(kv_indices.shape[3], device=kv_indices.device) < kv_num_blocks[..., None]
+    mask = kv_indices.new_zeros(*kv_num_blocks.shape, len(blocks) + 1, dtype=torch.bool)
+    # What is not listed goes to a column of its own, which is cut off.
+    mask.scatter_(3, torch.where(listed, kv_indices, len(blocks)).long(), True)
+    return mask[..., :-1] & (blocks < blocks[:, None]) | (blocks == blocks[:, None])
+
+
+def blocks_aten(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kv_num_blocks: Tensor, kv_indices: Tensor,
+    count: Tensor | None = None, *, block: int = BLOCK,
+) -> Tensor:  # fmt: skip
+    """The same in ATen ops alone, on any device: SDPA with the lists expanded to a mask [B, H, C, C]; zeros behind count."""
+    _check(query, kv_num_blocks, kv_indices, block)
+    rows = torch.arange(query.shape[2], device=query.device)
+    mask = blocks_mask(kv_num_blocks, kv_indices).repeat_interleave(block, 2).repeat_interleave(block, 3)
+    mask = mask[:, :, : len(rows), : len(rows)] & (rows <= rows[:, None])
+    if count is not None:
+        filler = (rows >= count[:, None])[:, None, :, None]
+        query, key, value = (tensor.masked_fill(filler, 0) for tensor in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return (out if count is None else out.masked_fill(filler, 0)).contiguous()
