@@ -206,22 +206,26 @@ def main() -> None:
         parser.error("this benchmark needs a CUDA device; examples/quickstart.py also runs on a CPU")
 
     model = build_model(arguments.layers)
-    rows, logits = [], {}
-    for mode in modes(arguments):
+    rows: list[dict[str, Any]] = []
+    logits: dict[str, torch.Tensor | None] = {}
+    for mode in modes(arguments):  # written after each, so that a run cut short leaves what it had
         found, logits[mode] = measure_mode(model, mode, arguments)
         rows += found
-    conditions = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": arguments.layers,
-        "keep": arguments.keep, "repeats": arguments.repeats, "relative_error_against_eager": errors_against_eager(logits),
-    }  # fmt: skip
-    text = table(rows)
-    print(f"\n{json.dumps(conditions)}\n\n{text}")
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        results = arguments.out / arguments.name
-        results.with_suffix(".json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
-        results.with_suffix(".md").write_text(f"{conditions}\n\n{text}\n")
-        figure(rows, results.with_suffix(".png"))
+        conditions = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": arguments.layers,
+            "repeats": arguments.repeats, "relative_error_against_eager": errors_against_eager(logits),
+        }  # fmt: skip
+        if arguments.out is not None:
+            write(rows, conditions, arguments.out / arguments.name)
+    print(f"\n{json.dumps(conditions)}\n\n{table(rows)}")
+
+
+def write(rows: list[dict[str, Any]], conditions: dict[str, Any], results: Path) -> None:
+    """JSON, Markdown and a figure."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+    results.with_suffix(".md").write_text(f"{conditions}\n\n{table(rows)}\n")
+    figure(rows, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("compression").
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels._triton import HAS_TRITON, launch, tl, triton
 
 FILLER_ROWS = 256
 """How many rows behind count are zeros: the widest key tile of an attention kernel, wherever it begins."""
@@ -128,7 +128,9 @@ def compress_triton(
     value_dim = value.shape[3]
     align = row_alignment(query, key, value)
     block = block_rows(max(dim, value_dim), query.element_size())
-    _compress_kernel[(heads, triton.cdiv(capacity, block), batch)](
+    launch(
+        _compress_kernel,
+        (heads, triton.cdiv(capacity, block), batch),
         query,
         key,
         value,

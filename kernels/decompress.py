@@ -20,7 +20,7 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels._triton import HAS_TRITON, launch, tl, triton
 from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
 
 
@@ -95,7 +95,9 @@ def decompress_triton(
     align = row_alignment(compressed, output)
     # Every position is compared with every slot of its tile, so tiles stay small.
     block = block_rows(dim, compressed.element_size(), at_most=64)
-    _decompress_kernel[(heads, triton.cdiv(seq_len, block), batch)](
+    launch(
+        _decompress_kernel,
+        (heads, triton.cdiv(seq_len, block), batch),
         compressed,
         indices,
         count,

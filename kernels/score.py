@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels._triton import launch, tl, triton
 
 MAX_HEAD_DIM = 256
 SPLITS = 32
@@ -272,27 +272,28 @@ def score_triton(
         mask = padding.contiguous().view(torch.uint8)
         rank = padding.cumsum(dim=1, dtype=torch.int32)
         rows = rank.new_empty((batch, window))
-        _window_rows_kernel[(triton.cdiv(seq_len, 1024), batch)](mask, rank, rows, seq_len, window, BLOCK=1024)
+        launch(_window_rows_kernel, (triton.cdiv(seq_len, 1024), batch), mask, rank, rows, seq_len, window, BLOCK=1024)
 
     strides = (*query.stride()[:3], *key.stride()[:3])
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
     shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    _row_stats_kernel[(heads * row_tiles, splits, batch)](
+    launch(_row_stats_kernel, (heads * row_tiles, splits, batch),
         query, key, mask, rank, rows, partial, *strides,
         scale_log2, seq_len, window, split_len, heads, group, **shape, **stats_tile.options(),
     )  # fmt: skip
-    _combine_kernel[(triton.cdiv(window, 64), batch * heads)](
+    launch(_combine_kernel, (triton.cdiv(window, 64), batch * heads),
         partial, rank, row_lse, seq_len, window, heads, splits,
         HAS_PADDING=has_padding, BLOCK_S=max(SPLITS, triton.next_power_of_2(splits)), BLOCK_M=64,
     )  # fmt: skip
-    _column_mean_kernel[(triton.cdiv(seq_len, mean_tile.keys), key.shape[1], batch)](
+    launch(_column_mean_kernel, (triton.cdiv(seq_len, mean_tile.keys), key.shape[1], batch),
         query, key, mask, rank, rows, row_lse, raw, *strides,
         scale_log2, seq_len, window, heads, group, **shape, **mean_tile.options(),
     )  # fmt: skip
-    _pool_kernel[(triton.cdiv(seq_len, 1024), batch * heads)](
-        raw, mask, rank, scores, seq_len, window, heads, HAS_PADDING=has_padding, POOL=pool, BLOCK=1024
-    )
+    launch(
+        _pool_kernel, (triton.cdiv(seq_len, 1024), batch * heads),
+        raw, mask, rank, scores, seq_len, window, heads, HAS_PADDING=has_padding, POOL=pool, BLOCK=1024,
+    )  # fmt: skip
     return scores
 
 
