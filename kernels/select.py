@@ -33,7 +33,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels._triton import launch, tl, triton
 
 STEPS = 4
 BINS = 256
@@ -212,7 +212,7 @@ def select_triton(
     indices = torch.empty((batch, heads, capacity), dtype=torch.int32, device=scores.device)
     count = count if has_count else indices
     if seq_len <= short:
-        _row_kernel[(rows,)](
+        launch(_row_kernel, (rows,),
             scores, count, indices, heads, seq_len, capacity,
             HAS_COUNT=has_count, BLOCK=short, num_warps=min(max(short // 512, 1), 32),
         )  # fmt: skip
@@ -223,8 +223,8 @@ def select_triton(
     state = torch.empty((rows, 2, splits + 1, BINS), dtype=torch.int32, device=scores.device)
     options = {"HAS_COUNT": has_count, "SPLITS": splits, "BLOCK": block, "num_warps": warps}
     for step in range(STEPS):
-        _histogram_kernel[grid](scores, count, state, heads, seq_len, capacity, span, STEP=step, **options)
-    _write_kernel[grid](scores, count, state, indices, heads, seq_len, capacity, span, **options)
+        launch(_histogram_kernel, grid, scores, count, state, heads, seq_len, capacity, span, STEP=step, **options)
+    launch(_write_kernel, grid, scores, count, state, indices, heads, seq_len, capacity, span, **options)
     return indices
 
 
@@ -263,9 +263,10 @@ def select_aten(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     A stable sort by score puts the lower position first among equals; a second sort restores the original order.
     """
     seq_len = scores.shape[2]
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+    slots = torch.arange(capacity, device=scores.device)
+    # Gathered, not sliced or padded: how C compares with L is nothing that a trace may rely on.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., slots.clamp(max=seq_len - 1)]
+    order = order.masked_fill(slots >= seq_len, seq_len)
     if count is not None:
-        slots = torch.arange(order.shape[-1], device=scores.device)
         order = order.masked_fill(slots >= count[:, None, None], seq_len)
-    indices = order.sort(dim=-1).values.clamp(max=seq_len - 1).to(torch.int32)
-    return torch.nn.functional.pad(indices, (0, capacity - order.shape[-1]), value=seq_len - 1)
+    return order.sort(dim=-1).values.clamp(max=seq_len - 1).to(torch.int32)
