@@ -90,6 +90,37 @@ def _(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor,
     return _allocate(query, value)
 
 
+def spans_aten(padding: Tensor) -> Tensor:
+    """The same in ATen ops alone, traceable, and left on the device: `padded_attention_aten` has no use for it."""
+    seq_len = padding.shape[1]
+    valid = padding.to(torch.int64)
+    total = valid.sum(dim=1)
+    start = (valid.cumsum(dim=1) == 0).sum(dim=1)
+    stop = seq_len - (valid.flip(1).cumsum(dim=1) == 0).sum(dim=1)
+    start, stop = torch.where(total > 0, start, 0), torch.where(total > 0, stop, 0)
+    return torch.stack([start, stop, (stop - start == total).long()], dim=1)
+
+
+def padded_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor | None, scale: float, mean_rows: bool
+) -> Tensor:
+    """The same in ATen ops alone, on any device, traceable: nothing is read on the host, so the spans go unused.
+
+    Costs a bool mask [B, 1, L, L] (256 MB at 16K) and only kernels that take one.
+    """
+    positions = torch.arange(query.shape[2], device=query.device)
+    allowed = (positions <= positions[:, None]) & padding[:, None, None, :]
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
+    nowhere = (padding.cumsum(dim=1) == 0)[:, None, :, None]
+    if mean_rows:
+        mean = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
+        out = torch.where(nowhere, mean.repeat_interleave(query.shape[1] // key.shape[1], 1), out)
+    else:
+        out = out.masked_fill(nowhere, 0)
+    return _as_rows(out)
+
+
 def _allocate(query: Tensor, value: Tensor) -> Tensor:
     """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
     batch, heads, seq_len, _ = query.shape

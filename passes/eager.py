@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tsa_compile.passes.graph import argument, fake, is_mutated, is_mutation, known, mutated_storages, op_name
+from tsa_compile.passes.graph import argument, fake, is_mutated, is_mutation, known, mutated_storages, op_name, readers
 from tsa_compile.passes.sites import AttentionSite, MaskTerm, layer_name, normal_form
 from tsa_compile.report import Reason
 
@@ -232,7 +232,7 @@ def _chain_problem(output: Node, softmax: Node, scores: _Scores) -> str | None:
     while isinstance(node, Node) and node is not softmax:
         between.append(node)
         node = argument(node, 0, "input")
-    if any(len(step.users) != 1 for step in between):
+    if any(len(readers(step)) != 1 for step in between):
         return "scores or weights are used elsewhere too"
     assert scores.product is not None
     shape = fake(scores.product).shape

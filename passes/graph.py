@@ -145,6 +145,25 @@ def is_mutated(node: Node, mutated: set[StorageWeakRef]) -> bool:
     return bool(mutated) and any(storage in mutated for storage in _storages(fake(node)))
 
 
+def readers(node: Node) -> list[Node]:
+    """The nodes that read a value, without those that only compare its dtype, device and layout, as torch.export does.
+
+    Such a check says what the graph itself determines, so it may go with the value; one that names sizes or strides is
+    about the inputs, and counts as a reader.
+    """
+    return [user for user in node.users if not is_type_check(user)]
+
+
+def is_type_check(node: Node) -> bool:
+    """Whether a node asserts the dtype, device and layout of a tensor, and nothing else."""
+    return (
+        node.target is torch.ops.aten._assert_tensor_metadata.default
+        and not node.users
+        and argument(node, 1, "size") is None
+        and argument(node, 2, "stride") is None
+    )
+
+
 def is_erased(node: Node) -> bool:
     """Whether a node has been taken out of its graph, as all nodes of a failed attempt are."""
     return node._erased

@@ -1,0 +1,72 @@
+"""The steps of sparse attention, opened into operators that run where there is no Python.
+
+    before   scores  = tsa.score(q, k, padding, scale, window, pool)                      opaque ops [B, H, L]
+             count   = tsa.budget(scores, tau, None, min_tokens)                          [B]
+             ...
+             o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]
+    after    "aten"   matmul, softmax, avg_pool1d, sort, index, scaled_dot_product_attention, scatter, ...
+
+No shape depends on data before, and none does afterwards: lengths and batch stay as symbolic as they were, the count stays
+on the device, and all C rows are attended to, those behind the count in vain. A capacity, or KeepRatio, makes C smaller.
+
+The program is traced anew by `ExportedProgram.run_decompositions`, so that its signature, weights and ranges stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from tsa_compile.errors import ConfigError
+from tsa_compile.kernels.attend import AUTO, attend_aten
+from tsa_compile.kernels.budget import budget_aten
+from tsa_compile.kernels.compress import compress_aten
+from tsa_compile.kernels.decompress import decompress_aten
+from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
+from tsa_compile.kernels.score import score_aten
+from tsa_compile.kernels.select import select_aten
+
+Form = Literal["aten"]
+FORMS: tuple[Form, ...] = ("aten",)
+_BUILT_IN = (AUTO, "sdpa", "flash", "cudnn", "triton")  # what scaled_dot_product_attention stands for as well
+
+tsa = torch.ops.tsa
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+    return attend_aten(query, key, value, count, scale)
+
+
+_ATEN: dict[Any, Callable[..., Any]] = {
+    tsa.score.default: score_aten,
+    tsa.budget.default: budget_aten,
+    tsa.select.default: select_aten,
+    tsa.compress.default: compress_aten,
+    tsa.attend.default: _attend,
+    tsa.decompress.default: decompress_aten,
+    tsa.spans.default: spans_aten,
+    tsa.padded_attention.default: padded_attention_aten,
+}
+
+
+def lower_program(program: ExportedProgram, form: Form | None = "aten") -> ExportedProgram:
+    """A new program without tsa ops; with None, the same graph in operators of the ATen dialect and tsa ops alone.
+
+    Raises:
+        ConfigError: there is no such form, or a step names an attention kernel that is not part of this package.
+    """
+    if form is None:
+        return program.run_decompositions({})
+    if form not in FORMS:
+        raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {', '.join(map(repr, FORMS))}, or None")
+    for node in program.graph.nodes:
+        if node.target is tsa.attend.default and node.args[5] not in _BUILT_IN:
+            raise ConfigError(
+                f"kernel={node.args[5]!r} cannot be lowered at {node.name!r}: it is called through Python, which the "
+                f"exported program does without; use one of {', '.join(map(repr, _BUILT_IN))}, or lower=None"
+            )
+    return program.run_decompositions(_ATEN)

@@ -1,0 +1,231 @@
+"""`export_program`: a model's graph from torch.export, rewritten by the same passes as torch.compile's.
+
+    model, example inputs [B, L]
+        torch.export         masks [B, 1, L, L] are materialised; L and B symbolic within their ranges
+        the passes           masks recovered, layers sparse
+        lower                tsa ops opened, or kept
+    -> ExportedProgram
+
+A compiled model has one graph for short inputs and another for long ones; an exported program has one. So whether a layer
+is sparse is decided for the whole range of lengths, and where that would change what is computed, it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import TensorArgument
+from torch.fx import GraphModule
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import ConfigError, RewriteError
+from tsa_compile.passes.base import PassResult, SitePlan, summary
+from tsa_compile.passes.costs import SiteShape
+from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.lower import Form, lower_program
+from tsa_compile.passes.plan import PlanSites, minimum_length
+from tsa_compile.pipeline import PASSES, run_passes
+from tsa_compile.report import Reason, record
+
+Range = tuple[int, int]
+Inputs = Mapping[str, Any] | Sequence[Any]
+
+
+def export_program(
+    model: torch.nn.Module,
+    example_inputs: Inputs,
+    config: TSAConfig | None = None,
+    *,
+    dynamic_lengths: Range | None = (1024, 131072),
+    dynamic_batch: Range | None = None,
+    lower: Form | None = "aten",
+) -> ExportedProgram:
+    """A model's prefill with Token Sparse Attention, as a torch.export program.
+
+    What was done with each attention call is appended to `tsa_compile.reports()`.
+
+    Args:
+        model: in evaluation mode. Models of transformers are exported without a cache.
+        example_inputs: keyword inputs by name, or positional ones: token ids and masks [B, L], embeddings [B, L, E]. L and
+            B are read from `input_ids`, `inputs_embeds` or else the first input. None stands for an input left out.
+        config: which layers become sparse, and how; the defaults if None.
+        dynamic_lengths: shortest and longest length: every dimension of an input that is L in the example; None: L as it is.
+        dynamic_batch: the same for the first dimension, B.
+        lower: "aten": plain ATen operators. None: the tsa ops stay, to be read or lowered by someone else.
+
+    Returns:
+        A program that takes the inputs of the example. A model output with names becomes a dict of them.
+
+    Raises:
+        ConfigError: an input or option that is not allowed, or a range of lengths across which a layer would change
+            between dense and sparse.
+        RewriteError: torch.export cannot trace the model with these ranges.
+    """
+    config = TSAConfig() if config is None else config
+    if model.training:
+        raise ConfigError("the model is in training mode: exported programs are for inference, call model.eval() first")
+    args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export()
+    with torch.no_grad(), _without_cache(model):
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise RewriteError(
+                f"torch.export cannot trace the model with dynamic_lengths={dynamic_lengths} and "
+                f"dynamic_batch={dynamic_batch}: {summary(error)}. If a size of the model equals the example's length or "
+                "batch, choose another; if the model itself fixes a size, pass None for it."
+            ) from error
+        report = run_passes(program.graph_module, config, _EXPORTED)
+        _describe_outputs(program)
+        program = lower_program(program, lower)
+    record(report)
+    return program
+
+
+class _Example:
+    """Example inputs, and which of their dimensions are the length and the batch."""
+
+    def __init__(self, inputs: Inputs, lengths: Range | None, batches: Range | None) -> None:
+        named = isinstance(inputs, Mapping)
+        self.inputs: dict[Any, Any] = dict(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
+        self.named = named
+        for name, value in list(self.inputs.items()):
+            if value is None and named:
+                del self.inputs[name]
+            elif value is not None and not isinstance(value, (Tensor, int, float, bool, str)):
+                raise ConfigError(f"example input {name!r} is a {type(value).__name__}: inputs must be tensors or constants")
+        self.batch, self.length = self._sizes()
+        self.lengths = _dimension("dynamic_lengths", "length", lengths, self.length)
+        if batches is not None and self.batch == 1:
+            self._double_batch()  # torch.export takes a size of 1 for a constant
+        self.batches = _dimension("dynamic_batch", "batch", batches, self.batch if batches is None else None)
+
+    def _sizes(self) -> tuple[int, int]:
+        """B and L."""
+        candidates = [self.inputs.get(name) for name in ("input_ids", "inputs_embeds")] + list(self.inputs.values())
+        for value in candidates:
+            if isinstance(value, Tensor) and value.dim() >= 2:
+                return value.shape[0], value.shape[1 if value.dim() <= 3 else -2]
+        raise ConfigError("example_inputs has no tensor [B, L]: token ids or embeddings are needed to tell the length")
+
+    def _double_batch(self) -> None:
+        for name, value in self.inputs.items():
+            if isinstance(value, Tensor) and self._is_batched(value):
+                self.inputs[name] = value.repeat(2, *[1] * (value.dim() - 1))
+        self.batch = 2
+
+    def _is_batched(self, value: Tensor) -> bool:
+        return value.dim() >= 2 and value.shape[0] == self.batch
+
+    def _dims(self, value: Any) -> dict[int, Any] | None:
+        if not isinstance(value, Tensor):
+            return None
+        first = 1 if value.dim() >= 2 else 0
+        dims = {dim: self.lengths for dim in range(first, value.dim()) if value.shape[dim] == self.length}
+        dims = {} if self.lengths is None else dims
+        if self.batches is not None and self._is_batched(value):
+            dims[0] = self.batches
+        return dims
+
+    def for_export(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """args, kwargs and dynamic_shapes of torch.export."""
+        shapes = {name: self._dims(value) for name, value in self.inputs.items()}
+        if self.named:
+            return (), self.inputs, shapes
+        return tuple(self.inputs.values()), {}, tuple(shapes.values())
+
+
+def _dimension(option: str, name: str, extents: Range | None, example: int | None) -> Dim | None:
+    """The symbolic dimension of a range that holds the example's size."""
+    if extents is None:
+        return None
+    pair = tuple(extents)
+    if len(pair) != 2 or not all(isinstance(size, int) for size in pair) or not 1 <= pair[0] < pair[1]:
+        raise ConfigError(f"{option}={extents!r} is not allowed: {option} must be (shortest, longest), or None")
+    if example is not None and not pair[0] <= example <= pair[1]:
+        raise ConfigError(f"the example's {name} is {example}, outside {option}={extents!r}: pass an example within it")
+    return Dim(name, min=pair[0], max=pair[1])
+
+
+@contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """A model of transformers returns no key-value cache inside, which torch.export could not describe."""
+    configs = {id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None}
+    changed = [found for found in configs.values() if getattr(found, "use_cache", None)]
+    for found in changed:
+        found.use_cache = False
+    try:
+        yield
+    finally:
+        for found in changed:
+            found.use_cache = True
+
+
+class PlanExported(PlanSites):
+    """PlanSites for a graph without a second version: no guard can send another length elsewhere.
+
+    before   length s in [shortest, longest], a minimum in between        torch.compile: a guard, and two graphs
+    after    sparse, where all shorter lengths keep every token anyway;   else a ConfigError
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        self.straddling: list[str] = []
+        result = super().call(graph_module)
+        if self.straddling:
+            raise ConfigError(
+                f"dynamic_lengths holds lengths on both sides of what is compressed: {'; '.join(self.straddling)}. "
+                "An exported program has one version for all: raise the shortest of dynamic_lengths, or set min_length "
+                "to it to compress every length"
+            )
+        return result
+
+    def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
+        config = self.state.config
+        length = fake(plan.site.query).shape[2]
+        if selected is None and isinstance(length, torch.SymInt):
+            self.state.config = self._settled(plan, length, sparse_layers)
+        try:
+            super()._decide(plan, selected, sparse_layers)
+        finally:
+            self.state.config = config
+
+    def _settled(self, plan: SitePlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
+        """A configuration with which no comparison of the length needs a guard."""
+        config, site = self.state.config, plan.site
+        query, key, value = (fake(node) for node in (site.query, site.key, site.value))
+        widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        if not all(isinstance(width, int) for width in widths):
+            return config  # refused for that
+        minimum, why = minimum_length(config, query.device, SiteShape.of(query, key, value, config), sparse_layers)
+        if minimum is None or known(length >= minimum) or known(length < minimum):
+            return config
+        if minimum > config.min_tokens + config.window + 1:  # up to there, every token is kept
+            self.straddling.append(f"{site.layer} compresses from {minimum} on, {why}")
+        return config.replace(min_length=1)
+
+
+_EXPORTED = tuple(PlanExported if step is PlanSites else step for step in PASSES)
+
+
+def _describe_outputs(program: ExportedProgram) -> None:
+    """The signature after the passes: the outputs' new nodes, and no class that a later Python would have to import."""
+    outputs = program.graph.output_node().args[0]
+    for spec, node in zip(program.graph_signature.output_specs, outputs, strict=True):  # type: ignore[arg-type]
+        if isinstance(spec.arg, TensorArgument):
+            spec.arg.name = node.name  # type: ignore[union-attr]
+    signature = program.module_call_graph[0].signature
+    if signature is not None:
+        signature.out_spec = _plain(signature.out_spec)
+
+
+def _plain(spec: TreeSpec) -> TreeSpec:
+    """A ModelOutput's structure as that of a dict."""
+    outputs = tree_unflatten([object() for _ in range(spec.num_leaves)], spec)
+    if isinstance(outputs, dict) and type(outputs) is not dict:
+        return tree_flatten(dict(outputs))[1]
+    return spec
