@@ -68,11 +68,8 @@ def _listed_tiles(
     BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     USE_TMA: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
-    """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles.
-
-    The start of the lagging tile is looked up a second time: a value carried from step to step unchanged would keep the
-    compiler from pipelining the loop.
-    """
+    """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles."""
+    before = _step_start(p_list, 0, listed, own, BLOCK, BLOCK_N)
     b_keep = tl.full([BLOCK_M], 1.0, tl.float32)
     b_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(0, steps):
@@ -81,17 +78,18 @@ def _listed_tiles(
         b_scores = _scores(b_query, b_key)
         if not LAG:
             b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
-        value_start = _step_start(p_list, tl.maximum(step - 1, 0), listed, own, BLOCK, BLOCK_N) if LAG else start
+        # With LAG the first step adds 0 times the first tile.
+        value_start = before if LAG else start
         b_value = _load_tile(
             desc_value, p_value, stride_vl, item, kv_head, value_start, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
         )
         b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
         if LAG:
             b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
+        before = start
     if LAG and steps > 0:
-        last = _step_start(p_list, steps - 1, listed, own, BLOCK, BLOCK_N)
         b_value = _load_tile(
-            desc_value, p_value, stride_vl, item, kv_head, last, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
+            desc_value, p_value, stride_vl, item, kv_head, before, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
         )
         b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
     return b_acc, b_max, b_sum
