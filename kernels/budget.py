@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.config import KeepRatio
-from tsa_compile.kernels._triton import launch, tl, triton
+from tsa_compile.kernels._triton import cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
 STEPS = 3
@@ -146,16 +146,16 @@ def coverage_triton(scores: Tensor, coverage: float, min_tokens: int) -> Tensor:
     """Launches the kernels for a coverage above 0."""
     batch, heads, seq_len = scores.shape
     scores = scores.contiguous()
-    tiles = triton.cdiv(seq_len, 1024)
+    tiles = cdiv(seq_len, 1024)
     mass = scores.new_empty((batch, seq_len))
     sums = scores.new_empty((batch, tiles), dtype=torch.float64)
     state = scores.new_zeros((batch, STATE), dtype=torch.int64)
     count = scores.new_empty((batch,), dtype=torch.int32)
     target = max(1, math.ceil(coverage * WHOLE))
-    launch(_mass_kernel, (tiles, batch), scores, mass, sums, state, heads, seq_len, tiles, BLOCK=1024)
+    launch(_mass_kernel, (tiles, batch), (scores, mass, sums, state), (heads, seq_len, tiles), BLOCK=1024)
     for step in range(STEPS):
-        launch(_histogram_kernel, (tiles, batch), mass, sums, state, target, seq_len, tiles, STEP=step, BLOCK=1024)
-    launch(_count_kernel, (batch,), sums, state, count, target, min_tokens, tiles)
+        launch(_histogram_kernel, (tiles, batch), (mass, sums, state), (target, seq_len, tiles), STEP=step, BLOCK=1024)
+    launch(_count_kernel, (batch,), (sums, state, count), (target, min_tokens, tiles))
     return count
 
 

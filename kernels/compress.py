@@ -25,7 +25,7 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("compression").
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, launch, tl, triton
+from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 FILLER_ROWS = 256
 """How many rows behind count are zeros: the widest key tile of an attention kernel, wherever it begins."""
@@ -112,7 +112,7 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 
 def block_rows(head_dim: int, element_size: int, at_most: int = 256) -> int:
     """Rows of a tile of about 16 KiB, a power of two (which therefore divides 256)."""
-    return max(16, min(at_most, _TILE_BYTES // (triton.next_power_of_2(head_dim) * element_size)))
+    return max(16, min(at_most, _TILE_BYTES // (next_power_of_2(head_dim) * element_size)))
 
 
 def compress_triton(
@@ -127,26 +127,20 @@ def compress_triton(
         return outputs
     value_dim = value.shape[3]
     align = row_alignment(query, key, value)
+    strides = (stride // align for tensor in (query, key, value) for stride in tensor.stride()[:3])
     block = block_rows(max(dim, value_dim), query.element_size())
     launch(
         _compress_kernel,
-        (heads, triton.cdiv(capacity, block), batch),
-        query,
-        key,
-        value,
-        indices,
-        count,
-        *outputs,
-        *(stride // align for tensor in (query, key, value) for stride in tensor.stride()[:3]),
-        *indices.stride()[:2],
-        capacity,
+        (heads, cdiv(capacity, block), batch),
+        (query, key, value, indices, count, *outputs),
+        (*strides, *indices.stride()[:2], capacity),
         HEADS=heads,
         HEADS_PER_SELECTION=heads // indices.shape[1],
         HEADS_PER_KV=heads // key.shape[1],
         DIM=dim,
-        DIM_POW2=triton.next_power_of_2(dim),
+        DIM_POW2=next_power_of_2(dim),
         VALUE_DIM=value_dim,
-        VALUE_DIM_POW2=triton.next_power_of_2(value_dim),
+        VALUE_DIM_POW2=next_power_of_2(value_dim),
         ALIGN=align,
         FILLER=FILLER_ROWS,
         BLOCK=block,
@@ -215,10 +209,16 @@ def compress_aten(
         filler = (torch.arange(indices.shape[2], device=count.device) >= count[:, None])[:, None]
         indices = indices.masked_fill(filler, 0)
     return (
-        _gather_rows(query, indices.repeat_interleave(query.shape[1] // indices.shape[1], 1), filler),
+        _gather_rows(query, repeat_heads(indices, query.shape[1]), filler),
         _gather_rows(key, indices, filler),
         _gather_rows(value, indices, filler),
     )
+
+
+def repeat_heads(indices: Tensor, heads: int) -> Tensor:
+    """[B, Hs, C] -> [B, H, C], each selection for its H // Hs heads; a trace learns nothing about C, as with a view."""
+    share = heads // indices.shape[1]
+    return indices if share == 1 else indices.index_select(1, torch.arange(heads, device=indices.device) // share)
 
 
 def _gather_rows(source: Tensor, indices: Tensor, filler: Tensor | None) -> Tensor:

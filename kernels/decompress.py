@@ -20,8 +20,8 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, launch, tl, triton
-from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
+from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.compress import block_rows, repeat_heads, row_alignment, rows_contiguous
 
 
 @triton.jit
@@ -93,22 +93,17 @@ def decompress_triton(
         return output
     batch, heads, capacity, dim = compressed.shape
     align = row_alignment(compressed, output)
+    strides = (stride // align for tensor in (compressed, output) for stride in tensor.stride()[:3])
     # Every position is compared with every slot of its tile, so tiles stay small.
     block = block_rows(dim, compressed.element_size(), at_most=64)
     launch(
         _decompress_kernel,
-        (heads, triton.cdiv(seq_len, block), batch),
-        compressed,
-        indices,
-        count,
-        output,
-        *(stride // align for tensor in (compressed, output) for stride in tensor.stride()[:3]),
-        *indices.stride()[:2],
-        seq_len,
-        capacity,
+        (heads, cdiv(seq_len, block), batch),
+        (compressed, indices, count, output),
+        (*strides, *indices.stride()[:2], seq_len, capacity),
         HEADS_PER_SELECTION=heads // indices.shape[1],
         DIM=dim,
-        DIM_POW2=triton.next_power_of_2(dim),
+        DIM_POW2=next_power_of_2(dim),
         ALIGN=align,
         FAN=32,
         BLOCK=block,
@@ -161,7 +156,7 @@ def decompress_aten(compressed: Tensor, indices: Tensor, count: Tensor | None, s
     if count is not None:
         filler = (torch.arange(capacity, device=count.device) >= count[:, None])[:, None]
         indices = indices.masked_fill(filler, seq_len)
-    rows = indices.repeat_interleave(heads // indices.shape[1], 1)
+    rows = repeat_heads(indices, heads)
     output = compressed.new_zeros(batch, seq_len + 1, heads, dim).transpose(1, 2)
     output = output.scatter(2, rows.long()[..., None].expand(-1, -1, -1, dim), compressed)
     return output[:, :, :seq_len].transpose(1, 2).contiguous().transpose(1, 2)

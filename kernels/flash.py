@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels._triton import HAS_TRITON, cdiv, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _flash_kernel(
 
 
 def _block_dim(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def _tiles(dtype: torch.dtype, block_d: int, hopper: bool) -> Tiles:
@@ -306,7 +306,7 @@ def _launch(
     batch, heads, capacity, dim = query.shape
     value_dim = value.shape[3]
     align = row_alignment(query, key, value, out)
-    blocks = triton.cdiv(capacity, tiles.block_m)
+    blocks = cdiv(capacity, tiles.block_m)
     _flash_kernel[(heads, blocks, batch) if tiles.heads_inner else (blocks, heads, batch)](
         query,
         key,

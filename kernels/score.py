@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import launch, tl, triton
+from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
 SPLITS = 32
@@ -256,11 +256,11 @@ def score_triton(
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
     batch, heads, seq_len, head_dim = query.shape
     query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     stats_tile, mean_tile = _tiles(query.dtype, block_d, window)
-    per_split = triton.cdiv(split_len or max(MIN_SPLIT, triton.cdiv(seq_len, SPLITS)), stats_tile.keys)
+    per_split = cdiv(split_len or max(MIN_SPLIT, cdiv(seq_len, SPLITS)), stats_tile.keys)
     split_len = per_split * stats_tile.keys
-    splits, row_tiles = triton.cdiv(seq_len, split_len), triton.cdiv(window, stats_tile.rows)
+    splits, row_tiles = cdiv(seq_len, split_len), cdiv(window, stats_tile.rows)
     scores = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
     raw = torch.empty_like(scores)
     partial = scores.new_empty((batch, heads, splits, window))
@@ -272,27 +272,27 @@ def score_triton(
         mask = padding.contiguous().view(torch.uint8)
         rank = padding.cumsum(dim=1, dtype=torch.int32)
         rows = rank.new_empty((batch, window))
-        launch(_window_rows_kernel, (triton.cdiv(seq_len, 1024), batch), mask, rank, rows, seq_len, window, BLOCK=1024)
+        launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (mask, rank, rows), (seq_len, window), BLOCK=1024)
 
     strides = (*query.stride()[:3], *key.stride()[:3])
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
     shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     launch(_row_stats_kernel, (heads * row_tiles, splits, batch),
-        query, key, mask, rank, rows, partial, *strides,
-        scale_log2, seq_len, window, split_len, heads, group, **shape, **stats_tile.options(),
+        (query, key, mask, rank, rows, partial),
+        (*strides, scale_log2, seq_len, window, split_len, heads, group), **shape, **stats_tile.options(),
     )  # fmt: skip
-    launch(_combine_kernel, (triton.cdiv(window, 64), batch * heads),
-        partial, rank, row_lse, seq_len, window, heads, splits,
-        HAS_PADDING=has_padding, BLOCK_S=max(SPLITS, triton.next_power_of_2(splits)), BLOCK_M=64,
+    launch(_combine_kernel, (cdiv(window, 64), batch * heads),
+        (partial, rank, row_lse), (seq_len, window, heads, splits),
+        HAS_PADDING=has_padding, BLOCK_S=max(SPLITS, next_power_of_2(splits)), BLOCK_M=64,
     )  # fmt: skip
-    launch(_column_mean_kernel, (triton.cdiv(seq_len, mean_tile.keys), key.shape[1], batch),
-        query, key, mask, rank, rows, row_lse, raw, *strides,
-        scale_log2, seq_len, window, heads, group, **shape, **mean_tile.options(),
+    launch(_column_mean_kernel, (cdiv(seq_len, mean_tile.keys), key.shape[1], batch),
+        (query, key, mask, rank, rows, row_lse, raw),
+        (*strides, scale_log2, seq_len, window, heads, group), **shape, **mean_tile.options(),
     )  # fmt: skip
     launch(
-        _pool_kernel, (triton.cdiv(seq_len, 1024), batch * heads),
-        raw, mask, rank, scores, seq_len, window, heads, HAS_PADDING=has_padding, POOL=pool, BLOCK=1024,
+        _pool_kernel, (cdiv(seq_len, 1024), batch * heads),
+        (raw, mask, rank, scores), (seq_len, window, heads), HAS_PADDING=has_padding, POOL=pool, BLOCK=1024,
     )  # fmt: skip
     return scores
 
@@ -312,7 +312,7 @@ class _Tile(NamedTuple):
 
 def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[_Tile, _Tile]:
     """For _row_stats and _column_mean: what fits into registers and shared memory."""
-    rows = max(16, triton.next_power_of_2(window))
+    rows = max(16, next_power_of_2(window))
     if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
         tile = _Tile(min(rows, 32), 64, 8, 2)
         return tile, tile

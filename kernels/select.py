@@ -33,7 +33,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import launch, tl, triton
+from tsa_compile.kernels._triton import cdiv, launch, tl, triton
 
 STEPS = 4
 BINS = 256
@@ -213,18 +213,18 @@ def select_triton(
     count = count if has_count else indices
     if seq_len <= short:
         launch(_row_kernel, (rows,),
-            scores, count, indices, heads, seq_len, capacity,
+            (scores, count, indices), (heads, seq_len, capacity),
             HAS_COUNT=has_count, BLOCK=short, num_warps=min(max(short // 512, 1), 32),
         )  # fmt: skip
         return indices
 
-    span = triton.cdiv(seq_len, splits * block) * block
-    grid = (rows, triton.cdiv(seq_len, span))
+    span = cdiv(seq_len, splits * block) * block
+    grid = (rows, cdiv(seq_len, span))
     state = torch.empty((rows, 2, splits + 1, BINS), dtype=torch.int32, device=scores.device)
     options = {"HAS_COUNT": has_count, "SPLITS": splits, "BLOCK": block, "num_warps": warps}
     for step in range(STEPS):
-        launch(_histogram_kernel, grid, scores, count, state, heads, seq_len, capacity, span, STEP=step, **options)
-    launch(_write_kernel, grid, scores, count, state, indices, heads, seq_len, capacity, span, **options)
+        launch(_histogram_kernel, grid, (scores, count, state), (heads, seq_len, capacity, span), STEP=step, **options)
+    launch(_write_kernel, grid, (scores, count, state, indices), (heads, seq_len, capacity, span), **options)
     return indices
 
 
