@@ -76,22 +76,22 @@ class DeviceCosts:
 
 # torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: `fit_attention` over dense attention from 4K to 128K and
 # over the compressed rows of keep .3, .5 and .675 (23 times; within 3% of each, 6% at 128K, where the GPU's clock drops).
-# The others solve one measured step at 128K, B=1 H=32 G=8 D=128, for the rate: score 1.1 ms, select .75, compress .70 and
-# decompress .42 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B.
-# sparse_ms and count_ms are estimates, and high ones: timed one by one, budget takes .2 to .3 ms at any length and the other
-# steps .1 to .2 ms each at 4K, mostly the host's time, which a model hides. In a whole model with a count (8K, keep .675:
-# benchmarks/results/prefill.md) 16 sparse layers save 4 ms, which leaves about .25 ms a layer for all but attention.
+# The others solve one measured step at 128K, B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention.md, GPU ms):
+# score .717 ms, select .126, compress .684 and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer
+# of Llama-3.1-8B. sparse_ms: at 4K and 8K these steps take .03 ms more than the rates say; as much again and more is left
+# for a host that does not run ahead. count_ms: budget takes .03 to .2 ms on the GPU, the rest is the GPU's waiting while
+# the host reads the count and launches what depends on it: an estimate.
 H200 = DeviceCosts(
     name="NVIDIA H200",
     attention_tflops=605,
     attention_half_length=640,
     attention_ms=0.013,
-    score_tflops=290,
+    score_tflops=480,
     matmul_tflops=680,
     bandwidth_tbs=3.85,
-    select_tbs=0.123,
-    sparse_ms=0.15,
-    count_ms=0.3,
+    select_tbs=0.73,
+    sparse_ms=0.08,
+    count_ms=0.25,
 )
 H200_PROCESSORS = 132
 H200_BUS = 4.9  # TB/s that torch computes from the memory's clock and width, not what is reached
