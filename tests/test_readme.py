@@ -88,9 +88,11 @@ def test_option_table_names_every_option_and_its_default():
     assert defaults == {name: getattr(TSAConfig(), name) for name in OPTIONS}
 
 
-def test_prefill_table_is_that_of_the_last_run():
-    (table,) = re.findall(r"<!-- prefill:begin -->\n(.*?)<!-- prefill:end -->", README, re.DOTALL)
-    assert table.strip() in (ROOT / "benchmarks" / "results" / "prefill.md").read_text()
+@pytest.mark.parametrize("name", ["prefill", "attention"])
+def test_tables_are_those_of_the_last_runs(name):
+    (table,) = re.findall(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
+    results = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+    assert all(line in results for line in table.strip().splitlines())
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/architecture.md"])
