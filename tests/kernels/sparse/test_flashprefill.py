@@ -4,39 +4,12 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference_sparse
-from tsa_compile.kernels.sparse.blocks import blocks_mask
 from tsa_compile.kernels.sparse.flashprefill import flashprefill, flashprefill_aten, flashprefill_triton
 from tsa_compile.kernels.sparse.lists import density, lists_of
 
+from .support import counted, make, mask_of, poisoned
+
 OPTIONS = dict(alpha=0.3, sinks=1, window=1, last=1, block=16)
-
-
-def make(batch=2, heads=2, kv_heads=1, capacity=150, dim=16, dtype=torch.float32, device="cpu"):
-    """Keys have much in common with their neighbours, so that their means differ."""
-    torch.manual_seed(0)
-    query, key = (torch.randn(batch, h, capacity, dim, device=device) for h in (heads, kv_heads))
-    key += 2 * torch.randn(batch, kv_heads, -(-capacity // 16), dim, device=device).repeat_interleave(16, 2)[:, :, :capacity]
-    return query.to(dtype), key.to(dtype)
-
-
-def counted(counts, device="cpu"):
-    return None if counts is None else torch.tensor(counts, dtype=torch.int32, device=device)
-
-
-def poisoned(inputs, counts):
-    inputs = tuple(t.clone() for t in inputs)
-    for b, n in enumerate(counts or []):
-        for t in inputs:
-            t[b, :, n:] = torch.nan
-    return inputs
-
-
-def mask_of(lists):
-    """The mask of lists; each is ascending and ends with its diagonal, those behind the count are empty."""
-    for row, (num, indices) in enumerate(zip(lists.kv_num_blocks.flatten(), lists.kv_indices.flatten(0, 2), strict=True)):
-        chosen = indices[: int(num)].tolist()
-        assert chosen == sorted(set(chosen)) and chosen[-1:] in ([], [row % lists.kv_indices.shape[2]])
-    return blocks_mask(*lists) & (lists.kv_num_blocks > 0)[..., None]
 
 
 @pytest.mark.parametrize("counts", [None, [150, 33], [0, 128]])

@@ -1,0 +1,79 @@
+"""XAttention's lists equal the reference's, whatever the count and the tiling."""
+
+import pytest
+import torch
+
+from tsa_compile.kernels import reference_sparse
+from tsa_compile.kernels.sparse.lists import density
+from tsa_compile.kernels.sparse.xattention import Tiling, xattention, xattention_aten, xattention_triton
+
+from .support import counted, make, mask_of, poisoned
+
+# The logarithm of the weight of a block that a row does not see at all.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+
+OPTIONS = dict(stride=8, mass=0.6, block=32)
+TILINGS = {
+    "plain": Tiling(16, 16, 16, 4, 1),
+    "wide": Tiling(16, 32, 16, 4, 1),
+    "tma": Tiling(32, 16, 16, 4, 1, use_tma=True),
+}
+
+
+@pytest.mark.parametrize("counts", [None, [150, 33], [0, 128]])
+@pytest.mark.parametrize("options", [OPTIONS, {**OPTIONS, "stride": 4}, {**OPTIONS, "mass": 0.3}])
+def test_the_aten_version_equals_the_reference(counts, options):
+    inputs, count = make(), counted(counts)
+    found = xattention_aten(*poisoned(inputs, counts), 0.5, count, **options)
+    assert torch.equal(mask_of(found), reference_sparse.xattention(*inputs, 0.5, count, **options))
+
+
+@pytest.mark.parametrize(
+    "counts, tiling",
+    [(None, "plain"), ([0, 128], "plain"), ([150, 35], "plain"), ([150, 35], "wide"), ([150, 35], "tma")],
+)
+def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
+    inputs, count = make(device=triton_device), counted(counts, triton_device)
+    expected = xattention_aten(*inputs, 0.5, count, **OPTIONS)
+    found = xattention_triton(*poisoned(inputs, counts), 0.5, count, tiling=TILINGS[tiling], **OPTIONS)
+    densities = density(expected, count, 150, 32)
+    assert densities.max() > 0.3 and densities.min() < 0.9
+    assert torch.equal(mask_of(found), mask_of(expected))
+
+
+def test_few_dims_and_large_logits(triton_device):
+    query, key = make(1, capacity=100, dim=24, device=triton_device)
+    for scale in (5.0, 0.0):
+        expected = xattention_aten(query, key, scale, **OPTIONS)
+        found = xattention_triton(query, key, scale, tiling=TILINGS["plain"], **OPTIONS)
+        assert torch.equal(mask_of(found), mask_of(expected)), scale
+
+
+@pytest.mark.parametrize("capacity", [1, 300])
+def test_defaults_and_layout(triton_device, capacity):
+    query, key = (
+        t.transpose(1, 2).contiguous().transpose(1, 2) for t in make(1, 1, capacity=capacity, device=triton_device)
+    )
+    assert torch.equal(*(mask_of(f(query, key, 1.0)) for f in (xattention_aten, xattention_triton)))
+    if triton_device == "cpu":
+        assert torch.equal(mask_of(xattention(query, key, 1.0)), mask_of(xattention_aten(query, key, 1.0)))
+
+
+def test_nothing_to_do(triton_device):
+    query, key = make(0, device=triton_device)
+    assert xattention_triton(query, key, 1.0).kv_num_blocks.shape == (0, 2, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("layout", ["BHCD", "BCHD"])
+def test_on_the_gpu(stride, layout):
+    query, key = make(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
+    if layout == "BCHD":
+        query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key))
+    for counts in ([5000, 3333], [4096, 0]):
+        count = counted(counts, "cuda")
+        inputs = poisoned((query, key), counts)
+        found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride))
+        expected = mask_of(xattention_aten(query, key, 0.3, count, stride=stride))
+        assert (found != expected).float().mean() < 5e-3  # sums differ in their last bits
