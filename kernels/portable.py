@@ -43,6 +43,9 @@ _DOUBLINGS = (64, 64, 64, 32, 16, 8, 4, 2, 1)  # any exponent from 0 to 255 is a
 _MANTISSA_BITS = 23
 _CHUNK = 32
 
+CAUSAL_KERNELS = ("auto", "sdpa", "flash", "cudnn", "triton")
+"""The attention kernels that `attend` stands for: those of this package, which all compute causal attention."""
+
 
 def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """`tsa::score`: [B,H,L,D], [B,G,L,D], bool [B,L] or None -> float32 [B,H,L]."""
@@ -69,7 +72,7 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
     if valid is not None:
         scores = torch.where(valid[:, None], scores, -math.inf)
-    return scores.to(torch.float32)
+    return scores.to(torch.float32).contiguous()
 
 
 def _window_sum(query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, alive: Tensor, scale: float) -> Tensor:
@@ -126,19 +129,19 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 
 def _dropped(mass: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
     """How many of the lightest candidates carry `coverage` of the mass [B, L] together, 0 if the first carries it."""
-    target = mass.sum(dim=1) * coverage
+    target = mass.sum(dim=1, keepdim=True) * coverage
 
     def lighter(value: Tensor) -> Tensor:
-        return torch.where(mass < value[:, None], mass, 0.0).sum(dim=1)
+        return torch.where(mass < value, mass, 0.0).sum(dim=1, keepdim=True)
 
     # Tokens below the threshold stay under the target together; with all that equal it they do not.
     threshold = _largest(lambda value: lighter(value) < target, target)
-    below = (is_candidate & (mass < threshold[:, None])).sum(dim=1)
-    equal = (is_candidate & (mass == threshold[:, None])).sum(dim=1)
+    below = (is_candidate & (mass < threshold)).sum(dim=1, keepdim=True)
+    equal = (is_candidate & (mass == threshold)).sum(dim=1, keepdim=True)
     steps = torch.ceil((target - lighter(threshold)) / threshold.clamp(min=_SMALLEST_NORMAL)) - 1
-    fitting = torch.minimum(equal, steps.clamp(min=0, max=2.0**24).to(torch.int64))
+    fitting = torch.minimum(equal, steps.clamp(min=0.0, max=2.0**24).to(torch.int64))
     drop = below + torch.where(threshold > 0, fitting, equal)
-    return torch.where((drop > 0) & (target > 0), drop + 1, 0)
+    return torch.where((drop > 0) & (target > 0), drop + 1, 0)[:, 0]
 
 
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
@@ -148,16 +151,18 @@ def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     kept = torch.full((batch,), most, dtype=torch.int32, device=scores.device)
     if count is not None:
         kept = torch.minimum(count, kept).clamp(min=0)
-    wanted = kept[:, None].expand(batch, heads)
+    wanted = kept[:, None, None].expand(batch, heads, 1)
+
+    def how_many(flags: Tensor) -> Tensor:
+        return flags.to(torch.int32).sum(dim=2, keepdim=True, dtype=torch.int32)
 
     def reached(value: Tensor) -> Tensor:
-        return (scores >= value[..., None]).to(torch.int32).sum(dim=2, dtype=torch.int32) >= wanted
+        return how_many(scores >= value) >= wanted
 
-    start = torch.zeros_like(scores[:, :, 0])
-    threshold = torch.where(reached(start), _largest(reached, start), -math.inf)[..., None]
+    start = torch.zeros_like(scores[:, :, :1])
+    threshold = torch.where(reached(start), _largest(reached, start), -math.inf)
     above, equal = scores > threshold, scores == threshold
-    missing = wanted - above.to(torch.int32).sum(dim=2, dtype=torch.int32)
-    chosen = above | (equal & (_running_count(equal) <= missing[..., None]))
+    chosen = above | (equal & (_running_count(equal) <= wanted - how_many(above)))
 
     positions = torch.arange(seq_len, device=scores.device)
     rank = _running_count(chosen)
@@ -191,7 +196,7 @@ def compress(
     gathered = []
     for source, heads in ((query, query.shape[1]), (key, indices.shape[1]), (value, indices.shape[1])):
         rows = _take_rows(source, _for_heads(indices, heads))
-        gathered.append(rows if real is None else torch.where(real, rows, 0.0))
+        gathered.append(rows if real is None else torch.where(real, rows, 0.0).contiguous())
     return gathered[0], gathered[1], gathered[2]
 
 
@@ -219,7 +224,8 @@ def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_le
     rows = compressed.reshape(batch * heads * capacity, dim)
     starts = _row_starts(batch, heads, heads, capacity, indices.device)
     rows = rows.index_select(0, (starts[:, None, :, 0] + source).reshape(-1)).reshape(batch, seq_len, heads, dim)
-    return torch.where(kept[..., None], rows, 0.0).to(compressed.dtype).transpose(1, 2)
+    # Contiguous as [B, L, H, Dv], the layout that the graph around the op was traced with.
+    return torch.where(kept[..., None], rows, 0.0).to(compressed.dtype).contiguous().transpose(1, 2)
 
 
 def spans(padding: Tensor) -> Tensor:
@@ -286,3 +292,16 @@ def _take_rows(source: Tensor, rows: Tensor) -> Tensor:
     flat = _row_starts(batch, heads, source_heads, length, source.device) + rows
     taken = source.reshape(batch * source_heads * length, dim).index_select(0, flat.reshape(-1))
     return taken.reshape(batch, heads, count, dim)
+
+
+OPS: dict[str, Callable[..., object]] = {
+    "score": score,
+    "budget": budget,
+    "select": select,
+    "compress": compress,
+    "attend": attend,
+    "decompress": decompress,
+    "spans": spans,
+    "padded_attention": padded_attention,
+}
+"""The portable form of every op `tsa::<name>` that an exported program may contain."""

@@ -1,0 +1,204 @@
+"""ONNX files of small models: what they hold, and that onnxruntime computes with them what torch does."""
+
+import collections
+
+import pytest
+import torch
+
+from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.errors import ConfigError
+from tsa_compile.export import export_program
+from tsa_compile.export import onnx as tsa_onnx
+from tsa_compile.kernels import reference
+from tsa_compile.kernels.score import score_aten
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = (40, 300)
+CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1)
+CASES = {
+    "padded": (CONFIG, True),
+    "plain": (CONFIG, False),
+    "coverage within a capacity": (CONFIG.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True),
+}
+
+
+def make_inputs(batch, length, *, padded=True, seed=0):
+    """Token ids and a mask whose items are padded left, right and not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, :11] = 0
+    mask[-1, length - 5 :] = 0 if batch > 1 else 1
+    inputs = {"input_ids": torch.randint(0, 97, (batch, length), generator=generator), "attention_mask": mask}
+    return inputs if padded else {"input_ids": inputs["input_ids"]}
+
+
+def make_program(config, padded=True, lower=None):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = transformers.LlamaConfig(num_hidden_layers=2, vocab_size=97, **shape)
+    model = transformers.LlamaForCausalLM(llama).eval()
+    inputs = make_inputs(2, 80, padded=padded)
+    return export_program(model, inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8), lower=lower)
+
+
+def op_types(model):
+    return collections.Counter((node.domain, node.op_type) for node in model.graph.node)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    config, padded = CASES[case]
+    program, path = make_program(config, padded), tmp_path / "model.onnx"
+    tsa_onnx.save(program, path)
+
+    model = onnx.load(path)
+    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    assert {domain for domain, _ in op_types(model)} == {""}
+    assert not {"TopK", "NonZero", "Unique", "Compress", "Loop", "RotaryEmbedding"} & {op for _, op in op_types(model)}
+    assert {entry.key: entry.value for entry in model.metadata_props}["tsa_compile.length"] == "40..300"
+
+    session = onnxruntime.InferenceSession(path)
+    assert [tensor.shape for tensor in session.get_inputs()] == [["batch", "length"]] * (2 if padded else 1)
+    for batch, length in ((2, 80), (1, 41), (3, 150)):
+        inputs = make_inputs(batch, length, padded=padded, seed=length)
+        expected = program.module()(**inputs)["logits"]
+        got = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def op_run(name, compute):
+    """An operator of the domain for onnx's reference evaluator, which hands over arrays, None and attributes."""
+    from onnx.reference.op_run import OpRun
+
+    def run(self, *inputs, **attributes):
+        tensors = [None if value is None else torch.from_numpy(value.copy()) for value in inputs]
+        results = compute(*tensors, **attributes)
+        return tuple(result.numpy() for result in (results if isinstance(results, tuple) else (results,)))
+
+    return type(name, (OpRun,), {"op_domain": "tsa", "_run": run})
+
+
+def reference_ops():
+    """The domain's operators by the oracle, called as the schemas say."""
+
+    def budget(scores, coverage=None, keep_numerator=None, keep_denominator=None, min_tokens=None):
+        ratio = None if keep_numerator is None else keep_numerator / keep_denominator
+        return reference.budget(scores, coverage, ratio, min_tokens)
+
+    def padded_attention(query, key, value, padding, scale, mean_rows):
+        return reference.padded_attention(query, key, value, padding, scale, bool(mean_rows))
+
+    return [
+        op_run("Score", lambda q, k, padding=None, **options: reference.score(q, k, padding, **options)),
+        op_run("Budget", budget),
+        op_run("Select", lambda scores, capacity, count=None: reference.select(scores, count, int(capacity))),
+        op_run("CompressRows", lambda *rows: reference.compress(*(*rows, None)[:5])),
+        op_run("Attend", lambda *rows, scale: reference.attend(*(*rows, None)[:4], scale)),
+        op_run("DecompressRows", lambda rows, i, length, n=None: reference.decompress(rows, i, n, int(length))),
+        op_run("PaddedAttention", padded_attention),
+    ]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(padded, tmp_path):
+    from onnx.reference import ReferenceEvaluator
+
+    program, path = make_program(CONFIG, padded), tmp_path / "model.onnx"
+    tsa_onnx.save(program, path, domain="tsa")
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    steps = ["Score", "Select", "CompressRows", "Attend", "DecompressRows"] + ["Budget", "PaddedAttention"] * padded
+    assert {op: count for (domain, op), count in op_types(model).items() if domain == "tsa"} == dict.fromkeys(steps, 1)
+
+    inputs = make_inputs(2, 60, padded=padded)
+    evaluator = ReferenceEvaluator(model, new_ops=reference_ops())
+    got = evaluator.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    expected = program.module()(**inputs)["logits"]
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_schemas_are_registered_and_documented():
+    found = {schema.name: schema for schema in tsa_onnx.schemas()}
+    assert list(found) == ["Score", "Budget", "Select", "CompressRows", "Attend", "DecompressRows", "PaddedAttention"]
+    assert all(schema.domain == "tsa" and schema.doc for schema in found.values())
+    assert found["Budget"].attributes["min_tokens"].required
+    assert not found["Budget"].attributes["coverage"].required
+    assert [output.name for output in found["CompressRows"].outputs] == ["query_rows", "key_rows", "value_rows"]
+    assert tsa_onnx.schemas()[0].name == "Score", "a second call registers nothing twice"
+
+
+class Layer(torch.nn.Module):
+    """A module whose attention was rewritten: what an export has for a layer, without a model around it."""
+
+    def __init__(self, coverage=None, kernel="auto", capacity=None):
+        super().__init__()
+        self.coverage, self.kernel, self.capacity = coverage, kernel, capacity
+
+    def forward(self, query, key, value):
+        tsa, length = torch.ops.tsa, query.shape[2]
+        capacity = length if self.capacity is None else torch.sym_min(length, self.capacity)
+        scores = tsa.score(query, key, None, 0.25, 8, 7)
+        count = tsa.budget(scores, self.coverage, None if self.coverage else 0.5, 3)
+        indices = tsa.select(scores, count, capacity)
+        rows = tsa.attend(*tsa.compress(query, key, value, indices, count), count, 0.25, self.kernel)
+        return tsa.decompress(rows, indices, count, length)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(**options)])
+
+    def forward(self, query, key, value):
+        return self.layers[0](query, key, value)
+
+
+def program_of(model):
+    tensors = (torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16))
+    shapes = ({2: torch.export.Dim("length", min=16, max=300)},) * 3
+    return torch.export.export(model, tensors, dynamic_shapes=shapes)
+
+
+def test_a_coverage_without_capacity_names_the_layer_and_the_remedy(tmp_path):
+    program = program_of(Model(coverage=0.1))
+    with pytest.raises(ConfigError, match=r"layers\.0: a Coverage budget .*KeepRatio.*capacity"):
+        tsa_onnx.save(program, tmp_path / "model.onnx")
+    tsa_onnx.to_portable(program_of(Model(coverage=0.1, capacity=20)))
+
+
+def test_a_foreign_kernel_is_named():
+    with pytest.raises(ConfigError, match=r"layers\.0: kernel='flash3'"):
+        tsa_onnx.to_portable(program_of(Model(kernel="flash3")))
+
+
+def test_a_lowered_program_is_refused(tmp_path):
+    class Scores(torch.nn.Module):
+        def forward(self, query, key):
+            return score_aten(query, key, None, 0.25, 8, 7)
+
+    lowered = torch.export.export(Scores(), (torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)))
+    with pytest.raises(ConfigError, match="lower=None"):
+        tsa_onnx.save(lowered, tmp_path / "model.onnx")
+
+
+def test_options_and_paths(tmp_path):
+    program = program_of(Model())
+    for path, found in [("model.pt", "must end in .onnx"), ("nowhere/model.onnx", "there is no folder")]:
+        with pytest.raises(ConfigError, match=found):
+            tsa_onnx.save(program, tmp_path / path)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        tsa_onnx.save(program, tmp_path / "folder.onnx")
+    with pytest.raises(ConfigError, match="opset=18 is not allowed: opset must be one of 23, 24"):
+        tsa_onnx.save(program, tmp_path / "model.onnx", opset=18)
+    with pytest.raises(ConfigError, match="domain="):
+        tsa_onnx.save(program, tmp_path / "model.onnx", domain="com.microsoft")
+
+
+def test_a_missing_package_is_named_with_the_extra():
+    with pytest.raises(ImportError, match=r"'not_there': pip install 'tsa-compile\[onnx\]'"):
+        tsa_onnx.require("json", "not_there")

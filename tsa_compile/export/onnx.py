@@ -1,0 +1,328 @@
+"""ONNX models of exported programs: standard operators alone, or one node of the domain "tsa" for each op.
+
+    save(program, "model.onnx")                  ai.onnx operators: runs in onnxruntime, parses in TensorRT
+    save(program, "model.onnx", domain="tsa")    tsa::Score, tsa::Select, ...: for a runtime with kernels of its own
+
+`program` comes from `export_program(model, inputs, config, lower=None)`, which keeps the tsa ops in the graph. Standard
+operators are those of kernels/portable.py: no TopK, no sort, no NonZero, no shape that depends on data. Every selected
+row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand: KeepRatio, or
+a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers over all L:
+a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C] logits in
+float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
+
+Batch and length stay dynamic, named "batch" and "length"; the ranges that the program was exported for are written to
+the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no place for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from tsa_compile.config import KeepRatio
+from tsa_compile.errors import ConfigError
+from tsa_compile.kernels import portable
+from tsa_compile.passes.graph import fake, known
+from tsa_compile.pipeline import OPS as _REGISTERED
+
+if TYPE_CHECKING:
+    import onnx
+
+assert _REGISTERED  # importing the kernels made torch.ops.tsa.*
+
+OPSETS = (23, 24)
+DOMAIN = "tsa"
+DOMAIN_VERSION = 1
+
+tsa = torch.ops.tsa
+
+
+def save(
+    program: ExportedProgram, path: str | os.PathLike[str], *, opset: int = OPSETS[0], domain: str | None = None
+) -> None:
+    """Writes a program as an ONNX model, checked by onnx.checker. Weights beyond 2 GB go to a file beside it.
+
+    Args:
+        program: from `export_program(..., lower=None)`.
+        path: where to write; ends in ".onnx".
+        opset: version of ONNX's operators, 23 or 24.
+        domain: None for standard operators alone; "tsa" for one node of that domain for each op (`schemas` lists them).
+
+    Raises:
+        ConfigError: an option, path or program that is not allowed; with standard operators also a coverage without a
+            capacity. The message names the layer and the remedy.
+        ImportError: the packages onnx and onnxscript are missing.
+    """
+    onnx = require("onnx", "onnxscript")[0]
+    if opset not in OPSETS:
+        raise ConfigError(
+            f"opset={opset!r} is not allowed: opset must be one of {', '.join(map(str, OPSETS))} "
+            "(Attention is an operator from 23 on)"
+        )
+    if domain not in (None, DOMAIN):
+        raise ConfigError(f'domain={domain!r} is not allowed: domain must be None (standard operators) or "{DOMAIN}"')
+    target = writable(path, ".onnx")
+    exported = _export(program, opset) if domain is None else _export_domain(program, opset)
+    _name_axes(exported, program)
+    exported.save(str(target))
+    onnx.checker.check_model(str(target), full_check=True)
+
+
+def require(*modules: str, extra: str = "onnx") -> list[Any]:
+    """The modules; ImportError with the command that installs them."""
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ImportError as error:
+        raise ImportError(
+            f"this export needs the package {error.name or modules[0]!r}: pip install 'tsa-compile[{extra}]'"
+        ) from error
+
+
+def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
+    """The path, once it is clear that a file can be written there; ConfigError otherwise."""
+    target = Path(path)
+    if target.suffix not in suffixes:
+        raise ConfigError(f"path={str(path)!r} is not allowed: it must end in {' or '.join(suffixes)}")
+    folder = target.parent
+    if not folder.is_dir():
+        raise ConfigError(f"path={str(path)!r} cannot be written: there is no folder {str(folder)!r}")
+    if target.is_dir() or not os.access(target if target.exists() else folder, os.W_OK):
+        raise ConfigError(f"path={str(path)!r} cannot be written: no permission, or it is a folder")
+    return target
+
+
+def to_portable(program: ExportedProgram) -> ExportedProgram:
+    """The program in standard operators; ConfigError where a layer cannot be written in them. See `save`."""
+    _check_form(program)
+    for node in program.graph.nodes:
+        if node.target is tsa.attend.default and node.args[5] not in portable.CAUSAL_KERNELS:
+            raise ConfigError(
+                f"{layer_of(node)}: kernel={node.args[5]!r} has no form in standard operators; use "
+                f'kernel="auto", or domain="{DOMAIN}" for a runtime that has this kernel'
+            )
+        if node.target is tsa.select.default and _is_unbounded(node):
+            raise ConfigError(
+                f"{layer_of(node)}: a Coverage budget decides at run time how many tokens are kept, and standard "
+                "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
+                f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
+            )
+    return program.run_decompositions({getattr(tsa, name).default: form for name, form in portable.OPS.items()})
+
+
+def _check_form(program: ExportedProgram) -> None:
+    """Ops that only a compiled graph has, or that an earlier lowering opened."""
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    foreign = sorted(name for name in targets if name.startswith("tsa.") and name.split(".")[1] not in portable.OPS)
+    lowered = not any(name.startswith("tsa.") for name in targets) and "aten.searchsorted.Tensor" in targets
+    if foreign or lowered:
+        found = f"holds {', '.join(foreign)}" if foreign else "was lowered to ATen operators"
+        raise ConfigError(f"the program {found}; pass one from export_program(model, inputs, config, lower=None)")
+
+
+def _is_unbounded(select: Node) -> bool:
+    """Whether a coverage decides the count and nothing but the sequence length bounds it."""
+    scores, count, capacity = select.args
+    while isinstance(count, Node) and count.target is not tsa.budget.default:
+        count = next(iter(count.all_input_nodes), None)  # a clamp to the capacity
+    if not isinstance(count, Node) or not count.args[1]:
+        return False
+    return known(fake(capacity) >= fake(scores).shape[2])
+
+
+def layer_of(node: Node) -> str:
+    """The name of the module that a node belongs to, or else that of what it is computed from."""
+    queue = [node]
+    for current in queue:
+        stack = current.meta.get("nn_module_stack")
+        if stack:
+            return str(list(stack.values())[-1][0]).removeprefix("L['self'].") or "the model"
+        queue.extend(source for source in current.all_input_nodes if source not in queue)
+    return node.name
+
+
+def _export(program: ExportedProgram, opset: int, table: dict[Any, Any] | None = None) -> Any:
+    """By torch's exporter, over standard operators or with a table of others."""
+    optimize = require("onnxscript.optimizer")[0].optimize
+    lowered = to_portable(program) if table is None else program
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytree
+        # Not `optimize=True`, which at opset 23 also makes a RotaryEmbedding of rotary positions: with caches [1, L, D/2]
+        # for all items where the operator wants [B, L, D/2], so that onnxruntime refuses batches.
+        exported: Any = torch.onnx.export(
+            lowered, dynamo=True, opset_version=opset, custom_translation_table=table or {}, verbose=False, optimize=False
+        )
+    optimize(exported.model)
+    return exported
+
+
+def _export_domain(program: ExportedProgram, opset: int) -> Any:
+    schemas()
+    _check_form(program)
+    # What spans tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
+    program = program.run_decompositions({tsa.spans.default: portable.spans})
+    return _export(program, opset, {getattr(tsa, name).default: form for name, form in _translations().items()})
+
+
+def _name_axes(exported: Any, program: ExportedProgram) -> None:
+    """Calls symbolic sizes "batch" (the first dimension of an input) and "length" (the only other one)."""
+    dims = [(dim, place) for place, dim in _symbolic_dims(exported)]
+    batch = {name for name, place in dims if place == 0}
+    others = {name for name, _ in dims} - batch
+    names = dict.fromkeys(batch, "batch") if len(batch) == 1 else {}
+    names.update(dict.fromkeys(others, "length") if len(others) == 1 else {})
+    ranges = {str(symbol): extent for symbol, extent in program.range_constraints.items()}
+    for symbol, name in names.items():
+        if symbol in ranges:
+            exported.model.metadata_props[f"tsa_compile.{name}"] = f"{ranges[symbol].lower}..{ranges[symbol].upper}"
+    exported.rename_axes(names)
+
+
+def _symbolic_dims(exported: Any) -> Iterator[tuple[int, str]]:
+    """(dimension, symbol) of the inputs that have at least two dimensions."""
+    for value in exported.model.graph.inputs:
+        if value.shape is not None and len(value.shape) > 1:
+            yield from ((place, dim.value) for place, dim in enumerate(value.shape) if not isinstance(dim, int))
+
+
+# name, inputs, outputs, attributes. "?" marks what may be left out; T is the model's floating-point type.
+_SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
+    (
+        "Score",
+        "query T [B,H,L,D], key T [B,G,L,D], padding? bool [B,L]",
+        "scores float [B,H,L]",
+        "scale float, window int, pool int",
+        "Mean attention of the last `window` valid queries to each earlier token, pooled over `pool` neighbours. +inf "
+        "marks the window's tokens, -inf invalid ones.",
+    ),
+    (
+        "Budget",
+        "scores float [B,S,L]",
+        "count int32 [B]",
+        "coverage? float, keep_numerator? int, keep_denominator? int, min_tokens int",
+        "Tokens to keep, the window included: all but the lightest that carry `coverage` of the mass, or "
+        "ceil(candidates * keep_numerator / keep_denominator) candidates; at least min_tokens of them.",
+    ),
+    (
+        "Select",
+        "scores float [B,S,L], capacity int64 [], count? int32 [B]",
+        "indices int32 [B,S,C]",
+        "",
+        "Ascending positions of the `count` highest scores of each row; equal scores: the lower position first. Slots "
+        "from count on hold L - 1. Without a count all slots are tokens.",
+    ),
+    (
+        "CompressRows",
+        "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], indices int32 [B,S,C], count? int32 [B]",
+        "query_rows T [B,H,C,D], key_rows T [B,S,C,D], value_rows T [B,S,C,Dv]",
+        "",
+        "The selected rows; S is H, or G where a group shares its selection. Rows from count on are zero.",
+    ),
+    (
+        "Attend",
+        "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
+        "rows T [B,H,C,Dv]",
+        "scale float",
+        "Causal attention over the first `count` rows; what follows them is unspecified.",
+    ),
+    (
+        "DecompressRows",
+        "rows T [B,H,C,Dv], indices int32 [B,S,C], length int64 [], count? int32 [B]",
+        "output T [B,H,L,Dv]",
+        "",
+        "Row j < count at position indices[j], zeros elsewhere.",
+    ),
+    (
+        "PaddedAttention",
+        "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
+        "output T [B,H,L,Dv]",
+        "scale float, mean_rows int",
+        "Dense attention under (kv <= q) and padding[b,kv]. A row that may look nowhere is 0, or with mean_rows the mean "
+        "of value.",
+    ),
+)
+_TYPES = {"T": "T", "float": "tensor(float)", "bool": "tensor(bool)"}
+_TYPES.update({name: f"tensor({name})" for name in ("int32", "int64")})
+
+
+def schemas() -> list[onnx.defs.OpSchema]:
+    """The schemas of the domain "tsa", registered with onnx: what a runtime's plugins implement."""
+    onnx = require("onnx")[0]
+    found = []
+    for name, *_ in _SCHEMAS:
+        if not onnx.defs.has(name, DOMAIN):
+            onnx.defs.register_schema(_schema(onnx, name))
+        found.append(onnx.defs.get_schema(name, DOMAIN_VERSION, DOMAIN))
+    return found
+
+
+def _schema(onnx: Any, name: str) -> Any:
+    kind = onnx.defs.OpSchema
+    _, inputs, outputs, attributes, doc = next(row for row in _SCHEMAS if row[0] == name)
+
+    def parameter(given: str, option: Any, type_: str, shape: str) -> Any:
+        return kind.FormalParameter(given, _TYPES[type_], shape, param_option=option)
+
+    def attribute(given: str, option: Any, type_: str, _: str) -> Any:
+        required = option is kind.FormalParameterOption.Single
+        return kind.Attribute(given, getattr(kind.AttrType, type_.upper()), required=required)
+
+    def read(text: str, make: Callable[..., Any]) -> list[Any]:
+        made = []
+        for item in text.split(", ") if text else []:
+            given, type_, shape = (*item.split(" "), "")[:3]
+            option = kind.FormalParameterOption.Optional if given.endswith("?") else kind.FormalParameterOption.Single
+            made.append(make(given.rstrip("?"), option, type_, shape))
+        return made
+
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    generic = [("T", floats, "The model's floating-point type.")] if " T " in inputs else []
+    return kind(
+        name,
+        DOMAIN,
+        DOMAIN_VERSION,
+        doc=doc,
+        inputs=read(inputs, parameter),
+        outputs=read(outputs, parameter),
+        type_constraints=generic,
+        attributes=read(attributes, attribute),
+    )
+
+
+def _translations() -> dict[str, Callable[..., Any]]:
+    """One node for each op. torch's exporter takes annotated parameters for attributes, the others for inputs."""
+    ops: Any = require("onnxscript")[0].values.Opset(DOMAIN, DOMAIN_VERSION)
+
+    def score(query, key, padding, scale: float, window: int, pool: int):  # type: ignore[no-untyped-def]
+        return ops.Score(query, key, padding, scale=scale, window=window, pool=pool)
+
+    def budget(scores, coverage: float, keep_ratio: float, min_tokens: int):  # type: ignore[no-untyped-def]
+        if keep_ratio is None:
+            return ops.Budget(scores, coverage=coverage, min_tokens=min_tokens)
+        share = KeepRatio(keep_ratio).fraction  # a float attribute has too few digits for an exact ceiling
+        return ops.Budget(scores, keep_numerator=share.numerator, keep_denominator=share.denominator, min_tokens=min_tokens)
+
+    def select(scores, count, capacity):  # type: ignore[no-untyped-def]
+        return ops.Select(scores, capacity, count)
+
+    def compress(query, key, value, indices, count):  # type: ignore[no-untyped-def]
+        return ops.CompressRows(query, key, value, indices, count)
+
+    def attend(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
+        return ops.Attend(query, key, value, count, scale=scale)
+
+    def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
+        return ops.DecompressRows(compressed, indices, seq_len, count)
+
+    def padded_attention(query, key, value, padding, spans, scale: float, mean_rows: bool):  # type: ignore[no-untyped-def]
+        return ops.PaddedAttention(query, key, value, padding, scale=scale, mean_rows=int(mean_rows))
+
+    forms = (score, budget, select, compress, attend, decompress, padded_attention)
+    return {form.__name__: form for form in forms}
