@@ -182,7 +182,8 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """Everything is kept; no copy where the kernel keeps the layout of a query that is [B, L, H, D] in memory."""
-    out = choose(KernelRequest.of(query, key, value)).causal(query, key, value, options.scale)
+    kernel = choose(KernelRequest.of(query, key, value), options.kernel)
+    out = kernel.causal(query, key, value, options.scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -167,7 +167,8 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str) 
 def _kernel(plan: SitePlan, config: TSAConfig) -> str:
     """The kernel that will run at a site: the configured one where it is sparse, else the fastest that fits."""
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
-    if query.device.type not in _DEVICES or not isinstance(query.shape[1], int):
+    sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
     return choose(KernelRequest.of(query, key, value), config.kernel if plan.decision is Decision.SPARSE else "auto").name
 

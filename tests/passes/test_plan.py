@@ -53,6 +53,13 @@ def sparse_layers(module, config):
     return [row.layer_index for row in rows(module, config) if row.decision is Decision.SPARSE]
 
 
+@pytest.mark.filterwarnings("ignore:no attention call")
+def test_a_symbolic_head_size_stays_dense():
+    """A kernel cannot be asked about a head size that is not known."""
+    (row,) = rows(Stack(1), SPARSE, dynamic=True)
+    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.HEAD_DIM)
+
+
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (2, [1]), (3, [1, 2]), (4, [2, 3]), (5, [2, 3, 4])])
 def test_the_upper_half_is_sparse_by_default(count, expected):
     assert sparse_layers(Stack(count), SPARSE) == expected
