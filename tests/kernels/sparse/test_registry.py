@@ -1,0 +1,104 @@
+"""The block-sparse kernels in the registry of attend, alone and over compressed rows."""
+
+import math
+
+import pytest
+import torch
+
+from tsa_compile.errors import KernelError
+from tsa_compile.kernels import attend, fused, reference  # noqa: F401, fused registers its op
+from tsa_compile.kernels.attend import KernelRequest, choose, unregister
+from tsa_compile.kernels.sparse import block_sparse, flashprefill, lists_of, xattention
+
+NAMES = ("flashprefill", "xattention")
+
+
+def make(capacity=700, dtype=torch.float32, device="cpu", heads=4, kv_heads=2, dim=16):
+    torch.manual_seed(0)
+    shapes = [(2, h, capacity, dim) for h in (heads, kv_heads, kv_heads)]
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+def every_fourth(query, key, scale, count):
+    blocks = torch.arange(-(-query.shape[2] // 128), device=query.device)
+    mask = (blocks % 4 == 0) & (blocks <= blocks[:, None])
+    return lists_of(mask.expand(*query.shape[:2], -1, -1))
+
+
+@pytest.fixture
+def registered():
+    """Registers for the time of a test."""
+    names = []
+
+    def register(name, *args, **options):
+        names.append(name)
+        return block_sparse(name, *args, **options)
+
+    yield register
+    for name in names:
+        unregister(name)
+
+
+def test_they_are_there_and_never_chosen_unasked():
+    request = KernelRequest("cpu", torch.float32, 16, 16, 4, 2)
+    assert choose(request).name == "sdpa"
+    for name in NAMES:
+        kernel = choose(request, name)
+        assert kernel.device_count and kernel.priority == -20
+    cuda = KernelRequest("cuda", torch.float64, 16, 16, 4, 2, (9, 0))
+    with pytest.raises(KernelError, match="float64"):
+        choose(cuda, "xattention")
+
+
+@pytest.mark.parametrize("name, options", [("flashprefill", {"alpha": 0.0}), ("xattention", {"mass": 1.1})])
+def test_a_variant_that_leaves_nothing_out_is_dense(registered, name, options):
+    registered("everything", {"flashprefill": flashprefill, "xattention": xattention}[name], **options)
+    inputs, count = make(), torch.tensor([700, 333], dtype=torch.int32)
+    out = attend.attend(*inputs, count, 0.25, "everything")
+    torch.testing.assert_close(out, reference.attend(*inputs, count, 0.25))
+
+
+def test_a_selector_of_ones_own(registered):
+    registered("fourth", every_fourth)
+    query, key, value = make()
+    out = attend.attend(query, key, value, None, 0.25, "fourth")
+    rows = torch.arange(700)
+    seen = (rows <= rows[:, None]) & ((rows // 128 % 4 == 0) | (rows // 128 == rows[:, None] // 128))
+    key, value = (t.repeat_interleave(2, 1) for t in (key, value))
+    weights = (0.25 * query @ key.transpose(2, 3)).masked_fill(~seen, -math.inf).softmax(-1)
+    torch.testing.assert_close(out, weights @ value)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "band"])
+def test_composed_with_token_selection(registered, name):
+    """The fused op equals its steps, with the same selector between them."""
+    registered("band", flashprefill, alpha=1.0, sinks=0, window=1, last=0)
+    inputs = make(1500)
+    scores = torch.ops.tsa.score(inputs[0], inputs[1], None, 0.25, 64, 7)
+    scalars = (0.25, 64, 7, None, 0.5, 256, None, False, name)
+    found = torch.ops.tsa.sparse_attention(*inputs, *scalars)
+    kept = math.ceil(0.5 * (1500 - 64)) + 64
+    indices = torch.ops.tsa.select(scores, None, kept)
+    rows = torch.ops.tsa.compress(*inputs, indices, None)
+    out = torch.ops.tsa.attend(*rows, None, 0.25, name)
+    torch.testing.assert_close(found, torch.ops.tsa.decompress(out, indices, None, 1500))
+    assert torch.allclose(out, torch.ops.tsa.attend(*rows, None, 0.25, "sdpa")) == (name != "band")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_with_a_count_on_the_device(name):
+    inputs = make(3000, torch.bfloat16, "cuda", 8, 2, 128)
+    count = torch.tensor([3000, 3000], dtype=torch.int32, device="cuda")
+    kernel = attend.get(name)
+    kernel.causal(*inputs, 0.1, count)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernel.causal(*inputs, 0.1, count)
+    for counts in ([3000, 2000], [1001, 0]):
+        count.copy_(torch.tensor(counts, dtype=torch.int32))
+        graph.replay()
+        expected = kernel.causal(*inputs, 0.1, count)
+        for b, n in enumerate(counts):
+            assert torch.equal(out[b, :, :n], expected[b, :, :n])
