@@ -220,8 +220,8 @@ def _transposed(node: Any) -> Any:
         order: Any = argument(node, 1, "dims")
         order = order if isinstance(order, (list, tuple)) else node.args[1:]
         swapped = [dim % rank for dim in order] == [0, 1, 3, 2]
-    elif name == "getattr":
-        swapped = node.args[1] == "mT"
+    elif name in ("getattr", "mT"):  # Dynamo's spelling and torch.export's
+        swapped = name == "mT" or node.args[1] == "mT"
     return argument(node, 0, "input") if swapped else None
 
 

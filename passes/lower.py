@@ -17,11 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeGuard
+from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.kernels.attend import AUTO, attend_aten
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.compress import compress_aten
@@ -29,6 +32,7 @@ from tsa_compile.kernels.decompress import decompress_aten
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.score import score_aten
 from tsa_compile.kernels.select import select_aten
+from tsa_compile.passes.graph import fake_mode
 
 Form = Literal["aten"]
 FORMS: tuple[Form, ...] = ("aten",)
@@ -58,6 +62,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
 
     Raises:
         ConfigError: there is no such form, or a step names an attention kernel that is not part of this package.
+        RewriteError: the result would hold for a part of the lengths only.
     """
     if form is None:
         return program.run_decompositions({})
@@ -69,4 +74,27 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
                 f"kernel={node.args[5]!r} cannot be lowered at {node.name!r}: it is called through Python, which the "
                 f"exported program does without; use one of {', '.join(map(repr, _BUILT_IN))}, or lower=None"
             )
-    return program.run_decompositions(_ATEN)
+    mode = fake_mode(program.graph)
+    environment = None if mode is None else mode.shape_env
+    if environment is None:
+        return program.run_decompositions(_ATEN)
+    # A guard on a symbol also narrows its range, by which the guard would then always hold.
+    known_guards, ranges = len(environment.guards), dict(environment.var_to_range)
+    lowered = program.run_decompositions(_ATEN)
+    _check_guards(environment.guards[known_guards:], ranges)
+    return lowered
+
+
+def _check_guards(guards: list[ShapeGuard], ranges: dict[Any, Any]) -> None:
+    """What tracing an ATen form asked about the sizes must be so for all of them: nobody would look again.
+
+    Raises:
+        RewriteError: an answer holds for the example's length and cannot be shown to hold for every other one.
+    """
+    for guard in guards:
+        found = bound_sympy(guard.expr, ranges)
+        if found.lower is not sympy.true:
+            raise RewriteError(
+                f"the lowered program would hold for some lengths alone, those with {guard.expr}; raise the shortest of "
+                "dynamic_lengths to at least the window, below which nothing is dropped"
+            )

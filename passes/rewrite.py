@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.canonicalize import scale_of
-from tsa_compile.passes.graph import fake, insert, size
+from tsa_compile.passes.graph import fake, insert, known, size
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.passes.sites import AttentionSite
 from tsa_compile.report import Decision
@@ -100,7 +100,10 @@ def _count(graph: Graph, config: TSAConfig, scores: Node, padding: Node | None, 
 
 
 class _ShapeArithmetic:
-    """Integer arithmetic that stays Python where all operands are, and becomes nodes where one is symbolic."""
+    """Integer arithmetic that stays Python where all operands are, and becomes nodes where one is symbolic.
+
+    What the range of lengths decides is decided here: a sum of minima is more than a later reader could bound.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -111,7 +114,13 @@ class _ShapeArithmetic:
         return function(*operands)
 
     def minimum(self, left: int | Node, right: int | Node) -> Any:
-        return self.call(torch.sym_min, left, right)
+        smaller, larger = fake(left), fake(right)
+        if known(smaller <= larger):
+            return left
+        return right if known(larger <= smaller) else self.call(torch.sym_min, left, right)
 
     def maximum(self, left: int | Node, right: int | Node) -> Any:
-        return self.call(torch.sym_max, left, right)
+        larger, smaller = fake(left), fake(right)
+        if known(larger >= smaller):
+            return left
+        return right if known(smaller >= larger) else self.call(torch.sym_max, left, right)

@@ -1,0 +1,204 @@
+"""`export_program`: the passes on torch.export's graph, for every length and batch of a range."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.export import Dim
+
+from tsa_compile import ConfigError, Coverage, Decision, KeepRatio, RewriteError, TSAConfig, clear_reports, reports
+from tsa_compile.export import export_program
+from tsa_compile.testing import count_ops
+
+from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
+
+SMALL = TSAConfig(window=4, min_tokens=3, layers=(1,))
+HALF = SMALL.replace(budget=KeepRatio(0.5))
+LENGTHS, BATCHES = (16, 200), (1, 8)
+ATOL = 1e-5
+PADS = {40: (0, 9), 70: (5, -7, 0), 33: (0, -20)}
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec.*:FutureWarning"),
+]
+
+
+def model_inputs(length, padded):
+    ids = tokens(len(PADS[length]), length)
+    return {"input_ids": ids, "attention_mask": mixed_padding(length, PADS[length])} if padded else {"input_ids": ids}
+
+
+def wide_values(program):
+    """The calls that make something with two dimensions of the length."""
+    length = max(program.range_constraints, key=lambda symbol: program.range_constraints[symbol].upper)
+    made = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "call_function"}
+    shapes = {name: list(map(str, value.shape)) for name, value in made.items() if isinstance(value, torch.Tensor)}
+    return [name for name, shape in shapes.items() if shape.count(str(length)) > 1]
+
+
+CASES = {
+    "llama": ("llama", "sdpa", SMALL.replace(budget=Coverage(0.2)), True, "aten"),
+    "mistral-written-out": ("mistral", "eager", HALF, True, "aten"),
+    "qwen2-groups": ("qwen2", "sdpa", HALF.replace(granularity="group"), False, "aten"),
+    "llama-written-out-ops": ("llama", "eager", SMALL.replace(budget=Coverage(0.2), capacity=30), True, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_compiled_model(case, tmp_path):
+    name, attention, config, padded, lower = CASES[case]
+    changes = {"sliding_window": None} if name == "mistral" else {}
+    model = tiny(name, attention, num_hidden_layers=2, **changes)
+    program = export_program(
+        model, model_inputs(40, padded), config, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES, lower=lower
+    )
+    dense = Decision.PADDED if padded else Decision.CAUSAL
+    assert [row.decision for row in reports()[-1]] == [dense, Decision.SPARSE]
+    assert count_ops(program.graph_module, "score") == {"score": 0 if lower else 1}
+    if lower is None or not padded:
+        assert wide_values(program) == []
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    options = {"config": config.replace(compiler="eager")}
+    compiled = torch.compile(model, backend="tsa", options=options, dynamic=True)
+    for length in (70, 33):
+        inputs = model_inputs(length, padded)
+        with torch.no_grad():
+            result, expected = loaded(**inputs), compiled(**inputs, use_cache=False).logits
+        assert type(result) is dict and list(result) == ["logits"]
+        assert difference(result["logits"], expected) < ATOL, length
+
+
+def test_exports_again_for_the_same_range():
+    inputs = model_inputs(40, True)
+    model = tiny("llama", num_hidden_layers=2)
+    program = export_program(model, inputs, HALF, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES)
+    assert model.config.use_cache
+    dims = {0: Dim("batch", min=1, max=8), 1: Dim("length", min=16, max=200)}
+    again = torch.export.export(program.module(), (), inputs, dynamic_shapes=dict.fromkeys(inputs, dims))
+    inputs = model_inputs(70, True)
+    torch.testing.assert_close(again.module()(**inputs), program.module()(**inputs))
+
+
+def test_an_unpadded_batch_of_one_is_no_constant():
+    program = export_program(
+        tiny("llama", num_hidden_layers=2),
+        {"input_ids": tokens(1, 20)},
+        HALF,
+        dynamic_lengths=LENGTHS,
+        dynamic_batch=BATCHES,
+    )
+    for batch in (1, 3):
+        assert program.module()(input_ids=tokens(batch, 30))["logits"].shape == (batch, 30, 64)
+
+
+def test_static_shapes_and_positional_inputs():
+    program = export_program(tiny("llama", num_hidden_layers=2), (tokens(1, 20),), HALF, dynamic_lengths=None)
+    assert program.range_constraints == {}
+    assert program.module()(tokens(1, 20))["logits"].shape == (1, 20, 64)
+
+
+def test_the_output_may_be_the_attention_itself():
+    inputs = heads(length=40)
+    config = HALF.replace(layers=(0,))
+    program = export_program(Attention().eval(), inputs, config, dynamic_lengths=LENGTHS, lower=None)
+    assert [row.decision for row in reports()[-1]] == [Decision.SPARSE]
+    longer = heads(length=64)
+    expected = torch.compile(Attention(), backend="tsa", options={"config": config.replace(compiler="eager")})(*longer)
+    torch.testing.assert_close(program.module()(*longer), expected)
+
+
+def export_attention(config, lengths=(100, 200), **options):
+    return export_program(
+        Attention().eval(), heads(length=120), config.replace(layers=(0,)), dynamic_lengths=lengths, **options
+    )
+
+
+def decisions(config, lengths=(100, 200)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_attention(config, lengths, lower=None)
+    return [row.decision for row in reports()[-1]]
+
+
+def test_one_decision_for_the_whole_range():
+    assert decisions(HALF) == [Decision.SPARSE]
+    assert decisions(HALF.replace(min_length=100)) == [Decision.SPARSE]
+    assert decisions(HALF.replace(min_length=201)) == [Decision.CAUSAL]
+    # up to 155 tokens nothing can be dropped, so that sparse and dense are the same there
+    assert decisions(HALF.replace(min_tokens=150)) == [Decision.SPARSE]
+    program = export_attention(HALF.replace(min_tokens=150))
+    for length in (100, 154, 155, 200):
+        expected = Attention()(*heads(length=length))
+        (torch.testing.assert_close if length < 155 else assert_differs)(program.module()(*heads(length=length)), expected)
+
+
+def assert_differs(left, right):
+    assert difference(left, right) > 1e-3
+
+
+def test_a_range_that_would_need_two_versions_is_refused():
+    with pytest.raises(ConfigError, match=r"compresses from 150 on.*raise the shortest of dynamic_lengths.*min_length"):
+        export_attention(HALF.replace(min_length=150))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamic_lengths": (64, 200)}, "example's length is 20, outside dynamic_lengths"),
+        ({"dynamic_lengths": (200, 16)}, r"dynamic_lengths must be \(shortest, longest\)"),
+        ({"dynamic_lengths": LENGTHS, "dynamic_batch": (2, 2)}, r"dynamic_batch must be \(shortest, longest\)"),
+        ({"dynamic_lengths": LENGTHS, "lower": "onnx"}, "lower='onnx' is not allowed"),
+        ({"dynamic_lengths": LENGTHS, "config": TSAConfig(layers=(7,))}, r"layers=\[7\] not found"),
+    ],
+)
+def test_options_that_are_not_allowed(options, message):
+    options = {"config": HALF, **options}
+    with pytest.raises(ConfigError, match=message):
+        export_program(tiny("llama", num_hidden_layers=2), {"input_ids": tokens(1, 20)}, **options)
+
+
+def test_inputs_that_are_not_allowed():
+    model = tiny("llama", num_hidden_layers=2)
+    with pytest.raises(ConfigError, match="no tensor"):
+        export_program(model, {"input_ids": None}, HALF)
+    with pytest.raises(ConfigError, match="'past_key_values' is a list"):
+        export_program(model, {"input_ids": tokens(1, 20), "past_key_values": []}, HALF)
+    with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
+        export_program(model.train(), {"input_ids": tokens(1, 20)}, HALF)
+
+
+def test_a_model_of_fixed_length_is_named():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x.reshape(-1, 40, 8)
+
+    with pytest.raises(RewriteError, match="if the model itself fixes a size, pass None"):
+        export_program(Fixed().eval(), (torch.ones(2, 40, 8),), HALF, dynamic_lengths=LENGTHS)
+
+
+class TestWrittenOut:
+    """torch.export writes assertions about dtypes behind casts, which read what is to disappear."""
+
+    def export(self, finish):
+        class Written(torch.nn.Module):
+            def forward(self, q, k, v):
+                positions = torch.arange(q.shape[2])
+                bias = torch.where(positions[None] <= positions[:, None], 0.0, torch.finfo(q.dtype).min)
+                weights = F.softmax(q @ k.mT + bias, dim=-1, dtype=torch.float32).to(q.dtype)
+                return finish(F.dropout(weights, 0.0, training=False) @ v, weights)
+
+        clear_reports()
+        export_program(
+            Written().eval(), heads(length=40, kv_heads=4), HALF.replace(layers=(0,)), dynamic_lengths=LENGTHS, lower=None
+        )
+        return reports()[-1]
+
+    def test_is_sparse(self):
+        assert [row.decision for row in self.export(lambda out, weights: out)] == [Decision.SPARSE]
+
+    @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
+    def test_with_weights_that_are_read_stays(self):
+        assert [row.decision for row in self.export(lambda out, weights: (out, weights))] == [Decision.UNCHANGED]
