@@ -2,7 +2,8 @@
 
 Same arguments and meaning as the ops of this package, traceable with symbolic batch and length. Nothing here becomes a
 TopK, a sort, a NonZero, an unfold, a bit operation or a shape that depends on data. TensorRT 10 and 11 set the limits
-(their ONNX parser's operators.md): TopK takes k < 3840, CumSum floating point alone, pooling two dimensions or three.
+(their ONNX parser's operators.md): TopK takes k < 3840, CumSum and Clip floating point alone,
+pooling two dimensions or three.
 
     score        the window's rows gathered, softmax over 32 of them at a time, 2-D average pooling    [B, H, L] float32
     budget       counts; for a coverage, the mass below a threshold                                    [B] int32
@@ -56,18 +57,18 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
         # Rows before the first token, where the window is longer than the sequence, are not alive.
         rows = (torch.arange(window, device=query.device) + (seq_len - window))[None]
         alive, valid = rows >= 0, None
-        rows, row_count = rows.clamp(min=0), alive.sum(dim=1, keepdim=True)
+        rows, row_count = _at_least(rows, 0), alive.sum(dim=1, keepdim=True)
         candidates = seq_len - row_count
         rank = (positions + 1)[None]
     else:
         valid = padding
         rank = _running_count(padding)
-        row_count = rank[:, -1:].clamp(max=window)
+        row_count = torch.minimum(rank[:, -1:], torch.full_like(rank[:, -1:], window))
         candidates = rank[:, -1:] - row_count
         rows = _positions_by_slot(padding, rank - 1 - candidates, window)
         alive = torch.arange(window, device=query.device) < row_count
     total = _window_sum(query.to(wide), key.to(wide), valid, rows, alive, scale)
-    raw = total / row_count.clamp(min=1)[:, None].to(wide)
+    raw = total / _at_least(row_count, 1)[:, None].to(wide)
     pooled = _pool_candidates(raw, padding, rank, candidates, pool)
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
     if valid is not None:
@@ -107,7 +108,7 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     # As an image of one channel: TensorRT pools over two dimensions.
     pooled = F.avg_pool2d(raw[:, None], (1, pool), stride=1, padding=(0, pool // 2))[:, 0]
     if padding is not None:
-        pooled = pooled.gather(2, (rank - 1).clamp(min=0)[:, None].expand(raw.shape))
+        pooled = pooled.gather(2, _at_least(rank - 1, 0)[:, None].expand(raw.shape))
     return pooled
 
 
@@ -123,7 +124,7 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
     elif coverage:
         mass = torch.where(is_candidate, torch.where(is_candidate[:, None], scores, 0.0).mean(dim=1), 0.0)
         keep = candidates - _dropped(mass, is_candidate, coverage)
-    keep = torch.minimum(keep.clamp(min=min_tokens), candidates)
+    keep = torch.minimum(_at_least(keep, min_tokens), candidates)
     return (keep + (first == math.inf).sum(dim=1)).to(torch.int32)
 
 
@@ -150,7 +151,7 @@ def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     most = torch.sym_min(capacity, seq_len)
     kept = torch.full((batch,), most, dtype=torch.int32, device=scores.device)
     if count is not None:
-        kept = torch.minimum(count, kept).clamp(min=0)
+        kept = _at_least(torch.minimum(count, kept), 0)
     wanted = kept[:, None, None].expand(batch, heads, 1)
 
     def how_many(flags: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_le
     marks = compressed.new_zeros((batch, selections, seq_len + capacity), dtype=torch.float32)
     marks = marks.scatter(2, targets, torch.ones_like(targets, dtype=torch.float32))[:, :, :seq_len]
     kept = _for_heads(marks > 0, heads).transpose(1, 2)
-    source = _for_heads((_running_count(marks > 0) - 1).clamp(min=0), heads).transpose(1, 2)
+    source = _for_heads(_at_least(_running_count(marks > 0) - 1, 0), heads).transpose(1, 2)
     rows = compressed.reshape(batch * heads * capacity, dim)
     starts = _row_starts(batch, heads, heads, capacity, indices.device)
     rows = rows.index_select(0, (starts[:, None, :, 0] + source).reshape(-1)).reshape(batch, seq_len, heads, dim)
@@ -254,6 +255,11 @@ def padded_attention(
 def _running_count(flags: Tensor) -> Tensor:
     """How many flags of the last dimension are set up to and with each: int64. TensorRT cumulates floats alone."""
     return flags.to(torch.float32).cumsum(dim=-1).to(torch.int64)
+
+
+def _at_least(numbers: Tensor, least: int) -> Tensor:
+    """The larger of integers and `least`: clamp would be ONNX's Clip, which TensorRT has for floating point alone."""
+    return torch.maximum(numbers, torch.full_like(numbers, least))
 
 
 def _slots_below(count: Tensor, capacity: int) -> Tensor:

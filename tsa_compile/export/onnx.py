@@ -152,15 +152,31 @@ def _export(program: ExportedProgram, opset: int, table: dict[Any, Any] | None =
     """By torch's exporter, over standard operators or with a table of others."""
     optimize = require("onnxscript.optimizer")[0].optimize
     lowered = to_portable(program) if table is None else program
+    table = {**(table or {}), torch.ops.aten.floor_divide.default: _floor_divide(opset)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytree
         # Not `optimize=True`, which at opset 23 also makes a RotaryEmbedding of rotary positions: with caches [1, L, D/2]
         # for all items where the operator wants [B, L, D/2], so that onnxruntime refuses batches.
         exported: Any = torch.onnx.export(
-            lowered, dynamo=True, opset_version=opset, custom_translation_table=table or {}, verbose=False, optimize=False
+            lowered, dynamo=True, opset_version=opset, custom_translation_table=table, verbose=False, optimize=False
         )
     optimize(exported.model)
     return exported
+
+
+def _floor_divide(opset: int) -> Callable[..., Any]:
+    """Exact for integers of any sign, as torch's own translation is, but without its Equal on BOOL (TensorRT has none)."""
+    ops: Any = require("onnxscript")[0].values.Opset("", opset)
+
+    def floor_divide(dividend, divisor):  # type: ignore[no-untyped-def]
+        quotient = ops.Div(dividend, divisor)
+        if dividend.dtype.is_floating_point():
+            return ops.Floor(quotient)
+        rest = ops.Sub(dividend, ops.Mul(quotient, divisor))
+        apart = ops.And(ops.Not(ops.Equal(rest, 0)), ops.Xor(ops.Less(rest, 0), ops.Less(divisor, 0)))
+        return ops.Sub(quotient, ops.Cast(apart, to=dividend.dtype))
+
+    return floor_divide
 
 
 def _export_domain(program: ExportedProgram, opset: int) -> Any:

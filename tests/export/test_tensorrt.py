@@ -1,0 +1,168 @@
+"""The checker against TensorRT's documented support: what it refuses, and that exported models pass it."""
+
+import pytest
+import torch
+
+from tsa_compile.export import _trt_support as support
+from tsa_compile.export import onnx as tsa_onnx
+from tsa_compile.export import tensorrt
+
+onnx = pytest.importorskip("onnx")
+FLOAT, INT64, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "INT64", "BOOL"))
+
+
+def model_of(*nodes, inputs, outputs=(("y", FLOAT, None),), constants=(), opset=23, functions=()):
+    """A model of nodes (op_type, inputs, outputs, attributes); constants are (name, numbers)."""
+    made = [onnx.helper.make_node(op, ins, outs, name=f"the_{op}", **attributes) for op, ins, outs, attributes in nodes]
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        made,
+        "graph",
+        [info(*value) for value in inputs],
+        [info(*value) for value in outputs],
+        [onnx.numpy_helper.from_array(torch.tensor(numbers).numpy(), name) for name, numbers in constants],
+    )
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in (("", opset), ("tsa", 1))]
+    return onnx.helper.make_model(graph, opset_imports=imports, functions=functions)
+
+
+def topk(k, **attributes):
+    node = ("TopK", ["x", "k"], ["y", "i"], attributes)
+    return model_of(node, inputs=[("x", FLOAT, ["batch", "length"])], constants=[("k", [k])])
+
+
+X = [("x", FLOAT, ["batch", "length"])]
+N = [("n", INT64, ["length"])]
+REFUSED = {
+    "topk": (topk(4096), "the_TopK", "k is 4096; at most 3840"),
+    "topk computed": (
+        model_of(("Shape", ["x"], ["k"], {"start": 1}), ("TopK", ["x", "k"], ["y", "i"], {}), inputs=X),
+        "the_TopK",
+        "k is computed",
+    ),
+    "topk unsorted": (topk(16, sorted=0), "the_TopK", "sorted is 0"),
+    "nonzero": (model_of(("NonZero", ["x"], ["y"], {}), inputs=X), "the_NonZero", "depends on data"),
+    "int64": (
+        model_of(("CumSum", ["n", "axis"], ["y"], {}), inputs=N, constants=[("axis", 0)]),
+        "the_CumSum",
+        "data of type INT64",
+    ),
+    "bool": (
+        model_of(("Cast", ["x"], ["b"], {"to": BOOL}), ("Equal", ["b", "b"], ["y"], {}), inputs=X),
+        "the_Equal",
+        "data of type BOOL",
+    ),
+    "not supported": (
+        model_of(("BitwiseAnd", ["n", "n"], ["y"], {}), inputs=N),
+        "the_BitwiseAnd",
+        "listed as not supported",
+    ),
+    "unknown": (model_of(("Swish", ["x"], ["y"], {}), inputs=X, opset=24), "the_Swish", "not among the documented"),
+    "custom": (
+        model_of(("Score", ["x"], ["y"], {"domain": "tsa"}), inputs=X),
+        "the_Score",
+        "looks for a plugin named 'Score'",
+    ),
+    "computed axes": (
+        model_of(("Shape", ["x"], ["axes"], {}), ("ReduceSum", ["x", "axes"], ["y"], {}), inputs=X),
+        "the_ReduceSum",
+        "axes is computed",
+    ),
+    "pooling": (
+        model_of(("AveragePool", ["x"], ["y"], {"kernel_shape": [7]}), inputs=[("x", FLOAT, [1, 2, "length"])]),
+        "the_AveragePool",
+        "pools over 1 dimensions",
+    ),
+    "attention": (
+        model_of(
+            ("Attention", ["x", "x", "x"], ["y"], {"q_num_heads": 2, "kv_num_heads": 2, "softcap": 30.0}),
+            inputs=[("x", FLOAT, [1, "length", 64])],
+        ),
+        "the_Attention",
+        "the attribute softcap is not supported",
+    ),
+    "rank": (model_of(("Abs", ["x"], ["y"], {}), inputs=[("x", FLOAT, [1] * 9)]), "the_Abs", "9 dimensions"),
+    "scatter": (
+        model_of(
+            ("ScatterND", ["x", "n", "x"], ["y"], {"reduction": "add"}), inputs=[*X, ("n", INT64, ["batch", "length", 1])]
+        ),
+        "the_ScatterND",
+        "the reduction 'add'",
+    ),
+    "elements": (
+        model_of(("TopK", ["x", "k"], ["y", "i"], {}), inputs=[("x", FLOAT, [2**20, 2**12])], constants=[("k", [5])]),
+        "the_TopK",
+        "4294967296 elements",
+    ),
+    "opset": (model_of(("Abs", ["x"], ["y"], {}), inputs=X, opset=25), "the model", "opset 25"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    model, node, reason = REFUSED[case]
+    findings = [finding for finding in tensorrt.check(model) if finding.node == node]
+    assert any(reason in finding.reason for finding in findings), findings
+    assert all("https://" in str(finding) and support.VERSION in str(finding) for finding in findings)
+
+
+def test_takes_what_is_documented():
+    assert tensorrt.check(topk(3840)) == []
+    assert tensorrt.check(model_of(("CumSum", ["x", "a"], ["y"], {}), inputs=X, constants=[("a", 1)])) == []
+
+
+def test_looks_into_branches_and_functions():
+    then, otherwise = (topk(k).graph for k in (5, 5000))
+    for graph in (then, otherwise):
+        del graph.input[:]
+    branch = ("If", ["c"], ["y"], {"then_branch": then, "else_branch": otherwise})
+    found = tensorrt.check(model_of(branch, inputs=[*X, ("c", BOOL, [])]))
+    assert [finding.operator for finding in found] == ["TopK"]
+
+    body = [onnx.helper.make_node("BitwiseNot", ["x"], ["y"])]
+    function = onnx.helper.make_function("tsa", "Inner", ["x"], ["y"], body, [onnx.helper.make_opsetid("", 23)])
+    call = ("Inner", ["n"], ["y"], {"domain": "tsa"})
+    found = tensorrt.check(model_of(call, inputs=N, functions=[function]))
+    assert [finding.operator for finding in found] == ["BitwiseNot"]
+
+
+def test_what_it_does_not_evaluate_is_named_and_marked():
+    (finding,) = tensorrt.check(model_of(("Hardmax", ["x"], ["y"], {}), inputs=X))
+    assert not finding.certain and "(not checked)" in str(finding)
+
+
+def test_the_table_is_disjoint_and_known_to_onnx():
+    known = {schema.name for schema in onnx.defs.get_all_schemas_with_history()}
+    beyond = {"ImageScaler", "ParametricSoftplus", "ScaledTanh"}  # experimental operators of ONNX 1.0
+    assert set(support.TYPES) - known <= beyond
+    assert not set(support.TYPES) & support.UNSUPPORTED
+    assert set(support.CONSTANT_INPUTS) | set(support.DATA_DEPENDENT) | set(support.UNCHECKED) <= set(support.TYPES)
+
+
+class Layer(torch.nn.Module):
+    """Sparse attention with padding and a dense padded layer, as an export has them."""
+
+    def forward(self, query, key, value, padding):
+        tsa, length = torch.ops.tsa, query.shape[2]
+        scores = tsa.score(query, key, padding, 0.25, 8, 7)
+        count = tsa.budget(scores, None, 0.3, 3)
+        kept = ((length - 8) * 3 + 9) // 10 + 8
+        indices = tsa.select(scores, count, kept)
+        rows = tsa.attend(*tsa.compress(query, key, value, indices, count), count, 0.25, "auto")
+        sparse = tsa.decompress(rows, indices, count, length)
+        return sparse + tsa.padded_attention(query, key, value, padding, tsa.spans(padding), 0.25, True)
+
+
+@pytest.mark.parametrize("opset", tsa_onnx.OPSETS)
+def test_an_exported_layer_passes(opset, tmp_path):
+    pytest.importorskip("onnxscript")
+    batch, length = torch.export.Dim("batch", min=1, max=8), torch.export.Dim("length", min=16, max=300)
+    tensors = (*(torch.randn(2, heads, 40, 16) for heads in (4, 2, 2)), torch.ones(2, 40, dtype=torch.bool))
+    shapes = (*({0: batch, 2: length} for _ in range(3)), {0: batch, 1: length})
+    program, path = torch.export.export(Layer(), tensors, dynamic_shapes=shapes), tmp_path / "model.onnx"
+    tsa_onnx.save(program, path, opset=opset)
+    assert tensorrt.check(path) == []
+    if opset == 23:
+        tsa_onnx.save(program, path, domain="tsa")
+        plugins = {finding.operator for finding in tensorrt.check(path)}
+        assert plugins == {f"tsa::{schema.name}" for schema in tsa_onnx.schemas()}
