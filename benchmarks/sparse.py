@@ -1,0 +1,276 @@
+"""Block-sparse attention on a GPU: the kernel, the selectors, and each method alone and over the rows that TSA keeps.
+
+    python benchmarks/sparse.py --out benchmarks/results              everything, in less than four minutes on an H200
+    python benchmarks/sparse.py --parts methods --length 32768        a part of it
+
+    checks      short inputs against the ATen implementations
+    kernel      random lists of several densities, against the time that dense cuDNN takes for as many blocks
+    selectors   each selector on all rows, and on the rows that are kept
+    methods     on inputs with planted structure (sparse_inputs.py): time, density, share of the attention kept, and the
+                relative output error against dense attention, on kept rows and on all rows
+
+A method alone attends from all rows; composed, over the rows that TSA keeps: the time is then that of the whole op, from
+scoring to decompression. Methods take turns, times are medians, and ratios are to dense cuDNN in the same run. The exit
+code is 1 if a check fails. Progress goes to stderr, results to stdout and into --out as JSON, Markdown and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention import Run, describe
+from attention_checks import demand
+from attention_methods import DENSE, MIN_TOKENS, POOL, WINDOW, Inputs, Shape, kept, options, tsa
+from attention_timing import take_turns
+from sparse_inputs import mass_kept, planted_inputs, random_lists, relative_error
+from sparse_report import TITLES, Row, figure, report
+from torch import Tensor
+
+from tsa_compile.kernels import attend
+from tsa_compile.kernels.sparse import Lists, block_sparse, density, flashprefill, xattention
+from tsa_compile.kernels.sparse.blocks import BLOCK, block_sparse_attention, blocks_aten, blocks_mask
+from tsa_compile.kernels.sparse.flashprefill import flashprefill_aten
+from tsa_compile.kernels.sparse.xattention import xattention_aten
+
+log = logging.getLogger("attention")
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
+METHODS: dict[str, tuple[Callable[..., Lists], dict[str, float]]] = {
+    "FlashPrefill, alpha .1": (flashprefill, {}),
+    "FlashPrefill, alpha .05": (flashprefill, {"alpha": 0.05}),
+    "FlashPrefill, alpha .02": (flashprefill, {"alpha": 0.02}),
+    "XAttention, stride 16, mass .9": (xattention, {}),
+    "XAttention, stride 8, mass .9": (xattention, {"stride": 8}),
+}
+CHECKED = (
+    ("flashprefill", flashprefill, flashprefill_aten, {}),
+    ("xattention 16", xattention, xattention_aten, {}),
+    ("xattention 8", xattention, xattention_aten, {"stride": 8}),
+)
+
+
+def kernel_name(method: str) -> str:
+    """The method in the registry, where the first who asks puts it."""
+    name = f"benchmark: {method}"
+    if name not in attend.names():
+        selector, settings = METHODS[method]
+        block_sparse(name, selector, **settings)
+    return name
+
+
+def dense_call(inputs: Inputs) -> Callable[[], Tensor]:
+    """Dense cuDNN, which everything is held against."""
+    return DENSE["dense cuDNN"](inputs).call
+
+
+def checks_part(run: Run, arguments: argparse.Namespace) -> None:
+    """Lists differ in no more blocks than rounding explains; outputs equal SDPA's under the same lists."""
+    inputs = planted_inputs(Shape(heads=8, kv_heads=2), 4096 - 100, arguments.device)
+    count = torch.tensor([3500], dtype=torch.int32, device=arguments.device)
+    for name, fast, plain, settings in CHECKED:
+        lists = fast(inputs.query, inputs.key, inputs.scale, count, **settings)
+        wanted = plain(inputs.query, inputs.key, inputs.scale, count, **settings)
+        differ = (blocks_mask(*lists) != blocks_mask(*wanted)).float().mean()
+        out = block_sparse_attention(*inputs.tensors, inputs.scale, *lists, count)
+        expected = blocks_aten(*(t.float() for t in inputs.tensors), inputs.scale, *lists, count)
+        error = relative_error(out[:, :, :3500], expected[:, :, :3500])
+        run.attempt(f"check of {name}'s lists", functools.partial(demand, float(differ), 5e-3, f"{name}: lists"))
+        run.attempt(f"check of {name}'s output", functools.partial(demand, error, 1e-2, f"{name}: output"))
+        log.info("check of %s: %.2g of the blocks differ, output error %.2g", name, differ, error)
+
+
+def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
+    """Random lists."""
+    inputs, blocks = planted_inputs(arguments.shape, arguments.length, arguments.device), -(-arguments.length // BLOCK)
+    rows: dict[Any, Row] = {}
+    calls: dict[Any, list[Callable[[], Tensor]]] = {"dense": [dense_call(inputs)]}
+    calls["dense"][0]()
+    for wanted in DENSITIES:
+        lists = random_lists(arguments.shape.heads, blocks, wanted, arguments.device)
+        rows[wanted] = {"density": float(density(lists, capacity=arguments.length))}
+        call = functools.partial(block_sparse_attention, *inputs.tensors, inputs.scale, *lists)
+        ran = run.attempt(f"kernel at density {wanted}", call)
+        if isinstance(ran, str):
+            rows[wanted]["failed"] = ran
+        else:
+            calls[wanted] = [call]
+        del ran
+    times = take_turns(calls, arguments.seconds)
+    dense_ms = times["dense"].ms
+    flops = 2.0 * arguments.length**2 * arguments.shape.heads * arguments.shape.head_dim
+    for wanted, row in rows.items():
+        if wanted in times:
+            ms, share = times[wanted].ms, row["density"]
+            row |= {"ms": ms, "tflops": share * flops / ms / 1e9, "rate": share * dense_ms / ms, "dense_ms": dense_ms}
+            row["goal_ms"] = share * dense_ms / 0.7
+    run.parts["kernel"] = list(rows.values())
+    log.info("kernel: %s of dense cuDNN's rate", [round(row.get("rate", 0), 2) for row in rows.values()])
+
+
+def selection(inputs: Inputs, keep: float) -> Tensor:
+    """The positions [1, H, n] that TSA keeps."""
+    scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
+    return tsa.select(scores, None, kept(inputs.length, keep))
+
+
+def selectors_part(run: Run, arguments: argparse.Namespace) -> None:
+    """Each selector on all rows, and on those that are kept."""
+    inputs = planted_inputs(arguments.shape, arguments.length, arguments.device)
+    query, key, _ = tsa.compress(*inputs.tensors, selection(inputs, arguments.keep), None)
+    rows: dict[Any, Row] = {}
+    calls: dict[Any, list[Callable[[], Any]]] = {"dense": [dense_call(inputs)]}
+    calls["dense"][0]()
+    for method, (selector, settings) in METHODS.items():
+        for form, tensors in (("all", (inputs.query, inputs.key)), ("kept", (query, key))):
+            row = rows[method, form] = {"method": method, "rows": tensors[0].shape[2]}
+            call = functools.partial(selector, *tensors, inputs.scale, None, **settings)
+            ran = run.attempt(f"selector {method}", call)
+            if isinstance(ran, str):
+                row["failed"] = ran
+            else:
+                calls[method, form] = [call]
+            del ran
+    times = take_turns(calls, arguments.seconds)
+    for case, row in rows.items():
+        if case in times:
+            row |= {"ms": times[case].ms, "share": times[case].ms / times["dense"].ms}
+    run.parts["selectors"] = list(rows.values())
+    log.info("selectors: %s", [(row["method"], round(row.get("ms", 0), 2)) for row in rows.values()])
+
+
+def describe_alone(method: str, inputs: Inputs) -> Row:
+    """The density of a method's lists on all rows, and what they hold."""
+    selector, settings = METHODS[method]
+    lists = selector(inputs.query, inputs.key, inputs.scale, None, **settings)
+    return {"density": float(density(lists, capacity=inputs.length)), "mass": mass_kept(inputs, lists, None)}
+
+
+def describe_composed(method: str | None, inputs: Inputs, positions: Tensor) -> Row:
+    """The same over the rows that TSA keeps; without a method all of their blocks."""
+    if method is None:
+        return {"density": 1.0, "mass": mass_kept(inputs, None, positions)}
+    query, key, _ = tsa.compress(*inputs.tensors, positions, None)
+    selector, settings = METHODS[method]
+    lists = selector(query, key, inputs.scale, None, **settings)
+    share = float(density(lists, capacity=query.shape[2]))
+    return {"density": share, "mass": mass_kept(inputs, lists, positions)}
+
+
+def methods_part(run: Run, arguments: argparse.Namespace) -> None:
+    """Each method alone and composed, TSA alone, and dense attention."""
+    inputs = planted_inputs(arguments.shape, arguments.length, arguments.device)
+    positions = selection(inputs, arguments.keep)
+    calls: dict[Any, list[Callable[[], Tensor]]] = {("dense cuDNN", "all"): [dense_call(inputs)]}
+    rows: dict[Any, Row] = {("dense cuDNN", "all"): {"method": "dense cuDNN", "form": "all"}}
+    dense = calls["dense cuDNN", "all"][0]()
+    for method in (None, *METHODS):
+        name, title = ("auto", "TSA") if method is None else (kernel_name(method), method)
+        op = functools.partial(
+            tsa.sparse_attention, *inputs.tensors, *options(inputs.scale, keep=arguments.keep, kernel=name)
+        )
+        forms: dict[str, tuple[Callable[[], Tensor], Callable[[], Row]]] = {
+            f"kept {arguments.keep}": (op, functools.partial(describe_composed, method, inputs, positions))
+        }
+        if method is not None:
+            alone = functools.partial(attend.get(name).causal, *inputs.tensors, inputs.scale)
+            forms = {"all": (alone, functools.partial(describe_alone, method, inputs)), **forms}
+        for form, (call, facts) in forms.items():
+            row = rows[title, form] = {"method": title, "form": form}
+            measured = run.attempt(f"{title}, {form}", functools.partial(judge, call, facts, dense, positions))
+            if isinstance(measured, str):
+                row["failed"] = measured
+            else:
+                row |= measured
+                calls[title, form] = [call]
+    del dense
+    for case, timing in take_turns(calls, arguments.seconds).items():
+        rows[case] |= timing.row()
+    run.parts["methods"] = with_ratios(list(rows.values()))
+    log.info("methods: %s", [(row["method"], row["form"], row.get("ms")) for row in rows.values()])
+
+
+def judge(call: Callable[[], Tensor], facts: Callable[[], Row], dense: Tensor, positions: Tensor) -> Row:
+    """A method's output against dense attention, with what is known of its blocks."""
+    out = call()
+    errors = {"error_kept": relative_error(out, dense, positions), "error_all": relative_error(out, dense)}
+    del out
+    return facts() | errors
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Adds the speedup over dense attention, and that of each method composed over the same alone."""
+    alone = {row["method"]: row["ms"] for row in rows if row["form"] == "all" and "ms" in row}
+    for row in rows:
+        if "ms" in row and "dense cuDNN" in alone:
+            row["speedup"] = alone["dense cuDNN"] / row["ms"]
+            if row["form"] != "all" and row["method"] in alone:
+                row["gain"] = alone[row["method"]] / row["ms"]
+    return rows
+
+
+PARTS: dict[str, Callable[[Run, argparse.Namespace], None]] = {
+    "checks": checks_part,
+    "kernel": kernel_part,
+    "selectors": selectors_part,
+    "methods": methods_part,
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--length", type=int, default=131072)
+    parser.add_argument("--keep", type=float, default=0.675, help="share of the tokens that TSA keeps")
+    parser.add_argument("--seconds", type=float, default=0.5, help="measure each call for about this long")
+    parser.add_argument("--verbose", action="store_true", help="show where a method failed")
+    parser.add_argument("--out", type=Path, help="folder for sparse.json, sparse.md and sparse.png")
+    return parser.parse_args(argv)
+
+
+def write(folder: Path, run: Run, conditions: Row, text: str) -> None:
+    """JSON, Markdown and, of the methods, the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"conditions": conditions, **run.parts, "failures": run.failures, "wrong": run.wrong}
+    (folder / "sparse.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "sparse.md").write_text(text + "\n")
+    if run.parts.get("methods"):
+        run.attempt("figure", lambda: figure(run.parts["methods"], folder / "sparse.png"))
+
+
+def main() -> int:
+    """Measures, prints and writes; the exit code."""
+    arguments = parse()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    arguments.shape, arguments.device = Shape(), "cuda"
+    log.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(relativeCreated)7d ms  %(message)s"))
+    log.addHandler(handler)
+    run = Run(arguments.seconds)
+    run.parts = {name: [] for name in TITLES}
+    with torch.no_grad():
+        for name in arguments.parts:
+            run.attempt(name, functools.partial(PARTS[name], run, arguments))
+            torch.cuda.empty_cache()
+    conditions = describe() | {"length": arguments.length, "keep": arguments.keep, "min_tokens": MIN_TOKENS}
+    problems = run.wrong + run.failures
+    text = report(conditions, run.parts, problems)
+    print(text)
+    if arguments.out is not None:
+        write(arguments.out, run, conditions, text)
+    log.info("%d wrong, %d failures%s", len(run.wrong), len(run.failures), "".join("\n  " + p for p in problems))
+    return 1 if run.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

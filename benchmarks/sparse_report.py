@@ -1,0 +1,77 @@
+"""What sparse.py writes: Markdown tables and a figure, from the rows that are also its JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from attention_report import failed, markdown
+
+Row = dict[str, Any]
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "kernel": {
+        "density": "density", "ms": "ms", "tflops": "TFLOP/s of listed blocks", "rate": "of dense cuDNN's rate",
+        "goal_ms": "goal, ms (density x dense / .7)",
+    },
+    "selectors": {"method": "selector", "rows": "rows", "ms": "ms", "share": "of dense cuDNN's time"},
+    "methods": {
+        "method": "method", "form": "rows", "ms": "ms", "speedup": "speedup over dense cuDNN", "gain": "composed over alone",
+        "density": "density of its blocks", "mass": "attention kept", "error_kept": "error, kept rows",
+        "error_all": "error, all rows",
+    },
+}  # fmt: skip
+TITLES = {
+    "kernel": "The kernel on random lists of blocks",
+    "selectors": "Selectors alone",
+    "methods": "Methods on planted inputs, everything counted",
+}
+
+
+def cell(value: object) -> str:
+    """Numbers with three digits."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(part: str, rows: list[Row]) -> str:
+    """A part's rows; one that failed says why in its second column."""
+    keys = list(COLUMNS[part])
+    lines = []
+    for row in rows:
+        line = [cell(row.get(key)) for key in keys]
+        if "failed" in row:
+            line[-1] = failed(row)
+        lines.append(line)
+    return markdown(COLUMNS[part].values(), lines)
+
+
+def report(conditions: Row, parts: dict[str, list[Row]], problems: list[str]) -> str:
+    """Everything as Markdown."""
+    sections = [f"## {TITLES[name]}\n\n{table(name, rows)}" for name, rows in parts.items() if rows]
+    closing = "Every check passed." if not problems else "Problems:\n\n" + "\n".join(f"- {p}" for p in problems)
+    return "\n\n".join([str(conditions), *sections, closing])
+
+
+def figure(rows: list[Row], path: Path) -> None:
+    """Speed against error: an arrow from each method alone to the method over the rows that TSA keeps."""
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(figsize=(7, 4.6))
+    good = [row for row in rows if "failed" not in row and row.get("error_kept") is not None]
+    for number, name in enumerate(dict.fromkeys(row["method"] for row in good)):
+        points = [(row["error_kept"], row["speedup"]) for row in good if row["method"] == name]
+        axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1, alpha=0.6)
+        axes.plot(*points[0], "o", color=f"C{number}", label=name)
+        if len(points) > 1:
+            axes.plot(*points[-1], "*", color=f"C{number}", markersize=13)
+    axes.set_yscale("log", base=2)
+    axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set_xlabel("relative output error on the rows that are computed")
+    axes.set_ylabel("speedup over dense cuDNN")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, title="circle: alone, star: composed with TSA", title_fontsize=8)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=150)
+    pyplot.close(drawing)

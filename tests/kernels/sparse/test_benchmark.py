@@ -1,0 +1,100 @@
+"""What benchmarks/sparse.py computes on any device; times are measured on GPUs only."""
+
+import argparse
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsa_compile.kernels import attend
+from tsa_compile.kernels.sparse import lists_of
+
+FOLDER = Path(__file__).parents[3] / "benchmarks"
+LENGTH = 1500
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as its neighbours do: by name, from the folder."""
+    monkeypatch.syspath_prepend(FOLDER)
+    modules, kernels = set(sys.modules), set(attend.names())
+    yield importlib.import_module
+    for name in set(sys.modules) - modules:
+        if name.startswith(("attention", "sparse")):
+            del sys.modules[name]
+    for name in set(attend.names()) - kernels:
+        attend.unregister(name)
+
+
+@pytest.fixture
+def arguments(load):
+    shape = load("attention_methods").Shape(heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
+    return argparse.Namespace(length=LENGTH, keep=0.675, seconds=0.001, device="cpu", shape=shape)
+
+
+@pytest.fixture
+def sparse(load, monkeypatch):
+    """The benchmark with a clock that shows 1 ms, and plain SDPA for cuDNN."""
+    module = load("sparse")
+    turns = functools.partial(load("attention_timing").take_turns, at_most=5, burst=lambda calls, first, count: 1.0)
+    monkeypatch.setattr(module, "take_turns", turns)
+    monkeypatch.setattr(
+        module, "dense_call", lambda inputs: lambda: attend.attend(*inputs.tensors, None, inputs.scale, "sdpa")
+    )
+    return module
+
+
+def test_every_part_runs_and_is_reported(sparse, load, arguments, tmp_path):
+    run = load("attention").Run(0.001)
+    run.parts = {name: [] for name in ("kernel", "selectors", "methods")}
+    for name in ("kernel", "selectors", "methods"):
+        sparse.PARTS[name](run, arguments)
+    assert not run.failures and not run.wrong
+    rows = {(row["method"], row["form"]): row for row in run.parts["methods"]}
+    assert rows["dense cuDNN", "all"]["speedup"] == 1.0
+    for method in sparse.METHODS:
+        alone, composed = rows[method, "all"], rows[method, "kept 0.675"]
+        assert 0 < alone["density"] <= 1 and 0.5 < alone["mass"] <= 1 and alone["error_all"] < 0.7
+        assert composed["mass"] <= alone["mass"] + 0.05 and composed["gain"] == 1.0
+        assert composed["error_all"] > composed["error_kept"]
+    text = sparse.report({"device": "none"}, run.parts, [])
+    assert text.count("| XAttention, stride 16") == 4 and "failed" not in text
+    pytest.importorskip("matplotlib")
+    sparse.write(tmp_path, run, {}, text)
+    assert json.loads((tmp_path / "sparse.json").read_text())["kernel"][0]["goal_ms"] > 0
+    assert (tmp_path / "sparse.png").stat().st_size > 0
+
+
+def test_structure_attracts_attention(load, arguments):
+    inputs_of, structure = load("sparse_inputs").planted_inputs, load("sparse_inputs").Structure(noise=0.25)
+    shape = load("attention_methods").Shape(heads=2, kv_heads=1, head_dim=64, dtype=torch.float32)
+    inputs = inputs_of(shape, LENGTH, "cpu", structure)
+    assert torch.equal(inputs.key, inputs_of(shape, LENGTH, "cpu", structure).key)
+    logits = inputs.scale * inputs.query[0] @ inputs.key[0].transpose(1, 2)
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)[:, 1000:]
+    assert 0.1 < weights[:, :, :4].sum(-1).mean() < 0.8
+    distance = torch.arange(1000, LENGTH)[:, None] - torch.arange(LENGTH)
+    near, far = (logits[:, 1000:][:, (distance >= a) & (distance < b)].mean() for a, b in ((0, 32), (700, 900)))
+    assert near > far + 3
+
+
+def test_shares_and_errors(load, arguments):
+    tools = load("sparse_inputs")
+    inputs = tools.planted_inputs(arguments.shape, 500, "cpu")
+    everything = lists_of(torch.ones(1, 4, 4, 4, dtype=torch.bool).tril())
+    assert tools.mass_kept(inputs, None, None) == pytest.approx(1.0)
+    assert tools.mass_kept(inputs, everything, None) == pytest.approx(1.0)
+    half = torch.arange(0, 500, 2, dtype=torch.int32).expand(1, 4, -1)
+    assert 0.1 < tools.mass_kept(inputs, None, half) < 0.95
+    out = torch.randn(1, 4, 500, 16)
+    wrong = out.clone()
+    wrong[:, :, 1::2] = 0
+    assert tools.relative_error(out, out) == 0 and tools.relative_error(wrong, out, half) == 0
+    assert tools.relative_error(wrong, out) == pytest.approx(0.5**0.5, rel=0.05)
+    lists = tools.random_lists(4, 20, 0.3, "cpu")
+    assert 0.3 < float(load("sparse").density(lists)) < 0.45
