@@ -85,6 +85,11 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
     return lowered
 
 
+def is_lowered(program: ExportedProgram) -> bool:
+    """Whether a program has no tsa ops, and so needs none of this package to run."""
+    return not any(str(node.target).startswith("tsa.") for node in program.graph.nodes)
+
+
 def _check_guards(guards: list[ShapeGuard], ranges: dict[Any, Any]) -> None:
     """What tracing an ATen form asked about the sizes must be so for all of them: nobody would look again.
 

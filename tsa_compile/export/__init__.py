@@ -6,6 +6,7 @@ program = export_program(model, {"input_ids": ids}, config, dynamic_lengths=(102
 aoti.save(program, "model.pt2")
 """
 
+from tsa_compile.export import aoti
 from tsa_compile.export.program import export_program
 
-__all__ = ["export_program"]
+__all__ = ["aoti", "export_program"]

@@ -1,0 +1,124 @@
+"""AOTInductor packages: run in Python, and by the C++ program of examples/aoti_cpp without it."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsa_compile import ConfigError
+from tsa_compile.export import aoti, export_program
+
+from ..support import Attention, difference, heads
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "aoti_cpp"
+TOLERANCE = 1e-5
+
+
+def example():
+    """examples/aoti_cpp/export_model.py as a module."""
+    spec = importlib.util.spec_from_file_location("export_model", EXAMPLE / "export_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the example writes; its one compilation serves every test."""
+    path = tmp_path_factory.mktemp("package")
+    example().main([str(path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(folder):
+    return aoti.load(folder / "model.pt2")
+
+
+def case(folder, number):
+    saved = torch.load(folder / f"case_{number}.pt")
+    return dict(zip(("input_ids", "attention_mask"), saved["inputs"], strict=True)), saved["outputs"][0]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_equals_the_program(folder, package, number):
+    inputs, expected = case(folder, number)
+    result = package(**inputs)
+    assert list(result) == ["logits"]
+    assert difference(result["logits"], expected) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake (pip install cmake)")
+def test_runs_from_cpp(folder, tmp_path):
+    root = Path(torch.__file__).parent
+    configure = ["cmake", "-S", EXAMPLE, "-B", tmp_path, f"-DTORCH_ROOT={root}"]
+    for command in (configure, ["cmake", "--build", tmp_path]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    cases = [folder / "case_0.pt", folder / "case_1.pt"]
+    done = run(tmp_path, folder / "model.pt2", *cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("max error") == 2
+    inputs, output = case(folder, 1)
+    torch.save({"inputs": list(inputs.values()), "outputs": [output + 1]}, tmp_path / "wrong.pt")
+    assert run(tmp_path, folder / "model.pt2", tmp_path / "wrong.pt").returncode == 1
+    assert run(tmp_path, folder / "model.pt2", tmp_path / "missing.pt").returncode == 2
+
+
+def run(build, *arguments):
+    """Without anything that could lead it to a Python interpreter."""
+    return subprocess.run(
+        [build / "run_package", *arguments], capture_output=True, text=True, check=False, env={"TMPDIR": str(build)}
+    )
+
+
+def test_a_call_outside_the_range_says_the_range(package):
+    short = {"input_ids": torch.ones(2, 63, dtype=torch.long), "attention_mask": torch.ones(2, 63, dtype=torch.long)}
+    with pytest.raises(
+        ConfigError, match=r"'input_ids' is int64 \[2, 63\] on cpu: dimension 1 is 63.*exported for 64 to 512"
+    ):
+        package(**short)
+    many = {name: torch.ones(9, 64, dtype=torch.long) for name in short}
+    with pytest.raises(ConfigError, match=r"dimension 0 is 9, but the package was exported for 1 to 8"):
+        package(**many)
+
+
+def test_inputs_that_do_not_fit_each_other_or_the_program(folder, package):
+    inputs, _ = case(folder, 0)
+    with pytest.raises(ConfigError, match=r"takes input_ids, attention_mask; found input_ids"):
+        package(input_ids=inputs["input_ids"])
+    with pytest.raises(ConfigError, match=r"'attention_mask' is bool .* exported for int64"):
+        package(**{**inputs, "attention_mask": inputs["attention_mask"].bool()})
+    with pytest.raises(ConfigError, match="dimension 1 must be 100, as in another input"):
+        package(**{**inputs, "attention_mask": inputs["attention_mask"][:, 1:]})
+
+
+def program():
+    return export_program(Attention().eval(), heads(length=40), dynamic_lengths=(16, 200), lower=None)
+
+
+@pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
+def test_what_cannot_be_saved(tmp_path, monkeypatch):
+    exported = program()
+    with pytest.raises(ConfigError, match=r"a package's name ends in \.pt2"):
+        aoti.save(exported, tmp_path / "model.so")
+    with pytest.raises(ConfigError, match=r"'.*nowhere' must be a folder"):
+        aoti.save(exported, tmp_path / "nowhere" / "model.pt2")
+    with pytest.raises(ConfigError, match=r"'max_autotuning' is not an option of torch\._inductor"):
+        aoti.save(exported, tmp_path / "model.pt2", max_autotuning=True)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, os.fspath(tmp_path / "no-compiler")))
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler was found.*install g"):
+        aoti.save(exported, tmp_path / "model.pt2")
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="there is no package"):
+        aoti.load(tmp_path / "model.pt2")
+    (tmp_path / "model.pt2").write_bytes(b"something else")
+    with pytest.raises(ConfigError, match="cannot be loaded as an AOTInductor package"):
+        aoti.load(tmp_path / "model.pt2")

@@ -1,0 +1,172 @@
+"""AOTInductor packages: a compiled program in one file, which runs from C++ without Python.
+
+    save(program, "model.pt2")        lowers what is not lowered yet, compiles, packs kernels and weights
+    load("model.pt2")(input_ids=...)  the same file in Python
+
+The compiled code checks nothing: at a length for which it was not made it answers, wrongly. So the package carries what it
+was exported for (`INPUTS_KEY` in its metadata, JSON), and the loaded package holds every call against that:
+
+    [{"name": "input_ids", "dtype": "int64", "device": "cpu", "shape": [["s43", 1, 8], ["s53", 1024, 131072]]}, ...]
+
+A number is a fixed size; a symbol with its range is one size wherever it stands. A C++ program reads the same key from
+`AOTIModelPackageLoader::get_metadata()`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from tsa_compile.backend import _dense_kernels
+from tsa_compile.errors import ConfigError
+from tsa_compile.passes.lower import is_lowered, lower_program
+
+SUFFIX = ".pt2"
+INPUTS_KEY = "tsa_inputs"
+
+
+def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_options: Any) -> str:
+    """Compiles a program into a package.
+
+    Args:
+        program: from `export_program`, lowered or not (then it is lowered to ATen here).
+        path: the file to write, ending in .pt2.
+        inductor_options: torch._inductor's options, {"max_autotune": True} for example.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: a path that cannot be written, no C++ compiler, or an option that Inductor does not have.
+    """
+    target = _writable(path)
+    _require_compiler()
+    known = torch._inductor.config.get_config_copy()
+    for option in inductor_options:
+        if option not in known:
+            raise ConfigError(f"{option!r} is not an option of torch._inductor {torch.__version__} (see `config.py` there)")
+    if not is_lowered(program):
+        program = lower_program(program, "aten")
+    metadata = {**inductor_options.get("aot_inductor.metadata", {}), INPUTS_KEY: json.dumps(describe_inputs(program))}
+    options = {**inductor_options, "aot_inductor.metadata": metadata}
+    with torch.no_grad(), _dense_kernels():
+        return torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
+
+
+def load(path: str | os.PathLike[str]) -> Package:
+    """A package that `save` wrote, as a function of the program's inputs.
+
+    Raises:
+        ConfigError: there is no such file, or it is not such a package.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no package {str(path)!r}")
+    try:
+        loaded = torch._inductor.aoti_load_package(str(path))
+        metadata = loaded.get_metadata()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(path)!r} cannot be loaded as an AOTInductor package: {error}") from error
+    if INPUTS_KEY not in metadata:
+        raise ConfigError(f"{str(path)!r} does not say which inputs it takes: write it with tsa_compile.export.aoti.save")
+    return Package(loaded, json.loads(metadata[INPUTS_KEY]))
+
+
+class Package:
+    """A loaded package: called with the inputs of the example, by position or by name as they were."""
+
+    def __init__(self, loaded: Any, inputs: list[dict[str, Any]]) -> None:
+        self.loaded = loaded
+        self.inputs = inputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the package; ConfigError where an input is not what the program was exported for."""
+        check_inputs(self.inputs, args, kwargs)
+        return self.loaded(*args, **kwargs)
+
+
+def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:
+    """Name, dtype, device and shape of each tensor that a program takes, in JSON's types."""
+    names = set(program.graph_signature.user_inputs)
+    described = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
+            described.append(
+                {
+                    "name": node.name,
+                    "dtype": str(value.dtype).removeprefix("torch."),
+                    "device": value.device.type,
+                    "shape": [_extent(program, extent) for extent in value.shape],
+                }
+            )
+    return described
+
+
+def _extent(program: ExportedProgram, extent: int | torch.SymInt) -> int | list[Any]:
+    if isinstance(extent, int):
+        return extent
+    ranges = program.range_constraints[extent.node.expr]
+    return [str(extent), int(ranges.lower), int(ranges.upper)]
+
+
+def check_inputs(expected: list[dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Holds a call against what `describe_inputs` said.
+
+    Raises:
+        ConfigError: an input too many or too few, another dtype, device or size, or a size outside its range.
+    """
+    given = dict(zip((entry["name"] for entry in expected), args, strict=False))
+    given.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
+    names = [entry["name"] for entry in expected]
+    if len(args) > len(names) or sorted(given) != sorted(names):
+        raise ConfigError(f"the package takes {', '.join(names)}; found {', '.join(given) or 'nothing'}")
+    sizes: dict[str, int] = {}
+    for entry in expected:
+        _check_input(entry, given[entry["name"]], sizes)
+
+
+def _check_input(entry: dict[str, Any], value: Tensor, sizes: dict[str, int]) -> None:
+    name, shape = entry["name"], entry["shape"]
+    found = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device.type}"
+    if (str(value.dtype), value.device.type) != (f"torch.{entry['dtype']}", entry["device"]) or value.dim() != len(shape):
+        raise ConfigError(
+            f"input {name!r} is {found}; the package was exported for {entry['dtype']} with {len(shape)} dimensions "
+            f"on {entry['device']}"
+        )
+    for dim, (size, wanted) in enumerate(zip(value.shape, shape, strict=True)):
+        symbol, low, high = wanted if isinstance(wanted, list) else (f"{name}:{dim}", wanted, wanted)
+        if not low <= size <= high:
+            allowed = f"{low}" if low == high else f"{low} to {high}"
+            raise ConfigError(
+                f"input {name!r} is {found}: dimension {dim} is {size}, but the package was exported for {allowed}; "
+                "export with dynamic_lengths and dynamic_batch that hold it, or split or pad the input"
+            )
+        if sizes.setdefault(symbol, size) != size:
+            raise ConfigError(f"input {name!r} is {found}: dimension {dim} must be {sizes[symbol]}, as in another input")
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.suffix != SUFFIX:
+        raise ConfigError(f"path={str(path)!r} is not allowed: a package's name ends in {SUFFIX}")
+    folder = target.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or target.is_dir():
+        raise ConfigError(f"path={str(path)!r} cannot be written: {str(folder)!r} must be a folder that can be written to")
+    return target
+
+
+def _require_compiler() -> None:
+    """AOTInductor writes C++, and only says so behind a long trace of its own."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise ConfigError("no C++ compiler was found, which AOTInductor needs: install g++ or clang, or set CXX") from error
