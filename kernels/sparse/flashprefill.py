@@ -165,11 +165,10 @@ def flashprefill(
     alpha: float = ALPHA, sinks: int = SINKS, window: int = WINDOW, last: int = LAST,
 ) -> Lists:  # fmt: skip
     """The lists, by the Triton kernels on CUDA. See the module's docstring."""
-    options = {"alpha": alpha, "sinks": sinks, "window": window, "last": last}
     if not (query.is_cuda and HAS_TRITON):
-        return flashprefill_aten(query, key, scale, count, **options)
+        return flashprefill_aten(query, key, scale, count, alpha=alpha, sinks=sinks, window=window, last=last)
     with torch.cuda.device_of(query):
-        return flashprefill_triton(query, key, scale, count, **options)
+        return flashprefill_triton(query, key, scale, count, alpha=alpha, sinks=sinks, window=window, last=last)
 
 
 def flashprefill_aten(

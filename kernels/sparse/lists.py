@@ -53,8 +53,8 @@ def _write_list(p_scores, p_list, p_num, own, threshold, sinks, window, CHUNK: t
 
 def empty_lists(batch: int, heads: int, blocks: int, device: torch.device) -> Lists:
     """Memory for lists of up to all blocks."""
-    options = {"dtype": torch.int32, "device": device}
-    return Lists(torch.empty(batch, heads, blocks, **options), torch.empty(batch, heads, blocks, blocks, **options))
+    kv_num_blocks = torch.empty(batch, heads, blocks, dtype=torch.int32, device=device)
+    return Lists(kv_num_blocks, kv_num_blocks.new_empty(batch, heads, blocks, blocks))
 
 
 def lists_of(mask: Tensor) -> Lists:
