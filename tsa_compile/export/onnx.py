@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,8 @@ def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
     return target
 
 
-def to_portable(program: ExportedProgram) -> ExportedProgram:
-    """The program in standard operators; ConfigError where a layer cannot be written in them. See `save`."""
+def to_portable(program: ExportedProgram, others: Mapping[Any, Callable[..., Any]] | None = None) -> ExportedProgram:
+    """The program in standard operators, or `others` for some; ConfigError where a layer has no such form. See `save`."""
     _check_form(program)
     for node in program.graph.nodes:
         if node.target is tsa.attend.default and node.args[5] not in portable.CAUSAL_KERNELS:
@@ -114,7 +114,8 @@ def to_portable(program: ExportedProgram) -> ExportedProgram:
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    return program.run_decompositions({getattr(tsa, name).default: form for name, form in portable.OPS.items()})
+    forms = {getattr(tsa, name).default: form for name, form in portable.OPS.items()}
+    return program.run_decompositions({**forms, **(others or {})})
 
 
 def _check_form(program: ExportedProgram) -> None:

@@ -1,22 +1,117 @@
-"""TensorRT: will its parser take an ONNX model?
+"""TensorRT: engines of exported programs, and whether its parser will take an ONNX model.
 
+    save(program, "model.engine")                an engine, built by torch-tensorrt on this machine's GPU
     onnx.save(program, "model.onnx")
-    findings = tensorrt.check("model.onnx")      what TensorRT refuses, node by node; [] if nothing
+    findings = check("model.onnx")               what TensorRT refuses, node by node; [] if nothing
 
 `check` holds a model against NVIDIA's documentation (_trt_support.py: versions and addresses): operators, the types of
-their data, restrictions, limits. It runs without TensorRT and proves no more than the documentation says; an engine has
-not been built where this was written.
+their data, restrictions, limits. It runs without TensorRT and proves no more than the documentation says.
+
+`save` is written against the sources of torch-tensorrt 2.14 and has not been run with it: neither TensorRT nor its
+Python package could be installed where it was written. What it hands to
+them (PTX, launches, shapes, ranges) is tested.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only, tree_unflatten
+
+from tsa_compile.errors import TSAWarning
 from tsa_compile.export import _trt_support as support
-from tsa_compile.export.onnx import require
+from tsa_compile.export.onnx import require, to_portable, writable
+from tsa_compile.passes.graph import fake
+
+FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"}
+# Without these torch-tensorrt takes the mask of dense padded layers for a causal one, and leaves operators with sizes
+# that vary to torch.
+_OPTIONS = {"attn_bias_is_causal": False, "assume_dynamic_shape_support": True, "min_block_size": 1}
+
+
+def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: bool = True, **options: Any) -> None:
+    """Builds an engine with torch-tensorrt on the current GPU and writes it. Not yet run: see the module's docstring.
+
+    Args:
+        program: from `export_program(..., lower=None)`, with its weights on the GPU.
+        path: ".engine" for TensorRT's own runtime; ".ts" (C++ and Python) or ".pt2" (Python) for torch-tensorrt's.
+        plugins: gather and scatter rows by Triton kernels, embedded as PTX; otherwise, and where this TensorRT takes no
+            such plugins (with a warning), by standard operators like the other steps.
+        options: of `torch_tensorrt.dynamo.compile`. An engine is tuned for the longest inputs of the program's ranges.
+
+    Raises:
+        ConfigError: a path or program that is not allowed; also a coverage without a capacity.
+        ImportError: torch-tensorrt is missing.
+    """
+    target = writable(path, *FORMATS)
+    torch_tensorrt = require("torch_tensorrt", extra="tensorrt")[0]
+    lowered = _with_plugins(program) if plugins else to_portable(program)
+    args, kwargs = example_ranges(lowered, torch_tensorrt.Input)
+    options = {**_OPTIONS, **options}
+    if target.suffix == ".engine":
+        build = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
+        target.write_bytes(build(lowered, arg_inputs=args, kwarg_inputs=kwargs, require_full_compilation=True, **options))
+        return
+    module = torch_tensorrt.dynamo.compile(lowered, arg_inputs=args, kwarg_inputs=kwargs, **options)
+    _save_module(torch_tensorrt, module, lowered, target)
+
+
+def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, target: Path) -> None:
+    """As torch-tensorrt traces it, on the example that the program was exported with."""
+    example = program.example_inputs or ((), {})
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), example)
+    torch_tensorrt.save(
+        module, str(target), output_format=FORMATS[target.suffix], arg_inputs=args or None, kwarg_inputs=kwargs or None
+    )
+
+
+def _with_plugins(program: ExportedProgram) -> ExportedProgram:
+    """The program with plugins registered for it, or without where there are none to be had."""
+    from tsa_compile.export._trt_plugins import PluginForms, register
+
+    forms = PluginForms()
+    try:
+        lowered = to_portable(program, forms.table())
+        major, minor = torch.cuda.get_device_capability()
+        kernels, trtp = require("torch_tensorrt.kernels", "tensorrt.plugin", extra="tensorrt")
+        for plugin in forms.used.values():
+            register(plugin, 10 * major + minor, kernels, trtp)
+    except (ImportError, RuntimeError) as error:  # torch-tensorrt's own; KernelError is one as well
+        text = f"no TensorRT plugins ({error}): rows are gathered and scattered by standard operators"
+        warnings.warn(text, TSAWarning, stacklevel=3)
+        return to_portable(program)
+    return lowered
+
+
+def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[Any, Any]:
+    """The program's (args, kwargs) with `make(min_shape=, opt_shape=, max_shape=, dtype=)` for every tensor."""
+    nodes = {node.name: fake(node) for node in program.graph.nodes if node.op == "placeholder"}
+    values: list[Any] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is not torch.export.graph_signature.InputKind.USER_INPUT:
+            continue
+        value = nodes.get(getattr(spec.arg, "name", ""))
+        if not isinstance(value, torch.Tensor):
+            values.append(getattr(spec.arg, "value", value))
+            continue
+        low, high = (tuple(_bounds(program, extent)[end] for extent in value.shape) for end in (0, 1))
+        values.append(make(min_shape=low, opt_shape=high, max_shape=high, dtype=value.dtype))
+    args, kwargs = tree_unflatten(values, program.call_spec.in_spec)
+    return args, kwargs
+
+
+def _bounds(program: ExportedProgram, extent: int | torch.SymInt) -> tuple[int, int]:
+    if isinstance(extent, int):
+        return extent, extent
+    extents = program.range_constraints[extent.node.expr]
+    return int(extents.lower), int(extents.upper)
 
 
 @dataclass(frozen=True)
