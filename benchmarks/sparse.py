@@ -35,7 +35,7 @@ from sparse_report import TITLES, Row, figure, report
 from torch import Tensor
 
 from tsa_compile.kernels import attend
-from tsa_compile.kernels.sparse import Lists, block_sparse, density, flashprefill, xattention
+from tsa_compile.kernels.sparse import Lists, block_sparse, density, flashprefill_lists, xattention_lists
 from tsa_compile.kernels.sparse.blocks import BLOCK, block_sparse_attention, blocks_aten, blocks_mask
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_aten
 from tsa_compile.kernels.sparse.xattention import xattention_aten
@@ -43,16 +43,16 @@ from tsa_compile.kernels.sparse.xattention import xattention_aten
 log = logging.getLogger("attention")
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METHODS: dict[str, tuple[Callable[..., Lists], dict[str, float]]] = {
-    "FlashPrefill, alpha .1": (flashprefill, {}),
-    "FlashPrefill, alpha .05": (flashprefill, {"alpha": 0.05}),
-    "FlashPrefill, alpha .02": (flashprefill, {"alpha": 0.02}),
-    "XAttention, stride 16, mass .9": (xattention, {}),
-    "XAttention, stride 8, mass .9": (xattention, {"stride": 8}),
+    "FlashPrefill, alpha .1": (flashprefill_lists, {}),
+    "FlashPrefill, alpha .05": (flashprefill_lists, {"alpha": 0.05}),
+    "FlashPrefill, alpha .02": (flashprefill_lists, {"alpha": 0.02}),
+    "XAttention, stride 16, mass .9": (xattention_lists, {}),
+    "XAttention, stride 8, mass .9": (xattention_lists, {"stride": 8}),
 }
 CHECKED = (
-    ("flashprefill", flashprefill, flashprefill_aten, {}),
-    ("xattention 16", xattention, xattention_aten, {}),
-    ("xattention 8", xattention, xattention_aten, {"stride": 8}),
+    ("flashprefill", flashprefill_lists, flashprefill_aten, {}),
+    ("xattention 16", xattention_lists, xattention_aten, {}),
+    ("xattention 8", xattention_lists, xattention_aten, {"stride": 8}),
 )
 
 

@@ -1,8 +1,8 @@
 """Block-sparse attention over the compressed rows: a selector says which blocks, blocks.py computes them.
 
     kernel              selector                          options and their defaults
-    "flashprefill"      flashprefill.flashprefill         alpha .1, sinks 2, window 4, last 2
-    "xattention"        xattention.xattention             stride 16, mass .9
+    "flashprefill"      flashprefill.flashprefill_lists   alpha .1, sinks 2, window 4, last 2
+    "xattention"        xattention.xattention_lists       stride 16, mass .9
 
 Importing this package registers them as attention kernels, behind all others, so that they run where they are asked for by
 name: `TSAConfig(kernel="xattention")`. The selector sees the compressed rows, reads their number on the device, and chooses
@@ -10,7 +10,7 @@ among the blocks before it; with a budget that keeps everything, it sees all row
 
 Variants are registered under names of their own, and so is any function that makes lists:
 
-    block_sparse("flashprefill.02", flashprefill, alpha=0.02)
+    block_sparse("flashprefill.02", flashprefill_lists, alpha=0.02)
 
     def every_fourth(query, key, scale, count):  # blocks of 128 rows: those a multiple of four before each query block
         blocks = torch.arange(-(-query.shape[2] // 128), device=query.device)
@@ -29,13 +29,13 @@ from torch import Tensor
 from tsa_compile.kernels import flash
 from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, register
 from tsa_compile.kernels.sparse.blocks import block_sparse_attention
-from tsa_compile.kernels.sparse.flashprefill import flashprefill
+from tsa_compile.kernels.sparse.flashprefill import flashprefill_lists
 from tsa_compile.kernels.sparse.lists import Lists, Selector, density, lists_of
-from tsa_compile.kernels.sparse.xattention import xattention
+from tsa_compile.kernels.sparse.xattention import xattention_lists
 
 PRIORITY = -20
 
-__all__ = ["Lists", "Selector", "block_sparse", "density", "flashprefill", "lists_of", "xattention"]
+__all__ = ["Lists", "Selector", "block_sparse", "density", "flashprefill_lists", "lists_of", "xattention_lists"]
 
 
 def block_sparse(name: str, selector: Selector, **options: float) -> AttentionKernel:
@@ -61,5 +61,5 @@ def _supports(request: KernelRequest) -> str | None:
     return None if request.device_type == "cpu" else flash.supports(request)
 
 
-block_sparse("flashprefill", flashprefill)
-block_sparse("xattention", xattention)
+block_sparse("flashprefill", flashprefill_lists)
+block_sparse("xattention", xattention_lists)

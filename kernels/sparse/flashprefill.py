@@ -160,7 +160,7 @@ def _log2(alpha: float) -> float:
     return math.log2(alpha) if alpha > 0 else -math.inf
 
 
-def flashprefill(
+def flashprefill_lists(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
     alpha: float = ALPHA, sinks: int = SINKS, window: int = WINDOW, last: int = LAST,
 ) -> Lists:  # fmt: skip

@@ -272,7 +272,7 @@ def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
     return TensorDescriptor(tensor, [batch, heads, capacity // stride, stride, dim], strides, [1, 1, groups, 1, dims])
 
 
-def xattention(
+def xattention_lists(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *, stride: int = STRIDE, mass: float = MASS
 ) -> Lists:
     """The lists, by the Triton kernels on CUDA. See the module's docstring."""

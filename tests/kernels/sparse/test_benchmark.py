@@ -98,3 +98,15 @@ def test_shares_and_errors(load, arguments):
     assert tools.relative_error(wrong, out) == pytest.approx(0.5**0.5, rel=0.05)
     lists = tools.random_lists(4, 20, 0.3, "cpu")
     assert 0.3 < float(load("sparse").density(lists)) < 0.45
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+def test_candidates_of_the_tuning_script_run(load, arguments):
+    pytest.importorskip("triton")
+    tune = load("sparse_tune")
+    inputs = load("sparse_inputs").planted_inputs(arguments.shape, 200, "cpu")
+    for kind, candidates in tune.KINDS.items():
+        calls = dict(candidates(inputs))
+        assert len(calls) > 10, kind
+        if not torch.cuda.is_available():
+            next(iter(calls.values()))()

@@ -8,7 +8,7 @@ import torch
 from tsa_compile.errors import KernelError
 from tsa_compile.kernels import attend, fused, reference  # noqa: F401, fused registers its op
 from tsa_compile.kernels.attend import KernelRequest, choose, unregister
-from tsa_compile.kernels.sparse import block_sparse, flashprefill, lists_of, xattention
+from tsa_compile.kernels.sparse import block_sparse, flashprefill_lists, lists_of, xattention_lists
 
 NAMES = ("flashprefill", "xattention")
 
@@ -52,7 +52,7 @@ def test_they_are_there_and_never_chosen_unasked():
 
 @pytest.mark.parametrize("name, options", [("flashprefill", {"alpha": 0.0}), ("xattention", {"mass": 1.1})])
 def test_a_variant_that_leaves_nothing_out_is_dense(registered, name, options):
-    registered("everything", {"flashprefill": flashprefill, "xattention": xattention}[name], **options)
+    registered("everything", {"flashprefill": flashprefill_lists, "xattention": xattention_lists}[name], **options)
     inputs, count = make(), torch.tensor([700, 333], dtype=torch.int32)
     out = attend.attend(*inputs, count, 0.25, "everything")
     torch.testing.assert_close(out, reference.attend(*inputs, count, 0.25))
@@ -72,7 +72,7 @@ def test_a_selector_of_ones_own(registered):
 @pytest.mark.parametrize("name", [*NAMES, "band"])
 def test_composed_with_token_selection(registered, name):
     """The fused op equals its steps, with the same selector between them."""
-    registered("band", flashprefill, alpha=1.0, sinks=0, window=1, last=0)
+    registered("band", flashprefill_lists, alpha=1.0, sinks=0, window=1, last=0)
     inputs = make(1500)
     scores = torch.ops.tsa.score(inputs[0], inputs[1], None, 0.25, 64, 7)
     scalars = (0.25, 64, 7, None, 0.5, 256, None, False, name)

@@ -1,0 +1,114 @@
+"""Which tiles make the block-sparse kernels fastest on a GPU: for whoever sets their defaults.
+
+    python benchmarks/sparse_tune.py                       every candidate at 128K, in about two minutes on an H200
+    python benchmarks/sparse_tune.py --kinds xattention    the candidates of one kernel
+
+Candidates of a kind take turns on the same planted inputs; one that does not fit the GPU says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from attention_methods import Inputs, Shape
+from attention_report import markdown
+from attention_timing import take_turns
+from sparse_inputs import planted_inputs, random_lists
+
+from tsa_compile.kernels.flash import Tiles
+from tsa_compile.kernels.sparse import flashprefill_lists
+from tsa_compile.kernels.sparse.blocks import BLOCK, blocks_triton
+from tsa_compile.kernels.sparse.flashprefill import flashprefill_triton
+from tsa_compile.kernels.sparse.xattention import Tiling, xattention_triton
+
+Candidates = Iterator[tuple[str, Callable[[], Any]]]
+BLOCK_TILES = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+TILINGS = (
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3), (128, 128, 128, 8, 3),
+)  # fmt: skip
+
+
+def block_candidates(inputs: Inputs) -> Candidates:
+    """The kernel on lists of random blocks, and on lists that FlashPrefill makes."""
+    blocks = -(-inputs.length // BLOCK)
+    cases = {
+        "random 10 %": random_lists(inputs.query.shape[1], blocks, 0.1, str(inputs.query.device)),
+        "FlashPrefill .05": flashprefill_lists(inputs.query, inputs.key, inputs.scale, alpha=0.05),
+    }
+    for (case, lists), sizes, lag in itertools.product(cases.items(), BLOCK_TILES, (True, False)):
+        tiles = Tiles(*sizes, use_tma=True, lag=lag)
+        call = functools.partial(blocks_triton, *inputs.tensors, inputs.scale, *lists, tiles=tiles)
+        yield f"{case}: {sizes}{', lag' if lag else ''}", call
+    for case, lists in cases.items():
+        call = functools.partial(blocks_triton, *inputs.tensors, inputs.scale, *lists, ordered=False)
+        yield f"{case}: default, head after head", call
+
+
+def flashprefill_candidates(inputs: Inputs) -> Candidates:
+    """All of the selector; its second kernel is cut differently."""
+    for block_n, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2, 3)):
+        options = {"block_n": block_n, "num_warps": warps, "num_stages": stages}
+        call = functools.partial(flashprefill_triton, inputs.query, inputs.key, inputs.scale, **options)
+        yield f"{block_n} means, {warps} warps, {stages} stages", call
+
+
+def xattention_candidates(inputs: Inputs) -> Candidates:
+    """All of the selector at stride 16; its first kernel is cut differently."""
+    for sizes, tma in itertools.product(TILINGS, (True, False)):
+        tiling = Tiling(*sizes, use_tma=tma)
+        call = functools.partial(xattention_triton, inputs.query, inputs.key, inputs.scale, tiling=tiling)
+        yield f"{sizes}{', TMA' if tma else ''}", call
+
+
+KINDS: dict[str, Callable[[Inputs], Candidates]] = {
+    "blocks": block_candidates,
+    "flashprefill": flashprefill_candidates,
+    "xattention": xattention_candidates,
+}
+
+
+def measure(candidates: Candidates, seconds: float) -> list[list[str]]:
+    """A line for each candidate, the fastest first, those that cannot run last."""
+    calls: dict[str, list[Callable[[], Any]]] = {}
+    refused = []
+    for name, call in candidates:
+        try:
+            call()
+            torch.cuda.synchronize()
+            calls[name] = [call]
+        except Exception as error:  # noqa: BLE001, whatever it is (too much shared memory, mostly) goes into the table
+            refused.append([name, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"])
+    times = take_turns(calls, seconds) if calls else {}
+    return [[name, f"{times[name].ms:.3f}"] for name in sorted(times, key=lambda name: times[name].ms)] + refused
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--length", type=int, default=131072)
+    parser.add_argument("--seconds", type=float, default=0.2, help="measure each candidate for about this long")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Measures and prints."""
+    arguments = parse()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    inputs = planted_inputs(Shape(), arguments.length)
+    with torch.no_grad():
+        for kind in arguments.kinds:
+            print(markdown([kind, "ms"], measure(KINDS[kind](inputs), arguments.seconds)), end="\n\n", flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
