@@ -60,6 +60,9 @@ def launch(
         tensors, numbers: the kernel's parameters in order, but for the constants.
         options: the constants, and num_warps and num_stages.
     """
+    if type(tensors[0]) is not torch.Tensor:  # fake or functional: a compiler traces, and takes the kernel into its graph
+        torch.library.wrap_triton(kernel)[grid](*tensors, *numbers, **options)
+        return
     # Not for the interpreter's functions, nor for AMD, where Triton specializes on the extent of memory as well.
     if torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
         kernel[grid](*tensors, *numbers, **options)

@@ -148,7 +148,8 @@ def coverage_triton(scores: Tensor, coverage: float, min_tokens: int) -> Tensor:
     scores = scores.contiguous()
     tiles = cdiv(seq_len, 1024)
     mass = scores.new_empty((batch, seq_len))
-    sums = scores.new_empty((batch, tiles), dtype=torch.float64)
+    # Room for one more than there are: whoever traces this with a symbolic length would ask whether there is only one.
+    sums = scores.new_empty((batch, tiles + 1), dtype=torch.float64)
     state = scores.new_zeros((batch, STATE), dtype=torch.int64)
     count = scores.new_empty((batch,), dtype=torch.int32)
     target = max(1, math.ceil(coverage * WHOLE))

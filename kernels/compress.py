@@ -24,6 +24,7 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("compression").
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
@@ -100,7 +101,10 @@ def row_alignment(*tensors: Tensor) -> int:
     unit = 16 // tensors[0].element_size()
     for tensor in tensors:
         for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1]):
-            if stride % unit and size > 1:
+            aligned = stride % unit == 0
+            if not isinstance(aligned, bool):  # of a symbolic stride, only what holds for every length
+                aligned = statically_known_true(aligned)
+            if not aligned and not (isinstance(size, int) and size <= 1):
                 return 1
     return unit
 

@@ -291,7 +291,8 @@ def flash_triton(
         return out
     if scale < 0:  # the kernel takes the maximum of scale * score to be scale times the maximum
         query, scale = -query, -scale
-    use_tma = _tma_fits(key) and _tma_fits(value)
+    traced = type(query) is not torch.Tensor  # by a compiler, which knows no addresses and builds no descriptors
+    use_tma = not traced and _tma_fits(key) and _tma_fits(value)
     if tiles is None:
         hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
         tiles = _tiles(query.dtype, _block_dim(max(query.shape[3], value.shape[3])), hopper)
@@ -307,7 +308,8 @@ def _launch(
     value_dim = value.shape[3]
     align = row_alignment(query, key, value, out)
     blocks = cdiv(capacity, tiles.block_m)
-    _flash_kernel[(heads, blocks, batch) if tiles.heads_inner else (blocks, heads, batch)](
+    kernel = _flash_kernel if type(query) is torch.Tensor else torch.library.wrap_triton(_flash_kernel)
+    kernel[(heads, blocks, batch) if tiles.heads_inner else (blocks, heads, batch)](
         query,
         key,
         value,

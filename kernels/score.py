@@ -258,12 +258,14 @@ def score_triton(
     query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
     block_d = max(16, next_power_of_2(head_dim))
     stats_tile, mean_tile = _tiles(query.dtype, block_d, window)
-    per_split = cdiv(split_len or max(MIN_SPLIT, cdiv(seq_len, SPLITS)), stats_tile.keys)
+    # A static size, for whoever traces this with a symbolic length; the splits there are lie densely in it.
+    most_splits = SPLITS if split_len == 0 else max(SPLITS, next_power_of_2(cdiv(seq_len, split_len)))
+    per_split = cdiv(split_len or torch.sym_max(MIN_SPLIT, cdiv(seq_len, SPLITS)), stats_tile.keys)
     split_len = per_split * stats_tile.keys
     splits, row_tiles = cdiv(seq_len, split_len), cdiv(window, stats_tile.rows)
     scores = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
     raw = torch.empty_like(scores)
-    partial = scores.new_empty((batch, heads, splits, window))
+    partial = scores.new_empty((batch, heads, most_splits, window))
     row_lse = scores.new_empty((batch, heads, window))
 
     mask, rank, rows = scores, scores, scores  # stand-ins where nothing is padded; never read
@@ -284,7 +286,7 @@ def score_triton(
     )  # fmt: skip
     launch(_combine_kernel, (cdiv(window, 64), batch * heads),
         (partial, rank, row_lse), (seq_len, window, heads, splits),
-        HAS_PADDING=has_padding, BLOCK_S=max(SPLITS, next_power_of_2(splits)), BLOCK_M=64,
+        HAS_PADDING=has_padding, BLOCK_S=most_splits, BLOCK_M=64,
     )  # fmt: skip
     launch(_column_mean_kernel, (cdiv(seq_len, mean_tile.keys), key.shape[1], batch),
         (query, key, mask, rank, rows, row_lse, raw),

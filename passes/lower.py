@@ -4,10 +4,14 @@
              count   = tsa.budget(scores, tau, None, min_tokens)                          [B]
              ...
              o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]
-    after    "aten"   matmul, softmax, avg_pool1d, sort, index, scaled_dot_product_attention, scatter, ...
+    after    "aten"    matmul, softmax, avg_pool1d, sort, index, scaled_dot_product_attention, scatter, ...
+             "triton"  tsa_triton.score, ...: the same steps as triton_ops, which a compiler opens into our kernels (CUDA)
 
 No shape depends on data before, and none does afterwards: lengths and batch stay as symbolic as they were, the count stays
 on the device, and all C rows are attended to, those behind the count in vain. A capacity, or KeepRatio, makes C smaller.
+
+"aten" gives padded dense attention a mask [B, 1, L, L]; "triton" moves the valid tokens together instead, and leaves zeros
+in the rows of pad tokens, which no valid token reads.
 
 The program is traced anew by `ExportedProgram.run_decompositions`, so that its signature, weights and ranges stay right.
 """
@@ -21,10 +25,11 @@ import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeGuard
 from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.errors import ConfigError, RewriteError
+from tsa_compile.kernels import traced
+from tsa_compile.kernels._triton import HAS_TRITON
 from tsa_compile.kernels.attend import AUTO, attend_aten
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.compress import compress_aten
@@ -32,10 +37,10 @@ from tsa_compile.kernels.decompress import decompress_aten
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.score import score_aten
 from tsa_compile.kernels.select import select_aten
-from tsa_compile.passes.graph import fake_mode
+from tsa_compile.passes.graph import fake, fake_mode
 
-Form = Literal["aten"]
-FORMS: tuple[Form, ...] = ("aten",)
+Form = Literal["aten", "triton"]
+FORMS: tuple[Form, ...] = ("aten", "triton")
 _BUILT_IN = (AUTO, "sdpa", "flash", "cudnn", "triton")  # what scaled_dot_product_attention stands for as well
 
 tsa = torch.ops.tsa
@@ -56,6 +61,9 @@ _ATEN: dict[Any, Callable[..., Any]] = {
     tsa.padded_attention.default: padded_attention_aten,
 }
 
+# The ATen forms, but for the steps that have kernels.
+_TRITON = {**_ATEN, **{getattr(tsa, name).default: op for name, op in traced.OPS.items()}}
+
 
 def lower_program(program: ExportedProgram, form: Form | None = "aten") -> ExportedProgram:
     """A new program without tsa ops; with None, the same graph in operators of the ATen dialect and tsa ops alone.
@@ -68,6 +76,8 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         return program.run_decompositions({})
     if form not in FORMS:
         raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {', '.join(map(repr, FORMS))}, or None")
+    if form == "triton":
+        _require_cuda(program)
     for node in program.graph.nodes:
         if node.target is tsa.attend.default and node.args[5] not in _BUILT_IN:
             raise ConfigError(
@@ -76,13 +86,35 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
             )
     mode = fake_mode(program.graph)
     environment = None if mode is None else mode.shape_env
+    table = _ATEN if form == "aten" else _TRITON
     if environment is None:
-        return program.run_decompositions(_ATEN)
+        return program.run_decompositions(table)
     # A guard on a symbol also narrows its range, by which the guard would then always hold.
     known_guards, ranges = len(environment.guards), dict(environment.var_to_range)
-    lowered = program.run_decompositions(_ATEN)
+    lowered = program.run_decompositions(table)
+    if form == "triton":  # as a compiler will open them, for the questions that are asked on the way
+        lowered.run_decompositions({}, decompose_custom_triton_ops=True)
     _check_guards(environment.guards[known_guards:], ranges)
     return lowered
+
+
+def _require_cuda(program: ExportedProgram) -> None:
+    """The kernels are CUDA's."""
+    for node in program.graph.nodes:
+        value = fake(node)
+        if node.target is tsa.score.default and value.device.type != "cuda":
+            raise ConfigError(
+                f'lower="triton" is not allowed on {value.device.type}: the Triton kernels run on CUDA devices; move the '
+                'model and the example to one, or use lower="aten"'
+            )
+    if not HAS_TRITON:
+        raise ConfigError('lower="triton" needs Triton, which is not installed: install it, or use lower="aten"')
+
+
+def default_form(program: ExportedProgram) -> Form:
+    """What runs fastest where a program runs: our kernels on CUDA, ATen elsewhere."""
+    devices = {value.device.type for node in program.graph.nodes if isinstance(value := fake(node), Tensor)}
+    return "triton" if "cuda" in devices and HAS_TRITON else "aten"
 
 
 def is_lowered(program: ExportedProgram) -> bool:
@@ -90,16 +122,15 @@ def is_lowered(program: ExportedProgram) -> bool:
     return not any(str(node.target).startswith("tsa.") for node in program.graph.nodes)
 
 
-def _check_guards(guards: list[ShapeGuard], ranges: dict[Any, Any]) -> None:
+def _check_guards(guards: list[Any], ranges: dict[Any, Any]) -> None:
     """What tracing an ATen form asked about the sizes must be so for all of them: nobody would look again.
 
     Raises:
         RewriteError: an answer holds for the example's length and cannot be shown to hold for every other one.
     """
-    for guard in guards:
-        found = bound_sympy(guard.expr, ranges)
-        if found.lower is not sympy.true:
-            raise RewriteError(
-                f"the lowered program would hold for some lengths alone, those with {guard.expr}; raise the shortest of "
-                "dynamic_lengths to at least the window, below which nothing is dropped"
-            )
+    unproven = [guard.expr for guard in guards if bound_sympy(guard.expr, ranges).lower is not sympy.true]
+    if unproven:
+        raise RewriteError(
+            f"the lowered program would hold for some lengths alone, those with {sympy.And(*unproven)}; raise the shortest "
+            "of dynamic_lengths to at least the window, below which nothing is dropped"
+        )

@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.errors import ConfigError
-from tsa_compile.passes.lower import is_lowered, lower_program
+from tsa_compile.passes.lower import default_form, is_lowered, lower_program
 
 SUFFIX = ".pt2"
 INPUTS_KEY = "tsa_inputs"
@@ -35,7 +35,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
     """Compiles a program into a package.
 
     Args:
-        program: from `export_program`, lowered or not (then it is lowered to ATen here).
+        program: from `export_program`; where tsa ops are left in it, they are lowered here, on CUDA to our kernels.
         path: the file to write, ending in .pt2.
         inductor_options: torch._inductor's options, {"max_autotune": True} for example.
 
@@ -52,7 +52,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
         if option not in known:
             raise ConfigError(f"{option!r} is not an option of torch._inductor {torch.__version__} (see `config.py` there)")
     if not is_lowered(program):
-        program = lower_program(program, "aten")
+        program = lower_program(program, default_form(program))
     metadata = {**inductor_options.get("aot_inductor.metadata", {}), INPUTS_KEY: json.dumps(describe_inputs(program))}
     options = {**inductor_options, "aot_inductor.metadata": metadata}
     with torch.no_grad(), _dense_kernels():

@@ -57,7 +57,8 @@ def export_program(
         config: which layers become sparse, and how; the defaults if None.
         dynamic_lengths: shortest and longest length: every dimension of an input that is L in the example; None: L as it is.
         dynamic_batch: the same for the first dimension, B.
-        lower: "aten": plain ATen operators. None: the tsa ops stay, to be read or lowered by someone else.
+        lower: "aten": plain ATen operators. "triton" (CUDA): triton_ops around our kernels, which AOTInductor compiles in.
+            None: the tsa ops stay, to be read or lowered by someone else (`aoti.save` chooses by the device).
 
     Returns:
         A program that takes the inputs of the example. A model output with names becomes a dict of them.

@@ -1,0 +1,102 @@
+"""lower="triton": kernels that a compiler can look into. Traced here without a GPU; run on one."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from tsa_compile import ConfigError, Coverage, KeepRatio, TSAConfig
+from tsa_compile.export import aoti, export_program
+
+from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
+
+SMALL = TSAConfig(window=4, min_tokens=3, layers=(1,))
+
+TRACE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from tsa_compile import Coverage, KeepRatio, TSAConfig
+from tsa_compile.export import export_program
+from tsa_compile.passes import lower
+
+
+class Driver:  # Triton's frontend wants to know for which GPU; nothing is launched
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, query, key, value, padding=None):
+        mask = None if padding is None else torch.ones_like(query[0, 0, :, :1] @ query[0, 0, :, :1].mT).tril().bool()
+        mask = None if padding is None else mask & padding[:, None, None]
+        for _ in range(2):
+            query = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+        return query
+
+
+triton.runtime.driver.set_active(Driver())
+lower._require_cuda = lambda program: None
+query, key, value = (torch.randn(2, n, 40, 16) for n in (4, 2, 2))
+padding = torch.ones(2, 40, dtype=torch.bool)
+for config, padded in ((TSAConfig(budget=Coverage(0.2)), True), (TSAConfig(budget=KeepRatio(0.5)), False)):
+    config = config.replace(window=4, min_tokens=3, layers=(1,), granularity="head" if padded else "group")
+    inputs = (query, key, value, padding) if padded else (query, key, value)
+    program = export_program(
+        Attention().eval(), inputs, config, dynamic_lengths=(16, 20000), dynamic_batch=(1, 8), lower="triton"
+    )
+    opened = program.run_decompositions({}, decompose_custom_triton_ops=True) if padded else program
+    for found in dict.fromkeys((program, opened)):
+        targets = {str(node.target) for node in found.graph.nodes}
+        print(*sorted(name for name in targets if "tsa" in name or "triton" in name))
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_can_be_traced_for_all_lengths_at_once():
+    """In a process of its own: the suite runs Triton's interpreter, whose kernels no compiler can read."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRACE)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [f"tsa_triton.{name}.default" for name in ("attend", "budget", "compress", "decompress", "score", "select")]
+    assert done.stdout.splitlines() == [
+        " ".join(steps),
+        "triton_kernel_wrapper_functional",
+        " ".join(step for step in steps if "attend" not in step and "budget" not in step),  # SDPA; every slot is filled
+    ]
+
+
+def test_on_a_cpu_it_is_refused():
+    with pytest.raises(ConfigError, match=r'lower="triton" is not allowed on cpu.*lower="aten"'):
+        export_program(
+            Attention().eval(), heads(length=40), SMALL.replace(layers=(0,)), dynamic_lengths=(16, 200), lower="triton"
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("budget", [Coverage(0.2), KeepRatio(0.5)])
+def test_a_cuda_package_equals_the_compiled_model(budget, padded, tmp_path):
+    model = tiny("llama", num_hidden_layers=2).cuda()
+    config = SMALL.replace(budget=budget, min_length=16)
+
+    def inputs(length, pads):
+        made = {"input_ids": tokens(len(pads), length)}
+        made |= {"attention_mask": mixed_padding(length, pads)} if padded else {}
+        return {name: value.cuda() for name, value in made.items()}
+
+    program = export_program(model, inputs(40, (0, 9)), config, dynamic_lengths=(16, 200), dynamic_batch=(1, 8), lower=None)
+    package = aoti.load(aoti.save(program, tmp_path / "model.pt2"))
+    compiled = torch.compile(model, backend="tsa", options={"config": config}, dynamic=True)
+    for length, pads in ((70, (5, -7, 0)), (33, (0, 0))):
+        made = inputs(length, pads)
+        with torch.no_grad():
+            result, expected = package(**made)["logits"], compiled(**made, use_cache=False).logits
+        assert difference(result, expected, made.get("attention_mask")) < 1e-3
