@@ -128,8 +128,12 @@ def flashprefill_triton(
     block_n: int = 64,
     num_warps: int = 4,
     num_stages: int = 2,
+    chunk: int = CHUNK,
 ) -> Lists:
-    """Launch the kernels; also runs on CPU tensors in the Triton interpreter. block_n and the rest: for tuning `_energy`."""
+    """Launch the kernels; also runs on CPU tensors in the Triton interpreter.
+
+    block_n, num_warps, num_stages: how `_energy` is cut. chunk: see lists.CHUNK.
+    """
     query, key = _aligned_rows(query), _aligned_rows(key)
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
     blocks = triton.cdiv(capacity, block)
@@ -151,7 +155,7 @@ def flashprefill_triton(
     )  # fmt: skip
     _choose_kernel[(blocks, heads, batch)](
         energy, count, *lists, capacity, blocks, sinks, max(window, 1), last, _log2(alpha),
-        BLOCK=block, CHUNK=CHUNK, num_warps=4,
+        BLOCK=block, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return lists
 

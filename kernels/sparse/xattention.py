@@ -224,8 +224,9 @@ def xattention_triton(
     mass: float = MASS,
     block: int = BLOCK,
     tiling: Tiling | None = None,
+    chunk: int = CHUNK,
 ) -> Lists:
-    """Launch the kernels; also runs on CPU tensors in the Triton interpreter."""
+    """Launch the kernels; also runs on CPU tensors in the Triton interpreter. tiling, chunk: see Tiling and lists.CHUNK."""
     query, key = _aligned_rows(query), _aligned_rows(key)
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
     blocks, block_d = triton.cdiv(capacity, block), _block_dim(dim)
@@ -250,7 +251,7 @@ def xattention_triton(
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     _choose_kernel[(blocks, heads, batch)](
-        energy, count, *lists, capacity, blocks, mass, STRIDE=stride, BLOCK=block, CHUNK=CHUNK, num_warps=4,
+        energy, count, *lists, capacity, blocks, mass, STRIDE=stride, BLOCK=block, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return lists
 

@@ -32,7 +32,7 @@ def test_the_aten_version_equals_the_reference(counts, options):
 def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
     inputs, count = make(device=triton_device), counted(counts, triton_device)
     expected = xattention_aten(*inputs, 0.5, count, **OPTIONS)
-    found = xattention_triton(*poisoned(inputs, counts), 0.5, count, tiling=TILINGS[tiling], **OPTIONS)
+    found = xattention_triton(*poisoned(inputs, counts), 0.5, count, tiling=TILINGS[tiling], chunk=2, **OPTIONS)
     densities = density(expected, count, 150, 32)
     assert densities.max() > 0.3 and densities.min() < 0.9
     assert torch.equal(mask_of(found), mask_of(expected))
@@ -71,6 +71,6 @@ def test_on_the_gpu(stride, layout):
     for counts in ([5000, 3333], [4096, 0]):
         count = counted(counts, "cuda")
         inputs = poisoned((query, key), counts)
-        found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride))
+        found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride, chunk=16))
         expected = mask_of(xattention_aten(query, key, 0.3, count, stride=stride))
         assert (found != expected).float().mean() < 5e-3  # sums differ in their last bits
