@@ -114,6 +114,18 @@ def _choose_kernel(
     _write_list(p_energy + row * blocks, p_indices + row * blocks, p_num + row, own, threshold, sinks, window, CHUNK)
 
 
+def block_means(key: Tensor, count: Tensor | None, block: int) -> Tensor:
+    """The mean key of each block, [B, Hk, Q, D]; those behind the count are left unwritten."""
+    batch, heads, capacity, dim = key.shape
+    blocks, align = triton.cdiv(capacity, block), row_alignment(key)
+    mean = key.new_empty(batch, heads, blocks, dim)
+    _mean_kernel[(blocks, heads, batch)](
+        key, count, mean, *(s // align for s in key.stride()[:3]), capacity, blocks,
+        DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return mean
+
+
 def flashprefill_triton(
     query: Tensor,
     key: Tensor,
@@ -141,17 +153,13 @@ def flashprefill_triton(
     if lists.kv_num_blocks.numel() == 0:
         return lists
     count = None if count is None else count.contiguous()
-    mean = key.new_empty(batch, kv_heads, blocks, dim)
+    mean = block_means(key, count, block)
     energy = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=query.device)
-    sizes = {"DIM": dim, "BLOCK_D": _block_dim(dim), "BLOCK": block}
-    align = row_alignment(key)
-    _mean_kernel[(blocks, kv_heads, batch)](
-        key, count, mean, *(s // align for s in key.stride()[:3]), capacity, blocks, **sizes, ALIGN=align, num_warps=4,
-    )  # fmt: skip
     align = row_alignment(query, mean)
     _energy_kernel[(blocks, heads, batch)](
         query, mean, count, energy, *(s // align for s in query.stride()[:3]), capacity, blocks, heads // kv_heads, last,
-        scale * math.log2(math.e), **sizes, ALIGN=align, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+        scale * math.log2(math.e), DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, BLOCK=block, BLOCK_N=block_n,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     _choose_kernel[(blocks, heads, batch)](
         energy, count, *lists, capacity, blocks, sinks, max(window, 1), last, _log2(alpha),

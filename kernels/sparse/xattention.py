@@ -233,11 +233,7 @@ def xattention_triton(
     lists = empty_lists(batch, heads, blocks, query.device)
     if lists.kv_num_blocks.numel() == 0:
         return lists
-    tma_fits = capacity >= stride and _tma_fits(query) and _tma_fits(key)
-    if tiling is None:
-        hopper = tma_fits and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
-        tiling = _tiling(query.dtype, hopper)
-    tiling = tiling._replace(dims=min(tiling.dims, block_d), use_tma=tiling.use_tma and tma_fits)
+    tiling = _tiling(query, key, capacity >= stride, tiling)
     count = None if count is None else count.contiguous()
     energy = torch.empty(batch, heads, blocks * (block // stride), blocks, dtype=torch.float32, device=query.device)
     align = row_alignment(query, key)
@@ -256,10 +252,15 @@ def xattention_triton(
     return lists
 
 
-def _tiling(dtype: torch.dtype, hopper: bool) -> Tiling:
-    if dtype == torch.float32:
-        return Tiling(32, 32, 32, 4, 1)
-    return Tiling(128, 256, 64, 8, 3, use_tma=True) if hopper else Tiling(128, 128, 32, 8, 2)
+def _tiling(query: Tensor, key: Tensor, use_tma: bool, tiling: Tiling | None) -> Tiling:
+    """What was asked for, or what fits the GPU, adapted to the head size and to strides."""
+    use_tma = use_tma and _tma_fits(query) and _tma_fits(key)
+    if tiling is None and query.dtype == torch.float32:
+        tiling = Tiling(32, 32, 32, 4, 1)
+    elif tiling is None:
+        hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
+        tiling = Tiling(128, 256, 64, 8, 3, use_tma=True) if hopper else Tiling(128, 128, 32, 8, 2)
+    return tiling._replace(dims=min(tiling.dims, _block_dim(query.shape[3])), use_tma=tiling.use_tma and use_tma)
 
 
 def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
