@@ -167,7 +167,7 @@ class Rows(torch.nn.Module):
     def forward(self, query, key, value, count):
         tsa, length = torch.ops.tsa, query.shape[2]
         indices = (torch.arange(length // 2, dtype=torch.int32) * 2).expand(query.shape[0], 4, length // 2)
-        _, _, rows = tsa.compress(query, key, value, indices, count)
+        rows = tsa.attend(*tsa.compress(query, key, value, indices, count), count, 0.25, "auto")
         scattered = tsa.decompress(rows, indices, count, length) + tsa.decompress(rows, indices, None, length)
         return scattered.transpose(1, 2).flatten(2)
 
@@ -224,6 +224,13 @@ def test_plugins_kernels_equal_the_reference(selections):
     for got, expected in zip(outputs, reference.compress(*inputs)):
         assert torch.equal(got, expected), "zeros from count on, whatever the attention kernel reads"
 
+    attention = plugins.attend_plugin(4, selections, 16, 24, torch.float32, 0.25)
+    output = torch.full(attention.fake(*outputs, inputs[4]).shape, torch.nan)
+    launch(attention, (*outputs, inputs[4]), [output])
+    expected = reference.attend(*outputs, inputs[4], 0.25)
+    for item, count in enumerate(inputs[4]):
+        torch.testing.assert_close(output[item, :, :count], expected[item, :, :count])
+
     rows = (torch.randn(2, 4, 30, 24), *inputs[3:], torch.arange(50, dtype=torch.int32))
     scatter = plugins.decompress_plugin(4, selections, 24, torch.float32)
     output = torch.full(scatter.fake(*rows).shape, torch.nan)
@@ -238,6 +245,7 @@ from tsa_compile.export import _trt_plugins as plugins
 made = [
     plugins.compress_plugin(32, 8, 32, 128, 128, torch.bfloat16),
     plugins.decompress_plugin(32, 8, 128, torch.float16),
+    plugins.attend_plugin(32, 8, 128, 128, torch.bfloat16, 128**-0.5),
 ]
 assembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 for plugin in made:
@@ -275,6 +283,7 @@ def test_a_program_with_plugins_computes_the_same():
     program, forms = layer_program(Rows()), plugins.PluginForms()
     lowered = tsa_onnx.to_portable(program, forms.table())
     assert sorted(forms.used) == [
+        "tsa_trt::attend_h4_s4_d16_v16_fp32_by_0p25",
         "tsa_trt::compress_h4_g2_s4_d16_v16_fp32",
         "tsa_trt::decompress_h4_s4_d16_fp32",
     ]

@@ -1,9 +1,11 @@
-"""TensorRT plugins that carry Triton kernels ahead of time: the gather and the scatter of rows, one kernel as PTX each.
+"""TensorRT plugins that carry Triton kernels ahead of time, one kernel as PTX each.
 
     tsa_trt::compress_...    (query, key, value, indices, count) -> (query_rows, key_rows, value_rows)
+    tsa_trt::attend_...      (query_rows, key_rows, value_rows, count) -> rows, where there is a count
     tsa_trt::decompress_...  (rows, indices, count, positions) -> output [B, L, H, Dv]
 
-The other steps stay in standard operators: score and select are several launches each, attention is TensorRT's own.
+The other steps stay in standard operators: score, budget and select are several launches each. Without a count every row
+is real, and attention is TensorRT's own; with one, this kernel does not compute the rows behind it.
 
 What a plugin may be (torch_tensorrt.kernels.ptx_op of torch-tensorrt 2.14, TensorRT's quickly deployable plugins):
 
@@ -17,9 +19,12 @@ Triton gives every kernel two more pointers, for scratch memory, that its own la
 they are cut from the PTX, and a kernel that reads one is an error.
 """
 
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +34,17 @@ import torch
 from torch import Tensor
 
 from tsa_compile.errors import KernelError
+from tsa_compile.kernels import portable
 from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels.attend import attend
 from tsa_compile.kernels.compress import _compress_kernel, block_rows, compress
 from tsa_compile.kernels.decompress import _decompress_kernel, decompress
+from tsa_compile.kernels.flash import MAX_HEAD_DIM, _flash_kernel
 
 NAMESPACE = "tsa_trt"
 WARPS = 4
+MAX_SHARED = 48 * 1024
+"""Bytes of shared memory that a launch may ask for without permission, which nobody asks TensorRT for."""
 # TensorRT's attention may read any row, so every filler row is zeroed, not only those that a tile may straddle.
 _ALL_FILLER = tl.constexpr(2**30)
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -57,6 +67,23 @@ def _compress_plugin(
         KV_HEADS * value_head, value_head, VALUE_DIM // ALIGN, SELECTIONS * capacity, capacity, capacity,
         HEADS, HEADS // SELECTIONS, HEADS // KV_HEADS, DIM, DIM_POW2, VALUE_DIM, VALUE_DIM_POW2, ALIGN,
         _ALL_FILLER, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _attend_plugin(
+    p_query, p_key, p_value, p_count, capacity, p_rows,
+    HEADS: tl.constexpr, SELECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, SCALE_LOG2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """_flash_kernel on dense tensors, by pointers."""
+    head, value_head = capacity.to(tl.int64) * (DIM // ALIGN), capacity.to(tl.int64) * (VALUE_DIM // ALIGN)
+    _flash_kernel(
+        p_query, p_key, p_value, p_rows, p_count, None, None,
+        HEADS * head, head, DIM // ALIGN, SELECTIONS * head, head, DIM // ALIGN,
+        SELECTIONS * value_head, value_head, VALUE_DIM // ALIGN, HEADS * value_head, value_head, VALUE_DIM // ALIGN,
+        capacity, HEADS // SELECTIONS, SCALE_LOG2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
+        False, False, False,
     )  # fmt: skip
 
 
@@ -85,7 +112,7 @@ class Plugin:
     kernel: Any
     signature: tuple[tuple[str, str], ...]
     """The kernel's parameters that are no constants, with Triton's types."""
-    constants: tuple[tuple[str, int], ...]
+    constants: tuple[tuple[str, int | float], ...]
     sizes: tuple[Size, ...]
     """What is passed between the inputs' and the outputs' pointers."""
     grid: tuple[int | tuple[Size, int], ...]
@@ -130,12 +157,46 @@ def compress_plugin(
         f"{NAMESPACE}::compress_h{heads}_g{kv_heads}_s{selections}_d{dim}_v{value_dim}_{kind}",
         "(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor count) -> (Tensor, Tensor, Tensor)",
         _compress_plugin,
-        _signature(kind, pointers[0], ("p_indices", "p_count"), pointers[1]),
+        _signature(kind, pointers[0], ("p_indices", "p_count"), ("seq_len", "capacity"), pointers[1]),
         tuple(constants.items()),
         sizes=((0, 2), (3, 2)),
         grid=(heads, ((3, 2), block), ((0, 0), 1)),
         fake=fake,
         eager=lambda query, key, value, indices, count: compress(query, key, value, indices, count),
+    )
+
+
+def attend_plugin(heads: int, selections: int, dim: int, value_dim: int, dtype: torch.dtype, scale: float) -> Plugin:
+    """Causal attention over the rows before the count; KernelError for a dtype, head size or scale without a kernel."""
+    kind = _kind(dtype)
+    if max(dim, value_dim) > MAX_HEAD_DIM or not scale > 0:
+        raise KernelError(
+            f"there is no TensorRT plugin for attention with heads of {dim} and {value_dim} and scale {scale}: heads of at "
+            f"most {MAX_HEAD_DIM} and a positive scale are taken"
+        )
+    # Small enough for MAX_SHARED.
+    block_m, block_n = (16, 16) if dtype == torch.float32 else (64, 16 if max(dim, value_dim) > 128 else 32)
+
+    def fake(query: Tensor, key: Tensor, value: Tensor, count: Tensor) -> Tensor:
+        return query.new_empty(*query.shape[:3], value.shape[3])
+
+    constants: dict[str, int | float] = {
+        "HEADS": heads, "SELECTIONS": selections, "DIM": dim, "BLOCK_D": max(16, _power(dim)), "VALUE_DIM": value_dim,
+        "BLOCK_DV": max(16, _power(value_dim)), "ALIGN": _alignment(dtype, dim, value_dim),
+        "SCALE_LOG2": scale * math.log2(math.e), "BLOCK_M": block_m, "BLOCK_N": block_n,
+    }  # fmt: skip
+    return Plugin(
+        f"{NAMESPACE}::attend_h{heads}_s{selections}_d{dim}_v{value_dim}_{kind}_by_{scale:.9g}".replace(".", "p")
+        .replace("-", "m")
+        .replace("+", ""),
+        "(Tensor query, Tensor key, Tensor value, Tensor count) -> Tensor",
+        _attend_plugin,
+        _signature(kind, ("p_query", "p_key", "p_value"), ("p_count",), ("capacity",), ("p_rows",)),
+        tuple(constants.items()),
+        sizes=((0, 2),),
+        grid=(((0, 2), block_m), heads, ((0, 0), 1)),
+        fake=fake,
+        eager=lambda query, key, value, count: attend(query, key, value, count, scale, "auto"),
     )
 
 
@@ -158,7 +219,7 @@ def decompress_plugin(heads: int, selections: int, dim: int, dtype: torch.dtype)
         f"{NAMESPACE}::decompress_h{heads}_s{selections}_d{dim}_{kind}",
         "(Tensor rows, Tensor indices, Tensor count, Tensor positions) -> Tensor",
         _decompress_plugin,
-        _signature(kind, ("p_rows",), ("p_indices", "p_count", "p_positions"), ("p_output",)),
+        _signature(kind, ("p_rows",), ("p_indices", "p_count", "p_positions"), ("seq_len", "capacity"), ("p_output",)),
         tuple(constants.items()),
         sizes=((3, 0), (0, 2)),
         grid=(heads, ((3, 0), block), ((0, 0), 1)),
@@ -185,12 +246,11 @@ def _alignment(dtype: torch.dtype, *dims: int) -> int:
 
 
 def _signature(
-    kind: str, inputs: tuple[str, ...], integers: tuple[str, ...], outputs: tuple[str, ...]
+    kind: str, inputs: tuple[str, ...], integers: tuple[str, ...], sizes: tuple[str, ...], outputs: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
     """In the order in which TensorRT passes them."""
-    sizes = [("seq_len", "i32"), ("capacity", "i32")]
-    floats = f"*{kind}"
-    return (*((n, floats) for n in inputs), *((n, "*i32") for n in integers), *sizes, *((n, floats) for n in outputs))
+    types = ((inputs, f"*{kind}"), (integers, "*i32"), (sizes, "i32"), (outputs, f"*{kind}"))
+    return tuple((name, type_) for names, type_ in types for name in names)
 
 
 def compile_ptx(plugin: Plugin, arch: int = 90) -> Compiled:
@@ -206,9 +266,11 @@ def compile_ptx(plugin: Plugin, arch: int = 90) -> Compiled:
     signature = {name: given.get(name, "constexpr") for name in names}
     source = ASTSource(plugin.kernel, signature, dict(plugin.constants), aligned)
     # Not the newest PTX, which only the newest drivers read: these kernels need nothing from it.
-    options = {"num_warps": WARPS, "ptx_version": 84 if arch <= 90 else 87}
+    options = {"num_warps": WARPS, "num_stages": 1, "ptx_version": 84 if arch <= 90 else 87}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     name = compiled.metadata.name
+    if compiled.metadata.shared > MAX_SHARED:
+        raise KernelError(f"{plugin.name} needs {compiled.metadata.shared} bytes of shared memory, beyond {MAX_SHARED}")
     ptx = without_scratch(compiled.asm["ptx"], name, len(given))
     return Compiled(name, ptx, WARPS * 32, compiled.metadata.shared)
 
@@ -251,7 +313,12 @@ class PluginForms:
 
     def table(self) -> dict[Any, Callable[..., Any]]:
         """Decompositions for ExportedProgram.run_decompositions."""
-        return {torch.ops.tsa.compress.default: self.compress, torch.ops.tsa.decompress.default: self.decompress}
+        tsa = torch.ops.tsa
+        return {
+            tsa.compress.default: self.compress,
+            tsa.attend.default: self.attend,
+            tsa.decompress.default: self.decompress,
+        }
 
     def compress(
         self, query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
@@ -260,6 +327,13 @@ class PluginForms:
         heads, kv_heads, selections = (tensor.shape[1] for tensor in (query, key, indices))
         plugin = compress_plugin(heads, kv_heads, selections, query.shape[3], value.shape[3], query.dtype)
         return self._op(plugin)(query, key, value, indices, _counted(indices, count))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+        """`tsa::attend` by a plugin where there are rows that do not count."""
+        if count is None:
+            return portable.attend(query, key, value, count, scale, kernel)
+        heads, selections, dims = query.shape[1], key.shape[1], (query.shape[3], value.shape[3])
+        return self._op(attend_plugin(heads, selections, *dims, query.dtype, scale))(query, key, value, count)
 
     def decompress(self, compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
         """`tsa::decompress` by a plugin."""

@@ -108,7 +108,7 @@ def to_portable(program: ExportedProgram, others: Mapping[Any, Callable[..., Any
                 f"{layer_of(node)}: kernel={node.args[5]!r} has no form in standard operators; use "
                 f'kernel="auto", or domain="{DOMAIN}" for a runtime that has this kernel'
             )
-        if node.target is tsa.select.default and _is_unbounded(node):
+        if node.target is tsa.select.default and tsa.attend.default not in (others or {}) and _is_unbounded(node):
             raise ConfigError(
                 f"{layer_of(node)}: a Coverage budget decides at run time how many tokens are kept, and standard "
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "

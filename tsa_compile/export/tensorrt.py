@@ -42,12 +42,12 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: boo
     Args:
         program: from `export_program(..., lower=None)`, with its weights on the GPU.
         path: ".engine" for TensorRT's own runtime; ".ts" (C++ and Python) or ".pt2" (Python) for torch-tensorrt's.
-        plugins: gather and scatter rows by Triton kernels, embedded as PTX; otherwise, and where this TensorRT takes no
-            such plugins (with a warning), by standard operators like the other steps.
+        plugins: gather, attend to and scatter rows by Triton kernels, embedded as PTX; otherwise, and where this TensorRT
+            takes no such plugins (with a warning), by standard operators like the other steps.
         options: of `torch_tensorrt.dynamo.compile`. An engine is tuned for the longest inputs of the program's ranges.
 
     Raises:
-        ConfigError: a path or program that is not allowed; also a coverage without a capacity.
+        ConfigError: a path or program that is not allowed; without plugins also a coverage without a capacity.
         ImportError: torch-tensorrt is missing.
     """
     target = writable(path, *FORMATS)
@@ -65,7 +65,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: boo
 
 def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, target: Path) -> None:
     """As torch-tensorrt traces it, on the example that the program was exported with."""
-    example = program.example_inputs or ((), {})
+    example: Any = program.example_inputs or ((), {})
     args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), example)
     torch_tensorrt.save(
         module, str(target), output_format=FORMATS[target.suffix], arg_inputs=args or None, kwarg_inputs=kwargs or None
@@ -84,7 +84,7 @@ def _with_plugins(program: ExportedProgram) -> ExportedProgram:
         for plugin in forms.used.values():
             register(plugin, 10 * major + minor, kernels, trtp)
     except (ImportError, RuntimeError) as error:  # torch-tensorrt's own; KernelError is one as well
-        text = f"no TensorRT plugins ({error}): rows are gathered and scattered by standard operators"
+        text = f"no TensorRT plugins ({error}): all steps are standard operators"
         warnings.warn(text, TSAWarning, stacklevel=3)
         return to_portable(program)
     return lowered
