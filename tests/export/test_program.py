@@ -182,11 +182,16 @@ def test_a_model_of_fixed_length_is_named():
 class TestWrittenOut:
     """torch.export writes assertions about dtypes behind casts, which read what is to disappear."""
 
-    def export(self, finish):
+    def export(self, finish, as_tensor=False):
         class Written(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.as_tensor = as_tensor
+
             def forward(self, q, k, v):
                 positions = torch.arange(q.shape[2])
-                bias = torch.where(positions[None] <= positions[:, None], 0.0, torch.finfo(q.dtype).min)
+                zero = torch.tensor(0.0) if self.as_tensor else 0.0  # transformers writes it either way
+                bias = torch.where(positions[None] <= positions[:, None], zero, torch.finfo(q.dtype).min)
                 weights = F.softmax(q @ k.mT + bias, dim=-1, dtype=torch.float32).to(q.dtype)
                 return finish(F.dropout(weights, 0.0, training=False) @ v, weights)
 
@@ -196,8 +201,10 @@ class TestWrittenOut:
         )
         return reports()[-1]
 
-    def test_is_sparse(self):
-        assert [row.decision for row in self.export(lambda out, weights: out)] == [Decision.SPARSE]
+    @pytest.mark.parametrize("as_tensor", [False, True])
+    def test_is_sparse(self, as_tensor):
+        report = self.export(lambda out, weights: out, as_tensor)
+        assert [row.decision for row in report] == [Decision.SPARSE], report
 
     @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
     def test_with_weights_that_are_read_stays(self):

@@ -81,6 +81,7 @@ def export_program(
                 f"dynamic_batch={dynamic_batch}: {summary(error)}. If a size of the model equals the example's length or "
                 "batch, choose another; if the model itself fixes a size, pass None for it."
             ) from error
+        _write_constants(program)
         report = run_passes(program.graph_module, config, _EXPORTED)
         _describe_outputs(program)
         program = lower_program(program, lower)
@@ -211,6 +212,30 @@ class PlanExported(PlanSites):
 
 
 _EXPORTED = tuple(PlanExported if step is PlanSites else step for step in PASSES)
+
+
+def _write_constants(program: ExportedProgram) -> None:
+    """Puts the numbers that a model makes tensors of back into its graph, where mask inference can read them.
+
+    before   placeholder c; x = lift_fresh_copy(c); y = detach_(x)      of torch.tensor(0.0)
+    after    y = full([], 0.0)
+    """
+    aten, graph = torch.ops.aten, program.graph_module.graph
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in list(graph.nodes):
+        if node.target is aten.detach_.default:  # in place for autograd alone: the data stays
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten.lift_fresh_copy.default and node.args[0].name in lifted:
+            constant = program.constants[lifted[node.args[0].name]]
+            if not isinstance(constant, Tensor) or constant.numel() != 1:
+                continue
+            with graph.inserting_before(node):
+                options = {"dtype": constant.dtype, "device": constant.device}
+                number = graph.call_function(aten.full.default, (list(constant.shape), constant.item()), options)
+            number.meta = dict(node.meta)
+            node.replace_all_uses_with(number)
+            graph.erase_node(node)
 
 
 def _describe_outputs(program: ExportedProgram) -> None:
