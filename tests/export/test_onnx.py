@@ -170,6 +170,12 @@ def test_a_coverage_without_capacity_names_the_layer_and_the_remedy(tmp_path):
     tsa_onnx.to_portable(program_of(Model(coverage=0.1, capacity=20)))
 
 
+def test_the_layer_of_a_transformers_model_is_named():
+    program = make_program(CONFIG.replace(budget=Coverage(0.2)))
+    with pytest.raises(ConfigError, match=r"^model\.layers\.1\.self_attn: a Coverage budget"):
+        tsa_onnx.to_portable(program)
+
+
 def test_a_foreign_kernel_is_named():
     with pytest.raises(ConfigError, match=r"layers\.0: kernel='flash3'"):
         tsa_onnx.to_portable(program_of(Model(kernel="flash3")))

@@ -142,9 +142,10 @@ def layer_of(node: Node) -> str:
     """The name of the module that a node belongs to, or else that of what it is computed from."""
     queue = [node]
     for current in queue:
-        stack = current.meta.get("nn_module_stack")
-        if stack:
-            return str(list(stack.values())[-1][0]).removeprefix("L['self'].") or "the model"
+        paths = [path for path, _ in current.meta.get("nn_module_stack", {}).values()]
+        # What a pass inserted has no module; torch.export then writes a name of its own.
+        if paths and not paths[-1].startswith("_empty_nn_module_stack"):
+            return paths[-1].removeprefix("L['self'].") or "the model"
         queue.extend(source for source in current.all_input_nodes if source not in queue)
     return node.name
 
