@@ -223,9 +223,9 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
         if n == 0:
             output[items].zero_()
             continue
-        rows = min(kernel.round_rows(n), limit)
-        _attend(output[items], query[items], key[items], value[items], indices[items, :, :rows],
-                count[items] if rows > n else None, kernel, options.scale)  # fmt: skip
+        chosen = indices[items, :, : min(kernel.round_rows(n), limit)]
+        # With the count even where it equals the rows: kernels without it are other kernels, to be compiled on some day.
+        _attend(output[items], query[items], key[items], value[items], chosen, count[items], kernel, options.scale)
     return None
 
 
