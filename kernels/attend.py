@@ -103,6 +103,7 @@ class AttentionKernel:
     priority: "auto" takes the fitting kernel of the highest; the built-in ones have 30, 20, 0 and -10.
     round_rows: the rows to compute for a count read on the host, at least as many; for kernels that are planned anew
         for every shape.
+    exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
     """
 
     name: str
@@ -111,6 +112,7 @@ class AttentionKernel:
     priority: int
     device_count: bool = False
     round_rows: Callable[[int], int] = _exact_rows
+    exact: bool = True
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None) -> Tensor:
         """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows."""
@@ -153,7 +155,7 @@ def names() -> tuple[str, ...]:
 def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = False) -> AttentionKernel:
     """The kernel to run for a request.
 
-    With "auto" the fitting one of the highest priority; with `device_count`, one that reads the count on the device
+    With "auto" the fitting exact one of the highest priority; with `device_count`, one that reads the count on the device
     if any fits. With a name that kernel, or KernelError if it does not fit or does not exist.
     """
     if name != AUTO:
@@ -162,7 +164,8 @@ def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = Fal
         if reason is not None:
             raise KernelError(f"attention kernel {name!r} cannot run {request}: {reason}")
         return kernel
-    candidates = sorted(_registry.values(), key=lambda k: (device_count and k.device_count, k.priority), reverse=True)
+    exact = [kernel for kernel in _registry.values() if kernel.exact]
+    candidates = sorted(exact, key=lambda k: (device_count and k.device_count, k.priority), reverse=True)
     refusals = []
     for kernel in candidates:
         reason = kernel.supports(request)

@@ -19,7 +19,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
-from tsa_compile.passes.base import Pass, PassResult
+from tsa_compile.passes.base import GraphState, Pass, PassResult
+from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.graph import fake, insert, known, op_name
 
 tsa = torch.ops.tsa
@@ -44,6 +45,14 @@ class FuseSparse(Pass):
                 self.state.detached.append(node)
                 modified = True
         return self.result(graph_module, modified)
+
+
+def fuse(graph_module: GraphModule, config: TSAConfig) -> GraphModule:
+    """Fuses a rewritten graph in place: for a `compiler` that is a callable, when it is through with the steps."""
+    state = GraphState(config)
+    FuseSparse(state)(graph_module)
+    RemoveDeadMasks(state)(graph_module)
+    return graph_module
 
 
 def _chain(decompress: Node) -> tuple[Node, Node] | None:

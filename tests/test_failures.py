@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 CONFIG = TSAConfig(budget=Coverage(0), window=4, min_tokens=4, layers=[0, 2], compiler="eager")
 SDPA = "scaled_dot_product_attention"
-OPS = ("score", "decompress", "sparse_attention", "padded_sparse_attention", "padded_attention", "spans", SDPA)
+OPS = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention", "spans", SDPA)
 ATOL = 1e-5
 
 
@@ -65,8 +65,9 @@ def test_one_site_fails_in_the_sparse_rewriting(monkeypatch, name, form):
         logits, wanted, graph = run(tiny("llama", form))
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
     left = {SDPA: 1} if form == "sdpa" else {}
-    once = ("padded_sparse_attention", "padded_attention", "spans")  # one look at the padding for both layers
-    assert present(graph) == {**dict.fromkeys(once, 1), **left}
+    once = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention")
+    # Spans are computed once, for the dense layer between the two.
+    assert present(graph) == {**dict.fromkeys(once, 1), "spans": 1, **left}
     rows = reports()[-1].rows
     assert [row.reason for row in rows] == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.PASS_FAILED]
     assert "planted" in rows[2].detail and rows[2].decision is Decision.UNCHANGED
@@ -109,7 +110,7 @@ def test_a_failure_at_the_first_site_leaves_the_next_ones_whole(monkeypatch):
         logits, wanted, graph = run(tiny("llama"))
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
     assert [row.reason for row in reports()[-1]] == [Reason.PASS_FAILED, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
-    assert present(graph)["padded_sparse_attention"] == 1
+    assert present(graph)["score"] == 1
 
 
 @pytest.mark.parametrize("kind", [InferMasks, PlanSites, RemoveDeadMasks, Verify], ids=lambda kind: kind.__name__)
@@ -144,7 +145,7 @@ def test_a_compiler_that_fails_on_the_rewritten_graph():
     """The model's own graph is compiled instead."""
 
     def picky(graph_module, example_inputs):
-        if present(graph_module).get("sparse_attention"):
+        if present(graph_module).get("score"):
             raise NotImplementedError("no tsa ops here")
         return graph_module.forward
 

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.passes.base import summary
-from tsa_compile.pipeline import COMPILED, run_passes
+from tsa_compile.pipeline import COMPILED, PASSES, run_passes
 from tsa_compile.report import Decision, Reason, RewriteReport, record
 
 Compiled = Callable[..., Any]
@@ -62,7 +62,8 @@ def tsa_backend(
     config = TSAConfig.from_options(options)
     compiler = resolve_compiler(config, mode)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    report = run_passes(graph_module, config, COMPILED)
+    # A callable is somebody's own pass, which wants to see the steps; it may fuse them afterwards (passes/fuse.py).
+    report = run_passes(graph_module, config, COMPILED if isinstance(config.compiler, str) else PASSES)
     try:
         with _dense_kernels():
             compiled = compiler(graph_module, list(example_inputs))

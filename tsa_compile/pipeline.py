@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, score, select
+from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, score, select, sparse
 from tsa_compile.passes.base import GraphState, Pass, SitePlan, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -33,7 +33,7 @@ from tsa_compile.passes.verify import Verify
 from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, padded, fused)
+OPS = (score, budget, select, compress, attend, decompress, padded, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindSites,

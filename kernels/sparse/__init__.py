@@ -46,7 +46,7 @@ def block_sparse(name: str, selector: Selector, **options: float) -> AttentionKe
     """
     chosen = functools.partial(selector, **options)
     run = functools.partial(run_blocks, selector=chosen)
-    return register(AttentionKernel(name, run=run, supports=_supports, priority=PRIORITY, device_count=True))
+    return register(AttentionKernel(name, run=run, supports=_supports, priority=PRIORITY, device_count=True, exact=False))
 
 
 def run_blocks(

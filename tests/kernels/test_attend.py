@@ -135,7 +135,16 @@ def own_kernel():
 
 
 def test_builtin_names_by_priority():
-    assert names() == ("cudnn", "flash", "sdpa", "triton")
+    assert names()[:4] == ("cudnn", "flash", "sdpa", "triton")
+
+
+def test_auto_passes_over_what_is_not_exact():
+    register(AttentionKernel("rough", run=None, supports=lambda request: None, priority=99, device_count=True, exact=False))
+    try:
+        assert choose(REQUEST).name == "sdpa" and choose(REQUEST, device_count=True).name == "sdpa"
+        assert choose(REQUEST, "rough").name == "rough"
+    finally:
+        unregister("rough")
 
 
 def test_auto_on_the_cpu_is_sdpa():
