@@ -13,7 +13,7 @@ is sparse is decided for the whole range of lengths, and where that would change
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tsa_compile.config import TSAConfig
@@ -44,7 +45,7 @@ def export_program(
     *,
     dynamic_lengths: Range | None = (1024, 131072),
     dynamic_batch: Range | None = None,
-    lower: Form | None = "aten",
+    lower: Form | None = None,
 ) -> ExportedProgram:
     """A model's prefill with Token Sparse Attention, as a torch.export program.
 
@@ -57,8 +58,8 @@ def export_program(
         config: which layers become sparse, and how; the defaults if None.
         dynamic_lengths: shortest and longest length: every dimension of an input that is L in the example; None: L as it is.
         dynamic_batch: the same for the first dimension, B.
-        lower: "aten": plain ATen operators. "triton" (CUDA): triton_ops around our kernels, which AOTInductor compiles in.
-            None: the tsa ops stay, to be read or lowered by someone else (`aoti.save` chooses by the device).
+        lower: None: the tsa ops stay, to be read, or lowered by `aoti.save` and `onnx.save`. "aten": plain ATen operators.
+            "triton" (CUDA): triton_ops around our kernels, which AOTInductor compiles in.
 
     Returns:
         A program that takes the inputs of the example. A model output with names becomes a dict of them.
@@ -72,7 +73,7 @@ def export_program(
     if model.training:
         raise ConfigError("the model is in training mode: exported programs are for inference, call model.eval() first")
     args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export()
-    with torch.no_grad(), _without_cache(model):
+    with torch.no_grad(), _without_cache(model), _unaligned_masks():
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -87,6 +88,11 @@ def export_program(
         program = lower_program(program, lower)
     record(report)
     return program
+
+
+def _unaligned_masks() -> AbstractContextManager[Any]:
+    """On CUDA, tracing asks SDPA for a kernel, and the fused ones align masks to 8: a guard on the length."""
+    return sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
 
 
 class _Example:
