@@ -6,6 +6,10 @@ or the ops, and padding reaches it through the mask that the model builds.
 """
 
 import contextlib
+import os
+import subprocess
+import sys
+import textwrap
 
 import torch
 import transformers
@@ -173,3 +177,13 @@ def heads(batch=2, query_heads=4, kv_heads=2, length=40, head_dim=16, rows_first
         tensor = torch.randn(shape, generator=generator).to(**options)
         made.append(tensor.transpose(1, 2) if rows_first else tensor)
     return tuple(made)
+
+
+def without_interpreter(source):
+    """What Python `source` prints in a process of its own: the suite runs Triton's interpreter, whose kernels nothing
+    can compile. `-P` keeps the working directory, a checkout without the rooms inside the package, off its path."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", textwrap.dedent(source)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,7 +1,5 @@
 """The checker against TensorRT's documented support; the plugins and what torch-tensorrt is handed, without it."""
 
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +12,8 @@ from tsa_compile.export import _trt_support as support
 from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.export import tensorrt
 from tsa_compile.kernels import reference
+
+from ..support import without_interpreter
 
 onnx = pytest.importorskip("onnx")
 FLOAT, INT64, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "INT64", "BOOL"))
@@ -263,9 +263,7 @@ for plugin in made:
 
 def test_plugins_compile_to_one_kernel_without_scratch_memory():
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, "-c", PTX], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    without_interpreter(PTX)
 
 
 def test_scratch_parameters_are_cut_or_refused():

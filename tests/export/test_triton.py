@@ -1,17 +1,12 @@
 """lower="triton": kernels that a compiler can look into. Traced here without a GPU; run on one."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, TSAConfig
 from tsa_compile.export import aoti, export_program
 
-from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
+from ..support import Attention, difference, heads, mixed_padding, tiny, tokens, without_interpreter
 
 SMALL = TSAConfig(window=4, min_tokens=3, layers=(1,))
 
@@ -58,15 +53,10 @@ for config, padded in ((TSAConfig(budget=Coverage(0.2)), True), (TSAConfig(budge
 
 @pytest.mark.slow
 def test_the_kernels_can_be_traced_for_all_lengths_at_once():
-    """In a process of its own: the suite runs Triton's interpreter, whose kernels no compiler can read."""
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TRACE)], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    printed = without_interpreter(TRACE)
     steps = [f"tsa_triton.{name}.default" for name in ("attend", "budget", "compress", "decompress", "score", "select")]
-    assert done.stdout.splitlines() == [
+    assert printed.splitlines() == [
         " ".join(steps),
         "triton_kernel_wrapper_functional",
         " ".join(step for step in steps if "attend" not in step and "budget" not in step),  # SDPA; every slot is filled
