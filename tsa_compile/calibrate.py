@@ -1,0 +1,363 @@
+"""`calibrate(model, prompts)`: which layers of a model may be sparse, from the drift of their representations.
+
+Where a layer changes its input little, little is lost with the tokens that its attention skips (arXiv 2602.03216,
+"representation drift"). The layers of least drift become sparse: those with rank / layers <= delta.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import operator
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsa_compile.config import Coverage, TSAConfig
+from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, read_prompts
+from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.fingerprint import Fingerprint, unwrapped
+
+FORMAT = "tsa_compile.calibration/1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The drift of each decoder layer of one model, and which of them are sparse at `delta`.
+
+    `dataclasses.replace(calibration, delta=0.25)` asks for other layers without measuring again.
+    """
+
+    layers: tuple[str, ...]
+    """Module names, first layer first."""
+    drift: tuple[float, ...]
+    """R_l of each layer: the mean change of a token's hidden state, relative to its length."""
+    delta: float
+    """The share of the layers that are sparse, in (0, 1]."""
+    tokens: int
+    prompts: int
+    fingerprint: Fingerprint
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "drift", tuple(map(float, self.drift)))
+        object.__setattr__(self, "delta", _share(self.delta))
+        if len(self.layers) != len(self.drift) or not self.layers:
+            raise ConfigError(f"{len(self.layers)} layers and {len(self.drift)} drifts: there must be as many, at least one")
+        bad = [
+            name for name, value in zip(self.layers, self.drift, strict=True) if not (math.isfinite(value) and value >= 0)
+        ]
+        if bad:
+            raise ConfigError(
+                f"the drift of {len(bad)} layers is not a finite number >= 0, the first is {bad[0]}: hidden states "
+                "overflow, or weights are not loaded. Calibrate in bfloat16 or float32"
+            )
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Each layer's rank: 1 drifts least. Of equal drifts the lower layer comes first."""
+        order = sorted(range(len(self.drift)), key=lambda index: (self.drift[index], index))
+        places = {index: place for place, index in enumerate(order, start=1)}
+        return tuple(places[index] for index in range(len(self.drift)))
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The indices of the layers with rank / layers <= delta, ascending: what `TSAConfig(layers=...)` takes."""
+        return tuple(index for index, rank in enumerate(self.ranks) if rank / len(self.ranks) <= self.delta)
+
+    def config(self, **changes: Any) -> TSAConfig:
+        """A config with these layers sparse; `changes` are its other options."""
+        if not self.sparse_layers:
+            text = f"delta={self.delta} selects none of {len(self.layers)} layers: use at least {1 / len(self.layers):.3g}"
+            warnings.warn(text, TSAWarning, stacklevel=2)
+        return TSAConfig(layers=self.sparse_layers).replace(**changes)
+
+    def check(self, model: nn.Module) -> bool:
+        """Whether `model` may be the one that was calibrated; a TSAWarning that says in what it differs if not.
+
+        Its architecture, its sizes and samples of its weights are compared, whatever its dtype and device. Weights that were
+        changed by less than the rounding of bfloat16, or that are quantised or on the meta device, are not told apart.
+        """
+        layers = _layer_list(model, self.layers)
+        if layers is None:
+            different = [f"no layers {_stem(self.layers[0])}.0..{len(self.layers) - 1}"]
+        else:
+            different = self.fingerprint.differences(Fingerprint.of(model, layers))
+        if different:
+            name = type(unwrapped(model)).__name__
+            text = f"this calibration belongs to another model than this {name} ({'; '.join(different)})"
+            warnings.warn(f"{text}: calibrate anew, or choose `layers` yourself", TSAWarning, stacklevel=2)
+        return not different
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the inverse of `from_dict`."""
+        layers = [
+            {"name": name, "drift": drift, "rank": rank}
+            for name, drift, rank in zip(self.layers, self.drift, self.ranks, strict=True)
+        ]
+        return {
+            "format": FORMAT, "delta": self.delta, "sparse_layers": list(self.sparse_layers), "layers": layers,
+            "tokens": self.tokens, "prompts": self.prompts, "fingerprint": self.fingerprint.to_dict(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """Reads what `to_dict` wrote. Ranks and sparse layers are computed again from drift and delta.
+
+        Raises:
+            ConfigError: something is missing or not allowed.
+        """
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
+            raise ConfigError(f"found format {found!r}, expected {FORMAT!r}: write it with Calibration.save")
+        try:
+            return cls(
+                layers=tuple(str(layer["name"]) for layer in values["layers"]),
+                drift=tuple(float(layer["drift"]) for layer in values["layers"]),
+                delta=values["delta"], tokens=int(values["tokens"]), prompts=int(values["prompts"]),
+                fingerprint=Fingerprint.from_dict(values["fingerprint"]),
+            )  # fmt: skip
+        except KeyError as error:
+            raise ConfigError(f"it has no {error}: calibrate again") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"a value is not what was saved ({error}): calibrate again") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes this calibration as JSON.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        with _writing(path):
+            Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Reads what `save` wrote.
+
+        Raises:
+            ConfigError: the file cannot be read, or is no calibration.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{str(path)!r} cannot be read ({reason}): pass a file that Calibration.save wrote") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{str(path)!r} is not JSON ({error}): pass a file that Calibration.save wrote") from error
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{str(path)!r} is not a calibration: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the drift of each layer, the sparse ones in another colour; the path's suffix is the image's format.
+
+        Raises:
+            ConfigError: the file cannot be written, or the suffix names no format.
+            ImportError: matplotlib is missing.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")
+        axes = figure.subplots()
+        sparse = set(self.sparse_layers)
+        for label, colour, shown in (("dense", "0.7", False), (f"sparse (delta {self.delta:g})", "tab:blue", True)):
+            indices = [index for index in range(len(self.drift)) if (index in sparse) == shown]
+            axes.bar(indices, [self.drift[index] for index in indices], color=colour, label=label)
+        axes.set(xlabel="layer", ylabel="drift", title=f"Drift over {self.tokens:,} tokens of {self.prompts:,} prompts")
+        axes.legend()
+        with _writing(path):
+            figure.savefig(path)
+
+
+def calibrate(
+    model: nn.Module,
+    prompts: Iterable[Any],
+    delta: float = 0.5,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+    batch_size: int = 1,
+) -> Calibration:
+    """Measures the representation drift of every decoder layer over prompts, best long ones of the kind that will be used.
+
+    The model runs dense, in evaluation mode, without gradients, cache and head. Memory does not grow with the number of
+    prompts: they are taken one by one from an iterable, and no hidden states are kept.
+
+    Args:
+        model: a causal language model of transformers, or a module that takes token ids [B, L] and has a list of layers.
+        prompts: token ids (lists or tensors [L] or [B, L]), mappings with input_ids and perhaps attention_mask, whose pad
+            tokens do not count, or text.
+        delta: the share of the layers to be sparse, in (0, 1].
+        tokenizer: needed for text alone.
+        progress: whether to show a progress bar, on stderr.
+        batch_size: how many prompts run at once, padded on the right.
+
+    Raises:
+        ConfigError: the model has no decoder layers, or a prompt or an option is not allowed.
+    """
+    delta = _share(delta)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r} is not allowed: batch_size must be an integer >= 1")
+    model = unwrapped(model)
+    device = _device(model)
+    prompts = items(prompts)
+    rows = ((place, _checked(model, place, ids)) for place, ids in read_prompts(prompts, tokenizer))
+    meter, tokens, count = None, 0, 0
+    with _evaluating(model), _bar(progress, operator.length_hint(prompts, 0)) as show, contextlib.ExitStack() as hooks:
+        for place, ids, mask in batches(rows, batch_size):
+            ids, mask = ids.to(device), None if mask is None else mask.to(device)
+            if meter is None:
+                meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
+                hooks.enter_context(meter.watching())
+            meter.passed = show(place, len(meter.stack.layers))
+            _run(meter, ids, mask, place)
+            tokens += ids.numel() if mask is None else int(mask.sum())
+            count += len(ids)
+    assert meter is not None  # read_prompts refuses to give none
+    stack = meter.stack
+    return Calibration(stack.names, meter.drift, delta, tokens, count, Fingerprint.of(model, stack.layers))
+
+
+def _run(meter: DriftMeter, ids: Tensor, mask: Tensor | None, place: int) -> None:
+    try:
+        meter.run(ids, mask)
+    except torch.OutOfMemoryError as error:
+        size = f"{ids.shape[0]} x {ids.shape[1]} tokens, up to prompt {place}"
+        raise ConfigError(f"a batch of {size}, does not fit {ids.device}: shorten prompts or lower batch_size") from error
+
+
+def _share(delta: object) -> float:
+    if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 < delta <= 1:
+        raise ConfigError(
+            f"delta={delta!r} is not allowed: delta must be a number in (0, 1], the share of layers to be sparse"
+        )
+    return float(delta)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where token ids belong; refuses what cannot run."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {type(model).__name__}: pass a causal language model, a torch.nn.Module")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are calibrated")
+    devices = [parameter.device for parameter in model.parameters()]
+    real = [device for device in devices if device.type != "meta"]
+    if devices and not real:
+        raise ConfigError(f"{type(model).__name__} has no weights, all are on the meta device: load it first")
+    return real[0] if real else torch.device("cpu")
+
+
+def _checked(model: nn.Module, place: int, ids: Tensor) -> Tensor:
+    """A prompt's token ids [L], if the model knows all of them and takes so many."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
+        wrong = low if low < 0 else high
+        raise ConfigError(f"prompt {place} has the token id {wrong}: the model's vocabulary is 0..{vocabulary - 1}")
+    if isinstance(longest, int) and len(ids) > longest > 0:
+        raise ConfigError(
+            f"prompt {place} has {len(ids)} tokens, the model takes {longest} (config.max_position_embeddings): shorten it"
+        )
+    return ids
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Callable[[int, int], Callable[[int], None]]]:
+    """A progress bar over `total` prompts (0: unknown) that moves with every layer of the batch that ends with a prompt."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("prompts", total=total or None)
+        done = 0
+
+        def batch(place: int, layers: int) -> Callable[[int], None]:
+            nonlocal done
+            start, done = done, place + 1
+            return lambda passed: bar.update(task, completed=start + (place + 1 - start) * passed / layers)
+
+        yield batch
+
+
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{str(path)!r} cannot be written ({reason}): pass a file in a folder that exists") from error
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _layer_list(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module] | None:
+    """The list of layers that carries the calibrated name, whatever its length; None if there is none."""
+    stem = _stem(names[0])
+    found: Any = dict(unwrapped(model).named_modules()).get(stem)
+    return list(found) if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) else None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published list of sparse layers."""
+
+    layers: tuple[int, ...]
+    tau: float
+    citation: str
+
+
+_CITATION = "Token Sparse Attention (ICML 2026), https://arxiv.org/abs/2602.03216, layers by representation drift, delta 0.5"
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "llama-3.1-8b-instruct": Preset(tuple(range(15, 31)), 0.005, _CITATION),
+        "mistral-nemo-instruct-2407": Preset((14, 15, *range(20, 38)), 0.008, _CITATION),
+    }
+)
+
+
+def preset(name: str, **changes: Any) -> TSAConfig:
+    """The published config of a model: its sparse layers and its coverage; `changes` are other options.
+
+    Args:
+        name: of `PRESETS`, in any case, with or without the organisation ("meta-llama/Llama-3.1-8B-Instruct").
+
+    Raises:
+        ConfigError: no list was published for that model.
+    """
+    found = PRESETS.get(str(name).rpartition("/")[2].lower())
+    if found is None:
+        raise ConfigError(
+            f"{name!r} has no published layers: presets are {', '.join(PRESETS)}; for others, calibrate(model, prompts)"
+        )
+    return TSAConfig(budget=Coverage(found.tau), layers=found.layers).replace(**changes)

@@ -1,0 +1,288 @@
+"""Representation drift of every decoder layer, measured by hooks while prompts stream through a model.
+
+    R_l = mean over tokens of |h_{l+1} - h_l| / (|h_l| + eps)      (arXiv 2602.03216)
+
+h_l and h_{l+1} are the hidden states [B, L, hidden] before and after decoder layer l. Norms are taken in float32 over a
+few rows at a time and summed up in float64, so a layer costs some megabytes and one number, however long the prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsa_compile.errors import ConfigError
+
+EPS = 1e-6
+CHUNK = 2**22  # elements of a hidden state that are in float32 at a time
+PROBE = 8  # tokens by which the layers are found
+_FORMS = "token ids (a list or a tensor [L] or [B,L]), a mapping with input_ids, or text if a tokenizer is given"
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The decoder layers of a model in their order, and the module to call so that they run: the model without its head."""
+
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+    runner: nn.Module
+    overwrites: bool
+    """Whether a layer overwrites its input, which then must be copied."""
+
+
+def find_layers(model: nn.Module, ids: Tensor) -> LayerStack:
+    """The decoder layers: the longest list of modules of which each turns hidden states [1, L, hidden] into such.
+
+    Found by calling the model with `ids` [1, L], so that no name and no class of a model needs to be known. Of lists of
+    the same length the outer one.
+
+    Raises:
+        ConfigError: there is no such list.
+    """
+    lists = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    }
+    watched = {layer: _Probe(ids.shape) for layers in lists.values() for layer in layers}
+    with contextlib.ExitStack() as hooks:
+        for layer, probe in watched.items():
+            hooks.enter_context(layer.register_forward_pre_hook(probe.before, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(probe.after, with_kwargs=True))
+        call(_runner(model, None), ids, None)
+    found = {name: layers for name, layers in lists.items() if all(watched[layer].is_layer for layer in layers)}
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no decoder layers: expected a ModuleList of which each module runs once and turns "
+            f"hidden states [batch, length, size] into such; of its {len(lists)} lists of modules none is one. "
+            "Pass the causal language model itself"
+        )
+    name = max(found, key=lambda name: len(found[name]))  # the first of several: named_modules yields outer ones first
+    layers = found[name]
+    names = tuple(f"{name}.{index}" if name else str(index) for index in range(len(layers)))
+    return LayerStack(names, tuple(layers), _runner(model, layers[0]), any(watched[layer].overwrites for layer in layers))
+
+
+class _Probe:
+    """Whether a module behaves like a decoder layer in one call of the model."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.calls = 0
+        self.fits = True
+        self.overwrites = False
+        self._before: tuple[Tensor | None, int] = (None, 0)
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = _input(args, kwargs)
+        self._before = (hidden, 0 if hidden is None else hidden._version)
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden, version = self._before
+        made = _output(output)
+        self.calls += 1
+        self.fits &= (
+            hidden is not None and made is not None and hidden.shape == made.shape and hidden.shape[:2] == self.shape
+        )
+        self.overwrites |= hidden is not None and hidden._version != version
+        self._before = (None, 0)
+
+    @property
+    def is_layer(self) -> bool:
+        return self.calls == 1 and self.fits
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next(filter(_is_hidden, (*args, kwargs.get("hidden_states"), *kwargs.values())), None)
+
+
+def _output(output: Any) -> Tensor | None:
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if _is_hidden(first) else None
+
+
+def _is_hidden(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+
+
+def _runner(model: nn.Module, layer: nn.Module | None) -> nn.Module:
+    """The model without its head, by transformers' convention `base_model`; itself where it has none."""
+    inner = getattr(model, "base_model", model)
+    while isinstance(inner, nn.Module) and inner is not model and (layer is None or layer in set(inner.modules())):
+        model, inner = inner, getattr(inner, "base_model", inner)
+    return model
+
+
+def call(runner: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+    """Runs token ids [B, L] through a model, with a padding mask where one is needed, keeping neither cache nor logits."""
+    known = inspect.signature(runner.forward).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    named: dict[str, Any] = {}
+    if "use_cache" in known or (anything and "input_ids" in known):
+        named["use_cache"] = False
+    if "logits_to_keep" in known:
+        named["logits_to_keep"] = 1
+    if mask is not None:
+        if "attention_mask" not in known and not anything:
+            raise ConfigError(
+                f"{type(runner).__name__} takes no attention_mask, so prompts of different lengths cannot share a batch: "
+                "set batch_size=1"
+            )
+        named["attention_mask"] = mask
+    if "input_ids" in known:
+        runner(input_ids=ids, **named)
+    else:
+        runner(ids, **named)
+
+
+class DriftMeter:
+    """Sums up each layer's drift over the tokens of the batches that run inside `watching`."""
+
+    def __init__(self, stack: LayerStack, passed: Callable[[int], None] = lambda layers: None) -> None:
+        self.stack = stack
+        self.passed = passed
+        """Called after each layer with the number of layers that the batch has passed."""
+        self._sums: list[Tensor | None] = [None] * len(stack.layers)
+        self._tokens = 0
+        self._valid: Tensor | None = None
+        self._copy: Tensor | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks on every layer, for as long as the context lasts, however it ends."""
+        with contextlib.ExitStack() as hooks:
+            for index, layer in enumerate(self.stack.layers):
+                if self.stack.overwrites:
+                    hooks.enter_context(layer.register_forward_pre_hook(self._keep, with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(self._hook(index), with_kwargs=True))
+            yield
+
+    def run(self, ids: Tensor, mask: Tensor | None) -> None:
+        """One batch of token ids [B, L]; tokens that a padding mask [B, L] hides do not count."""
+        self._valid = None if mask is None else mask.bool()
+        try:
+            call(self.stack.runner, ids, mask)
+        finally:
+            self._valid = self._copy = None
+        self._tokens += ids.numel() if mask is None else int(mask.sum())
+
+    @property
+    def drift(self) -> tuple[float, ...]:
+        """R_l of every layer; NaN where a layer has never run."""
+        return tuple(float("nan") if found is None else float(found) / max(self._tokens, 1) for found in self._sums)
+
+    def _keep(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = _input(args, kwargs)
+        self._copy = None if hidden is None else hidden.clone()
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hidden = self._copy if self._copy is not None else _input(args, kwargs)
+            made = _output(output)
+            assert hidden is not None and made is not None  # as found by `find_layers`
+            found, total = drift_sum(hidden, made, self._valid), self._sums[index]
+            self._sums[index] = found if total is None else total + found
+            self.passed(index + 1)
+
+        return after
+
+
+def drift_sum(before: Tensor, after: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Sum over tokens of |after - before| / (|before| + eps), of hidden states [B, L, hidden]; float64, on their device.
+
+    Args:
+        valid: bool [B, L], which tokens count; all if None. What lies in the others may be anything.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=before.device)
+    rows = max(1, CHUNK // before.shape[-1])
+    for item in range(len(before)):
+        for start in range(0, before.shape[1], rows):
+            part = slice(start, start + rows)
+            old, new = before[item, part].float(), after[item, part].to(before.device).float()
+            ratio = (new - old).norm(dim=-1) / (old.norm(dim=-1) + EPS)
+            if valid is not None:
+                ratio = torch.where(valid[item, part].to(before.device), ratio, 0)
+            total += ratio.sum(dtype=torch.float64)
+    return total
+
+
+def items(prompts: Any) -> Iterable[Any]:
+    """The prompts one by one; also where a single one was given, which is iterable itself."""
+    if isinstance(prompts, (str, Tensor, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts={prompts!r} is not allowed: prompts must be an iterable of {_FORMS}")
+    return prompts
+
+
+def read_prompts(prompts: Iterable[Any], tokenizer: Any = None) -> Iterator[tuple[int, Tensor]]:
+    """Every prompt as token ids [L] without pad tokens, with the place of what it came from.
+
+    Raises:
+        ConfigError: something is no prompt, or a prompt without tokens; also where there is none at all.
+    """
+    place = -1
+    for place, prompt in enumerate(prompts):
+        for ids in _rows(place, prompt, tokenizer):
+            if not len(ids):
+                raise ConfigError(
+                    f"prompt {place} has no tokens: leave it out (tokens that attention_mask hides do not count)"
+                )
+            yield place, ids
+    if place < 0:
+        raise ConfigError(
+            "no prompts were given: drift is measured on some, best on long texts of the kind that will be used"
+        )
+
+
+def _rows(place: int, prompt: Any, tokenizer: Any) -> Iterator[Tensor]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ConfigError(f"prompt {place} is text: pass tokenizer=, or token ids instead")
+        prompt = tokenizer(prompt)
+    mask = None
+    if isinstance(prompt, Mapping):
+        if "input_ids" not in prompt:
+            raise ConfigError(f"prompt {place} is a mapping of {', '.join(map(str, prompt))}: it must have input_ids")
+        mask, prompt = prompt.get("attention_mask"), prompt["input_ids"]
+    ids = _ids(place, prompt)
+    kept = torch.ones_like(ids) if mask is None else _ids(place, mask, "attention_mask")
+    if kept.shape != ids.shape:
+        raise ConfigError(
+            f"prompt {place}: attention_mask has the shape {list(kept.shape)}, input_ids {list(ids.shape)}: make them equal"
+        )
+    for row, valid in zip(ids, kept, strict=True):
+        yield row[valid.bool()]
+
+
+def _ids(place: int, value: Any, name: str = "input_ids") -> Tensor:
+    """[B, L] int64, of [L] or [B, L] in any form."""
+    try:
+        ids = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"prompt {place} ({name}) is {type(value).__name__}, not {_FORMS}: {error}") from error
+    whole = not ids.is_floating_point() and not ids.is_complex() and (ids.dtype != torch.bool or name != "input_ids")
+    if ids.dim() not in (1, 2) or not (whole or ids.numel() == 0):
+        kind = f"{type(value).__name__} of shape {list(ids.shape)} and {ids.dtype}"
+        raise ConfigError(f"prompt {place} ({name}) is a {kind}, not {_FORMS}")
+    return ids.long() if ids.dim() == 2 else ids.long()[None]
+
+
+def batches(prompts: Iterable[tuple[int, Tensor]], size: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Up to `size` prompts at a time, padded on the right: the last one's place, ids [B, L], mask [B, L] or None."""
+    rest = iter(prompts)
+    while group := list(itertools.islice(rest, size)):
+        rows = [ids for _, ids in group]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        yield group[-1][0], ids, _mask(rows) if len({len(row) for row in rows}) > 1 else None
+
+
+def _mask(rows: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
