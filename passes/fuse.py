@@ -39,7 +39,7 @@ class FuseSparse(Pass):
                 modified = True
             elif node.target is tsa.decompress.default and (chain := _chain(node)) is not None:
                 with graph.inserting_before(node):
-                    fused = _fused(graph, *chain, config, paddings)
+                    fused = _fused(graph, *chain, node, config, paddings)
                 fused.meta = {**node.meta}
                 node.replace_all_uses_with(fused)
                 self.state.detached.append(node)
@@ -93,13 +93,23 @@ def _scores_source(node: Any) -> Node | None:
     return node if isinstance(node, Node) and node.target is tsa.score.default else None
 
 
-def _fused(graph: Graph, score: Node, compress: Node, config: TSAConfig, paddings: _SharedPaddings) -> Node:
+def _fused(
+    graph: Graph, score: Node, compress: Node, decompress: Node, config: TSAConfig, paddings: _SharedPaddings
+) -> Node:
     query, key, padding, *scoring = score.args
+    compressed, indices, count, _ = decompress.args
     value = compress.args[2]
     coverage = config.budget.tau if isinstance(config.budget, Coverage) else None
     keep_ratio = config.budget.ratio if isinstance(config.budget, KeepRatio) else None
-    shared = config.granularity == "group"
-    options = (*scoring, coverage, keep_ratio, config.min_tokens, config.capacity, shared, config.kernel)
+    min_tokens, capacity = config.min_tokens, config.capacity
+    if isinstance(count, Node):  # not the configured budget where a site keeps all tokens
+        clamped = op_name(count) == "clamp"
+        budget: Any = count.args[0] if clamped else count
+        _, coverage, keep_ratio, min_tokens = budget.args
+        capacity = capacity if clamped else None
+    assert isinstance(compressed, Node) and isinstance(indices, Node)
+    shared, kernel = indices.args[0] is not score, compressed.args[5]
+    options = (*scoring, coverage, keep_ratio, min_tokens, capacity, shared, kernel)
     if padding is None:
         return insert(graph, tsa.sparse_attention.default, query, key, value, *options)
     assert isinstance(padding, Node)

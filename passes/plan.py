@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, KernelError
-from tsa_compile.kernels.attend import KernelRequest, choose
+from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.costs import SiteShape, break_even, for_device
 from tsa_compile.passes.graph import fake, known
@@ -91,6 +91,8 @@ class PlanSites(Pass):
             reason, detail = _sparse_obstacle(plan, self.state.config, sparse_layers)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
+        elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None:
+            plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         try:
             plan.kernel = _kernel(plan, self.state.config)
@@ -119,7 +121,17 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
 
 def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
     """Why a site whose layer is selected stays dense all the same."""
+    reason, detail = _kernel_obstacle(plan)
+    if reason is not None:
+        return reason, detail
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
+    shape = SiteShape.of(query, key, value, config)
+    return _length_obstacle(query.shape[2], *minimum_length(config, query.device, shape, sparse_layers))
+
+
+def _kernel_obstacle(plan: SitePlan) -> tuple[Reason | None, str]:
+    """Why no kernel of the registry can be asked to run a site."""
+    query, value = fake(plan.site.query), fake(plan.site.value)
     if query.device.type not in _DEVICES:
         return Reason.DEVICE, f"on {query.device.type}"
     if query.dtype not in _DTYPES:
@@ -129,8 +141,7 @@ def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) ->
         return Reason.HEAD_DIM, f"head sizes {widths[0]} and {widths[1]}"
     if not isinstance(query.shape[1], int):
         return Reason.UNSUPPORTED_FORM, "the number of heads is not static"
-    shape = SiteShape.of(query, key, value, config)
-    return _length_obstacle(query.shape[2], *minimum_length(config, query.device, shape, sparse_layers))
+    return None, ""
 
 
 def minimum_length(
@@ -165,12 +176,13 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str) 
 
 
 def _kernel(plan: SitePlan, config: TSAConfig) -> str:
-    """The kernel that will run at a site: the configured one where it is sparse, else the fastest that fits."""
+    """The kernel that will run at a site: the one configured for it, else the fastest that fits."""
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
-    return choose(KernelRequest.of(query, key, value), config.kernel if plan.decision is Decision.SPARSE else "auto").name
+    configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(plan.decision)
+    return choose(KernelRequest.of(query, key, value), configured or AUTO).name
 
 
 def select_layers(

@@ -10,6 +10,10 @@
 
 C is L, the configured capacity, or, for KeepRatio, an expression in L: no shape depends on data. KeepRatio without
 padding needs no count at all. With granularity "group", scores are averaged over a group's heads first: [B, G, L].
+
+A site that keeps all tokens, for the kernel that `dense_kernel` names, needs no steps around it but for padding:
+
+    after    o = tsa.attend(q, k, v, None, scale, dense_kernel)                           [B, H, L, Dv]
 """
 
 from __future__ import annotations
@@ -30,20 +34,31 @@ from tsa_compile.report import Decision
 
 
 class RewriteSparse(Pass):
-    """Replaces every site that was planned sparse by the five steps."""
+    """Replaces every site that was planned sparse by the five steps, and runs the kernel that others are to have."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         graph, modified = graph_module.graph, False
         builder = PaddingBuilder(graph)
         for plan in self.state.plans:
-            if plan.decision is not Decision.SPARSE:
+            if plan.decision not in (Decision.SPARSE, Decision.KERNEL):
                 continue
             with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.site.node):
                 assert plan.meaning is not None
                 padding = builder.padding(plan.site, plan.meaning)
-                self.replace(plan, _five_steps(graph, plan, self.state.config, padding))
+                self.replace(plan, self._attention(graph, plan, padding))
                 modified = True
         return self.result(graph_module, modified)
+
+    def _attention(self, graph: Graph, plan: SitePlan, padding: Node | None) -> Node:
+        config, site = self.state.config, plan.site
+        if plan.decision is Decision.SPARSE:
+            return _five_steps(graph, plan, config, padding)
+        if padding is None:
+            rows, attend = (site.query, site.key, site.value), torch.ops.tsa.attend.default
+            return insert(graph, attend, *rows, None, scale_of(site), plan.kernel)
+        # Heads that all keep the valid tokens can share them.
+        whole = config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", kernel=plan.kernel)
+        return _five_steps(graph, plan, whole, padding)
 
 
 def _five_steps(graph: Graph, plan: SitePlan, config: TSAConfig, padding: Node | None) -> Node:

@@ -21,6 +21,7 @@ INVALID = {
     "capacity": [0, -1, 2.0, "8", True],
     "min_length": [0, -1, 2.0, "8", True],
     "kernel": ["", None, 3],
+    "dense_kernel": ["", 3, True],
     "strict": [None, 1, "yes"],
     "compiler": ["", None, 3],
 }
@@ -30,7 +31,7 @@ def test_defaults_are_those_of_the_publication():
     config = TSAConfig()
     assert (config.budget, config.window, config.pool, config.min_tokens) == (Coverage(0.005), 128, 7, 1024)
     assert (config.layers, config.granularity, config.kernel, config.compiler) == (None, "head", "auto", "inductor")
-    assert (config.capacity, config.min_length, config.strict) == (None, None, False)
+    assert (config.capacity, config.min_length, config.dense_kernel, config.strict) == (None, None, None, False)
 
 
 def test_every_option_has_invalid_values_here():

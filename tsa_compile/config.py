@@ -122,6 +122,8 @@ class TSAConfig:
         capacity: static size of the selection, at least the window; None means the sequence length.
         min_length: shortest sequence to compress; None leaves it to the compiler.
         kernel: attention kernel over the kept rows: "auto" or a registered name.
+        dense_kernel: attention kernel over all tokens in the causal layers that are not sparse, by its registered name; a
+            block-sparse one makes them approximate as well. None: dense attention, exactly as the model wrote it.
         strict: raise where a rewrite that was asked for is not made, instead of warning.
         compiler: what compiles the rewritten graph: a Dynamo backend's name or a callable ``(gm, inputs)``.
     """
@@ -135,6 +137,7 @@ class TSAConfig:
     capacity: int | None = None
     min_length: int | None = None
     kernel: str = "auto"
+    dense_kernel: str | None = None
     strict: bool = False
     compiler: Compiler = "inductor"
 
@@ -153,6 +156,8 @@ class TSAConfig:
             raise _reject("granularity", self.granularity, 'one of "head", "group"')
         if not isinstance(self.kernel, str) or not self.kernel:
             raise _reject("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
+        if self.dense_kernel is not None and (not isinstance(self.dense_kernel, str) or not self.dense_kernel):
+            raise _reject("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
         if not isinstance(self.strict, bool):
             raise _reject("strict", self.strict, "True or False")
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):

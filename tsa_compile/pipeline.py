@@ -58,8 +58,9 @@ def run_passes(graph_module: GraphModule, config: TSAConfig, passes: tuple[type[
         ConfigError, KernelError: the configuration names a layer or a kernel that does not exist.
         RewriteError: a pass failed and `config.strict` is set.
     """
-    if config.kernel != attend.AUTO:
-        attend.get(config.kernel)
+    for name in (config.kernel, config.dense_kernel):
+        if name not in (attend.AUTO, None):
+            attend.get(name)
     state = GraphState(config)
     original = copy.deepcopy(graph_module.graph)
     for kind in passes:

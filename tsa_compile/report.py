@@ -24,11 +24,12 @@ MAX_REPORTS = 256
 
 
 class Decision(StrEnum):
-    """What became of an attention call. All but `SPARSE` compute exactly what the model wrote."""
+    """What became of an attention call. `CAUSAL`, `PADDED` and `UNCHANGED` compute exactly what the model wrote."""
 
     SPARSE = "sparse"
     CAUSAL = "causal"  # dense, its mask removed: is_causal
     PADDED = "causal+padding"  # dense, its L x L mask replaced by the padding mask behind it
+    KERNEL = "kernel"  # all tokens, by the kernel that `dense_kernel` names: as exact as that kernel is
     UNCHANGED = "unchanged"
 
 
@@ -202,6 +203,7 @@ class RewriteReport:
             (self.sparse, "sparse"),
             (self.causal, "dense with the mask removed"),
             (self.padded, "dense with padding and no L x L mask"),
+            (self.count(Decision.KERNEL), "over all tokens by the configured kernel"),
             (self.unchanged, "unchanged"),
         ]
         said = [f"{count} {what}" for count, what in parts if count]
