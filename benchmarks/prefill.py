@@ -7,6 +7,11 @@ passed, as every tokenizer does. Writes a table, a JSON file and, with matplotli
     python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact        a quick look
     python benchmarks/prefill.py --layers 2 --lengths 512 1024 2048 4096 8192 16384 32768 65536 131072 \\
         --modes exact sparse --name lengths --out benchmarks/results     where sparse layers begin to pay
+    python benchmarks/prefill.py --lengths 131072 --modes eager kernel composed --kernels minference \\
+        --name prefill_block_sparse --out benchmarks/results             with a block-sparse kernel in every layer
+
+With random weights attention has no structure. So a kernel whose work depends on it ("flashprefill", "xattention",
+"flexprefill") finds little to leave out, which says nothing about real models; that of "minference" is fixed.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 import torch
 
 from tsa_compile import KeepRatio, TSAConfig, reports
+from tsa_compile.kernels import attend
 
 DESCRIPTIONS = {
     "eager": "eager",
@@ -29,6 +35,7 @@ DESCRIPTIONS = {
     "exact": 'backend="tsa", exact',
 }
 SPARSE = 'backend="tsa", upper half at keep '
+COMPOSED = "+"  # "minference+0.675": that kernel in every layer, over that share of the tokens in the upper half
 
 
 def build_model(layers: int) -> Any:
@@ -49,19 +56,35 @@ def build_model(layers: int) -> Any:
 
 
 def modes(arguments: argparse.Namespace) -> list[str]:
-    """What is measured: a sparse mode for every share of kept tokens, by its number."""
-    return [name for mode in arguments.modes for name in ([*map(str, arguments.keep)] if mode == "sparse" else [mode])]
+    """What is measured: a mode for every share of kept tokens, by its number, and for every kernel, by its name."""
+    expanded = {
+        "sparse": [*map(str, arguments.keep)],
+        "kernel": arguments.kernels,
+        "composed": [f"{kernel}{COMPOSED}{arguments.keep[0]}" for kernel in arguments.kernels],
+    }
+    return [name for mode in arguments.modes for name in expanded.get(mode, [mode])]
+
+
+def configuration(mode: str) -> TSAConfig:
+    """The settings of a mode that is neither eager nor plain torch.compile."""
+    if mode == "exact":
+        return TSAConfig(layers=[])
+    kernel, composed, keep = mode.rpartition(COMPOSED)
+    if composed:
+        return TSAConfig(budget=KeepRatio(float(keep)), kernel=kernel, dense_kernel=kernel)
+    if mode in attend.names():
+        return TSAConfig(layers=[], dense_kernel=mode)
+    return TSAConfig(budget=KeepRatio(float(mode)))
 
 
 def compiled(model: Any, mode: str) -> Callable[..., Any]:
-    """The model in one of the modes of DESCRIPTIONS, or with the upper half of its layers at a keep ratio."""
+    """The model in one of the modes."""
     torch._dynamo.reset()
     if mode == "eager":
         return model
     if mode == "compile":
         return torch.compile(model)
-    config = TSAConfig(layers=[]) if mode == "exact" else TSAConfig(budget=KeepRatio(float(mode)))
-    return torch.compile(model, backend="tsa", options={"config": config})
+    return torch.compile(model, backend="tsa", options={"config": configuration(mode)})
 
 
 def inputs(length: int, masked: bool = True) -> dict[str, Any]:
@@ -155,7 +178,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def describe(mode: str) -> str:
     """A mode in words."""
-    return DESCRIPTIONS.get(mode) or SPARSE + mode
+    if mode in DESCRIPTIONS:
+        return DESCRIPTIONS[mode]
+    kernel, composed, keep = mode.rpartition(COMPOSED)
+    if composed:
+        return f"{SPARSE}{keep}, kernel {kernel} in all layers"
+    return f'backend="tsa", kernel {mode} in all layers' if mode in attend.names() else SPARSE + mode
 
 
 def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
@@ -192,7 +220,11 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--modes", nargs="+", choices=[*DESCRIPTIONS, "sparse"], default=[*DESCRIPTIONS, "sparse"])
+    choices = [*DESCRIPTIONS, "sparse", "kernel", "composed"]
+    parser.add_argument("--modes", nargs="+", choices=choices, default=[*DESCRIPTIONS, "sparse"])
+    parser.add_argument(
+        "--kernels", nargs="+", default=["minference"], help='block-sparse kernels, for "kernel" and "composed"'
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument(
         "--keep", type=float, nargs="+", default=[0.675, 0.5], help="shares of the tokens that sparse layers keep"

@@ -1,5 +1,6 @@
 """What the benchmarks compute on any device: methods, checks, formulas, tables. Times are measured on GPUs only."""
 
+import argparse
 import functools
 import importlib
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tsa_compile.config import KeepRatio
 from tsa_compile.kernels import reference
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -258,3 +260,17 @@ def test_memcheck_launches_every_kernel(load, monkeypatch):
     for case in memcheck.CASES[1:3]:
         memcheck.run(replace(case, length=70, capacity=case.capacity // 5, window=5), device)
     assert [name for name, count in launches.items() if count == 0] == []
+
+
+def test_modes_of_the_prefill_benchmark(load):
+    prefill = load("prefill")
+    arguments = argparse.Namespace(
+        modes=["eager", "sparse", "kernel", "composed"], keep=[0.675, 0.5], kernels=["xattention"]
+    )
+    modes = prefill.modes(arguments)
+    assert modes == ["eager", "0.675", "0.5", "xattention", "xattention+0.675"]
+    settings = {mode: prefill.configuration(mode) for mode in modes[1:]}
+    assert [config.kernel for config in settings.values()] == ["auto", "auto", "auto", "xattention"]
+    assert [config.dense_kernel for config in settings.values()] == [None, None, "xattention", "xattention"]
+    assert settings["xattention"].layers == () and settings["xattention+0.675"].budget == KeepRatio(0.675)
+    assert len({prefill.describe(mode) for mode in modes}) == len(modes)
