@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from tsa_compile import KeepRatio, TSAConfig, reports
-from tsa_compile.kernels import attend
 
 DESCRIPTIONS = {
     "eager": "eager",
@@ -72,9 +71,9 @@ def configuration(mode: str) -> TSAConfig:
     kernel, composed, keep = mode.rpartition(COMPOSED)
     if composed:
         return TSAConfig(budget=KeepRatio(float(keep)), kernel=kernel, dense_kernel=kernel)
-    if mode in attend.names():
-        return TSAConfig(layers=[], dense_kernel=mode)
-    return TSAConfig(budget=KeepRatio(float(mode)))
+    if mode[0].isdigit():
+        return TSAConfig(budget=KeepRatio(float(mode)))
+    return TSAConfig(layers=[], dense_kernel=mode)
 
 
 def compiled(model: Any, mode: str) -> Callable[..., Any]:
@@ -183,7 +182,7 @@ def describe(mode: str) -> str:
     kernel, composed, keep = mode.rpartition(COMPOSED)
     if composed:
         return f"{SPARSE}{keep}, kernel {kernel} in all layers"
-    return f'backend="tsa", kernel {mode} in all layers' if mode in attend.names() else SPARSE + mode
+    return SPARSE + mode if mode[0].isdigit() else f'backend="tsa", kernel {mode} in all layers'
 
 
 def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
