@@ -7,11 +7,19 @@ fast = torch.compile(model, backend="tsa")
 print(tsa_compile.explain(model, input_ids=ids))
 """
 
-from tsa_compile.backend import tsa_backend
-from tsa_compile.config import Coverage, KeepRatio, TSAConfig
-from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
-from tsa_compile.explain import explain
-from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow, clear_reports, reports
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsa_compile.backend import tsa_backend
+    from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+    from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
+    from tsa_compile.explain import explain
+    from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow, clear_reports, reports
 
 __version__ = "0.1.0"
 
@@ -33,3 +41,42 @@ __all__ = [
     "reports",
     "tsa_backend",
 ]
+
+# Where each name lives. It is imported when it is asked for, so that `tsa-compile --help` need not wait for torch.
+_HOMES = {
+    "backend": ("tsa_backend",),
+    "config": ("Coverage", "KeepRatio", "TSAConfig"),
+    "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
+    "explain": ("explain",),
+    "report": ("Decision", "Reason", "RewriteReport", "SiteRow", "clear_reports", "reports"),
+}
+_MODULES = (*_HOMES, "kernels", "passes", "pipeline")  # what is an attribute of the package without being imported by name
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+class _Face(ModuleType):
+    """The package, in which a function keeps its name from the module that is called the same, as with `explain`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME_OF and isinstance(value, ModuleType):
+            return  # Python's import system binds a submodule in its package
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # or a type checker would believe in every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME_OF:
+            value = getattr(import_module(f"tsa_compile.{_HOME_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return import_module(f"tsa_compile.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,93 @@
+"""`tsa-compile bench`: the time of a prefill, dense, exact and sparse, side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tsa_compile.commands import output, texts
+from tsa_compile.commands.options import (
+    FIGURES,
+    Batch,
+    Figure,
+    ModelOptions,
+    OutputOptions,
+    SparseOptions,
+    command,
+)
+
+if TYPE_CHECKING:
+    from tsa_compile.bench import Benchmark
+    from tsa_compile.commands.loading import Source
+    from tsa_compile.config import TSAConfig
+
+
+@command(
+    ("Does everything run here? (a CPU will do)", "tsa-compile bench --shape tiny --layers 2"),
+    (
+        "How fast is an 8B-shaped model at several lengths? (a GPU)",
+        "tsa-compile bench --shape llama-3.1-8b --lengths 8K,32K,128K --budget keep:0.5",
+    ),
+    (
+        "And my own, against torch.compile as well, with a figure?",
+        "tsa-compile bench models/my-llama --modes eager,compile,exact,sparse --figure speed.png",
+    ),
+)
+def bench(
+    model: ModelOptions,
+    sparse: SparseOptions,
+    out: OutputOptions,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Prompt lengths: 8K,32K. Default: 8K,32K on a GPU, 2K on a CPU.")
+    ] = None,
+    batch: Batch = 1,
+    modes: Annotated[
+        str, typer.Option("--modes", help="Some of eager, compile, exact, sparse; speeds are relative to the first.")
+    ] = "eager,exact,sparse",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="At least so many timed calls of each.")] = 5,
+    compiler: Annotated[
+        str | None,
+        typer.Option(
+            "--compiler", help="What compiles the graphs. Default: inductor; on a CPU eager, which is quick to try."
+        ),
+    ] = None,
+    figure: Figure = None,
+) -> None:
+    """Time prefills: the model as it is, exact (masks proven causal are gone), and with sparse layers.
+
+    All modes are compiled first and then take turns. Medians, spreads, peak memory and ratios come from one run.
+    """
+    tokens = None if lengths is None else texts.lengths(lengths)
+    out.check()
+    output.writable(figure, *FIGURES)
+    with output.working("Loading PyTorch and transformers"):
+        source = model.source()
+        on_cpu = source.device.type == "cpu"
+        tokens = tokens or ([2048] if on_cpu else [8192, 32768])
+        changes = {"compiler": compiler or "eager"} if compiler or (on_cpu and sparse.config is None) else {}
+        config = sparse.tsa_config(source, **changes)
+        source.check(max(tokens), batch)
+    found = _run(source, sparse, config, tokens, texts.names(modes), batch, rounds)
+    if on_cpu:
+        output.say(
+            "note", f"speed is claimed on GPUs only: this CPU's figures (compiler {config.compiler}) show that all modes run"
+        )
+    if figure is not None:
+        found.plot(figure)
+        output.say("note", f"wrote {figure}")
+    out.show(str(found), found.to_dict())
+
+
+def _run(
+    source: Source, sparse: SparseOptions, config: TSAConfig, lengths: list[int], modes: list[str], batch: int, rounds: int
+) -> Benchmark:
+    from tsa_compile.bench import bench as measure
+    from tsa_compile.bench import check_request
+
+    check_request(lengths, modes, rounds)
+    with output.working(f"Loading {source.name}"):
+        model = source.load(max(lengths), batch)
+    sparse.check_model(model)
+    with output.steps() as progress:
+        return measure(model, lengths, config=config, modes=modes, batch=batch, rounds=rounds, progress=progress)

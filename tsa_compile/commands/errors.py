@@ -1,0 +1,135 @@
+"""Errors at the command line: one line on stderr that says what was found and what to do, and an exit code.
+
+    0    done
+    1    failed: too little memory, a model that cannot be traced, a package that is missing, ...
+    2    bad usage: an option, a path or a file that is not allowed
+    130  interrupted (Ctrl-C)
+
+`--debug` shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tsa_compile.commands import output
+from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Commands(TyperGroup):
+    """A group of commands whose usage errors are one line, as all others are; without arguments it shows its help."""
+
+    def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Runs a command and exits with its code."""
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            code = super().main(given or ["--help"], *rest, standalone_mode=False, **options)
+        except typer.Abort:
+            code = INTERRUPTED
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # the base of typer's usage errors, whose home changes with versions
+                raise
+            context = getattr(error, "ctx", None)
+            see = f" (see {context.command_path} --help)" if context is not None else ""
+            output.say("error", _line(error.format_message()).rstrip(".") + see)
+            code = USAGE
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def guarded(call: Callable[[], None], debug: bool) -> None:
+    """Runs a command's body; what it raises becomes a line on stderr and an exit code."""
+    try:
+        with output.reserved(), _warnings_as_lines():
+            call()
+    except KeyboardInterrupt:
+        raise _interrupted() from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error
+            raise
+        if any(isinstance(item, KeyboardInterrupt) for item in _chain(error)):
+            raise _interrupted() from None
+        if debug:
+            traceback.print_exc()
+        message, code = describe(error)
+        output.say("error", message)
+        raise typer.Exit(code) from None
+
+
+def _interrupted() -> typer.Exit:
+    output.say("interrupted", "nothing more is done; files that were finished stay")
+    return typer.Exit(INTERRUPTED)
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """What to say about an exception, in one line, and the exit code."""
+    import torch
+
+    chain = list(_chain(error))
+    memory = next((item for item in chain if isinstance(item, torch.OutOfMemoryError)), None)
+    known = next((item for item in chain if isinstance(item, TSAError)), None)
+    if known is not None and not isinstance(known, RewriteError):
+        usage = isinstance(known, (ConfigError, KernelError)) and memory is None
+        return _line(str(known)), USAGE if usage else FAILED
+    if memory is not None or isinstance(error, MemoryError):
+        said = _line(str(memory or "")).split(". ")[0]
+        return f"out of memory ({said}): take fewer layers, a shorter length, a smaller batch or dtype", FAILED
+    if known is not None:
+        return _line(str(known)), FAILED
+    if isinstance(error, ImportError):
+        return _line(str(error)), FAILED
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; choose another path or change its permissions", FAILED
+    text = _line(str(error)) or "no message"
+    return f"{type(error).__name__}: {_shortened(text)} (--debug shows where; if it looks like a fault, report it)", FAILED
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those inside of it or behind it: Dynamo wraps what a backend raises."""
+    seen: list[BaseException] = []
+    queue: list[Any] = [error]
+    while queue:
+        item = queue.pop(0)
+        if isinstance(item, BaseException) and all(item is not other for other in seen):
+            seen.append(item)
+            yield item
+            queue += [getattr(item, "inner_exception", None), item.__cause__, item.__context__]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shortened(text: str, width: int = 300) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """The package's own warnings, each once and in a line; others are for developers, who have --debug and Python."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        text = _line(str(message))
+        if issubclass(category, TSAWarning) and text not in said:
+            said.add(text)
+            output.say("warning", text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", TSAWarning)
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,130 @@
+"""`tsa-compile eval`: what sparse layers cost in accuracy, on tasks that need the whole context."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tsa_compile.commands import output, texts
+from tsa_compile.commands.options import FIGURES, Figure, ModelOptions, OutputOptions, check_calibration, command
+from tsa_compile.config import Coverage
+from tsa_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tsa_compile.commands.loading import Source
+    from tsa_compile.evaluation.results import Study
+
+
+class Question(StrEnum):
+    """Where the question stands."""
+
+    LAST = "last"
+    EARLY = "early"
+    BOTH = "both"
+
+
+_ON_CPU = {"lengths": [512], "samples": 8, "methods": ["dense", "coverage-0.005", "keep-0.5"], "tasks": ["niah_single"]}
+
+
+@command(
+    ("Does it run here? (random weights answer nothing right)", "tsa-compile eval --shape tiny --samples 4 --lengths 256"),
+    (
+        "The whole study of a trained model; the file lets it go on after a stop",
+        "tsa-compile eval models/my-llama --lengths 4K,8K,16K --samples 1000 --resume study.json",
+    ),
+    (
+        "Two tasks, one budget against dense, in the layers that were calibrated",
+        "tsa-compile eval models/my-llama --tasks mqar,niah_multikey --budget keep:0.5 --sparse-layers layers.json",
+    ),
+)
+def evaluate(
+    model: ModelOptions,
+    out: OutputOptions,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="mqar, niah_single, niah_multikey, ... Default: all; niah_single on a CPU.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods", help="dense, coverage-0.005, keep-0.5, random-keep-0.5, early-coverage-0.01, ... Default: many."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Instead of --methods: dense and this one, coverage:0.005 or keep:0.5.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Context lengths. Default: 4K,8K,16K; 512 on a CPU.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Samples for each cell. Default: 1000; 8 on a CPU.")
+    ] = None,
+    sparse_layers: Annotated[
+        str | None, typer.Option("--sparse-layers", help="Indices or a calibration's JSON file. Default: the upper half.")
+    ] = None,
+    question: Annotated[
+        Question, typer.Option("--question", help="Behind the context, or before the scoring window (a stress test).")
+    ] = Question.LAST,
+    seed: Annotated[int, typer.Option("--seed", help="Of the samples.")] = 0,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens that run at once.")] = 2**16,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="A file that keeps results after each cell, and from which to go on.")
+    ] = None,
+    figure: Figure = None,
+) -> None:
+    """Compare methods on generated retrieval tasks, on the same samples: accuracy, kept shares, needle survival.
+
+    The model must be trained on these tasks' vocabulary of 4096 tokens (benchmarks/accuracy trains one).
+    """
+    request: dict[str, Any] = {"seed": seed, "batch_tokens": batch_tokens}
+    request |= {"lengths": texts.lengths(lengths)} if lengths else {}
+    request |= {"tasks": texts.names(tasks)} if tasks else {}
+    request |= {"methods": _methods(methods, budget)} if methods or budget else {}
+    request |= {"samples": samples} if samples else {}
+    request["question"] = ("last", "early") if question is Question.BOTH else str(question)
+    out.check()
+    for path, endings in ((figure, FIGURES), (resume, ())):
+        output.writable(path, *endings)
+    with output.working("Loading PyTorch and transformers"):
+        source = model.source()
+        request = (_ON_CPU if source.device.type == "cpu" else {}) | request
+        chosen = _layers(sparse_layers, source)
+        source.check(max(request.get("lengths", [16384])), 1)
+    with output.working(f"Loading {source.name}"):
+        loaded = source.load(max(request.get("lengths", [16384])))
+    if source.folder is None:
+        output.say("note", "the weights are random: this shows that the study runs; its accuracies mean nothing")
+    if hasattr(chosen, "check"):
+        chosen.check(loaded)
+    study = _study(loaded, getattr(chosen, "sparse_layers", chosen), resume, request)
+    if figure is not None:
+        study.figure(figure)
+        output.say("note", f"wrote {figure}")
+    out.show(str(study), study.to_dict())
+
+
+def _study(model: Any, layers: Any, resume: Path | None, request: dict[str, Any]) -> Study:
+    from tsa_compile.evaluation.study import evaluate as run
+
+    return run(model, layers=layers, resume=resume, progress=output.stderr().is_terminal, **request)
+
+
+def _methods(methods: str | None, budget: str | None) -> list[str]:
+    """Names of methods."""
+    if methods is not None and budget is not None:
+        raise ConfigError("both --methods and --budget given: choose one")
+    if methods is not None:
+        return texts.names(methods)
+    found = texts.budget(budget or "")
+    return ["dense", f"coverage-{found.tau:g}" if isinstance(found, Coverage) else f"keep-{found.ratio:g}"]
+
+
+def _layers(text: str | None, source: Source) -> Any:
+    """Indices, a calibration that knows them, or None for the upper half."""
+    chosen = None if text is None else texts.layers(text)
+    check_calibration(chosen, source)
+    if isinstance(chosen, tuple) and not all(isinstance(layer, int) for layer in chosen):
+        raise ConfigError(f"--sparse-layers {text}: eval takes indices, as 4-7, or a calibration's JSON file")
+    return chosen

@@ -1,0 +1,72 @@
+"""`tsa-compile explain`: what the compiler would do with every attention call of a model, without weights or memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tsa_compile.commands import output, texts
+from tsa_compile.commands.options import Batch, Length, ModelOptions, OutputOptions, SparseOptions, command
+
+if TYPE_CHECKING:
+    from tsa_compile.commands.loading import Source
+    from tsa_compile.config import TSAConfig
+    from tsa_compile.report import RewriteReport
+
+
+@command(
+    ("Which layers of a small model become sparse at 8K tokens?", "tsa-compile explain --shape tiny"),
+    (
+        "Of an 8B-shaped one at 128K, with half of the tokens kept in two layers?",
+        "tsa-compile explain --shape llama-3.1-8b --layers 4 --length 128K --budget keep:0.5 --sparse-layers 2,3",
+    ),
+    (
+        "Of my model, with the layers that were calibrated?",
+        "tsa-compile explain models/my-llama --sparse-layers calibration.json --length 32K",
+    ),
+)
+def explain(
+    model: ModelOptions,
+    sparse: SparseOptions,
+    out: OutputOptions,
+    length: Length = "8K",
+    batch: Batch = 1,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Load the weights and run the model, which is not needed.")
+    ] = False,
+) -> None:
+    """Show what would become of every attention call, and why; nothing is compiled.
+
+    The model is traced without weights and without memory, so any size at any length can be asked about on any machine.
+    """
+    tokens = texts.length(length)
+    out.check()
+    with output.working("Loading PyTorch and transformers"):
+        source = model.source()
+        config = sparse.tsa_config(source)
+    with output.working(f"Tracing {source.name} at {tokens:,} tokens"):
+        report = _with_weights(source, sparse, config, tokens, batch) if weights else _report(source, config, tokens, batch)
+    data: dict[str, Any] = {"model": source.name, "length": tokens, "batch": batch, "report": report.to_dict()}
+    out.show(str(report), data)
+
+
+def _report(source: Source, config: TSAConfig, length: int, batch: int) -> RewriteReport:
+    from tsa_compile.shapes import explain_weightless
+
+    return explain_weightless(
+        source.config, length, config, batch=batch, device=source.device, dtype=source.dtype,
+        trust_remote_code=source.trust_remote_code,
+    )  # fmt: skip
+
+
+def _with_weights(source: Source, sparse: SparseOptions, config: TSAConfig, length: int, batch: int) -> RewriteReport:
+    import torch
+
+    from tsa_compile.explain import explain as explain_model
+    from tsa_compile.shapes import prompts
+
+    model = source.load(length, batch)
+    sparse.check_model(model)
+    ids = prompts(source.config, batch, length, source.device)
+    return explain_model(model, input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, config=config)

@@ -1,0 +1,151 @@
+"""`tsa-compile export`: a model with sparse layers that runs without Python, or outside of PyTorch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tsa_compile.commands import output, texts
+from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, command
+from tsa_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tsa_compile.commands.loading import Source
+    from tsa_compile.config import TSAConfig
+
+
+class Format(StrEnum):
+    """What is written, and how its name ends."""
+
+    AOTI = "aoti"
+    ONNX = "onnx"
+    TENSORRT = "tensorrt"
+    PROGRAM = "program"
+
+
+SUFFIXES = {
+    Format.AOTI: (".pt2",),
+    Format.ONNX: (".onnx",),
+    Format.TENSORRT: (".engine", ".ts", ".pt2"),
+    Format.PROGRAM: (".pt2",),
+}
+
+
+@command(
+    (
+        "A torch.export program, to be looked at or lowered later",
+        "tsa-compile export --shape tiny --layers 2 --out tiny.pt2 --lengths 1K 4K",
+    ),
+    (
+        "A package that runs from C++, for 1K to 128K tokens",
+        "tsa-compile export models/my-llama --format aoti --out model.pt2 --lengths 1K 128K",
+    ),
+    (
+        "Standard ONNX operators, held against TensorRT's support tables",
+        "tsa-compile export models/my-llama --format onnx --out model.onnx --budget keep:0.5 --check",
+    ),
+)
+def export(
+    model: ModelOptions,
+    sparse: SparseOptions,
+    result: ResultOptions,
+    out: Annotated[Path | None, typer.Option("--out", help="The file to write: .pt2, .onnx, .engine or .ts.")] = None,
+    kind: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.PROGRAM,
+    lengths: Annotated[
+        tuple[str, str], typer.Option("--lengths", metavar="MIN MAX", help="The shortest and the longest prompt.")
+    ] = ("1K", "128K"),
+    batches: Annotated[
+        tuple[int, int] | None,
+        typer.Option("--batches", metavar="MIN MAX", help="A range of batch sizes. Default: 1 alone."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Hold an ONNX file against TensorRT's support tables; findings are failures.")
+    ] = False,
+) -> None:
+    """Export the prefill for a range of lengths: for C++ (AOTInductor), ONNX, TensorRT, or as a torch.export program."""
+    span = texts.extent(*lengths)
+    target = _target(out, kind, check)
+    with output.working("Loading PyTorch and transformers"):
+        source = model.source()
+        config = sparse.tsa_config(source)
+        length = _example_length(source, *span)
+        source.check(length)
+    with output.working(f"Loading {source.name}"):
+        loaded = source.load(length)
+        sparse.check_model(loaded)
+    with output.working(f"Exporting {source.name} for {span[0]:,} to {span[1]:,} tokens"):
+        program = _program(loaded, source, config, length, span, batches)
+        summary = _last_report()
+    with output.working(f"Writing {target}"):
+        _save(program, kind, target)
+        findings = _findings(target) if check else []
+    size = sum(item.stat().st_size for item in target.parent.glob(f"{target.name}*"))
+    text = f"{target}: {kind}, {size / 1e6:,.1f} MB, lengths {span[0]:,} to {span[1]:,}\n{summary}"
+    data: dict[str, Any] = {
+        "path": str(target), "format": str(kind), "bytes": size, "lengths": list(span), "summary": summary,
+        "config": config.to_dict(),
+    }  # fmt: skip
+    if check:
+        data["tensorrt_findings"] = [str(finding) for finding in findings]
+        text += "".join(f"\nTensorRT: {finding}" for finding in findings) or "\nTensorRT: nothing that its tables refuse"
+    result.show(text, data)
+    if any(finding.certain for finding in findings):
+        raise typer.Exit(1)
+
+
+def _target(out: Path | None, kind: Format, check: bool) -> Path:
+    """The file to write, once it is clear that it can be."""
+    if out is None:
+        raise ConfigError(f"no file given: pass --out model{SUFFIXES[kind][0]}")
+    if check and kind is not Format.ONNX:
+        raise ConfigError(f"--check goes with --format onnx, found {kind}: TensorRT's tables speak of ONNX operators")
+    output.writable(out, *SUFFIXES[kind])
+    return out
+
+
+def _example_length(source: Source, low: int, high: int) -> int:
+    """A length within the range that is no size of the model: torch.export would take the two for one."""
+    sizes = {value for value in source.config.get_text_config().to_dict().values() if isinstance(value, int)}
+    return next((length for length in range(low + 1, high) if length not in sizes), low)
+
+
+def _program(model: Any, source: Source, config: TSAConfig, length: int, span: tuple[int, int], batches: Any) -> Any:
+    import torch
+
+    from tsa_compile.export import export_program
+    from tsa_compile.shapes import prompts
+
+    batch = 1 if batches is None else max(2, batches[0])
+    ids = prompts(source.config, batch, length, source.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return export_program(model, inputs, config, dynamic_lengths=span, dynamic_batch=batches)
+
+
+def _last_report() -> str:
+    from tsa_compile.report import reports
+
+    return reports()[-1].summary
+
+
+def _save(program: Any, kind: Format, target: Path) -> None:
+    import torch
+
+    from tsa_compile.export import aoti, onnx, tensorrt
+
+    if kind is Format.AOTI:
+        aoti.save(program, target)
+    elif kind is Format.ONNX:
+        onnx.save(program, target)
+    elif kind is Format.TENSORRT:
+        tensorrt.save(program, target)
+    else:
+        torch.export.save(program, str(target))
+
+
+def _findings(target: Path) -> list[Any]:
+    from tsa_compile.export import tensorrt
+
+    return tensorrt.check(target)

@@ -1,0 +1,152 @@
+"""A model folder or a built-in shape, as a transformers model on a device that has the memory for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsa_compile.errors import ConfigError
+from tsa_compile.shapes import build, check_memory, model_config, require_transformers
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a folder, or a shape with random weights."""
+
+    name: str
+    folder: Path | None
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers it has."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def check(self, length: int, batch: int = 1) -> None:
+        """Raises MemoryShortage if the model and a prefill of this size do not fit the device's free memory."""
+        trust = self.trust_remote_code
+        check_memory(self.config, self.dtype, self.device, length, batch, trust_remote_code=trust)
+
+    def load(self, length: int, batch: int = 1) -> Any:
+        """The model, once it is clear that it fits, with a prefill of this size."""
+        self.check(length, batch)
+        if self.folder is None:
+            return build(self.config, self.device, self.dtype)
+        try:
+            options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "local_files_only": True}
+            model = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{str(self.folder)!r} cannot be loaded as a causal language model: {error}") from error
+        return model.to(self.device).eval()
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer."""
+        if self.folder is None:
+            raise ConfigError(f"the shape {self.name!r} has no tokenizer: use --random, or a file of token ids (JSONL)")
+        try:
+            options = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
+            return _transformers().AutoTokenizer.from_pretrained(str(self.folder), **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ConfigError(
+                f"{str(self.folder)!r} has no tokenizer that can be loaded ({error}): put its files there, or pass a JSONL "
+                "file with input_ids"
+            ) from error
+
+
+def source(
+    folder: Path | None, shape: str | None, layers: int | None, device: str, dtype: str, trust_remote_code: bool
+) -> Source:
+    """What the options of a command name.
+
+    Raises:
+        ConfigError: no model or two, a folder that holds none, a shape, device or dtype that is not there.
+    """
+    if (folder is None) == (shape is None):
+        found = "both a folder and --shape" if folder is not None else "no model"
+        raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
+    where = find_device(device)
+    if shape is not None:
+        config, name = model_config(shape, layers), shape
+    else:
+        assert folder is not None
+        if layers is not None:
+            raise ConfigError(f"--layers {layers} goes with --shape alone: the model in a folder has its own layers")
+        config, name = folder_config(folder, trust_remote_code), str(folder)
+    return Source(name, folder, config, where, find_dtype(dtype, config, where), trust_remote_code)
+
+
+def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder; nothing is fetched.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no configuration of a causal language model.
+    """
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
+    if not (folder / "config.json").is_file():
+        what = "a folder without config.json" if folder.is_dir() else "a file"
+        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")
+    try:
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        config = _transformers().AutoConfig.from_pretrained(str(folder), **options)
+        text = config.get_text_config()
+        assert text.num_hidden_layers > 0 and text.hidden_size > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        hint = (
+            ""
+            if trust_remote_code or "trust_remote_code" not in str(error)
+            else "; --trust-remote-code runs the folder's code"
+        )
+        text = str(error).split(". ")[0] or "no decoder layers"
+        raise ConfigError(
+            f"{str(folder / 'config.json')!r} is no causal language model's configuration: {text}{hint}"
+        ) from error
+    return config
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto": a GPU where there is one. ConfigError where the device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name} is not known: it must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"{count} CUDA devices are there" if count else "no CUDA device was found"
+            raise ConfigError(f"--device {name}: {found}; use --device cpu, or check the driver and PyTorch's build")
+    return device
+
+
+def find_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """ "auto": what the folder's weights are stored in; of a shape, bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        stored = getattr(config, "dtype", None)
+        if isinstance(stored, torch.dtype) and stored in DTYPES.values():
+            return stored
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name} is not known: it must be auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _transformers() -> Any:
+    """The package without its bars and advice on stderr."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers = require_transformers()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers

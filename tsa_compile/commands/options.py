@@ -1,0 +1,246 @@
+"""The options that commands share, as dataclasses, and `command`, which spreads them out for typer.
+
+    @command("tsa-compile explain --shape tiny")
+    def explain(model: ModelOptions, sparse: SparseOptions, output: OutputOptions, length: Length = "8K") -> None: ...
+
+typer sees every field as an option of its own; the function gets them back as the three objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from tsa_compile.commands import output, texts
+from tsa_compile.commands.errors import guarded
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tsa_compile.commands.loading import Source
+
+_MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
+
+
+def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, where, and in which dtype."""
+
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", show_default=False, help="A transformers model folder: config.json, weights, tokenizer."
+        ),
+    ] = None
+    shape: Annotated[
+        str | None,
+        _option("--shape", panel=_MODEL, help="A built-in shape with random weights instead: tiny, llama-3.1-8b, ..."),
+    ] = None
+    layers: Annotated[
+        int | None, _option("--layers", min=1, panel=_MODEL, help="So many layers of the shape instead of all.")
+    ] = None
+    device: Annotated[str, _option("--device", panel=_MODEL, help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = (
+        "auto"
+    )
+    dtype: Annotated[
+        str,
+        _option(
+            "--dtype", panel=_MODEL,
+            help="auto (the folder's; of shapes bfloat16 on GPUs, float32 on CPUs), float32, float16 or bfloat16.",
+        ),
+    ] = "auto"  # fmt: skip
+    trust_remote_code: Annotated[
+        bool, _option("--trust-remote-code", panel=_MODEL, help="Run Python code that lies in the folder.")
+    ] = False
+
+    def source(self) -> Source:
+        """The model that they name; ConfigError where there is none."""
+        from tsa_compile.commands.loading import source
+
+        return source(self.folder, self.shape, self.layers, self.device, self.dtype, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """Which layers become sparse, and how: fields of TSAConfig."""
+
+    budget: Annotated[
+        str | None,
+        _option(
+            "--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: coverage:0.005."
+        ),
+    ] = None
+    sparse_layers: Annotated[
+        str | None,
+        _option(
+            "--sparse-layers", panel=_SPARSE,
+            help="Indices (15-30,31), a pattern, a calibration's JSON file, the model name of a published list, upper or "
+            "none. Default: upper, the upper half.",
+        ),
+    ] = None  # fmt: skip
+    window: Annotated[
+        int | None,
+        _option("--window", panel=_SPARSE, help="The last tokens, always kept, which score the others. Default: 128."),
+    ] = None
+    min_tokens: Annotated[
+        int | None,
+        _option("--min-tokens", panel=_SPARSE, help="At least so many are kept besides the window. Default: 1024."),
+    ] = None
+    min_length: Annotated[
+        int | None, _option("--min-length", panel=_SPARSE, help="The shortest prompt that is compressed. Default: by cost.")
+    ] = None
+    kernel: Annotated[
+        str | None, _option("--kernel", panel=_SPARSE, help="The attention kernel over the kept rows. Default: auto.")
+    ] = None
+    config: Annotated[
+        Path | None,
+        _option("--config", panel=_SPARSE, help="A TSAConfig as JSON; the options above take precedence over it."),
+    ] = None
+
+    def tsa_config(self, source: Source, **changes: Any) -> TSAConfig:
+        """The configuration that they ask for.
+
+        Raises:
+            ConfigError, KernelError: a value, file, layer or kernel that is not allowed or not there.
+        """
+        from tsa_compile.kernels import attend
+
+        base = TSAConfig() if self.config is None else _read_config(self.config)
+        given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
+        changes |= {name: value for name, value in given.items() if value is not None}
+        if self.budget is not None:
+            changes["budget"] = texts.budget(self.budget)
+        if self.sparse_layers is not None:
+            chosen = texts.layers(self.sparse_layers)
+            changes["layers"] = getattr(chosen, "sparse_layers", chosen)
+            check_calibration(chosen, source)
+        config = base.replace(**changes)
+        _check_layers(config, source)
+        if config.kernel != attend.AUTO:
+            attend.get(config.kernel)
+        return config
+
+    def check_model(self, model: Any) -> None:
+        """Warns where the layers come from the calibration of another model."""
+        chosen = None if self.sparse_layers is None else texts.layers(self.sparse_layers)
+        if hasattr(chosen, "check"):
+            chosen.check(model)
+
+
+def _read_config(path: Path) -> TSAConfig:
+    try:
+        return TSAConfig.from_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+
+
+def check_calibration(chosen: Any, source: Source) -> None:
+    """Raises ConfigError where chosen layers come from the calibration of a model with another number of layers."""
+    layers = getattr(chosen, "layers", None)
+    if layers is not None and len(layers) != source.layers:
+        raise ConfigError(
+            f"the calibration is of a model with {len(layers)} layers, {source.name} has {source.layers}: calibrate this one"
+        )
+
+
+def _check_layers(config: TSAConfig, source: Source) -> None:
+    missing = [layer for layer in config.layers or () if isinstance(layer, int) and layer >= source.layers]
+    if missing:
+        found = ", ".join(map(str, missing))
+        raise ConfigError(f"layer {found} does not exist: {source.name} has the layers 0 to {source.layers - 1}")
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """How the result is shown."""
+
+    json: Annotated[bool, _option("--json", panel=_OUTPUT, help="Write JSON, and nothing else, to stdout.")] = False
+    debug: Annotated[bool, _option("--debug", panel=_OUTPUT, help="Show the traceback of an error.")] = False
+
+    def show(self, text: str, data: Any) -> None:
+        """Writes a result to stdout."""
+        output.result(json.dumps(data, indent=2) if self.json else text)
+
+
+@dataclass(frozen=True)
+class OutputOptions(ResultOptions):
+    """How the result is shown, and where it is kept."""
+
+    out: Annotated[Path | None, _option("--out", panel=_OUTPUT, help="Also write the result as JSON to this file.")] = None
+
+    def check(self) -> None:
+        """Raises ConfigError if `--out` cannot be written."""
+        output.writable(self.out)
+
+    def show(self, text: str, data: Any) -> None:
+        """Writes a result, to the file first."""
+        if self.out is not None:
+            output.write(data, self.out)
+        super().show(text, data)
+
+
+Length = Annotated[str, typer.Option("--length", help="Prompt length in tokens: 8192, or 8K.")]
+Lengths = Annotated[str, typer.Option("--lengths", help="Prompt lengths, with commas between them: 8K,32K.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")]
+Figure = Annotated[Path | None, typer.Option("--figure", help="Also draw a figure: .png, .svg or .pdf; needs matplotlib.")]
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def command(*examples: tuple[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function that takes options as dataclasses into one that typer understands.
+
+    Args:
+        examples: (what it answers, the command line) of the help's end.
+    """
+
+    def spread(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            objects = {
+                name: kind(**{item.name: given.pop(item.name) for item in fields(kind)})  # type: ignore[operator]
+                for name, kind in groups.items()
+            }
+            debug = any(getattr(value, "debug", False) for value in objects.values())
+            guarded(lambda: function(**objects, **given), debug)
+
+        parameters = list(_parameters(function, hints, groups))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.epilog = _epilog(examples)  # type: ignore[attr-defined]
+        return run
+
+    return spread
+
+
+def _parameters(function: Callable[..., None], hints: dict[str, Any], groups: dict[str, Any]) -> Any:
+    """The function's own options behind the model's, the other groups behind them."""
+    own, shared = [], []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in groups:
+            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for item in fields(groups[name]):
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shared.append(inspect.Parameter(item.name, kind, default=item.default, annotation=types[item.name]))
+    return own + shared
+
+
+def _epilog(examples: tuple[tuple[str, str], ...]) -> str:
+    """Rich markup: each example behind what it answers. A blank line ends a paragraph for typer."""
+    lines = [f"[dim]{what}[/dim]\n\n  [bold]{line}[/bold]" for what, line in examples]
+    return "\n\n".join(["[bold]Examples[/bold]", *lines])

@@ -1,0 +1,96 @@
+"""What a command writes: the result to stdout, as text or JSON; progress, notes and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from tsa_compile.errors import ConfigError
+
+_PLAIN: dict[str, Any] = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
+_STYLES = {"error": "bold red", "warning": "yellow", "interrupted": "bold red", "note": "dim"}
+
+
+def stderr() -> Console:
+    """A console for what is not the result. Made anew, since tests and notebooks replace the stream."""
+    return Console(stderr=True, emoji=False)
+
+
+def say(kind: str, text: str) -> None:
+    """One line on stderr: "error: ...", "note: ..."."""
+    console = stderr()
+    console.print(kind, end=": ", style=_STYLES[kind], soft_wrap=True, highlight=False)
+    console.print(text, **_PLAIN)
+
+
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+
+
+@contextmanager
+def reserved() -> Iterator[None]:
+    """Inside, stdout is for `result` alone: what a library or a model's own code prints goes to stderr."""
+    token = _stdout.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.reset(token)
+
+
+def result(text: str) -> None:
+    """Text to stdout, lines as they are."""
+    Console(file=_stdout.get(), emoji=False).print(text, **_PLAIN)
+
+
+def write(data: Any, path: Path) -> None:
+    """JSON into a file."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    say("note", f"wrote {path}")
+
+
+def writable(path: Path | None, *suffixes: str) -> Path | None:
+    """Holds an output path against the disk before anything long is begun.
+
+    Raises:
+        ConfigError: no file can be written there, or its name does not end in one of `suffixes`.
+    """
+    if path is None:
+        return None
+    folder = path.parent
+    if path.is_dir():
+        problem = "it is a folder: name a file in it"
+    elif suffixes and path.suffix not in suffixes:
+        problem = f"its name must end in {' or '.join(suffixes)}"
+    elif not folder.is_dir():
+        problem = f"there is no folder {str(folder)!r}: create it, or name another"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "there is no permission: choose another path"
+    else:
+        return path
+    raise ConfigError(f"{str(path)!r} cannot be written: {problem}")
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner on stderr while something of unknown length runs; nothing where stderr is no terminal."""
+    with stderr().status(text):
+        yield
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, as a function of (what comes next, steps done, steps in all)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

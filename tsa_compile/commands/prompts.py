@@ -1,0 +1,82 @@
+"""Prompts from files, as token ids: text in pieces, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tsa_compile.errors import ConfigError
+
+_TEXT_KEYS = ("text", "prompt", "content")
+
+
+def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[list[int]]:
+    """The prompts of a file, each of at most `length` tokens.
+
+    A file named .jsonl or .ndjson holds one prompt a line: {"input_ids": [...]}, {"text": "..."} (also "prompt" or
+    "content"), or a JSON string. Any other file is one text, which is cut into pieces of `length` tokens.
+
+    Args:
+        count: at most so many; None: all.
+        tokenizer: a function without arguments that gives the tokenizer, called if text is found.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no prompts.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{str(path)!r} cannot be read ({reason}): pass a text file, or a JSONL file of prompts"
+        ) from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        found = [ids[:length] for ids in _lines(path, text, count, tokenizer)]
+    else:
+        found = _pieces(_encode(tokenizer(), text), length)[:count]
+    if not found:
+        raise ConfigError(f"{str(path)!r} holds no prompts: it is empty")
+    return found
+
+
+def _pieces(ids: list[int], length: int) -> list[list[int]]:
+    """Pieces of `length` tokens; a shorter rest counts only where it is all there is."""
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)] or ([ids] if ids else [])
+
+
+def _lines(path: Path, text: str, count: int | None, tokenizer: Any) -> Iterator[list[int]]:
+    encoder = None
+    given = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    for number, line in given[:count]:
+        where = f"{str(path)!r}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where} is not JSON ({error}): write one JSON object a line") from error
+        prompt = _prompt(value)
+        if prompt is None:
+            raise ConfigError(
+                f"{where} is no prompt: write an object with input_ids (integers), or with {' or '.join(_TEXT_KEYS)}"
+            )
+        if isinstance(prompt, str):
+            encoder = encoder or tokenizer()
+            prompt = _encode(encoder, prompt)
+        if prompt:
+            yield prompt
+
+
+def _prompt(value: Any) -> str | list[int] | None:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        return None
+    ids = value.get("input_ids")
+    if isinstance(ids, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        return ids
+    return next((value[key] for key in _TEXT_KEYS if isinstance(value.get(key), str)), None)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text)["input_ids"])

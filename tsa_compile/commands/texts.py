@@ -1,0 +1,95 @@
+"""The short texts that options are written in, read into what the library takes.
+
+32K 8192            lengths                 8K,32K             several
+coverage:0.005      Coverage(0.005)         keep:0.5           KeepRatio(0.5)
+15-30,31            layers by index         model.layers.1?.*  by pattern
+calibration.json    a calibration's         upper, none        the default; no layer
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tsa_compile.config import Budget, Coverage, KeepRatio, Layers
+from tsa_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tsa_compile.calibrate import Calibration
+
+
+def length(text: str) -> int:
+    """A number of tokens; K stands for 1024."""
+    found = re.fullmatch(r"(\d+)([kK]?)", str(text).strip())
+    if found is None or int(found[1]) < 1:
+        raise ConfigError(f"{text!r} is not a length: write a number of tokens, as 8192 or 8K")
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
+def lengths(text: str) -> list[int]:
+    """Lengths, with commas between them; ascending, each once."""
+    return sorted({length(part) for part in names(text)})
+
+
+def extent(shortest: str, longest: str) -> tuple[int, int]:
+    """A range of lengths."""
+    low, high = length(shortest), length(longest)
+    if low >= high:
+        raise ConfigError(f"{shortest} {longest} is not a range: write the shortest length first, as 1024 32K")
+    return low, high
+
+
+def names(text: str) -> list[str]:
+    """Words with commas between them, each once."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise ConfigError(f"{text!r} names nothing: write one or more, with commas between them")
+    return list(dict.fromkeys(found))
+
+
+def budget(text: str) -> Budget:
+    """A budget."""
+    kinds: dict[str, type[Coverage] | type[KeepRatio]] = {"coverage": Coverage, "keep": KeepRatio}
+    kind, _, number = text.strip().partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = None
+    if kind not in kinds or value is None:
+        raise ConfigError(f"{text!r} is not a budget: write coverage:0.005 or keep:0.5")
+    return kinds[kind](value)
+
+
+def layers(text: str) -> Layers | Calibration | None:
+    """Layers, or a calibration that knows them; None for the default, the upper half.
+
+    Raises:
+        ConfigError: neither, or a file that is no calibration.
+    """
+    from tsa_compile.calibrate import PRESETS, Calibration
+
+    text = text.strip()
+    if text == "upper":
+        return None
+    if text == "none":
+        return ()
+    if text in PRESETS:
+        return PRESETS[text].layers
+    if text.endswith(".json") or Path(text).is_file():
+        return Calibration.load(text)
+    parts = names(text)
+    if all(re.fullmatch(r"\d+(-\d+)?", part) for part in parts):
+        return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
+    if any(re.fullmatch(r"[-\d]*", part) for part in parts):
+        raise ConfigError(
+            f"{text!r} is no list of layers: write indices as 15-30,31, a pattern or a calibration's JSON file"
+        )
+    return tuple(parts)
+
+
+def _run(part: str) -> range:
+    first, _, last = part.partition("-")
+    if last and int(last) < int(first):
+        raise ConfigError(f"{part!r} is no run of layers: write the lower index first")
+    return range(int(first), int(last or first) + 1)
