@@ -102,13 +102,14 @@ def generate(task: str, *, batch: int, length: int, seed: int, device: Any = "cp
     Raises:
         ConfigError: an unknown task or question, no sample, or a length that the task does not fit into.
     """
-    _check(task, batch, length, question)
+    check(task, batch, length, question)
     tail = TAIL if question == "early" else 0
     draw = _Draw(batch, _seed(task, batch, length, seed, question), torch.device(device))
     return _assemble(draw, _PLANT[task](draw, length - tail), length, tail)
 
 
-def _check(task: str, batch: int, length: int, question: str) -> None:
+def check(task: str, batch: int, length: int, question: str) -> None:
+    """Raises what `generate` would raise."""
     if task not in TASKS:
         raise ConfigError(f"task={task!r} is not allowed: the tasks are {', '.join(TASKS)}")
     if question not in QUESTIONS:

@@ -1,0 +1,92 @@
+"""What is compared: dense attention, token sparse attention at several budgets, and controls that should lose.
+
+| name | kept in a sparse layer | sparse layers |
+|---|---|---|
+| dense | everything | none |
+| coverage-T | what `Coverage(T)` keeps | the selected ones |
+| keep-R | what `KeepRatio(R)` keeps | the selected ones |
+| random-coverage-T, random-keep-R | as many tokens as the budget keeps there, but random ones | the selected ones |
+| early-coverage-T, early-keep-R | what the budget keeps | as many, from the first layer on |
+
+The selected layers are the upper half, or what a calibration chose. A method that is no better than its random twin selects
+nothing of worth; one that loses as much as its early twin has the wrong layers.
+
+`min_tokens` is a 16th of the length: the published 1024 (arXiv 2602.03216) at 16K tokens, and the same share of shorter
+contexts, of which 1024 tokens would be so much that nothing were dropped. The window stays at 128 tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tsa_compile.config import Budget, Coverage, KeepRatio, TSAConfig
+from tsa_compile.errors import ConfigError
+from tsa_compile.evaluation.probe import Compiler, Probe
+
+MIN_SHARE = 16  # min_tokens is the length divided by this
+CONTROLS = ("random", "early")
+# The most useful first, since a study may be stopped: the baseline, the published setting, the controls, then the others.
+STANDARD = (
+    "dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-coverage-0.01", "random-keep-0.5", "keep-0.7",
+    "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3",
+)  # fmt: skip
+_FORM = re.compile(rf"(?:({'|'.join(CONTROLS)})-)?(coverage|keep)-([0-9.e-]+)")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run a model.
+
+    Attributes:
+        name: as in the table above.
+        budget: how many tokens a sparse layer keeps; None if no layer is sparse.
+        control: "random" or "early" for a negative control, else None.
+    """
+
+    name: str
+    budget: Budget | None
+    control: str | None = None
+
+    def layers(self, selected: Sequence[int]) -> tuple[int, ...]:
+        """Which layers are sparse, given those that were selected."""
+        if self.budget is None:
+            return ()
+        return tuple(range(len(selected))) if self.control == "early" else tuple(sorted(selected))
+
+    def config(self, length: int, selected: Sequence[int]) -> TSAConfig:
+        """The configuration for inputs of this length; every length is compressed, whether it gains time or not."""
+        scaled = TSAConfig(layers=self.layers(selected), min_tokens=length // MIN_SHARE, min_length=1, strict=True)
+        return scaled if self.budget is None else scaled.replace(budget=self.budget)
+
+    def probe(self, compiler: Compiler | None = None) -> Probe:
+        """What compiles the model so that its selections are seen, and are random where the method says so."""
+        return Probe(shuffle=self.control == "random", compiler=compiler)
+
+
+def parse(name: str) -> Method:
+    """The method of a name, such as "dense", "coverage-0.005", "keep-0.5" or "random-keep-0.5".
+
+    Raises:
+        ConfigError: no method has that name, or its number is not allowed.
+    """
+    if name == "dense":
+        return Method(name, None)
+    found = _FORM.fullmatch(str(name))
+    try:
+        if found is None:
+            raise ValueError
+        control, kind, number = found.groups()
+        amount = float(number)
+    except ValueError:
+        allowed = '"dense", "coverage-T" or "keep-R" with a number, or one of these behind "random-" or "early-"'
+        raise ConfigError(
+            f"method {name!r} is not known: a method is {allowed}, such as {', '.join(STANDARD[1:5])}"
+        ) from None
+    return Method(name, KeepRatio(amount) if kind == "keep" else Coverage(amount), control)
+
+
+def standard() -> tuple[Method, ...]:
+    """The methods of the study, the most useful first."""
+    return tuple(map(parse, STANDARD))
