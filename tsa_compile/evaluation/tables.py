@@ -1,0 +1,160 @@
+"""A study as Markdown: accuracy, kept shares, needle survival, times."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from tsa_compile.evaluation.results import BASELINE, Cell, LayerRow, Study
+from tsa_compile.evaluation.statistics import Comparison
+
+LEVEL = 0.05  # of McNemar's tests, divided by the number of comparisons in a table (Bonferroni)
+_WHERE = {"last": "question last", "early": "question before the scoring window (a stress test)"}
+
+
+def accuracy_tables(study: Study) -> str:
+    """A table for each question and length: methods by tasks, and the difference to dense."""
+    parts = [_accuracy(study, question, length) for question in study.names("question") for length in study.names("length")]
+    legend = (
+        "Accuracy in % of the samples, all of whose answers are right; in brackets the difference to dense in points. "
+        f"`*`: McNemar's exact test rejects equality with dense at {LEVEL}, divided by the number of tests in the table. "
+        "`kept`: mean share of the tokens in the sparse layers. `all`: all tasks' samples, with the 95% interval of "
+        "the paired difference (Newcombe) and the p-value."
+    )
+    return "\n\n".join([*filter(None, parts), legend])
+
+
+def _accuracy(study: Study, question: str, length: int) -> str:
+    methods = [name for name in study.names("method") if study.select(length=length, method=name, question=question)]
+    if not methods:
+        return ""
+    tasks, rows = study.names("task"), []
+    level = LEVEL / max(1, len(tasks) * (len(methods) - 1))
+    for method in methods:
+        cells = {cell.task: cell for cell in study.select(length=length, method=method, question=question)}
+        kept = _percent(statistics.fmean(cell.keep for cell in cells.values()))
+        entries = [_entry(study, [cells[task]], level) if task in cells else "" for task in tasks]
+        rows.append([method, kept, *entries, *_all(study, list(cells.values()))])
+    header = ["method", "kept", *tasks, "all", "difference to dense [95%]", "p"]
+    samples = study.conditions.get("samples", "?")
+    return f"**{length:,} tokens, {_WHERE.get(question, question)}**, {samples} samples a cell\n\n{_markdown(header, rows)}"
+
+
+def _entry(study: Study, cells: list[Cell], level: float) -> str:
+    """Accuracy, with the difference to dense where there is one to compare with."""
+    right = [outcome for cell in cells for outcome in cell.right]
+    text = f"{100 * sum(right) / len(right):.1f}"
+    found = None if cells[0].method == BASELINE else study.against_dense(cells)
+    if found is None:
+        return text
+    return f"{text} ({100 * found.difference:+.1f}){'*' if found.p_value < level else ''}"
+
+
+def _all(study: Study, cells: list[Cell]) -> list[str]:
+    right = [outcome for cell in cells for outcome in cell.right]
+    accuracy = f"{100 * sum(right) / len(right):.1f}"
+    found = None if cells[0].method == BASELINE else study.against_dense(cells)
+    return [accuracy, *(["", ""] if found is None else [_difference(found), _p_value(found.p_value)])]
+
+
+def _difference(found: Comparison) -> str:
+    return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+
+
+def _p_value(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}"
+
+
+def keep_table(study: Study) -> str:
+    """The realised share of kept tokens for each sparse layer: the mean over tasks, the least and the most of a sample."""
+
+    def entry(rows: list[LayerRow]) -> str:
+        mean, low, high = (
+            statistics.fmean(row.keep for row in rows),
+            min(r.keep_low for r in rows),
+            max(r.keep_high for r in rows),
+        )
+        return _percent(mean) if low == high else f"{_percent(mean)} ({_percent(low)} to {_percent(high)})"
+
+    return _layer_table(study, entry)
+
+
+def survival_table(study: Study) -> str:
+    """The share of evidence tokens that each sparse layer selects: of all samples, and of those answered wrong."""
+
+    def entry(rows: list[LayerRow]) -> str:
+        text = _percent(statistics.fmean(row.survival for row in rows))
+        wrong = [row.survival_wrong for row in rows if row.survival_wrong is not None]
+        return f"{text} ({_percent(statistics.fmean(wrong))})" if wrong else text
+
+    return _layer_table(study, entry)
+
+
+def _layer_table(study: Study, entry: Callable[[list[LayerRow]], str]) -> str:
+    """A row for each question, length and sparse method, a column for each layer that is sparse in any."""
+    layers = sorted({row.layer for cell in study.cells for row in cell.layers})
+    rows = []
+    for question in study.names("question"):
+        for length in study.names("length"):
+            for method in study.names("method"):
+                found = [r for cell in study.select(length=length, method=method, question=question) for r in cell.layers]
+                by_layer = [[row for row in found if row.layer == layer] for layer in layers]
+                if found:
+                    rows.append([question, f"{length:,}", method, *(entry(same) if same else "" for same in by_layer)])
+    return _markdown(["question", "length", "method", *(f"layer {layer}" for layer in layers)], rows)
+
+
+def time_table(study: Study) -> str:
+    """Attention, its prediction and the prefill, in milliseconds and relative to dense at the same length."""
+    base = {time.length: time for time in study.times if time.method == BASELINE}
+    rows = []
+    for time in study.times:
+        dense = base.get(time.length)
+        pairs = [
+            (getattr(time, name), getattr(dense, name, None)) for name in ("attention_ms", "predicted_ms", "prefill_ms")
+        ]
+        rows.append([f"{time.length:,}", time.method, _percent(time.keep), *(_relative(*pair) for pair in pairs)])
+    return _markdown(["length", "method", "kept", "attention ms", "predicted ms", "prefill ms"], rows)
+
+
+def _relative(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" ({value / dense:.2f}x)" if dense else "")
+
+
+def report(study: Study) -> str:
+    """All tables, with what they show."""
+    conditions = {name: value for name, value in {**study.conditions, **study.notes}.items() if name != "model"}
+    model = study.conditions.get("model", {})
+    about = f"{model.get('architecture', 'a model')} of {model.get('layers', '?')} layers; " if model else ""
+    parts = [
+        about + "; ".join(f"{name} {value}" for name, value in conditions.items()),
+        "### Accuracy",
+        accuracy_tables(study),
+    ]
+    if any(cell.layers for cell in study.cells):
+        parts += ["### Tokens kept", "Mean over tasks (least to most of a sample).", keep_table(study)]
+        parts += [
+            "### Needle survival",
+            "Share of the evidence tokens that a layer selects, mean over heads (in samples answered wrong).",
+            survival_table(study),
+        ]
+    if study.times:
+        batch = ", ".join(map(str, sorted({time.batch for time in study.times})))
+        parts += [
+            "### Time",
+            f"Batch {batch}. Attention of all layers with the selection; in brackets relative to dense. `predicted`: by the "
+            "cost model, at the kept share. `prefill`: the whole compiled model.",
+            time_table(study),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

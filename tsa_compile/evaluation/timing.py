@@ -1,0 +1,193 @@
+"""What the methods of a study save in time: attention alone, the whole prefill, and what the cost model foresees.
+
+Attention is timed inside the model's own graph: an interpreter runs it node by node and repeats every attention call on the
+tensors that arrive there. So counts are those of real inputs, nothing else is timed, and nothing need be compiled to machine
+code. Probes are left out: with them in the graph, its steps could not be fused into the op that compiled graphs call.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from tsa_compile.backend import _dense_kernels, tsa_backend
+from tsa_compile.config import TSAConfig
+from tsa_compile.evaluation.methods import Method, parse
+from tsa_compile.evaluation.results import Study, Timing
+from tsa_compile.evaluation.tasks import generate
+from tsa_compile.passes.costs import SiteShape, dense_ms, for_device, sparse_ms
+from tsa_compile.passes.fuse import fuse
+from tsa_compile.passes.graph import op_name
+
+PREFILLS = ("dense", "coverage-0.005", "coverage-0.01", "keep-0.5")
+
+
+class AttentionTimer:
+    """A `compiler` that runs the graph node by node and times its attention calls, the selection included.
+
+    Attributes:
+        ms: milliseconds of each attention call since the last `clear`, means over `repeats`.
+        sites: the shape of each of these calls, and whether it is sparse.
+    """
+
+    def __init__(self, config: TSAConfig, repeats: int = 10) -> None:
+        self.config, self.repeats = config, repeats
+        self.ms: list[float] = []
+        self.sites: list[tuple[SiteShape, bool]] = []
+
+    def clear(self) -> None:
+        """Forgets what was timed: the first run compiles kernels."""
+        self.ms, self.sites = [], []
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        fuse(graph_module, self.config)
+        interpreter = _Timed(graph_module, self)
+
+        def run(*inputs: Any) -> Any:
+            with _dense_kernels():
+                return interpreter.run(*inputs)
+
+        return run
+
+
+class _Timed(Interpreter):
+    def __init__(self, graph_module: GraphModule, timer: AttentionTimer) -> None:
+        super().__init__(graph_module)
+        self.timer = timer
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and "attention" in op_name(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            query, key, value = args[:3]
+            shape = SiteShape.of(query, key, value, self.timer.config)
+            self.timer.sites.append((shape, n.target is torch.ops.tsa.sparse_attention.default))
+            call = functools.partial(self.call_function, n.target, args, kwargs)
+            self.timer.ms.append(_milliseconds(call, query.device, self.timer.repeats))
+        return super().run_node(n)
+
+
+def _milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The mean time of a call among `repeats` in a row, after one that warms up."""
+    call()
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return 1e3 * (time.perf_counter() - started) / repeats
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / repeats
+
+
+def add_times(
+    model: nn.Module,
+    study: Study,
+    *,
+    batch: int = 1,
+    repeats: int = 10,
+    prefills: Sequence[str] = PREFILLS,
+    compiler: str = "inductor",
+    done: Callable[[Study], None] = lambda study: None,
+) -> Study:
+    """The study with the times of its methods at its lengths. The controls cost what their twins cost, and are left out.
+
+    Args:
+        model: the one that was studied, in evaluation mode.
+        batch: samples at once.
+        repeats: of every attention call, and of every prefill.
+        prefills: the methods whose whole prefill is compiled and timed as well.
+        compiler: what compiles these.
+        done: is called with the study after each method and length; those that it has already are not timed again.
+    """
+    layers = [int(layer) for layer in study.conditions["layers"]]
+    for length in study.names("length"):
+        for name in study.names("method"):
+            method = parse(name)
+            if method.control is not None or any((old.method, old.length) == (name, length) for old in study.times):
+                continue
+            timing = _attention(model, study, method, length, layers, batch, repeats)
+            if name in prefills:
+                config = method.config(length, layers).replace(compiler=compiler)
+                timing = replace(timing, prefill_ms=_prefill(model, config, length, batch, repeats))
+            study = study.with_time(timing)
+            done(study)
+    return study
+
+
+def _attention(
+    model: nn.Module, study: Study, method: Method, length: int, layers: list[int], batch: int, repeats: int
+) -> Timing:
+    """All layers' attention, the mean over one batch of every task."""
+    config = method.config(length, layers)
+    timer = AttentionTimer(config, repeats)
+    call = _compiled(model, config.replace(compiler=timer))
+    totals = []
+    for place, task in enumerate(study.names("task")):
+        tokens = _tokens(model, task, length, batch)
+        if place == 0:
+            call(tokens)
+        timer.clear()
+        call(tokens)
+        totals.append(sum(timer.ms))
+    cells = [cell for cell in study.cells if (cell.length, cell.method) == (length, method.name)]
+    keep = statistics.fmean(cell.keep for cell in cells)
+    device = next(model.parameters()).device
+    return Timing(
+        method=method.name, length=length, batch=batch, attention_ms=round(statistics.fmean(totals), 4), prefill_ms=None,
+        predicted_ms=_predicted(timer.sites, device, length, keep), keep=keep,
+    )  # fmt: skip
+
+
+def _predicted(sites: list[tuple[SiteShape, bool]], device: torch.device, length: int, keep: float) -> float | None:
+    """The cost model's attention time for the share that was really kept; it knows CUDA devices only."""
+    if device.type != "cuda":
+        return None
+    costs = for_device(device)
+    total = 0.0
+    for site, sparse in sites:
+        total += sparse_ms(site, costs)(length, keep) if sparse else dense_ms(site, costs)(length)
+    return round(float(total), 4)
+
+
+def _prefill(model: nn.Module, config: TSAConfig, length: int, batch: int, repeats: int) -> float:
+    """Median milliseconds of the whole compiled model, with the logits of the last token."""
+    call = _compiled(model, config)
+    tokens = _tokens(model, "mqar", length, batch)
+    device = tokens.device
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    times = []
+    for _ in range(repeats + 2):
+        wait()
+        started = time.perf_counter()
+        call(tokens)
+        wait()
+        times.append(1e3 * (time.perf_counter() - started))
+    return round(statistics.median(times[2:]), 4)
+
+
+def _compiled(model: nn.Module, config: TSAConfig) -> Callable[[Tensor], Any]:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=tsa_backend, dynamic=False, options={"config": config})
+
+    def call(tokens: Tensor) -> Any:
+        with torch.inference_mode():
+            return compiled(input_ids=tokens, use_cache=False, logits_to_keep=1)
+
+    return call
+
+
+def _tokens(model: nn.Module, task: str, length: int, batch: int) -> Tensor:
+    return generate(task, batch=batch, length=length, seed=0).tokens.to(next(model.parameters()).device)
