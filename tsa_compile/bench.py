@@ -167,7 +167,8 @@ def _compiled(model: Any, mode: str, config: TSAConfig) -> Callable[..., Any]:
     if mode == "compile":
         return torch.compile(model, backend=config.compiler)
     chosen = config.replace(layers=()) if mode == "exact" else config
-    return torch.compile(model, backend="tsa", options={"config": chosen})
+    options: dict[str, Any] = {"config": chosen}
+    return torch.compile(model, backend="tsa", options=options)
 
 
 def _conditions(model: Any, config: TSAConfig, batch: int, rounds: int) -> dict[str, Any]:

@@ -19,8 +19,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError, TSAError
+from tsa_compile.errors import ConfigError, RewriteError, TSAError
 from tsa_compile.explain import explain
+from tsa_compile.passes.base import summary
 from tsa_compile.report import RewriteReport
 
 
@@ -147,7 +148,10 @@ def explain_weightless(
     """`explain` for a transformers configuration: tensors have shapes, dtypes and devices, but no memory.
 
     What is decided hangs on these alone, so the report is that of the real model. An `attention_mask` of ones is passed, as
-    every tokenizer does. A model whose own code looks at values (remote code may) cannot run so: call `explain` then.
+    every tokenizer does.
+
+    Raises:
+        RewriteError: the model's own code looks at values (remote code may), so it runs with weights alone.
     """
     auto = require_transformers().AutoModelForCausalLM
     with FakeTensorMode():
@@ -156,7 +160,15 @@ def explain_weightless(
             model = auto.from_config(model_config, dtype=dtype, **options).eval()
             ids = torch.zeros(batch, length, dtype=torch.int64)
             mask = torch.ones_like(ids)
-        return explain(model, input_ids=ids, attention_mask=mask, config=config)
+        try:
+            return explain(model, input_ids=ids, attention_mask=mask, config=config)
+        except Exception as error:
+            if isinstance(error, TSAError) or isinstance(getattr(error, "inner_exception", None), TSAError):
+                raise
+            raise RewriteError(
+                f"{type(model).__name__} cannot be traced without weights ({summary(error)}): load it and call "
+                "explain(model, ...), at the command line --weights"
+            ) from error
 
 
 def weight_count(config: Any, trust_remote_code: bool = False) -> int:

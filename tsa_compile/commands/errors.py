@@ -29,11 +29,11 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 class Commands(TyperGroup):
     """A group of commands whose usage errors are one line, as all others are; without arguments it shows its help."""
 
-    def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **options: Any) -> Any:
+    def main(self, args: Any = None, prog_name: str | None = None, **options: Any) -> Any:
         """Runs a command and exits with its code."""
         given = sys.argv[1:] if args is None else list(args)
         try:
-            code = super().main(given or ["--help"], *rest, standalone_mode=False, **options)
+            code = super().main(given or ["--help"], prog_name, **{**options, "standalone_mode": False})
         except typer.Abort:
             code = INTERRUPTED
         except Exception as error:
@@ -43,7 +43,7 @@ class Commands(TyperGroup):
             see = f" (see {context.command_path} --help)" if context is not None else ""
             output.say("error", _line(error.format_message()).rstrip(".") + see)
             code = USAGE
-        if not standalone_mode:
+        if not options.get("standalone_mode", True):
             return code
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -80,15 +80,15 @@ def describe(error: BaseException) -> tuple[str, int]:
 
     chain = list(_chain(error))
     memory = next((item for item in chain if isinstance(item, torch.OutOfMemoryError)), None)
-    known = next((item for item in chain if isinstance(item, TSAError)), None)
-    if known is not None and not isinstance(known, RewriteError):
-        usage = isinstance(known, (ConfigError, KernelError)) and memory is None
-        return _line(str(known)), USAGE if usage else FAILED
+    known = sorted((item for item in chain if isinstance(item, TSAError)), key=lambda item: isinstance(item, RewriteError))
+    if known and not isinstance(known[0], RewriteError):
+        usage = isinstance(known[0], (ConfigError, KernelError)) and memory is None
+        return _line(str(known[0])), USAGE if usage else FAILED
     if memory is not None or isinstance(error, MemoryError):
         said = _line(str(memory or "")).split(". ")[0]
         return f"out of memory ({said}): take fewer layers, a shorter length, a smaller batch or dtype", FAILED
-    if known is not None:
-        return _line(str(known)), FAILED
+    if known:
+        return _line(str(known[0])), FAILED
     if isinstance(error, ImportError):
         return _line(str(error)), FAILED
     if isinstance(error, OSError) and error.filename:

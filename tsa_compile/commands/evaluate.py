@@ -26,7 +26,12 @@ class Question(StrEnum):
     BOTH = "both"
 
 
-_ON_CPU = {"lengths": [512], "samples": 8, "methods": ["dense", "coverage-0.005", "keep-0.5"], "tasks": ["niah_single"]}
+_ON_CPU: dict[str, Any] = {
+    "lengths": [512],
+    "samples": 8,
+    "methods": ["dense", "coverage-0.005", "keep-0.5"],
+    "tasks": ["niah_single"],
+}
 
 
 @command(

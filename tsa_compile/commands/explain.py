@@ -12,18 +12,19 @@ from tsa_compile.commands.options import Batch, Length, ModelOptions, OutputOpti
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
     from tsa_compile.config import TSAConfig
+    from tsa_compile.predict import Prediction
     from tsa_compile.report import RewriteReport
 
 
 @command(
     ("Which layers of a small model become sparse at 8K tokens?", "tsa-compile explain --shape tiny"),
     (
-        "Of an 8B-shaped one at 128K, with half of the tokens kept in two layers?",
-        "tsa-compile explain --shape llama-3.1-8b --layers 4 --length 128K --budget keep:0.5 --sparse-layers 2,3",
+        "Of an 8B-shaped one at 128K, with half of the tokens kept, and what is gained?",
+        "tsa-compile explain --shape qwen3-8b --layers 4 --length 128K --budget keep:0.5",
     ),
     (
         "Of my model, with the layers that were calibrated?",
-        "tsa-compile explain models/my-llama --sparse-layers calibration.json --length 32K",
+        "tsa-compile explain models/my-llama --sparse-layers layers.json --length 32K",
     ),
 )
 def explain(
@@ -32,8 +33,11 @@ def explain(
     out: OutputOptions,
     length: Length = "8K",
     batch: Batch = 1,
+    predict: Annotated[
+        bool, typer.Option("--predict/--no-predict", help="Also the expected time of every layer, dense and sparse.")
+    ] = True,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Load the weights and run the model, which is not needed.")
+        bool, typer.Option("--weights", help="Load the weights and run the model; without them it is only traced.")
     ] = False,
 ) -> None:
     """Show what would become of every attention call, and why; nothing is compiled.
@@ -48,7 +52,24 @@ def explain(
     with output.working(f"Tracing {source.name} at {tokens:,} tokens"):
         report = _with_weights(source, sparse, config, tokens, batch) if weights else _report(source, config, tokens, batch)
     data: dict[str, Any] = {"model": source.name, "length": tokens, "batch": batch, "report": report.to_dict()}
-    out.show(str(report), data)
+    text = str(report)
+    if predict:
+        with output.working("Predicting times"):
+            prediction = _prediction(source, config, tokens, batch, chosen_dtype=model.dtype != "auto")
+        data["prediction"] = prediction.to_dict()
+        text += f"\n\n{prediction}"
+    out.show(text, data)
+
+
+def _prediction(source: Source, config: TSAConfig, length: int, batch: int, chosen_dtype: bool) -> Prediction:
+    import torch
+
+    from tsa_compile.predict import predict
+
+    # A CPU's times are not predicted but a GPU's, which nobody would run in the float32 that a shape has on a CPU.
+    as_it_is = chosen_dtype or source.folder is not None or source.device.type == "cuda"
+    dtype = source.dtype if as_it_is else torch.bfloat16
+    return predict(config, source.config, length, source.device, batch=batch, dtype=dtype)
 
 
 def _report(source: Source, config: TSAConfig, length: int, batch: int) -> RewriteReport:

@@ -133,7 +133,7 @@ class SparseOptions:
 
     def check_model(self, model: Any) -> None:
         """Warns where the layers come from the calibration of another model."""
-        chosen = None if self.sparse_layers is None else texts.layers(self.sparse_layers)
+        chosen: Any = None if self.sparse_layers is None else texts.layers(self.sparse_layers)
         if hasattr(chosen, "check"):
             chosen.check(model)
 

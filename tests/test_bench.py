@@ -1,0 +1,129 @@
+"""`bench`: every mode at every length, turns, medians, and what is done where memory runs out."""
+
+import json
+
+import pytest
+import torch
+
+from tsa_compile import ConfigError, Coverage, TSAConfig
+from tsa_compile.bench import MODES, Benchmark, Measurement, bench
+from tsa_compile.shapes import build, model_config
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+CONFIG = TSAConfig(budget=Coverage(0.2), window=4, min_tokens=4, compiler="eager")
+
+
+class Counts(torch.nn.Module):
+    """Stands for a model: remembers the lengths it saw, and has too little memory for more than `most` tokens."""
+
+    def __init__(self, most=100):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = model_config("tiny", layers=1)
+        self.most, self.seen = most, []
+
+    def forward(self, input_ids, attention_mask, logits_to_keep):
+        self.seen.append(input_ids.shape[1])
+        if input_ids.shape[1] > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return self.weight
+
+
+def test_every_mode_of_a_real_model():
+    result = bench(build(model_config("tiny", layers=2)), [40], config=CONFIG, modes=("eager", "exact", "sparse"), rounds=1)
+    assert [(row.mode, row.length) for row in result.rows] == [("eager", 40), ("exact", 40), ("sparse", 40)]
+    assert [row.sparse_calls for row in result.rows] == [None, 0, 1]
+    assert all(row.ms > 0 and row.first_call_s > 0 and not row.error for row in result.rows)
+    assert result.row("eager", 40).speed == 1.0
+    assert all(row.speed == pytest.approx(result.row("eager", 40).ms / row.ms, rel=1e-2) for row in result.rows)
+    assert result.conditions["config"] == CONFIG.to_dict()
+    assert (result.conditions["layers"], result.conditions["device"], result.conditions["dtype"]) == (2, "cpu", "float32")
+
+
+def test_running_out_of_memory_is_a_result():
+    model = Counts()
+    result = bench(model, [120, 60], modes=["eager"], rounds=3)
+    assert result.row("eager", 60).ms > 0
+    lost = result.row("eager", 120)
+    assert (lost.ms, lost.speed, lost.error) == (None, None, "out of memory: CUDA out of memory")
+    assert model.seen.count(120) == 1, "a mode that ran out of memory is not called again"
+    assert "out of memory" in str(result)
+
+
+def test_progress_never_goes_back_and_ends():
+    seen = []
+    bench(Counts(), [30, 60], modes=["eager"], rounds=2, progress=lambda text, done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (4, 4) and {total for _, total in seen} == {4}
+
+
+def test_short_calls_have_more_rounds():
+    model = Counts()
+    bench(model, [30], modes=["eager"], rounds=3)
+    assert len(model.seen) == 1 + 20
+    model.seen.clear()
+    bench(model, [30], modes=["eager"], rounds=1)
+    assert len(model.seen) == 1 + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"modes": ["fast"]}, {"modes": []}, {"modes": ["eager", "eager"]}, {"lengths": []}, {"lengths": [0]}, {"rounds": 0}],
+)
+def test_what_is_not_allowed(changes):
+    model = Counts()
+    with pytest.raises(ConfigError, match="is not allowed"):
+        bench(model, **{"lengths": [30], "modes": ["eager"], **changes})
+    assert model.seen == []
+
+
+@pytest.fixture
+def result():
+    rows = [
+        Measurement("eager", 8192, 253.0, (250.0, 260.0), 1.0, 1.9, 0.5),
+        Measurement("sparse", 8192, 206.0, (205.0, 207.0), 1.228, 1.9, 20.0, 16),
+        Measurement("eager", 2000, 9.5, (9.0, 9.9), 1.0, 0.4, 0.5),
+        Measurement("sparse", 2000, None, error="out of memory"),
+    ]
+    conditions = {"config": CONFIG.to_dict(), "model": "LlamaForCausalLM", "layers": 2, "device": "cpu"}
+    return Benchmark(tuple(rows), conditions)
+
+
+def test_the_table(result):
+    lines = [line.split("  ") for line in str(result).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells == [
+        ["2000", "8K"],
+        ["eager", "9.50 ms (1.00x), 0.4 GiB", "253 ms (1.00x), 1.9 GiB"],
+        ['backend="tsa", coverage 0.2', "out of memory", "206 ms (1.23x), 1.9 GiB"],
+    ]
+
+
+def test_json_holds_every_row(result):
+    values = json.loads(result.to_json())
+    assert [row["ms"] for row in values["rows"]] == [253.0, 206.0, 9.5, None]
+    assert TSAConfig.from_json(values["conditions"]["config"]) == CONFIG
+    with pytest.raises(KeyError):
+        result.row("exact", 8192)
+
+
+def test_the_figure(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    result.plot(tmp_path / "speed.svg")
+    drawn = (tmp_path / "speed.svg").read_text()
+    assert drawn.lstrip().startswith("<?xml") and len(drawn) > 5000
+
+
+def test_modes_are_documented():
+    import tsa_compile.bench as module
+
+    assert all(f"    {mode} " in module.__doc__ for mode in MODES)
+
+
+@pytest.mark.gpu
+def test_peaks_and_gains_on_the_gpu():
+    model = build(model_config("small"), "cuda", torch.bfloat16)
+    result = bench(model, [2048], config=TSAConfig(min_length=1, compiler="eager"), rounds=3)
+    assert all(row.peak_gib > 0 and row.ms > 0 for row in result.rows)
+    assert result.row("sparse", 2048).sparse_calls == 4
