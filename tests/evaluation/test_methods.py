@@ -129,6 +129,24 @@ def test_shuffling_keeps_the_number_and_the_window_and_chooses_at_random(model, 
     assert not torch.equal(random.indices, best.indices)
 
 
+@pytest.mark.parametrize("budget", [Coverage(0.3), KeepRatio(0.4)])
+def test_a_rescue_keeps_the_number_and_the_marked_tokens(model, ids, budget):
+    plain, rescuing = Probe(), Probe(rescue=True)
+    marked = torch.zeros(2, LENGTH, dtype=torch.bool)
+    marked[0, 3:20], marked[1, -WINDOW - 5 :] = True, True
+    rescuing.mark(marked)
+    run(model, ids, plain, budget=budget, layers=[0])
+    run(model, ids, rescuing, budget=budget, layers=[0])
+    (best,), (rescued,) = plain.take(), rescuing.take()
+    assert rescued.kept().tolist() == best.kept().tolist()
+    assert rescued.share_of(marked).tolist() == [1.0, 1.0] != best.share_of(marked).tolist()
+    for item, kept in enumerate(best.kept().tolist()):
+        for head in range(4):
+            chosen, wanted = (set(found.indices[item, head, :kept].tolist()) for found in (rescued, best))
+            others = set(range(LENGTH)) - set(marked[item].nonzero()[:, 0].tolist())
+            assert chosen & others <= wanted, "the best of the others fill the rest"
+
+
 def test_a_dense_graph_has_nothing_to_see(model, ids):
     spy = Spy()
     probe = Probe(compiler=spy)
@@ -156,7 +174,7 @@ def test_methods_ask_for_their_budget_and_layers():
     early, random = parse("early-coverage-0.01"), parse("random-keep-0.5")
     assert early.config(4096, selected).layers == (0, 1, 2) and early.budget == Coverage(0.01)
     assert random.config(4096, selected) == keep and random.probe().shuffle
-    assert not early.probe().shuffle
+    assert not early.probe().shuffle and not random.probe().rescue and parse("rescue-keep-0.5").probe().rescue
     assert [method.name for method in standard()] == list(STANDARD) and STANDARD[0] == "dense"
 
 

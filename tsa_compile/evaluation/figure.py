@@ -14,6 +14,7 @@ _FAMILIES = {
     "coverage": ("Coverage", "tab:blue", "o"),
     "keep": ("KeepRatio", "tab:orange", "s"),
     "random": ("random tokens", "tab:red", "x"),
+    "rescue": ("evidence always kept", "tab:green", "D"),
     "early": ("early layers", "tab:gray", "^"),
 }
 
@@ -47,7 +48,7 @@ def draw(study: Study, path: str | os.PathLike[str], question: str = "last") -> 
     for row in panels:
         row[0].set_ylabel("accuracy over all tasks, %")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 1 + 2 * len(lengths)), frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -83,7 +84,7 @@ def _panel(axes: Any, points: dict[str, tuple[float, Any]]) -> None:
             values = [100 * share.value for _, share in found]
             below = [100 * (share.value - share.low) for _, share in found]
             above = [100 * (share.high - share.value) for _, share in found]
-            line = "none" if family in ("random", "early") else "-"
+            line = "none" if family in ("random", "rescue", "early") else "-"
             style = dict(color=colour, marker=marker, linestyle=line, capsize=2)
             axes.errorbar([x for x, _ in found], values, yerr=[below, above], label=label, **style)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What is compared: dense attention, token sparse attention at several budgets, and controls that should lose.
+"""What is compared: dense attention, token sparse attention at several budgets, and controls.
 
 | name | kept in a sparse layer | sparse layers |
 |---|---|---|
@@ -6,10 +6,12 @@
 | coverage-T | what `Coverage(T)` keeps | the selected ones |
 | keep-R | what `KeepRatio(R)` keeps | the selected ones |
 | random-coverage-T, random-keep-R | as many tokens as the budget keeps there, but random ones | the selected ones |
+| rescue-coverage-T, rescue-keep-R | the same number, the answer's evidence among them in every head | the selected ones |
 | early-coverage-T, early-keep-R | what the budget keeps | as many, from the first layer on |
 
 The selected layers are the upper half, or what a calibration chose. A method that is no better than its random twin selects
-nothing of worth; one that loses as much as its early twin has the wrong layers.
+nothing of worth. One that its rescue twin beats loses because it drops evidence, not because it drops tokens. One that loses
+as much as its early twin has the wrong layers.
 
 `min_tokens` is a 16th of the length: the published 1024 (arXiv 2602.03216) at 16K tokens, and the same share of shorter
 contexts, of which 1024 tokens would be so much that nothing were dropped. The window stays at 128 tokens.
@@ -26,11 +28,11 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.probe import Compiler, Probe
 
 MIN_SHARE = 16  # min_tokens is the length divided by this
-CONTROLS = ("random", "early")
+CONTROLS = ("random", "rescue", "early")
 # The most useful first, since a study may be stopped: the baseline, the published setting, the controls, then the others.
 STANDARD = (
     "dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-coverage-0.01", "random-keep-0.5", "keep-0.7",
-    "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3",
+    "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3", "rescue-keep-0.5",
 )  # fmt: skip
 _FORM = re.compile(rf"(?:({'|'.join(CONTROLS)})-)?(coverage|keep)-([0-9.e-]+)")
 
@@ -42,7 +44,7 @@ class Method:
     Attributes:
         name: as in the table above.
         budget: how many tokens a sparse layer keeps; None if no layer is sparse.
-        control: "random" or "early" for a negative control, else None.
+        control: "random", "rescue" or "early" for a control, else None.
     """
 
     name: str
@@ -61,8 +63,8 @@ class Method:
         return scaled if self.budget is None else scaled.replace(budget=self.budget)
 
     def probe(self, compiler: Compiler | None = None) -> Probe:
-        """What compiles the model so that its selections are seen, and are random where the method says so."""
-        return Probe(shuffle=self.control == "random", compiler=compiler)
+        """What compiles the model so that its selections are seen, and are others where the method says so."""
+        return Probe(shuffle=self.control == "random", rescue=self.control == "rescue", compiler=compiler)
 
 
 def parse(name: str) -> Method:
@@ -80,7 +82,7 @@ def parse(name: str) -> Method:
         control, kind, number = found.groups()
         amount = float(number)
     except ValueError:
-        allowed = '"dense", "coverage-T" or "keep-R" with a number, or one of these behind "random-" or "early-"'
+        allowed = '"dense", "coverage-T" or "keep-R" with a number, or one of these behind "random-", "rescue-" or "early-"'
         raise ConfigError(
             f"method {name!r} is not known: a method is {allowed}, such as {', '.join(STANDARD[1:5])}"
         ) from None

@@ -136,7 +136,8 @@ class Study:
 
     def against_dense(self, cells: Iterable[Cell]) -> Comparison | None:
         """Cells of one method, pooled, against dense on the same samples; None without a dense cell for each."""
-        method, dense = [], []
+        method: list[bool] = []
+        dense: list[bool] = []
         for cell in cells:
             base = self.find(cell.task, cell.length, BASELINE, cell.question)
             if base is None:

@@ -181,8 +181,10 @@ def _plan(
                 check(task, 1, length, asked)
     parsed = tuple(method if isinstance(method, Method) else parse(method) for method in methods)
     ordered = tuple(item for item in QUESTIONS if item in questions)
-    methods, tasks = tuple(dict.fromkeys(parsed)), tuple(dict.fromkeys(tasks))
-    return Plan(methods, tasks, tuple(sorted(set(lengths))), ordered, samples, seed, batch_tokens)
+    return Plan(
+        tuple(dict.fromkeys(parsed)), tuple(dict.fromkeys(tasks)), tuple(sorted(set(lengths))), ordered, samples, seed,
+        batch_tokens,
+    )  # fmt: skip
 
 
 def _start(plan: Plan, subject: Subject, resume: str | os.PathLike[str] | None) -> Study:
@@ -218,7 +220,8 @@ class Runner:
         self.probe = method.probe()
         config = method.config(length, subject.layers).replace(compiler=self.probe)
         torch._dynamo.reset()  # graphs of earlier methods would count against Dynamo's limit
-        self._call = torch.compile(subject.model, backend=tsa_backend, dynamic=False, options={"config": config})
+        options: dict[str, Any] = {"config": config}
+        self._call = torch.compile(subject.model, backend=tsa_backend, dynamic=False, options=options)
         self._checked = False
 
     def run(self, samples: Samples) -> tuple[Tensor, Tensor, list[Selection]]:
@@ -231,6 +234,7 @@ class Runner:
         places = asked.any(0).nonzero()[:, 0]
         padding = places[-1:].expand(-len(places) % ASKED)
         wanted = torch.cat((places, padding)).to(self.device)
+        self.probe.mark(samples.evidence.to(self.device))
         logits = self._logits(samples.tokens.to(self.device), wanted)
         if logits.shape[1] != len(wanted):
             raise ConfigError(

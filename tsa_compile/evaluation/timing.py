@@ -180,7 +180,8 @@ def _prefill(model: nn.Module, config: TSAConfig, length: int, batch: int, repea
 
 def _compiled(model: nn.Module, config: TSAConfig) -> Callable[[Tensor], Any]:
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=tsa_backend, dynamic=False, options={"config": config})
+    options: dict[str, Any] = {"config": config}
+    compiled = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
 
     def call(tokens: Tensor) -> Any:
         with torch.inference_mode():
