@@ -2,11 +2,13 @@
 
     dense(L)     = attention over L rows
     sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress
+    rest(L)      = a layer's projections and MLP, and what is between them
 
 FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them).
 Everything else is a number: B, H, G, D, Dv, bytes per element and the window come from a `SiteShape`; rates come from
 `DeviceCosts`, the only place with measured figures. Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at
 n = h (the half length) twice what its causal pairs are worth: short rows do not fill the GPU, diagonal tiles are half empty.
+The rate is that of D = Dv = 128; a pair's exponential takes as long whatever the head size, so narrower heads are slower.
 
 What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `SiteShape`,
 `for_device`, `expected_share` and `gains`. Not foreseen are padded batches of very unequal items (the dense path skips their
@@ -35,6 +37,7 @@ WORST_LOSS = 0.02  # how much slower a model may become on the input of which `C
 LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
 ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
+MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class DeviceCosts:
     """Rows at which attention reaches half of that, its launch apart."""
     attention_ms: float
     """One attention launch."""
+    attention_exponential: float
+    """The exponential of a pair of rows takes as long as so many products of the D + Dv."""
+    attention_sustained_ms: float
+    """Attention that takes longer slows down: the device lowers its clock."""
+    attention_slowdown: float
+    """By this share of the time beyond."""
     score_tflops: float
     """Of the products in `score`, apart from its bytes."""
     matmul_tflops: float
@@ -75,22 +84,27 @@ class DeviceCosts:
 
 
 # torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: `fit_attention` over dense attention from 4K to 128K and
-# over the compressed rows of keep .3, .5 and .675 (23 times; within 3% of each, 6% at 128K, where the GPU's clock drops).
+# over the compressed rows of keep .3, .5 and .675 (23 times; within 3% of each). At 128K dense attention took 249 and 256 ms
+# in two runs, where the fit says 234; all up to 105 ms is on the curve. exponential: from head sizes 64 and 256 at 32K.
 # The others solve one measured step at 128K, B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention.md, GPU ms):
 # score .717 ms, select .126, compress .684 and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer
-# of Llama-3.1-8B. sparse_ms: at 4K and 8K these steps take .03 ms more than the rates say; as much again and more is left
-# for a host that does not run ahead. count_ms: budget takes .03 to .2 ms on the GPU, the rest is the GPU's waiting while
-# the host reads the count and launches what depends on it: an estimate.
+# of Llama-3.1-8B. sparse_ms: at 4K and 8K these steps take .03 ms more than the rates say; the rest is left for a host that
+# does not run ahead: launched from it, four runs at 8K took .04 to .135 ms more than the rates say. count_ms: budget takes
+# .03 to .2 ms on the GPU, the rest is the GPU's waiting while the host reads the count and launches what depends on it: an
+# estimate.
 H200 = DeviceCosts(
     name="NVIDIA H200",
     attention_tflops=605,
     attention_half_length=640,
     attention_ms=0.013,
+    attention_exponential=71,
+    attention_sustained_ms=110,
+    attention_slowdown=0.15,
     score_tflops=480,
     matmul_tflops=680,
     bandwidth_tbs=3.85,
     select_tbs=0.73,
-    sparse_ms=0.08,
+    sparse_ms=0.085,
     count_ms=0.25,
 )
 H200_PROCESSORS = 132
@@ -173,11 +187,18 @@ class Work:
 
 def attention_work(site: SiteShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int) -> Work:
     """Causal attention over [B,H,rows,D], with key and value at `kv_heads` heads. Its bytes hide behind its FLOPs."""
-    per_pair = site.batch * site.heads * (site.head_dim + site.value_head_dim)  # 2 FLOPs, for half of the pairs
-    widths = (site.heads + kv_heads) * (site.head_dim + site.value_head_dim)
+    width = site.head_dim + site.value_head_dim
+    per_pair = site.batch * site.heads * width  # 2 FLOPs, for half of the pairs
     pairs = rows * (rows + costs.attention_half_length)
-    ms = costs.attention_ms + per_pair * pairs / (costs.attention_tflops * 1e9)
-    return Work(per_pair * rows**2, site.batch * widths * site.itemsize * rows, ms)
+    running = per_pair * _slowness(width, costs.attention_exponential) * pairs / (costs.attention_tflops * 1e9)
+    slower = costs.attention_slowdown * sympy.Max(0, running - costs.attention_sustained_ms)
+    moved = site.batch * (site.heads + kv_heads) * width * site.itemsize * rows
+    return Work(per_pair * rows**2, moved, costs.attention_ms + running + slower)
+
+
+def _slowness(width: int, exponential: float) -> float:
+    """What a product of heads of D + Dv = `width` takes, relative to `MEASURED_WIDTH`."""
+    return (1 + exponential / width) / (1 + exponential / MEASURED_WIDTH)
 
 
 def dense_work(site: SiteShape, costs: DeviceCosts) -> Work:
@@ -221,6 +242,30 @@ def _attend_work(site: SiteShape, costs: DeviceCosts) -> Work:
         return exact
     rounded = attention_work(site, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), site.selections)
     return replace(exact, ms=rounded.ms + (site.batch - 1) * costs.attention_ms)
+
+
+@dataclass(frozen=True)
+class RestShape:
+    """What the costs of a layer without its attention, or of the head, depend on besides the length."""
+
+    batch: int
+    tokens: int | None
+    """How many tokens of each item pass; None for all L."""
+    active: int
+    """Weights that each token is multiplied with: of a mixture of experts those of its experts."""
+    weights: int
+    """Weights that are read."""
+    elements: int
+    """Elements per token that kernels between the products read and write: norms, residuals, positions, activations."""
+    itemsize: int
+
+
+def rest_work(rest: RestShape, costs: DeviceCosts) -> Work:
+    """Projections and MLP, at the rate of the products or of reading the weights, and the kernels between them."""
+    tokens = rest.batch * (LENGTH if rest.tokens is None else sympy.Integer(rest.tokens))
+    flops, read, moved = 2 * rest.active * tokens, rest.weights * rest.itemsize, rest.elements * rest.itemsize * tokens
+    products = sympy.Max(flops / (costs.matmul_tflops * 1e9), read / (costs.bandwidth_tbs * 1e9))
+    return Work(flops, read + moved, products + moved / (costs.bandwidth_tbs * 1e9))
 
 
 @functools.lru_cache
@@ -314,13 +359,16 @@ def _break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_l
     return high * STEP
 
 
-def fit_attention(site: SiteShape, times: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+def fit_attention(
+    site: SiteShape, times: Iterable[tuple[float, float]], exponential: float = H200.attention_exponential
+) -> tuple[float, float, float]:
     """Measured (rows, ms) of attention -> attention_tflops, attention_half_length, attention_ms.
 
-    Least squares of t0 + a n + b n^2 in relative errors.
+    Least squares of t0 + a n + b n^2 in relative errors; times at a lowered clock do not belong here.
     """
     rows, ms = (torch.tensor(column, dtype=torch.float64) for column in zip(*times))
     terms = torch.stack([torch.ones_like(rows), rows, rows**2], dim=1) / ms[:, None]
     launch, linear, square = torch.linalg.lstsq(terms, torch.ones_like(ms)[:, None]).solution.flatten().tolist()
-    per_pair = site.batch * site.heads * (site.head_dim + site.value_head_dim)
+    width = site.head_dim + site.value_head_dim
+    per_pair = site.batch * site.heads * width * _slowness(width, exponential)
     return per_pair / square / 1e9, linear / square, launch

@@ -1,11 +1,13 @@
 """`explain`: what the compiler would do, for each attention call, without compiling or recording anything."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from tsa_compile import Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
+from tsa_compile import ConfigError, Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
+from tsa_compile.passes.costs import H200
 
 from .support import Attention, Stack, heads, mixed_padding, tiny, tokens
 
@@ -69,6 +71,49 @@ def test_table_and_json():
     assert RewriteReport.from_json(report.to_json()) == report
     assert len(json.loads(report.to_json())["rows"]) == 3
     assert "model.layers.1..2.self_attn" in str(report)
+
+
+class TestExpectations:
+    def test_none_on_a_cpu_unless_asked_for(self):
+        report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG)
+        assert report.expected == {} and report.expected_ms is None
+        assert all(row.expected_dense_ms is None for row in report)
+
+    def test_of_each_call_that_is_understood(self):
+        model = tiny("gemma3")
+        inputs = dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40))
+        plain = explain(model, **inputs, config=CONFIG)
+        report = explain(model, **inputs, config=CONFIG, device="h200")
+        dense, window, compressed = report
+        assert dense.expected_ms == dense.expected_dense_ms > 0
+        assert window.decision is Decision.UNCHANGED and window.expected_ms is None
+        assert compressed.expected_dense_ms == dense.expected_dense_ms < compressed.expected_ms, "40 tokens cannot gain"
+        assert [dataclasses.replace(row, expected_dense_ms=None, expected_ms=None) for row in report] == list(plain)
+        assert report.expected["device"] == "NVIDIA H200" and report.expected["break_even"] > 4096
+        assert RewriteReport.from_json(report.to_json()) == report
+
+    def test_symbolic_lengths_have_none(self):
+        ids = tokens(1, 40)
+        torch._dynamo.mark_dynamic(ids, 1)
+        report = explain(tiny("llama"), input_ids=ids, config=CONFIG, device="h200")
+        assert report.sparse == 2 and report.expected_ms is None
+        assert report.expected["break_even"] > 4096
+
+    def test_a_device_without_figures_is_said_to_have_none(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        report = explain(Stack(), *heads(), config=CONFIG.replace(layers=[1]), device="cpu")
+        assert report.expected["device"] == "NVIDIA H200"
+        assert any("NVIDIA H200" in note for note in report.notes)
+
+    def test_an_unknown_device(self):
+        with pytest.raises(ConfigError, match="h300"):
+            explain(Stack(), *heads(), device="h300")
+
+    def test_costs_of_ones_own(self):
+        slow = H200.scaled("mine", attention=0.5)
+        report = explain(Stack(), *heads(length=400), config=CONFIG.replace(layers=[1]), device=slow)
+        fast = explain(Stack(), *heads(length=400), config=CONFIG.replace(layers=[1]), device="h200")
+        assert report.expected["device"] == "mine" and report.expected_dense_ms > fast.expected_dense_ms
 
 
 def test_a_model_without_attention():

@@ -117,13 +117,15 @@ site_rows = st.builds(
     SiteRow,
     index=st.integers(0), layer=text, layer_index=st.none() | st.integers(0, 99), query=shapes, key=shapes,
     value=shapes, dtype=text, form=text, mask=text, decision=st.sampled_from(Decision),
-    reason=st.sampled_from(Reason), kernel=text, detail=text,
+    reason=st.sampled_from(Reason), kernel=text, detail=text, expected_dense_ms=st.none() | st.floats(0, 1e9),
+    expected_ms=st.none() | st.floats(0, 1e9),
 )  # fmt: skip
 any_reports = st.builds(
     RewriteReport,
     rows=st.lists(site_rows, max_size=6),
     config=st.dictionaries(text, st.none() | st.integers() | text | st.lists(st.integers())),
     notes=st.lists(text, max_size=3),
+    expected=st.just({}) | st.fixed_dictionaries({"device": text, "break_even": st.none() | st.integers(1)}),
 )
 
 
@@ -203,6 +205,48 @@ class TestTable:
     def test_a_detail_of_several_lines_keeps_the_row_whole(self):
         (line,) = lines_with(RewriteReport([row(detail="first\nsecond")]), "first")
         assert "first second" in line
+
+
+def timed(index, dense, now, **changes):
+    return row(index, expected_dense_ms=dense, expected_ms=now, **changes)
+
+
+class TestExpectations:
+    report = RewriteReport(
+        [timed(0, 250.0, 250.0), timed(1, 250.0, 62.5, reason=Reason.SPARSE), row(2, reason=Reason.MASK_OPAQUE)],
+        expected={"device": "NVIDIA H200", "break_even": 5120},
+    )
+
+    def test_in_all(self):
+        assert (self.report.expected_dense_ms, self.report.expected_ms) == (500, 312.5)
+        assert RewriteReport([row()]).expected_ms is RewriteReport(()).expected_dense_ms is None
+
+    def test_in_the_table(self):
+        (line,) = lines_with(self.report, "model.layers.1.self_attn")
+        assert "250" in line and "62.5 (4.00x)" in line
+        (line,) = lines_with(self.report, "expected on NVIDIA H200")
+        assert "2 calls" in line and "(1.60x)" in line and "5,120" in line
+
+    def test_no_figures_no_columns(self):
+        plain = RewriteReport([row(0), sparse(1)])
+        assert "expected" not in str(plain) and "dense ms" not in str(plain)
+        assert "expected" not in plain.to_json()
+
+    def test_calls_without_figures_have_empty_cells(self):
+        (line,) = lines_with(self.report, "model.layers.2.self_attn")
+        assert line.endswith("cudnn")
+
+    def test_never(self):
+        never = RewriteReport([timed(0, 1.0, 1.0)], expected={"device": "d", "break_even": None})
+        assert lines_with(never, "at no length")
+
+    def test_unlike_figures_do_not_share_a_row(self):
+        assert len(lines_with(RewriteReport([timed(0, 1.0, 1.0), timed(1, 2.0, 1.0)]), "x1")) == 2
+
+    def test_details_stay_in_their_column(self):
+        for rows in ([timed(0, 1.0, 1.0, detail="said")], [row(0, detail="said")]):
+            header, line, *_ = str(RewriteReport(rows)).splitlines()
+            assert header.index("detail") == line.index("said")
 
 
 class TestHistory:

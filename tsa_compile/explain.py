@@ -13,11 +13,19 @@ from torch.fx import GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import TSAWarning
+from tsa_compile.expected import costs_of, with_expectations
+from tsa_compile.passes.costs import DeviceCosts
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import RewriteReport
 
 
-def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: Any) -> RewriteReport:
+def explain(
+    model: Any,
+    *args: Any,
+    config: TSAConfig | None = None,
+    device: torch.device | str | DeviceCosts | None = None,
+    **kwargs: Any,
+) -> RewriteReport:
     """One row for each attention call of a model, for these inputs.
 
     The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form:
@@ -28,17 +36,27 @@ def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: A
         model: a module or function.
         args, kwargs: its inputs.
         config: what would be passed to the backend; the defaults if None.
+        device: whose costs give the expected time of each call, dense and as decided: a device, costs, or the name of a
+            measured device ("h200"). If None, the CUDA device that the inputs are on; on a CPU no times are expected.
+            Decisions are those for the device that the model is on.
 
     Returns:
         A report over all graphs that the call consists of. `print` shows it as a table, `to_json()` as data.
+
+    Raises:
+        ConfigError: `device` or a value of `config` is not allowed.
     """
+    if device is not None:
+        costs_of(device)  # or it is found to be unknown after the whole model has run
     config = TSAConfig() if config is None else config
     seen: list[RewriteReport] = []
+    devices: list[torch.device] = []
 
     def look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         trial = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         trial.__dict__["compile_subgraph_reason"] = getattr(graph_module, "compile_subgraph_reason", None)
         seen.append(run_passes(trial, config))
+        devices.extend(value.device for value in example_inputs if isinstance(value, torch.Tensor) and value.is_cuda)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TSAWarning)  # said already, for the configuration that was asked about
             run_passes(graph_module, TSAConfig(layers=()))
@@ -50,7 +68,8 @@ def explain(model: Any, *args: Any, config: TSAConfig | None = None, **kwargs: A
             torch.compile(model, backend=look)(*args, **kwargs)
     finally:  # or the model's next compilation would count this one against Dynamo's recompilation limit
         torch._dynamo.reset()
-    return _merge(seen, config)
+    report, on = _merge(seen, config), device or next(iter(devices), None)
+    return report if on is None else with_expectations(report, config, on)
 
 
 def _merge(reports: list[RewriteReport], config: TSAConfig) -> RewriteReport:

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import groupby
@@ -111,7 +111,8 @@ class SiteRow:
     """One attention call.
 
     Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
-    proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now.
+    proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now. `expected_dense_ms` and
+    `expected_ms` are what a cost model expects the call to take dense and as decided, where a device's costs were asked for.
     """
 
     index: int
@@ -127,6 +128,8 @@ class SiteRow:
     reason: Reason
     kernel: str
     detail: str = ""
+    expected_dense_ms: float | None = None
+    expected_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("query", "key", "value"):
@@ -138,6 +141,7 @@ class SiteRow:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}
+        row = {name: value for name, value in row.items() if value is not None or name == "layer_index"}
         for name in ("query", "key", "value"):
             row[name] = list(row[name])
         return row | {"decision": str(self.decision), "reason": str(self.reason)}
@@ -145,12 +149,17 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """What one compilation did: a row per attention call, the config it followed and notes on the whole graph."""
+    """What one compilation did: a row per attention call, the config it followed and notes on the whole graph.
+
+    `expected` is empty, or names the "device" of the rows' expected times and the "break_even" length, from which calls
+    become sparse there (None: from no length on).
+    """
 
     rows: tuple[SiteRow, ...]
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
     torch_version: str = str(torch.__version__)
+    expected: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -195,6 +204,20 @@ class RewriteReport:
         return tuple(row for row in self.rows if row.decision is Decision.SPARSE)
 
     @property
+    def expected_dense_ms(self) -> float | None:
+        """What all calls with an expected time would take dense; None if no call has one."""
+        return self._expected("expected_dense_ms")
+
+    @property
+    def expected_ms(self) -> float | None:
+        """What all calls with an expected time take as decided; None if no call has one."""
+        return self._expected("expected_ms")
+
+    def _expected(self, name: str) -> float | None:
+        known = [value for row in self.rows if (value := getattr(row, name)) is not None]
+        return sum(known) if known else None
+
+    @property
     def summary(self) -> str:
         """One line: how many calls met which decision."""
         if not self.rows:
@@ -214,7 +237,8 @@ class RewriteReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, one entry per call."""
         rows = [row.to_dict() for row in self.rows]
-        return {"rows": rows, "config": self.config, "notes": list(self.notes), "torch_version": self.torch_version}
+        values = {"rows": rows, "config": self.config, "notes": list(self.notes), "torch_version": self.torch_version}
+        return values | ({"expected": self.expected} if self.expected else {})
 
     def to_json(self) -> str:
         """The whole report as JSON text; `from_json` reads it back."""
@@ -234,22 +258,48 @@ def render(report: RewriteReport) -> str:
     """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons."""
     lines = [_table(report.rows)] if report.rows else []
     lines.append(report.summary)
+    lines.extend(_expectation(report))
     for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
         lines.append("  ".join(filter(None, (f"{reason}: {reason.explanation}", reason.remedy))))
     lines.extend(f"note: {note}" for note in report.notes)
     return "\n".join(lines)
 
 
+def _expectation(report: RewriteReport) -> list[str]:
+    """What is expected of all calls together, and from which length on calls become sparse; nothing if nothing is known."""
+    said = []
+    dense, now = report.expected_dense_ms, report.expected_ms
+    if dense is not None and now:
+        calls = sum(row.expected_ms is not None for row in report.rows)
+        said.append(
+            f"attention of {calls} calls: {number(dense)} ms dense, {number(now)} ms as decided ({dense / now:.2f}x)"
+        )
+    if "break_even" in report.expected:
+        length = report.expected["break_even"]
+        said.append(
+            "calls become sparse at no length" if length is None else f"calls become sparse from {length:,} tokens on"
+        )
+    return [f"expected on {report.expected.get('device', '?')}: {', '.join(said)}"] if said else []
+
+
 def _table(rows: tuple[SiteRow, ...]) -> str:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
-    if any(row.detail for row in rows):
+    timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
+    for name in ("dense ms", "expected ms") if timed else ():
+        table.add_column(name, no_wrap=True, justify="right")
+    if detailed:
         table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
     for group in _collapse(rows):
-        table.add_row(*_cells(group))
+        detail = [" ".join(group[0].detail.split())] if detailed else []
+        table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
+    return as_text(table)
+
+
+def as_text(table: Table) -> str:
+    """A table as plain text, wider than any row, so that no column is ever cut, whatever the terminal."""
     sink = io.StringIO()
-    # Wider than any row, so that no column is ever cut, whatever the terminal.
     console = Console(file=sink, width=100_000, color_system=None, force_terminal=False, markup=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
@@ -280,7 +330,19 @@ def _cells(group: list[SiteRow]) -> list[str]:
     row = group[0]
     shapes = [f"[{', '.join(map(str, shape))}]" for shape in (row.query, row.key, row.value)]
     cells = [_name(group), f"x{len(group)}", *shapes, row.dtype, row.form, row.mask]
-    return [*cells, str(row.decision), str(row.reason), row.kernel, " ".join(row.detail.split())]
+    return [*cells, str(row.decision), str(row.reason), row.kernel]
+
+
+def _times(row: SiteRow) -> list[str]:
+    dense, now = row.expected_dense_ms, row.expected_ms
+    if dense is None or not now:
+        return ["", ""]
+    return [number(dense), f"{number(now)} ({dense / now:.2f}x)"]
+
+
+def number(ms: float) -> str:
+    """Three digits: expected times are no better."""
+    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
 
 
 def _name(group: list[SiteRow]) -> str:
@@ -288,14 +350,18 @@ def _name(group: list[SiteRow]) -> str:
     before, first, after = _split(group[0])
     if not first:
         return before or "?"
-    numbers = list(dict.fromkeys(int(_split(row)[1]) for row in group))
+    return before + spans(int(_split(row)[1]) for row in group) + after
+
+
+def spans(indices: Iterable[int]) -> str:
+    """Numbers as text, neighbours together: 0..3,5."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+    for index in dict.fromkeys(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
         else:
-            runs.append([number])
-    return before + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + after
+            runs.append([index])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
 
 
 _history: deque[RewriteReport] = deque(maxlen=MAX_REPORTS)

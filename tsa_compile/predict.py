@@ -1,0 +1,347 @@
+"""`predict(config, model.config, length, device)`: what a prefill costs layer by layer, dense and sparse, before any run.
+
+FLOPs, bytes and time are sympy expressions in L and in the kept share s (passes/costs.py), evaluated with the device's
+measured costs. They include the projections and the MLP of every layer and the head for the last token, so the whole
+prefill is predicted, not its attention alone.
+
+Assumed is what holds for transformers' models with a padding mask of ones: the masks of full attention are proven, those of
+sliding windows are not changed. `explain` says what the compiler really does with a model. Not included: a host that
+launches more slowly than the GPU works (below about 8K tokens without a CUDA graph), padding, dequantisation, a mask tensor
+in layers with a window, communication between devices, and the kernels of what is no attention (Mamba, convolutions).
+Rates are those of bfloat16 at the sizes of Llama-3.1-8B; much smaller products run at lower ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tsa_compile.anatomy import FULL, LayerSizes, ModelSizes, anatomy
+from tsa_compile.config import Coverage, TSAConfig
+from tsa_compile.errors import ConfigError
+from tsa_compile.expected import NOTHING, added, attention_works, costs_of, evaluated, layer_work, shortest
+from tsa_compile.passes.costs import DeviceCosts, RestShape, SiteShape, Work, expected_share, kept_share
+from tsa_compile.passes.plan import MAX_HEAD_DIM
+from tsa_compile.report import Reason, as_text, number, spans
+
+_WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}
+
+
+@dataclass(frozen=True)
+class LayerPrediction:
+    """One layer: its work as expressions in L and s, and milliseconds at the predicted length."""
+
+    index: int
+    name: str
+    kind: str
+    reason: Reason
+    """SPARSE, or why the layer stays dense."""
+    kept: float
+    """The share of tokens whose attention is computed; 1 in dense layers."""
+    dense: Work = field(repr=False)
+    """Dense attention."""
+    sparse: Work = field(repr=False)
+    """Sparse attention with all its steps; nothing where the layer has no full attention."""
+    rest: Work = field(repr=False)
+    """Projections, MLP, and the kernels between them."""
+    dense_ms: float
+    """Attention, dense."""
+    sparse_ms: float
+    """Attention, sparse at `sparse_kept`, whether or not it is made so; NaN where it cannot be."""
+    sparse_kept: float
+    rest_ms: float
+
+    @property
+    def ms(self) -> float:
+        """Attention as it will run."""
+        return self.sparse_ms if self.reason is Reason.SPARSE else self.dense_ms
+
+    @property
+    def saved_ms(self) -> float:
+        """What sparsity saves; negative where it costs."""
+        return self.dense_ms - self.ms
+
+    @property
+    def gain(self) -> float:
+        """How many times faster attention becomes."""
+        return _gain(self.dense_ms, self.ms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; expressions as text that sympy reads."""
+        values = {
+            name: getattr(self, name) for name in ("index", "name", "kind", "kept", "dense_ms", "ms", "saved_ms", "gain")
+        }
+        possible = {"sparse_ms": self.sparse_ms, "sparse_kept": self.sparse_kept} if self.sparse is not NOTHING else {}
+        works = {"dense": self.dense, "sparse": self.sparse, "rest": self.rest}
+        expressions = {name: _texts(work) for name, work in works.items() if work is not NOTHING}
+        return values | {"reason": str(self.reason), **possible, "rest_ms": self.rest_ms, "work": expressions}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one prefill of a model costs, layer by layer and in all."""
+
+    model: ModelSizes = field(repr=False)
+    config: TSAConfig
+    costs: DeviceCosts
+    length: int
+    batch: int
+    layers: tuple[LayerPrediction, ...]
+    head: Work
+    head_ms: float
+    break_even: int | None
+    """The shortest length from which layers become sparse; None if there is none."""
+    notes: tuple[str, ...] = ()
+    kept: float | None = None
+    """The kept share that was given instead of being expected of the budget."""
+
+    @property
+    def attention_dense_ms(self) -> float:
+        """Attention of all layers, dense."""
+        return sum(layer.dense_ms for layer in self.layers)
+
+    @property
+    def attention_ms(self) -> float:
+        """Attention of all layers as it will run."""
+        return sum(layer.ms for layer in self.layers)
+
+    @property
+    def rest_ms(self) -> float:
+        """All but attention, the head for the last token included."""
+        return sum(layer.rest_ms for layer in self.layers) + self.head_ms
+
+    @property
+    def dense_ms(self) -> float:
+        """The whole prefill with dense attention."""
+        return self.attention_dense_ms + self.rest_ms
+
+    @property
+    def ms(self) -> float:
+        """The whole prefill as it will run."""
+        return self.attention_ms + self.rest_ms
+
+    @property
+    def saved_ms(self) -> float:
+        """What sparsity saves."""
+        return self.dense_ms - self.ms
+
+    @property
+    def attention_gain(self) -> float:
+        """How many times faster the attention of all layers becomes."""
+        return _gain(self.attention_dense_ms, self.attention_ms)
+
+    @property
+    def gain(self) -> float:
+        """How many times faster the whole prefill becomes."""
+        return _gain(self.dense_ms, self.ms)
+
+    @property
+    def dense(self) -> Work:
+        """The whole prefill with dense attention: expressions in L."""
+        return added([*(layer.dense for layer in self.layers), *(layer.rest for layer in self.layers), self.head])
+
+    @property
+    def sparse(self) -> Work:
+        """The whole prefill with those layers sparse that are at this length: expressions in L and s."""
+        attention = (layer.sparse if layer.reason is Reason.SPARSE else layer.dense for layer in self.layers)
+        return added([*attention, *(layer.rest for layer in self.layers), self.head])
+
+    def at(self, length: int) -> Prediction:
+        """The same question for another length."""
+        return _predict(self.config, self.model, length, self.costs, self.notes, self.batch, self.kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        totals = ("dense_ms", "ms", "saved_ms", "gain", "attention_dense_ms", "attention_ms", "attention_gain", "rest_ms")
+        return {
+            "model": self.model.name, "dtype": str(self.model.dtype).removeprefix("torch."), "device": self.costs.name,
+            "length": self.length, "batch": self.batch, "break_even": self.break_even, "config": self.config.to_dict(),
+            **{name: getattr(self, name) for name in totals}, "head_ms": self.head_ms,
+            "layers": [layer.to_dict() for layer in self.layers], "notes": list(self.notes),
+        }  # fmt: skip
+
+    def to_json(self) -> str:
+        """The whole prediction as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        return _render(self)
+
+
+def predict(
+    config: TSAConfig | None,
+    model_config: Any,
+    length: int,
+    device: torch.device | str | DeviceCosts | None = None,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype | str | None = None,
+    kept: float | None = None,
+) -> Prediction:
+    """What the prefill of a model costs on a device, dense and with the layers sparse that `config` asks for.
+
+    Args:
+        config: what would be passed to the backend; the defaults if None.
+        model_config: a transformers configuration: layers, heads, sizes, windows, experts.
+        length: tokens of each prompt.
+        device: see `costs_of`.
+        batch: prompts.
+        dtype: of weights and attention; the configuration's if None.
+        kept: the share of all tokens that sparse layers keep, where it was measured. If None it is what the budget is
+            expected to keep, which for Coverage is the publication's finding.
+
+    Raises:
+        ConfigError: a value is not allowed, or the configuration is of no causal language model.
+    """
+    config = TSAConfig() if config is None else config
+    if not isinstance(config, TSAConfig):
+        raise ConfigError(f"config is {type(config).__name__}: pass a TSAConfig, or None for the defaults")
+    for name, value in (("length", length), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+    if kept is not None and (isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1):
+        raise ConfigError(f"kept={kept!r} is not allowed: kept must be a share of the tokens in (0, 1], or None")
+    costs, notes = costs_of(device)
+    return _predict(config, anatomy(model_config, dtype), length, costs, notes, batch, kept)
+
+
+def _predict(
+    config: TSAConfig,
+    model: ModelSizes,
+    length: int,
+    costs: DeviceCosts,
+    notes: tuple[str, ...],
+    batch: int,
+    kept: float | None,
+) -> Prediction:
+    selected = _selected(config, model)
+    share = len(selected) / len(model.layers)
+    shapes = [_site(layer, config, batch, model.dtype.itemsize) for layer in model.layers]
+    first = next((shape for shape, layer in zip(shapes, model.layers, strict=True) if layer.kind == FULL), None)
+    sparse_kept = kept_share(config, length, expected_share(config.budget, length)) if kept is None else float(kept)
+    layers = []
+    for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
+        reason = _reason(sizes, index in selected, length, shortest(config, costs, shape, share))
+        dense, sparse = attention_works(shape, costs) if sizes.attends else (NOTHING, NOTHING)
+        sparse = sparse if sizes.kind == FULL else NOTHING
+        rest = layer_work(
+            RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, model.dtype.itemsize), costs
+        )
+        layers.append(
+            LayerPrediction(
+                index=index, name=sizes.name, kind=sizes.kind, reason=reason, dense=dense, sparse=sparse, rest=rest,
+                kept=sparse_kept if reason is Reason.SPARSE else 1.0, sparse_kept=sparse_kept,
+                dense_ms=evaluated(dense.ms, length, 1.0), rest_ms=evaluated(rest.ms, length, 1.0),
+                sparse_ms=evaluated(sparse.ms, length, sparse_kept) if sparse is not NOTHING else math.nan,
+            )
+        )  # fmt: skip
+    head = layer_work(RestShape(batch, 1, model.head, model.head, 0, model.dtype.itemsize), costs)
+    minimum = None if first is None else shortest(config, costs, first, share)
+    said = dict.fromkeys((*notes, *_notes(config, model, kept)))
+    return Prediction(
+        model=model, config=config, costs=costs, length=length, batch=batch, layers=tuple(layers), head=head,
+        head_ms=evaluated(head.ms, length, 1.0), break_even=minimum, notes=tuple(said), kept=kept,
+    )  # fmt: skip
+
+
+def _site(layer: LayerSizes, config: TSAConfig, batch: int, itemsize: int) -> SiteShape:
+    return SiteShape(
+        batch=batch, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
+        value_head_dim=layer.value_head_dim, itemsize=itemsize, window=config.window,
+        grouped=config.granularity == "group", counted=isinstance(config.budget, Coverage),
+    )  # fmt: skip
+
+
+def _selected(config: TSAConfig, model: ModelSizes) -> frozenset[int]:
+    """The layers that `config.layers` names, as passes/plan.py reads it."""
+    count = len(model.layers)
+    if config.layers is None:
+        return frozenset(range(count // 2, count))
+    named = {
+        layer: frozenset(
+            index
+            for index, sizes in enumerate(model.layers)
+            if (layer == index if isinstance(layer, int) else any(fnmatchcase(name, layer) for name in sizes.modules))
+        )
+        for layer in config.layers
+    }
+    unused = [layer for layer, found in named.items() if not found]
+    if unused:
+        first, last = model.layers[0].name, model.layers[-1].name
+        raise ConfigError(f"layers={unused!r} not found: {model.name} has the layers 0..{count - 1} ({first} to {last})")
+    return frozenset().union(*named.values())
+
+
+def _reason(layer: LayerSizes, selected: bool, length: int, minimum: int | None) -> Reason:
+    if not layer.attends:
+        return Reason.UNSUPPORTED_FORM
+    if layer.kind in _WINDOWS:
+        return _WINDOWS[layer.kind]
+    if not selected:
+        return Reason.LAYER_NOT_SELECTED
+    if max(layer.head_dim, layer.value_head_dim) > MAX_HEAD_DIM:
+        return Reason.HEAD_DIM
+    return Reason.TOO_SHORT if minimum is None or length < minimum else Reason.SPARSE
+
+
+def _notes(config: TSAConfig, model: ModelSizes, kept: float | None) -> list[str]:
+    notes = []
+    if isinstance(config.budget, Coverage) and kept is None:
+        notes.append(f"what {config.budget} keeps depends on the input: expected is what the publication found")
+    if any(layer.kind in _WINDOWS for layer in model.layers):
+        notes.append("layers with a window are charged as causal attention over all tokens, dense and unchanged")
+    others = sorted({layer.kind for layer in model.layers if not layer.attends})
+    if others:
+        notes.append(f"layers of {', '.join(others)} are charged for their products alone")
+    if model.dtype.itemsize > 2:
+        notes.append(f"products and attention of {model.dtype} are charged at the rates of half precision: they are slower")
+    return notes
+
+
+def _gain(dense: float, now: float) -> float:
+    return dense / now if now else 1.0
+
+
+def _texts(work: Work) -> Mapping[str, str]:
+    return {name: str(getattr(work, name)) for name in ("flops", "bytes", "ms")}
+
+
+def _render(prediction: Prediction) -> str:
+    sizes = f"{prediction.batch} x {prediction.length:,} tokens, {prediction.model.name}"
+    lines = [f"prefill of {sizes} in {str(prediction.model.dtype).removeprefix('torch.')}, {prediction.costs.name}"]
+    lines.append(as_text(_table(prediction)))
+    if prediction.break_even is None:
+        lines.append("sparse layers gain at no length")
+    else:
+        lines.append(f"layers become sparse from {prediction.break_even:,} tokens on")
+    lines.extend(f"note: {note}" for note in prediction.notes)
+    return "\n".join(lines)
+
+
+def _table(prediction: Prediction) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in ("layers", "kind", "decision", "kept", "attention ms", "becomes", "saved", "gain", "rest ms"):
+        left = name in ("layers", "kind", "decision")
+        table.add_column(name, no_wrap=True, justify="left" if left else "right")
+    alike: dict[LayerPrediction, list[int]] = {}
+    for layer in prediction.layers:
+        alike.setdefault(replace(layer, index=0, name=""), []).append(layer.index)
+    for layer, indices in alike.items():
+        times = [*_cells(layer.dense_ms, layer.ms), number(layer.rest_ms)]
+        table.add_row(spans(indices), layer.kind, str(layer.reason), f"{layer.kept:.3f}", *times)
+    total = prediction
+    attention = (total.attention_dense_ms, total.attention_ms)
+    table.add_row("attention of all", "", "", "", *_cells(*attention), "")
+    table.add_row("whole prefill", "", "", "", *_cells(total.dense_ms, total.ms), number(total.rest_ms))
+    return table
+
+
+def _cells(dense: float, now: float) -> list[str]:
+    return [number(dense), number(now), number(dense - now), f"{_gain(dense, now):.2f}x"]
