@@ -295,6 +295,15 @@ class TestRefused:
         with pytest.raises(ConfigError, match="encoder-decoder"):
             measured(T5ForConditionalGeneration(T5Config(**sizes)), tokens(1, 8))
 
+    @pytest.mark.parametrize("token", [-1, VOCAB])
+    def test_tokens_that_a_model_without_a_configuration_does_not_know(self, token):
+        net = Net()
+        with pytest.raises(ConfigError, match="prompt 1"):
+            measured(net, [[1, 2], [1, token]])
+        with pytest.raises(ConfigError, match="prompt 0"):
+            measured(net, [[token]])
+        assert hooks(net) == 0
+
     def test_batches_need_a_mask(self):
         with pytest.raises(ConfigError, match="batch_size=1"):
             measured(Net(), [[1, 2, 3], [4, 5]], batch_size=2)

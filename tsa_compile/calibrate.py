@@ -218,11 +218,12 @@ def calibrate(
     with _evaluating(model), _bar(progress, operator.length_hint(prompts, 0)) as show, contextlib.ExitStack() as hooks:
         for place, ids, mask in batches(rows, batch_size):
             ids, mask = ids.to(device), None if mask is None else mask.to(device)
-            if meter is None:
-                meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
-                hooks.enter_context(meter.watching())
-            meter.passed = show(place, len(meter.stack.layers))
-            _run(meter, ids, mask, place)
+            with _running(ids, place):
+                if meter is None:
+                    meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
+                    hooks.enter_context(meter.watching())
+                meter.passed = show(place, len(meter.stack.layers))
+                meter.run(ids, mask)
             tokens += ids.numel() if mask is None else int(mask.sum())
             count += len(ids)
     assert meter is not None  # read_prompts refuses to give none
@@ -230,12 +231,16 @@ def calibrate(
     return Calibration(stack.names, meter.drift, delta, tokens, count, Fingerprint.of(model, stack.layers))
 
 
-def _run(meter: DriftMeter, ids: Tensor, mask: Tensor | None, place: int) -> None:
+@contextlib.contextmanager
+def _running(ids: Tensor, place: int) -> Iterator[None]:
+    """Says which prompts a model does not take, and why."""
+    batch = f"a batch of {ids.shape[0]} x {ids.shape[1]} tokens, up to prompt {place},"
     try:
-        meter.run(ids, mask)
+        yield
     except torch.OutOfMemoryError as error:
-        size = f"{ids.shape[0]} x {ids.shape[1]} tokens, up to prompt {place}"
-        raise ConfigError(f"a batch of {size}, does not fit {ids.device}: shorten prompts or lower batch_size") from error
+        raise ConfigError(f"{batch} does not fit {ids.device}: shorten prompts or lower batch_size") from error
+    except IndexError as error:
+        raise ConfigError(f"{batch} does not fit the model ({error}): check token ids and lengths of the prompts") from error
 
 
 def _share(delta: object) -> float:
@@ -261,14 +266,14 @@ def _device(model: nn.Module) -> torch.device:
 
 def _checked(model: nn.Module, place: int, ids: Tensor) -> Tensor:
     """A prompt's token ids [L], if the model knows all of them and takes so many."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
-        wrong = low if low < 0 else high
-        raise ConfigError(f"prompt {place} has the token id {wrong}: the model's vocabulary is 0..{vocabulary - 1}")
+        wrong, size = (low if low < 0 else high), vocabulary if isinstance(vocabulary, int) else "n"
+        raise ConfigError(f"prompt {place} has the token id {wrong}: token ids lie in [0, {size})")
     if isinstance(longest, int) and len(ids) > longest > 0:
         raise ConfigError(
             f"prompt {place} has {len(ids)} tokens, the model takes {longest} (config.max_position_embeddings): shorten it"

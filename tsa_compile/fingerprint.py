@@ -90,7 +90,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     """The sizes that a transformers configuration names; of a model with several, those of the text."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     named = {name: getattr(config, name, None) for name in _SIZES}
