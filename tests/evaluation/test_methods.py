@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
 from tsa_compile.backend import tsa_backend
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
@@ -13,36 +11,9 @@ from tsa_compile.evaluation.probe import Probe, Selection
 from tsa_compile.kernels import reference
 from tsa_compile.testing import count_ops
 
+from .toys import Stack
+
 LENGTH, WINDOW = 150, 16
-
-
-class Layer(nn.Module):
-    """Causal attention of 4 heads over 2, sharp enough that scores differ."""
-
-    def __init__(self):
-        super().__init__()
-        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
-
-    def forward(self, hidden):
-        query, key, value = (
-            project(hidden).unflatten(2, (heads, 8)).transpose(1, 2)
-            for project, heads in ((self.query, 4), (self.key, 2), (self.value, 2))
-        )
-        mixed = functional.scaled_dot_product_attention(4 * query, key, value, is_causal=True, enable_gqa=True)
-        return hidden + mixed.transpose(1, 2).flatten(2)
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(64, 32)
-        self.layers = nn.ModuleList([Layer() for _ in range(3)])
-
-    def forward(self, ids):
-        hidden = self.embed(ids)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
 
 
 @pytest.fixture(scope="module")

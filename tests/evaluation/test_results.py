@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
@@ -18,7 +17,7 @@ from tsa_compile.evaluation.tables import keep_table, survival_table, time_table
 from tsa_compile.evaluation.timing import AttentionTimer, add_times
 from tsa_compile.passes.costs import SiteShape
 
-SHAPE = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+from .toys import Toy
 
 
 def cell(task, method, right, *, length=4096, question="last", keep=0.5, wrong=0.25):
@@ -122,14 +121,9 @@ def test_the_figure_shows_accuracy_over_what_is_kept_and_over_speed(study, tmp_p
         Study({}).figure(tmp_path / "study.png")
 
 
-@pytest.fixture(scope="module")
-def model():
+def test_attention_is_timed_in_the_models_own_graph(monkeypatch):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, **SHAPE)).eval()
-
-
-def test_attention_is_timed_in_the_models_own_graph(model, monkeypatch):
-    timers = []
+    model, timers = Toy().eval(), []
     original = AttentionTimer.__call__
     monkeypatch.setattr(AttentionTimer, "__call__", lambda self, *args: (timers.append(self), original(self, *args))[1])
     cells = tuple(cell("mqar", name, [True], length=256) for name in ("dense", "keep-0.5", "random-keep-0.5"))
@@ -140,7 +134,7 @@ def test_attention_is_timed_in_the_models_own_graph(model, monkeypatch):
     )  # fmt: skip
     assert [(time.method, time.length) for time in study.times] == [("dense", 256), ("keep-0.5", 256)] and seen == [1, 2]
     assert [[sparse for _, sparse in timer.sites] for timer in timers] == [[False, False], [False, True]]
-    shape = SiteShape(1, 2, 1, 16, 16, 4, 128, counted=False)
+    shape = SiteShape(1, 4, 2, 8, 8, 4, 128, counted=False)
     assert timers[1].sites[1][0] == shape
     assert all(len(timer.ms) == 2 and min(timer.ms) > 0 for timer in timers)
     assert study.times[1].attention_ms == pytest.approx(sum(timers[1].ms), abs=1e-4)
@@ -159,9 +153,11 @@ def script(monkeypatch):
         del sys.modules[name]
 
 
-def test_the_script_goes_on_and_writes(script, model, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--device", "cpu", "--dtype", "float32"]
+def test_the_script_goes_on_and_writes(script, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = Toy().eval()
+    monkeypatch.setattr(script, "load_checkpoint", lambda folder, dtype: model)
+    arguments = ["--model", "a folder", "--out", str(tmp_path / "out"), "--device", "cpu", "--dtype", "float32"]
     arguments += ["--samples", "3", "--lengths", "288", "--tasks", "niah_single", "--methods", "dense", "keep-0.5"]
     with_limit = script.main([*arguments, "--minutes", "0"])
     assert with_limit.cells == ()

@@ -9,34 +9,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
 from tsa_compile.evaluation.study import BLOCK, evaluate
-from tsa_compile.evaluation.tasks import IGNORED, generate
+from tsa_compile.evaluation.tasks import IGNORED, VOCABULARY, generate
 
-SHAPE = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+from .toys import Output, Toy
+
 LENGTH = 160
 QUICK = dict(tasks=["niah_single"], lengths=[LENGTH], samples=6, batch_tokens=4 * LENGTH, progress=False)
 
 
-class Cheat(LlamaForCausalLM):
+class Cheat(Toy):
     """Sees the next token, but says something else where the first token of noise is odd, and in every second answer."""
 
-    def forward(self, input_ids, logits_to_keep, **kwargs):
-        output = super().forward(input_ids, logits_to_keep=logits_to_keep, **kwargs)
+    def forward(self, input_ids, use_cache=False, logits_to_keep=0):
+        logits = super().forward(input_ids, use_cache, logits_to_keep).logits
         honest = input_ids[:, 1:2] % 2 == 0
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         answers = torch.where(honest | (places % 2 == 0), input_ids.roll(-1, 1), 0)[:, logits_to_keep]
-        output.logits = output.logits + 1000 * functional.one_hot(answers, self.config.vocab_size)
-        return output
+        return Output(logits + 1000 * functional.one_hot(answers, VOCABULARY))
 
 
 @pytest.fixture(scope="module")
 def cheat():
     torch.manual_seed(0)
-    return Cheat(LlamaConfig(vocab_size=4096, **SHAPE))
+    return Cheat()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,7 @@ def test_a_stopped_study_goes_on(cheat, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="holds a study with other samples, seed"):
         evaluate(cheat, **options | dict(samples=7, seed=1))
     with pytest.raises(ConfigError, match="other model"):
-        evaluate(LlamaForCausalLM(LlamaConfig(vocab_size=4096, **SHAPE)), **options)
+        evaluate(Toy(), **options)
 
 
 class NoKeep(nn.Module):
@@ -128,22 +127,22 @@ class NoKeep(nn.Module):
         return input_ids
 
 
-class Ignores(LlamaForCausalLM):
-    def forward(self, input_ids, logits_to_keep=0, **kwargs):
-        return super().forward(input_ids, **kwargs)
+class Ignores(Toy):
+    def forward(self, input_ids, **kwargs):
+        return super().forward(input_ids)
 
 
 @pytest.mark.parametrize(
     ("model", "options", "said"),
     [
         (lambda: NoKeep(), {}, "takes no logits_to_keep"),
-        (lambda: LlamaForCausalLM(LlamaConfig(vocab_size=300, **SHAPE)), {}, "knows 300 tokens, the tasks use 4096"),
+        (lambda: Toy(vocabulary=300), {}, "knows 300 tokens, the tasks use 4096"),
         (
-            lambda: LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=150, **SHAPE)),
+            lambda: Toy(positions=150),
             {},
             "has 150 positions, found a length of 160",
         ),
-        (lambda: Ignores(LlamaConfig(vocab_size=4096, **SHAPE)), {"methods": ["dense"]}, "gave logits at 160 positions"),
+        (lambda: Ignores(), {"methods": ["dense"]}, "gave logits at 160 positions"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(model, options, said):
@@ -151,13 +150,20 @@ def test_a_model_that_does_not_fit_is_refused(model, options, said):
         evaluate(model(), **QUICK | options)
 
 
+class Bidirectional(Toy):
+    """Attention that is not causal: there is nothing to compress."""
+
+    def forward(self, input_ids, use_cache=False, logits_to_keep=0):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, is_causal=False)
+        return Output(self.lm_head(hidden[:, logits_to_keep]) if not isinstance(logits_to_keep, int) else hidden)
+
+
 def test_a_layer_that_cannot_be_sparse_is_named():
-    model = MistralForCausalLM(MistralConfig(vocab_size=4096, sliding_window=32, **SHAPE))
-    with (
-        pytest.raises(ConfigError, match=r"layers \[1\] should be sparse, \[\] are \(SLIDING_WINDOW"),
-        pytest.warns(TSAWarning),
-    ):
-        evaluate(model, **QUICK | dict(methods=["keep-0.5"]))
+    said = r"layers \[1\] should be sparse, \[\] are \(NOT_CAUSAL"
+    with pytest.raises(ConfigError, match=said), pytest.warns(TSAWarning):
+        evaluate(Bidirectional(), **QUICK | dict(methods=["keep-0.5"]))
 
 
 @pytest.mark.parametrize(
