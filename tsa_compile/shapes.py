@@ -12,6 +12,7 @@ one). Phi-3's positions are plain RoPE instead of the 128K model's LongRoPE, whi
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,18 @@ def build(config: Any, device: Any = "cpu", dtype: torch.dtype = torch.float32, 
     """
     torch.manual_seed(seed)
     with torch.device(device):
-        return require_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return _from_config(config, dtype=dtype).eval()
+
+
+def _from_config(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A causal language model on the device of the context; ConfigError where the configuration is of something else."""
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    try:
+        return require_transformers().AutoModelForCausalLM.from_config(config, **options)
+    except ValueError as error:
+        name, why = type(config).__name__, re.split(r"[.:]\s", str(error))[0]  # a list of all models follows
+        raise ConfigError(f"no causal language model can be made of this {name}: {why}") from error
 
 
 def prompts(config: Any, count: int, length: int, device: Any = "cpu", seed: int = 0) -> torch.Tensor:
@@ -153,11 +165,9 @@ def explain_weightless(
     Raises:
         RewriteError: the model's own code looks at values (remote code may), so it runs with weights alone.
     """
-    auto = require_transformers().AutoModelForCausalLM
     with FakeTensorMode():
         with torch.device(device):
-            options = {"trust_remote_code": True} if trust_remote_code else {}
-            model = auto.from_config(model_config, dtype=dtype, **options).eval()
+            model = _from_config(model_config, trust_remote_code, dtype=dtype).eval()
             ids = torch.zeros(batch, length, dtype=torch.int64)
             mask = torch.ones_like(ids)
         try:
@@ -173,9 +183,8 @@ def explain_weightless(
 
 def weight_count(config: Any, trust_remote_code: bool = False) -> int:
     """Parameters of the model of a configuration, shared ones once; no memory is needed."""
-    options = {"trust_remote_code": True} if trust_remote_code else {}
     with torch.device("meta"):
-        model = require_transformers().AutoModelForCausalLM.from_config(config, **options)
+        model = _from_config(config, trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

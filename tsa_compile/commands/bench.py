@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    ("Does everything run here? (a CPU will do)", "tsa-compile bench --shape tiny --layers 2"),
+    ("Does everything run here? (a CPU will do)", "tsa-compile bench --shape tiny --layers 1"),
     (
         "How fast is an 8B-shaped model at several lengths? (a GPU)",
         "tsa-compile bench --shape llama-3.1-8b --lengths 8K,32K,128K --budget keep:0.5",

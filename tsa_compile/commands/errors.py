@@ -76,10 +76,9 @@ def _interrupted() -> typer.Exit:
 
 def describe(error: BaseException) -> tuple[str, int]:
     """What to say about an exception, in one line, and the exit code."""
-    import torch
-
     chain = list(_chain(error))
-    memory = next((item for item in chain if isinstance(item, torch.OutOfMemoryError)), None)
+    torch = sys.modules.get("torch")  # where it was not needed, nothing of it can have run out of memory
+    memory = next((item for item in chain if torch is not None and isinstance(item, torch.OutOfMemoryError)), None)
     known = sorted((item for item in chain if isinstance(item, TSAError)), key=lambda item: isinstance(item, RewriteError))
     if known and not isinstance(known[0], RewriteError):
         usage = isinstance(known[0], (ConfigError, KernelError)) and memory is None

@@ -29,7 +29,7 @@ class Question(StrEnum):
 _ON_CPU: dict[str, Any] = {
     "lengths": [512],
     "samples": 8,
-    "methods": ["dense", "coverage-0.005", "keep-0.5"],
+    "methods": ["dense", "keep-0.5"],
     "tasks": ["niah_single"],
 }
 

@@ -37,7 +37,7 @@ SUFFIXES = {
 @command(
     (
         "A torch.export program, to be looked at or lowered later",
-        "tsa-compile export --shape tiny --layers 2 --out tiny.pt2 --lengths 1K 4K",
+        "tsa-compile export --shape tiny --layers 1 --out tiny.pt2 --lengths 1K 4K",
     ),
     (
         "A package that runs from C++, for 1K to 128K tokens",

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from tsa_compile import shapes
+from tsa_compile.commands.options import check_folder
 from tsa_compile.errors import ConfigError
-from tsa_compile.shapes import build, check_memory, model_config, require_transformers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,13 +35,13 @@ class Source:
     def check(self, length: int, batch: int = 1) -> None:
         """Raises MemoryShortage if the model and a prefill of this size do not fit the device's free memory."""
         trust = self.trust_remote_code
-        check_memory(self.config, self.dtype, self.device, length, batch, trust_remote_code=trust)
+        shapes.check_memory(self.config, self.dtype, self.device, length, batch, trust_remote_code=trust)
 
     def load(self, length: int, batch: int = 1) -> Any:
         """The model, once it is clear that it fits, with a prefill of this size."""
         self.check(length, batch)
         if self.folder is None:
-            return build(self.config, self.device, self.dtype)
+            return shapes.build(self.config, self.device, self.dtype)
         try:
             options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "local_files_only": True}
             model = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options)
@@ -68,14 +69,11 @@ def source(
     """What the options of a command name.
 
     Raises:
-        ConfigError: no model or two, a folder that holds none, a shape, device or dtype that is not there.
+        ConfigError: a folder that holds no model, a shape, device or dtype that is not there.
     """
-    if (folder is None) == (shape is None):
-        found = "both a folder and --shape" if folder is not None else "no model"
-        raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
     where = find_device(device)
     if shape is not None:
-        config, name = model_config(shape, layers), shape
+        config, name = shapes.model_config(shape, layers), shape
     else:
         assert folder is not None
         if layers is not None:
@@ -90,11 +88,7 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: there is no such folder, or it holds no configuration of a causal language model.
     """
-    if not folder.exists():
-        raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
-    if not (folder / "config.json").is_file():
-        what = "a folder without config.json" if folder.is_dir() else "a file"
-        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")
+    check_folder(folder)
     try:
         options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = _transformers().AutoConfig.from_pretrained(str(folder), **options)
@@ -146,7 +140,7 @@ def find_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 def _transformers() -> Any:
     """The package without its bars and advice on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers = require_transformers()
+    transformers = shapes.require_transformers()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
