@@ -2,10 +2,10 @@
 
     h[t] = E[x[t]] + W E[x[t-1]]        [batch, seq_len, hidden]; the predecessor of a first token, or a padding one, is 0
 
-Then layers 0, 1, ... of `Qwen3ForCausalLM` follow as they are: QK norm, grouped key/value heads, RoPE. The shift lets a value
-carry its key's name before any attention, which is what the first of the two heads of an induction circuit learns to do (Olsson
-et al., arXiv 2209.11895; the shift as in H3 and based linear attention, arXiv 2212.14052 and 2312.04927). A model without it
-is a plain `Qwen3ForCausalLM`.
+Then the layers of `Qwen3ForCausalLM` follow as they are: QK norm, grouped key/value heads, RoPE. Thanks to the shift a value
+carries its key's name before any attention, which the first of the two heads of an induction circuit must otherwise learn
+(Olsson et al., arXiv 2209.11895; H3's shift, arXiv 2212.14052, does the same for state space models). A model without it is
+a plain `Qwen3ForCausalLM`.
 
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` imports this file from the folder, so it needs nothing
 but torch and transformers.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM, initialization
@@ -31,8 +30,8 @@ class RecallConfig(Qwen3Config):
 class RecallForCausalLM(Qwen3ForCausalLM):
     """`Qwen3ForCausalLM` whose embeddings are `h` above. Padding, on either side, is known from a 2-D `attention_mask`.
 
-    A cache holds the embeddings of its tokens in one layer behind the model's own, so that cropping, reordering and repeating
-    it do the same to them.
+    A cache holds the embeddings of its tokens in one layer behind the model's own, so that cropping, reordering and
+    repeating it do the same to them.
     """
 
     config: RecallConfig
@@ -89,7 +88,7 @@ class RecallForCausalLM(Qwen3ForCausalLM):
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
                 found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-                raise ValueError(f"attention_mask must be [batch, tokens], to tell whose predecessor is padding; found {found}")
+                raise ValueError(f"attention_mask must be [batch, tokens], or padding is not known; found {found}")
             valid = functional.pad(attention_mask, (1, 0))[:, -new - 1 : -1]
             before = before * valid[:, :, None].to(before.dtype)
         return embeddings + self.shift(before)
