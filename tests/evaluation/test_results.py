@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
 from tsa_compile.evaluation.statistics import mcnemar
-from tsa_compile.evaluation.tables import keep_table, survival_table, time_table
+from tsa_compile.evaluation.study import evaluate
+from tsa_compile.evaluation.tables import goal_table, keep_table, survival_table, time_table
 from tsa_compile.evaluation.timing import AttentionTimer, add_times
 from tsa_compile.passes.costs import SiteShape
 
@@ -66,6 +67,15 @@ def test_the_table_compares_with_dense(study):
     assert early["mqar"] == "90.0", "nothing to compare with"
 
 
+def test_the_goal_counts_the_tasks_within_a_point(study):
+    (row,) = read(goal_table(study))
+    assert (row["length"], row["method"], row["kept"]) == ("4,096", "keep-0.5", "45.0%")
+    assert row["tasks within 1 point"] == "1 of 2" and row["worst task"] == "mqar (-50.0)"
+    assert row["interval within"] == "no" and row["all [95%]"].startswith("-23.75 [")
+    assert read(goal_table(study, points=60.0))[0]["interval within"] == "yes"
+    assert goal_table(study, keep=0.44) == ""
+
+
 def test_layers_are_columns(study):
     rows = read(keep_table(study))
     assert [(row["question"], row["length"], row["method"]) for row in rows] == [
@@ -93,6 +103,7 @@ def test_the_report_has_every_part(study):
     text = study.markdown()
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "### Accuracy",
+        "### Within a point of dense",
         "### Tokens kept",
         "### Needle survival",
         "### Time",
@@ -142,6 +153,30 @@ def test_attention_is_timed_in_the_models_own_graph(monkeypatch):
     assert study.times[1].predicted_ms is None, "nothing is claimed of a CPU"
     assert study.times[1].keep == pytest.approx(0.4)
     assert add_times(model, study, done=seen.append) == study and len(seen) == 2, "nothing is timed twice"
+
+
+@pytest.mark.gpu
+def test_a_study_runs_on_the_gpu():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **shape)).to("cuda", torch.bfloat16)
+    methods = ["dense", "coverage-0.3", "keep-0.5", "random-coverage-0.3", "rescue-keep-0.5"]
+    options = dict(tasks=["mqar", "niah_single"], lengths=[512], samples=20, batch_tokens=4096, progress=False)
+    study = evaluate(model, methods=methods, question=["last", "early"], **options)
+    assert len(study.cells) == 20
+    for found in study.cells:
+        assert len(found.right) == 20 and len(found.layers) == (found.method != "dense")
+        assert found.method == "dense" or (128 + 32) / 512 <= found.keep < 1
+        assert not found.method.startswith("rescue") or found.survival == 1.0
+    again = evaluate(model, methods=["random-coverage-0.3"], **options)
+    assert [row.layers for row in again.cells] == [
+        study.find(row.task, 512, "random-coverage-0.3").layers for row in again.cells
+    ]
+    timed = add_times(model, study, repeats=2, prefills=["dense"], compiler="eager")
+    assert [time.method for time in timed.times] == methods[:3]
+    assert all(time.attention_ms > 0 and time.predicted_ms > 0 for time in timed.times)
 
 
 @pytest.fixture

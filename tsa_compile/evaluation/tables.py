@@ -65,6 +65,28 @@ def _p_value(value: float) -> str:
     return "< .001" if value < 0.001 else f"{value:.3f}"
 
 
+def goal_table(study: Study, keep: float = 0.7, points: float = 1.0) -> str:
+    """Which methods that keep at most `keep` of the tokens lose at most `points`, question last: in each task and in all."""
+    rows = []
+    for length in study.names("length"):
+        for method in study.names("method"):
+            cells = study.select(length=length, method=method)
+            if not cells or method == BASELINE or statistics.fmean(cell.keep for cell in cells) > keep:
+                continue
+            found, whole = [study.against_dense([cell]) for cell in cells], study.against_dense(cells)
+            if whole is None:
+                continue
+            losses = {cell.task: -100 * item.difference for cell, item in zip(cells, found, strict=True) if item is not None}
+            worst = max(losses, key=lambda task: losses[task])
+            within = sum(loss <= points for loss in losses.values())
+            kept = _percent(statistics.fmean(cell.keep for cell in cells))
+            proven = "yes" if 100 * whole.low >= -points else "no"
+            row = [f"{length:,}", method, kept, f"{within} of {len(losses)}", f"{worst} ({-losses[worst]:+.1f})"]
+            rows.append([*row, _difference(whole), proven])
+    header = ["length", "method", "kept", f"tasks within {points:g} point", "worst task", "all [95%]", "interval within"]
+    return _markdown(header, rows) if rows else ""
+
+
 def keep_table(study: Study) -> str:
     """The realised share of kept tokens for each sparse layer: the mean over tasks, the least and the most of a sample."""
 
@@ -133,6 +155,9 @@ def report(study: Study) -> str:
         "### Accuracy",
         accuracy_tables(study),
     ]
+    goal = goal_table(study)
+    if goal:
+        parts += ["### Within a point of dense", "Methods that keep at most 70% of the tokens, question last.", goal]
     if any(cell.layers for cell in study.cells):
         parts += ["### Tokens kept", "Mean over tasks (least to most of a sample).", keep_table(study)]
         parts += [
