@@ -118,9 +118,9 @@ def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     if margins == 0:
         return 0.0
-    product = both * neither - gained * lost
+    product = float(both * neither - gained * lost)
     if product > 0:
-        product = max(product - (both + gained + lost + neither) / 2, 0)
+        product = max(product - (both + gained + lost + neither) / 2, 0.0)
     return product / math.sqrt(margins)
 
 
