@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -183,7 +184,8 @@ def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, name: str
 def propagate(graph: Graph, target: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a call makes of fake values; a string target is a method of the first."""
     call = getattr(args[0], target) if isinstance(target, str) else target
-    with fake_mode(graph) or nullcontext(), torch.no_grad():
+    # Without Python's dispatcher a composite operator (SDPA's plain form) reads symbolic sizes as numbers, which fixes them.
+    with fake_mode(graph) or nullcontext(), torch.no_grad(), enable_python_dispatcher():
         return call(*(args[1:] if isinstance(target, str) else args), **kwargs)
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile import ConfigError, Coverage, Decision, KeepRatio, RewriteError, TSAConfig, clear_reports, reports
 from tsa_compile.export import export_program
+from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
 from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
@@ -108,6 +110,36 @@ def test_the_output_may_be_the_attention_itself():
     longer = heads(length=64)
     expected = torch.compile(Attention(), backend="tsa", options={"config": config.replace(compiler="eager")})(*longer)
     torch.testing.assert_close(program.module()(*longer), expected)
+
+
+class Masked(torch.nn.Module):
+    """Two calls under a mask that says "causal"."""
+
+    def forward(self, query, key, value):
+        positions = torch.arange(query.shape[2])
+        mask = positions[None] <= positions[:, None]
+        for _ in range(2):
+            query = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return query
+
+
+def test_sizes_stay_free_where_sdpa_is_traced_by_its_plain_form(monkeypatch):
+    """As on CUDA. In C++ that form reads symbolic sizes as numbers."""
+    monkeypatch.setattr("tsa_compile.export.program._unaligned_masks", lambda: sdpa_kernel(SDPBackend.MATH))
+    program = export_program(Masked().eval(), heads(length=40), HALF, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES)
+    assert [row.decision for row in reports()[-1]] == [Decision.CAUSAL, Decision.SPARSE]
+    assert program.module()(*heads(batch=3, length=64)).shape == (3, 4, 64, 16)
+
+
+def test_a_size_that_a_rewrite_fixed_is_an_error(monkeypatch):
+    def fixing(graph_module, config, passes):
+        value = next(iter(graph_module.graph.nodes)).meta["val"]
+        assert value.shape[2] == 40  # a guard, which says so for all that follows
+        return run_passes(graph_module, config, passes)
+
+    monkeypatch.setattr("tsa_compile.export.program.run_passes", fixing)
+    with pytest.raises(RewriteError, match=r"fixed sizes that the export left free, at key:2, query:2, value:2"):
+        export_program(Attention().eval(), heads(length=40), HALF.replace(layers=(0,)), dynamic_lengths=LENGTHS)
 
 
 def export_attention(config, lengths=(100, 200), **options):

@@ -30,6 +30,7 @@ from tsa_compile.passes.base import PassResult, SitePlan, summary
 from tsa_compile.passes.costs import SiteShape
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
+from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.plan import PlanSites, minimum_length
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import Reason, record
@@ -73,7 +74,7 @@ def export_program(
     if model.training:
         raise ConfigError("the model is in training mode: exported programs are for inference, call model.eval() first")
     args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export()
-    with torch.no_grad(), _without_cache(model), _unaligned_masks():
+    with torch.no_grad(), _without_cache(model), _unaligned_masks(), simplified_minima():
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -83,16 +84,44 @@ def export_program(
                 "batch, choose another; if the model itself fixes a size, pass None for it."
             ) from error
         _write_constants(program)
+        free = _free_sizes(program)
         report = run_passes(program.graph_module, config, _EXPORTED)
         _describe_outputs(program)
         program = lower_program(program, lower)
+        _check_sizes(program, free)
     record(report)
     return program
 
 
 def _unaligned_masks() -> AbstractContextManager[Any]:
-    """On CUDA, tracing asks SDPA for a kernel, and the fused ones align masks to 8: a guard on the length."""
+    """On CUDA, tracing asks SDPA for a kernel, and the fused ones align masks to 8: a guard on the length (torch's #177495).
+
+    The call itself stays in the graph, and whoever compiles it asks again.
+    """
     return sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
+
+
+def _check_sizes(program: ExportedProgram, free: set[str]) -> None:
+    """What was symbolic when torch.export was through is symbolic still: a size that a pass fixed would be one length's.
+
+    Raises:
+        RewriteError: it is not.
+    """
+    fixed = sorted(free - _free_sizes(program))
+    if fixed:
+        raise RewriteError(
+            f"a rewrite fixed sizes that the export left free, at {', '.join(fixed)}: please report it, and export with "
+            "dynamic_lengths=None meanwhile"
+        )
+
+
+def _free_sizes(program: ExportedProgram) -> set[str]:
+    """The dimensions of a program's inputs that may vary, as "input_ids:1"."""
+    free = set()
+    for node in program.graph.find_nodes(op="placeholder"):
+        shape = getattr(fake(node), "shape", ())
+        free.update(f"{node.name}:{dim}" for dim, size in enumerate(shape) if not str(size).isdigit())
+    return free
 
 
 class _Example:
