@@ -70,3 +70,109 @@ def xattention(
                 chosen.add(others.pop(0))
             mask[b, h, i, list(chosen)] = True
     return mask
+
+
+def flexprefill_mask(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None, *,
+    gamma: float, tau: float, min_budget: int, block: int,
+) -> Tensor:  # fmt: skip
+    """FlexPrefill, arXiv 2502.20766, algorithms 1 to 4, by whole blocks of columns and of diagonals as its published code.
+
+    A head gets at least min_budget tokens' columns, and as many diagonals.
+    """
+    mask = _no_blocks(query, block)
+    least = max(1, math.ceil(min_budget / block))
+    for b, h, q, k in _heads(query, key, count):
+        if len(q) == 0:
+            continue
+        attention = _last_attention(q[-block:], k, scale)
+        columns, diagonals = attention.sum(dim=0), _diagonal_sums(attention)
+        means = torch.stack([rows.mean(dim=0) for rows in k.split(block)])
+        pooled = (scale * means @ q[-block:].mean(dim=0)).softmax(dim=0)
+        true = torch.stack([part.sum() for part in columns.split(block)]) / len(attention)
+        query_aware = _divergence(pooled, true) ** 0.5 < tau
+        budgets = [least if query_aware else max(least, _fewest(sums, gamma) // block + 1) for sums in (columns, diagonals)]
+        chosen_columns, chosen_diagonals = (
+            _heaviest_blocks(sums, budget, block) for sums, budget in zip((columns, diagonals), budgets)
+        )
+        weights = [(scale * means[: i + 1] @ rows.mean(dim=0)).softmax(dim=0) for i, rows in enumerate(q.split(block))]
+        ordered = torch.cat(weights).sort(descending=True).values
+        needed = _fewest(ordered, gamma)
+        smallest = ordered[needed - 1] if query_aware and needed > 0 else math.inf
+        for i in range(len(means)):
+            for j in range(i + 1):
+                by_query = bool(weights[i][j] >= smallest)
+                mask[b, h, i, j] = j in chosen_columns or i - j in chosen_diagonals or by_query
+    return mask
+
+
+def _last_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The attention of the last rows to all."""
+    logits = scale * queries @ keys.T
+    future = torch.ones_like(logits, dtype=torch.bool).triu(len(keys) - len(queries) + 1)
+    return logits.masked_fill(future, -math.inf).softmax(dim=1)
+
+
+def _diagonal_sums(attention: Tensor) -> Tensor:
+    """The sum along each diagonal of the last rows' attention, the main one first."""
+    rows, columns = attention.shape
+    return torch.stack([attention.diagonal(columns - rows - distance).sum() for distance in range(columns)])
+
+
+def _divergence(first: Tensor, second: Tensor) -> float:
+    """Jensen and Shannon's, in nats."""
+    middle = (first + second) / 2
+    return float(sum(torch.xlogy(p, p / middle).nan_to_num().sum() / 2 for p in (first, second)).clamp(min=0))
+
+
+def _fewest(numbers: Tensor, share: float) -> int:
+    """How many of the largest numbers it takes until they hold this share of the sum; all, if they never do."""
+    held, total = 0.0, float(numbers.sum())
+    for taken, number in enumerate(numbers.sort(descending=True).values.tolist()):
+        if held >= share * total:
+            return taken
+        held += number
+    return len(numbers)
+
+
+def _heaviest_blocks(sums: Tensor, budget: int, block: int) -> set[int]:
+    """The first block, and of the others the heaviest, of which the lower come first."""
+    blocks = [float(part.sum()) for part in sums.split(block)]
+    others = sorted(range(1, len(blocks)), key=lambda j: (-blocks[j], j))
+    return {0, *others[: budget - 1]}
+
+
+def minference_mask(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None, *,
+    vertical: list[int], slash: list[int], a_shape: list[bool], sinks: int, near: int, last: int, block: int,
+) -> Tensor:  # fmt: skip
+    """MInference, arXiv 2407.02490: per head the columns and diagonals that the `last` rows attend to most, or the first.
+
+    Unlike the others, a mask of keys, bool [B, H, C, C]. A diagonal is computed for `block` rows at a time: their keys on
+    it, the nearest diagonal first, in as few tiles of `block` keys as it takes. A row sees its own block, and no later key.
+    """
+    mask = torch.zeros(*query.shape[:3], query.shape[2], dtype=torch.bool, device=query.device)
+    for b, h, q, k in _heads(query, key, count):
+        n = len(q)
+        if n == 0:
+            continue
+        attention = _last_attention(q[-last:], k, scale)
+        columns, diagonals = attention.sum(dim=0).tolist(), _diagonal_sums(attention).tolist()
+        if a_shape[h]:
+            columns = diagonals = [-place for place in range(n)]
+        columns = [math.inf] * min(sinks, n) + columns[sinks:]
+        diagonals = [math.inf] * min(near, n) + diagonals[near:]
+        first_columns = sorted(range(n), key=lambda j: (-columns[j], j))[: max(vertical[h], sinks)]
+        first_diagonals = sorted(range(n), key=lambda d: (-diagonals[d], d))[: max(slash[h], near // 2)]
+        for start in range(0, n, block):
+            # Keys at distance d from the rows of this block end d before the block does.
+            seen, reached = set(first_columns), start
+            seen |= set(range(start, n))
+            for d in sorted(first_diagonals):
+                while reached > start - d:
+                    top = min(reached, start + block - d)
+                    reached = top - block
+                    seen |= set(range(max(reached, 0), top))
+            for i in range(start, min(start + block, n)):
+                mask[b, h, i, [j for j in seen if j <= i]] = True
+    return mask
