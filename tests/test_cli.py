@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tsa_compile import KernelError, RewriteReport, TSAConfig, shapes
 from tsa_compile.calibrate import Calibration
 from tsa_compile.cli import COMMANDS, app
 from tsa_compile.commands import errors, output, texts
+from tsa_compile.commands.loading import Source
+from tsa_compile.commands.options import SHAPE_NAMES
 from tsa_compile.commands.prompts import read
 from tsa_compile.config import Coverage, KeepRatio
 from tsa_compile.errors import ConfigError
@@ -31,6 +34,9 @@ TINY = ["--shape", "tiny", "--layers", "2"]
 
 
 def run(*arguments, **environment):
+    """A command in this process, on the CPU unless a device is named."""
+    if arguments and arguments[0] in COMMANDS and not {"--device", "--help"} & set(arguments):
+        arguments = (*arguments, "--device", "cpu")
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb", **environment})
 
 
@@ -96,6 +102,10 @@ def test_help_lists_every_command(arguments):
     assert all(re.search(rf"\b{name}\b", done.stdout) for name in COMMANDS)
 
 
+def test_help_names_every_shape():
+    assert tuple(shapes.SHAPES) == SHAPE_NAMES
+
+
 def test_version():
     from importlib.metadata import version
 
@@ -123,7 +133,7 @@ def test_help_teaches_by_example(name):
 @pytest.mark.parametrize("line", [line for _, line in EXAMPLES if "--shape tiny" in line])
 def test_examples_run_on_a_cpu(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(*shlex.split(line)[1:], "--device", "cpu", "--json")
+    done = run(*shlex.split(line)[1:], "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)
 
@@ -360,6 +370,15 @@ def test_too_little_memory_is_found_before_anything_is_built(arguments, monkeypa
     assert "are needed on cpu" in said and "0.0 GiB are free: take fewer layers" in said
 
 
+def test_a_folder_is_loaded_through_the_hosts_memory(folder, monkeypatch):
+    monkeypatch.setattr(shapes, "free_bytes", lambda device: 2**20 if str(device) == "cpu" else 2**40)
+    config = shapes.model_config("tiny")
+    of_shape = Source("tiny", None, config, torch.device("cuda"), torch.bfloat16)
+    of_shape.check(100)
+    with pytest.raises(shapes.MemoryShortage, match="are needed on cpu"):
+        replace(of_shape, folder=folder).check(100)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -474,6 +493,15 @@ def test_lines_that_are_no_prompts(text, said, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
         read(path, 2, None, Words)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    chosen = ["--shape", "small", "--device", "cuda", "--budget", "keep:0.5", "--min-length", "1", "--json"]
+    report = RewriteReport.from_json(json.loads(run("explain", *chosen, "--length", "8K").stdout)["report"])
+    assert report.sparse == 4 and {row.dtype for row in report} == {"bfloat16"}
+    done = run("bench", *chosen, "--lengths", "2K,4K", "--rounds", "2", "--compiler", "eager")
+    assert done.stderr == "" and all(row["peak_gib"] > 0 for row in json.loads(done.stdout)["rows"])
 
 
 # The installed command

@@ -40,12 +40,12 @@ SUFFIXES = {
         "tsa-compile export --shape tiny --layers 1 --out tiny.pt2 --lengths 1K 4K",
     ),
     (
-        "A package that runs from C++, for 1K to 128K tokens",
-        "tsa-compile export models/my-llama --format aoti --out model.pt2 --lengths 1K 128K",
+        "A package that runs from C++, sparse at every length from 1K to 128K tokens",
+        "tsa-compile export models/my-llama --format aoti --out model.pt2 --lengths 1K 128K --min-length 1024",
     ),
     (
         "Standard ONNX operators, held against TensorRT's support tables",
-        "tsa-compile export models/my-llama --format onnx --out model.onnx --budget keep:0.5 --check",
+        "tsa-compile export models/my-llama --format onnx --out model.onnx --lengths 8K 64K --budget keep:0.5 --check",
     ),
 )
 def export(
@@ -82,7 +82,8 @@ def export(
     with output.working(f"Writing {target}"):
         _save(program, kind, target)
         findings = _findings(target) if check else []
-    size = sum(item.stat().st_size for item in target.parent.glob(f"{target.name}*"))
+    beside = target.with_name(f"{target.name}.data")  # weights that do not fit into one ONNX file
+    size = sum(path.stat().st_size for path in (target, beside) if path.exists())
     text = f"{target}: {kind}, {size / 1e6:,.1f} MB, lengths {span[0]:,} to {span[1]:,}\n{summary}"
     data: dict[str, Any] = {
         "path": str(target), "format": str(kind), "bytes": size, "lengths": list(span), "summary": summary,

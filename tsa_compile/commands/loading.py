@@ -36,6 +36,8 @@ class Source:
         """Raises MemoryShortage if the model and a prefill of this size do not fit the device's free memory."""
         trust = self.trust_remote_code
         shapes.check_memory(self.config, self.dtype, self.device, length, batch, trust_remote_code=trust)
+        if self.folder is not None and self.device.type != "cpu":  # through which the weights of a folder are loaded
+            shapes.check_memory(self.config, self.dtype, "cpu", 1, trust_remote_code=trust)
 
     def load(self, length: int, batch: int = 1) -> Any:
         """The model, once it is clear that it fits, with a prefill of this size."""

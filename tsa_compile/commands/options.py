@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
 
 
+# Of shapes.SHAPES, which needs PyTorch; a test holds the two together.
+SHAPE_NAMES = (
+    "tiny", "small", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "mistral-7b", "mistral-nemo",
+    "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "gemma-3-12b", "phi-3-mini",
+)  # fmt: skip
+
+
 def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, help=help, **more)
 
@@ -45,7 +52,7 @@ class ModelOptions:
     ] = None
     shape: Annotated[
         str | None,
-        _option("--shape", panel=_MODEL, help="A built-in shape with random weights instead: tiny, llama-3.1-8b, ..."),
+        _option("--shape", panel=_MODEL, help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}."),
     ] = None
     layers: Annotated[
         int | None, _option("--layers", min=1, panel=_MODEL, help="So many layers of the shape instead of all.")
