@@ -30,29 +30,54 @@ from attention import Run, describe
 from attention_checks import demand
 from attention_methods import DENSE, MIN_TOKENS, POOL, WINDOW, Inputs, Shape, kept, options, tsa
 from attention_timing import take_turns
-from sparse_inputs import mass_kept, planted_inputs, random_lists, relative_error
+from sparse_inputs import AnyLists, mass_kept, planted_inputs, random_lists, relative_error
 from sparse_report import TITLES, Row, figure, report
 from torch import Tensor
 
 from tsa_compile.kernels import attend
-from tsa_compile.kernels.sparse import Lists, block_sparse, density, flashprefill_lists, xattention_lists
+from tsa_compile.kernels.sparse import (
+    VerticalSlash,
+    a_shape_lists,
+    block_sparse,
+    density,
+    flashprefill_lists,
+    flexprefill_lists,
+    minference_lists,
+    xattention_lists,
+)
 from tsa_compile.kernels.sparse.blocks import BLOCK, block_sparse_attention, blocks_aten, blocks_mask
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_aten
+from tsa_compile.kernels.sparse.flexprefill import flexprefill_aten
+from tsa_compile.kernels.sparse.minference import minference_aten
+from tsa_compile.kernels.sparse.vertical_slash import (
+    vertical_slash_aten,
+    vertical_slash_attention,
+    vertical_slash_density,
+    vertical_slash_mask,
+)
 from tsa_compile.kernels.sparse.xattention import xattention_aten
 
 log = logging.getLogger("attention")
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
-METHODS: dict[str, tuple[Callable[..., Lists], dict[str, float]]] = {
+METHODS: dict[str, tuple[Callable[..., AnyLists], dict[str, float]]] = {
     "FlashPrefill, alpha .1": (flashprefill_lists, {}),
     "FlashPrefill, alpha .05": (flashprefill_lists, {"alpha": 0.05}),
     "FlashPrefill, alpha .02": (flashprefill_lists, {"alpha": 0.02}),
     "XAttention, stride 16, mass .9": (xattention_lists, {}),
     "XAttention, stride 8, mass .9": (xattention_lists, {"stride": 8}),
+    "FlexPrefill, gamma .95": (flexprefill_lists, {}),
+    "FlexPrefill, gamma .9": (flexprefill_lists, {"gamma": 0.9}),
+    "MInference, 1000 + 6096": (minference_lists, {}),
+    "MInference, 3500 + 100": (minference_lists, {"vertical": 3500, "slash": 100}),
+    "A-shape, 128 + 3968": (a_shape_lists, {}),
 }
 CHECKED = (
     ("flashprefill", flashprefill_lists, flashprefill_aten, {}),
     ("xattention 16", xattention_lists, xattention_aten, {}),
     ("xattention 8", xattention_lists, xattention_aten, {"stride": 8}),
+    ("flexprefill", flexprefill_lists, flexprefill_aten, {"gamma": 0.9, "min_budget": 256}),
+    ("flexprefill, query-aware", flexprefill_lists, flexprefill_aten, {"gamma": 0.9, "tau": 2.0, "min_budget": 256}),
+    ("minference", minference_lists, minference_aten, {"vertical": 200, "slash": 300}),
 )
 
 
@@ -77,9 +102,14 @@ def checks_part(run: Run, arguments: argparse.Namespace) -> None:
     for name, fast, plain, settings in CHECKED:
         lists = fast(inputs.query, inputs.key, inputs.scale, count, **settings)
         wanted = plain(inputs.query, inputs.key, inputs.scale, count, **settings)
-        differ = (blocks_mask(*lists) != blocks_mask(*wanted)).float().mean()
-        out = block_sparse_attention(*inputs.tensors, inputs.scale, *lists, count)
-        expected = blocks_aten(*(t.float() for t in inputs.tensors), inputs.scale, *lists, count)
+        by_columns = isinstance(lists, VerticalSlash)
+        attention, plainly = block_sparse_attention, blocks_aten
+        if by_columns:
+            attention, plainly = vertical_slash_attention, vertical_slash_aten
+        masks = [vertical_slash_mask(found, 3500) if by_columns else blocks_mask(*found) for found in (lists, wanted)]
+        differ = (masks[0] != masks[1]).float().mean()
+        out = attention(*inputs.tensors, inputs.scale, *lists, count)
+        expected = plainly(*(t.float() for t in inputs.tensors), inputs.scale, *lists, count)
         error = relative_error(out[:, :, :3500], expected[:, :, :3500])
         run.attempt(f"check of {name}'s lists", functools.partial(demand, float(differ), 5e-3, f"{name}: lists"))
         run.attempt(f"check of {name}'s output", functools.partial(demand, error, 1e-2, f"{name}: output"))
@@ -145,11 +175,16 @@ def selectors_part(run: Run, arguments: argparse.Namespace) -> None:
     log.info("selectors: %s", [(row["method"], round(row.get("ms", 0), 2)) for row in rows.values()])
 
 
+def share_of(lists: AnyLists, rows: int) -> float:
+    """The density of lists of one item."""
+    return float(vertical_slash_density(lists, rows) if isinstance(lists, VerticalSlash) else density(lists, capacity=rows))
+
+
 def describe_alone(method: str, inputs: Inputs) -> Row:
     """The density of a method's lists on all rows, and what they hold."""
     selector, settings = METHODS[method]
     lists = selector(inputs.query, inputs.key, inputs.scale, None, **settings)
-    return {"density": float(density(lists, capacity=inputs.length)), "mass": mass_kept(inputs, lists, None)}
+    return {"density": share_of(lists, inputs.length), "mass": mass_kept(inputs, lists, None)}
 
 
 def describe_composed(method: str | None, inputs: Inputs, positions: Tensor) -> Row:
@@ -159,8 +194,7 @@ def describe_composed(method: str | None, inputs: Inputs, positions: Tensor) -> 
     query, key, _ = tsa.compress(*inputs.tensors, positions, None)
     selector, settings = METHODS[method]
     lists = selector(query, key, inputs.scale, None, **settings)
-    share = float(density(lists, capacity=query.shape[2]))
-    return {"density": share, "mass": mass_kept(inputs, lists, positions)}
+    return {"density": share_of(lists, query.shape[2]), "mass": mass_kept(inputs, lists, positions)}
 
 
 def methods_part(run: Run, arguments: argparse.Namespace) -> None:

@@ -21,8 +21,11 @@ import torch
 from attention_methods import Inputs, Shape
 from torch import Tensor
 
-from tsa_compile.kernels.sparse import Lists
+from tsa_compile.kernels.sparse import Lists, VerticalSlash
 from tsa_compile.kernels.sparse.blocks import BLOCK
+from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_mask
+
+AnyLists = Lists | VerticalSlash
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,12 @@ def relative_error(out: Tensor, dense: Tensor, positions: Tensor | None = None) 
 
 
 def mass_kept(
-    inputs: Inputs, lists: Lists | None, positions: Tensor | None, heads: int = 8, samples: int = 64, block: int = BLOCK
+    inputs: Inputs, lists: AnyLists | None, positions: Tensor | None, heads: int = 8, samples: int = 64, block: int = BLOCK
 ) -> float:
     """The share of dense attention that goes to keys that a method computes, on average over a sample of its rows.
 
     Args:
-        lists: of blocks of the rows that are attended to, or None for all of them.
+        lists: of the rows that are attended to, or None for all of them.
         positions: of these rows, [1, H, n], or None: all.
     """
     device, shares = inputs.query.device, []
@@ -129,7 +132,10 @@ def mass_kept(
         future = torch.arange(inputs.length, device=device) > places[rows][:, None]
         weights = logits.masked_fill(future, -math.inf).softmax(dim=1)
         seen = torch.arange(count, device=device) <= rows[:, None]
-        if lists is not None:
+        if isinstance(lists, VerticalSlash):
+            of_head = VerticalSlash(*(tensor[:, head : head + 1] for tensor in lists))
+            seen &= vertical_slash_mask(of_head, count, rows)[0, 0]
+        elif lists is not None:
             seen &= listed(lists, head, rows // block).repeat_interleave(block, 1)[:, :count]
         shares.append(float((weights[:, places] * seen).sum(dim=1).mean()))
     return sum(shares) / len(shares)

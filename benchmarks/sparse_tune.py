@@ -1,6 +1,6 @@
 """Which tiles make the block-sparse kernels fastest on a GPU: for whoever sets their defaults.
 
-    python benchmarks/sparse_tune.py                       every candidate at 128K, in about two minutes on an H200
+    python benchmarks/sparse_tune.py                       every candidate at 128K, in about three minutes on an H200
     python benchmarks/sparse_tune.py --kinds xattention    the candidates of one kernel
 
 Candidates of a kind take turns on the same planted inputs; one that does not fit the GPU says why.
@@ -22,9 +22,14 @@ from attention_timing import take_turns
 from sparse_inputs import planted_inputs, random_lists
 
 from tsa_compile.kernels.flash import Tiles
-from tsa_compile.kernels.sparse import flashprefill_lists
+from tsa_compile.kernels.sparse import flashprefill_lists, minference_lists
 from tsa_compile.kernels.sparse.blocks import BLOCK, blocks_triton
+from tsa_compile.kernels.sparse.fewest import Search
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_triton
+from tsa_compile.kernels.sparse.flexprefill import flexprefill_triton
+from tsa_compile.kernels.sparse.last_rows import Splitting
+from tsa_compile.kernels.sparse.minference import minference_triton
+from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_triton
 from tsa_compile.kernels.sparse.xattention import Tiling, xattention_triton
 
 Candidates = Iterator[tuple[str, Callable[[], Any]]]
@@ -67,10 +72,46 @@ def xattention_candidates(inputs: Inputs) -> Candidates:
         yield f"{sizes}{', TMA' if tma else ''}", call
 
 
+def flexprefill_candidates(inputs: Inputs) -> Candidates:
+    """All of the selector: as it is, last_rows.py cut differently, and with query-aware heads alone, fewest.py."""
+    shared = (inputs.query, inputs.key, inputs.scale)
+    for span, columns, warps, stages in itertools.product((4, 8, 16), (64, 128), (4, 8), (1, 2, 3)):
+        splitting = Splitting(span, columns, num_warps=warps, num_stages=stages)
+        call = functools.partial(flexprefill_triton, *shared, splitting=splitting)
+        yield f"span {span}, {columns} columns, {warps} warps, {stages} stages", call
+    for splits, chunk, warps, means in itertools.product((32, 64, 128), (512, 1024), (4, 8), (32, 64)):
+        cut = Search(splits, chunk, warps)
+        call = functools.partial(flexprefill_triton, *shared, tau=2.0, cut=cut, means=means)
+        yield f"query-aware: {splits} splits of {chunk}, {warps} warps, {means} means", call
+
+
+def minference_candidates(inputs: Inputs) -> Candidates:
+    """All of the selector; its sums are cut differently."""
+    for span, dims, warps, stages in itertools.product((4, 8, 16, 32), (64, 128), (4, 8), (1, 2)):
+        splitting = Splitting(span=span, dims=dims, num_warps=warps, num_stages=stages)
+        call = functools.partial(minference_triton, inputs.query, inputs.key, inputs.scale, splitting=splitting)
+        yield f"span {span}, {dims} dims, {warps} warps, {stages} stages", call
+
+
+def vertical_slash_candidates(inputs: Inputs) -> Candidates:
+    """The kernel on MInference's lists: mostly diagonals, and mostly columns."""
+    cases = {
+        f"{vertical} + {slash}": minference_lists(inputs.query, inputs.key, inputs.scale, vertical=vertical, slash=slash)
+        for vertical, slash in ((1000, 6096), (3500, 100))
+    }
+    for (case, lists), warps, stages, lag in itertools.product(cases.items(), (4, 8), (2, 3), (True, False)):
+        tiles = Tiles(64, 64, warps, stages, use_tma=True, lag=lag)
+        call = functools.partial(vertical_slash_triton, *inputs.tensors, inputs.scale, *lists, tiles=tiles)
+        yield f"{case}: {warps} warps, {stages} stages{', lag' if lag else ''}", call
+
+
 KINDS: dict[str, Callable[[Inputs], Candidates]] = {
     "blocks": block_candidates,
     "flashprefill": flashprefill_candidates,
     "xattention": xattention_candidates,
+    "flexprefill": flexprefill_candidates,
+    "minference": minference_candidates,
+    "vertical_slash": vertical_slash_candidates,
 }
 
 

@@ -1,8 +1,13 @@
 """Block-sparse attention over the compressed rows: a selector says which blocks, blocks.py computes them.
 
+Or which diagonals and columns: these vertical_slash.py computes.
+
     kernel              selector                          options and their defaults
     "flashprefill"      flashprefill.flashprefill_lists   alpha .1, sinks 2, window 4, last 2
     "xattention"        xattention.xattention_lists       stride 16, mass .9
+    "flexprefill"       flexprefill.flexprefill_lists     gamma .95, tau .1, min_budget 1024
+    "minference"        minference.minference_lists       vertical 1000, slash 6096, or numbers for each head; a_shape None
+    "a_shape"           minference.a_shape_lists          sinks 128, window 3968, or numbers for each head
 
 Importing this package registers them as attention kernels, behind all others, so that they run where they are asked for by
 name: `TSAConfig(kernel="xattention")`. The selector sees the compressed rows, reads their number on the device, and chooses
@@ -23,6 +28,8 @@ What selectors leave out is gone: unlike the other kernels, these do not compute
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -30,19 +37,37 @@ from tsa_compile.kernels import flash
 from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, register
 from tsa_compile.kernels.sparse.blocks import block_sparse_attention
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_lists
+from tsa_compile.kernels.sparse.flexprefill import flexprefill_lists
 from tsa_compile.kernels.sparse.lists import Lists, Selector, density, lists_of
+from tsa_compile.kernels.sparse.minference import a_shape_lists, minference_lists
+from tsa_compile.kernels.sparse.vertical_slash import VerticalSlash, vertical_slash_attention
 from tsa_compile.kernels.sparse.xattention import xattention_lists
 
 PRIORITY = -20
 
-__all__ = ["Lists", "Selector", "block_sparse", "density", "flashprefill_lists", "lists_of", "xattention_lists"]
+AnySelector = Selector | Callable[..., VerticalSlash]
+
+__all__ = [
+    "Lists",
+    "Selector",
+    "VerticalSlash",
+    "a_shape_lists",
+    "block_sparse",
+    "density",
+    "flashprefill_lists",
+    "flexprefill_lists",
+    "lists_of",
+    "minference_lists",
+    "xattention_lists",
+]
 
 
-def block_sparse(name: str, selector: Selector, **options: float) -> AttentionKernel:
+def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionKernel:
     """Registers block-sparse attention over what a selector chooses; KernelError if the name is taken.
 
     selector: `(query [B,H,C,D], key [B,Hk,C,D], scale, count int32 [B] or None, **options) -> (kv_num_blocks, kv_indices)`
-        as blocks.py takes them. It must not synchronise, and query and key behind the count may hold anything.
+        as blocks.py takes them, or a VerticalSlash. It must not synchronise, and query and key behind the count may hold
+        anything.
     """
     chosen = functools.partial(selector, **options)
     run = functools.partial(run_blocks, selector=chosen)
@@ -50,10 +75,13 @@ def block_sparse(name: str, selector: Selector, **options: float) -> AttentionKe
 
 
 def run_blocks(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None, *, selector: Selector
+    query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None, *, selector: AnySelector
 ) -> Tensor:
-    """Chooses blocks and computes them."""
-    return block_sparse_attention(query, key, value, scale, *selector(query, key, scale, count), count)
+    """Chooses blocks, or diagonals and columns, and computes them."""
+    lists = selector(query, key, scale, count)
+    if isinstance(lists, VerticalSlash):
+        return vertical_slash_attention(query, key, value, scale, *lists, count)
+    return block_sparse_attention(query, key, value, scale, *lists, count)
 
 
 def _supports(request: KernelRequest) -> str | None:
@@ -63,3 +91,6 @@ def _supports(request: KernelRequest) -> str | None:
 
 block_sparse("flashprefill", flashprefill_lists)
 block_sparse("xattention", xattention_lists)
+block_sparse("flexprefill", flexprefill_lists)
+block_sparse("minference", minference_lists)
+block_sparse("a_shape", a_shape_lists)
