@@ -75,7 +75,7 @@ def test_table_and_json():
 
 class TestExpectations:
     def test_none_on_a_cpu_unless_asked_for(self):
-        report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG)
+        report = explain(Stack(), *heads(), config=CONFIG)
         assert report.expected == {} and report.expected_ms is None
         assert all(row.expected_dense_ms is None for row in report)
 

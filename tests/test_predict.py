@@ -35,9 +35,12 @@ LLAMA = LlamaConfig(  # what both benchmarks run
 )  # fmt: skip
 
 
+SMALL = LlamaConfig(num_hidden_layers=2)
+
+
 @functools.cache
 def two_layers():
-    return predict(TSAConfig(budget=KeepRatio(0.5), min_length=1), LlamaConfig(num_hidden_layers=2), K, "h200")
+    return predict(TSAConfig(budget=KeepRatio(0.5), min_length=1), SMALL, K, "h200")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,7 @@ class TestExpressions:
         assert all(math.isfinite(layer.ms) and layer.ms > 0 for layer in found.layers)
 
     def test_a_batch_costs_its_items_but_for_launches_and_weights(self):
-        one, four = (predict(None, LLAMA, 32 * K, "h200", batch=batch) for batch in (1, 4))
+        one, four = (predict(None, SMALL, 32 * K, "h200", batch=batch) for batch in (1, 4))
         assert four.dense_ms == pytest.approx(4 * one.dense_ms, rel=0.01)
         assert four.dense.flops.subs(LENGTH, 5) == 4 * one.dense.flops.subs(LENGTH, 5)
 
@@ -259,16 +262,16 @@ class TestLayers:
                 assert shortest(config, H200, site, 0.25) == planned
 
     def test_what_is_kept_may_be_known(self):
-        expected, known = (predict(None, LLAMA, 64 * K, "h200", kept=kept) for kept in (None, 0.25))
-        assert known.layers[20].kept == 0.25 and known.layers[0].kept == 1
+        expected, known = (predict(None, SMALL, 64 * K, "h200", kept=kept) for kept in (None, 0.25))
+        assert known.layers[1].kept == 0.25 and known.layers[0].kept == 1
         assert known.ms < expected.ms
-        assert known.at(128 * K).layers[20].kept == 0.25
+        assert known.at(128 * K).layers[1].kept == 0.25
         assert any("depends on the input" in note for note in expected.notes)
         assert not any("depends on the input" in note for note in known.notes)
 
     def test_explain_expects_the_same(self):
         config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, min_length=1)
-        model = tiny("llama")
+        model = tiny("llama", num_hidden_layers=2)
         report = explain(model, input_ids=tokens(2, 40), config=config, device="h200")
         found = predict(config, model.config, 40, "h200", batch=2, dtype=torch.float32)
         assert [row.reason for row in report] == reasons(found)
@@ -286,7 +289,7 @@ class TestDevices:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         costs, notes = costs_of(device)
         assert costs is H200 and len(notes) == 1 and H200.name in notes[0]
-        assert notes[0] in str(predict(None, LLAMA, K, device))
+        assert notes[0] in str(predict(None, SMALL, K, device))
 
     def test_one_that_was_not_measured(self, monkeypatch):
         other = H200.scaled("NVIDIA L40S", attention=0.5)
@@ -305,7 +308,7 @@ class TestDevices:
 
     def test_slower_devices_take_longer(self):
         slow = H200.scaled("slow", attention=0.5, compute=0.5, bandwidth=0.5)
-        assert predict(None, LLAMA, 32 * K, slow).ms > 1.9 * predict(None, LLAMA, 32 * K, "h200").ms
+        assert predict(None, SMALL, 32 * K, slow).ms > 1.9 * predict(None, SMALL, 32 * K, "h200").ms
 
 
 class TestRefused:
@@ -314,19 +317,19 @@ class TestRefused:
     def test_numbers(self, name, value):
         options = {"length": K} | {name: value}
         with pytest.raises(ConfigError, match=f"{name}="):
-            predict(None, LLAMA, options.pop("length"), "h200", **options)
+            predict(None, SMALL, options.pop("length"), "h200", **options)
 
     @pytest.mark.parametrize("kept", [0, -1, 1.1, "half", True, float("nan")])
     def test_kept(self, kept):
         with pytest.raises(ConfigError, match="kept="):
-            predict(None, LLAMA, K, "h200", kept=kept)
+            predict(None, SMALL, K, "h200", kept=kept)
 
     @pytest.mark.parametrize("config", [{}, "h200", 3])
     def test_configs(self, config):
         with pytest.raises(ConfigError, match="TSAConfig"):
-            predict(config, LLAMA, K, "h200")
+            predict(config, SMALL, K, "h200")
 
-    @pytest.mark.parametrize("config", [None, {}, LLAMA.to_dict(), "llama", torch.nn.Linear(2, 2)])
+    @pytest.mark.parametrize("config", [None, {}, SMALL.to_dict(), "llama", torch.nn.Linear(2, 2)])
     def test_what_is_no_configuration(self, config):
         with pytest.raises(ConfigError, match=r"model\.config"):
             predict(None, config, K, "h200")
@@ -338,10 +341,10 @@ class TestRefused:
     @pytest.mark.parametrize("dtype", ["float17", torch.int64, "int8", 3])
     def test_dtypes(self, dtype):
         with pytest.raises(ConfigError, match="dtype="):
-            predict(None, LLAMA, K, "h200", dtype=dtype)
+            predict(None, SMALL, K, "h200", dtype=dtype)
 
     def test_dtypes_that_are_none_of_these(self):
-        assert predict(None, LLAMA, K, "h200", dtype="float16").model.dtype is torch.float16
-        single = predict(None, LLAMA, K, "h200", dtype=torch.float32)
+        assert predict(None, SMALL, K, "h200", dtype="float16").model.dtype is torch.float16
+        single = predict(None, SMALL, K, "h200", dtype=torch.float32)
         assert any("half precision" in note for note in single.notes)
         assert anatomy(LlamaConfig(dtype="float16")).dtype is torch.float16

@@ -214,7 +214,7 @@ def calibrate(
     device = _device(model)
     prompts = items(prompts)
     rows = ((place, _checked(model, place, ids)) for place, ids in read_prompts(prompts, tokenizer))
-    meter, tokens, count = None, 0, 0
+    meter, count = None, 0
     with _evaluating(model), _bar(progress, operator.length_hint(prompts, 0)) as show, contextlib.ExitStack() as hooks:
         for place, ids, mask in batches(rows, batch_size):
             ids, mask = ids.to(device), None if mask is None else mask.to(device)
@@ -224,11 +224,10 @@ def calibrate(
                     hooks.enter_context(meter.watching())
                 meter.passed = show(place, len(meter.stack.layers))
                 meter.run(ids, mask)
-            tokens += ids.numel() if mask is None else int(mask.sum())
             count += len(ids)
     assert meter is not None  # read_prompts refuses to give none
-    stack = meter.stack
-    return Calibration(stack.names, meter.drift, delta, tokens, count, Fingerprint.of(model, stack.layers))
+    names, layers = meter.stack.names, meter.stack.layers
+    return Calibration(names, meter.drift, delta, meter.tokens, count, Fingerprint.of(model, layers))
 
 
 @contextlib.contextmanager

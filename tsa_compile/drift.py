@@ -150,7 +150,8 @@ class DriftMeter:
         self.passed = passed
         """Called after each layer with the number of layers that the batch has passed."""
         self._sums: list[Tensor | None] = [None] * len(stack.layers)
-        self._tokens = 0
+        self.tokens = 0
+        """That were counted so far."""
         self._valid: Tensor | None = None
         self._copy: Tensor | None = None
 
@@ -171,12 +172,12 @@ class DriftMeter:
             call(self.stack.runner, ids, mask)
         finally:
             self._valid = self._copy = None
-        self._tokens += ids.numel() if mask is None else int(mask.sum())
+        self.tokens += ids.numel() if mask is None else int(mask.sum())
 
     @property
     def drift(self) -> tuple[float, ...]:
         """R_l of every layer; NaN where a layer has never run."""
-        return tuple(float("nan") if found is None else float(found) / max(self._tokens, 1) for found in self._sums)
+        return tuple(float("nan") if found is None else float(found) / max(self.tokens, 1) for found in self._sums)
 
     def _keep(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = _input(args, kwargs)

@@ -72,10 +72,7 @@ def costs_of(device: torch.device | str | DeviceCosts | None = None) -> tuple[De
 
 def shortest(config: TSAConfig, costs: DeviceCosts, shape: SiteShape, sparse_layers: float = 0.5) -> int | None:
     """The shortest length that is compressed on a device, as passes/plan.py decides it on CUDA; None if none gains."""
-    if config.min_length is not None:
-        return config.min_length
-    gaining = break_even(costs, shape, config, sparse_layers)
-    return None if gaining is None else max(gaining, config.min_tokens + config.window + 1)
+    return break_even(costs, shape, config, sparse_layers) if config.min_length is None else config.min_length
 
 
 @functools.lru_cache(maxsize=512)
