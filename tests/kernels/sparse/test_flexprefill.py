@@ -19,7 +19,7 @@ COUNTS = [None, [150, 33], [0, 128], [1, 17]]
 def make_both(heads=4, kv_heads=2, device="cpu", **options):
     """Inputs whose even heads foretell their attention, with queries that hardly differ, and whose odd ones do not."""
     query, key = make(heads=heads, kv_heads=kv_heads, device=device, **options)
-    query[:, ::2] = 0.1 * query[:, ::2] + query[:, ::2, -1:]
+    query[:, ::2] = 0.1 * query[:, ::2] + 0.7 * query[:, ::2, -1:]
     query[:, 1::2] *= 3
     return query, key
 
@@ -45,8 +45,10 @@ def test_the_aten_version_equals_the_reference(counts, changes):
     assert torch.equal(mask_of(found), reference_sparse.flexprefill_mask(*inputs, 0.3, count, **options))
 
 
-def test_heads_of_both_kinds():
-    inputs = make_both()
+@pytest.mark.parametrize("heads, kv_heads, capacity", [(4, 2, 150), (2, 2, 110), (2, 1, 110)])
+def test_heads_of_both_kinds(heads, kv_heads, capacity):
+    """Those that the other tests compare are of both."""
+    inputs = make_both(heads, kv_heads, capacity=capacity)
     pairs, structure = aware(inputs, None, OPTIONS)
     assert pairs[:, ::2].all() and structure[:, 1::2].all()
 

@@ -8,9 +8,9 @@ import torch
 from tsa_compile.errors import KernelError
 from tsa_compile.kernels import attend, fused, reference  # noqa: F401, fused registers its op
 from tsa_compile.kernels.attend import KernelRequest, choose, unregister
-from tsa_compile.kernels.sparse import block_sparse, flashprefill_lists, lists_of, xattention_lists
+from tsa_compile.kernels.sparse import block_sparse, flashprefill_lists, flexprefill_lists, lists_of, xattention_lists
 
-NAMES = ("flashprefill", "xattention")
+NAMES = ("flashprefill", "xattention", "flexprefill")
 
 
 def make(capacity=700, dtype=torch.float32, device="cpu", heads=4, kv_heads=2, dim=16):
@@ -50,9 +50,12 @@ def test_they_are_there_and_never_chosen_unasked():
         choose(cuda, "xattention")
 
 
-@pytest.mark.parametrize("name, options", [("flashprefill", {"alpha": 0.0}), ("xattention", {"mass": 1.1})])
+@pytest.mark.parametrize(
+    "name, options", [("flashprefill", {"alpha": 0.0}), ("xattention", {"mass": 1.1}), ("flexprefill", {"gamma": 1.1})]
+)
 def test_a_variant_that_leaves_nothing_out_is_dense(registered, name, options):
-    registered("everything", {"flashprefill": flashprefill_lists, "xattention": xattention_lists}[name], **options)
+    selectors = {"flashprefill": flashprefill_lists, "xattention": xattention_lists, "flexprefill": flexprefill_lists}
+    registered("everything", selectors[name], **options)
     inputs, count = make(), torch.tensor([700, 333], dtype=torch.int32)
     out = attend.attend(*inputs, count, 0.25, "everything")
     torch.testing.assert_close(out, reference.attend(*inputs, count, 0.25))
