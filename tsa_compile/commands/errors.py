@@ -29,11 +29,11 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 class Commands(TyperGroup):
     """A group of commands whose usage errors are one line, as all others are; without arguments it shows its help."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, **options: Any) -> Any:
+    def main(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         """Runs a command and exits with its code."""
         given = sys.argv[1:] if args is None else list(args)
         try:
-            code = super().main(given or ["--help"], prog_name, **{**options, "standalone_mode": False})
+            code = super().main(given or ["--help"], *rest, **{**options, "standalone_mode": False})
         except typer.Abort:
             code = INTERRUPTED
         except Exception as error:
