@@ -45,10 +45,10 @@ def test_the_aten_version_equals_the_reference(counts, changes):
     assert torch.equal(mask_of(found), reference_sparse.flexprefill_mask(*inputs, 0.3, count, **options))
 
 
-@pytest.mark.parametrize("heads, kv_heads, capacity", [(4, 2, 150), (2, 2, 110), (2, 1, 110)])
-def test_heads_of_both_kinds(heads, kv_heads, capacity):
+@pytest.mark.parametrize("batch, heads, kv_heads, capacity", [(2, 4, 2, 150), (1, 2, 2, 110), (2, 2, 1, 110)])
+def test_heads_of_both_kinds(batch, heads, kv_heads, capacity):
     """Those that the other tests compare are of both."""
-    inputs = make_both(heads, kv_heads, capacity=capacity)
+    inputs = make_both(heads, kv_heads, batch=batch, capacity=capacity)
     pairs, structure = aware(inputs, None, OPTIONS)
     assert pairs[:, ::2].all() and structure[:, 1::2].all()
 
