@@ -196,7 +196,8 @@ class Trainer:
         while True:
             self.ladder.tick(self.step, self.seconds, self._seconds_per_step())
             if self.ladder.phase == "done" or self._out_of_time():
-                self._evaluate_and_log()
+                if self.last_evaluation.get("step") != self.step:
+                    self._evaluate_and_log()
                 self.save()
                 return True
             if pause_after is not None and time.perf_counter() - started >= pause_after:
