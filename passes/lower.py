@@ -25,23 +25,25 @@ import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.errors import ConfigError, RewriteError
+from tsa_compile.errors import ConfigError, KernelError, RewriteError
 from tsa_compile.kernels import traced
 from tsa_compile.kernels._triton import HAS_TRITON
-from tsa_compile.kernels.attend import AUTO, attend_aten
+from tsa_compile.kernels.attend import attend_aten, get
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.compress import compress_aten
 from tsa_compile.kernels.decompress import decompress_aten
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
+from tsa_compile.kernels.portable import CAUSAL_KERNELS
 from tsa_compile.kernels.score import score_aten
 from tsa_compile.kernels.select import select_aten
-from tsa_compile.passes.graph import fake, fake_mode
+from tsa_compile.passes.graph import argument, fake, fake_mode
+from tsa_compile.passes.minima import simplified_minima
 
 Form = Literal["aten", "triton"]
 FORMS: tuple[Form, ...] = ("aten", "triton")
-_BUILT_IN = (AUTO, "sdpa", "flash", "cudnn", "triton")  # what scaled_dot_product_attention stands for as well
 
 tsa = torch.ops.tsa
 
@@ -69,7 +71,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
     """A new program without tsa ops; with None, the same graph in operators of the ATen dialect and tsa ops alone.
 
     Raises:
-        ConfigError: there is no such form, or a step names an attention kernel that is not part of this package.
+        ConfigError: there is no such form, or none for an attention kernel that a step names.
         RewriteError: the result would hold for a part of the lengths only.
     """
     if form is None:
@@ -78,12 +80,12 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {', '.join(map(repr, FORMS))}, or None")
     if form == "triton":
         _require_cuda(program)
-    for node in program.graph.nodes:
-        if node.target is tsa.attend.default and node.args[5] not in _BUILT_IN:
-            raise ConfigError(
-                f"kernel={node.args[5]!r} cannot be lowered at {node.name!r}: it is called through Python, which the "
-                f"exported program does without; use one of {', '.join(map(repr, _BUILT_IN))}, or lower=None"
-            )
+    check_kernels(program, f"lower={form!r}", "keep the ops with lower=None")
+    with simplified_minima():
+        return _lowered(program, form)
+
+
+def _lowered(program: ExportedProgram, form: Form) -> ExportedProgram:
     mode = fake_mode(program.graph)
     environment = None if mode is None else mode.shape_env
     table = _ATEN if form == "aten" else _TRITON
@@ -96,6 +98,47 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         lowered.run_decompositions({}, decompose_custom_triton_ops=True)
     _check_guards(environment.guards[known_guards:], ranges)
     return lowered
+
+
+def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:
+    """Every attention kernel that a program names must be one that causal attention over all rows stands for.
+
+    Args:
+        form: what the program is to become, and
+        otherwise: what to do instead: for the message.
+
+    Raises:
+        ConfigError: another one is named, as block-sparse kernels and those that users register are.
+    """
+    for node in program.graph.nodes:
+        if node.target is not tsa.attend.default:
+            continue
+        name: Any = argument(node, 5, "kernel")
+        if name not in CAUSAL_KERNELS:
+            raise ConfigError(
+                f"{layer_of(node)}: kernel={name!r} has no form for {form}: {_about(name)}, and it is called through "
+                f"Python, which the exported program does without; use one of {', '.join(map(repr, CAUSAL_KERNELS))}, or {otherwise}"
+            )
+
+
+def _about(name: str) -> str:
+    """Why plain causal attention does not stand for a kernel."""
+    try:
+        return "it is no part of this package" if get(name).exact else "it leaves attention out, as its selector says"
+    except KernelError:
+        return "it is not registered here"
+
+
+def layer_of(node: Node) -> str:
+    """The name of the module that a node belongs to, or else that of what it is computed from."""
+    queue = [node]
+    for current in queue:
+        paths = [path for path, _ in current.meta.get("nn_module_stack", {}).values()]
+        # What a pass inserted has no module; torch.export then writes a name of its own.
+        if paths and not paths[-1].startswith("_empty_nn_module_stack"):
+            return paths[-1].removeprefix("L['self'].") or "the model"
+        queue.extend(source for source in current.all_input_nodes if source not in queue)
+    return node.name
 
 
 def _require_cuda(program: ExportedProgram) -> None:

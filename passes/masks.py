@@ -23,6 +23,7 @@ from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.passes import symbolic_indexing, symbolic_ops
 from tsa_compile.passes.graph import fake, known, mutated_storages
+from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
 from tsa_compile.passes.symbolic import Evaluator, Opaque, as_number, exact, round_constant
 
@@ -156,6 +157,10 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     padding = sympy.And(*reading.padding) if kind in (MaskKind.CAUSAL_PADDING, MaskKind.PADDING) else None
     if kind is MaskKind.CAUSAL_PADDING and (len(hidden) > 1 or not level):  # a fully masked row depends on the values
         kind, detail = MaskKind.OPAQUE, "hides scores with different values"
+    if kind is MaskKind.CAUSAL_PADDING and padding is not None:
+        obstacle = unwritable(padding, atoms.table, (atoms.sizes[B], atoms.sizes[KV]))
+        if obstacle is not None:
+            kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
     return MaskMeaning(kind, normal, padding, atoms.table, leaves, mean_rows, detail)

@@ -7,8 +7,9 @@ after    getitem, ne, and ... on small tensors: no query dimension, so nothing o
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Iterator
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -18,9 +19,47 @@ from torch.fx import Graph, Node
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.graph import fake, insert, is_erased, known, size
-from tsa_compile.passes.masks import MaskMeaning
-from tsa_compile.passes.predicate import KV, B
-from tsa_compile.passes.sites import AttentionSite
+from tsa_compile.passes.predicate import KV, Atom, B
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.masks import MaskMeaning
+    from tsa_compile.passes.sites import AttentionSite
+
+
+def unwritable(padding: Boolean, table: dict[sympy.Symbol, Atom], sizes: Iterable[sympy.Expr]) -> str | None:
+    """What in a padding predicate the builder has no tensor for; None if it has all.
+
+    Args:
+        table: the predicate's atoms.
+        sizes: the shape symbols that a tensor's own extents give.
+    """
+    known_symbols = {B, KV, *sizes}
+    for symbol in sorted(padding.free_symbols, key=str):
+        atom = table[symbol]
+        sides = atom.expr.args if atom.kind == "opaque" and not isinstance(atom.expr, AppliedUndef) else (atom.expr,)
+        for part in (part for side in sides for part in _parts(side)):
+            if isinstance(part, AppliedUndef):
+                bad = [index for index in part.args if not _is_plain_index(index)]
+                if bad:
+                    return f"reads an element at {bad[0]}"
+            elif not part.is_number and part not in known_symbols:
+                return f"depends on {part}"
+    return None
+
+
+def _parts(expr: sympy.Expr) -> Iterator[sympy.Expr]:
+    """What sums and products are made of."""
+    if isinstance(expr, (sympy.Add, sympy.Mul)):
+        for part in expr.args:
+            yield from _parts(part)
+    else:
+        yield expr
+
+
+def _is_plain_index(index: sympy.Expr) -> bool:
+    """A constant, or b or kv from a constant on."""
+    offsets = [sympy.expand(index - symbol) for symbol in (B, KV)]
+    return bool(index.is_Integer or any(offset.is_Integer and offset >= 0 for offset in offsets))
 
 
 class PaddingBuilder:
@@ -45,6 +84,10 @@ class PaddingBuilder:
         if padding not in self._spans or is_erased(self._spans[padding]):
             self._spans[padding] = insert(self.graph, torch.ops.tsa.spans.default, padding)
         return self._spans[padding]
+
+
+def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:
+    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
 
 
 class _Emitter:
@@ -93,6 +136,9 @@ class _Emitter:
             return int(expr) if expr.is_Integer else float(expr)
         if expr in (B, KV):
             return self._positions(expr)
+        for dim in (0, 2):
+            if expr.is_Symbol and expr == _as_expr(fake(self.key).shape[dim]):
+                return self._extent(dim)
         if isinstance(expr, AppliedUndef):
             element = self._element(expr)
             narrow = expr.is_integer and fake(element).dtype != torch.int64

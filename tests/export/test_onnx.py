@@ -48,11 +48,24 @@ def op_types(model):
     return collections.Counter((node.domain, node.op_type) for node in model.graph.node)
 
 
+@pytest.fixture(scope="module")
+def programs():
+    """Exports by case: each serves every form that a test writes of it."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            made[case] = make_program(*CASES[case])
+        return made[case]
+
+    return get
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, tmp_path):
+def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, programs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    config, padded = CASES[case]
-    program, path = make_program(config, padded), tmp_path / "model.onnx"
+    padded = CASES[case][1]
+    program, path = programs(case), tmp_path / "model.onnx"
     tsa_onnx.save(program, path)
 
     model = onnx.load(path)
@@ -104,10 +117,10 @@ def reference_ops():
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(padded, tmp_path):
+def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(padded, programs, tmp_path):
     from onnx.reference import ReferenceEvaluator
 
-    program, path = make_program(CONFIG, padded), tmp_path / "model.onnx"
+    program, path = programs("padded" if padded else "plain"), tmp_path / "model.onnx"
     tsa_onnx.save(program, path, domain="tsa")
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -176,9 +189,25 @@ def test_the_layer_of_a_transformers_model_is_named():
         tsa_onnx.to_portable(program)
 
 
-def test_a_foreign_kernel_is_named():
-    with pytest.raises(ConfigError, match=r"layers\.0: kernel='flash3'"):
-        tsa_onnx.to_portable(program_of(Model(kernel="flash3")))
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [("flash3", "it is not registered here"), ("xattention", "it leaves attention out, as its selector says")],
+)
+def test_a_foreign_kernel_is_named_and_written_to_the_domain(kernel, why, tmp_path):
+    program, path = program_of(Model(kernel=kernel)), tmp_path / "model.onnx"
+    with pytest.raises(
+        ConfigError, match=rf"layers\.0: kernel='{kernel}' has no form for standard operators: {why}.*domain=\"tsa\""
+    ):
+        tsa_onnx.save(program, path)
+    tsa_onnx.save(program, path, domain="tsa")
+    (attend,) = (node for node in onnx.load(path).graph.node if node.op_type == "Attend")
+    assert {a.name: onnx.helper.get_attribute_value(a) for a in attend.attribute}["kernel"] == kernel.encode()
+
+
+def test_an_exact_kernel_needs_no_name(tmp_path):
+    tsa_onnx.save(program_of(Model(kernel="cudnn")), tmp_path / "model.onnx", domain="tsa")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert [[a.name for a in node.attribute] for node in nodes if node.op_type == "Attend"] == [["scale"]]
 
 
 def test_a_lowered_program_is_refused(tmp_path):

@@ -5,12 +5,12 @@ import torch
 
 from tsa_compile import ConfigError, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
-from tsa_compile.kernels.attend import AttentionKernel, register, unregister
+from tsa_compile.kernels.attend import AttentionKernel, names, register, unregister
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, spans, spans_aten
 from tsa_compile.passes.lower import lower_program
 from tsa_compile.testing import count_ops
 
-from ..support import Attention, heads
+from ..support import Attention, Stack, heads
 
 PADDINGS = {
     "none": [(0, 12), (0, 12)],
@@ -56,21 +56,37 @@ def test_the_steps_become_aten():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "not part of the package"])
-def test_a_kernel_that_is_called_through_python_is_refused(kernel):
-    known = kernel == "sdpa"
-    if not known:
-        register(AttentionKernel(kernel, run=lambda q, k, v, scale: q, supports=lambda request: None, priority=-99))
-    try:
-        program = export(kernel=kernel)
-        if known:
-            lower_program(program)
-        else:
-            with pytest.raises(ConfigError, match=r"kernel='not part of the package' cannot be lowered.*lower=None"):
-                lower_program(program)
-    finally:
-        if not known:
-            unregister(kernel)
+@pytest.fixture
+def foreign():
+    """A kernel as a third party registers it."""
+    kernel = AttentionKernel("foreign", run=lambda q, k, v, scale: q, supports=lambda request: None, priority=-99)
+    yield register(kernel).name
+    if "foreign" in names():
+        unregister("foreign")
+
+
+REFUSED = [
+    ("flashprefill", "it leaves attention out, as its selector says"),
+    ("foreign", "it is no part of this package"),
+    ("gone", "it is not registered here"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "why"), REFUSED)
+def test_a_kernel_without_a_form_is_refused_by_layer(kernel, why, foreign):
+    name = foreign if kernel == "gone" else kernel
+    config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=3, layers=("layers.1",), kernel=name)
+    program = export_program(Stack(2).eval(), heads(length=40), config, dynamic_lengths=(16, 200))
+    if kernel == "gone":
+        unregister(foreign)
+    with pytest.raises(
+        ConfigError, match=rf"^layers\.1: kernel='{name}' has no form for lower='aten': {why}.*'sdpa'.*lower=None"
+    ):
+        lower_program(program)
+
+
+def test_the_packages_own_causal_kernels_are_lowered():
+    lower_program(export(kernel="sdpa"))
 
 
 def test_an_answer_that_does_not_hold_for_all_lengths_is_refused(monkeypatch):

@@ -31,6 +31,7 @@ from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels import portable
 from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.lower import check_kernels, layer_of
 from tsa_compile.pipeline import OPS as _REGISTERED
 
 if TYPE_CHECKING:
@@ -102,12 +103,8 @@ def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
 def to_portable(program: ExportedProgram, others: Mapping[Any, Callable[..., Any]] | None = None) -> ExportedProgram:
     """The program in standard operators, or `others` for some; ConfigError where a layer has no such form. See `save`."""
     _check_form(program)
+    check_kernels(program, "standard operators", f'export with domain="{DOMAIN}" for a runtime that has this kernel')
     for node in program.graph.nodes:
-        if node.target is tsa.attend.default and node.args[5] not in portable.CAUSAL_KERNELS:
-            raise ConfigError(
-                f"{layer_of(node)}: kernel={node.args[5]!r} has no form in standard operators; use "
-                f'kernel="auto", or domain="{DOMAIN}" for a runtime that has this kernel'
-            )
         if node.target is tsa.select.default and tsa.attend.default not in (others or {}) and _is_unbounded(node):
             raise ConfigError(
                 f"{layer_of(node)}: a Coverage budget decides at run time how many tokens are kept, and standard "
@@ -136,18 +133,6 @@ def _is_unbounded(select: Node) -> bool:
     if not isinstance(count, Node) or not count.args[1]:
         return False
     return known(fake(capacity) >= fake(scores).shape[2])
-
-
-def layer_of(node: Node) -> str:
-    """The name of the module that a node belongs to, or else that of what it is computed from."""
-    queue = [node]
-    for current in queue:
-        paths = [path for path, _ in current.meta.get("nn_module_stack", {}).values()]
-        # What a pass inserted has no module; torch.export then writes a name of its own.
-        if paths and not paths[-1].startswith("_empty_nn_module_stack"):
-            return paths[-1].removeprefix("L['self'].") or "the model"
-        queue.extend(source for source in current.all_input_nodes if source not in queue)
-    return node.name
 
 
 def _export(program: ExportedProgram, opset: int, table: dict[Any, Any] | None = None) -> Any:
@@ -247,8 +232,9 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "Attend",
         "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
         "rows T [B,H,C,Dv]",
-        "scale float",
-        "Causal attention over the first `count` rows; what follows them is unspecified.",
+        "scale float, kernel? string",
+        "Causal attention over the first `count` rows; what follows them is unspecified. `kernel` names a method that "
+        "leaves part of it out, or one of the user's own; without it attention is exact.",
     ),
     (
         "DecompressRows",
@@ -334,7 +320,8 @@ def _translations() -> dict[str, Callable[..., Any]]:
         return ops.CompressRows(query, key, value, indices, count)
 
     def attend(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
-        return ops.Attend(query, key, value, count, scale=scale)
+        named = {} if kernel in portable.CAUSAL_KERNELS else {"kernel": kernel}
+        return ops.Attend(query, key, value, count, scale=scale, **named)
 
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
         return ops.DecompressRows(compressed, indices, seq_len, count)

@@ -87,6 +87,7 @@ def export_program(
         free = _free_sizes(program)
         report = run_passes(program.graph_module, config, _EXPORTED)
         _describe_outputs(program)
+        _name_layers(program)
         program = lower_program(program, lower)
         _check_sizes(program, free)
     record(report)
@@ -271,6 +272,16 @@ def _write_constants(program: ExportedProgram) -> None:
             number.meta = dict(node.meta)
             node.replace_all_uses_with(number)
             graph.erase_node(node)
+
+
+def _name_layers(program: ExportedProgram) -> None:
+    """What the passes inserted belongs to the module that reads it: a refusal of a later export names the layer."""
+    for node in reversed(program.graph.nodes):
+        if node.op == "call_function" and not node.meta.get("nn_module_stack"):
+            stacks = (reader.meta.get("nn_module_stack") for reader in node.users)
+            stack = next(filter(None, stacks), None)
+            if stack is not None:
+                node.meta["nn_module_stack"] = stack
 
 
 def _describe_outputs(program: ExportedProgram) -> None:
