@@ -33,8 +33,8 @@ from tsa_compile.evaluation.tasks import TASKS
 from tsa_compile.evaluation.timing import add_times
 
 FIRST = 3  # methods of the first table
-# Does selection fail where the scoring window sees no question? These show it.
-STRESS = ("dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-keep-0.5")
+# Does selection fail where the scoring window sees no question, and is what it drops the reason? These show it.
+STRESS = ("dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-keep-0.5", "rescue-keep-0.5")
 QUICK = dict(lengths=[512], samples=32, methods=["dense", "coverage-0.01", "keep-0.5", "random-keep-0.5"])
 
 

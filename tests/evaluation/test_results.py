@@ -74,6 +74,8 @@ def test_the_goal_counts_the_tasks_within_a_point(study):
     assert row["interval within"] == "no" and row["all [95%]"].startswith("-23.75 [")
     assert read(goal_table(study, points=60.0))[0]["interval within"] == "yes"
     assert goal_table(study, keep=0.44) == ""
+    control = [dataclasses.replace(found, method="random-keep-0.5") for found in study.cells[2:4]]
+    assert goal_table(dataclasses.replace(study, cells=(*study.cells[:2], *control))) == ""
 
 
 def test_layers_are_columns(study):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
 from tsa_compile.evaluation.study import BLOCK, evaluate
 from tsa_compile.evaluation.tasks import IGNORED, VOCABULARY, generate
@@ -80,6 +81,17 @@ def test_the_kept_share_and_the_survival_are_those_of_the_sparse_layer(study):
     share = (row.keep * LENGTH - 128) / 32
     assert row.survival == pytest.approx(float(inside + (1 - inside) * share), abs=0.03)
     assert 0 < row.survival_wrong < 1 and row.survival_wrong != row.survival
+
+
+def test_a_rescue_keeps_the_evidence_and_an_early_question(cheat, monkeypatch):
+    marked = []
+    monkeypatch.setattr(Probe, "mark", lambda self, tokens: (marked.append(tokens), setattr(self, "_marked", tokens)))
+    options = QUICK | dict(lengths=[320], question="early", tasks=["niah_multiquery"])
+    found = evaluate(cheat, methods=["keep-0.3", "rescue-keep-0.3"], **options)
+    dropped, rescued = (found.find("niah_multiquery", 320, name, "early") for name in ("keep-0.3", "rescue-keep-0.3"))
+    assert dropped.survival < 0.9 and rescued.survival == 1.0 and rescued.keep == dropped.keep
+    samples = generate("niah_multiquery", batch=BLOCK, length=320, seed=0, question="early")
+    assert torch.equal(marked[0], (samples.evidence | (samples.labels != IGNORED))[:2])
 
 
 def test_samples_are_the_same_for_every_batch_size(study, cheat):

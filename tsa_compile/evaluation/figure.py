@@ -14,7 +14,7 @@ _FAMILIES = {
     "coverage": ("Coverage", "tab:blue", "o"),
     "keep": ("KeepRatio", "tab:orange", "s"),
     "random": ("random tokens", "tab:red", "x"),
-    "rescue": ("evidence always kept", "tab:green", "D"),
+    "rescue": ("evidence kept first", "tab:green", "D"),
     "early": ("early layers", "tab:gray", "^"),
 }
 

@@ -6,7 +6,7 @@
 | coverage-T | what `Coverage(T)` keeps | the selected ones |
 | keep-R | what `KeepRatio(R)` keeps | the selected ones |
 | random-coverage-T, random-keep-R | as many tokens as the budget keeps there, but random ones | the selected ones |
-| rescue-coverage-T, rescue-keep-R | the same number, the answer's evidence among them in every head | the selected ones |
+| rescue-coverage-T, rescue-keep-R | as many, evidence and questions first, in every head | the selected ones |
 | early-coverage-T, early-keep-R | what the budget keeps | as many, from the first layer on |
 
 The selected layers are the upper half, or what a calibration chose. A method that is no better than its random twin selects
@@ -31,8 +31,8 @@ MIN_SHARE = 16  # min_tokens is the length divided by this
 CONTROLS = ("random", "rescue", "early")
 # The most useful first, since a study may be stopped: the baseline, the published setting, the controls, then the others.
 STANDARD = (
-    "dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-coverage-0.01", "random-keep-0.5", "keep-0.7",
-    "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3", "rescue-keep-0.5",
+    "dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-coverage-0.01", "random-keep-0.5",
+    "rescue-keep-0.5", "keep-0.7", "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3",
 )  # fmt: skip
 _FORM = re.compile(rf"(?:({'|'.join(CONTROLS)})-)?(coverage|keep)-([0-9.e-]+)")
 

@@ -234,7 +234,8 @@ class Runner:
         places = asked.any(0).nonzero()[:, 0]
         padding = places[-1:].expand(-len(places) % ASKED)
         wanted = torch.cat((places, padding)).to(self.device)
-        self.probe.mark(samples.evidence.to(self.device))
+        # An early question's own rows are dropped too: a rescue keeps them, so that it tells whether anything else is lost.
+        self.probe.mark((samples.evidence | asked).to(self.device))
         logits = self._logits(samples.tokens.to(self.device), wanted)
         if logits.shape[1] != len(wanted):
             raise ConfigError(

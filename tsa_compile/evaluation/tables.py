@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from tsa_compile.evaluation.methods import parse
 from tsa_compile.evaluation.results import BASELINE, Cell, LayerRow, Study
 from tsa_compile.evaluation.statistics import Comparison
 
@@ -71,7 +72,12 @@ def goal_table(study: Study, keep: float = 0.7, points: float = 1.0) -> str:
     for length in study.names("length"):
         for method in study.names("method"):
             cells = study.select(length=length, method=method)
-            if not cells or method == BASELINE or statistics.fmean(cell.keep for cell in cells) > keep:
+            if (
+                not cells
+                or method == BASELINE
+                or parse(method).control
+                or statistics.fmean(cell.keep for cell in cells) > keep
+            ):
                 continue
             found, whole = [study.against_dense([cell]) for cell in cells], study.against_dense(cells)
             if whole is None:
