@@ -128,6 +128,8 @@ def test_a_stopped_study_goes_on(cheat, tmp_path, monkeypatch):
     after = evaluate(cheat, **options)
     assert after.cells[0] == before.cells[0] and [cell.task for cell in after.cells] == options["tasks"]
     assert Study.load(path) == after
+    other = evaluate(cheat, **options | dict(batch_tokens=LENGTH, lengths=[LENGTH + 1]))
+    assert other.notes["batch_tokens"] == f"{4 * LENGTH}, then {LENGTH}" and other.notes["device"] == "cpu"
     with pytest.raises(ConfigError, match="holds a study with other samples, seed"):
         evaluate(cheat, **options | dict(samples=7, seed=1))
     with pytest.raises(ConfigError, match="other model"):

@@ -12,7 +12,7 @@ import inspect
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,14 @@ def _start(plan: Plan, subject: Subject, resume: str | os.PathLike[str] | None) 
         raise ConfigError(
             f"{str(resume)!r} holds a study with other {', '.join(different)}: repeat them, or name another file"
         )
-    return study
+    return replace(study, notes={name: _then(study.notes.get(name), value) for name, value in notes.items()})
+
+
+def _then(before: Any, now: Any) -> Any:
+    """A note of a study that was made in several runs: what was different is listed."""
+    if before is None or str(now) in str(before).split(", then "):
+        return now if before is None else before
+    return f"{before}, then {now}"
 
 
 class Runner:
