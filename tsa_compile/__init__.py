@@ -16,19 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tsa_compile.backend import tsa_backend
+    from tsa_compile.calibrate import Calibration, calibrate, preset
     from tsa_compile.config import Coverage, KeepRatio, TSAConfig
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explain import explain
+    from tsa_compile.predict import Prediction, predict
     from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow, clear_reports, reports
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "ConfigError",
     "Coverage",
     "Decision",
     "KeepRatio",
     "KernelError",
+    "Prediction",
     "Reason",
     "RewriteError",
     "RewriteReport",
@@ -36,8 +40,11 @@ __all__ = [
     "TSAConfig",
     "TSAError",
     "TSAWarning",
+    "calibrate",
     "clear_reports",
     "explain",
+    "predict",
+    "preset",
     "reports",
     "tsa_backend",
 ]
@@ -45,9 +52,11 @@ __all__ = [
 # Where each name lives. It is imported when it is asked for, so that `tsa-compile --help` need not wait for torch.
 _HOMES = {
     "backend": ("tsa_backend",),
+    "calibrate": ("Calibration", "calibrate", "preset"),
     "config": ("Coverage", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explain": ("explain",),
+    "predict": ("Prediction", "predict"),
     "report": ("Decision", "Reason", "RewriteReport", "SiteRow", "clear_reports", "reports"),
 }
 _MODULES = (*_HOMES, "kernels", "passes", "pipeline")  # what is an attribute of the package without being imported by name

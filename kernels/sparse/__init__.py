@@ -11,7 +11,7 @@ Or which diagonals and columns: these vertical_slash.py computes.
 
 Importing this package registers them as attention kernels, behind all others, so that they run where they are asked for by
 name: `TSAConfig(kernel="xattention")`. The selector sees the compressed rows, reads their number on the device, and chooses
-among the blocks before it; with a budget that keeps everything, it sees all rows, which is the method alone.
+among the blocks before it. As `dense_kernel` it sees all rows, which is the method alone.
 
 Variants are registered under names of their own, and so is any function that makes lists:
 
