@@ -122,7 +122,8 @@ def _diagonal_sums(attention: Tensor) -> Tensor:
 def _divergence(first: Tensor, second: Tensor) -> float:
     """Jensen and Shannon's, in nats."""
     middle = (first + second) / 2
-    return float(sum(torch.xlogy(p, p / middle).nan_to_num().sum() / 2 for p in (first, second)).clamp(min=0))
+    terms = [torch.xlogy(p, p / middle).nan_to_num().sum() / 2 for p in (first, second)]
+    return max(0.0, float(torch.stack(terms).sum()))
 
 
 def _fewest(numbers: Tensor, share: float) -> int:
