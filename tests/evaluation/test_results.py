@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
@@ -114,6 +113,8 @@ def test_the_report_has_every_part(study):
 
 
 def test_the_figure_shows_accuracy_over_what_is_kept_and_over_speed(study, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
     drawn = []
     original = Figure.savefig
     monkeypatch.setattr(
@@ -205,6 +206,10 @@ def test_the_script_goes_on_and_writes(script, tmp_path, monkeypatch):
     assert Study.load(tmp_path / "out" / "accuracy.json") == whole
     assert (tmp_path / "out" / "accuracy.md").read_text() == whole.markdown()
     assert (tmp_path / "out" / "accuracy.png").exists()
+    (tmp_path / "out" / "accuracy.md").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
+    assert script.main(["--render", "--out", str(tmp_path / "out")]) == whole
+    assert (tmp_path / "out" / "accuracy.md").read_text() == whole.markdown()
     with pytest.raises(SystemExit, match=r"error: .*holds a study with other seed"):
         script.main([*arguments, "--seed", "5"])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,8 @@ def evaluate(
     subject = Subject.of(model, layers, max(plan.lengths))
     study = _start(plan, subject, resume)
     todo = [cell for cell in plan.cells() if study.find(cell[3], cell[0], cell[1].name, cell[2]) is None]
+    if todo:
+        study = replace(study, notes=_notes(plan, subject, study.notes))
     runner: Runner | None = None
     with _Progress(len(todo), enabled=progress) as bar:
         for length, method, asked, task in todo:
@@ -193,11 +195,8 @@ def _start(plan: Plan, subject: Subject, resume: str | os.PathLike[str] | None) 
         "model": subject.identity, "layers": list(subject.layers), "samples": plan.samples, "seed": plan.seed,
         "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
-    cuda = subject.device.type == "cuda"
-    device = torch.cuda.get_device_name(subject.device) if cuda else str(subject.device)
-    notes = {"device": device, "torch": torch.__version__, "batch_tokens": plan.batch_tokens}
     if resume is None or not Path(resume).exists():
-        study = Study(conditions, notes=notes)
+        study = Study(conditions)
         if resume is not None:
             study.save(resume)  # an unwritable path is found before the work
         return study
@@ -207,7 +206,15 @@ def _start(plan: Plan, subject: Subject, resume: str | os.PathLike[str] | None) 
         raise ConfigError(
             f"{str(resume)!r} holds a study with other {', '.join(different)}: repeat them, or name another file"
         )
-    return replace(study, notes={name: _then(study.notes.get(name), value) for name, value in notes.items()})
+    return study
+
+
+def _notes(plan: Plan, subject: Subject, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Where cells are made now, behind where they were made before."""
+    cuda = subject.device.type == "cuda"
+    device = torch.cuda.get_device_name(subject.device) if cuda else str(subject.device)
+    notes = {"device": device, "torch": torch.__version__, "batch_tokens": plan.batch_tokens}
+    return {name: _then(before.get(name), value) for name, value in notes.items()}
 
 
 def _then(before: Any, now: Any) -> Any:
