@@ -54,26 +54,26 @@ BLOCK = 128
 
 
 @triton.jit
-def _step_start(p_list, step, listed, own, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first key of a step: through the listed blocks, then on into the query block's own."""
+def _step_start(p_list, step, listed, origin, own, UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of a step: through the listed tiles, `UNIT` keys from `origin` a number, then on from key `own`."""
     slot = step // (BLOCK // BLOCK_N)
-    block = tl.load(p_list + slot, mask=slot < listed, other=own)
-    return block * BLOCK + step % (BLOCK // BLOCK_N) * BLOCK_N
+    listed_start = origin + tl.load(p_list + slot, mask=slot < listed, other=0) * UNIT
+    return tl.where(slot < listed, listed_start, own) + step % (BLOCK // BLOCK_N) * BLOCK_N
 
 
 @triton.jit
 def _listed_tiles(
     b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-    p_list, listed, own, steps, scale_log2, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    USE_TMA: tl.constexpr, LAG: tl.constexpr,
+    p_list, listed, origin, own, steps, scale_log2, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles."""
-    before = _step_start(p_list, 0, listed, own, BLOCK, BLOCK_N)
+    before = _step_start(p_list, 0, listed, origin, own, UNIT, BLOCK, BLOCK_N)
     b_keep = tl.full([BLOCK_M], 1.0, tl.float32)
     b_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(0, steps):
-        start = _step_start(p_list, step, listed, own, BLOCK, BLOCK_N)
+        start = _step_start(p_list, step, listed, origin, own, UNIT, BLOCK, BLOCK_N)
         b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
         b_scores = _scores(b_query, b_key)
         if not LAG:
@@ -138,8 +138,8 @@ def _blocks_kernel(
     steps = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
     b_acc, b_max, b_sum = _listed_tiles(
         b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_list, listed, own, steps, scale_log2,
-        DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
+        p_list, listed, 0, own * BLOCK, steps, scale_log2,
+        BLOCK, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
     b_acc, b_sum = _diagonal(
         b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count,

@@ -55,6 +55,7 @@ from tsa_compile.kernels.flash import (
     _tma_fits,
     _weigh,
 )
+from tsa_compile.kernels.sparse.blocks import _listed_tiles
 
 BLOCK = 64
 """Queries that share their tiles, and keys of a tile."""
@@ -91,48 +92,6 @@ def _gather_kernel(
     b_rows = tl.load(pointers, mask=(b_columns < count)[:, None] & (dims < DIM)[None, :], other=0.0)
     p_out += (line * tl.num_programs(0) * ROWS + slots)[:, None] * DIM
     tl.store(p_out + dims[None, :], b_rows, mask=(dims < DIM)[None, :])
-
-
-@triton.jit
-def _tile_start(p_starts, step, tiles, start_own, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first key of a step: through the tiles, then on into the queries' own block."""
-    slot = step // (BLOCK // BLOCK_N)
-    distance = tl.load(p_starts + slot, mask=slot < tiles, other=0)
-    return start_own - distance + step % (BLOCK // BLOCK_N) * BLOCK_N
-
-
-@triton.jit
-def _slash_tiles(
-    b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-    p_starts, tiles, start_own, steps, scale_log2, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    USE_TMA: tl.constexpr, LAG: tl.constexpr,
-):  # fmt: skip
-    """All tiles every key of which every row sees. LAG as in flash._full_tiles."""
-    before = _tile_start(p_starts, 0, tiles, start_own, BLOCK, BLOCK_N)
-    b_keep = tl.full([b_query.shape[0]], 1.0, tl.float32)
-    b_weights = tl.zeros([b_query.shape[0], BLOCK_N], tl.float32)
-    for step in tl.range(0, steps):
-        start = _tile_start(p_starts, step, tiles, start_own, BLOCK, BLOCK_N)
-        b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
-        b_scores = _scores(b_query, b_key)
-        if not LAG:
-            b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
-        # With LAG the first step adds 0 times the first tile.
-        value_start = before if LAG else start
-        b_value = _load_tile(
-            desc_value, p_value, stride_vl, item, kv_head, value_start, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
-        )
-        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
-        if LAG:
-            b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
-        before = start
-    if LAG and steps > 0:
-        b_value = _load_tile(
-            desc_value, p_value, stride_vl, item, kv_head, before, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
-        )
-        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
-    return b_acc, b_max, b_sum
 
 
 @triton.jit
@@ -219,10 +178,10 @@ def _attend_kernel(
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     steps = tiles * (BLOCK // BLOCK_N) + (start_m - start_own) // BLOCK_N
-    b_acc, b_max, b_sum = _slash_tiles(
+    b_acc, b_max, b_sum = _listed_tiles(  # by their distance: back from the queries' own
         b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_starts + line * slots + 1, tiles, start_own, steps, scale_log2,
-        DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_N, USE_TMA, LAG,
+        p_starts + line * slots + 1, tiles, start_own, start_own, steps, scale_log2,
+        -1, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
     b_acc, b_max, b_sum = _edge_tile(
         b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, stop, scale_log2,
