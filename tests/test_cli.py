@@ -10,20 +10,25 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from tsa_compile import KernelError, RewriteReport, TSAConfig, shapes
 from tsa_compile.calibrate import Calibration
 from tsa_compile.cli import COMMANDS, app
-from tsa_compile.commands import errors, output, texts
+from tsa_compile.commands import errors, export, output, texts
 from tsa_compile.commands.loading import Source
 from tsa_compile.commands.options import SHAPE_NAMES
 from tsa_compile.commands.prompts import read
 from tsa_compile.config import Coverage, KeepRatio
 from tsa_compile.errors import ConfigError
+from tsa_compile.export.tensorrt import Finding
 
 from .support import without_interpreter
 
@@ -107,8 +112,6 @@ def test_help_names_every_shape():
 
 
 def test_version():
-    from importlib.metadata import version
-
     assert run("--version").stdout.strip() == f"tsa-compile {version('tsa-compile')}"
 
 
@@ -175,6 +178,16 @@ def test_a_prediction_comes_along(traced):
     assert prediction["config"]["budget"] == {"keep_ratio": 0.5}
 
 
+def test_a_report_does_not_hang_on_a_prediction(traced, report, monkeypatch):
+    def refuse(*args, **options):
+        raise ConfigError("an unknown kind of layer")
+
+    monkeypatch.setattr(import_module("tsa_compile.predict"), "predict", refuse)
+    done = run("explain", *TINY, *QUICK[:-1])
+    assert (done.exit_code, done.stdout) == (0, f"{report}\n")
+    assert done.stderr == "note: no times are predicted: an unknown kind of layer\n"
+
+
 def test_options_take_precedence_over_a_file(traced, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(TSAConfig(budget=KeepRatio(0.25), window=7, min_tokens=5).to_json())
@@ -197,9 +210,46 @@ def test_calibrate_reads_token_ids_from_a_file(tmp_path):
     assert (found.prompts, found.tokens) == (2, 24)
 
 
+def test_calibrate_reads_text_with_the_folders_tokenizer(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    words = tokenizers.models.WordLevel({"[UNK]": 0, "one": 5, "two": 6, "three": 7}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text("one two three two one three two")
+    arguments = ["--prompts", str(tmp_path / "book.txt"), "--length", "3", "--json"]
+    found = Calibration.from_dict(json.loads(run("calibrate", str(tmp_path / "model"), *arguments).stdout))
+    assert (found.prompts, found.tokens) == (2, 6)
+    assert "has no tokenizer" in fails(2, "calibrate", str(folder), *arguments)
+
+
+@pytest.mark.parametrize(("certain", "code"), [(True, 1), (False, 0), (None, 0)])
+def test_what_tensorrt_would_refuse_is_a_failure(certain, code, monkeypatch, tmp_path):
+    def save(program, kind, target):
+        target.write_text(program)
+
+    finding = None if certain is None else Finding("node", "TopK", "k is too large", "operators.md", certain)
+    monkeypatch.setattr(export, "_program", lambda *args: "a program")
+    monkeypatch.setattr(export, "_last_report", lambda: "1 of 2 attention calls sparse")
+    monkeypatch.setattr(export, "_save", save)
+    monkeypatch.setattr(export, "_findings", lambda target: [finding] if finding else [])
+    path = tmp_path / "model.onnx"
+    done = run("export", *TINY, "--format", "onnx", "--out", str(path), "--lengths", "1K", "2K", "--check", "--json")
+    values = json.loads(done.stdout)
+    assert done.exit_code == code
+    assert values["tensorrt_findings"] == ([str(finding)] if finding else [])
+    assert (values["bytes"], values["lengths"]) == (len("a program"), [1024, 2048])
+
+
+def test_the_example_of_an_export_has_a_length_that_is_no_size_of_the_model():
+    source = Source("tiny", None, shapes.model_config("tiny"), torch.device("cpu"), torch.float32)
+    assert export._example_length(source, 63, 200) == 65  # 64 is the hidden size
+    assert export._example_length(source, 1000, 2000) == 1001
+
+
 @pytest.mark.parametrize(("seed", "warnings"), [(0, 0), (1, 1)])
 def test_a_calibration_of_other_weights_warns_where_weights_are(seed, warnings, calibration, report, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["tsa_compile.explain"], "explain", lambda model, **inputs: report)
+    monkeypatch.setattr(import_module("tsa_compile.explain"), "explain", lambda model, **inputs: report)
     shapes.build(shapes.model_config("tiny", layers=2), seed=seed).save_pretrained(tmp_path)
     found = run("explain", str(tmp_path), *QUICK, "--sparse-layers", str(calibration), "--weights", "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)

@@ -288,7 +288,7 @@ class _Length:
             range_ms=(round(min(times), 3), round(max(times), 3)),
             speed=round(statistics.median(self.times[base]) / middle, 4) if base in self.times else None,
             peak_gib=round(self.peaks[mode] / 2**30, 3) if mode in self.peaks else None,
-            first_call_s=round(self.first[mode], 2),
+            first_call_s=round(self.first[mode], 4),
             sparse_calls=self.sparse.get(mode),
         )
 

@@ -8,6 +8,7 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.options import Batch, Length, ModelOptions, OutputOptions, SparseOptions, command
+from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -56,12 +57,14 @@ def explain(
     if predict:
         with output.working("Predicting times"):
             prediction = _prediction(source, config, tokens, batch, chosen_dtype=model.dtype != "auto")
-        data["prediction"] = prediction.to_dict()
-        text += f"\n\n{prediction}"
+        if prediction is not None:
+            data["prediction"] = prediction.to_dict()
+            text += f"\n\n{prediction}"
     out.show(text, data)
 
 
-def _prediction(source: Source, config: TSAConfig, length: int, batch: int, chosen_dtype: bool) -> Prediction:
+def _prediction(source: Source, config: TSAConfig, length: int, batch: int, chosen_dtype: bool) -> Prediction | None:
+    """None, with a note, for a model whose costs are not known: the report does not hang on them."""
     import torch
 
     from tsa_compile.predict import predict
@@ -69,7 +72,11 @@ def _prediction(source: Source, config: TSAConfig, length: int, batch: int, chos
     # A CPU's times are not predicted but a GPU's, which nobody would run in the float32 that a shape has on a CPU.
     as_it_is = chosen_dtype or source.folder is not None or source.device.type == "cuda"
     dtype = source.dtype if as_it_is else torch.bfloat16
-    return predict(config, source.config, length, source.device, batch=batch, dtype=dtype)
+    try:
+        return predict(config, source.config, length, source.device, batch=batch, dtype=dtype)
+    except ConfigError as error:
+        output.say("note", f"no times are predicted: {error}")
+        return None
 
 
 def _report(source: Source, config: TSAConfig, length: int, batch: int) -> RewriteReport:
