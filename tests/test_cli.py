@@ -100,6 +100,20 @@ def test_help_does_not_wait_for_torch():
     assert without_interpreter(source).strip() == "[]"
 
 
+def test_the_face_is_lazy_and_its_names_are_what_they_say():
+    """Also where a module was imported first that is called as one of its functions."""
+    source = """
+        import sys, types, tsa_compile
+        lazy = "torch" not in sys.modules
+        import tsa_compile.explain, tsa_compile.calibrate, tsa_compile.predict
+        from tsa_compile.explain import explain
+        found = {name: getattr(tsa_compile, name) for name in tsa_compile.__all__}
+        modules = [name for name, value in found.items() if isinstance(value, types.ModuleType)]
+        print(lazy, modules, found["explain"] is explain, set(found) <= set(dir(tsa_compile)), tsa_compile.report.__name__)
+    """
+    assert without_interpreter(source).split() == ["True", "[]", "True", "True", "tsa_compile.report"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_every_command(arguments):
     done = run(*arguments)
