@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsa_compile.errors import ConfigError
@@ -40,6 +40,7 @@ def solve(tokens):
 
 @pytest.mark.parametrize("question", ["last", "early"])
 @pytest.mark.parametrize("task", TASKS)
+@settings(max_examples=25)
 @given(length=st.integers(288, 700), seed=st.integers(0, 2**40), batch=st.integers(1, 4))
 def test_labels_and_evidence_follow_from_the_tokens(task, question, length, seed, batch):
     samples = generate(task, batch=batch, length=length, seed=seed, question=question)
