@@ -1,4 +1,4 @@
-"""The command `tsa-compile`: results, errors in one line, exit codes, and the examples of its own help."""
+"""The command `tsa-compile`: help whose examples run, results, and the installed command."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 
@@ -17,42 +16,21 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from typer.testing import CliRunner
 
-from tsa_compile import KernelError, RewriteReport, TSAConfig, shapes
+from tsa_compile import RewriteReport, TSAConfig, shapes
 from tsa_compile.calibrate import Calibration
-from tsa_compile.cli import COMMANDS, app
-from tsa_compile.commands import errors, export, output, texts
+from tsa_compile.cli import COMMANDS
+from tsa_compile.commands import errors, export, output
 from tsa_compile.commands.loading import Source
 from tsa_compile.commands.options import SHAPE_NAMES
-from tsa_compile.commands.prompts import read
-from tsa_compile.config import Coverage, KeepRatio
+from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 from tsa_compile.export.tensorrt import Finding
 
+from .cli_support import QUICK, TINY, fails, run
 from .support import without_interpreter
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-QUICK = ["--length", "40", "--window", "4", "--min-tokens", "4", "--no-predict"]
-TINY = ["--shape", "tiny", "--layers", "2"]
-
-
-def run(*arguments, **environment):
-    """A command in this process, on the CPU unless a device is named."""
-    if arguments and arguments[0] in COMMANDS and not {"--device", "--help"} & set(arguments):
-        arguments = (*arguments, "--device", "cpu")
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb", **environment})
-
-
-def fails(code, *arguments):
-    """The one line on stderr of a command that ends with this code, and writes nothing to stdout."""
-    done = run(*arguments)
-    assert (done.exit_code, done.stdout) == (code, ""), done.output
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +68,6 @@ def traced(report, monkeypatch):
 
     monkeypatch.setattr(shapes, "explain_weightless", explain_weightless)
     return asked
-
-
-# Help
 
 
 def test_help_does_not_wait_for_torch():
@@ -164,9 +139,6 @@ def test_examples_that_need_more_are_understood(line):
         assert "is not a built-in shape" in fails(2, *arguments)
     else:
         assert "there is no folder" in fails(2, *arguments)
-
-
-# Results
 
 
 @pytest.mark.parametrize("more", [[], ["--weights"]])
@@ -296,269 +268,6 @@ def test_progress_goes_to_a_terminal(traced, monkeypatch):
     assert quiet.stdout == shown.stdout
 
 
-# Errors
-
-
-USAGE = {
-    "no model": ([], "no model given"),
-    "two models": ([".", *TINY], "both a folder and --shape"),
-    "no folder": (["nowhere"], "there is no folder 'nowhere'"),
-    "a file": ([__file__], "is a file"),
-    "a folder without a model": (["."], "a folder without config.json"),
-    "a shape that is not": (["--shape", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'?"),
-    "no layers": (["--shape", "tiny", "--layers", "0"], "--layers"),
-    "an unknown option": ([*TINY, "--lenght", "8"], "No such option: --lenght"),
-    "no number": ([*TINY, "--window", "many"], "--window"),
-    "a budget without a kind": ([*TINY, "--budget", "0.5"], "write coverage:0.005 or keep:0.5"),
-    "a budget beyond": ([*TINY, "--budget", "keep:1.5"], "a number in (0, 1]"),
-    "a length that is none": ([*TINY, "--length", "8 thousand"], "is not a length"),
-    "a window below 1": ([*TINY, "--window", "0"], "window=0 is not allowed"),
-    "a layer that is not": ([*TINY, "--sparse-layers", "0,1,2"], "layer 2 does not exist: tiny has the layers 0 to 1"),
-    "layers that are no list": ([*TINY, "--sparse-layers", "3-1"], "write the lower index first"),
-    "layers half indices": ([*TINY, "--sparse-layers", "1,x"], "is no list of layers"),
-    "a calibration that is not there": ([*TINY, "--sparse-layers", "none.json"], "'none.json' cannot be read"),
-    "a kernel that is not": ([*TINY, "--kernel", "fastest"], "fastest"),
-    "a device that is not": ([*TINY, "--device", "tpu"], "it must be auto, cpu, cuda or cuda:N"),
-    "a dtype that is not": ([*TINY, "--dtype", "int8"], "--dtype int8 is not known"),
-    "output into nowhere": ([*TINY, "--out", "nowhere/report.json"], "there is no folder 'nowhere'"),
-    "output onto a folder": ([*TINY, "--out", "."], "it is a folder"),
-}
-
-
-@pytest.mark.parametrize("case", USAGE)
-def test_bad_usage(case, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments, said = USAGE[case]
-    assert said in fails(2, "explain", *arguments)
-
-
-OTHERS = {
-    "an unknown command": (["explian"], "explian"),
-    "calibrate without prompts": (["calibrate", "FOLDER"], "pass --prompts FILE"),
-    "calibrate with both": (["calibrate", *TINY, "--prompts", "x", "--random", "2"], "choose one"),
-    "prompts that are not there": (["calibrate", *TINY, "--prompts", "x.jsonl"], "'x.jsonl' cannot be read"),
-    "text without a tokenizer": (["calibrate", *TINY, "--prompts", "TEXT"], "the shape 'tiny' has no tokenizer"),
-    "delta beyond": (["calibrate", *TINY, "--delta", "2"], "--delta 2.0 is not allowed"),
-    "a figure of no kind": (["calibrate", *TINY, "--figure", "drift.doc"], "must end in .png or .svg or .pdf"),
-    "layers of a folder": (["explain", "FOLDER", "--layers", "2"], "--layers 2 goes with --shape alone"),
-    "modes that are not": (["bench", *TINY, "--modes", "fast"], "modes must be some of"),
-    "lengths that are none": (["bench", *TINY, "--lengths", "8K,x"], "'x' is not a length"),
-    "export to nothing": (["export", *TINY], "pass --out model.pt2"),
-    "export with another ending": (["export", *TINY, "--out", "x.onnx"], "must end in .pt2"),
-    "export of a range upside down": (["export", *TINY, "--out", "x.pt2", "--lengths", "4K", "1K"], "is not a range"),
-    "a check of no ONNX file": (["export", *TINY, "--out", "x.pt2", "--check"], "--check goes with --format onnx"),
-    "a format that is not": (["export", *TINY, "--out", "x.pt2", "--format", "zip"], "--format"),
-    "a task that is not": (["eval", "--shape", "tiny", "--tasks", "poetry"], "task='poetry' is not allowed"),
-    "methods and a budget": (["eval", *TINY, "--methods", "dense", "--budget", "keep:0.5"], "choose one"),
-    "patterns in eval": (["eval", *TINY, "--sparse-layers", "model.*"], "eval takes indices"),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_bad_usage_of_other_commands(case, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("Some words.")
-    arguments, said = OTHERS[case]
-    places = {"FOLDER": str(folder), "TEXT": "text.txt"}
-    found = fails_after_notes(2, *(places.get(argument, argument) for argument in arguments))
-    assert said in found
-
-
-def fails_after_notes(code, *arguments):
-    done = run(*arguments)
-    assert (done.exit_code, done.stdout) == (code, ""), done.output
-    *notes, last = done.stderr.splitlines()
-    assert last.startswith("error: ") and all(note.startswith("note: ") for note in notes)
-    return last
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("{", "not valid JSON"), ("[1]", "must be a JSON object"), ('{"windw": 3}', "did you mean 'window'?")],
-)
-def test_a_configuration_file_that_is_wrong(text, said, tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(text)
-    found = fails(2, "explain", *TINY, "--config", str(path))
-    assert said in found and str(path) in found
-
-
-@pytest.mark.parametrize(
-    ("text", "said"), [("{", "is not JSON"), ('{"format": "x"}', "expected 'tsa_compile.calibration/1'")]
-)
-def test_a_calibration_file_that_is_wrong(text, said, tmp_path):
-    path = tmp_path / "layers.json"
-    path.write_text(text)
-    assert said in fails(2, "explain", *TINY, "--sparse-layers", str(path))
-
-
-def test_a_calibration_of_another_size(calibration):
-    said = fails(2, "explain", "--shape", "tiny", "--sparse-layers", str(calibration))
-    assert "a model with 2 layers, tiny has 4" in said
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "config.json' is no causal language model's configuration"),
-        ("{}", "config.json' is no causal language model's configuration"),
-        ('{"model_type": "no-such-model"}', "config.json' is no causal language model's configuration"),
-        ('{"model_type": "vit"}', "no causal language model can be made of this ViTConfig"),
-    ],
-)
-def test_a_folder_whose_configuration_is_wrong(text, said, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    found = fails(2, "explain", str(tmp_path), "--weights", *QUICK)
-    assert said in found and len(found) < 400
-
-
-def test_a_folder_without_weights(folder, tmp_path):
-    shutil.copy(folder / "config.json", tmp_path)
-    assert "cannot be loaded as a causal language model" in fails(2, "explain", str(tmp_path), "--weights", *QUICK)
-
-
-def test_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = fails(2, "explain", *TINY, "--device", "cuda")
-    assert "no CUDA device was found; use --device cpu" in said
-
-
-@pytest.mark.parametrize(
-    "arguments", [["bench"], ["calibrate"], ["export", "--out", "x.pt2"], ["eval"], ["explain", "--weights", *QUICK]]
-)
-def test_too_little_memory_is_found_before_anything_is_built(arguments, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: 2**20)
-    monkeypatch.setattr(shapes, "build", lambda *args: pytest.fail("it was built"))
-    said = fails(1, *arguments, *TINY)
-    assert "are needed on cpu" in said and "0.0 GiB are free: take fewer layers" in said
-
-
-def test_a_folder_is_loaded_through_the_hosts_memory(folder, monkeypatch):
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: 2**20 if str(device) == "cpu" else 2**40)
-    config = shapes.model_config("tiny")
-    of_shape = Source("tiny", None, config, torch.device("cuda"), torch.bfloat16)
-    of_shape.check(100)
-    with pytest.raises(shapes.MemoryShortage, match="are needed on cpu"):
-        replace(of_shape, folder=folder).check(100)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "error: out of memory (CUDA out of"),
-        (MemoryError(), 1, "error: out of memory"),
-        (KeyboardInterrupt(), 130, "interrupted: "),
-        (KernelError("no kernel 'x'"), 2, "error: no kernel 'x'"),
-        (ImportError("pip install transformers"), 1, "error: pip install transformers"),
-        (PermissionError(13, "Permission denied", "out.json"), 1, "error: out.json: Permission denied; choose another path"),
-        (ValueError("some\nthing"), 1, "error: ValueError: some thing (--debug shows where"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
-)
-def test_failures_of_the_work(error, code, said, monkeypatch):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(shapes, "explain_weightless", fail)
-    done = run("explain", *TINY, *QUICK)
-    assert (done.exit_code, done.stdout) == (code, "")
-    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
-
-
-def test_debug_shows_the_traceback(monkeypatch):
-    monkeypatch.setattr(shapes, "explain_weightless", lambda *args, **kwargs: 1 / 0)
-    done = run("explain", *TINY, *QUICK, "--debug")
-    assert done.exit_code == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ZeroDivisionError: division by zero")
-
-
-def test_an_error_inside_another_is_what_is_said():
-    """As Dynamo wraps what a backend raises; running out of memory is no bad usage, whoever says so."""
-    wrapped = RuntimeError("backend='tsa' raised: ...")
-    wrapped.inner_exception = ConfigError("layers=[9] not found")
-    assert errors.describe(wrapped) == ("layers=[9] not found", errors.USAGE)
-    said = ConfigError("2 x 8192 tokens do not fit")
-    said.__cause__ = torch.OutOfMemoryError("CUDA out of memory.")
-    assert errors.describe(said) == ("2 x 8192 tokens do not fit", errors.FAILED)
-
-
-def test_a_pattern_that_no_layer_has():
-    assert "layers=['model.blocks.*'] not found" in fails(
-        2, "explain", *TINY[:-1], "1", *QUICK, "--sparse-layers", "model.blocks.*"
-    )
-
-
-# Texts
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("upper", None), ("none", ()), ("3", (3,)), ("15-17,20,16", (15, 16, 17, 20)), ("a.1?.*,b", ("a.1?.*", "b"))],
-)
-def test_layers(text, wanted):
-    assert texts.layers(text) == wanted
-
-
-def test_published_layers_by_name():
-    assert texts.layers("llama-3.1-8b-instruct") == tuple(range(15, 31))
-
-
-@pytest.mark.parametrize(("text", "wanted"), [("coverage:0.01", Coverage(0.01)), ("keep:0.5", KeepRatio(0.5))])
-def test_budgets(text, wanted):
-    assert texts.budget(text) == wanted
-
-
-@pytest.mark.parametrize("text", ["", "keep", "keep:", "keep:x", "Keep:0.5", "keep_ratio:0.5", "keep:nan", "coverage:1"])
-def test_no_budgets(text):
-    with pytest.raises(ConfigError):
-        texts.budget(text)
-
-
-def test_lengths():
-    assert texts.lengths("32K,8k,100,8192") == [100, 8192, 32768]
-    for wrong in ("", "0", "-8", "8.5K", "8M"):
-        with pytest.raises(ConfigError):
-            texts.lengths(wrong)
-
-
-class Words:
-    """A tokenizer: a token for every word, its length."""
-
-    def __call__(self, text):
-        return {"input_ids": [len(word) for word in text.split()]}
-
-
-def test_text_is_cut_into_pieces(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("a bb ccc dddd eeeee\nffffff ggggggg")
-    assert read(path, 3, None, Words) == [[1, 2, 3], [4, 5, 6]]
-    assert read(path, 3, 1, Words) == [[1, 2, 3]]
-    assert read(path, 100, None, Words) == [[1, 2, 3, 4, 5, 6, 7]]
-
-
-def test_lines_of_json_are_prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"text": "a bb ccc"}\n\n"dd e"\n{"input_ids": [7, 8], "text": "unused"}\n{"prompt": "ffff"}\n')
-    assert read(path, 2, None, Words) == [[1, 2], [2, 1], [7, 8], [4]]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "holds no prompts"),
-        ('"a"\n{', "line 2 is not JSON"),
-        ('{"input_ids": [1.5]}', "line 1 is no prompt"),
-        ("3", "is no"),
-    ],
-)
-def test_lines_that_are_no_prompts(text, said, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=said):
-        read(path, 2, None, Words)
-
-
 @pytest.mark.gpu
 def test_on_a_gpu():
     chosen = ["--shape", "small", "--device", "cuda", "--budget", "keep:0.5", "--min-length", "1", "--json"]
@@ -566,9 +275,6 @@ def test_on_a_gpu():
     assert report.sparse == 4 and {row.dtype for row in report} == {"bfloat16"}
     done = run("bench", *chosen, "--lengths", "2K,4K", "--rounds", "2", "--compiler", "eager")
     assert done.stderr == "" and all(row["peak_gib"] > 0 for row in json.loads(done.stdout)["rows"])
-
-
-# The installed command
 
 
 @pytest.fixture(scope="module")
