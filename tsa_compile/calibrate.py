@@ -286,7 +286,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # inference tensors have no version, and layers that overwrite show by it
             yield
     finally:
         for module in training:

@@ -113,9 +113,16 @@ def _is_hidden(value: object) -> bool:
 
 
 def _runner(model: nn.Module, layer: nn.Module | None) -> nn.Module:
-    """The model without its head, by transformers' convention `base_model`; itself where it has none."""
+    """The model without its head, by transformers' convention `base_model`; itself where it has none.
+
+    Also itself where it has weights besides its base and its head: what they do may come before the layers.
+    """
     inner = getattr(model, "base_model", model)
     while isinstance(inner, nn.Module) and inner is not model and (layer is None or layer in set(inner.modules())):
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        known = {*inner.parameters(), *(head.parameters() if isinstance(head, nn.Module) else ())}
+        if any(parameter not in known for parameter in model.parameters()):
+            break
         model, inner = inner, getattr(inner, "base_model", inner)
     return model
 
