@@ -117,7 +117,8 @@ def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:
         if name not in CAUSAL_KERNELS:
             raise ConfigError(
                 f"{layer_of(node)}: kernel={name!r} has no form for {form}: {_about(name)}, and it is called through "
-                f"Python, which the exported program does without; use one of {', '.join(map(repr, CAUSAL_KERNELS))}, or {otherwise}"
+                f"Python, which the exported program does without; use one of {', '.join(map(repr, CAUSAL_KERNELS))}, or "
+                f"{otherwise}"
             )
 
 
@@ -154,10 +155,15 @@ def _require_cuda(program: ExportedProgram) -> None:
         raise ConfigError('lower="triton" needs Triton, which is not installed: install it, or use lower="aten"')
 
 
+def device_of(program: ExportedProgram) -> str:
+    """Where a program runs: "cuda" if anything of it does."""
+    devices = {value.device.type for node in program.graph.nodes if isinstance(value := fake(node), Tensor)}
+    return "cuda" if "cuda" in devices else next(iter(devices), "cpu")
+
+
 def default_form(program: ExportedProgram) -> Form:
     """What runs fastest where a program runs: our kernels on CUDA, ATen elsewhere."""
-    devices = {value.device.type for node in program.graph.nodes if isinstance(value := fake(node), Tensor)}
-    return "triton" if "cuda" in devices and HAS_TRITON else "aten"
+    return "triton" if device_of(program) == "cuda" and HAS_TRITON else "aten"
 
 
 def is_lowered(program: ExportedProgram) -> bool:

@@ -1,8 +1,9 @@
 // Runs an AOTInductor package without Python and compares it with saved results.
 //
-//   run_package model.pt2 case_0.pt case_1.pt ...
+//   run_package [--time N] [--tolerance X] model.pt2 case_0.pt case_1.pt ...
 //
-// A case is {"inputs": [tensors], "outputs": [tensors]}, written by torch.save. Prints the largest error of each.
+// A case is {"inputs": [tensors], "outputs": [tensors]}, written by torch.save. Prints the largest error of each, relative to
+// its largest output (tolerance: 1e-3), and with --time the milliseconds of loading and of N further runs of each.
 // Exit code: 0 all within the tolerance, 1 not, 2 something cannot be read or run.
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -19,7 +20,32 @@
 
 namespace {
 
-constexpr double kTolerance = 1e-3;  // relative to the largest output
+using Clock = std::chrono::steady_clock;
+
+struct Options {
+  int repeats = 0;
+  double tolerance = 1e-3;
+  std::vector<std::string> paths;
+};
+
+Options parse(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--time" && i + 1 < argc) {
+      options.repeats = std::stoi(argv[++i]);
+    } else if (argument == "--tolerance" && i + 1 < argc) {
+      options.tolerance = std::stod(argv[++i]);
+    } else {
+      options.paths.push_back(argument);
+    }
+  }
+  return options;
+}
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
 
 struct Case {
   std::vector<at::Tensor> inputs;
@@ -59,28 +85,42 @@ double error_of(const std::vector<at::Tensor>& actual, const std::vector<at::Ten
   return largest;
 }
 
+// Milliseconds of each of some runs. Reading one element waits for the device.
+void print_times(torch::inductor::AOTIModelPackageLoader& package, const Case& saved, int repeats) {
+  std::cout << "times_ms";
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = Clock::now();
+    const auto outputs = package.run(saved.inputs);
+    outputs.at(0).flatten().slice(0, 0, 1).to(at::kCPU);
+    std::cout << " " << milliseconds_since(start);
+  }
+  std::cout << "\n";
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 3) {
-    std::cerr << "usage: " << argv[0] << " model.pt2 case.pt ...\n";
-    return 2;
-  }
   try {
-    torch::inductor::AOTIModelPackageLoader package(argv[1]);
+    const Options options = parse(argc, argv);
+    if (options.paths.size() < 2) {
+      std::cerr << "usage: " << argv[0] << " [--time N] [--tolerance X] model.pt2 case.pt ...\n";
+      return 2;
+    }
+    const auto start = Clock::now();
+    torch::inductor::AOTIModelPackageLoader package(options.paths[0]);
+    std::cout << "loaded_ms " << milliseconds_since(start) << "\n";
     const auto metadata = package.get_metadata();
     const auto inputs = metadata.find("tsa_inputs");
     std::cout << "exported for " << (inputs == metadata.end() ? "unknown inputs" : inputs->second) << "\n";
     bool close = true;
-    for (int i = 2; i < argc; ++i) {
-      const Case saved = read_case(argv[i]);
-      const auto start = std::chrono::steady_clock::now();
-      const auto outputs = package.run(saved.inputs);
-      const double error = error_of(outputs, saved.outputs);  // reads the result, so the device is done
-      const std::chrono::duration<double, std::milli> spent = std::chrono::steady_clock::now() - start;
-      std::cout << argv[i] << " " << saved.inputs.at(0).sizes() << " max error " << error << ", " << spent.count()
-                << " ms\n";
-      close = close && error < kTolerance;
+    for (size_t i = 1; i < options.paths.size(); ++i) {
+      const Case saved = read_case(options.paths[i]);
+      const double error = error_of(package.run(saved.inputs), saved.outputs);
+      std::cout << options.paths[i] << " " << saved.inputs.at(0).sizes() << " max error " << error << "\n";
+      if (options.repeats > 0) {
+        print_times(package, saved, options.repeats);
+      }
+      close = close && error < options.tolerance;
     }
     return close ? 0 : 1;
   } catch (const std::exception& error) {

@@ -16,21 +16,31 @@ from ..support import Attention, difference, heads
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "aoti_cpp"
 TOLERANCE = 1e-5
+# Code for a test to run a few times is not worth optimising.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
-def example():
-    """examples/aoti_cpp/export_model.py as a module."""
-    spec = importlib.util.spec_from_file_location("export_model", EXAMPLE / "export_model.py")
+def imported(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def example():
+    return imported(EXAMPLE / "export_model.py")
+
+
+def benchmark():
+    return imported(EXAMPLE.parents[1] / "benchmarks" / "export.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the example writes; its one compilation serves every test."""
     path = tmp_path_factory.mktemp("package")
-    example().main([str(path)])
+    example().main([str(path)], **QUICK)
     return path
 
 
@@ -63,7 +73,12 @@ def test_runs_from_cpp(folder, tmp_path):
     cases = [folder / "case_0.pt", folder / "case_1.pt"]
     done = run(tmp_path, folder / "model.pt2", *cases)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("max error") == 2
+    assert done.stdout.count("max error") == 2 and "times_ms" not in done.stdout
+    done = run(tmp_path, "--time", "3", "--tolerance", "1e-9", folder / "model.pt2", *cases)
+    rows = [{"case": str(path), "compiled_ms": [1.0, 2.0, 3.0]} for path in cases]
+    assert benchmark().read_output(done.stdout, rows) > 0
+    assert [len(row["package_ms"]) for row in rows] == [3, 3] and all(0 <= row["error"] < 1e-3 for row in rows)
+    assert done.returncode == int(max(row["error"] for row in rows) >= 1e-9)
     inputs, output = case(folder, 1)
     torch.save({"inputs": list(inputs.values()), "outputs": [output + 1]}, tmp_path / "wrong.pt")
     assert run(tmp_path, folder / "model.pt2", tmp_path / "wrong.pt").returncode == 1
@@ -94,6 +109,10 @@ def test_inputs_that_do_not_fit_each_other_or_the_program(folder, package):
         package(input_ids=inputs["input_ids"])
     with pytest.raises(ConfigError, match=r"'attention_mask' is bool .* exported for int64"):
         package(**{**inputs, "attention_mask": inputs["attention_mask"].bool()})
+    with pytest.raises(
+        ConfigError, match="takes input_ids, attention_mask as the example passed them, by position or by name"
+    ):
+        package(*inputs.values())
     with pytest.raises(ConfigError, match="dimension 1 must be 100, as in another input"):
         package(**{**inputs, "attention_mask": inputs["attention_mask"][:, 1:]})
 
@@ -122,3 +141,27 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"something else")
     with pytest.raises(ConfigError, match="cannot be loaded as an AOTInductor package"):
         aoti.load(tmp_path / "model.pt2")
+
+
+def test_cuda_headers_are_found_or_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    monkeypatch.setattr(aoti, "_cuda_candidates", lambda: [tmp_path / "nothing", tmp_path / "toolkit"])
+    with (
+        pytest.raises(ConfigError, match=r"cuda_runtime_api\.h.*nvidia-cuda-runtime.*CUDA_HOME"),
+        aoti._cuda_toolkit("cuda"),
+    ):
+        pass
+    (tmp_path / "toolkit" / "include").mkdir(parents=True)
+    for name in ("cuda.h", "cuda_runtime_api.h"):
+        (tmp_path / "toolkit" / "include" / name).touch()
+    with aoti._cuda_toolkit("cuda"):
+        found = torch.utils.cpp_extension.CUDA_HOME
+        assert found == str(tmp_path / "toolkit")
+    assert torch.utils.cpp_extension.CUDA_HOME is None
+    with aoti._cuda_toolkit("cpu"):
+        assert torch.utils.cpp_extension.CUDA_HOME is None
+
+
+def test_a_loaded_library_is_found_by_its_name():
+    (path,) = aoti._loaded_libraries("libtorch_cpu.so")
+    assert Path(path).is_file() and aoti._loaded_libraries("libtorch_cp.so") == []

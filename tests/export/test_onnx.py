@@ -1,6 +1,7 @@
 """ONNX files of small models: what they hold, and that onnxruntime computes with them what torch does."""
 
 import collections
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,14 @@ def test_schemas_are_registered_and_documented():
     assert not found["Budget"].attributes["coverage"].required
     assert [output.name for output in found["CompressRows"].outputs] == ["query_rows", "key_rows", "value_rows"]
     assert tsa_onnx.schemas()[0].name == "Score", "a second call registers nothing twice"
+
+
+def test_the_readme_has_the_table_of_schemas():
+    table = tsa_onnx.schema_table()
+    assert "| `Budget` | scores float [B,S,L] | count int32 [B] | coverage? float, keep_denominator? int, " in table
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    found = readme.split("<!-- schemas:begin -->")[1].split("<!-- schemas:end -->")[0].strip()
+    assert found == table
 
 
 class Layer(torch.nn.Module):

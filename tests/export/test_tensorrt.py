@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.export import _trt_plugins as plugins
 from tsa_compile.export import _trt_support as support
+from tsa_compile.export import export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
-from tsa_compile.export import tensorrt
 from tsa_compile.kernels import reference
 
-from ..support import without_interpreter
+from ..support import Attention, heads, without_interpreter
 
 onnx = pytest.importorskip("onnx")
 FLOAT, INT64, BOOL = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "INT64", "BOOL"))
@@ -288,6 +289,34 @@ def test_a_program_with_plugins_computes_the_same():
     count = torch.tensor([35, 0, 11], dtype=torch.int32)
     inputs = (*(torch.randn(3, heads, 70, 16) for heads in (4, 2, 2)), count)
     assert torch.equal(lowered.module()(*inputs), program.module()(*inputs))
+
+
+def test_plugins_stand_among_standard_operators():
+    """Score, budget and select have no plugin: with their portable forms, nothing else is left in the program."""
+    program, forms = layer_program(), plugins.PluginForms()
+    lowered = tsa_onnx.to_portable(program, forms.table())
+    targets = {str(node.target) for node in lowered.graph.nodes if node.op == "call_function"}
+    assert {name.split("_h4")[0] for name in targets if not name.startswith(("aten.", "<", "sym_"))} == {
+        "tsa_trt.compress", "tsa_trt.attend", "tsa_trt.decompress",
+    }  # fmt: skip
+    padding = torch.ones(3, 70, dtype=torch.bool)
+    padding[1, :9] = padding[2, 60:] = False
+    inputs = (*(torch.randn(3, heads, 70, 16) for heads in (4, 2, 2)), padding)
+    torch.testing.assert_close(lowered.module()(*inputs), program.module()(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("with_plugins", [True, False])
+def test_an_engine_computes_what_torch_does(with_plugins, tmp_path):
+    pytest.importorskip("torch_tensorrt")
+    config = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=(0,), min_length=16)
+    inputs = heads(length=40, device="cuda", dtype=torch.float16)
+    program = export_program(Attention().eval(), inputs, config, dynamic_lengths=(16, 300))
+    tensorrt.save(program, tmp_path / "model.ts", plugins=with_plugins)
+    longer = heads(length=200, device="cuda", dtype=torch.float16)
+    result = torch.jit.load(tmp_path / "model.ts")(*longer)
+    torch.testing.assert_close(result, program.module()(*longer), rtol=1e-2, atol=1e-2)
 
 
 class Symbols:

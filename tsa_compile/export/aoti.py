@@ -16,6 +16,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,9 @@ from torch.export import ExportedProgram
 
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.errors import ConfigError
-from tsa_compile.passes.lower import default_form, is_lowered, lower_program
+from tsa_compile.passes.base import summary
+from tsa_compile.passes.lower import default_form, device_of, is_lowered, lower_program
+from tsa_compile.passes.minima import simplified_minima
 
 SUFFIX = ".pt2"
 INPUTS_KEY = "tsa_inputs"
@@ -43,7 +50,8 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
         The path.
 
     Raises:
-        ConfigError: a path that cannot be written, no C++ compiler, or an option that Inductor does not have.
+        ConfigError: a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that Inductor
+            does not have.
     """
     target = _writable(path)
     _require_compiler()
@@ -55,7 +63,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
         program = lower_program(program, default_form(program))
     metadata = {**inductor_options.get("aot_inductor.metadata", {}), INPUTS_KEY: json.dumps(describe_inputs(program))}
     options = {**inductor_options, "aot_inductor.metadata": metadata}
-    with torch.no_grad(), _dense_kernels():
+    with torch.no_grad(), _dense_kernels(), simplified_minima(), _cuda_toolkit(device_of(program)):
         return torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
 
 
@@ -87,7 +95,13 @@ class Package:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the package; ConfigError where an input is not what the program was exported for."""
         check_inputs(self.inputs, args, kwargs)
-        return self.loaded(*args, **kwargs)
+        try:
+            return self.loaded(*args, **kwargs)
+        except ValueError as error:  # torch's comparison of the call with the example's
+            names = ", ".join(entry["name"] for entry in self.inputs)
+            raise ConfigError(
+                f"the package takes {names} as the example passed them, by position or by name: {summary(error)}"
+            ) from error
 
 
 def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:
@@ -170,3 +184,57 @@ def _require_compiler() -> None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
         raise ConfigError("no C++ compiler was found, which AOTInductor needs: install g++ or clang, or set CXX") from error
+
+
+_HEADERS = ("cuda.h", "cuda_runtime_api.h")
+
+
+@contextmanager
+def _cuda_toolkit(device: str) -> Iterator[None]:
+    """Headers and driver library of CUDA for the package's C++, also where no toolkit is installed: no nvcc is needed.
+
+    PyTorch's wheels bring the headers along; a driver installs libcuda.so.1 alone, where the linker wants libcuda.so.
+    """
+    from torch.utils import cpp_extension
+
+    if device != "cuda":
+        yield
+        return
+    before, library_path = cpp_extension.CUDA_HOME, os.environ.get("LIBRARY_PATH")
+    home = before or next((str(path) for path in _cuda_candidates() if _has_headers(path)), None)
+    if home is None:
+        raise ConfigError(
+            f"a CUDA package is compiled with {' and '.join(_HEADERS)}, which were not found: pip install "
+            "nvidia-cuda-runtime, or set CUDA_HOME to a CUDA toolkit"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for driver in _loaded_libraries("libcuda.so")[:1]:
+            os.symlink(driver, Path(folder) / "libcuda.so")
+        cpp_extension.CUDA_HOME = home
+        os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, library_path)))
+        try:
+            yield
+        finally:
+            cpp_extension.CUDA_HOME = before
+            if library_path is None:
+                del os.environ["LIBRARY_PATH"]
+            else:
+                os.environ["LIBRARY_PATH"] = library_path
+
+
+def _cuda_candidates() -> list[Path]:
+    """Where wheels put CUDA's headers: NVIDIA's of CUDA 13 and of 12, and Triton's."""
+    roots = [Path(entry) for entry in sys.path if entry.endswith("packages")]
+    places = ("nvidia/cu13", "nvidia/cu12", "nvidia/cuda_runtime", "triton/backends/nvidia")
+    return [root / place for root in roots for place in places]
+
+
+def _has_headers(path: Path) -> bool:
+    return all((path / "include" / name).is_file() for name in _HEADERS)
+
+
+def _loaded_libraries(name: str) -> list[str]:
+    """Full paths of a library that this process has loaded, as CUDA's driver is once a tensor is on a GPU."""
+    maps = Path("/proc/self/maps")
+    paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    return sorted(path for path in paths if re.search(rf"/{re.escape(name)}(\.\d+)*$", path))

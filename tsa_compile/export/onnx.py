@@ -267,6 +267,33 @@ def schemas() -> list[onnx.defs.OpSchema]:
     return found
 
 
+def schema_table() -> str:
+    """The schemas as a Markdown table: a row an operator; "?" marks what may be left out."""
+    lines = ["| operator | inputs | outputs | attributes | computes |", "|---|---|---|---|---|"]
+    for schema in schemas():
+        sides = [
+            [
+                _entry(
+                    each.name, each.option == each.option.Optional, each.type_str.removeprefix("tensor("), each.description
+                )
+                for each in side
+            ]
+            for side in (schema.inputs, schema.outputs)
+        ]
+        attributes = [
+            _entry(name, not attribute.required, attribute.type.name.lower())
+            for name, attribute in sorted(schema.attributes.items())
+        ]
+        cells = [", ".join(cell) for cell in (*sides, attributes)]
+        lines.append(f"| `{schema.name}` | {' | '.join(cells)} | {' '.join(schema.doc.split())} |")
+    return "\n".join(lines)
+
+
+def _entry(name: str, optional: bool, kind: str, shape: str = "") -> str:
+    kind = kind.removeprefix("tensor(").removesuffix(")")
+    return f"{name}{'?' if optional else ''} {kind} {shape}".strip()
+
+
 def _schema(onnx: Any, name: str) -> Any:
     kind = onnx.defs.OpSchema
     _, inputs, outputs, attributes, doc = next(row for row in _SCHEMAS if row[0] == name)

@@ -1,0 +1,76 @@
+"""benchmarks/export.py at a tiny size on the CPU; what the C++ program prints is read in test_aoti.py."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsa_compile.export import aoti
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "export.py"
+OPTIONS = ["--shape", "tiny", "--lengths", "96", "160", "--device", "cpu", "--layers", "2", "--repeats", "2"]
+# Code for a test to run once is not worth optimising.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("export_benchmark", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """With the graph run as it is in Python, and the package by Python too: neither is what this test is about."""
+    module = load()
+    make_config, save = module.make_config, aoti.save
+    monkeypatch.setattr(module, "make_config", lambda arguments: make_config(arguments).replace(compiler="eager"))
+    monkeypatch.setattr(module, "build_program", lambda folder: folder)
+    monkeypatch.setattr(aoti, "save", lambda program, path: save(program, path, **QUICK))
+
+    def run_package(program, package, rows, arguments):
+        loaded, lines = aoti.load(package), ["loaded_ms 1500"]
+        for row in rows:
+            case = torch.load(row["case"])
+            gap = (loaded(input_ids=case["inputs"][0]) - case["outputs"][0]).abs().max() / case["outputs"][0].abs().max()
+            lines += [f"{row['case']} [1, {row['length']}] max error {float(gap)}", "times_ms 2.0 4.0 3.0"]
+        return module.read_output("\n".join(lines), rows)
+
+    monkeypatch.setattr(module, "run_package", run_package)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+def test_measures_and_writes(benchmark, tmp_path, capsys):
+    assert benchmark.main([*OPTIONS, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "export.json").read_text())
+    assert found["conditions"]["device"] == "cpu" and found["package"]["load_s"] == 1.5
+    assert found["package"]["size_mib"] > 0 and "1 of 2 attention calls sparse" in found["package"]["report"]
+    assert [(row["length"], row["package_ms"], row["package_range_ms"]) for row in found["rows"]] == [
+        (96, 3.0, [2.0, 4.0]), (160, 3.0, [2.0, 4.0]),
+    ]  # fmt: skip
+    assert all(
+        row["error"] < 1e-4 and row["ratio"] == pytest.approx(3 / row["compiled_ms"], rel=1e-2) for row in found["rows"]
+    )
+    assert "| 160 | 3.00 ms |" in (tmp_path / "export.md").read_text()
+    assert "| 96 | 3.00 ms |" in capsys.readouterr().out
+
+
+def test_output_of_another_kind_ends_it():
+    with pytest.raises(SystemExit, match="something else than 2 cases"):
+        load().read_output("loaded_ms 3\ntimes_ms 1\na max error 0.1", [{}, {}])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--lengths", "96"], "at least two different lengths"), (["--device", "cuda"], "needs a CUDA device")],
+)
+def test_command_line(options, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        load().main([*OPTIONS, *options])
+    assert said in capsys.readouterr().err
