@@ -19,30 +19,55 @@ transformers = pytest.importorskip("transformers")
 
 LENGTHS = (40, 300)
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1)
+SINGLE = CONFIG.replace(layers=[0])
+# configuration, padded, whether of a whole model or of one attention call, which is traced in a third of the time
 CASES = {
-    "padded": (CONFIG, True),
-    "plain": (CONFIG, False),
-    "coverage within a capacity": (CONFIG.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True),
+    "padded model": (CONFIG, True, True),
+    "plain": (SINGLE, False, False),
+    "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, False),
 }
 
 
-def make_inputs(batch, length, *, padded=True, seed=0):
-    """Token ids and a mask whose items are padded left, right and not at all."""
+def make_inputs(batch, length, *, padded=True, model=True, seed=0):
+    """Token ids, or query, key and value; and a mask whose items are padded left, right and not at all."""
     generator = torch.Generator().manual_seed(seed)
+    if model:
+        inputs = {"input_ids": torch.randint(0, 97, (batch, length), generator=generator)}
+    else:
+        sizes = {"query": 4, "key": 2, "value": 2}
+        inputs = {name: torch.randn(batch, size, length, 8, generator=generator) for name, size in sizes.items()}
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[0, :11] = 0
     mask[-1, length - 5 :] = 0 if batch > 1 else 1
-    inputs = {"input_ids": torch.randint(0, 97, (batch, length), generator=generator), "attention_mask": mask}
-    return inputs if padded else {"input_ids": inputs["input_ids"]}
+    return {**inputs, "attention_mask": mask} if padded else inputs
 
 
-def make_program(config, padded=True, lower=None):
+class Call(torch.nn.Module):
+    """One attention call, causal and padded."""
+
+    def forward(self, query, key, value, attention_mask=None):
+        positions = torch.arange(query.shape[2])
+        mask = (positions <= positions[:, None])[None, None]
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, None, None].bool()
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def small_llama():
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    llama = transformers.LlamaConfig(num_hidden_layers=2, vocab_size=97, **shape)
-    model = transformers.LlamaForCausalLM(llama).eval()
-    inputs = make_inputs(2, 80, padded=padded)
-    return export_program(model, inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8), lower=lower)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, vocab_size=97, **shape)).eval()
+
+
+def make_program(config, padded, model):
+    inputs = make_inputs(2, 80, padded=padded, model=model)
+    made = small_llama() if model else Call().eval()
+    return export_program(made, inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8))
+
+
+def output_of(program, inputs):
+    result = program.module()(**inputs)
+    return result["logits"] if isinstance(result, dict) else result
 
 
 def op_types(model):
@@ -65,7 +90,7 @@ def programs():
 @pytest.mark.parametrize("case", CASES)
 def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, programs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    padded = CASES[case][1]
+    padded, model_too = CASES[case][1:]
     program, path = programs(case), tmp_path / "model.onnx"
     tsa_onnx.save(program, path)
 
@@ -76,10 +101,11 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
     assert {entry.key: entry.value for entry in model.metadata_props}["tsa_compile.length"] == "40..300"
 
     session = onnxruntime.InferenceSession(path)
-    assert [tensor.shape for tensor in session.get_inputs()] == [["batch", "length"]] * (2 if padded else 1)
+    shapes = [["batch", "length"]] if model_too else [["batch", heads, "length", 8] for heads in (4, 2, 2)]
+    assert [tensor.shape for tensor in session.get_inputs()] == shapes + [["batch", "length"]] * padded
     for batch, length in ((2, 80), (1, 41), (3, 150)):
-        inputs = make_inputs(batch, length, padded=padded, seed=length)
-        expected = program.module()(**inputs)["logits"]
+        inputs = make_inputs(batch, length, padded=padded, model=model_too, seed=length)
+        expected = output_of(program, inputs)
         got = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -121,17 +147,17 @@ def reference_ops():
 def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(padded, programs, tmp_path):
     from onnx.reference import ReferenceEvaluator
 
-    program, path = programs("padded" if padded else "plain"), tmp_path / "model.onnx"
+    program, path = programs("padded model" if padded else "plain"), tmp_path / "model.onnx"
     tsa_onnx.save(program, path, domain="tsa")
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     steps = ["Score", "Select", "CompressRows", "Attend", "DecompressRows"] + ["Budget", "PaddedAttention"] * padded
     assert {op: count for (domain, op), count in op_types(model).items() if domain == "tsa"} == dict.fromkeys(steps, 1)
 
-    inputs = make_inputs(2, 60, padded=padded)
+    inputs = make_inputs(2, 60, padded=padded, model=padded)
     evaluator = ReferenceEvaluator(model, new_ops=reference_ops())
     got = evaluator.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
-    expected = program.module()(**inputs)["logits"]
+    expected = output_of(program, inputs)
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -193,7 +219,8 @@ def test_a_coverage_without_capacity_names_the_layer_and_the_remedy(tmp_path):
 
 
 def test_the_layer_of_a_transformers_model_is_named():
-    program = make_program(CONFIG.replace(budget=Coverage(0.2)))
+    config = CONFIG.replace(budget=Coverage(0.2))
+    program = export_program(small_llama(), make_inputs(2, 80), config, dynamic_lengths=None)
     with pytest.raises(ConfigError, match=r"^model\.layers\.1\.self_attn: a Coverage budget"):
         tsa_onnx.to_portable(program)
 
