@@ -214,7 +214,7 @@ def test_a_model_of_fixed_length_is_named():
 class TestWrittenOut:
     """torch.export writes assertions about dtypes behind casts, which read what is to disappear."""
 
-    def export(self, finish, as_tensor=False):
+    def export(self, finish, as_tensor=False, dtype=torch.float32):
         class Written(torch.nn.Module):
             def __init__(self):
                 super().__init__()
@@ -229,13 +229,19 @@ class TestWrittenOut:
 
         clear_reports()
         export_program(
-            Written().eval(), heads(length=40, kv_heads=4), HALF.replace(layers=(0,)), dynamic_lengths=LENGTHS, lower=None
+            Written().eval(),
+            heads(length=40, kv_heads=4, dtype=dtype),
+            HALF.replace(layers=(0,)),
+            dynamic_lengths=LENGTHS,
+            lower=None,
         )
         return reports()[-1]
 
-    @pytest.mark.parametrize("as_tensor", [False, True])
-    def test_is_sparse(self, as_tensor):
-        report = self.export(lambda out, weights: out, as_tensor)
+    @pytest.mark.parametrize(
+        ("as_tensor", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+    )
+    def test_is_sparse(self, as_tensor, dtype):
+        report = self.export(lambda out, weights: out, as_tensor, dtype)
         assert [row.decision for row in report] == [Decision.SPARSE], report
 
     @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")

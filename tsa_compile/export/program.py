@@ -118,7 +118,7 @@ def _check_sizes(program: ExportedProgram, free: set[str]) -> None:
 
 def _free_sizes(program: ExportedProgram) -> set[str]:
     """The dimensions of a program's inputs that may vary, as "input_ids:1"."""
-    free = set()
+    free: set[str] = set()
     for node in program.graph.find_nodes(op="placeholder"):
         shape = getattr(fake(node), "shape", ())
         free.update(f"{node.name}:{dim}" for dim, size in enumerate(shape) if not str(size).isdigit())
