@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 SHARD = "14MB"  # a shard stays below 15 MB
 LIMIT = 50_000_000  # bytes of all weights
+# Of the norms of queries and keys, at the start. With 1 attention begins flatter, and small models on a CPU had not learned
+# to match a key after 250 steps, where with 1.5 they had after 175.
+GAIN = 1.5
 SIZES = dict(
     vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
     num_key_value_heads=2, head_dim=64, max_position_embeddings=32768,
@@ -34,6 +37,9 @@ def build_model(token_shift: bool = True, seed: int = 0, dtype: torch.dtype = to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
+    for layer in model.model.layers:
+        nn.init.constant_(layer.self_attn.q_norm.weight, GAIN)
+        nn.init.constant_(layer.self_attn.k_norm.weight, GAIN)
     return cast_parameters(model, dtype)
 
 

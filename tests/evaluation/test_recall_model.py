@@ -78,6 +78,8 @@ def test_weights_depend_on_the_seed_alone(checkpoint):
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)
+    norms = checkpoint.build_model(**TINY).model.layers[1].self_attn
+    assert norms.q_norm.weight.unique().tolist() == norms.k_norm.weight.unique().tolist() == [checkpoint.GAIN]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -122,7 +124,7 @@ def test_a_cache_may_be_cropped_and_reordered(model, ids):
 
 
 def test_generation_is_greedy_prefill_repeated(model, ids):
-    tokens = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     assert torch.equal(logits(model, tokens[:, :-1]).argmax(-1)[:, LENGTH - 1 :], tokens[:, LENGTH:])
 
 
