@@ -1,7 +1,7 @@
 """The accuracy study: dense, token sparse and control methods on retrieval tasks that a small model has learned.
 
-    python benchmarks/accuracy/study.py --model benchmarks/accuracy/checkpoint --out benchmarks/results
-    python benchmarks/accuracy/study.py --model benchmarks/accuracy/checkpoint --quick         a look: minutes on a CPU
+    python benchmarks/accuracy/study.py --model benchmarks/accuracy/model --out benchmarks/results
+    python benchmarks/accuracy/study.py --model benchmarks/accuracy/model --quick         a look: minutes on a CPU
 
 accuracy.json is written after every cell, accuracy.md and, with matplotlib, accuracy.png at the end of every call. The same
 command goes on where a call was stopped; `--minutes 8` stops by itself, between two methods; `--render` runs nothing and
