@@ -122,7 +122,7 @@ def program():
 
 
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
-def test_what_cannot_be_saved(tmp_path, monkeypatch):
+def test_what_cannot_be_saved(tmp_path):
     exported = program()
     with pytest.raises(ConfigError, match=r"a package's name ends in \.pt2"):
         aoti.save(exported, tmp_path / "model.so")
@@ -130,8 +130,8 @@ def test_what_cannot_be_saved(tmp_path, monkeypatch):
         aoti.save(exported, tmp_path / "nowhere" / "model.pt2")
     with pytest.raises(ConfigError, match=r"'max_autotuning' is not an option of torch\._inductor"):
         aoti.save(exported, tmp_path / "model.pt2", max_autotuning=True)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, os.fspath(tmp_path / "no-compiler")))
-    with pytest.raises(ConfigError, match=r"no C\+\+ compiler was found.*install g"):
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, os.fspath(tmp_path / "no-compiler"))})
+    with missing, pytest.raises(ConfigError, match=r"no C\+\+ compiler was found.*install g"):
         aoti.save(exported, tmp_path / "model.pt2")
 
 
