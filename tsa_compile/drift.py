@@ -119,7 +119,8 @@ def _runner(model: nn.Module, layer: nn.Module | None) -> nn.Module:
     """
     inner = getattr(model, "base_model", model)
     while isinstance(inner, nn.Module) and inner is not model and (layer is None or layer in set(inner.modules())):
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = find_head()
         known = {*inner.parameters(), *(head.parameters() if isinstance(head, nn.Module) else ())}
         if any(parameter not in known for parameter in model.parameters()):
             break
