@@ -174,6 +174,18 @@ def _diagonal(
     return b_acc, b_sum
 
 
+@triton.jit
+def _store_rows(
+    p_rows, stride_row, b_rows, start, stop,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows [start, start + ROWS) up to `stop`; the counterpart of `_load_rows`."""
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    pointers = p_rows + start.to(tl.int64) * stride_row * ALIGN + rows[:, None] * stride_row * ALIGN + dims[None, :]
+    b_inside = (start + rows < stop)[:, None] & (dims < DIM)[None, :]
+    tl.store(pointers, b_rows.to(p_rows.dtype.element_ty), mask=b_inside)
+
+
 # Lengths and strides vary from call to call: unspecialized, so that none of their values compiles the kernel anew.
 @triton.jit(
     do_not_specialize=[
@@ -219,11 +231,8 @@ def _flash_kernel(
         scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    p_out += (far_item * stride_ob + far_head * stride_oh + start_m.to(tl.int64) * stride_ol) * ALIGN
-    pointers = p_out + rows[:, None] * stride_ol * ALIGN + dims[None, :]
-    b_inside = (start_m + rows < count)[:, None] & (dims < VALUE_DIM)[None, :]
-    tl.store(pointers, (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty), mask=b_inside)
+    p_out += (far_item * stride_ob + far_head * stride_oh) * ALIGN
+    _store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
 
 
 def _block_dim(size: int) -> int:

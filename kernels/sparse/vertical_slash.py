@@ -51,6 +51,7 @@ from tsa_compile.kernels.flash import (
     _load_rows,
     _load_tile,
     _scores,
+    _store_rows,
     _tiles,
     _tma_fits,
     _weigh,
@@ -198,11 +199,8 @@ def _attend_kernel(
         scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    p_out += (far_item * stride_ob + far_head * stride_oh + start_m.to(tl.int64) * stride_ol) * ALIGN
-    pointers = p_out + rows[:, None] * stride_ol * ALIGN + dims[None, :]
-    b_inside = (start_m + rows < count)[:, None] & (dims < VALUE_DIM)[None, :]
-    tl.store(pointers, (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty), mask=b_inside)
+    p_out += (far_item * stride_ob + far_head * stride_oh) * ALIGN
+    _store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
 
 
 def start_table(starts: Tensor, blocks: int, block: int = BLOCK) -> Tensor:
