@@ -34,11 +34,11 @@ def simplified_minima() -> Iterator[None]:
             smaller = smaller_multiple(*map(sympy.sympify, args)) if cls is functions.Min and len(args) == 2 else None
             return original(cls, *args, **assumptions) if smaller is None else smaller
 
-        functions.Min.__new__ = simplified  # type: ignore[method-assign]
+        functions.Min.__new__ = simplified  # type: ignore[method-assign]  # torch 2.11 offers no hook for it
         try:
             yield
         finally:
-            functions.Min.__new__ = original  # type: ignore[method-assign]
+            functions.Min.__new__ = original  # type: ignore[method-assign]  # as above
 
 
 def smaller_multiple(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr | None:

@@ -34,7 +34,7 @@ COMMANDS = {
     "eval": evaluate.evaluate,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name, epilog=_command.epilog)(_command)  # type: ignore[attr-defined]
+    app.command(_name, epilog=_command.epilog)(_command)
 
 
 def _version(wanted: bool) -> None:

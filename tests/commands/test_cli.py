@@ -264,7 +264,8 @@ def test_on_a_gpu():
 @pytest.fixture(scope="module")
 def installed():
     path = shutil.which("tsa-compile", path=sysconfig.get_path("scripts"))
-    return path or pytest.skip("the package was installed before it had a command: install it again")
+    assert path, "the package is installed without its command: install it again"
+    return path
 
 
 def test_the_installed_command_fails_in_one_line(installed, tmp_path):

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_type_hints
 
 import typer
 
@@ -218,31 +218,37 @@ Figure = Annotated[Path | None, typer.Option("--figure", help="Also draw a figur
 FIGURES = (".png", ".svg", ".pdf")
 
 
-def command(*examples: tuple[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+class Command(Protocol):
+    """A function for typer, and the examples that end its help."""
+
+    epilog: str
+
+    def __call__(self, **given: Any) -> None: ...
+
+
+def command(*examples: tuple[str, str]) -> Callable[[Callable[..., None]], Command]:
     """Makes a function that takes options as dataclasses into one that typer understands.
 
     Args:
         examples: (what it answers, the command line) of the help's end.
     """
 
-    def spread(function: Callable[..., None]) -> Callable[..., None]:
+    def spread(function: Callable[..., None]) -> Command:
         hints = get_type_hints(function, include_extras=True)
-        groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+        groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
             objects = {
-                name: kind(**{item.name: given.pop(item.name) for item in fields(kind)})  # type: ignore[operator]
-                for name, kind in groups.items()
+                name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
             }
             debug = any(getattr(value, "debug", False) for value in objects.values())
             guarded(lambda: function(**objects, **given), debug)
 
         parameters = list(_parameters(function, hints, groups))
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.epilog = _epilog(examples)  # type: ignore[attr-defined]
-        return run
+        vars(run).update(__signature__=inspect.Signature(parameters), epilog=_epilog(examples))
+        return cast(Command, run)
 
     return spread
 
