@@ -227,29 +227,45 @@ def xattention_triton(
     chunk: int = CHUNK,
 ) -> Lists:
     """Launch the kernels; also runs on CPU tensors in the Triton interpreter. tiling, chunk: see Tiling and lists.CHUNK."""
+    count = None if count is None else count.contiguous()
+    energy = energies_triton(query, key, scale, count, stride=stride, block=block, tiling=tiling)
+    batch, heads, _, blocks = energy.shape
+    lists = empty_lists(batch, heads, blocks, query.device)
+    if energy.numel() == 0:
+        return lists
+    _choose_kernel[(blocks, heads, batch)](
+        energy, count, *lists, query.shape[2], blocks, mass, STRIDE=stride, BLOCK=block, CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+    return lists
+
+
+def energies_triton(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
+    stride: int = STRIDE, block: int = BLOCK, tiling: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """The first of the two launches: log2 of the sum of exp(x) over each block's columns that a row sees.
+
+    Returns:
+        float32 [B, H, Q * block / s, Q]; what lies above the diagonal or behind the count is not written.
+    """
     query, key = _aligned_rows(query), _aligned_rows(key)
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
-    blocks, block_d = triton.cdiv(capacity, block), _block_dim(dim)
-    lists = empty_lists(batch, heads, blocks, query.device)
-    if lists.kv_num_blocks.numel() == 0:
-        return lists
-    tiling = _tiling(query, key, capacity >= stride, tiling)
-    count = None if count is None else count.contiguous()
+    blocks = triton.cdiv(capacity, block)
     energy = torch.empty(batch, heads, blocks * (block // stride), blocks, dtype=torch.float32, device=query.device)
+    if energy.numel() == 0:
+        return energy
+    tiling = _tiling(query, key, capacity >= stride, tiling)
     align = row_alignment(query, key)
     _energy_kernel[(triton.cdiv(capacity, stride * tiling.rows), heads, batch)](
         query, key, count, energy,
         _groups(query, stride, tiling.rows, tiling.dims) if tiling.use_tma else None,
         _groups(key, stride, tiling.columns, tiling.dims) if tiling.use_tma else None,
         *(s // align for tensor in (query, key) for s in tensor.stride()[:3]), capacity, blocks, heads // kv_heads,
-        scale / stride * math.log2(math.e), STRIDE=stride, DIM=dim, BLOCK_D=block_d, ALIGN=align, BLOCK=block,
+        scale / stride * math.log2(math.e), STRIDE=stride, DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, BLOCK=block,
         ROWS=tiling.rows, COLUMNS=tiling.columns, DIMS=tiling.dims, USE_TMA=tiling.use_tma,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
-    _choose_kernel[(blocks, heads, batch)](
-        energy, count, *lists, capacity, blocks, mass, STRIDE=stride, BLOCK=block, CHUNK=chunk, num_warps=4,
-    )  # fmt: skip
-    return lists
+    return energy
 
 
 def _tiling(query: Tensor, key: Tensor, use_tma: bool, tiling: Tiling | None) -> Tiling:
@@ -289,8 +305,32 @@ def xattention_aten(
     stride: int = STRIDE, mass: float = MASS, block: int = BLOCK,
 ) -> Lists:  # fmt: skip
     """The same in ATen ops alone, on any device: x is in memory."""
+    blocks = -(-query.shape[2] // block)
+    real = real_blocks(count, query.shape[2], block, query.device)
+    x, behind = _strided_logits(query, key, scale, count, stride, block)
+    weights = x.softmax(dim=3).masked_fill(behind[..., None], 0)
+    sums = weights.unflatten(3, (blocks, -1)).sum(dim=4).unflatten(2, (blocks, -1)).sum(dim=3)
+    candidates, always = forced(blocks, real, sinks=1, window=1)
+    others = sums.masked_fill(~candidates | always, 0).sort(dim=3, descending=True).values
+    held = (sums * always).sum(dim=3, keepdim=True)
+    needed = held + others.cumsum(dim=3) - others < mass * (held + others.sum(dim=3, keepdim=True))
+    smallest = others.masked_fill(~needed, math.inf).amin(dim=3, keepdim=True)
+    return lists_of(candidates & ((sums >= smallest) | always))
+
+
+def energies_aten(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *, stride: int = STRIDE, block: int = BLOCK
+) -> Tensor:
+    """What `energies_triton` computes, -inf where nothing is seen; NaN in rows behind the count."""
+    x, _ = _strided_logits(query, key, scale, count, stride, block)
+    return x.unflatten(3, (-1, block // stride)).logsumexp(dim=4) * math.log2(math.e)
+
+
+def _strided_logits(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None, stride: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """`x`, [B, H, n, n] with n = Q * block / stride, -inf where a row doesn't see; the rows behind the count, [B, 1, n]."""
     capacity, blocks = query.shape[2], -(-query.shape[2] // block)
-    real = real_blocks(count, capacity, block, query.device)
     rows = torch.arange(blocks * block, device=query.device)
     filler = (rows >= (rows.new_tensor([capacity]) if count is None else count.clamp(max=capacity))[:, None])[:, None]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -302,11 +342,4 @@ def xattention_aten(
     x = scale / stride * (query.flip(3).flatten(3) @ key.flatten(3).transpose(2, 3))
     behind = filler[..., ::stride]
     future = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device).triu(1)
-    weights = x.masked_fill(future | behind[:, :, None], -math.inf).softmax(dim=3).masked_fill(behind[..., None], 0)
-    sums = weights.unflatten(3, (blocks, -1)).sum(dim=4).unflatten(2, (blocks, -1)).sum(dim=3)
-    candidates, always = forced(blocks, real, sinks=1, window=1)
-    others = sums.masked_fill(~candidates | always, 0).sort(dim=3, descending=True).values
-    held = (sums * always).sum(dim=3, keepdim=True)
-    needed = held + others.cumsum(dim=3) - others < mass * (held + others.sum(dim=3, keepdim=True))
-    smallest = others.masked_fill(~needed, math.inf).amin(dim=3, keepdim=True)
-    return lists_of(candidates & ((sums >= smallest) | always))
+    return x.masked_fill(future | behind[:, :, None], -math.inf), behind

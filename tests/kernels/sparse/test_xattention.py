@@ -5,7 +5,14 @@ import torch
 
 from tsa_compile.kernels import reference_sparse
 from tsa_compile.kernels.sparse.lists import density
-from tsa_compile.kernels.sparse.xattention import Tiling, xattention_aten, xattention_lists, xattention_triton
+from tsa_compile.kernels.sparse.xattention import (
+    Tiling,
+    energies_aten,
+    energies_triton,
+    xattention_aten,
+    xattention_lists,
+    xattention_triton,
+)
 
 from .support import counted, make, mask_of, poisoned
 
@@ -46,6 +53,22 @@ def test_few_dims_and_large_logits(triton_device):
         assert torch.equal(mask_of(found), mask_of(expected)), scale
 
 
+def assert_same_energies(query, key, count, stride, block, **options):
+    """Where a row sees a block; what is above the diagonal or behind the count need not be written."""
+    expected = energies_aten(query, key, 0.3, count, stride=stride, block=block)
+    found = energies_triton(query, key, 0.3, count, stride=stride, block=block, **options)
+    rows, blocks = (torch.arange(size, device=query.device) for size in expected.shape[2:])
+    live = torch.full_like(rows[:1], query.shape[2]) if count is None else count
+    seen = (blocks <= (rows * stride // block)[:, None]) & (rows * stride < live[:, None])[:, None, :, None]
+    assert (seen & expected.isfinite()).any()
+    torch.testing.assert_close(*(t.where(seen, 0) for t in (found, expected)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_energies(triton_device, poisoned_empty, tiling):
+    assert_same_energies(*make(device=triton_device), counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
+
+
 @pytest.mark.parametrize("capacity", [1, 300])
 def test_defaults_and_layout(triton_device, capacity):
     query, key = (
@@ -73,4 +96,5 @@ def test_on_the_gpu(stride, layout):
         inputs = poisoned((query, key), counts)
         found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride, chunk=16))
         expected = mask_of(xattention_aten(query, key, 0.3, count, stride=stride))
+        assert_same_energies(*inputs, count, stride, 128)
         assert (found != expected).float().mean() < 5e-3  # sums differ in their last bits
