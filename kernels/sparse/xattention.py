@@ -58,13 +58,20 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
+def _corner(stride_b, stride_h, stride_l, item, head, STRIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where a head begins in the view of `_groups`: its row and column."""
+    offset, group = item.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h, STRIDE * stride_l
+    return (offset // group).to(tl.int32), (offset % group).to(tl.int32) * ALIGN
+
+
+@triton.jit
 def _load_groups(
-    descriptor, p_rows, stride_row, item, head, first, step, start_d, count, USE_TMA: tl.constexpr,
+    descriptor, corner, column, p_rows, stride_row, first, step, start_d, count, USE_TMA: tl.constexpr,
     GROUPS: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Row `step` of each group from `first` on, [GROUPS, DIMS] of its dimensions; zeros behind the count."""
     if USE_TMA:
-        return tl.reshape(descriptor.load([item, head, first, step, start_d]), [GROUPS, DIMS])
+        return descriptor.load([corner + first, column + step * stride_row * ALIGN + start_d])
     else:
         rows = (first + tl.arange(0, GROUPS)) * STRIDE + step
         dims = start_d + tl.arange(0, DIMS)
@@ -74,8 +81,9 @@ def _load_groups(
 
 @triton.jit
 def _tile_energies(
-    desc_query, desc_key, p_query, p_key, p_energy, stride_ql, stride_kl, item, head, kv_head, start_m, count, blocks,
-    scale_log2, USE_TMA: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    desc_query, desc_key, corner_query, column_query, corner_key, column_key, p_query, p_key, p_energy, stride_ql, stride_kl,
+    start_m, count, blocks, scale_log2,
+    USE_TMA: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The rows [start_m, start_m + ROWS) of x, up to the diagonal."""
@@ -86,12 +94,12 @@ def _tile_energies(
         for part in tl.range(0, STRIDE * (BLOCK_D // DIMS)):
             step, start_d = part // (BLOCK_D // DIMS), part % (BLOCK_D // DIMS) * DIMS
             b_query = _load_groups(
-                desc_query, p_query, stride_ql, item, head, start_m, STRIDE - 1 - step, start_d, count, USE_TMA,
-                ROWS, STRIDE, DIM, DIMS, ALIGN,
+                desc_query, corner_query, column_query, p_query, stride_ql, start_m, STRIDE - 1 - step, start_d, count,
+                USE_TMA, ROWS, STRIDE, DIM, DIMS, ALIGN,
             )  # fmt: skip
             b_key = _load_groups(
-                desc_key, p_key, stride_kl, item, kv_head, start, step, start_d, count, USE_TMA,
-                COLUMNS, STRIDE, DIM, DIMS, ALIGN,
+                desc_key, corner_key, column_key, p_key, stride_kl, start, step, start_d, count,
+                USE_TMA, COLUMNS, STRIDE, DIM, DIMS, ALIGN,
             )  # fmt: skip
             b_x = tl.dot(b_query, tl.trans(b_key), b_x, input_precision="ieee")
         columns = start + tl.arange(0, COLUMNS)
@@ -127,6 +135,8 @@ def _energy_kernel(
         return
     start_m, kv_head = tile * ROWS, head // heads_per_kv
     far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    corner_query, column_query = _corner(stride_qb, stride_qh, stride_ql, item, head, STRIDE, ALIGN)
+    corner_key, column_key = _corner(stride_kb, stride_kh, stride_kl, item, kv_head, STRIDE, ALIGN)
     p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
     p_key += (far_item * stride_kb + far_kv_head * stride_kh) * ALIGN
     p_energy += (far_item * tl.num_programs(1) + far_head) * (BLOCK // STRIDE) * blocks * blocks
@@ -135,13 +145,13 @@ def _energy_kernel(
         by_tma = tl.cdiv(start_m + ROWS, COLUMNS) * COLUMNS * STRIDE <= count
     if by_tma:
         _tile_energies(
-            desc_query, desc_key, p_query, p_key, p_energy, stride_ql, stride_kl, item, head, kv_head, start_m, count,
-            blocks, scale_log2, USE_TMA, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
+            desc_query, desc_key, corner_query, column_query, corner_key, column_key, p_query, p_key, p_energy, stride_ql,
+            stride_kl, start_m, count, blocks, scale_log2, USE_TMA, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
         )  # fmt: skip
     else:
         _tile_energies(
-            desc_query, desc_key, p_query, p_key, p_energy, stride_ql, stride_kl, item, head, kv_head, start_m, count,
-            blocks, scale_log2, False, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
+            desc_query, desc_key, corner_query, column_query, corner_key, column_key, p_query, p_key, p_energy, stride_ql,
+            stride_kl, start_m, count, blocks, scale_log2, False, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
         )  # fmt: skip
 
 
@@ -254,7 +264,7 @@ def energies_triton(
     energy = torch.empty(batch, heads, blocks * (block // stride), blocks, dtype=torch.float32, device=query.device)
     if energy.numel() == 0:
         return energy
-    tiling = _tiling(query, key, capacity >= stride, tiling)
+    tiling = _tiling(query, key, stride, tiling)
     align = row_alignment(query, key)
     _energy_kernel[(triton.cdiv(capacity, stride * tiling.rows), heads, batch)](
         query, key, count, energy,
@@ -268,9 +278,9 @@ def energies_triton(
     return energy
 
 
-def _tiling(query: Tensor, key: Tensor, use_tma: bool, tiling: Tiling | None) -> Tiling:
+def _tiling(query: Tensor, key: Tensor, stride: int, tiling: Tiling | None) -> Tiling:
     """What was asked for, or what fits the GPU, adapted to the head size and to strides."""
-    use_tma = use_tma and _tma_fits(query) and _tma_fits(key)
+    use_tma = _groups_fit(query, stride) and _groups_fit(key, stride)
     if tiling is None and query.dtype == torch.float32:
         tiling = Tiling(32, 32, 32, 4, 1)
     elif tiling is None:
@@ -279,15 +289,29 @@ def _tiling(query: Tensor, key: Tensor, use_tma: bool, tiling: Tiling | None) ->
     return tiling._replace(dims=min(tiling.dims, _block_dim(query.shape[3])), use_tma=tiling.use_tma and use_tma)
 
 
+def _groups_fit(tensor: Tensor, stride: int) -> bool:
+    """Whether `_groups` has a view of the tensor: a head's groups of rows are whole rows of it, or a range of columns."""
+    (batch, heads, capacity, dim), (stride_b, stride_h, stride_l) = tensor.shape, tensor.stride()[:3]
+    if capacity < stride or dim != _block_dim(dim) or not _tma_fits(tensor):
+        return False  # columns behind the head size are no zeros, but the next head's
+    group = stride * stride_l
+    whole_items = batch == 1 or stride_b % group == 0
+    whole_heads = heads == 1 or stride_h % group == 0 or (heads - 1) * stride_h + dim <= stride_l
+    return whole_items and whole_heads
+
+
 def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
-    """TMA's view [B, H, C // stride, stride, D] of a tensor, in tiles of one row of each of `groups` groups."""
+    """TMA's view of a tensor as a matrix, a group of `stride` tokens a row, in tiles of `groups` rows.
+
+    A matrix, as a tile of more dimensions is reshaped in registers: then the query is an operand from registers, which
+    Triton 3.6 overwrites while products of the step before still read it.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor  # here, as the package imports without Triton
 
-    batch, heads, capacity, dim = tensor.shape
-    # The stride of a dimension of one element may be anything, TMA's may not.
-    outer = [s if size > 1 else _block_dim(dim) for s, size in zip(tensor.stride()[:3], tensor.shape[:3])]
-    strides = [outer[0], outer[1], stride * outer[2], outer[2], 1]
-    return TensorDescriptor(tensor, [batch, heads, capacity // stride, stride, dim], strides, [1, 1, groups, 1, dims])
+    (batch, heads, capacity, _), (stride_b, stride_h, stride_l) = tensor.shape, tensor.stride()[:3]
+    group = stride * stride_l
+    rows = ((batch - 1) * stride_b + (heads - 1) * stride_h) // group + capacity // stride
+    return TensorDescriptor(tensor, [rows, group], [group, 1], [groups, dims])
 
 
 def xattention_lists(

@@ -7,6 +7,7 @@ from tsa_compile.kernels import reference_sparse
 from tsa_compile.kernels.sparse.lists import density
 from tsa_compile.kernels.sparse.xattention import (
     Tiling,
+    _tiling,
     energies_aten,
     energies_triton,
     xattention_aten,
@@ -64,16 +65,40 @@ def assert_same_energies(query, key, count, stride, block, **options):
     torch.testing.assert_close(*(t.where(seen, 0) for t in (found, expected)), rtol=1e-4, atol=1e-3)
 
 
+def heads_inside(tensor):
+    """The same [B, H, C, D], in memory [B, C, H, D]."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("layout", [lambda tensor: tensor, heads_inside], ids=["BHCD", "BCHD"])
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_energies(triton_device, poisoned_empty, tiling):
-    assert_same_energies(*make(device=triton_device), counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
+def test_energies(triton_device, poisoned_empty, tiling, layout):
+    query, key = (layout(tensor) for tensor in make(capacity=152, device=triton_device))
+    assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == (tiling == "tma")
+    assert_same_energies(query, key, counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
+
+
+@pytest.mark.parametrize("near_miss", ["stride", "items", "heads", "head size", "steps"])
+def test_tiles_by_tma_need_a_matrix_of_groups(near_miss):
+    """A group of rows is a row of the matrix, so heads must begin with one, or lie side by side in it."""
+    query, key = make(capacity=152)
+    assert _tiling(query, key, 8, TILINGS["tma"]).use_tma
+    if near_miss == "stride":
+        assert not _tiling(query, key, 16, TILINGS["tma"]).use_tma
+        return
+    shapes = {"items": (2, 4, 151, 32), "heads": (1, 4, 150, 32), "head size": (2, 4, 152, 24), "steps": (2, 4, 152, 32)}
+    other = torch.zeros(shapes[near_miss])
+    if near_miss == "items":
+        other = heads_inside(other)
+        assert _tiling(other[:1], other[:1], 8, TILINGS["tma"]).use_tma
+    if near_miss == "steps":
+        other = torch.zeros(2, 4, 152, 33)[..., :32]
+    assert not _tiling(other, key, 8, TILINGS["tma"]).use_tma and not _tiling(query, other, 8, TILINGS["tma"]).use_tma
 
 
 @pytest.mark.parametrize("capacity", [1, 300])
 def test_defaults_and_layout(triton_device, capacity):
-    query, key = (
-        t.transpose(1, 2).contiguous().transpose(1, 2) for t in make(1, 1, capacity=capacity, device=triton_device)
-    )
+    query, key = map(heads_inside, make(1, 1, capacity=capacity, device=triton_device))
     assert torch.equal(*(mask_of(f(query, key, 1.0)) for f in (xattention_aten, xattention_triton)))
     if triton_device == "cpu":
         assert torch.equal(mask_of(xattention_lists(query, key, 1.0)), mask_of(xattention_aten(query, key, 1.0)))
@@ -90,7 +115,7 @@ def test_nothing_to_do(triton_device):
 def test_on_the_gpu(stride, layout):
     query, key = make(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
     if layout == "BCHD":
-        query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key))
+        query, key = heads_inside(query), heads_inside(key)
     for counts in ([5000, 3333], [4096, 0]):
         count = counted(counts, "cuda")
         inputs = poisoned((query, key), counts)
