@@ -203,6 +203,7 @@ def _flash_kernel(
     HEADS_INNER: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one head."""
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor hands a Python float on as a double
     head = tl.program_id(0 if HEADS_INNER else 1)
     item = tl.program_id(2)
     count = capacity

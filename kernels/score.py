@@ -120,6 +120,7 @@ def _row_stats_kernel(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partial[b,h,split,w] = log2 sum_{t in split, t <= row w} 2^(logit[w,t] log2 e)."""
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # Inductor hands a Python float on as a double
     # The row tiles of a group are neighbours in launch order, so that they find each other's keys in the L2 cache.
     row_tiles = tl.cdiv(window, BLOCK_M)
     head, row_tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
@@ -185,6 +186,7 @@ def _column_mean_kernel(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """raw[b,h,c] = mean over the rows of 2^(logit log2 e - row_lse) for the c-th candidate."""
+    scale_log2 = tl.cast(scale_log2, tl.float32)
     start = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)

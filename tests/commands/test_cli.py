@@ -252,6 +252,12 @@ def test_progress_goes_to_a_terminal(traced, monkeypatch):
     assert quiet.stdout == shown.stdout
 
 
+def test_steps_show_nothing_without_a_terminal(capsys):
+    with output.steps() as step:
+        step("first", 1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     chosen = ["--shape", "small", "--device", "cuda", "--budget", "keep:0.5", "--min-length", "1", "--json"]

@@ -87,10 +87,14 @@ def working(text: str) -> Iterator[None]:
 
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, as a function of (what comes next, steps done, steps in all)."""
+    """A progress bar on stderr, as a function of (what comes next, steps done, steps in all); nothing without a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = stderr()
+    if not console.is_terminal:  # where rich would end the bar, though it was never drawn, by an empty line
+        yield lambda text, done, total: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr(), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
