@@ -292,16 +292,16 @@ def main() -> int:
     log.addHandler(handler)
     run = Run(arguments.seconds)
     run.parts = {name: [] for name in TITLES}
+    conditions = describe() | {"length": arguments.length, "keep": arguments.keep, "min_tokens": MIN_TOKENS}
     with torch.no_grad():
         for name in arguments.parts:
             run.attempt(name, functools.partial(PARTS[name], run, arguments))
             torch.cuda.empty_cache()
-    conditions = describe() | {"length": arguments.length, "keep": arguments.keep, "min_tokens": MIN_TOKENS}
-    problems = run.wrong + run.failures
-    text = report(conditions, run.parts, problems)
+            problems = run.wrong + run.failures
+            text = report(conditions, run.parts, problems)
+            if arguments.out is not None:  # after each part, so that a run cut short leaves what it had
+                write(arguments.out, run, conditions, text)
     print(text)
-    if arguments.out is not None:
-        write(arguments.out, run, conditions, text)
     log.info("%d wrong, %d failures%s", len(run.wrong), len(run.failures), "".join("\n  " + p for p in problems))
     return 1 if run.wrong else 0
 

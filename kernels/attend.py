@@ -101,8 +101,8 @@ class AttentionKernel:
         argument, `count` (int32 [B] on the device, or None), must not synchronise, and returns all C rows.
     supports: None if the request fits, else a sentence that says why not.
     priority: "auto" takes the fitting kernel of the highest; the built-in ones have 30, 20, 0 and -10.
-    round_rows: the rows to compute for a count read on the host, at least as many; for kernels that are planned anew
-        for every shape.
+    round_rows: the rows to hand over for a count that the host knows, at least as many; for kernels that are planned anew
+        for every shape, or, with `device_count`, that read some numbers of rows faster.
     exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
     """
 

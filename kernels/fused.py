@@ -207,7 +207,11 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
     kept = options.kept(seq_len) if padding is None else None
     if kept is not None:
         kernel = _kernel(query, key, value, options, device_count=False)
-        return _attend(output, query, key, value, select_triton(scores, None, kept), None, kernel, options.scale)
+        rows, count = kept, None
+        if kernel.device_count:  # of the rows it is given, it computes no more than the count
+            rows = min(kernel.round_rows(kept), seq_len)
+            count = None if rows == kept else torch.full(query.shape[:1], kept, dtype=torch.int32, device=query.device)
+        return _attend(output, query, key, value, select_triton(scores, count, rows), count, kernel, options.scale)
     limit = options.limit(seq_len)
     count = budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
     count = count.clamp_(max=limit) if limit < seq_len else count

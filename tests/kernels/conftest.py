@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tsa_compile.kernels.attend import names, register, unregister
+
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_device(request):
@@ -28,3 +30,18 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def own_kernel():
+    """Registers kernels for the length of a test."""
+    added = []
+
+    def add(kernel):
+        added.append(register(kernel).name)
+        return kernel
+
+    yield add
+    for name in added:
+        if name in names():
+            unregister(name)

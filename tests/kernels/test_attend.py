@@ -119,21 +119,6 @@ def test_opcheck(device, with_count):
     torch.library.opcheck(attend, (*inputs, count if with_count else None, 0.2, "auto"))
 
 
-@pytest.fixture
-def own_kernel():
-    """Registers kernels for the length of a test."""
-    added = []
-
-    def add(kernel):
-        added.append(register(kernel).name)
-        return kernel
-
-    yield add
-    for name in added:
-        if name in names():
-            unregister(name)
-
-
 def test_builtin_names_by_priority():
     assert names()[:4] == ("cudnn", "flash", "sdpa", "triton")
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.kernels import fused, reference
+from tsa_compile.kernels import attend, fused, reference
+from tsa_compile.kernels.attend import AttentionKernel
 from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_triton
 from tsa_compile.kernels.padded import spans
 
@@ -116,6 +117,27 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.tsa.sparse_attention, (*inputs, *scalars))
     padding = sided().to(device)
     torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
+
+
+def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_kernel):
+    """27 of 50 tokens are kept: 32 rows and their number; at most as many rows as there are tokens."""
+    seen = []
+
+    def run(query, key, value, scale, count=None):
+        seen.append((query.shape[2], None if count is None else count.tolist()))
+        return attend.get("sdpa").causal(query, key, value, scale)
+
+    inputs = make(2, 2, 2, L, 32, 48, device=triton_device)
+    plain = sparse_triton(*inputs, HALF)
+    for step, rows, count in ((1, 27, None), (16, 32, [27, 27]), (60, 50, [27, 27])):
+        own_kernel(
+            AttentionKernel(
+                f"steps of {step}", run, lambda request: None, priority=-50, device_count=True,
+                round_rows=lambda rows, step=step: -(-rows // step) * step,
+            )
+        )  # fmt: skip
+        close(sparse_triton(*inputs, dataclasses.replace(HALF, kernel=f"steps of {step}")), plain)
+        assert seen.pop() == (rows, count)
 
 
 @pytest.mark.gpu
