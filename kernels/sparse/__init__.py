@@ -41,7 +41,7 @@ from tsa_compile.kernels.sparse.flexprefill import flexprefill_lists
 from tsa_compile.kernels.sparse.lists import Lists, Selector, density, lists_of
 from tsa_compile.kernels.sparse.minference import a_shape_lists, minference_lists
 from tsa_compile.kernels.sparse.vertical_slash import VerticalSlash, vertical_slash_attention
-from tsa_compile.kernels.sparse.xattention import round_rows, xattention_lists
+from tsa_compile.kernels.sparse.xattention import xattention_lists
 
 PRIORITY = -20
 
@@ -62,23 +62,18 @@ __all__ = [
 ]
 
 
-def block_sparse(
-    name: str, selector: AnySelector, *, round_rows: Callable[[int], int] = lambda rows: rows, **options: Any
-) -> AttentionKernel:
+def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionKernel:
     """Registers block-sparse attention over what a selector chooses; KernelError if the name is taken.
 
     selector: `(query [B,H,C,D], key [B,Hk,C,D], scale, count int32 [B] or None, **options) -> (kv_num_blocks, kv_indices)`
         as blocks.py takes them, or a VerticalSlash. It must not synchronise, and query and key behind the count may hold
         anything.
-    round_rows: see AttentionKernel.
     """
     chosen = functools.partial(selector, **options)
     run = functools.partial(run_blocks, selector=chosen)
     return register(
-        AttentionKernel(
-            name, run=run, supports=_supports, priority=PRIORITY, device_count=True, round_rows=round_rows, exact=False
-        )
-    )  # fmt: skip
+        AttentionKernel(name, run, _supports, PRIORITY, device_count=True, round_rows=_whole_groups, exact=False)
+    )
 
 
 def run_blocks(
@@ -91,13 +86,18 @@ def run_blocks(
     return block_sparse_attention(query, key, value, scale, *lists, count)
 
 
+def _whole_groups(rows: int) -> int:
+    """XAttention reads the heads' rows by TMA where each has whole groups of 16; the others do not mind."""
+    return -(-rows // 16) * 16
+
+
 def _supports(request: KernelRequest) -> str | None:
     """On CUDA what the Triton kernels take, on the CPU everything."""
     return None if request.device_type == "cpu" else flash.supports(request)
 
 
 block_sparse("flashprefill", flashprefill_lists)
-block_sparse("xattention", xattention_lists, round_rows=round_rows)
+block_sparse("xattention", xattention_lists)
 block_sparse("flexprefill", flexprefill_lists)
 block_sparse("minference", minference_lists)
 block_sparse("a_shape", a_shape_lists)

@@ -300,11 +300,6 @@ def _groups_fit(tensor: Tensor, stride: int) -> bool:
     return whole_items and whole_heads
 
 
-def round_rows(rows: int) -> int:
-    """Rows of all heads, one after the other, that TMA takes at either stride: each head's are whole groups."""
-    return -(-rows // 16) * 16
-
-
 def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
     """TMA's view of a tensor as a matrix, a group of `stride` tokens a row, in tiles of `groups` rows.
 
