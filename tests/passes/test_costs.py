@@ -60,7 +60,7 @@ def steps(site, length, keep):
 
 @pytest.mark.parametrize(("rows", "ms"), ATTENTION)
 def test_attention_takes_what_was_measured(rows, ms):
-    assert dense_ms(LLAMA, H200)(rows) == pytest.approx(ms, rel=0.03)
+    assert dense_ms(LLAMA, H200)(rows) == pytest.approx(ms, rel=0.035)
 
 
 def test_the_h200s_attention_is_the_fit_of_the_measured_times():
