@@ -11,6 +11,7 @@ leave them and others. Prints a line a kernel; the exit code is 1 if one was nev
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
@@ -32,6 +33,12 @@ from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.padded import spans
 from tsa_compile.kernels.score import score_triton
 from tsa_compile.kernels.select import select_triton
+from tsa_compile.kernels.sparse.blocks import blocks_triton
+from tsa_compile.kernels.sparse.flashprefill import flashprefill_triton
+from tsa_compile.kernels.sparse.flexprefill import flexprefill_triton
+from tsa_compile.kernels.sparse.minference import minference_triton
+from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_triton
+from tsa_compile.kernels.sparse.xattention import xattention_triton
 
 SCALE = 0.2
 
@@ -54,11 +61,12 @@ class Recorded:
 def record(replace: Callable[[Any, str, Any], None] = setattr) -> Counter[str]:
     """Puts a Recorded in the place of every kernel; the counts, by module and name."""
     launches: Counter[str] = Counter()
-    for found in pkgutil.iter_modules(tsa_compile.kernels.__path__):
-        module = importlib.import_module(f"tsa_compile.kernels.{found.name}")
+    prefix = f"{tsa_compile.kernels.__name__}."
+    for found in pkgutil.walk_packages(tsa_compile.kernels.__path__, prefix):
+        module = importlib.import_module(found.name)
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and hasattr(value, "__getitem__"):
-                replace(module, name, Recorded(f"{found.name}.{name}", value, launches))
+                replace(module, name, Recorded(f"{found.name.removeprefix(prefix)}.{name}", value, launches))
     return launches
 
 
@@ -116,6 +124,20 @@ def run(case: Case, device: str) -> None:
     assert torch.equal(split, indices)
     rows = compress_triton(query, key, value, indices, count)
     decompress_triton(flash_triton(*rows, SCALE, count), indices, count, case.length)
+    run_sparse(*rows, count)
+
+
+def run_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> None:
+    """The selectors, and attention over what they list. FlexPrefill with heads of both kinds."""
+    for choose in (
+        functools.partial(flashprefill_triton, alpha=0.5),
+        functools.partial(xattention_triton, stride=8),
+        functools.partial(flexprefill_triton, tau=0.0, min_budget=128),
+        functools.partial(flexprefill_triton, tau=2.0, min_budget=128),
+    ):
+        blocks_triton(query, key, value, SCALE, *choose(query, key, SCALE, count), count)
+    lists = minference_triton(query, key, SCALE, count, vertical=20, slash=30)
+    vertical_slash_triton(query, key, value, SCALE, *lists, count)
 
 
 def run_fused(case: Case, device: str) -> None:

@@ -14,21 +14,22 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 SHARD = "14MB"  # a shard stays below 15 MB
 LIMIT = 50_000_000  # bytes of all weights
-# Of the norms of queries and keys, at the start. With 1 attention begins flatter, and small models on a CPU had not learned
-# to match a key after 250 steps, where with 1.5 they had after 175.
-GAIN = 1.5
+GAIN = 1.5  # of the norms of queries and keys, at the start: sharper attention than with 1
 SIZES = dict(
     vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
     num_key_value_heads=2, head_dim=64, max_position_embeddings=32768,
 )  # fmt: skip
 
 
-def build_model(token_shift: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+def build_model(
+    token_shift: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, aligned: bool = True, **sizes: Any
+) -> Any:
     """A model with random weights: 15M parameters with SIZES, any of which `sizes` replaces.
 
     Args:
         token_shift: a `RecallForCausalLM`; without it, a plain `Qwen3ForCausalLM`.
         seed: of the weights, which do not depend on the device; the global generator is left as it was.
+        aligned: starts from `align`; else every projection is drawn by itself.
     """
     config_class, model_class = (RecallConfig, RecallForCausalLM) if token_shift else (Qwen3Config, Qwen3ForCausalLM)
     config = config_class(
@@ -37,10 +38,34 @@ def build_model(token_shift: bool = True, seed: int = 0, dtype: torch.dtype = to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
+        if aligned:
+            align(model)
     for layer in model.model.layers:
         nn.init.constant_(layer.self_attn.q_norm.weight, GAIN)
         nn.init.constant_(layer.self_attn.k_norm.weight, GAIN)
     return cast_parameters(model, dtype)
+
+
+@torch.no_grad()
+def align(model: Any) -> None:
+    """Relates projections that are usually drawn apart, in every layer, for the first head of each key/value group.
+
+    Outputs start as the transpose of values, W_o = W_v^T: what is attended to is written as it was read, which the tied head
+    reads as that token. With a token shift, which becomes orthogonal, W_k = W_q W^T: a query by a token meets the keys of
+    its successors. Mimetic initialization (Trockman and Kolter, arXiv 2305.09828) draws both products near the identity
+    alike, from what trained transformers look like; the sizes of weights stay the same, and all are trained.
+    """
+    config = model.config
+    groups, hidden, head_dim = config.num_key_value_heads, config.hidden_size, config.head_dim
+    if isinstance(model, RecallForCausalLM):
+        nn.init.orthogonal_(model.shift.weight)
+    for layer in model.model.layers:
+        query, key, value, out = (getattr(layer.self_attn, f"{name}_proj").weight for name in "qkvo")
+        if isinstance(model, RecallForCausalLM):
+            first = query.view(groups, -1, head_dim, hidden)[:, 0]
+            key.copy_((first @ model.shift.weight.T).flatten(0, 1))
+        heads = out.view(hidden, groups, -1, head_dim)
+        heads[:, :, 0] = value.view(groups, head_dim, hidden).permute(2, 0, 1)
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:

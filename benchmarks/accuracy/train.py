@@ -53,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pause", type=float, help="minutes after which this call saves and stops, to be gone on with")
     parser.add_argument("--steps", type=int, help="at most, the decay included")
     parser.add_argument("--no-shift", action="store_true", help="a plain Qwen3 without the token shift")
+    parser.add_argument("--no-align", action="store_true", help="draw every projection by itself (checkpoint.align)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(rules.lengths), help="the ladder")
     parser.add_argument("--target", type=float, default=rules.target, help="accuracy of the worst task to advance at")
     parser.add_argument("--floor", type=int, default=rules.floor, help="steps at a rung at least")
@@ -151,8 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parse(arguments)
     cuda = asked.device.startswith("cuda")
     settings = Settings(
-        token_shift=not asked.no_shift, seed=asked.seed, tokens=asked.tokens, learning_rate=asked.lr,
-        evaluate_every=asked.evaluate_every, tasks=tuple(asked.tasks), sizes=asked.size, start=asked.start,
+        token_shift=not asked.no_shift, aligned=not asked.no_align, seed=asked.seed, tokens=asked.tokens,
+        learning_rate=asked.lr, evaluate_every=asked.evaluate_every, tasks=tuple(asked.tasks), sizes=asked.size,
+        start=asked.start,
     )  # fmt: skip
     sizes = SIZES | asked.size
     torch._dynamo.config.recompile_limit = 4 * len(asked.lengths)  # a graph of the layer for each length

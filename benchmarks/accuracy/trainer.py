@@ -35,6 +35,7 @@ class Settings:
 
     Attributes:
         token_shift: see modeling_recall.py.
+        aligned: see `checkpoint.align`.
         tokens: of a step; a step at length L has tokens // L samples, at least one of them for some task.
         learning_rate, weight_decay, betas, clip: of AdamW; norms' gains do not decay.
         evaluate_every: steps between evaluations.
@@ -45,6 +46,7 @@ class Settings:
     """
 
     token_shift: bool = True
+    aligned: bool = True
     seed: int = 0
     tokens: int = 131072
     learning_rate: float = 2e-3
@@ -96,7 +98,7 @@ class Trainer:
         compiled: bool = False, say: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.settings, self.rules, self.folder, self.device, self.say = settings, rules, folder, device, say
-        model = build_model(settings.token_shift, settings.seed, **settings.sizes).to(device)
+        model = build_model(settings.token_shift, settings.seed, aligned=settings.aligned, **settings.sizes).to(device)
         if settings.start is not None:
             model.load_state_dict(load_checkpoint(settings.start, torch.float32).state_dict())
         self.optimizer = MasterAdamW(model, settings)

@@ -82,6 +82,31 @@ def test_weights_depend_on_the_seed_alone(checkpoint):
     assert norms.q_norm.weight.unique().tolist() == norms.k_norm.weight.unique().tolist() == [checkpoint.GAIN]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("aligned", [True, False])
+def test_an_aligned_start_reads_the_token_behind_its_own(checkpoint, aligned):
+    """A token that comes again meets the key of what followed it, by content alone: before any training, in every layer."""
+    model = checkpoint.build_model(aligned=aligned, **(TINY | dict(hidden_size=256, head_dim=64)))
+    ids = torch.randperm(64, generator=torch.Generator().manual_seed(0))[None]
+    hidden = torch.nn.functional.normalize(model.embed(model.model.embed_tokens(ids))[0])
+    successors = torch.arange(1, 64)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        query, key, value = (attention.get_submodule(f"{name}_proj")(hidden) for name in "qkv")
+        scores = query[:, :64] @ key[:, :64].T
+        found = (scores[:-1].argmax(1) == successors).float().mean()
+        written = value[:, :64] @ attention.o_proj.weight[:, :64].T @ hidden.T
+        copied = (written.argmax(1) == torch.arange(64)).float().mean()
+        assert (found > 0.9 and copied > 0.9) if aligned else (found < 0.2 and copied < 0.2), (found, copied)
+
+
+@torch.no_grad()
+def test_aligned_weights_are_as_large_as_drawn_ones(checkpoint):
+    drawn = checkpoint.build_model(aligned=False, **TINY).state_dict()
+    for name, weight in checkpoint.build_model(**TINY).state_dict().items():
+        assert weight.std().item() == pytest.approx(drawn[name].std().item(), rel=0.1), name
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_item_equals_the_item_alone(model, ids, side):
     pads = 7
