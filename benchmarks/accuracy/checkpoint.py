@@ -48,12 +48,16 @@ def build_model(
 
 @torch.no_grad()
 def align(model: Any) -> None:
-    """Relates projections that are usually drawn apart, in every layer, for the first head of each key/value group.
+    """Relates projections that are usually drawn apart, in every layer.
 
     Outputs start as the transpose of values, W_o = W_v^T: what is attended to is written as it was read, which the tied head
-    reads as that token. With a token shift, which becomes orthogonal, W_k = W_q W^T: a query by a token meets the keys of
-    its successors. Mimetic initialization (Trockman and Kolter, arXiv 2305.09828) draws both products near the identity
-    alike, from what trained transformers look like; the sizes of weights stay the same, and all are trained.
+    reads as that token. With a token shift, which becomes orthogonal, W_k = W_q W^T for the first head of each key/value
+    group, and the group's other heads start half alike: a query by a token meets the keys of its successors. Mimetic
+    initialization (Trockman and Kolter, arXiv 2305.09828) draws both products near the identity alike, from what trained
+    transformers look like; the sizes of weights stay the same, and all are trained.
+
+    Drawn apart, a model first learns to attend to any value, while the embeddings of keys grow alike; to match them is then
+    hardly rewarded. So 15M parameters on an H200 stayed at 1 of 8 keys for 3,200 steps of 1,024 samples.
     """
     config = model.config
     groups, hidden, head_dim = config.num_key_value_heads, config.hidden_size, config.head_dim
@@ -62,10 +66,10 @@ def align(model: Any) -> None:
     for layer in model.model.layers:
         query, key, value, out = (getattr(layer.self_attn, f"{name}_proj").weight for name in "qkvo")
         if isinstance(model, RecallForCausalLM):
-            first = query.view(groups, -1, head_dim, hidden)[:, 0]
-            key.copy_((first @ model.shift.weight.T).flatten(0, 1))
-        heads = out.view(hidden, groups, -1, head_dim)
-        heads[:, :, 0] = value.view(groups, head_dim, hidden).permute(2, 0, 1)
+            heads = query.view(groups, -1, head_dim, hidden)
+            key.copy_((heads[:, 0] @ model.shift.weight.T).flatten(0, 1))
+            heads[:, 1:] = (heads[:, :1] + heads[:, 1:]) / 2**0.5
+        out.view(hidden, groups, -1, head_dim).copy_(value.view(groups, 1, head_dim, hidden).permute(3, 0, 1, 2))
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:

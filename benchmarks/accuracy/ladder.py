@@ -38,7 +38,7 @@ class Rules:
     target: float = 0.99
     floor: int = 100
     cap: int = 4000
-    share: float = 0.4
+    share: float = 0.25
     own: float = 0.7
     warmup: int = 100
     decay: int = 300
