@@ -49,7 +49,7 @@ class Settings:
     aligned: bool = True
     seed: int = 0
     tokens: int = 131072
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
