@@ -56,8 +56,9 @@ def align(model: Any) -> None:
     initialization (Trockman and Kolter, arXiv 2305.09828) draws both products near the identity alike, from what trained
     transformers look like; the sizes of weights stay the same, and all are trained.
 
-    Drawn apart, a model first learns to attend to any value, while the embeddings of keys grow alike; to match them is then
-    hardly rewarded. So 15M parameters on an H200 stayed at 1 of 8 keys for 3,200 steps of 1,024 samples.
+    Drawn apart, 15M parameters on an H200 stayed at 1 of 8 keys for 3,200 steps of 1,024 samples (learning rate 2e-3), their
+    keys' embeddings much alike by then (mean cosine 0.6). Whether that is the reason is open: two narrow layers learned all
+    the same.
     """
     config = model.config
     groups, hidden, head_dim = config.num_key_value_heads, config.hidden_size, config.head_dim

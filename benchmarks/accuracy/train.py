@@ -4,8 +4,7 @@
     python benchmarks/accuracy/train.py --out out/plain --minutes 18 --no-shift
 
 A mixture of the tasks of tsa_compile/evaluation/tasks.py, on a ladder of lengths (ladder.py), 131,072 tokens a step, loss at
-the answers alone, weights that start aligned (checkpoint.py; --no-align: drawn apart, and keys were not matched after 3,200
-steps). The folder then holds
+the answers alone, weights that start aligned (`align` in checkpoint.py; --no-align: drawn apart). The folder then holds
 
     checkpoint/        the model in transformers' form, bfloat16 (checkpoint.py)
     training.json .md .png
