@@ -8,7 +8,9 @@ import torch
 
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
+from tsa_compile.export import _trt_describe as describe
 from tsa_compile.export import _trt_plugins as plugins
+from tsa_compile.export import _trt_rows as rows_plugins
 from tsa_compile.export import _trt_support as support
 from tsa_compile.export import export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
@@ -194,8 +196,8 @@ def test_an_exported_layer_passes_and_the_domain_needs_plugins(tmp_path):
     assert found == {f"tsa::{schema.name}" for schema in tsa_onnx.schemas()}
 
 
-COMPRESS = plugins.compress_plugin(4, 2, 4, 16, 24, torch.float32)
-DECOMPRESS = plugins.decompress_plugin(4, 4, 24, torch.float32)
+COMPRESS = rows_plugins.compress_plugin(4, 2, 4, 16, 24, torch.float32)
+DECOMPRESS = rows_plugins.decompress_plugin(4, 4, 24, torch.float32)
 
 
 def make_rows(selections=4):
@@ -212,20 +214,25 @@ def launch(plugin, inputs, outputs):
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
     sizes = [inputs[position].shape[dim] for position, dim in plugin.sizes]
-    axes = [axis if isinstance(axis, int) else -(-inputs[axis[0][0]].shape[axis[0][1]] // axis[1]) for axis in plugin.grid]
-    plugin.kernel[tuple(axes)](*inputs, *sizes, *outputs, **dict(plugin.constants))
+    plugin.kernel[programs(plugin, inputs)](*inputs, *sizes, *outputs, **dict(plugin.constants))
+
+
+def programs(plugin, inputs):
+    """The grid for these inputs."""
+    axes = (axis if isinstance(axis, int) else (inputs[axis.size[0]].shape[axis.size[1]], axis) for axis in plugin.grid)
+    return tuple(axis if isinstance(axis, int) else -(-axis[0] // axis[1].each) * axis[1].times for axis in axes)
 
 
 @pytest.mark.parametrize("selections", [4, 2])
 def test_plugins_kernels_equal_the_reference(selections):
     inputs = make_rows(selections)
-    gather = plugins.compress_plugin(4, 2, selections, 16, 24, torch.float32)
+    gather = rows_plugins.compress_plugin(4, 2, selections, 16, 24, torch.float32)
     outputs = [torch.full(shape.shape, torch.nan) for shape in gather.fake(*inputs)]
     launch(gather, inputs, outputs)
     for got, expected in zip(outputs, reference.compress(*inputs)):
         assert torch.equal(got, expected), "zeros from count on, whatever the attention kernel reads"
 
-    attention = plugins.attend_plugin(4, selections, 16, 24, torch.float32, 0.25)
+    attention = rows_plugins.attend_plugin(4, selections, 16, 24, torch.float32, 0.25)
     output = torch.full(attention.fake(*outputs, inputs[4]).shape, torch.nan)
     launch(attention, (*outputs, inputs[4]), [output])
     expected = reference.attend(*outputs, inputs[4], 0.25)
@@ -233,7 +240,7 @@ def test_plugins_kernels_equal_the_reference(selections):
         torch.testing.assert_close(output[item, :, :count], expected[item, :, :count])
 
     rows = (torch.randn(2, 4, 30, 24), *inputs[3:], torch.arange(50, dtype=torch.int32))
-    scatter = plugins.decompress_plugin(4, selections, 24, torch.float32)
+    scatter = rows_plugins.decompress_plugin(4, selections, 24, torch.float32)
     output = torch.full(scatter.fake(*rows).shape, torch.nan)
     launch(scatter, rows, [output])
     assert torch.equal(output.transpose(1, 2), reference.decompress(*rows[:3], 50))
@@ -241,7 +248,7 @@ def test_plugins_kernels_equal_the_reference(selections):
 
 PTX = """
 import pathlib, subprocess, torch, triton
-from tsa_compile.export import _trt_plugins as plugins
+from tsa_compile.export import _trt_describe as describe, _trt_rows as plugins
 
 made = [
     plugins.compress_plugin(32, 8, 32, 128, 128, torch.bfloat16),
@@ -250,7 +257,7 @@ made = [
 ]
 assembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 for plugin in made:
-    compiled = plugins.compile_ptx(plugin, 90)
+    compiled = describe.compile_ptx(plugin, 90)
     assert f".entry {compiled.kernel_name}(" in compiled.ptx and ".target sm_90" in compiled.ptx
     assert compiled.ptx.count(f"{compiled.kernel_name}_param_") >= len(plugin.signature)
     assert compiled.ptx.split(")")[0].count(".param .u") == len(plugin.signature)
@@ -269,13 +276,13 @@ def test_plugins_compile_to_one_kernel_without_scratch_memory():
 
 def test_scratch_parameters_are_cut_or_refused():
     ptx = ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ ld.param.b64 %rd1, [k_param_0]; }"
-    assert plugins.without_scratch(ptx, "k", 1) == ptx.replace(",\n\t.param .u64 k_param_1", "")
+    assert describe.without_scratch(ptx, "k", 1) == ptx.replace(",\n\t.param .u64 k_param_1", "")
     with pytest.raises(KernelError, match="scratch memory"):
-        plugins.without_scratch(ptx.replace("[k_param_0]", "[k_param_1]"), "k", 1)
+        describe.without_scratch(ptx.replace("[k_param_0]", "[k_param_1]"), "k", 1)
     with pytest.raises(KernelError, match="has 2 parameters, not 3"):
-        plugins.without_scratch(ptx, "k", 3)
+        describe.without_scratch(ptx, "k", 3)
     with pytest.raises(KernelError, match=r"no TensorRT plugin for torch\.float64"):
-        plugins.decompress_plugin(4, 4, 24, torch.float64)
+        rows_plugins.decompress_plugin(4, 4, 24, torch.float64)
 
 
 def test_a_program_with_plugins_computes_the_same():
@@ -292,12 +299,13 @@ def test_a_program_with_plugins_computes_the_same():
 
 
 def test_plugins_stand_among_standard_operators():
-    """Score, budget and select have no plugin: with their portable forms, nothing else is left in the program."""
+    """Budget and select have no plugin: with their portable forms, nothing else is left in the program."""
     program, forms = layer_program(), plugins.PluginForms()
     lowered = tsa_onnx.to_portable(program, forms.table())
     targets = {str(node.target) for node in lowered.graph.nodes if node.op == "call_function"}
     assert {name.split("_h4")[0] for name in targets if not name.startswith(("aten.", "<", "sym_"))} == {
-        "tsa_trt.compress", "tsa_trt.attend", "tsa_trt.decompress",
+        "tsa_trt.score_window_w8.default", "tsa_trt.score_stats", "tsa_trt.score_rows", "tsa_trt.score_mean",
+        "tsa_trt.score_pool", "tsa_trt.compress", "tsa_trt.attend", "tsa_trt.decompress",
     }  # fmt: skip
     padding = torch.ones(3, 70, dtype=torch.bool)
     padding[1, :9] = padding[2, 60:] = False
@@ -335,8 +343,8 @@ def descriptions(*shapes):
 def test_a_plugin_is_registered_with_its_launch(monkeypatch):
     recorded = {}
     kernels = SimpleNamespace(ptx_op=lambda name, ptx, kernel, **options: recorded.update(options, call=(name, ptx, kernel)))
-    monkeypatch.setattr(plugins, "compile_ptx", lambda plugin, arch: plugins.Compiled("the_kernel", f"sm_{arch}", 128, 64))
-    plugins.register(COMPRESS, 90, kernels, Symbols)
+    monkeypatch.setattr(describe, "compile_ptx", lambda plugin, arch: describe.Compiled("the_kernel", f"sm_{arch}", 128, 64))
+    describe.register(COMPRESS, 90, kernels, Symbols)
     assert recorded["call"] == (COMPRESS.name, b"sm_90", "the_kernel")
     assert recorded["supports_dynamic_shapes"] and recorded["schema"] == COMPRESS.schema
     inputs = descriptions("B H L D", "B G L D", "B G L V", "B H C", "B")
@@ -344,8 +352,8 @@ def test_a_plugin_is_registered_with_its_launch(monkeypatch):
     assert (params.grid_x, params.grid_y, params.grid_z) == (4, "cdiv(C, 128)", "B")
     assert (params.block_x, params.shared_mem, sizes) == (128, 64, ["int32(L)", "int32(C)"])
 
-    params, sizes = plugins.launch(
-        DECOMPRESS, plugins.Compiled("k", "", 128, 0), Symbols, descriptions("B H C V", "B H C", "B", "L"), [], 0
+    params, sizes = describe.launch(
+        DECOMPRESS, describe.Compiled("k", "", 128, 0), Symbols, descriptions("B H C V", "B H C", "B", "L"), [], 0
     )
     assert (params.grid_x, params.grid_y, params.grid_z, sizes) == (4, "cdiv(L, 64)", "B", ["int32(L)", "int32(C)"])
 

@@ -42,8 +42,8 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: boo
     Args:
         program: from `export_program(..., lower=None)`, with its weights on the GPU.
         path: ".engine" for TensorRT's own runtime; ".ts" (C++ and Python) or ".pt2" (Python) for torch-tensorrt's.
-        plugins: gather, attend to and scatter rows by Triton kernels, embedded as PTX; otherwise, and where this TensorRT
-            takes no such plugins (with a warning), by standard operators like the other steps.
+        plugins: score tokens, gather, attend to and scatter rows by Triton kernels, embedded as PTX; otherwise, and where
+            this TensorRT takes no such plugins (with a warning), by standard operators like the other steps.
         options: of `torch_tensorrt.dynamo.compile`. An engine is tuned for the longest inputs of the program's ranges.
 
     Raises:
@@ -74,7 +74,8 @@ def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, tar
 
 def _with_plugins(program: ExportedProgram) -> ExportedProgram:
     """The program with plugins registered for it, or without where there are none to be had."""
-    from tsa_compile.export._trt_plugins import PluginForms, register
+    from tsa_compile.export._trt_describe import register
+    from tsa_compile.export._trt_plugins import PluginForms
 
     forms = PluginForms()
     try:
