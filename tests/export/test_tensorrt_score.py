@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tsa_compile.export import _trt_describe as describe
 from tsa_compile.export import _trt_plugins as plugins
@@ -104,6 +106,26 @@ def test_outputs_have_the_first_inputs_dtype_and_sizes_of_inputs(length, padded)
     assert seen == {
         **window, "stats": (2, 32, 32, 100), "rows": (2, 32, 100), "mean": (2, 32, length), "pool": (2, 32, length)
     }  # fmt: skip
+
+
+def test_shapes_hold_for_symbolic_sizes_without_conditions():
+    """As torch-tensorrt derives a plugin's output shapes: each an input's size, none of it guarded."""
+    made = score_plugins.score_plugins(4, 2, 16, torch.float32, 0.3, 8, 7, True)
+    ranks = {
+        "window": (2, 2, 1),
+        "stats": (2, 4, 4, 2, 2, 2),
+        "rows": (4, 4, 2),
+        "mean": (3, 4, 4, 2, 2, 2),
+        "pool": (3, 2, 2),
+    }
+    for name, plugin in made.items():
+        environment = ShapeEnv()
+        with FakeTensorMode(shape_env=environment):
+            sizes = [[environment.create_unbacked_symint() for _ in range(rank)] for rank in ranks[name]]
+            output = plugin.fake(*(torch.empty(shape) for shape in sizes))
+        known = {size.node.expr for shape in sizes for size in shape}
+        assert {size.node.expr for size in output.shape} <= known
+        assert not environment.guards
 
 
 def test_launches_are_what_the_kernels_expect():

@@ -3,8 +3,7 @@
 What a plugin may be (torch_tensorrt.kernels.ptx_op of torch-tensorrt 2.14, TensorRT's quickly deployable plugins):
 
 - One kernel, called with the inputs' pointers, then 32-bit sizes, then the outputs' pointers; tensors are dense. So the
-  kernels of _trt_rows.py, _trt_score.py and _trt_select.py wrap those of this package in that order and compute the strides
-  from the sizes.
+  kernels of _trt_rows.py and _trt_score.py wrap those of this package in that order and compute the strides from the sizes.
 - Inputs are tensors: no None, and a size that no input has comes with an input made for it. Everything else is baked in:
   heads, head sizes and dtype are part of a plugin's name.
 - Outputs have the first input's dtype, whatever the others have (TensorDesc.like() of the first tensor, in
