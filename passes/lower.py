@@ -39,7 +39,7 @@ from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.portable import CAUSAL_KERNELS
 from tsa_compile.kernels.score import score_aten
 from tsa_compile.kernels.select import select_aten
-from tsa_compile.passes.graph import argument, fake, fake_mode
+from tsa_compile.passes.graph import argument, fake, fake_mode, module_name
 from tsa_compile.passes.minima import simplified_minima
 
 Form = Literal["aten", "triton"]
@@ -137,7 +137,7 @@ def layer_of(node: Node) -> str:
         paths = [path for path, _ in current.meta.get("nn_module_stack", {}).values()]
         # What a pass inserted has no module; torch.export then writes a name of its own.
         if paths and not paths[-1].startswith("_empty_nn_module_stack"):
-            return paths[-1].removeprefix("L['self'].") or "the model"
+            return module_name(current) or "the model"
         queue.extend(source for source in current.all_input_nodes if source not in queue)
     return node.name
 

@@ -11,7 +11,6 @@ Reading changes nothing in the graph. A call that cannot be read completely is s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from tsa_compile.passes.graph import argument, fake, is_mutated, known, mutated_storages, op_name, same_shape
+from tsa_compile.passes.graph import (
+    argument,
+    fake,
+    is_mutated,
+    known,
+    module_name,
+    mutated_storages,
+    op_name,
+    same_shape,
+)
 from tsa_compile.report import Reason
 
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -248,15 +256,9 @@ def _without_full_slices(node: Any) -> Node:
     return node
 
 
-_ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
-
-
 def layer_name(node: Node) -> tuple[str, str, int | None]:
     """The innermost module that a node was traced from: its name, the name with `*` for the layer's number, the number."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    path = re.sub(r"\[['\"]?(\d+)['\"]?\]", r".\1", path.replace("._modules", ""))
-    path = _ROOT.sub("", path).strip(".")
+    path = module_name(node)
     parts = path.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
     if not path or not numbered:

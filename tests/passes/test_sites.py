@@ -3,6 +3,7 @@
 The oracle computes attention from what was read (operands, masks, scale) and compares it with what the call computed.
 """
 
+import functools
 import math
 
 import pytest
@@ -429,6 +430,16 @@ class Model(nn.Module):
         return self.named["only"](x)
 
 
+def passed_on(function):
+    """A decorator as libraries write them."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 class TestLayers:
     """A site is named after the module that it was traced from, the same by either tracer."""
 
@@ -454,6 +465,26 @@ class TestLayers:
         model = Model().eval()
         (graph,) = capture_all(lambda x: model(x) + 1, torch.randn(B, L, H * D)).graphs
         assert [name[2] for name in self.names(graph)] == [0, 1, 2, None]
+
+    def test_behind_a_decorator(self):
+        """A decorated forward finds its module among the arguments: it is the root, not the first of several."""
+
+        class Decorated(Model):
+            forward = passed_on(Model.forward)
+
+        (graph,) = capture_all(Decorated().eval(), torch.randn(B, L, H * D)).graphs
+        assert tuple(self.names(graph)) == self.EXPECTED
+
+    def test_layers_among_the_arguments(self):
+        """Near-miss: here the place among the arguments is the layer's number."""
+
+        def run(x, *args):
+            for layer in args:
+                x = layer(x)
+            return x
+
+        (graph,) = capture_all(run, torch.randn(B, L, H * D), *Model().eval().encoder).graphs
+        assert self.names(graph) == [(f"{i}.attention", "*.attention", i) for i in range(3)]
 
     def test_outside_any_module(self):
         _, (site,), _ = read(lambda q, k, v: sdpa(q, k, v), *inputs())
