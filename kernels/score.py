@@ -273,7 +273,7 @@ def score_triton(
     mask, rank, rows = scores, scores, scores  # stand-ins where nothing is padded; never read
     has_padding = padding is not None
     if padding is not None:
-        mask = padding.contiguous().view(torch.uint8)
+        mask = padding.contiguous()
         rank = padding.cumsum(dim=1, dtype=torch.int32)
         rows = rank.new_empty((batch, window))
         launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (mask, rank, rows), (seq_len, window), BLOCK=1024)
