@@ -141,27 +141,3 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"something else")
     with pytest.raises(ConfigError, match="cannot be loaded as an AOTInductor package"):
         aoti.load(tmp_path / "model.pt2")
-
-
-def test_cuda_headers_are_found_or_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
-    monkeypatch.setattr(aoti, "_cuda_candidates", lambda: [tmp_path / "nothing", tmp_path / "toolkit"])
-    with (
-        pytest.raises(ConfigError, match=r"cuda_runtime_api\.h.*nvidia-cuda-runtime.*CUDA_HOME"),
-        aoti._cuda_toolkit("cuda"),
-    ):
-        pass
-    (tmp_path / "toolkit" / "include").mkdir(parents=True)
-    for name in ("cuda.h", "cuda_runtime_api.h"):
-        (tmp_path / "toolkit" / "include" / name).touch()
-    with aoti._cuda_toolkit("cuda"):
-        found = torch.utils.cpp_extension.CUDA_HOME
-        assert found == str(tmp_path / "toolkit")
-    assert torch.utils.cpp_extension.CUDA_HOME is None
-    with aoti._cuda_toolkit("cpu"):
-        assert torch.utils.cpp_extension.CUDA_HOME is None
-
-
-def test_a_loaded_library_is_found_by_its_name():
-    (path,) = aoti._loaded_libraries("libtorch_cpu.so")
-    assert Path(path).is_file() and aoti._loaded_libraries("libtorch_cp.so") == []

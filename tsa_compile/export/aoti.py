@@ -16,11 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +25,14 @@ from torch.export import ExportedProgram
 
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.errors import ConfigError
+from tsa_compile.export._toolchain import require_compiler, toolchain
 from tsa_compile.passes.base import summary
 from tsa_compile.passes.lower import default_form, device_of, is_lowered, lower_program
 from tsa_compile.passes.minima import simplified_minima
 
 SUFFIX = ".pt2"
 INPUTS_KEY = "tsa_inputs"
+LIBRARIES = "aot_inductor.custom_op_libs"  # Inductor's option for what to link as well
 
 
 def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_options: Any) -> str:
@@ -54,7 +51,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
             does not have.
     """
     target = _writable(path)
-    _require_compiler()
+    require_compiler()
     known = torch._inductor.config.get_config_copy()
     for option in inductor_options:
         if option not in known:
@@ -63,7 +60,8 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
         program = lower_program(program, default_form(program))
     metadata = {**inductor_options.get("aot_inductor.metadata", {}), INPUTS_KEY: json.dumps(describe_inputs(program))}
     options = {**inductor_options, "aot_inductor.metadata": metadata}
-    with torch.no_grad(), _dense_kernels(), simplified_minima(), _cuda_toolkit(device_of(program)):
+    with torch.no_grad(), _dense_kernels(), simplified_minima(), toolchain(device_of(program)) as libraries:
+        options[LIBRARIES] = [*(inductor_options.get(LIBRARIES) or ()), *libraries]
         return torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
 
 
@@ -173,68 +171,3 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     if not folder.is_dir() or not os.access(folder, os.W_OK) or target.is_dir():
         raise ConfigError(f"path={str(path)!r} cannot be written: {str(folder)!r} must be a folder that can be written to")
     return target
-
-
-def _require_compiler() -> None:
-    """AOTInductor writes C++, and only says so behind a long trace of its own."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        raise ConfigError("no C++ compiler was found, which AOTInductor needs: install g++ or clang, or set CXX") from error
-
-
-_HEADERS = ("cuda.h", "cuda_runtime_api.h")
-
-
-@contextmanager
-def _cuda_toolkit(device: str) -> Iterator[None]:
-    """Headers and driver library of CUDA for the package's C++, also where no toolkit is installed: no nvcc is needed.
-
-    PyTorch's wheels bring the headers along; a driver installs libcuda.so.1 alone, where the linker wants libcuda.so.
-    """
-    from torch.utils import cpp_extension
-
-    if device != "cuda":
-        yield
-        return
-    before, library_path = cpp_extension.CUDA_HOME, os.environ.get("LIBRARY_PATH")
-    home = before or next((str(path) for path in _cuda_candidates() if _has_headers(path)), None)
-    if home is None:
-        raise ConfigError(
-            f"a CUDA package is compiled with {' and '.join(_HEADERS)}, which were not found: pip install "
-            "nvidia-cuda-runtime, or set CUDA_HOME to a CUDA toolkit"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        for driver in _loaded_libraries("libcuda.so")[:1]:
-            os.symlink(driver, Path(folder) / "libcuda.so")
-        cpp_extension.CUDA_HOME = home
-        os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, library_path)))
-        try:
-            yield
-        finally:
-            cpp_extension.CUDA_HOME = before
-            if library_path is None:
-                del os.environ["LIBRARY_PATH"]
-            else:
-                os.environ["LIBRARY_PATH"] = library_path
-
-
-def _cuda_candidates() -> list[Path]:
-    """Where wheels put CUDA's headers: NVIDIA's of CUDA 13 and of 12, and Triton's."""
-    roots = [Path(entry) for entry in sys.path if entry.endswith("packages")]
-    places = ("nvidia/cu13", "nvidia/cu12", "nvidia/cuda_runtime", "triton/backends/nvidia")
-    return [root / place for root in roots for place in places]
-
-
-def _has_headers(path: Path) -> bool:
-    return all((path / "include" / name).is_file() for name in _HEADERS)
-
-
-def _loaded_libraries(name: str) -> list[str]:
-    """Full paths of a library that this process has loaded, as CUDA's driver is once a tensor is on a GPU."""
-    maps = Path("/proc/self/maps")
-    paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
-    return sorted(path for path in paths if re.search(rf"/{re.escape(name)}(\.\d+)*$", path))
