@@ -6,12 +6,15 @@ passed, as every tokenizer does. Writes a table, a JSON file and, with matplotli
     python benchmarks/prefill.py --lengths 8192 32768 131072 --out benchmarks/results
     python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact        a quick look
     python benchmarks/prefill.py --layers 2 --lengths 512 1024 2048 4096 8192 16384 32768 65536 131072 \\
-        --modes exact sparse --name lengths --out benchmarks/results     where sparse layers begin to pay
+        --modes exact sparse --turns --name lengths --out benchmarks/results     where sparse layers begin to pay
     python benchmarks/prefill.py --lengths 131072 --modes eager kernel composed --kernels minference \\
         --name prefill_block_sparse --out benchmarks/results             with a block-sparse kernel in every layer
 
 With random weights attention has no structure. So a kernel whose work depends on it ("flashprefill", "xattention",
 "flexprefill") finds little to leave out, which says nothing about real models; that of "minference" is fixed.
+
+One mode is measured after the other, and its compiled code dropped, as 32 layers in several modes would fill the memory's
+rest. With --turns the modes take turns at each length, so that a difference of 1% is not the host's or the clock's.
 """
 
 from __future__ import annotations
@@ -78,7 +81,6 @@ def configuration(mode: str) -> TSAConfig:
 
 def compiled(model: Any, mode: str) -> Callable[..., Any]:
     """The model in one of the modes."""
-    torch._dynamo.reset()
     if mode == "eager":
         return model
     if mode == "compile":
@@ -95,51 +97,73 @@ def inputs(length: int, masked: bool = True) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1, "use_cache": True}
 
 
-def measure(call: Callable[..., Any], length: int, repeats: int, masked: bool) -> dict[str, Any]:
-    """Median milliseconds of one prefill, and the peak memory above what was allocated before it, in GiB."""
-    started = time.perf_counter()
-    call(**inputs(length, masked))
+def timed(call: Callable[..., Any], length: int, masked: bool) -> tuple[float, int]:
+    """Milliseconds of one prefill, and the peak memory above what was allocated before it, in bytes."""
+    batch = inputs(length, masked)
     torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    times: list[float] = []
-    peak = 0
-    while len(times) < repeats or (len(times) < 20 and sum(times) < 400):
-        batch = inputs(length, masked)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        started = time.perf_counter()
-        call(**batch)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-        peak = max(peak, torch.cuda.max_memory_allocated() - before)
-    spread = [round(min(times), 1), round(max(times), 1)]
-    return {
-        "ms": round(statistics.median(times), 1),
-        "range_ms": spread,
-        "peak_gib": round(peak / 2**30, 2),
-        "first_call_s": round(first, 1),
-    }
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    call(**batch)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started), torch.cuda.max_memory_allocated() - before
 
 
-def measure_mode(model: Any, mode: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-    """All lengths of one mode, where running out of memory is a result; and the logits to compare with other modes'."""
+def measure(
+    calls: dict[str, Callable[..., Any]], length: int, repeats: int, masked: bool, summaries: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Median milliseconds of modes that take turns, peak memory in GiB, and the seconds of the first call.
+
+    At least `repeats` rounds, and up to 100 of them while they are short. Running out of memory is a result. `summaries`
+    keeps what the last compilation of each mode reported, for lengths that need none.
+    """
+    rows: dict[str, dict[str, Any]] = {mode: {"mode": mode, "length": length} for mode in calls}
+    found: dict[str, list[tuple[float, int]]] = {}
+    for mode, call in calls.items():
+        before = len(reports())
+        try:
+            rows[mode]["first_call_s"] = round(timed(call, length, masked)[0] / 1e3, 1)
+            found[mode] = []
+        except torch.OutOfMemoryError as error:
+            rows[mode]["error"] = "out of memory: " + str(error).split(".")[0]
+        torch.cuda.empty_cache()
+        if len(reports()) > before:
+            summaries[mode] = reports()[-1].summary
+        if mode in summaries:
+            rows[mode]["report"] = summaries[mode]
+    rounds, spent = 0, 0.0
+    while found and (rounds < repeats or (rounds < 100 and spent < 400 * len(found))):
+        for mode in found:
+            found[mode].append(timed(calls[mode], length, masked))
+            spent += found[mode][-1][0]
+        rounds += 1
+    for mode, measured in found.items():
+        times = [ms for ms, _ in measured]
+        rows[mode] |= {
+            "ms": round(statistics.median(times), 2),
+            "range_ms": [round(min(times), 2), round(max(times), 2)],
+            "peak_gib": round(max(peak for _, peak in measured) / 2**30, 2),
+        }
+    return rows
+
+
+def measure_modes(
+    model: Any, names: list[str], arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """All lengths of modes that take turns; and the logits to compare with other modes'."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 16 * len(names)  # they share the model's code, and so its limit
     rows = []
+    summaries: dict[str, str] = {}
     with torch.no_grad():
-        call = compiled(model, mode)
+        calls = {name: compiled(model, name) for name in names}
         for length in arguments.lengths:
-            row: dict[str, Any] = {"mode": mode, "length": length}
-            try:
-                row |= measure(call, length, arguments.repeats, not arguments.no_mask)
-            except torch.OutOfMemoryError as error:
-                row["error"] = "out of memory: " + str(error).split(".")[0]
+            for row in measure(calls, length, arguments.repeats, not arguments.no_mask, summaries).values():
+                print(json.dumps(row), flush=True)
+                rows.append(row)
             torch.cuda.empty_cache()
-            if mode not in ("eager", "compile"):
-                row["report"] = reports()[-1].summary
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-        logits = None if arguments.no_mask or mode not in DESCRIPTIONS else check_logits(call)
-    return rows, logits
+        checked = [name for name in names if name in DESCRIPTIONS and not arguments.no_mask]
+        return rows, {name: check_logits(calls[name]) for name in checked}
 
 
 def check_logits(call: Callable[..., Any], length: int = 4096) -> torch.Tensor:
@@ -151,16 +175,16 @@ def check_logits(call: Callable[..., Any], length: int = 4096) -> torch.Tensor:
     return call(**(inputs(length) | {"input_ids": ids, "attention_mask": mask})).logits.float()
 
 
-def errors_against_eager(logits: dict[str, torch.Tensor | None]) -> dict[str, float]:
+def errors_against_eager(logits: dict[str, torch.Tensor]) -> dict[str, float]:
     """Relative error of the logits.
 
     The model computes in bfloat16, so any other order of operations shows: torch.compile's own error is the yardstick.
     """
     wanted = logits.get("eager")
-    found = {mode: value for mode, value in logits.items() if value is not None and mode != "eager"}
     if wanted is None:
         return {}
-    return {mode: round(float((value - wanted).norm() / wanted.norm()), 4) for mode, value in found.items()}
+    found = {mode: float((value - wanted).norm() / wanted.norm()) for mode, value in logits.items() if mode != "eager"}
+    return {mode: round(value, 4) for mode, value in found.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -229,6 +253,7 @@ def main() -> None:
         "--keep", type=float, nargs="+", default=[0.675, 0.5], help="shares of the tokens that sparse layers keep"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", action="store_true", help="modes take turns at each length")
     parser.add_argument("--no-mask", action="store_true", help="pass no attention_mask")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--name", default="prefill", help="what the result files are called")
@@ -238,13 +263,16 @@ def main() -> None:
 
     model = build_model(arguments.layers)
     rows: list[dict[str, Any]] = []
-    logits: dict[str, torch.Tensor | None] = {}
-    for mode in modes(arguments):  # written after each, so that a run cut short leaves what it had
-        found, logits[mode] = measure_mode(model, mode, arguments)
+    logits: dict[str, torch.Tensor] = {}
+    names = modes(arguments)
+    for group in [names] if arguments.turns else [[name] for name in names]:  # written after each: a run may be cut short
+        found, checked = measure_modes(model, group, arguments)
         rows += found
+        logits |= checked
         conditions = {
             "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": arguments.layers,
-            "repeats": arguments.repeats, "relative_error_against_eager": errors_against_eager(logits),
+            "repeats": arguments.repeats, "turns": arguments.turns,
+            "relative_error_against_eager": errors_against_eager(logits),
         }  # fmt: skip
         if arguments.out is not None:
             write(rows, conditions, arguments.out / arguments.name)

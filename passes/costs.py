@@ -69,6 +69,8 @@ class DeviceCosts:
     """What the sparse path takes at any length: launches, and kernels too small to fill the device."""
     count_ms: float
     """The same of the count: `budget`'s kernels, and the host that waits for it."""
+    host_ms: float
+    """What a slow host takes to launch the sparse path: what a site takes where the host does not run ahead."""
 
     def scaled(self, name: str, *, attention: float = 1.0, compute: float = 1.0, bandwidth: float = 1.0) -> DeviceCosts:
         """Another device of which only ratios of rates are known; launches take what they take here."""
@@ -91,7 +93,8 @@ class DeviceCosts:
 # and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B. sparse_ms: at 4K and 8K
 # these steps take .03 ms more than the rates say; the rest is left for a host that does not run ahead. count_ms: a layer
 # at 32K took .5 to 1 ms longer where the host read the count: budget, .03 to .2 ms on the GPU, which then waits until
-# what depends on it is launched.
+# what depends on it is launched. host_ms: calls at 4K, .18 ms of work, took .33 to .69 ms on the hosts of four machines; a
+# model of two layers was 6% slower there than with dense attention.
 H200 = DeviceCosts(
     name="NVIDIA H200",
     attention_tflops=612,
@@ -106,6 +109,7 @@ H200 = DeviceCosts(
     select_tbs=0.73,
     sparse_ms=0.08,
     count_ms=0.5,
+    host_ms=0.7,
 )
 H200_PROCESSORS = 132
 H200_BUS = 4.9  # TB/s that torch computes from the memory's clock and width, not what is reached
@@ -315,7 +319,8 @@ def gains(costs: DeviceCosts, site: SiteShape, config: TSAConfig, length: int, s
     """Whether a site of this length is faster sparse, and safe to make sparse.
 
     The expected time must be below the dense one by `MARGIN`. And where Coverage finds next to nothing to drop, the steps
-    around attention are spent in vain: that may slow the model, of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
+    around attention are spent in vain, and where the host does not run ahead, the GPU waits for it: each may slow the model,
+    of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
     """
     budget, dense = config.budget, dense_ms(site, costs)(length)
     expected, worst = (
@@ -324,7 +329,8 @@ def gains(costs: DeviceCosts, site: SiteShape, config: TSAConfig, length: int, s
     )
     weights = LAYER_WEIGHTS * (site.heads * site.head_dim) ** 2
     layer = dense + 2 * site.batch * length * weights / (costs.matmul_tflops * 1e9)
-    return expected <= (1 - MARGIN) * dense and sparse_layers * (worst - dense) <= WORST_LOSS * layer
+    loss = max(worst, costs.host_ms) - dense
+    return expected <= (1 - MARGIN) * dense and sparse_layers * loss <= WORST_LOSS * layer
 
 
 def break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float = 0.5) -> int | None:
