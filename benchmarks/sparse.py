@@ -150,17 +150,27 @@ def selection(inputs: Inputs, keep: float) -> Tensor:
     return tsa.select(scores, None, kept(inputs.length, keep))
 
 
+def kept_rows(inputs: Inputs, keep: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed queries and keys, and their number, as the op hands them to a selector: rounded up, for TMA's views."""
+    number = kept(inputs.length, keep)
+    rows = min(attend.get(kernel_name(next(iter(METHODS)))).round_rows(number), inputs.length)
+    count = torch.tensor([number], dtype=torch.int32, device=inputs.query.device)
+    scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
+    query, key, _ = tsa.compress(*inputs.tensors, tsa.select(scores, count, rows), count)
+    return query, key, count
+
+
 def selectors_part(run: Run, arguments: argparse.Namespace) -> None:
     """Each selector on all rows, and on those that are kept."""
     inputs = planted_inputs(arguments.shape, arguments.length, arguments.device)
-    query, key, _ = tsa.compress(*inputs.tensors, selection(inputs, arguments.keep), None)
+    query, key, count = kept_rows(inputs, arguments.keep)
     rows: dict[Any, Row] = {}
     calls: dict[Any, list[Callable[[], Any]]] = {"dense": [dense_call(inputs)]}
     calls["dense"][0]()
     for method, (selector, settings) in METHODS.items():
-        for form, tensors in (("all", (inputs.query, inputs.key)), ("kept", (query, key))):
-            row = rows[method, form] = {"method": method, "rows": tensors[0].shape[2]}
-            call = functools.partial(selector, *tensors, inputs.scale, None, **settings)
+        for form, tensors, real in (("all", (inputs.query, inputs.key), None), ("kept", (query, key), count)):
+            row = rows[method, form] = {"method": method, "rows": inputs.length if real is None else int(real)}
+            call = functools.partial(selector, *tensors, inputs.scale, real, **settings)
             ran = run.attempt(f"selector {method}", call)
             if isinstance(ran, str):
                 row["failed"] = ran

@@ -2,14 +2,31 @@
 
 Attention logits of head h, query t and key s, of which trained models show all:
 
-    noise          normal, of standard deviation `noise`
-    sinks          + 12 where s is one of the first 4 tokens
-    heavy columns  + 9 at 64 tokens that all queries look at, different ones for each key head
-    topics         + 5 where s lies in a segment of 512 tokens on the same topic of 16 as t's, different for each key head
-    local band     + 6 where s is t, less with the distance, about 0 from 256 tokens on, with faint echoes further away
+    noise          normal, of standard deviation 1.1, and more from the noise of queries and keys along what the others show
+    sinks          + 13.5 where s is one of the first 4 tokens
+    heavy columns  + 9 at 24 tokens that all queries look at, different ones for each key head
+    topics         + 6 where s lies in a segment of 512 tokens on the same topic of 16 as t's, different for each key head;
+                   topics come in pairs, and where s is on the other topic of t's pair it is .72 of that
+    local band     + 2.5 where s is t, less with the distance, about 0 from 512 tokens on, with faint echoes further away
 
-All but the noise are times a factor between .7 and 1 that each head draws for each of them. At 32K the sinks get a sixth of
-the attention, and coverages of .005, .01, .02, .05 keep .81, .68, .49, .27 of the tokens of four unrelated heads.
+All but the noise are times a factor between .7 and 1 that each head draws for each of them.
+
+The structure was chosen so that FlashPrefill and Token Sparse Attention err about as much as they did on the data that
+published code was measured on: some 90 settings were tried on seed 0, by these figures and not by any method's speed.
+Seed 1 was looked at after the choice; the default seed was not looked at. FlexPrefill errs about twice as much here. What
+the sinks get differs between heads, most of all at short lengths: their factor alone changes a weight up to 50 times, and
+four keys have little noise to average. At 128K, 32 heads, 8 key heads, from a sample of rows, for FlexPrefill of five
+heads and two seeds:
+
+                                                    here                  there
+    FlashPrefill, alpha .1, .05, .02: error         .33, .23-.25, .15     .32, .24, .16
+                                      density       6-7 %, 8-9 %, 13 %    4-5 %, 6-8 %, 12-15 % (from times)
+    FlexPrefill, gamma .95, .9: error               .4-.5, .6-.7          .22, .31
+    Token Sparse Attention, .675 kept: error        .08                   .093
+    kept at coverage .005, .01, .02, .05            .88, .79, .65, .46    .85, .77, .66, .45
+
+Here the sinks get about a third of the attention, distant segments on the same topic two fifths, and the heavy columns and
+the nearest 512 tokens a tenth each.
 """
 
 from __future__ import annotations
@@ -32,19 +49,20 @@ AnyLists = Lists | VerticalSlash
 class Structure:
     """How strong and how wide everything is."""
 
-    noise: float = 0.7
+    noise: float = 1.1
     sinks: int = 4
-    sink_logit: float = 12.0
-    heavy: int = 64
+    sink_logit: float = 13.5
+    heavy: int = 24
     heavy_logit: float = 9.0
     segment: int = 512
-    topic_logit: float = 5.0
-    band: int = 256
-    band_logit: float = 6.0
+    topic_logit: float = 6.0
+    alike: float = 0.72
+    band: int = 512
+    band_logit: float = 2.5
 
 
 def planted_inputs(
-    shape: Shape, length: int, device: str = "cuda", structure: Structure | None = None, seed: int = 0
+    shape: Shape, length: int, device: str = "cuda", structure: Structure | None = None, seed: int = 2
 ) -> Inputs:
     """Query, key and value of a batch of one, in memory as projections leave them, [B, L, heads, D]."""
     assert shape.batch == 1
@@ -78,19 +96,28 @@ def key_features(
 ) -> tuple[Tensor, Tensor]:
     """What keys show, [L, F], and of what kind each feature is: 0 sinks, 1 heavy columns, 2 topics, 3 band."""
     device, topics, waves = generator.device, max(1, head_dim // 8), max(1, head_dim * 3 // 16)
+    pairs = (topics + 1) // 2
     positions = torch.arange(length, device=device)
     sinks = (positions < structure.sinks).float() * math.sqrt(structure.sink_logit / scale)
     heavy = torch.zeros(length, device=device)
     columns = torch.randperm(length, generator=generator, device=device)[: structure.heavy]
     heavy[columns] = math.sqrt(structure.heavy_logit / scale)
     segments = torch.randint(topics, (-(-length // structure.segment),), generator=generator, device=device)
-    topic = torch.nn.functional.one_hot(segments.repeat_interleave(structure.segment)[:length], topics).float()
+    topic_of = segments.repeat_interleave(structure.segment)[:length]
+    # What a topic shares with the other of its pair, and what is its own.
+    shares = (structure.alike, 1 - structure.alike)
+    topic = torch.cat(
+        [
+            torch.nn.functional.one_hot(places, count).float() * math.sqrt(share * structure.topic_logit / scale)
+            for places, count, share in zip((topic_of // 2, topic_of), (pairs, topics), shares, strict=True)
+        ],
+        dim=1,
+    )
     # Waves of many lengths agree where the distance is 0, and about a band's width further no more.
     lengths = torch.rand(waves, generator=generator, device=device) * 2 * math.pi / structure.band
     angles = positions[:, None].double() * lengths.double()
     band = torch.cat([angles.cos(), angles.sin()], dim=1).float() * math.sqrt(structure.band_logit / scale / waves)
-    topic *= math.sqrt(structure.topic_logit / scale)
-    kinds = torch.tensor([0, 1] + [2] * topics + [3] * 2 * waves, device=device)
+    kinds = torch.tensor([0, 1] + [2] * (pairs + topics) + [3] * 2 * waves, device=device)
     return torch.cat([sinks[:, None], heavy[:, None], topic, band], dim=1), kinds
 
 

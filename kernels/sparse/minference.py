@@ -20,7 +20,7 @@ without a look at query and key. Its window is cut to tiles: each row sees up to
 Nothing is added in an order that varies, and nothing read on the host. At H = 32, G = 8, D = 128, n = 128K: 0.14 TFLOP, 0.54
 G exponentials and 0.54 GB for the sums, of 33 MB: no less than 0.4 ms of an H200's time, 0.2 % of dense attention. As
 written about 1.5 ms, estimated from parts: last_rows.py .8, select .2, the ops between them .2, and _cover .2 us for each
-tile, of which there are at most 2048, and 270 on planted inputs (see vertical_slash.py).
+tile, of which there are at most 2048, and 240 to 310 on planted inputs (see vertical_slash.py).
 
 Method: MInference 1.0, arXiv 2407.02490, and its published code, with the defaults there: 64 queries, 1000 columns, 6096
 diagonals. There fewer than 100 diagonals are any of the nearest 100; here they are the nearest. A-shape is the mask of
