@@ -6,13 +6,13 @@
 
 FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them).
 Everything else is a number: B, H, G, D, Dv, bytes per element and the window come from a `SiteShape`; rates come from
-`DeviceCosts`, the only place with measured figures. Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at
+devices.py, the only place with measured figures. Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at
 n = h (the half length) twice what its causal pairs are worth: short rows do not fill the GPU, diagonal tiles are half empty.
 The rate is that of D = Dv = 128; a pair's exponential takes as long whatever the head size, so narrower heads are slower.
 
 What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `SiteShape`,
-`for_device`, `expected_share` and `gains`. Not foreseen are padded batches of very unequal items (the dense path skips their
-padding too), padding with holes, and a kernel asked for by name that is slower than the dense one.
+`expected_share`, `gains` and, for devices, devices.py. Not foreseen are padded batches of very unequal items (the dense path
+skips their padding too), padding with holes, and a kernel asked for by name that is slower than the dense one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.config import Budget, Coverage, KeepRatio, TSAConfig
+from tsa_compile.passes.devices import H200, DeviceCosts
 
 LENGTH, KEPT = sympy.symbols("L s", positive=True)
 LONGEST = 2**20  # tokens; a site that does not gain here never does
@@ -38,104 +39,6 @@ LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the 
 ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
-
-
-@dataclass(frozen=True)
-class DeviceCosts:
-    """Measured rates of one device: teraFLOP/s, terabytes (read plus written) per second, milliseconds."""
-
-    name: str
-    attention_tflops: float
-    """What dense attention approaches at long lengths."""
-    attention_half_length: float
-    """Rows at which attention reaches half of that, its launch apart."""
-    attention_ms: float
-    """One attention launch."""
-    attention_exponential: float
-    """The exponential of a pair of rows takes as long as so many products of the D + Dv."""
-    attention_sustained_ms: float
-    """Attention that takes longer slows down: the device lowers its clock."""
-    attention_slowdown: float
-    """By this share of the time beyond."""
-    score_tflops: float
-    """Of the products in `score`, apart from its bytes."""
-    matmul_tflops: float
-    """Of a layer's projections and MLP."""
-    bandwidth_tbs: float
-    """What the gathering, scattering and reading kernels reach."""
-    select_tbs: float
-    """Of `select`, mostly from the L2 cache."""
-    sparse_ms: float
-    """What the sparse path takes at any length: launches, and kernels too small to fill the device."""
-    count_ms: float
-    """The same of the count: `budget`'s kernels, and the host that waits for it."""
-    host_ms: float
-    """What a slow host takes to launch the sparse path: what a site takes where the host does not run ahead."""
-
-    def scaled(self, name: str, *, attention: float = 1.0, compute: float = 1.0, bandwidth: float = 1.0) -> DeviceCosts:
-        """Another device of which only ratios of rates are known; launches take what they take here."""
-        return replace(
-            self,
-            name=name,
-            attention_tflops=self.attention_tflops * attention,
-            score_tflops=self.score_tflops * compute,
-            matmul_tflops=self.matmul_tflops * attention,  # whoever multiplies faster does so in every layer
-            bandwidth_tbs=self.bandwidth_tbs * bandwidth,
-            select_tbs=self.select_tbs * min(compute, bandwidth),
-        )
-
-
-# torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: `fit_attention` over dense attention from 4K to 128K and
-# over the compressed rows of keep .3, .5 and .675 (23 times), with a rate that is 1% higher, as a second machine was 4%
-# faster between 8K and 64K. At 128K dense attention took 249 to 256 ms in three runs, where the fit says 232; all up to
-# 105 ms is on the curve. exponential: from head sizes 64 and 256 at 32K. score to select solve one measured step at 128K,
-# B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention.md, GPU ms): score .712 ms, select .125, compress .680
-# and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B. sparse_ms: at 4K and 8K
-# these steps take .03 ms more than the rates say; the rest is left for a host that does not run ahead. count_ms: a layer
-# at 32K took .5 to 1 ms longer where the host read the count: budget, .03 to .2 ms on the GPU, which then waits until
-# what depends on it is launched. host_ms: calls at 4K, .18 ms of work, took .33 to .69 ms on the hosts of four machines; a
-# model of two layers was 6% slower there than with dense attention.
-H200 = DeviceCosts(
-    name="NVIDIA H200",
-    attention_tflops=612,
-    attention_half_length=640,
-    attention_ms=0.013,
-    attention_exponential=71,
-    attention_sustained_ms=110,
-    attention_slowdown=0.15,
-    score_tflops=480,
-    matmul_tflops=680,
-    bandwidth_tbs=3.85,
-    select_tbs=0.73,
-    sparse_ms=0.08,
-    count_ms=0.5,
-    host_ms=0.7,
-)
-H200_PROCESSORS = 132
-H200_BUS = 4.9  # TB/s that torch computes from the memory's clock and width, not what is reached
-MEASURED = {costs.name: costs for costs in (H200,)}
-
-
-@functools.lru_cache
-def for_device(device: torch.device) -> DeviceCosts:
-    """The costs of a CUDA device: measured, else the H200's, scaled by multiprocessors and memory bandwidth.
-
-    Attention is assumed as fast per multiprocessor as on the H200, and twice as fast from Blackwell on: faster than it is
-    on older and smaller devices, so that the sparse path starts late there rather than early. A device that tells no
-    bandwidth is taken for a slow one.
-    """
-    properties = torch.cuda.get_device_properties(device)
-    if properties.name in MEASURED:
-        return MEASURED[properties.name]
-    compute = properties.multi_processor_count / H200_PROCESSORS
-    # kHz and bits, two transfers a cycle. Builds for some devices know neither.
-    bus = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8 / 1e12
-    return H200.scaled(
-        properties.name,
-        attention=compute * (2 if properties.major >= 10 else 1),
-        compute=compute,
-        bandwidth=bus / H200_BUS if bus else 0.2,
-    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, KernelError
 from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
-from tsa_compile.passes.costs import SiteShape, break_even, for_device
+from tsa_compile.passes.costs import SiteShape, break_even
+from tsa_compile.passes.devices import for_device
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.masks import MaskKind, infer_mask
 from tsa_compile.passes.sites import AttentionSite, find_sites

@@ -13,22 +13,19 @@ import torch
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.passes.costs import (
-    H200,
     KEPT,
     LENGTH,
-    MEASURED,
-    DeviceCosts,
     RestShape,
     SiteShape,
     Work,
     break_even,
     dense_work,
     expected_share,
-    for_device,
     kept_share,
     rest_work,
     sparse_work,
 )
+from tsa_compile.passes.devices import H200, MEASURED, DeviceCosts, for_device
 from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
 
 NOTHING = Work(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
@@ -38,8 +35,8 @@ def costs_of(device: torch.device | str | DeviceCosts | None = None) -> tuple[De
     """The costs of a device, and what must be said about them.
 
     Args:
-        device: a device, its name, the name of one that was measured ("h200"), or costs. None is the CUDA device if there
-            is one. Of a CPU, and of CUDA where there is none, nothing is known: then the figures are the H200's.
+        device: a device, its name, the name of one that was measured ("h200", "h100"), or costs. None is the CUDA device if
+            there is one. Of a CPU, and of CUDA where there is none, nothing is known: then the figures are the H200's.
 
     Raises:
         ConfigError: it is none of these.
@@ -49,13 +46,13 @@ def costs_of(device: torch.device | str | DeviceCosts | None = None) -> tuple[De
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(device, str):
-        named = [costs for name, costs in MEASURED.items() if device.lower() in (name.lower(), name.lower().split()[-1])]
-        if named:
-            return named[0], ()
+        for short, costs in MEASURED.items():
+            if device.lower() in (short, costs.name.lower()):
+                return costs, ()
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        known = ", ".join(repr(name.lower().split()[-1]) for name in MEASURED)
+        known = ", ".join(map(repr, MEASURED))
         raise ConfigError(
             f"device={device!r} is not known: device must be a torch.device, its name, {known}, or a DeviceCosts"
         ) from error
@@ -65,7 +62,7 @@ def costs_of(device: torch.device | str | DeviceCosts | None = None) -> tuple[De
     if (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={str(found)!r} does not exist: there are {torch.cuda.device_count()} CUDA devices")
     costs = for_device(found)
-    if costs.name in MEASURED:
+    if costs in MEASURED.values():
         return costs, ()
     return costs, (f"{costs.name} was not measured: its costs are the {H200.name}'s, scaled by processors and bandwidth",)
 

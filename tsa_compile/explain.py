@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import TSAWarning
 from tsa_compile.expected import costs_of, with_expectations
-from tsa_compile.passes.costs import DeviceCosts
+from tsa_compile.passes.devices import DeviceCosts
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import RewriteReport
 
@@ -37,7 +37,8 @@ def explain(
         args, kwargs: its inputs.
         config: what would be passed to the backend; the defaults if None.
         device: whose costs give the expected time of each call, dense and as decided: a device, costs, or the name of a
-            measured device ("h200"). If None, the CUDA device that the inputs are on; on a CPU no times are expected.
+            measured device ("h200", "h100"). If None, the CUDA device that the inputs are on; on a CPU no times are
+            expected.
             Decisions are those for the device that the model is on.
 
     Returns:

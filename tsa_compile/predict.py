@@ -27,7 +27,8 @@ from tsa_compile.anatomy import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.expected import NOTHING, added, attention_works, costs_of, evaluated, layer_work, shortest
-from tsa_compile.passes.costs import DeviceCosts, RestShape, SiteShape, Work, expected_share, kept_share
+from tsa_compile.passes.costs import RestShape, SiteShape, Work, expected_share, kept_share
+from tsa_compile.passes.devices import DeviceCosts
 from tsa_compile.passes.plan import MAX_HEAD_DIM
 from tsa_compile.report import Reason, as_text, number, spans
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.passes import costs
 from tsa_compile.passes.costs import (
-    H200,
     KEPT,
     LENGTH,
     LONGEST,
@@ -26,7 +25,6 @@ from tsa_compile.passes.costs import (
     dense_work,
     expected_share,
     fit_attention,
-    for_device,
     gains,
     kept_share,
     largest_share,
@@ -34,6 +32,7 @@ from tsa_compile.passes.costs import (
     sparse_ms,
     sparse_work,
 )
+from tsa_compile.passes.devices import H100, H200, for_device
 
 K = 1024
 LLAMA = SiteShape(1, 32, 8, 128, 128, itemsize=2, window=128, counted=False)
@@ -320,7 +319,8 @@ BUS = dict(memory_clock_rate=3_201_000, memory_bus_width=6144)
 
 
 def test_a_measured_device_is_known_by_its_name(monkeypatch):
-    assert pretend(monkeypatch, name="NVIDIA H200", major=9, multi_processor_count=132, **BUS) is H200
+    for measured in (H200, H100):
+        assert pretend(monkeypatch, name=measured.name, major=9, multi_processor_count=132, **BUS) is measured
 
 
 def test_an_unknown_device_of_the_h200s_size_has_its_costs(monkeypatch):

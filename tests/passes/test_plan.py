@@ -7,7 +7,8 @@ from torch import nn
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError
 from tsa_compile.passes import costs, plan
-from tsa_compile.passes.costs import H200, SiteShape, break_even
+from tsa_compile.passes.costs import SiteShape, break_even
+from tsa_compile.passes.devices import H200
 from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Decision, Reason, reports

@@ -23,7 +23,8 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.evaluation.methods import Method, parse
 from tsa_compile.evaluation.results import Study, Timing
 from tsa_compile.evaluation.tasks import generate
-from tsa_compile.passes.costs import SiteShape, dense_ms, for_device, sparse_ms
+from tsa_compile.passes.costs import SiteShape, dense_ms, sparse_ms
+from tsa_compile.passes.devices import for_device
 from tsa_compile.passes.fuse import fuse
 from tsa_compile.passes.graph import op_name
 
