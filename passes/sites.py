@@ -161,8 +161,8 @@ def _shape_problem(query: Node, key: Node, value: Node, grouped: bool) -> tuple[
     heads, kv_heads = q.shape[1], k.shape[1]
     if grouped:
         matching = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
-    else:
-        matching = known(heads == kv_heads)
+    else:  # a single head is broadcast to all queries: one group of them
+        matching = known(heads == kv_heads) or (isinstance(heads, int) and known(kv_heads == 1))
     if not matching or not known(kv_heads == v.shape[1]):
         return Reason.UNSUPPORTED_FORM, f"{heads} query heads over {kv_heads} key and {v.shape[1]} value heads"
     if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0])):

@@ -242,6 +242,17 @@ def test_any_other_model_computes_what_it_did(name):
         assert gap < ATOL, (form, config.layers, cache, reports()[-1])
 
 
+def test_one_key_head_for_all_queries_becomes_sparse():
+    """Falcon-7B's multi-query attention, which SDPA broadcasts."""
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
+    model = tiny("falcon", "sdpa")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="tsa", options={"config": KEEP_ALL})
+        logits = compiled(**inputs, use_cache=False).logits
+    assert difference(logits, plain(model, **inputs, use_cache=False), inputs["attention_mask"]) < ATOL
+    assert reports()[-1].sparse == len(KEEP_ALL.layers) and reports()[-1].unchanged == 0
+
+
 @pytest.mark.parametrize(
     "form, config", [("sdpa", KEEP_ALL.replace(layers=None)), ("eager", EXACT)], ids=["sdpa-keep-all", "eager-exact"]
 )

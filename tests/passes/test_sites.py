@@ -135,6 +135,11 @@ class TestSDPA:
         site = expect(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), *inputs(kv_heads=G), form="sdpa")
         assert fake(site.key).shape[1] == G
 
+    def test_one_head_for_all_queries_by_broadcasting(self):
+        """Falcon's multi-query attention: a group of all heads."""
+        site = expect(lambda q, k, v: sdpa(q, k, v, is_causal=True), *inputs(kv_heads=1), form="sdpa")
+        assert fake(site.key).shape[1] == 1
+
     def test_other_lengths(self):
         expect(lambda q, k, v: sdpa(q, k, v), *inputs(keys=L + 3), form="sdpa")
 
@@ -148,9 +153,12 @@ class TestSDPA:
             ([(H, L, D)] * 3, Reason.RANK),
             ([(1, B, H, L, D)] * 3, Reason.RANK),
             ([(B, H, L, D), (1, H, L, D), (1, H, L, D)], Reason.UNSUPPORTED_FORM),
-            ([(B, H, L, D), (B, 1, L, D), (B, 1, L, D)], Reason.UNSUPPORTED_FORM),
+            ([(B, H, L, D), (B, 1, L, D), (B, H, L, D)], Reason.UNSUPPORTED_FORM),
+            ([(B, H, L, D), (B, H, L, D), (B, 1, L, D)], Reason.UNSUPPORTED_FORM),
+            ([(B, 1, L, D), (B, H, L, D), (B, H, L, D)], Reason.UNSUPPORTED_FORM),
+            ([(B, H, L, D), (1, 1, L, D), (1, 1, L, D)], Reason.UNSUPPORTED_FORM),
         ],
-        ids=["three dimensions", "five dimensions", "broadcast batch", "broadcast heads"],
+        ids=["three dimensions", "five dimensions", "batch", "key head", "value head", "query head", "batch and heads"],
     )
     def test_what_cannot_be_rewritten_has_a_reason(self, shapes, reason):
         _, (site,), _ = read(sdpa, *(torch.randn(shape) for shape in shapes))
