@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name.startswith(("attention", "memcheck", "prefill")):
+        if name.startswith(("attention", "memcheck", "models", "prefill")):
             del sys.modules[name]
 
 
@@ -274,3 +275,43 @@ def test_modes_of_the_prefill_benchmark(load):
     assert [config.dense_kernel for config in settings.values()] == [None, None, "xattention", "xattention"]
     assert settings["xattention"].layers == () and settings["xattention+0.675"].budget == KeepRatio(0.675)
     assert len({prefill.describe(mode) for mode in modes}) == len(modes)
+
+
+def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatch):
+    prefill, order = load("prefill"), []
+    for name, value in dict(synchronize=None, reset_peak_memory_stats=None, empty_cache=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(prefill, "inputs", lambda length, masked: {"length": length})
+
+    def full(length):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate all of it.")
+
+    def called(mode, length):
+        order.append(mode)
+        time.sleep(1e-3)
+
+    calls = {"exact": functools.partial(called, "exact"), "0.5": functools.partial(called, "0.5"), "compile": full}
+    rows = prefill.measure(calls, 4096, 2, True, {"exact": "2 dense", "0.5": "1 sparse"})
+    assert order[:6] == ["exact", "0.5"] * 3
+    assert (rows["exact"]["report"], rows["exact"]["peak_gib"]) == ("2 dense", 2.0)
+    assert rows["compile"]["error"] == "out of memory: CUDA out of memory" and "report" not in rows["compile"]
+    text = prefill.table(list(rows.values()))
+    assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
+
+
+def test_architectures_are_examined(load, tmp_path, capsys):
+    models = load("models")
+    assert models.main(["--models", "llama", "bert", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "models.json").read_text())
+    counts = {"architectures": 2, "ran": 2, "wrong": 0, "exact gain": 1, "can be sparse": 1}
+    assert {name: found["conditions"][name] for name in counts} == counts
+    assert "| llama | sdpa | 2 causal+padding | 2 sparse |  |" in (tmp_path / "models.md").read_text()
+    assert "| bert | sdpa | 2 unchanged | 2 unchanged | NOT_CAUSAL |" in capsys.readouterr().out
+    row = found["rows"][0]
+    assert models.is_wrong(row | {"exact": row["exact"] | {"difference": 0.1}}) and models.is_wrong(
+        {"failed": "exact: KeyError"}
+    )
+    with pytest.raises(SystemExit):
+        models.main(["--models", "no-such-model"])
