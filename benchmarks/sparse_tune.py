@@ -67,10 +67,9 @@ def flashprefill_candidates(inputs: Inputs) -> Candidates:
 def xattention_candidates(inputs: Inputs) -> Candidates:
     """All of the selector at stride 16; its first kernel is cut differently."""
     for sizes, tma in itertools.product(TILINGS, (True, False)):
-        for group in (0, 4, 8, 16) if tma else (0,):
-            tiling = Tiling(*sizes, use_tma=tma, group=group)
-            call = functools.partial(xattention_triton, inputs.query, inputs.key, inputs.scale, tiling=tiling)
-            yield f"{sizes}{', TMA' if tma else ''}{f', groups of {group}' if group else ''}", call
+        tiling = Tiling(*sizes, use_tma=tma)
+        call = functools.partial(xattention_triton, inputs.query, inputs.key, inputs.scale, tiling=tiling)
+        yield f"{sizes}{', TMA' if tma else ''}", call
 
 
 def flexprefill_candidates(inputs: Inputs) -> Candidates:

@@ -55,9 +55,6 @@ class Tiling(NamedTuple):
     num_stages: int = 2
     use_tma: bool = False
     """Tiles by TMA, if strides allow it."""
-    group: int = 0
-    """0: a program computes its rows of x up to the diagonal, and reads its queries again for each step of columns. Else a
-    program computes one step, and so many tiles of rows share what they read; rows * group is a multiple of columns."""
 
 
 @triton.jit
@@ -85,14 +82,14 @@ def _load_groups(
 @triton.jit
 def _tile_energies(
     desc_query, desc_key, corner_query, column_query, corner_key, column_key, p_query, p_key, p_energy, stride_ql, stride_kl,
-    start_m, start_n, stop_n, count, blocks, scale_log2,
+    start_m, count, blocks, scale_log2,
     USE_TMA: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """The rows [start_m, start_m + ROWS) of x, in the columns [start_n, stop_n)."""
+    """The rows [start_m, start_m + ROWS) of x, up to the diagonal."""
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     rows = start_m + tl.arange(0, ROWS)
-    for start in range(start_n, stop_n, COLUMNS):
+    for start in range(0, tl.minimum(start_m + ROWS, tl.cdiv(count, STRIDE)), COLUMNS):
         b_x = tl.zeros([ROWS, COLUMNS], tl.float32)
         for part in tl.range(0, STRIDE * (BLOCK_D // DIMS)):
             step, start_d = part // (BLOCK_D // DIMS), part % (BLOCK_D // DIMS) * DIMS
@@ -116,29 +113,6 @@ def _tile_energies(
         tl.store(p_energy + (rows.to(tl.int64) * blocks)[:, None] + keys[None, :], b_energy, mask=b_wanted)
 
 
-@triton.jit
-def _place(program, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Of a head's x of `size` rows: a program's first row, first column, and the end of its columns; (.., 0, 0) is no work.
-
-    Without groups, rows that see most come first. With groups, g = 0, 1, ..: GROUP tiles of rows take one step of columns
-    after the other, up to the diagonal: (g + 1) * GROUP * ROWS / COLUMNS steps, and with all groups before it
-    g (g + 1) / 2 * GROUP^2 * ROWS / COLUMNS programs.
-    """
-    if GROUP == 0:
-        start_m = (tl.cdiv(size, ROWS) - 1 - program) * ROWS
-        return start_m, 0, tl.minimum(start_m + ROWS, size)
-    else:
-        PROGRAMS: tl.constexpr = GROUP * GROUP * ROWS // COLUMNS
-        whole = program // PROGRAMS
-        group = (tl.sqrt(8.0 * whole + 1.0) * 0.5 - 0.5).to(tl.int32)
-        group -= (group * (group + 1) // 2 > whole).to(tl.int32)  # a root may be rounded either way
-        group += ((group + 1) * (group + 2) // 2 <= whole).to(tl.int32)
-        inside = program - group * (group + 1) // 2 * PROGRAMS
-        start_m, start_n = (group * GROUP + inside % GROUP) * ROWS, inside // GROUP * COLUMNS
-        stop_n = tl.minimum(tl.minimum(start_m + ROWS, size), start_n + COLUMNS)
-        return start_m, start_n, tl.where(start_m < size, stop_n, 0)
-
-
 @triton.jit(
     do_not_specialize=[
         *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
@@ -149,17 +123,17 @@ def _energy_kernel(
     p_query, p_key, p_count, p_energy, desc_query, desc_key,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, heads_per_kv, scale_log2,
     STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, GROUP: tl.constexpr, USE_TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of x, or a tile of them. TMA fetches whole tiles: the last ones come by pointers."""
+    """One program: ROWS rows of x; those that see most first. TMA fetches whole tiles: the last ones come by pointers."""
     head, item = tl.program_id(1), tl.program_id(2)
     count = capacity
     if p_count is not None:
         count = tl.minimum(tl.load(p_count + item), capacity)
-    start_m, start_n, stop_n = _place(tl.program_id(0), tl.cdiv(count, STRIDE), ROWS, COLUMNS, GROUP)
-    if start_n >= stop_n:
+    tile = tl.cdiv(count, STRIDE * ROWS) - 1 - tl.program_id(0)
+    if tile < 0:
         return
-    kv_head = head // heads_per_kv
+    start_m, kv_head = tile * ROWS, head // heads_per_kv
     far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     corner_query, column_query = _corner(stride_qb, stride_qh, stride_ql, item, head, STRIDE, ALIGN)
     corner_key, column_key = _corner(stride_kb, stride_kh, stride_kl, item, kv_head, STRIDE, ALIGN)
@@ -168,18 +142,16 @@ def _energy_kernel(
     p_energy += (far_item * tl.num_programs(1) + far_head) * (BLOCK // STRIDE) * blocks * blocks
     by_tma = USE_TMA
     if USE_TMA:
-        by_tma = tl.cdiv(tl.maximum(start_m + ROWS, stop_n), COLUMNS) * COLUMNS * STRIDE <= count
+        by_tma = tl.cdiv(start_m + ROWS, COLUMNS) * COLUMNS * STRIDE <= count
     if by_tma:
         _tile_energies(
             desc_query, desc_key, corner_query, column_query, corner_key, column_key, p_query, p_key, p_energy, stride_ql,
-            stride_kl, start_m, start_n, stop_n, count, blocks, scale_log2,
-            USE_TMA, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
+            stride_kl, start_m, count, blocks, scale_log2, USE_TMA, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
         )  # fmt: skip
     else:
         _tile_energies(
             desc_query, desc_key, corner_query, column_query, corner_key, column_key, p_query, p_key, p_energy, stride_ql,
-            stride_kl, start_m, start_n, stop_n, count, blocks, scale_log2,
-            False, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
+            stride_kl, start_m, count, blocks, scale_log2, False, STRIDE, DIM, BLOCK_D, ALIGN, BLOCK, ROWS, COLUMNS, DIMS,
         )  # fmt: skip
 
 
@@ -294,25 +266,16 @@ def energies_triton(
         return energy
     tiling = _tiling(query, key, stride, tiling)
     align = row_alignment(query, key)
-    _energy_kernel[(_programs(triton.cdiv(capacity, stride), tiling), heads, batch)](
+    _energy_kernel[(triton.cdiv(capacity, stride * tiling.rows), heads, batch)](
         query, key, count, energy,
         _groups(query, stride, tiling.rows, tiling.dims) if tiling.use_tma else None,
         _groups(key, stride, tiling.columns, tiling.dims) if tiling.use_tma else None,
         *(s // align for tensor in (query, key) for s in tensor.stride()[:3]), capacity, blocks, heads // kv_heads,
         scale / stride * math.log2(math.e), STRIDE=stride, DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, BLOCK=block,
-        ROWS=tiling.rows, COLUMNS=tiling.columns, DIMS=tiling.dims, GROUP=tiling.group, USE_TMA=tiling.use_tma,
+        ROWS=tiling.rows, COLUMNS=tiling.columns, DIMS=tiling.dims, USE_TMA=tiling.use_tma,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     return energy
-
-
-def _programs(size: int, tiling: Tiling) -> int:
-    """How many programs a head's x of `size` rows takes: see `_place`."""
-    tiles = triton.cdiv(size, tiling.rows)
-    if not tiling.group:
-        return tiles
-    groups = triton.cdiv(tiles, tiling.group)
-    return groups * (groups + 1) // 2 * (tiling.group**2 * tiling.rows // tiling.columns)
 
 
 def _tiling(query: Tensor, key: Tensor, stride: int, tiling: Tiling | None) -> Tiling:

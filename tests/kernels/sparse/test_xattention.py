@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference_sparse
-from tsa_compile.kernels._triton import tl, triton
 from tsa_compile.kernels.sparse.lists import density
 from tsa_compile.kernels.sparse.xattention import (
     Tiling,
-    _place,
-    _programs,
     _tiling,
     energies_aten,
     energies_triton,
@@ -28,8 +25,6 @@ TILINGS = {
     "plain": Tiling(16, 16, 16, 4, 1),
     "wide": Tiling(16, 32, 16, 4, 1),
     "tma": Tiling(32, 16, 16, 4, 1, use_tma=True),
-    "grouped": Tiling(8, 16, 16, 4, 1, group=2),
-    "grouped, tma": Tiling(16, 8, 16, 4, 1, use_tma=True, group=1),
 }
 
 
@@ -41,9 +36,7 @@ def test_the_aten_version_equals_the_reference(counts, options):
     assert torch.equal(mask_of(found), reference_sparse.xattention(*inputs, 0.5, count, **options))
 
 
-@pytest.mark.parametrize(
-    "counts, tiling", [([0, 128], "plain"), ([150, 35], "wide"), ([150, 35], "tma"), ([150, 35], "grouped")]
-)
+@pytest.mark.parametrize("counts, tiling", [([0, 128], "plain"), ([150, 35], "wide"), ([150, 35], "tma")])
 def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
     inputs, count = make(device=triton_device), counted(counts, triton_device)
     expected = xattention_aten(*inputs, 0.5, count, **OPTIONS)
@@ -81,29 +74,8 @@ def heads_inside(tensor):
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_energies(triton_device, poisoned_empty, tiling, layout):
     query, key = (layout(tensor) for tensor in make(capacity=152, device=triton_device))
-    assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == ("tma" in tiling)
+    assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == (tiling == "tma")
     assert_same_energies(query, key, counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
-
-
-@triton.jit
-def _places_kernel(p_out, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    start_m, start_n, stop_n = _place(tl.program_id(0), size, ROWS, COLUMNS, GROUP)
-    p_out += 3 * tl.program_id(0)
-    tl.store(p_out, start_m)
-    tl.store(p_out + 1, start_n)
-    tl.store(p_out + 2, stop_n)
-
-
-@pytest.mark.parametrize("rows, columns, group", [(8, 16, 2), (8, 16, 4), (16, 8, 1), (16, 16, 3)])
-def test_groups_hold_each_tile_up_to_the_diagonal_once(triton_device, rows, columns, group):
-    for size in (1, rows, 7 * rows + 3, 20 * columns + 1):
-        programs = _programs(size, Tiling(rows, columns, group=group))
-        places = torch.empty(programs, 3, dtype=torch.int32, device=triton_device)
-        _places_kernel[(programs,)](places, size, ROWS=rows, COLUMNS=columns, GROUP=group)
-        found = [(m, n) for m, n, stop in places.tolist() if n < stop]
-        assert len(found) == len(set(found))
-        assert set(found) == {(m, n) for m in range(0, size, rows) for n in range(0, min(m + rows, size), columns)}
-        assert all(stop == min(m + rows, size, n + columns) for m, n, stop in places.tolist() if n < stop)
 
 
 @pytest.mark.parametrize("near_miss", ["stride", "items", "heads", "head size", "steps"])
@@ -140,16 +112,14 @@ def test_nothing_to_do(triton_device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("layout", ["BHCD", "BCHD"])
-@pytest.mark.parametrize("group", [0, 4])
-def test_on_the_gpu(stride, layout, group):
+def test_on_the_gpu(stride, layout):
     query, key = make(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
     if layout == "BCHD":
         query, key = heads_inside(query), heads_inside(key)
     for counts in ([5000, 3333], [4096, 0]):
         count = counted(counts, "cuda")
         inputs = poisoned((query, key), counts)
-        tiling = _tiling(*inputs, stride, None)._replace(group=group)
-        found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride, chunk=16, tiling=tiling))
+        found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride, chunk=16))
         expected = mask_of(xattention_aten(query, key, 0.3, count, stride=stride))
-        assert_same_energies(*inputs, count, stride, 128, tiling=tiling)
+        assert_same_energies(*inputs, count, stride, 128)
         assert (found != expected).float().mean() < 5e-3  # sums differ in their last bits
