@@ -144,10 +144,10 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
     log.info("kernel: %s of dense cuDNN's rate", [round(row.get("rate", 0), 2) for row in rows.values()])
 
 
-def selection(inputs: Inputs, keep: float) -> Tensor:
-    """The positions [1, H, n] that TSA keeps."""
+def selection(inputs: Inputs, rows: int, count: Tensor | None = None) -> Tensor:
+    """The positions [1, H, rows] that TSA keeps, filled up behind a count."""
     scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
-    return tsa.select(scores, None, kept(inputs.length, keep))
+    return tsa.select(scores, count, rows)
 
 
 def kept_rows(inputs: Inputs, keep: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,8 +155,7 @@ def kept_rows(inputs: Inputs, keep: float) -> tuple[Tensor, Tensor, Tensor]:
     number = kept(inputs.length, keep)
     rows = min(attend.get(kernel_name(next(iter(METHODS)))).round_rows(number), inputs.length)
     count = torch.tensor([number], dtype=torch.int32, device=inputs.query.device)
-    scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
-    query, key, _ = tsa.compress(*inputs.tensors, tsa.select(scores, count, rows), count)
+    query, key, _ = tsa.compress(*inputs.tensors, selection(inputs, rows, count), count)
     return query, key, count
 
 
@@ -210,7 +209,7 @@ def describe_composed(method: str | None, inputs: Inputs, positions: Tensor) -> 
 def methods_part(run: Run, arguments: argparse.Namespace) -> None:
     """Each method alone and composed, TSA alone, and dense attention."""
     inputs = planted_inputs(arguments.shape, arguments.length, arguments.device)
-    positions = selection(inputs, arguments.keep)
+    positions = selection(inputs, kept(inputs.length, arguments.keep))
     calls: dict[Any, list[Callable[[], Tensor]]] = {("dense cuDNN", "all"): [dense_call(inputs)]}
     rows: dict[Any, Row] = {("dense cuDNN", "all"): {"method": "dense cuDNN", "form": "all"}}
     dense = calls["dense cuDNN", "all"][0]()

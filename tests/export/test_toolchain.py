@@ -54,7 +54,7 @@ def test_a_compiler_with_only_the_static_cpp_library(tmp_path, monkeypatch):
     """As one that was moved: it linked a second libstdc++ into the package, which then crashed at its first use."""
     static = Path(subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip())
     if not static.is_absolute():
-        pytest.skip("g++ has no static library")
+        pytest.skip("g++ has no static library here: there is none that could be linked by mistake")
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libstdc++.a").symlink_to(static)
     compiler = tmp_path / "g++"

@@ -1,6 +1,6 @@
 """Every spelling of attention reads into one normal form, and what only looks like attention does not.
 
-The oracle computes attention from what was read (operands, masks, scale) and compares it with what the call computed.
+Written-out attention: test_eager.py.
 """
 
 import functools
@@ -8,91 +8,15 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.masks import MaskKind, infer_mask
 from tsa_compile.passes.sites import find_sites, layer_name
 from tsa_compile.report import Reason
-from tsa_compile.testing import capture_all, run_nodes
+from tsa_compile.testing import capture_all
 
-B, H, G, L, D = 2, 4, 2, 6, 8
-sdpa = F.scaled_dot_product_attention
-
-
-def inputs(heads=H, kv_heads=H, keys=L):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((B, heads, L, D), (B, kv_heads, keys, D), (B, kv_heads, keys, D))
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
-
-
-def lowest():
-    return torch.finfo(torch.float32).min
-
-
-def triangle(n=L):
-    return torch.arange(n) <= torch.arange(n)[:, None]
-
-
-def bias(n=L):
-    return torch.zeros(n, n).masked_fill(~triangle(n), lowest())
-
-
-def read(function, *args, dynamic=None, export=False):
-    """The graph of a call, its sites and every node's real value."""
-    if export:
-        program = torch.export.export(Wrapped(function), args, strict=False)
-        graph = program.graph_module
-        state = [program.state_dict.get(name) for name in program.graph_signature.inputs_to_parameters.values()]
-        constants = [program.constants[name] for name in program.graph_signature.inputs_to_lifted_tensor_constants.values()]
-        return graph, find_sites(graph), run_nodes(graph, (*state, *constants, *args))
-    captured = capture_all(function, *args, dynamic=dynamic)
-    (graph,) = captured.graphs
-    return graph, find_sites(graph), run_nodes(graph, captured.inputs[0])
-
-
-class Wrapped(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
-def attention_of(site, values):
-    """softmax(scale * q k^T, masked) v from a site's normal form."""
-    query, key, value = (values[node.name] for node in (site.query, site.key, site.value))
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scale = values.get(getattr(site.scale, "name", None), site.scale)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    for term in reversed(site.masks):
-        mask = values[term.mask.name]
-        if term.role == "bias":
-            scores = scores + mask
-        else:
-            scores = scores.masked_fill(~mask if term.role == "keep" else mask, term.fill)
-    if site.is_causal is True:
-        scores = scores.masked_fill(~triangle(scores.shape[-1])[: scores.shape[-2]], -math.inf)
-    return scores.softmax(-1) @ value
-
-
-def expect(function, *args, form, peeled=False, **options):
-    """One site without a problem, in which the call's whole meaning is found."""
-    _, sites, values = read(function, *args, **options)
-    (site,) = sites
-    assert site.problem is None, site.problem
-    assert site.form == form
-    assert site.peeled is peeled
-    torch.testing.assert_close(attention_of(site, values), values[site.node.name])
-    return site
-
-
-def repeat_kv(x, n):
-    batch, heads, length, width = x.shape
-    return x[:, :, None, :, :].expand(batch, heads, n, length, width).reshape(batch, heads * n, length, width)
-
+from .site_reading import B, D, G, H, L, bias, expect, inputs, read, repeat_kv, sdpa, triangle
 
 SDPA_SPELLINGS = {
     "plain": lambda q, k, v: sdpa(q, k, v),
@@ -264,146 +188,6 @@ class TestRepeatedHeads:
             return sdpa(q, wide, repeat_kv(v, 2), is_causal=True)
 
         expect(attention, *inputs(kv_heads=G), form="sdpa")
-
-
-def scores(q, k):
-    return torch.matmul(q, k.transpose(2, 3)) * 0.35
-
-
-EAGER_SPELLINGS = {
-    "scale by mul": lambda q, k, v: (q @ k.transpose(-2, -1) * 0.35).softmax(-1) @ v,
-    "scale by div": lambda q, k, v: F.softmax(torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(D), dim=-1).matmul(v),
-    "scale from the left": lambda q, k, v: torch.softmax(0.35 * (q @ k.transpose(2, 3)), 3) @ v,
-    "scale of the query": lambda q, k, v: ((q * 0.35) @ k.transpose(2, 3)).softmax(-1) @ v,
-    "scale as a tensor": lambda q, k, v: ((q @ k.transpose(2, 3)) / torch.full([], 3.0)).softmax(-1) @ v,
-    "two factors": lambda q, k, v: ((q @ k.transpose(2, 3)) * 0.5 / 2.0).softmax(-1) @ v,
-    "softmax by name": lambda q, k, v: torch.matmul(F.softmax(input=scores(q, k), dim=-1), v),
-    "no scale": lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1) @ v,
-    "mT": lambda q, k, v: (q @ k.mT * 0.35).softmax(-1) @ v,
-    "permuted key": lambda q, k, v: (q @ k.permute(0, 1, 3, 2) * 0.35).softmax(-1) @ v,
-    "added mask": lambda q, k, v: (scores(q, k) + bias()).softmax(-1) @ v,
-    "added from the left": lambda q, k, v: (bias() + scores(q, k)).softmax(-1) @ v,
-    "torch.add": lambda q, k, v: torch.add(scores(q, k), bias()).softmax(-1) @ v,
-    "masked_fill": lambda q, k, v: scores(q, k).masked_fill(~triangle(), lowest()).softmax(-1) @ v,
-    "masked_fill with -inf": lambda q, k, v: scores(q, k).masked_fill(~triangle(), -math.inf).softmax(-1) @ v,
-    "where": lambda q, k, v: torch.where(triangle(), scores(q, k), lowest()).softmax(-1) @ v,
-    "where with a tensor": lambda q, k, v: torch.where(triangle(), scores(q, k), torch.full([], lowest())).softmax(-1) @ v,
-    "where and an added mask": lambda q, k, v: (torch.where(triangle(), scores(q, k), lowest()) + bias()).softmax(-1) @ v,
-    "two added masks": lambda q, k, v: (scores(q, k) + bias() + bias()).softmax(-1) @ v,
-    "float32 softmax": lambda q, k, v: F.softmax(scores(q, k) + bias(), dim=-1, dtype=torch.float32).to(q.dtype) @ v,
-    "cast around softmax": lambda q, k, v: F.softmax((scores(q, k) + bias()).float(), -1).type_as(q) @ v,
-    "dropout of zero": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), p=0.0, training=True) @ v,
-    "dropout in evaluation": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), p=0.5, training=False) @ v,
-    "contiguous": lambda q, k, v: scores(q, k).contiguous().softmax(-1) @ v,
-    "returned transposed": lambda q, k, v: (scores(q, k).softmax(-1) @ v).transpose(1, 2).contiguous(),
-}
-
-# (what is wrong, the call): each is one step away from a spelling above.
-EAGER_NEAR_MISSES = {
-    "softmax over the queries": lambda q, k, v: (scores(q, k) + bias()).softmax(-2) @ v,
-    "weights are returned too": lambda q, k, v: ((w := (scores(q, k) + bias()).softmax(-1)) @ v, w),
-    "scores are returned too": lambda q, k, v: ((s := scores(q, k) + bias()).softmax(-1) @ v, s),
-    "tanh soft cap": lambda q, k, v: (torch.tanh(scores(q, k) / 5) * 5 + bias()).softmax(-1) @ v,
-    "tanh soft cap after the mask": lambda q, k, v: torch.tanh(scores(q, k) + bias()).softmax(-1) @ v,
-    "sink column": lambda q, k, v: torch.cat([scores(q, k), q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
-    "mask is scaled too": lambda q, k, v: ((q @ k.transpose(2, 3) + bias()) * 0.35).softmax(-1) @ v,
-    "filled scores are scaled": lambda q, k, v: ((q @ k.mT).masked_fill(~triangle(), lowest()) * 0.35).softmax(-1) @ v,
-    "scale per head": lambda q, k, v: (q @ k.mT * torch.arange(1.0, H + 1)[:, None, None]).softmax(-1) @ v,
-    "floor division": lambda q, k, v: torch.div(q @ k.mT, 0.25, rounding_mode="floor").softmax(-1) @ v,
-    "add with alpha": lambda q, k, v: torch.add(scores(q, k), bias(), alpha=2).softmax(-1) @ v,
-    "added number": lambda q, k, v: (scores(q, k) + 1.0).softmax(-1) @ v,
-    "squared scores": lambda q, k, v: ((s := q @ k.mT) * s).softmax(-1) @ v,
-    "weights are scaled": lambda q, k, v: (scores(q, k).softmax(-1) * 2.0) @ v,
-    "weights are masked": lambda q, k, v: (scores(q, k).softmax(-1) * triangle()) @ v,
-    "weights are renormalised": lambda q, k, v: ((w := scores(q, k).softmax(-1)) / w.sum(-1, keepdim=True)) @ v,
-    "key is not transposed": lambda q, k, v: (q @ k.reshape(B, H, D, L)).softmax(-1) @ v,
-    "heads are reversed": lambda q, k, v: (q @ k.flip(1).transpose(2, 3)).softmax(-1).flip(1) @ v,
-    "scores are rounded": lambda q, k, v: F.softmax(scores(q, k).int(), -1, dtype=torch.float32) @ v,
-    "scores are written to": lambda q, k, v: scores(q, k).add_(bias()).softmax(-1) @ v,
-    "scores are filled in place": lambda q, k, v: scores(q, k).masked_fill_(~triangle(), lowest()).softmax(-1) @ v,
-    "log_softmax": lambda q, k, v: F.log_softmax(scores(q, k), -1) @ v,
-    "sigmoid": lambda q, k, v: scores(q, k).sigmoid() @ v,
-    "relu of weights": lambda q, k, v: F.relu(scores(q, k).softmax(-1) - 0.1) @ v,
-    "rolled scores": lambda q, k, v: (scores(q, k).roll(1, -1) + bias()).softmax(-1) @ v,
-    "filled with a tensor": lambda q, k, v: torch.where(triangle(), scores(q, k), q[..., :1]).softmax(-1) @ v,
-    "negated": lambda q, k, v: (-scores(q, k)).softmax(-1) @ v,
-    "subtracted mask": lambda q, k, v: (scores(q, k) - bias()).softmax(-1) @ v,
-    "where, the other way round": lambda q, k, v: torch.where(triangle(), lowest(), scores(q, k)).softmax(-1) @ v,
-}
-
-# Nothing between the last product and the softmax is looked through but casts and dropout.
-NO_ATTENTION = {
-    "softmax over the queries",
-    "weights are scaled",
-    "weights are masked",
-    "weights are renormalised",
-    "heads are reversed",
-    "log_softmax",
-    "sigmoid",
-    "relu of weights",
-}
-
-
-class TestEager:
-    @pytest.mark.parametrize("name", EAGER_SPELLINGS)
-    def test_spelling(self, name):
-        expect(EAGER_SPELLINGS[name], *inputs(), form="eager")
-
-    @pytest.mark.parametrize("name", EAGER_NEAR_MISSES)
-    def test_near_miss(self, name):
-        """Attention with a reason why it stays; or none at all where the weights are no plain softmax over the keys."""
-        _, sites, _ = read(EAGER_NEAR_MISSES[name], *inputs())
-        assert len(sites) == (0 if name in NO_ATTENTION else 1)
-        for site in sites:
-            assert site.problem is not None and site.problem[0] is Reason.UNSUPPORTED_FORM
-
-    @pytest.mark.parametrize("name", ["added mask", "masked_fill", "where", "dropout in evaluation"])
-    def test_exported(self, name):
-        expect(EAGER_SPELLINGS[name], *inputs(), form="eager", export=True)
-
-    @pytest.mark.parametrize("name", ["added mask", "where and an added mask", "scale of the query"])
-    def test_symbolic_sizes(self, name):
-        expect(EAGER_SPELLINGS[name], *inputs(), form="eager", dynamic=True)
-
-    def test_scale_node(self):
-        def attention(q, k, v):
-            return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + bias()).softmax(-1) @ v
-
-        site = expect(attention, *inputs(), form="eager", dynamic=True)
-        assert isinstance(site.scale, torch.fx.Node)
-
-    def test_repeated_heads_are_peeled(self):
-        def attention(q, k, v):
-            k, v = repeat_kv(k, 2), repeat_kv(v, 2)
-            return (scores(q, k) + bias()).softmax(-1) @ v
-
-        expect(attention, *inputs(kv_heads=G), form="eager", peeled=True)
-
-    def test_dropout_is_kept(self):
-        def attention(q, k, v):
-            return F.dropout(scores(q, k).softmax(-1), 0.5) @ v
-
-        _, (site,), _ = read(attention, *inputs())
-        assert site.dropout == 0.5
-
-    @pytest.mark.parametrize("target", range(3), ids=["query", "key", "value"])
-    def test_operand_is_written_to_in_between(self, target):
-        def attention(*qkv):
-            q, k, v = (x.clone() for x in qkv)
-            weights = scores(q, k).softmax(-1)
-            (q, k, v)[target].mul_(2)
-            return weights @ v
-
-        _, (site,), values = read(attention, *inputs())
-        if site.problem is None:
-            torch.testing.assert_close(attention_of(site, values), values[site.node.name])
-
-    def test_three_dimensions_are_no_site(self):
-        q, k, v = (x.flatten(0, 1) for x in inputs())
-        assert read(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v)[1] == []
-
-    def test_two_products_without_softmax_are_no_site(self):
-        assert read(lambda q, k, v: (q @ k.mT) @ v, *inputs())[1] == []
 
 
 class Layer(nn.Module):

@@ -1,0 +1,89 @@
+"""Reads the attention calls of a function, and holds what was read against what the call computed.
+
+The oracle computes attention from the normal form (operands, masks, scale).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tsa_compile.passes.sites import find_sites
+from tsa_compile.testing import capture_all, run_nodes
+
+B, H, G, L, D = 2, 4, 2, 6, 8
+sdpa = F.scaled_dot_product_attention
+
+
+def inputs(heads=H, kv_heads=H, keys=L):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, heads, L, D), (B, kv_heads, keys, D), (B, kv_heads, keys, D))
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def lowest():
+    return torch.finfo(torch.float32).min
+
+
+def triangle(n=L):
+    return torch.arange(n) <= torch.arange(n)[:, None]
+
+
+def bias(n=L):
+    return torch.zeros(n, n).masked_fill(~triangle(n), lowest())
+
+
+def read(function, *args, dynamic=None, export=False):
+    """The graph of a call, its sites and every node's real value."""
+    if export:
+        program = torch.export.export(Wrapped(function), args, strict=False)
+        graph = program.graph_module
+        state = [program.state_dict.get(name) for name in program.graph_signature.inputs_to_parameters.values()]
+        constants = [program.constants[name] for name in program.graph_signature.inputs_to_lifted_tensor_constants.values()]
+        return graph, find_sites(graph), run_nodes(graph, (*state, *constants, *args))
+    captured = capture_all(function, *args, dynamic=dynamic)
+    (graph,) = captured.graphs
+    return graph, find_sites(graph), run_nodes(graph, captured.inputs[0])
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def attention_of(site, values):
+    """softmax(scale * q k^T, masked) v from a site's normal form."""
+    query, key, value = (values[node.name] for node in (site.query, site.key, site.value))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scale = values.get(getattr(site.scale, "name", None), site.scale)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    for term in reversed(site.masks):
+        mask = values[term.mask.name]
+        if term.role == "bias":
+            scores = scores + mask
+        else:
+            scores = scores.masked_fill(~mask if term.role == "keep" else mask, term.fill)
+    if site.is_causal is True:
+        scores = scores.masked_fill(~triangle(scores.shape[-1])[: scores.shape[-2]], -math.inf)
+    return scores.softmax(-1) @ value
+
+
+def expect(function, *args, form, peeled=False, **options):
+    """One site without a problem, in which the call's whole meaning is found."""
+    _, sites, values = read(function, *args, **options)
+    (site,) = sites
+    assert site.problem is None, site.problem
+    assert site.form == form
+    assert site.peeled is peeled
+    torch.testing.assert_close(attention_of(site, values), values[site.node.name])
+    return site
+
+
+def repeat_kv(x, n):
+    batch, heads, length, width = x.shape
+    return x[:, :, None, :, :].expand(batch, heads, n, length, width).reshape(batch, heads * n, length, width)
