@@ -23,6 +23,7 @@ from sparse_inputs import planted_inputs, random_lists
 
 from tsa_compile.kernels.flash import Tiles
 from tsa_compile.kernels.sparse import flashprefill_lists, minference_lists
+from tsa_compile.kernels.sparse.antidiagonals import Tiling
 from tsa_compile.kernels.sparse.blocks import BLOCK, blocks_triton
 from tsa_compile.kernels.sparse.fewest import Search
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_triton
@@ -30,12 +31,15 @@ from tsa_compile.kernels.sparse.flexprefill import flexprefill_triton
 from tsa_compile.kernels.sparse.last_rows import Splitting
 from tsa_compile.kernels.sparse.minference import minference_triton
 from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_triton
-from tsa_compile.kernels.sparse.xattention import Tiling, xattention_triton
+from tsa_compile.kernels.sparse.xattention import xattention_triton
 
 Candidates = Iterator[tuple[str, Callable[[], Any]]]
-BLOCK_TILES = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+BLOCK_TILES = (
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4),
+    (128, 128, 8, 2),
+)  # fmt: skip
 TILINGS = (
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
     (128, 128, 64, 4, 3), (128, 128, 128, 8, 3),
 )  # fmt: skip
 
@@ -44,6 +48,7 @@ def block_candidates(inputs: Inputs) -> Candidates:
     """The kernel on lists of random blocks, and on lists that FlashPrefill makes."""
     blocks = -(-inputs.length // BLOCK)
     cases = {
+        "random 5 %": random_lists(inputs.query.shape[1], blocks, 0.05, str(inputs.query.device)),
         "random 10 %": random_lists(inputs.query.shape[1], blocks, 0.1, str(inputs.query.device)),
         "FlashPrefill .05": flashprefill_lists(inputs.query, inputs.key, inputs.scale, alpha=0.05),
     }
@@ -66,10 +71,10 @@ def flashprefill_candidates(inputs: Inputs) -> Candidates:
 
 def xattention_candidates(inputs: Inputs) -> Candidates:
     """All of the selector at stride 16; its first kernel is cut differently."""
-    for sizes, tma in itertools.product(TILINGS, (True, False)):
-        tiling = Tiling(*sizes, use_tma=tma)
+    for sizes, units in itertools.product(TILINGS, (0, 2, 4, 8)):
+        tiling = Tiling(*sizes, use_tma=units > 0, units=units)
         call = functools.partial(xattention_triton, inputs.query, inputs.key, inputs.scale, tiling=tiling)
-        yield f"{sizes}{', TMA' if tma else ''}", call
+        yield f"{sizes}{f', TMA, {units} units' if units else ''}", call
 
 
 def flexprefill_candidates(inputs: Inputs) -> Candidates:

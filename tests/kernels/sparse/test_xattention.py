@@ -4,16 +4,10 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference_sparse
+from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _tiling, energies_aten, energies_triton
 from tsa_compile.kernels.sparse.lists import density
-from tsa_compile.kernels.sparse.xattention import (
-    Tiling,
-    _tiling,
-    energies_aten,
-    energies_triton,
-    xattention_aten,
-    xattention_lists,
-    xattention_triton,
-)
+from tsa_compile.kernels.sparse.xattention import xattention_aten, xattention_lists, xattention_triton
 
 from .support import counted, make, mask_of, poisoned
 
@@ -24,7 +18,8 @@ OPTIONS = dict(stride=8, mass=0.6, block=32)
 TILINGS = {
     "plain": Tiling(16, 16, 16, 4, 1),
     "wide": Tiling(16, 32, 16, 4, 1),
-    "tma": Tiling(32, 16, 16, 4, 1, use_tma=True),
+    "tma": Tiling(16, 16, 16, 4, 1, use_tma=True),
+    "wide, tma": Tiling(4, 8, 16, 4, 1, use_tma=True, units=1),
 }
 
 
@@ -36,7 +31,7 @@ def test_the_aten_version_equals_the_reference(counts, options):
     assert torch.equal(mask_of(found), reference_sparse.xattention(*inputs, 0.5, count, **options))
 
 
-@pytest.mark.parametrize("counts, tiling", [([0, 128], "plain"), ([150, 35], "wide"), ([150, 35], "tma")])
+@pytest.mark.parametrize("counts, tiling", [([0, 128], "plain"), ([150, 35], "wide"), ([150, 35], "tma"), (None, "tma")])
 def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
     inputs, count = make(device=triton_device), counted(counts, triton_device)
     expected = xattention_aten(*inputs, 0.5, count, **OPTIONS)
@@ -48,7 +43,7 @@ def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
 
 def test_few_dims_and_large_logits(triton_device):
     query, key = make(1, capacity=100, dim=24, device=triton_device)
-    for scale in (5.0, 0.0):
+    for scale in (5.0, 0.0, -2.0):
         expected = xattention_aten(query, key, scale, **OPTIONS)
         found = xattention_triton(query, key, scale, tiling=TILINGS["plain"], **OPTIONS)
         assert torch.equal(mask_of(found), mask_of(expected)), scale
@@ -74,8 +69,30 @@ def heads_inside(tensor):
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_energies(triton_device, poisoned_empty, tiling, layout):
     query, key = (layout(tensor) for tensor in make(capacity=152, device=triton_device))
-    assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == (tiling == "tma")
+    assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == ("tma" in tiling)
     assert_same_energies(query, key, counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
+
+
+@triton.jit
+def _places_kernel(p_out, units, PER_UNIT: tl.constexpr, TOGETHER: tl.constexpr):
+    row, column = _place(tl.program_id(0), units, PER_UNIT, TOGETHER)
+    tl.store(p_out + 2 * tl.program_id(0), row)
+    tl.store(p_out + 2 * tl.program_id(0) + 1, column)
+
+
+@pytest.mark.parametrize("units, per_unit, together", [(1, 2, 4), (7, 2, 4), (8, 1, 4), (9, 2, 1), (5, 3, 2)])
+def test_places_are_the_tiles_up_to_the_diagonal(triton_device, units, per_unit, together):
+    tiles = per_unit * units * (units + 1) // 2
+    places = torch.empty(tiles, 2, dtype=torch.int32, device=triton_device)
+    _places_kernel[(tiles,)](places, units, PER_UNIT=per_unit, TOGETHER=together)
+    found = [tuple(place) for place in places.tolist()]
+    assert set(found) == {(row, column) for row in range(per_unit * units) for column in range(row // per_unit + 1)}
+    assert len(set(found)) == tiles
+    first = (units - 1) // together * together  # the last ones that go together
+    begin, across = per_unit * first * (first + 1) // 2, per_unit * (units - first)
+    for column in range(first):
+        neighbours = found[begin + column * across :][:across]
+        assert neighbours == [(per_unit * first + row, column) for row in range(across)]
 
 
 @pytest.mark.parametrize("near_miss", ["stride", "items", "heads", "head size", "steps"])

@@ -1,0 +1,307 @@
+"""XAttention's scores: how much a row of a strided query, folded along antidiagonals, sees of each block of keys.
+
+    x[b,h,r,c]     = scale / s * sum over u < s of <query[b, h, r s + s - 1 - u], key[b, g, c s + u]>         c <= r
+    E[b,h,r,j]     = log2 of the sum of exp(x[b,h,r,c]) over the columns c of block j, block / s of them       c <= r
+
+    query [B, H, C, D], key [B, Hk, C, D], strides and dtypes as in flash.py; count int32 [B] or None; s = `stride`, 8 or 16
+    -> E float32 [B, H, Q * block / s, Q], Q = ceil(C / block)
+
+Rows from `count` on are zeros in x; a group of s rows takes part if its first row does. What lies above the diagonal or
+behind the count is not written. x itself, block / s times as large as E, never leaves the chip. Two launches:
+
+    _whole     tiles of x which lie before the count with all rows and columns: by TMA, a program per processor
+    _rest      the other tiles, a program each, by pointers; all of them where strides or the GPU rule TMA out
+
+n^2 / s * H * D flops and n^2 / s^2 * H / 2 exponentials. At H = 32, D = 128, n = 128K and stride 16: 4.4 TFLOP, and E
+has .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFLOP: too much for the memory (10 ms) unless tiles
+that run together are neighbours (`_place`). Then an H100 takes 7.2 to 7.8 ms, its rate in dense attention or more.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._triton import cdiv, tl, triton
+from tsa_compile.kernels.compress import row_alignment
+from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _tma_fits
+
+
+class Tiling(NamedTuple):
+    """How x is cut, for tuning."""
+
+    rows: int = 128
+    """Rows of a tile; a multiple of a block's, and a divisor of `columns` where TMA is used."""
+    columns: int = 128
+    """Columns of a tile; a multiple of a block's."""
+    dims: int = 64
+    """Of the head size, in a step of the product."""
+    num_warps: int = 4
+    num_stages: int = 2
+    use_tma: bool = False
+    """Whole tiles by TMA, if strides allow it."""
+    units: int = 4
+    """Units of `columns` rows, of which programs that run together take the same columns."""
+
+
+@triton.jit
+def _store_energies(
+    b_x, p_energy, start_m, start_n, count, blocks, scale_log2, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """From a tile of x, without its factor, which is positive, the energies of its blocks. WHOLE: it lies before the count.
+
+    While the tensor cores wait for it: an instruction saved for each number of x is a hundredth of the kernel's time.
+    """
+    PER_BLOCK: tl.constexpr = BLOCK // STRIDE
+    rows, columns = start_m + tl.arange(0, ROWS), start_n + tl.arange(0, COLUMNS)
+    keys = start_n // PER_BLOCK + tl.arange(0, COLUMNS // PER_BLOCK)
+    b_seen = columns[None, :] <= rows[:, None]
+    b_wanted = keys[None, :] <= (rows // PER_BLOCK)[:, None]
+    if not WHOLE:
+        b_seen = b_seen & (columns * STRIDE < count)[None, :]
+        b_wanted = b_wanted & (rows * STRIDE < count)[:, None]
+    b_x = tl.reshape(tl.where(b_seen, b_x, float("-inf")), [ROWS, COLUMNS // PER_BLOCK, PER_BLOCK])
+    b_max = tl.max(b_x, axis=2) * scale_log2
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_energy = tl.log2(tl.sum(tl.exp2(b_x * scale_log2 - b_max[:, :, None]), axis=2)) + b_max
+    tl.store(p_energy + (rows.to(tl.int64) * blocks)[:, None] + keys[None, :], b_energy, mask=b_wanted)
+
+
+@triton.jit
+def _root(number):
+    """The largest p with p (p + 1) / 2 <= number."""
+    p = (tl.sqrt(8.0 * number + 1.0) * 0.5 - 0.5).to(tl.int32)
+    p -= (p * (p + 1) // 2 > number).to(tl.int32)  # a root may be rounded either way
+    p += ((p + 1) * (p + 2) // 2 <= number).to(tl.int32)
+    return p
+
+
+@triton.jit
+def _place(tile, units, PER_UNIT: tl.constexpr, TOGETHER: tl.constexpr):
+    """Of a triangle of `units` units, each PER_UNIT tiles of rows that see one tile of columns more than the unit before:
+    which tile of rows, and of columns, comes at place `tile`.
+
+    TOGETHER units at a time: first, one tile of columns after the other, those that all of them see; then each its rest.
+    """
+    first = _root(tile // PER_UNIT) // TOGETHER * TOGETHER
+    inside = tile - PER_UNIT * (first * (first + 1) // 2)
+    across = tl.minimum(TOGETHER, units - first) * PER_UNIT
+    corner = tl.maximum(inside - across * first, 0)
+    unit = _root(corner // PER_UNIT)
+    corner -= PER_UNIT * (unit * (unit + 1) // 2)
+    shared = inside < across * first
+    row = tl.where(shared, first * PER_UNIT + inside % across, (first + unit) * PER_UNIT + corner % PER_UNIT)
+    return row, tl.where(shared, inside // across, first + corner // PER_UNIT)
+
+
+@triton.jit
+def _corner(stride_b, stride_h, stride_l, item, head, STRIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where a head begins in the view of `_groups`: its row and column."""
+    offset, group = item.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h, STRIDE * stride_l
+    return (offset // group).to(tl.int32), (offset % group).to(tl.int32) * ALIGN
+
+
+@triton.jit
+def _rows_before(p_count, item, capacity):
+    """How many rows of the item are real."""
+    count = capacity
+    if p_count is not None:
+        count = tl.minimum(tl.load(p_count + item), capacity)
+    return count
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
+        *("capacity", "blocks", "heads", "heads_per_kv"),
+    ]
+)
+def _whole_kernel(
+    p_count, p_energy, desc_query, desc_key,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, heads, heads_per_kv, scale_log2,
+    STRIDE: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """One program: of the whole tiles of an item, head after head, every num_programs-th."""
+    PER_UNIT: tl.constexpr = COLUMNS // ROWS
+    item = tl.program_id(1)
+    count = _rows_before(p_count, item, capacity)
+    units = tl.maximum(count, 0) // (STRIDE * COLUMNS)
+    tiles = PER_UNIT * (units * (units + 1) // 2)
+    for place in tl.range(tl.program_id(0), tiles * heads, tl.num_programs(0)):
+        head = place // tiles
+        row, column = _place(place % tiles, units, PER_UNIT, TOGETHER)
+        corner_query, column_query = _corner(stride_qb, stride_qh, stride_ql, item, head, STRIDE, ALIGN)
+        corner_key, column_key = _corner(stride_kb, stride_kh, stride_kl, item, head // heads_per_kv, STRIDE, ALIGN)
+        corner_query += row * ROWS
+        corner_key += column * COLUMNS
+        b_x = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for part in tl.range(0, STRIDE * (DIM // DIMS)):
+            step, start_d = part // (DIM // DIMS), part % (DIM // DIMS) * DIMS
+            b_query = desc_query.load([corner_query, column_query + (STRIDE - 1 - step) * stride_ql * ALIGN + start_d])
+            b_key = desc_key.load([corner_key, column_key + step * stride_kl * ALIGN + start_d])
+            b_x = tl.dot(b_query, tl.trans(b_key), b_x, input_precision="ieee")
+        p_head = p_energy + (item.to(tl.int64) * heads + head) * (BLOCK // STRIDE) * blocks * blocks
+        start_m, start_n = row * ROWS, column * COLUMNS
+        _store_energies(b_x, p_head, start_m, start_n, count, blocks, scale_log2, STRIDE, BLOCK, ROWS, COLUMNS, True)
+
+
+@triton.jit
+def _load_groups(
+    p_rows, stride_row, first, step, start_d, count,
+    GROUPS: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Row `step` of each group from `first` on, [GROUPS, DIMS] of its dimensions; zeros behind the count."""
+    rows = (first + tl.arange(0, GROUPS)) * STRIDE + step
+    dims = start_d + tl.arange(0, DIMS)
+    pointers = p_rows + (rows.to(tl.int64) * stride_row)[:, None] + dims[None, :]
+    return tl.load(pointers, mask=(rows < count)[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
+        *("capacity", "blocks", "heads_per_kv", "column_tiles"),
+    ]
+)
+def _rest_kernel(
+    p_query, p_key, p_count, p_energy,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, heads_per_kv, column_tiles,
+    scale_log2, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, AFTER_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of x, of the rows after the whole units if there are any."""
+    head, item = tl.program_id(1), tl.program_id(2)
+    count = _rows_before(p_count, item, capacity)
+    start_m, start_n = tl.program_id(0) // column_tiles * ROWS, tl.program_id(0) % column_tiles * COLUMNS
+    if AFTER_WHOLE:
+        start_m += tl.maximum(count, 0) // (STRIDE * COLUMNS) * COLUMNS
+    if (start_m * STRIDE >= count) | (start_n >= start_m + ROWS):
+        return
+    far_item, far_head = item.to(tl.int64), head.to(tl.int64)
+    p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
+    p_key += (far_item * stride_kb + (head // heads_per_kv).to(tl.int64) * stride_kh) * ALIGN
+    far_query, far_key = stride_ql * ALIGN, stride_kl * ALIGN
+    p_energy += (far_item * tl.num_programs(1) + far_head) * (BLOCK // STRIDE) * blocks * blocks
+    b_x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for part in tl.range(0, STRIDE * (BLOCK_D // DIMS)):
+        step, start_d = part // (BLOCK_D // DIMS), part % (BLOCK_D // DIMS) * DIMS
+        b_query = _load_groups(p_query, far_query, start_m, STRIDE - 1 - step, start_d, count, ROWS, STRIDE, DIM, DIMS)
+        b_key = _load_groups(p_key, far_key, start_n, step, start_d, count, COLUMNS, STRIDE, DIM, DIMS)
+        b_x = tl.dot(b_query, tl.trans(b_key), b_x, input_precision="ieee")
+    _store_energies(b_x, p_energy, start_m, start_n, count, blocks, scale_log2, STRIDE, BLOCK, ROWS, COLUMNS, False)
+
+
+def energies_triton(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
+    stride: int, block: int, tiling: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels; also runs on CPU tensors in the Triton interpreter. See the module's docstring."""
+    query, key = _aligned_rows(query), _aligned_rows(key)
+    if scale < 0:  # the kernels take the maximum of scale * x to be scale times the maximum
+        query, scale = -query, -scale
+    (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
+    blocks = cdiv(capacity, block)
+    energy = torch.empty(batch, heads, blocks * (block // stride), blocks, dtype=torch.float32, device=query.device)
+    if energy.numel() == 0:
+        return energy
+    tiling = _tiling(query, key, stride, tiling)
+    align = row_alignment(query, key)
+    strides = [s // align for tensor in (query, key) for s in tensor.stride()[:3]]
+    numbers = (capacity, blocks, heads // kv_heads)
+    scale_log2 = max(scale, 1e-30) / stride * math.log2(math.e)  # 0 times the mask's -inf would be NaN
+    constants = {
+        "STRIDE": stride, "DIM": dim, "ALIGN": align, "BLOCK": block, "ROWS": tiling.rows, "COLUMNS": tiling.columns,
+        "DIMS": tiling.dims, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages,
+    }  # fmt: skip
+    size = cdiv(capacity, stride)
+    if tiling.use_tma and size >= tiling.columns:
+        views = (_groups(query, stride, tiling.rows, tiling.dims), _groups(key, stride, tiling.columns, tiling.dims))
+        _whole_kernel[(_processors(query.device), batch)](
+            count, energy, *views, *strides, capacity, blocks, heads, heads // kv_heads, scale_log2,
+            TOGETHER=tiling.units, **constants,
+        )  # fmt: skip
+    if tiling.use_tma and count is None and capacity % (stride * tiling.columns) == 0:
+        return energy
+    row_tiles = tiling.columns // tiling.rows if tiling.use_tma else cdiv(size, tiling.rows)
+    column_tiles = cdiv(size, tiling.columns)
+    _rest_kernel[(row_tiles * column_tiles, heads, batch)](
+        query, key, count, energy, *strides, *numbers, column_tiles, scale_log2,
+        BLOCK_D=_block_dim(dim), AFTER_WHOLE=tiling.use_tma, **constants,
+    )  # fmt: skip
+    return energy
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiling(query: Tensor, key: Tensor, stride: int, tiling: Tiling | None) -> Tiling:
+    """What was asked for, or what fits the GPU, adapted to the head size and to strides."""
+    use_tma = _groups_fit(query, stride) and _groups_fit(key, stride)
+    if tiling is None and query.dtype == torch.float32:
+        tiling = Tiling(32, 32, 32, 4, 1)
+    elif tiling is None:
+        hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
+        tiling = Tiling(128, 256, 64, 8, 4, use_tma=True) if hopper else Tiling(128, 128, 32, 8, 2)
+    return tiling._replace(dims=min(tiling.dims, _block_dim(query.shape[3])), use_tma=tiling.use_tma and use_tma)
+
+
+def _groups_fit(tensor: Tensor, stride: int) -> bool:
+    """Whether `_groups` has a view of the tensor: a head's groups of rows are whole rows of it, or a range of columns."""
+    (batch, heads, capacity, dim), (stride_b, stride_h, stride_l) = tensor.shape, tensor.stride()[:3]
+    if capacity < stride or dim != _block_dim(dim) or not _tma_fits(tensor):
+        return False  # columns behind the head size are no zeros, but the next head's
+    group = stride * stride_l
+    whole_items = batch == 1 or stride_b % group == 0
+    whole_heads = heads == 1 or stride_h % group == 0 or (heads - 1) * stride_h + dim <= stride_l
+    return whole_items and whole_heads
+
+
+def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
+    """TMA's view of a tensor as a matrix, a group of `stride` tokens a row, in tiles of `groups` rows.
+
+    A matrix, as a tile of more dimensions is reshaped in registers: then the query is an operand from registers, which
+    Triton 3.6 overwrites while products of the step before still read it.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor  # here, as the package imports without Triton
+
+    (batch, heads, capacity, _), (stride_b, stride_h, stride_l) = tensor.shape, tensor.stride()[:3]
+    group = stride * stride_l
+    rows = ((batch - 1) * stride_b + (heads - 1) * stride_h) // group + capacity // stride
+    return TensorDescriptor(tensor, [rows, group], [group, 1], [groups, dims])
+
+
+def energies_aten(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *, stride: int, block: int
+) -> Tensor:
+    """What `energies_triton` computes, -inf where nothing is seen; NaN in rows behind the count."""
+    x, _ = _strided_logits(query, key, scale, count, stride, block)
+    return x.unflatten(3, (-1, block // stride)).logsumexp(dim=4) * math.log2(math.e)
+
+
+def _strided_logits(
+    query: Tensor, key: Tensor, scale: float, count: Tensor | None, stride: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """`x`, [B, H, n, n] with n = Q * block / stride, -inf where a row doesn't see; the rows behind the count, [B, 1, n]."""
+    capacity, blocks = query.shape[2], -(-query.shape[2] // block)
+    rows = torch.arange(blocks * block, device=query.device)
+    filler = (rows >= (rows.new_tensor([capacity]) if count is None else count.clamp(max=capacity))[:, None])[:, None]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, key = (
+        torch.nn.functional.pad(t.to(wide), (0, 0, 0, len(rows) - capacity)).masked_fill(filler[..., None], 0)
+        .unflatten(2, (-1, stride)) for t in (query, key)
+    )  # fmt: skip
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    x = scale / stride * (query.flip(3).flatten(3) @ key.flatten(3).transpose(2, 3))
+    behind = filler[..., ::stride]
+    future = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+    return x.masked_fill(future | behind[:, :, None], -math.inf), behind
