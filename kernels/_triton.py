@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels._replay import watching
+
 try:
     import triton
     import triton.language as tl
@@ -63,8 +65,11 @@ def launch(
     if type(tensors[0]) is not torch.Tensor:  # fake or functional: a compiler traces, and takes the kernel into its graph
         torch.library.wrap_triton(kernel)[grid](*tensors, *numbers, **options)
         return
+    notes = watching()
     # Not for the interpreter's functions, nor for AMD, where Triton specializes on the extent of memory as well.
     if torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
+        if notes is not None:
+            notes.replayable = False
         kernel[grid](*tensors, *numbers, **options)
         return
     pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
@@ -74,7 +79,10 @@ def launch(
         if len(_compiled) >= _REMEMBERED:  # every length is an entry, though not a compilation
             _compiled.clear()
         constants = tuple(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
-        _compiled[key] = (kernel[grid](*tensors, *numbers, **options), constants)
+        compiled = kernel[grid](*tensors, *numbers, **options)
+        _compiled[key] = (compiled, constants)
     else:
         compiled, constants = found
         compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
+    if notes is not None:
+        notes.add(compiled[(*grid, 1, 1)[:3]], tensors, (*numbers, *constants))

@@ -7,7 +7,8 @@
 
 It computes what the single ops compute, one after the other, and is there for what only their sum can do:
 
-- One call through torch's dispatcher instead of six: at 8K the steps take the GPU less time than six calls the host.
+- One call through torch's dispatcher instead of six, and launches without what leads to them (`_replay.remembered`): at 8K
+  the steps take the GPU less time than six calls the host.
 - Buffers of exactly as many rows as are kept, because the count, where it lies on the device, is read before they are
   allocated; while it travels, `select` runs. Large ones exist for some heads at a time (STREAM_BYTES).
 - With padding, each item is cut to its span of valid tokens, which `spans` has told the host once for all layers: so the
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels._replay import remembered
 from tsa_compile.kernels._triton import HAS_TRITON
 from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, attend, choose
 from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
@@ -203,7 +205,6 @@ def _fill_span(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start:
 def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> None:
     """Scores, decides how many rows there are, and attends to them."""
     seq_len = query.shape[2]
-    scores = _grouped(score_cuda(query, key, padding, options.scale, options.window, options.pool), key, options)
     kept = options.kept(seq_len) if padding is None else None
     if kept is not None:
         kernel = _kernel(query, key, value, options, device_count=False)
@@ -211,16 +212,16 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
         if kernel.device_count:  # of the rows it is given, it computes no more than the count
             rows = min(kernel.round_rows(kept), seq_len)
             count = None if rows == kept else torch.full(query.shape[:1], kept, dtype=torch.int32, device=query.device)
-        return _attend(output, query, key, value, select_triton(scores, count, rows), count, kernel, options.scale)
+        return _attend(output, query, key, value, _best(query, key, count, options, rows), count, kernel, options.scale)
     limit = options.limit(seq_len)
-    count = budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
+    scores, count = _scored(query, key, padding, options)
     count = count.clamp_(max=limit) if limit < seq_len else count
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     kernel = _kernel(query, key, value, options, device_count=capturing)
     if capturing or kernel.device_count:
-        return _attend(output, query, key, value, select_triton(scores, count, limit), count, kernel, options.scale)
+        return _attend(output, query, key, value, _selected(scores, count, limit), count, kernel, options.scale)
     on_host = _Fetched(count)
-    indices = select_triton(scores, count, limit)  # while the count travels
+    indices = _selected(scores, count, limit)  # while the count travels
     counts = on_host.get()
     alike = len(set(counts)) == 1
     for items, n in [(slice(None), counts[0])] if alike else [(slice(b, b + 1), n) for b, n in enumerate(counts)]:
@@ -231,6 +232,29 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
         # With the count even where it equals the rows: kernels without it are other kernels, to be compiled on some day.
         _attend(output[items], query[items], key[items], value[items], chosen, count[items], kernel, options.scale)
     return None
+
+
+def _scores(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> Tensor:
+    """One line for each selection."""
+    return _grouped(score_cuda(query, key, padding, options.scale, options.window, options.pool), key, options)
+
+
+@remembered
+def _best(query: Tensor, key: Tensor, count: Tensor | None, options: Options, rows: int) -> Tensor:
+    """The indices of the best tokens, where their number does not depend on the scores."""
+    return select_triton(_scores(query, key, None, options), count, rows)
+
+
+@remembered
+def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """Scores and count."""
+    scores = _scores(query, key, padding, options)
+    return scores, budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
+
+
+_selected = remembered(select_triton)
+_compressed = remembered(compress_triton)
+_decompressed = remembered(decompress_triton)
 
 
 class _Fetched:
@@ -267,5 +291,5 @@ def _attend(
             shares = (slice(first * t.shape[1] // groups, (first + step) * t.shape[1] // groups) for t in tensors)
             tensors = [tensor[:, share] for tensor, share in zip(tensors, shares, strict=True)]
         target, query_part, key_part, value_part, chosen = tensors
-        out = kernel.causal(*compress_triton(query_part, key_part, value_part, chosen, count), scale, count)
-        decompress_triton(out, chosen, count, seq_len, target)
+        out = kernel.causal(*_compressed(query_part, key_part, value_part, chosen, count), scale, count)
+        _decompressed(out, chosen, count, seq_len, target)
