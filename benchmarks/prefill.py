@@ -7,11 +7,11 @@ passed, as every tokenizer does. Writes a table, a JSON file and, with matplotli
     python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact        a quick look
     python benchmarks/prefill.py --layers 2 --lengths 512 1024 2048 4096 8192 16384 32768 65536 131072 \\
         --modes exact sparse --turns --name lengths --out benchmarks/results     where sparse layers begin to pay
-    python benchmarks/prefill.py --lengths 131072 --modes eager kernel composed --kernels minference \\
+    python benchmarks/prefill.py --lengths 131072 --modes eager kernel composed --kernels a_shape \\
         --name prefill_block_sparse --out benchmarks/results             with a block-sparse kernel in every layer
 
-With random weights attention has no structure. So a kernel whose work depends on it ("flashprefill", "xattention",
-"flexprefill") finds little to leave out, which says nothing about real models; that of "minference" is fixed.
+With random weights attention has no structure. So a kernel whose work depends on it finds little to leave out, which says
+nothing about real models ("minference": its diagonals lie anywhere and so touch every tile); that of "a_shape" is fixed.
 
 One mode is measured after the other, and its compiled code dropped, as 32 layers in several modes would fill the memory's
 rest. With --turns the modes take turns at each length, so that a difference of 1% is not the host's or the clock's.
@@ -37,7 +37,7 @@ DESCRIPTIONS = {
     "exact": 'backend="tsa", exact',
 }
 SPARSE = 'backend="tsa", upper half at keep '
-COMPOSED = "+"  # "minference+0.675": that kernel in every layer, over that share of the tokens in the upper half
+COMPOSED = "+"  # "a_shape+0.675": that kernel in every layer, over that share of the tokens in the upper half
 
 
 def build_model(layers: int) -> Any:

@@ -56,16 +56,18 @@ def report(conditions: Row, parts: dict[str, list[Row]], problems: list[str]) ->
 
 def figure(rows: list[Row], path: Path) -> None:
     """Speed against error: an arrow from each method alone to the method over the rows that TSA keeps."""
-    from matplotlib import pyplot
+    from matplotlib import colormaps, pyplot
 
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     drawing, axes = pyplot.subplots(figsize=(7, 4.6))
     good = [row for row in rows if "failed" not in row and row.get("error_kept") is not None]
     for number, name in enumerate(dict.fromkeys(row["method"] for row in good)):
         points = [(row["error_kept"], row["speedup"]) for row in good if row["method"] == name]
-        axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1, alpha=0.6)
-        axes.plot(*points[0], "o", color=f"C{number}", label=name)
+        color = colors[number % len(colors)]
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1)
+        axes.plot(*points[0], "o", color=color, label=name)
         if len(points) > 1:
-            axes.plot(*points[-1], "*", color=f"C{number}", markersize=13)
+            axes.plot(*points[-1], "*", color=color, markersize=13)
     axes.set_yscale("log", base=2)
     axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_xlabel("relative output error on the rows that are computed")

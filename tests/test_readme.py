@@ -88,7 +88,7 @@ def test_option_table_names_every_option_and_its_default():
     assert defaults == {name: getattr(TSAConfig(), name) for name in OPTIONS}
 
 
-@pytest.mark.parametrize("name", ["prefill", "attention", "export"])
+@pytest.mark.parametrize("name", ["prefill", "attention", "export", "sparse"])
 def test_tables_are_those_of_the_last_runs(name):
     (table,) = re.findall(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
     results = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
