@@ -20,7 +20,7 @@ ASKED = {
 
 
 def solve(tokens):
-    """Labels and evidence of one sample, from its tokens: follow each pair, and variables until a value."""
+    """Labels and evidence of one sample, from its tokens: what each name reads, up to a value."""
     pairs = {}
     for at, token in enumerate(tokens):
         if token == SET:
@@ -28,12 +28,11 @@ def solve(tokens):
     labels, evidence = [IGNORED] * len(tokens), [False] * len(tokens)
     for at in (at for at, token in enumerate(tokens) if token == QUERY):
         name, answers = tokens[at + 1], []
-        while not answers:
-            found = pairs[name]
-            for _, place in found:
+        while name not in VALUES:
+            for read, place in pairs[name]:
                 evidence[place + 1] = evidence[place + 2] = True
-            name = found[0][0]
-            answers = [value for value, _ in found if value in VALUES]
+                answers.append(read)
+            name = answers[-1]
         labels[at + 1 : at + 1 + len(answers)] = answers
     return labels, evidence
 
@@ -59,7 +58,8 @@ def test_a_sample_is_a_haystack_and_a_question_at_its_end(task, length):
     asked = samples.labels != IGNORED
     assert asked.sum(1).tolist() == [ASKED[task]] * 3
     assert not asked[:, :-96].any(), "a label outside the last 96 tokens"
-    assert samples.labels[asked].min() >= VALUES.start and samples.labels[asked].max() < VALUES.stop
+    first = KEYS if task == "variable_tracking" else VALUES
+    assert samples.labels[asked].min() >= first.start and samples.labels[asked].max() < VALUES.stop
     # Teacher forcing: the token behind a label is the answer.
     assert torch.equal(samples.tokens[:, 1:][asked[:, :-1]], samples.labels[asked])
     assert (samples.tokens[:, 0] == BOS).all()
@@ -88,10 +88,14 @@ def test_keys_and_values_differ_within_a_sample(task, pairs):
         assert set(keys) <= set(KEYS) and set(values) <= set(VALUES)
 
 
-def test_chains_ask_every_depth_once():
+def test_a_chain_is_followed_from_its_last_variable():
     samples = generate("variable_tracking", batch=20, length=256, seed=0)
-    # Evidence of a chain asked at depth d: d + 1 assignments of two tokens.
-    assert samples.evidence.sum(1).tolist() == [2 * (1 + 2 + 3 + 4)] * 20
+    assert samples.evidence.sum(1).tolist() == [4 * 2] * 20  # four assignments of two tokens
+    for tokens, labels in zip(samples.tokens.tolist(), samples.labels.tolist(), strict=True):
+        answers = [label for label in labels if label != IGNORED]
+        assert [answer in KEYS for answer in answers] == [True, True, True, False]
+        assert tokens[-5] in KEYS and tokens[-5] not in answers
+        assert tokens[: tokens.index(QUERY)].count(tokens[-5]) == 1, "nothing reads the last variable"
 
 
 def test_needles_lie_everywhere():

@@ -10,12 +10,15 @@
 | niah_multikey | n / 16 pairs, at most 256 | the value of one key |
 | niah_multivalue | 4 values of one key, 4 pairs of other keys | the 4 values, in order of appearance |
 | niah_multiquery | 8 pairs | the values of 4 keys |
-| variable_tracking | 4 chains a = value, b = a, c = b, d = c | the values of 4 variables, one of each chain and depth |
+| variable_tracking | 4 chains a = value, b = a, c = b, d = c | what d reads, what that reads, and so on: c, b, a, value |
 
 Sources: RULER (arXiv 2404.06654, section 3 and appendix B) for the families, Zoology (arXiv 2312.04927, section 3) for
-MQAR. Special tokens, keys, values and noise have disjoint ranges, so noise never names a key. Within a sample all keys
-differ and all values differ. Answers are scored teacher-forced: each answer token follows its question in the input, and
-the label sits at the token that must predict it. A sample is right if the most probable token is right at every label.
+MQAR. RULER asks which variables hold a value; here a chain is followed back, which names them all, too. Asked for values
+alone, without what lies between, models stayed at chance in training.
+
+Special tokens, keys, values and noise have disjoint ranges, so noise never names a key. Within a sample all keys differ and
+all values differ. Answers are scored teacher-forced: each answer token follows its question in the input, and the label sits
+at the token that must predict it. A sample is right if the most probable token is right at every label.
 
 With question="last", questions and answers take at most the last 48 tokens. With question="early" 160 tokens of noise
 follow them, so that a scoring window of 128 tokens sees no question. The context before them is that of a sample 160
@@ -177,16 +180,20 @@ def _several_values(draw: _Draw, values_asked: int = 4, others: int = 4) -> _Pla
 
 
 def _chains(draw: _Draw, chains: int = _CHAINS) -> _Planted:
-    """Chains of `chains` variables; of each chain one variable is asked, and each depth once."""
+    """Chains of `chains` variables; the last of one is asked: QUERY d c b a value, each predicting what it reads."""
     names = draw.tokens(chains * chains, KEYS).view(-1, chains, chains)
     values = draw.tokens(chains, VALUES)
     sources = torch.cat((values[:, :, None], names[:, :, :-1]), 2)
-    depth = draw.distinct(chains, chains)[:, :, None]
-    needed = torch.arange(chains, device=draw.device) <= depth
+    asked = torch.zeros_like(names, dtype=torch.bool)
+    asked[:, 0] = True  # names and places are random: the first is any of them
     # Assignments of the chains interleave at random; within a chain each follows the one that it reads.
     order = draw.distinct(chains * chains, chains * chains).view(-1, chains, chains).sort().values.flatten(1)
-    keys, read, used = (item.flatten(1).gather(1, order.argsort()) for item in (names, sources, needed))
-    return _Planted(keys, read, used, *_ask(names.gather(2, depth)[:, :, 0], values))
+    keys, read, needed = (item.flatten(1).gather(1, order.argsort()) for item in (names, sources, asked))
+    trace = torch.cat((names[:, 0].flip(1), values[:, :1]), 1)
+    question = torch.cat((torch.full_like(values[:, :1], QUERY), trace), 1)
+    labels = torch.full_like(question, IGNORED)
+    labels[:, 1:-1] = trace[:, 1:]
+    return _Planted(keys, read, needed, question, labels)
 
 
 _PLANT: dict[str, Callable[[_Draw, int], _Planted]] = {
