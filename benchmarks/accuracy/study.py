@@ -5,7 +5,13 @@
 
 accuracy.json is written after every cell, accuracy.md and, with matplotlib, accuracy.png at the end of every call. The same
 command goes on where a call was stopped; `--minutes 8` stops by itself, between two methods; `--render` runs nothing and
-writes tables and figure of the JSON file again. The order of work makes early results useful:
+writes tables and figure of the JSON file again. Two GPUs take some of the lengths each, under two names:
+
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/accuracy/study.py --model .. --out part --name long --lengths 16384 &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/accuracy/study.py --model .. --out part --name short --lengths 4096 8192
+    python benchmarks/accuracy/study.py --join part/long.json part/short.json --out benchmarks/results
+
+The order of work makes early results useful:
 
     1. dense, the published coverage and half of the tokens, at all lengths, the question last
     2. the other budgets and the negative controls
@@ -18,6 +24,7 @@ Expected on one H200, for 8 layers and 15 to 26M parameters: 40 minutes in all, 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,11 +66,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin nothing more after so many, and write what there is")
     parser.add_argument("--quick", action="store_true", help=f"few samples and methods: {QUICK}")
     parser.add_argument("--render", action="store_true", help="run nothing: write tables and figure of results in --out")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="run nothing: make one study in --out of parts")
     found = parser.parse_args(arguments)
-    if found.model is None and not found.render:
+    ready = found.render or found.join
+    if found.model is None and not ready:
         parser.error("--model is needed: the folder of the model to study")
-    if found.out is None and found.render:
-        parser.error("--render needs --out, the folder of the results")
+    if found.out is None and ready:
+        parser.error("--render and --join need --out, the folder of the results")
     if found.quick:
         vars(found).update(QUICK)
     found.no_times |= torch.device(found.device).type != "cuda"
@@ -159,9 +168,11 @@ def main(arguments: list[str] | None = None) -> Study:
     """Evaluates, times, prints and writes."""
     parsed = parse(arguments)
     try:
-        if parsed.render:
+        if parsed.render or parsed.join:
             path = (parsed.out / parsed.name).with_suffix(".json")
-            study = Study.load(path)
+            study = functools.reduce(Study.joined, map(Study.load, parsed.join or [path]))
+            if parsed.join:
+                study.save(path)
             render(study, path)
             return study
         run = Run(parsed)

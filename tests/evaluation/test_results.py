@@ -100,6 +100,19 @@ def test_a_time_replaces_an_earlier_one(study):
     assert [time.attention_ms for time in study.with_time(timing).times] == [0.5, 0.5, 3.0]
 
 
+def test_parts_of_a_study_are_joined(study):
+    def part(cells, times):
+        return dataclasses.replace(study, cells=cells, times=times)
+
+    first, second = part(study.cells[:2], study.times[1:]), part(study.cells[1:], study.times[:2])
+    whole = first.joined(second)
+    assert sorted(whole.cells, key=repr) == sorted(study.cells, key=repr)
+    assert sorted(whole.times, key=repr) == sorted(study.times, key=repr)
+    other = dataclasses.replace(study, conditions={"samples": 40, "seed": 1})
+    with pytest.raises(ConfigError, match="differ in seed"):
+        study.joined(other)
+
+
 def test_the_report_has_every_part(study):
     text = study.markdown()
     assert [line for line in text.splitlines() if line.startswith("#")] == [
@@ -210,6 +223,9 @@ def test_the_script_goes_on_and_writes(script, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
     assert script.main(["--render", "--out", str(tmp_path / "out")]) == whole
     assert (tmp_path / "out" / "accuracy.md").read_text() == whole.markdown()
+    part = str(tmp_path / "out" / "accuracy.json")
+    assert script.main(["--join", part, part, "--out", str(tmp_path / "joined")]) == whole
+    assert (tmp_path / "joined" / "accuracy.md").exists()
     with pytest.raises(SystemExit, match=r"error: .*holds a study with other seed"):
         script.main([*arguments, "--seed", "5"])
 

@@ -121,6 +121,22 @@ class Study:
         kept = [other for other in self.times if (other.method, other.length) != (time.method, time.length)]
         return replace(self, times=(*kept, time))
 
+    def joined(self, other: Study) -> Study:
+        """A copy with the cells and times of another part of the same study; what both have is this one's.
+
+        Raises:
+            ConfigError: the other was made under other conditions.
+        """
+        names = {*self.conditions, *other.conditions}
+        different = sorted(name for name in names if self.conditions.get(name) != other.conditions.get(name))
+        if different:
+            raise ConfigError(f"parts of a study differ in {', '.join(different)}: join parts of one model and one plan")
+        keys = {cell.key for cell in self.cells}
+        timed = {(time.method, time.length) for time in self.times}
+        cells = [cell for cell in other.cells if cell.key not in keys]
+        times = [time for time in other.times if (time.method, time.length) not in timed]
+        return replace(self, cells=(*self.cells, *cells), times=(*self.times, *times), notes={**other.notes, **self.notes})
+
     def find(self, task: str, length: int, method: str, question: str = "last") -> Cell | None:
         """The cell of that key; None if it was not run."""
         return next((cell for cell in self.cells if cell.key == (task, length, method, question)), None)
