@@ -33,6 +33,7 @@ from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.padded import spans
 from tsa_compile.kernels.score import score_triton
 from tsa_compile.kernels.select import select_triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling
 from tsa_compile.kernels.sparse.blocks import blocks_triton
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_triton
 from tsa_compile.kernels.sparse.flexprefill import flexprefill_triton
@@ -107,7 +108,7 @@ CASES = (
     Case(torch.bfloat16, 64, 64, "none", 177, counted=False),
     Case(torch.float16, 96, 75, "left", 401, layout="packed"),
     Case(torch.float32, 64, 64, "holes", 177, shared=True, layout="BHLD", window=40),
-    Case(torch.bfloat16, 128, 128, "left", 333, shared=True),
+    Case(torch.bfloat16, 128, 128, "left", 328, shared=True),
 )
 
 
@@ -132,6 +133,7 @@ def run_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) 
     for choose in (
         functools.partial(flashprefill_triton, alpha=0.5),
         functools.partial(xattention_triton, stride=8),
+        functools.partial(xattention_triton, stride=8, tiling=Tiling(16, 16, 32, use_tma=True)),  # whole tiles of few rows
         functools.partial(flexprefill_triton, tau=0.0, min_budget=128),
         functools.partial(flexprefill_triton, tau=2.0, min_budget=128),
     ):
