@@ -21,13 +21,13 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _REMEMBERED = 1024
 _ALIGNMENT = 512
@@ -203,7 +203,7 @@ def _independent(arguments: list[Tensor], fresh: list[Tensor]) -> bool:
     )
 
 
-def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
+def remembered(function: Function) -> Function:
     """The function, replayed where its notes allow it. See the module's docstring.
 
     Args:
@@ -212,7 +212,7 @@ def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
     programs: dict[tuple[Any, ...], _Program | None] = {}
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Result:
+    def call(*arguments: Any) -> Any:
         # Fake and functional tensors belong to a compiler that traces; who watches wants to see what is inside.
         if type(arguments[0]) is not Tensor or watching() is not None:
             return function(*arguments)
@@ -229,4 +229,4 @@ def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
         return result
 
     call.programs = programs  # type: ignore[attr-defined]
-    return call
+    return cast(Function, call)

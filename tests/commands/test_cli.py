@@ -281,11 +281,14 @@ def test_the_installed_command_fails_in_one_line(installed, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_the_installed_command_is_interrupted(installed, tmp_path):
+def test_the_installed_command_is_interrupted(installed, tmp_path, request):
     """Ctrl-C while it works, which the spinner on stderr shows (TTY_COMPATIBLE: as if that were a terminal)."""
     environment = {**os.environ, "TTY_COMPATIBLE": "1", "COLUMNS": "200"}
     command = [installed, "explain", "--shape", "llama-3.1-70b", "--json"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # Jobs in a shell's background ignore the signal, and would hand that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
         seen = b""
         while b"Tracing" not in seen:
