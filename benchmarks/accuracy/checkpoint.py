@@ -134,5 +134,11 @@ def _write(model: Any, folder: Path) -> None:
 
 
 def load_checkpoint(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model of a folder, for evaluation."""
+    """The model of a folder, for evaluation.
+
+    Raises:
+        FileNotFoundError: there is no model in it. Asked for it, transformers would look for a repository of that name.
+    """
+    if not Path(folder, "config.json").is_file():
+        raise FileNotFoundError(f"{str(folder)!r} has no config.json: pass the folder of a trained model (train.py)")
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()

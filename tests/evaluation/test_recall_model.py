@@ -257,3 +257,8 @@ def test_the_compiled_model_equals_the_plain_one_where_all_tokens_are_kept(model
     compiled = torch.compile(model, backend="tsa", fullgraph=True, options={"config": sparse_config(keep=1.0)})
     found, wanted = (logits(call, ids, attention_mask=mask)[mask.bool()] for call in (compiled, model))
     assert error(found, wanted) < ATOL
+
+
+def test_a_folder_without_a_model_is_named(checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere' has no config\.json: pass the folder of a trained model"):
+        checkpoint.load_checkpoint(tmp_path / "nowhere")
