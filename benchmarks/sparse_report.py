@@ -58,12 +58,12 @@ def figure(rows: list[Row], path: Path) -> None:
     """Speed against error: an arrow from each method alone to the method over the rows that TSA keeps."""
     from matplotlib import colormaps, pyplot
 
-    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    palette = colormaps["tab20"]
     drawing, axes = pyplot.subplots(figsize=(7, 4.6))
     good = [row for row in rows if "failed" not in row and row.get("error_kept") is not None]
     for number, name in enumerate(dict.fromkeys(row["method"] for row in good)):
         points = [(row["error_kept"], row["speedup"]) for row in good if row["method"] == name]
-        color = colors[number % len(colors)]
+        color = palette(number % palette.N)
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1)
         axes.plot(*points[0], "o", color=color, label=name)
         if len(points) > 1:

@@ -71,7 +71,8 @@ class _Notes(TorchDispatchMode):
 
     def __enter__(self) -> _Notes:
         _watch.notes = self
-        return super().__enter__()  # type: ignore[no-any-return]
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         _watch.notes = None
@@ -228,5 +229,5 @@ def remembered(function: Function) -> Function:
         programs[signature] = _program(notes, arguments, result)
         return result
 
-    call.programs = programs  # type: ignore[attr-defined]
+    vars(call)["programs"] = programs
     return cast(Function, call)

@@ -30,6 +30,7 @@ from torch import Tensor
 from tsa_compile.kernels._triton import cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _tma_fits
+from tsa_compile.kernels.sparse.last_rows import _rows_of
 
 
 class Tiling(NamedTuple):
@@ -107,15 +108,6 @@ def _corner(stride_b, stride_h, stride_l, item, head, STRIDE: tl.constexpr, ALIG
     return (offset // group).to(tl.int32), (offset % group).to(tl.int32) * ALIGN
 
 
-@triton.jit
-def _rows_before(p_count, item, capacity):
-    """How many rows of the item are real."""
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
-    return count
-
-
 @triton.jit(
     do_not_specialize=[
         *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
@@ -131,7 +123,7 @@ def _whole_kernel(
     """One program: of the whole tiles of an item, head after head, every num_programs-th."""
     PER_UNIT: tl.constexpr = COLUMNS // ROWS
     item = tl.program_id(1)
-    count = _rows_before(p_count, item, capacity)
+    count = _rows_of(p_count, item, capacity)
     units = tl.maximum(count, 0) // (STRIDE * COLUMNS)
     tiles = PER_UNIT * (units * (units + 1) // 2)
     for place in tl.range(tl.program_id(0), tiles * heads, tl.num_programs(0)):
@@ -178,7 +170,7 @@ def _rest_kernel(
 ):  # fmt: skip
     """One program: one tile of x, of the rows after the whole units if there are any."""
     head, item = tl.program_id(1), tl.program_id(2)
-    count = _rows_before(p_count, item, capacity)
+    count = _rows_of(p_count, item, capacity)
     start_m, start_n = tl.program_id(0) // column_tiles * ROWS, tl.program_id(0) % column_tiles * COLUMNS
     if AFTER_WHOLE:
         start_m += tl.maximum(count, 0) // (STRIDE * COLUMNS) * COLUMNS

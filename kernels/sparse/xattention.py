@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
-from tsa_compile.kernels.sparse.antidiagonals import Tiling, _rows_before, _strided_logits, energies_triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, energies_triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
+from tsa_compile.kernels.sparse.last_rows import _rows_of
 from tsa_compile.kernels.sparse.lists import Lists, _write_list, empty_lists, forced, lists_of, real_blocks
 
 STRIDE, MASS = 16, 0.9
@@ -100,7 +101,7 @@ def _choose_kernel(
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     own, item = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)
     row = (item * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * blocks + own
-    count = _rows_before(p_count, item, capacity)
+    count = _rows_of(p_count, item, capacity)
     if own * BLOCK >= count:
         tl.store(p_num + row, 0)
         return
