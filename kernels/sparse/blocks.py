@@ -151,13 +151,21 @@ def _blocks_kernel(
     _store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
 
 
-def longest_first(kv_num_blocks: Tensor) -> Tensor:
-    """The order in which query blocks start, as flat positions [B * H * Q]: lists in classes of doubling length, long first.
+LONG = 4
+"""A list is long from this many times the mean length on."""
 
-    Within a class neighbours stay neighbours: they read much the same keys, and find them in the L2 cache.
+
+def longest_first(kv_num_blocks: Tensor) -> Tensor:
+    """The order in which query blocks start, as flat positions [B * H * Q]: long lists first, then all others.
+
+    Both parts go head after head, from the last query block on: what runs together then reads the keys of one head, and
+    finds them in the L2 cache. Long lists are few; sorted by length as well, all heads would share the cache at once.
     """
-    classes = (kv_num_blocks.flatten() + 1).float().log2().to(torch.int32)
-    return classes.sort(descending=True, stable=True).indices
+    lengths = kv_num_blocks.flatten()
+    places = torch.arange(lengths.numel(), device=lengths.device).view(-1, kv_num_blocks.shape[2]).flip(1).flatten()
+    listed = lengths[places].float()
+    short = listed <= LONG * listed.mean()
+    return places[short.to(torch.int8).sort(stable=True).indices]
 
 
 def blocks_triton(

@@ -239,13 +239,15 @@ class Runner:
         self._checked = False
 
     def run(self, samples: Samples) -> tuple[Tensor, Tensor, list[Selection]]:
-        """Whether each answer is right, bool [B, L] that is False where nothing is asked; where one is asked; selections.
+        """Right answers, bool [B, A] for the A positions where any sample asks; where each asks, bool [B, A]; selections.
+
+        All of them stay on the device, so that the next samples are made while it computes.
 
         Raises:
             ConfigError: a layer that should be sparse is not, or the model ignores `logits_to_keep`.
         """
         asked = samples.labels != IGNORED
-        places = asked.any(0).nonzero()[:, 0]
+        places = asked.any(0).nonzero()[:, 0]  # on the CPU, where samples are made
         padding = places[-1:].expand(-len(places) % ASKED)
         wanted = torch.cat((places, padding)).to(self.device)
         # An early question's own rows are dropped too: a rescue keeps them, so that it tells whether anything else is lost.
@@ -258,9 +260,8 @@ class Runner:
             )
         selections = self.probe.take()
         self._check(selections)
-        right = torch.zeros_like(asked)
-        right[:, places] = (logits.argmax(-1).cpu()[:, : len(places)] == samples.labels[:, places]) & asked[:, places]
-        return right, asked, selections
+        labels, asks = samples.labels[:, places].to(self.device), asked[:, places].to(self.device)
+        return (logits.argmax(-1)[:, : len(places)] == labels) & asks, asks, selections
 
     def _logits(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         try:
@@ -300,7 +301,7 @@ def _run_cell(runner: Runner, plan: Plan, task: str, question: str) -> Cell:
             evidence = samples.evidence.to(runner.device)
             kept.append(torch.stack([selection.kept() for selection in selections], 1))
             survived.append(torch.stack([selection.share_of(evidence) for selection in selections], 1))
-    outcomes = torch.cat(right)[: plan.samples]
+    outcomes = torch.cat(right)[: plan.samples].cpu()
     answered, asked_in_all = torch.cat(answers)[: plan.samples].sum(0).tolist()
     rows = _layer_rows(runner, outcomes, kept, survived) if kept else ()
     return Cell(

@@ -110,8 +110,9 @@ def test_defaults(triton_device):
 
 
 def test_long_lists_start_first():
-    num = torch.tensor([[[0, 1, 2, 3], [9, 3, 8, 0]]], dtype=torch.int32)
-    assert longest_first(num).tolist() == [4, 6, 3, 5, 1, 2, 0, 7]
+    num = torch.tensor([[[0, 1, 2, 3], [99, 3, 8, 70]]], dtype=torch.int32)  # longer than 4 * 23.25 blocks: one
+    assert longest_first(num).tolist() == [4, 3, 2, 1, 0, 7, 6, 5]
+    assert longest_first(torch.zeros_like(num)).tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
 
 
 def test_op_on_the_cpu_and_what_does_not_fit():
