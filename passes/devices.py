@@ -83,7 +83,7 @@ H200_PROCESSORS = 132
 H200_BUS = 4.9  # TB/s that torch computes from the memory's clock and width, not what is reached
 # The same chip with slower memory (3.35 instead of 4.8 TB/s); attention takes what it takes on an H200, within 7%. From
 # benchmarks/results/attention-h100.md, at 128K and keep .5: compress .944 ms, decompress .560 (the bandwidth), score .706.
-# There launches are remembered: 32K tokens took .55 ms longer where the host read the count, with budget's .06 and select's .05.
+# There launches are remembered: 32K tokens took .55 ms longer where the host read the count, budget's .06 included.
 H100 = replace(H200, name="NVIDIA H100 80GB HBM3", bandwidth_tbs=2.87, score_tflops=500, count_ms=0.35)
 MEASURED = {"h200": H200, "h100": H100}
 

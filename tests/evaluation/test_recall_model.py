@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3ForCausalLM, StaticCache
 
 from tsa_compile import Decision, KeepRatio, TSAConfig, explain
+from tsa_compile.evaluation.study import evaluate
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 MODULES = {"checkpoint", "modeling_recall"}
@@ -262,3 +263,17 @@ def test_the_compiled_model_equals_the_plain_one_where_all_tokens_are_kept(model
 def test_a_folder_without_a_model_is_named(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere' has no config\.json: pass the folder of a trained model"):
         checkpoint.load_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_the_model_that_ships_retrieves_dense_and_sparse(checkpoint):
+    folder = FOLDER / "model"
+    sizes = [shard.stat().st_size for shard in folder.glob("*.safetensors")]
+    assert max(sizes) < 15_000_000 and sum(sizes) < 50_000_000
+    assert (folder / "modeling_recall.py").read_text() == (FOLDER / "modeling_recall.py").read_text()
+    tasks, methods = ["mqar", "variable_tracking"], ["dense", "keep-0.5", "random-keep-0.5"]
+    model = checkpoint.load_checkpoint(folder, torch.float32)
+    study = evaluate(model, methods=methods, tasks=tasks, lengths=[512], samples=8, layers=[0, 1, 2, 3], progress=False)
+    right = {name: sum(sum(cell.right) for cell in study.cells if cell.method == name) for name in methods}
+    assert right["dense"] >= 15 and right["keep-0.5"] >= 14  # of 16
+    assert right["random-keep-0.5"] <= 10  # these layers retrieve, and half of the tokens at random do not do

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
-from tsa_compile.evaluation.study import BLOCK, evaluate
+from tsa_compile.evaluation.study import BLOCK, Plan, evaluate
 from tsa_compile.evaluation.tasks import IGNORED, VOCABULARY, generate
 
 from .toys import Output, Toy
@@ -239,3 +239,11 @@ def test_a_method_is_compared_with_dense_on_the_same_samples(study):
     found = changed.against_dense(changed.select(length=LENGTH, method="keep-0.5"))
     assert found.lost == sum(cells[0].right) - sum(worse) > 0 and found.samples == 70
     assert dataclasses.replace(study, cells=study.cells[2:]).against_dense(cells) is None
+
+
+@pytest.mark.parametrize(
+    "samples, length, batch", [(1000, 4096, 32), (1000, 48_000, 2), (1000, 10**6, 1), (6, 128, 8), (1, 128, 1)]
+)
+def test_a_batch_is_no_larger_than_what_is_asked_for(samples, length, batch):
+    plan = Plan((), (), (), (), samples, seed=0, batch_tokens=2**17)
+    assert plan.batch(length) == batch

@@ -58,9 +58,9 @@ class Plan:
                         yield length, method, question, task
 
     def batch(self, length: int) -> int:
-        """Samples that run at once: the largest power of two within `batch_tokens` that divides a block."""
+        """Samples that run at once: the largest power of two within `batch_tokens` that divides a block and is of use."""
         fitting = min(BLOCK, max(1, self.batch_tokens // length))
-        return 1 << (fitting.bit_length() - 1)
+        return min(1 << (fitting.bit_length() - 1), 1 << (self.samples - 1).bit_length())
 
 
 def evaluate(
