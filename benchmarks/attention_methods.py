@@ -153,10 +153,10 @@ def flex(inputs: Inputs) -> Runner:
 
 
 def options(
-    scale: float, *, keep: float | None = None, coverage: float | None = None, kernel: str = "auto"
+    scale: float, *, keep: float | None = None, coverage: float | None = None, kernel: str = "auto", shared: bool = False
 ) -> tuple[object, ...]:
-    """The scalars of tsa.sparse_attention, from scale on."""
-    return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, False, kernel
+    """The scalars of tsa.sparse_attention, from scale on; shared: the heads of a group keep the same tokens."""
+    return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, shared, kernel
 
 
 def ours(inputs: Inputs, keep: float) -> Runner:

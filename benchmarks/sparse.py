@@ -9,9 +9,10 @@
     methods     on inputs with planted structure (sparse_inputs.py): time, density, share of the attention kept, and the
                 relative output error against dense attention, on kept rows and on all rows
 
-A method alone attends from all rows; composed, over the rows that TSA keeps: the time is then that of the whole op, from
-scoring to decompression. Methods take turns, times are medians, and ratios are to dense cuDNN in the same run. The exit
-code is 1 if a check fails. Progress goes to stderr, results to stdout and into --out as JSON, Markdown and a figure.
+A method alone attends from all rows; composed, over the rows that TSA keeps, each head its own or the heads of a group the
+same ones: the time is then that of the whole op, from scoring to decompression. Methods take turns, times are medians, and
+ratios are to dense cuDNN in the same run. The exit code is 1 if a check fails. Progress goes to stderr, results to stdout
+and into --out as JSON, Markdown and a figure.
 """
 
 from __future__ import annotations
@@ -144,10 +145,17 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
     log.info("kernel: %s of dense cuDNN's rate", [round(row.get("rate", 0), 2) for row in rows.values()])
 
 
-def selection(inputs: Inputs, rows: int, count: Tensor | None = None) -> Tensor:
-    """The positions [1, H, rows] that TSA keeps, filled up behind a count."""
+def selection(inputs: Inputs, rows: int, count: Tensor | None = None, *, shared: bool = False) -> Tensor:
+    """The positions that TSA keeps, [1, H, rows], or [1, G, rows] where the heads of a group share theirs."""
     scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
+    if shared:
+        scores = scores.unflatten(1, (inputs.key.shape[1], -1)).mean(2)
     return tsa.select(scores, count, rows)
+
+
+def of_heads(positions: Tensor, inputs: Inputs) -> Tensor:
+    """The positions of each head, [1, H, n]."""
+    return positions.repeat_interleave(inputs.query.shape[1] // positions.shape[1], 1)
 
 
 def kept_rows(inputs: Inputs, keep: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,32 +207,44 @@ def describe_alone(method: str, inputs: Inputs) -> Row:
 def describe_composed(method: str | None, inputs: Inputs, positions: Tensor) -> Row:
     """The same over the rows that TSA keeps; without a method all of their blocks."""
     if method is None:
-        return {"density": 1.0, "mass": mass_kept(inputs, None, positions)}
+        return {"density": 1.0, "mass": mass_kept(inputs, None, of_heads(positions, inputs))}
     query, key, _ = tsa.compress(*inputs.tensors, positions, None)
     selector, settings = METHODS[method]
     lists = selector(query, key, inputs.scale, None, **settings)
-    return {"density": share_of(lists, query.shape[2]), "mass": mass_kept(inputs, lists, positions)}
+    return {"density": share_of(lists, query.shape[2]), "mass": mass_kept(inputs, lists, of_heads(positions, inputs))}
+
+
+Form = tuple[Callable[[], Tensor], Callable[[], Row], Tensor]
+"""What is called, what is known of its blocks, and the positions that it attends from."""
+
+
+def forms(method: str | None, inputs: Inputs, keep: float, selections: dict[str, Tensor]) -> dict[str, Form]:
+    """A method over each selection, and alone if there is one."""
+    name = "auto" if method is None else kernel_name(method)
+    found: dict[str, Form] = {}
+    own = next(iter(selections.values()))
+    if method is not None:
+        alone = functools.partial(attend.get(name).causal, *inputs.tensors, inputs.scale)
+        found["all"] = (alone, functools.partial(describe_alone, method, inputs), own)
+    for form, positions in selections.items():
+        scalars = options(inputs.scale, keep=keep, kernel=name, shared=positions.shape[1] < inputs.query.shape[1])
+        op = functools.partial(tsa.sparse_attention, *inputs.tensors, *scalars)
+        facts = functools.partial(describe_composed, method, inputs, positions)
+        found[form] = (op, facts, of_heads(positions, inputs))
+    return found
 
 
 def methods_part(run: Run, arguments: argparse.Namespace) -> None:
     """Each method alone and composed, TSA alone, and dense attention."""
     inputs = planted_inputs(arguments.shape, arguments.length, arguments.device)
-    positions = selection(inputs, kept(inputs.length, arguments.keep))
+    number, form = kept(inputs.length, arguments.keep), f"kept {arguments.keep}"
+    selections = {form: selection(inputs, number), f"{form}, by groups": selection(inputs, number, shared=True)}
     calls: dict[Any, list[Callable[[], Tensor]]] = {("dense cuDNN", "all"): [dense_call(inputs)]}
     rows: dict[Any, Row] = {("dense cuDNN", "all"): {"method": "dense cuDNN", "form": "all"}}
     dense = calls["dense cuDNN", "all"][0]()
     for method in (None, *METHODS):
-        name, title = ("auto", "TSA") if method is None else (kernel_name(method), method)
-        op = functools.partial(
-            tsa.sparse_attention, *inputs.tensors, *options(inputs.scale, keep=arguments.keep, kernel=name)
-        )
-        forms: dict[str, tuple[Callable[[], Tensor], Callable[[], Row]]] = {
-            f"kept {arguments.keep}": (op, functools.partial(describe_composed, method, inputs, positions))
-        }
-        if method is not None:
-            alone = functools.partial(attend.get(name).causal, *inputs.tensors, inputs.scale)
-            forms = {"all": (alone, functools.partial(describe_alone, method, inputs)), **forms}
-        for form, (call, facts) in forms.items():
+        title = method or "TSA"
+        for form, (call, facts, positions) in forms(method, inputs, arguments.keep, selections).items():
             row = rows[title, form] = {"method": title, "form": form}
             measured = run.attempt(f"{title}, {form}", functools.partial(judge, call, facts, dense, positions))
             if isinstance(measured, str):

@@ -66,14 +66,19 @@ def figure(rows: list[Row], path: Path) -> None:
         color = palette(number % palette.N)
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1)
         axes.plot(*points[0], "o", color=color, label=name)
-        if len(points) > 1:
-            axes.plot(*points[-1], "*", color=color, markersize=13)
+        for point, (marker, size) in zip(points[1:], (("*", 13), ("D", 6))):
+            axes.plot(*point, marker, color=color, markersize=size)
     axes.set_yscale("log", base=2)
     axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_xlabel("relative output error on the rows that are computed")
     axes.set_ylabel("speedup over dense cuDNN")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, title="circle: alone, star: composed with TSA", title_fontsize=8)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        title="circle: alone, star: composed with TSA,\ndiamond: composed, by groups",
+        title_fontsize=8,
+    )
     drawing.tight_layout()
     drawing.savefig(path, dpi=150)
     pyplot.close(drawing)

@@ -271,9 +271,9 @@ def test_the_model_that_ships_retrieves_dense_and_sparse(checkpoint):
     sizes = [shard.stat().st_size for shard in folder.glob("*.safetensors")]
     assert max(sizes) < 15_000_000 and sum(sizes) < 50_000_000
     assert (folder / "modeling_recall.py").read_text() == (FOLDER / "modeling_recall.py").read_text()
-    tasks, methods = ["mqar", "variable_tracking"], ["dense", "keep-0.5", "random-keep-0.5"]
+    methods = ["dense", "keep-0.5", "random-keep-0.5"]
     model = checkpoint.load_checkpoint(folder, torch.float32)
-    study = evaluate(model, methods=methods, tasks=tasks, lengths=[512], samples=8, layers=[0, 1, 2, 3], progress=False)
-    right = {name: sum(sum(cell.right) for cell in study.cells if cell.method == name) for name in methods}
-    assert right["dense"] >= 15 and right["keep-0.5"] >= 14  # of 16
-    assert right["random-keep-0.5"] <= 10  # these layers retrieve, and half of the tokens at random do not do
+    study = evaluate(model, methods=methods, tasks=["mqar"], lengths=[512], samples=4, layers=[0, 1, 2, 3], progress=False)
+    right = {cell.method: sum(cell.right) for cell in study.cells}
+    assert right["dense"] == right["keep-0.5"] == 4
+    assert right["random-keep-0.5"] <= 2  # these layers retrieve, and half of the tokens at random do not do

@@ -61,8 +61,10 @@ def test_every_part_runs_and_is_reported(sparse, load, arguments, tmp_path):
         assert 0 < alone["density"] <= 1 and 0.5 < alone["mass"] <= 1 and alone["error_all"] < 0.7
         assert composed["mass"] <= alone["mass"] + 0.05 and composed["gain"] == 1.0
         assert composed["error_all"] > composed["error_kept"]
+        grouped = rows[method, "kept 0.675, by groups"]
+        assert grouped["gain"] == 1.0 and 0.3 < grouped["mass"] <= 1 and grouped["error_all"] > grouped["error_kept"]
     text = sparse.report({"device": "none"}, run.parts, [])
-    assert text.count("| XAttention, stride 16") == 4 and "failed" not in text
+    assert text.count("| XAttention, stride 16") == 5 and "failed" not in text
     pytest.importorskip("matplotlib")
     sparse.write(tmp_path, run, {}, text)
     assert json.loads((tmp_path / "sparse.json").read_text())["kernel"][0]["goal_ms"] > 0
