@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from modeling_recall import RecallConfig, RecallForCausalLM
+from starts import align
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -29,7 +30,7 @@ def build_model(
     Args:
         token_shift: a `RecallForCausalLM`; without it, a plain `Qwen3ForCausalLM`.
         seed: of the weights, which do not depend on the device; the global generator is left as it was.
-        aligned: starts from `align`; else every projection is drawn by itself.
+        aligned: starts from `starts.align`; else every projection is drawn by itself.
     """
     config_class, model_class = (RecallConfig, RecallForCausalLM) if token_shift else (Qwen3Config, Qwen3ForCausalLM)
     config = config_class(
@@ -44,33 +45,6 @@ def build_model(
         nn.init.constant_(layer.self_attn.q_norm.weight, GAIN)
         nn.init.constant_(layer.self_attn.k_norm.weight, GAIN)
     return cast_parameters(model, dtype)
-
-
-@torch.no_grad()
-def align(model: Any) -> None:
-    """Relates projections that are usually drawn apart, in every layer.
-
-    Outputs start as the transpose of values, W_o = W_v^T: what is attended to is written as it was read, which the tied head
-    reads as that token. With a token shift, which becomes orthogonal, W_k = W_q W^T for the first head of each key/value
-    group, and the group's other heads start half alike: a query by a token meets the keys of its successors. Mimetic
-    initialization (Trockman and Kolter, arXiv 2305.09828) draws both products near the identity alike, from what trained
-    transformers look like; the sizes of weights stay the same, and all are trained.
-
-    Drawn apart, 15M parameters on an H200 stayed at 1 of 8 keys for 3,200 steps of 1,024 samples (learning rate 2e-3), their
-    keys' embeddings much alike by then (mean cosine 0.6). Whether that is the reason is open: two narrow layers learned all
-    the same.
-    """
-    config = model.config
-    groups, hidden, head_dim = config.num_key_value_heads, config.hidden_size, config.head_dim
-    if isinstance(model, RecallForCausalLM):
-        nn.init.orthogonal_(model.shift.weight)
-    for layer in model.model.layers:
-        query, key, value, out = (getattr(layer.self_attn, f"{name}_proj").weight for name in "qkvo")
-        if isinstance(model, RecallForCausalLM):
-            heads = query.view(groups, -1, head_dim, hidden)
-            key.copy_((heads[:, 0] @ model.shift.weight.T).flatten(0, 1))
-            heads[:, 1:] = (heads[:, :1] + heads[:, 1:]) / 2**0.5
-        out.view(hidden, groups, -1, head_dim).copy_(value.view(groups, 1, head_dim, hidden).permute(3, 0, 1, 2))
 
 
 def cast_parameters(model: Any, dtype: torch.dtype) -> Any:

@@ -1,10 +1,10 @@
 """Trains the accuracy study's model: a small transformer that really uses its context, from scratch, in minutes on one GPU.
 
-    python benchmarks/accuracy/train.py --out out/shift --minutes 9
-    python benchmarks/accuracy/train.py --out out/plain --minutes 18 --no-shift
+    python benchmarks/accuracy/train.py --out out/shift --minutes 8
+    python benchmarks/accuracy/train.py --out out/plain --minutes 8 --no-shift
 
 A mixture of the tasks of tsa_compile/evaluation/tasks.py, on a ladder of lengths (ladder.py), 131,072 tokens a step, loss at
-the answers alone, weights that start aligned (`align` in checkpoint.py; --no-align: drawn apart). The folder then holds
+the answers alone, weights that start aligned (`align` in starts.py; --no-align: drawn apart). The folder then holds
 
     checkpoint/        the model in transformers' form, bfloat16 (checkpoint.py)
     training.json .md .png
@@ -19,8 +19,8 @@ causal attention. At 350 TFLOP/s, which one H200 should reach in bfloat16 at the
 | TFLOP a step  | 11  | 12  | 18 | 26 | 41  | 72  |
 | ms a step     | 31  | 36  | 52 | 74 | 118 | 206 |
 
-So 1,000 steps at 128, 300 at each rung up to 8K, 500 at 16K and 300 of decay are about 4 minutes; evaluation (every 100
-steps) and the compilation of a layer for each length add to them. On a CPU, for a look (minutes):
+An H100 took 54, 54, 66, 82, 116 and 184 ms, and with 4,575 steps, 300 more of decay, evaluation every 100 steps and the
+compilation of a layer for each length 7.5 minutes in all (benchmarks/results/training.md). On a CPU, for a look (minutes):
 
     python benchmarks/accuracy/train.py --out out/look --device cpu --tokens 4096 --lengths 128 --tasks mqar niah_single \\
         --steps 800 --decay 100 --lr 5e-3 --size hidden_size=128 num_hidden_layers=2 num_attention_heads=4 head_dim=32
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pause", type=float, help="minutes after which this call saves and stops, to be gone on with")
     parser.add_argument("--steps", type=int, help="at most, the decay included")
     parser.add_argument("--no-shift", action="store_true", help="a plain Qwen3 without the token shift")
-    parser.add_argument("--no-align", action="store_true", help="draw every projection by itself (checkpoint.align)")
+    parser.add_argument("--no-align", action="store_true", help="draw every projection by itself (starts.align)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(rules.lengths), help="the ladder")
     parser.add_argument("--target", type=float, default=rules.target, help="accuracy of the worst task to advance at")
     parser.add_argument("--floor", type=int, default=rules.floor, help="steps at a rung at least")

@@ -35,7 +35,7 @@ class Settings:
 
     Attributes:
         token_shift: see modeling_recall.py.
-        aligned: see `checkpoint.align`.
+        aligned: see `starts.align`.
         tokens: of a step; a step at length L has tokens // L samples, at least one of them for some task.
         learning_rate, weight_decay, betas, clip: of AdamW; norms' gains do not decay.
         evaluate_every: steps between evaluations.

@@ -20,7 +20,7 @@ def dropped():
     sys.path.insert(0, str(FOLDER))
     yield importlib.import_module("dropped")
     sys.path.remove(str(FOLDER))
-    for name in ("dropped", "checkpoint", "modeling_recall"):
+    for name in ("dropped", "checkpoint", "modeling_recall", "starts"):
         sys.modules.pop(name, None)
 
 

@@ -13,7 +13,7 @@ from tsa_compile import Decision, KeepRatio, TSAConfig, explain
 from tsa_compile.evaluation.study import evaluate
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
-MODULES = {"checkpoint", "modeling_recall"}
+MODULES = {"checkpoint", "modeling_recall", "starts"}
 TINY = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
     max_position_embeddings=256,
@@ -101,6 +101,30 @@ def test_an_aligned_start_reads_the_token_behind_its_own(checkpoint, aligned):
             copied = (written.argmax(1) == torch.arange(64)).float().mean()
             least = 0.7 if head % 2 == 0 else 0.3  # the second of a group is half its own
             assert (found > least and copied > 0.9) if aligned else (found < 0.2 and copied < 0.2), (head, found, copied)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aligned", [True, False])
+def test_without_a_shift_layer_0_starts_with_the_token_before(checkpoint, aligned):
+    """And what layer 1 reads of it is met by a query of that token, whatever the positions."""
+    sizes = TINY | dict(hidden_size=256, head_dim=64, vocab_size=512)
+    model = checkpoint.build_model(token_shift=False, aligned=aligned, **sizes).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randperm(512, generator=torch.Generator().manual_seed(0))[None, :128]
+    found = model.model(ids, output_attentions=True, output_hidden_states=True, use_cache=False)
+    places = torch.arange(1, 128)
+    previous = found.attentions[0][0, :, places, places - 1].mean(1)
+    assert (previous > 0.7).all() if aligned else (previous < 0.1).all()
+
+    layer = model.model.layers[1]
+    hidden = layer.input_layernorm(found.hidden_states[1][0])
+    query, key = (norm(proj(hidden).view(128, -1, 64)) for norm, proj in (
+        (layer.self_attn.q_norm, layer.self_attn.q_proj), (layer.self_attn.k_norm, layer.self_attn.k_proj)
+    ))  # fmt: skip
+    for head in (0, 2):  # the first of each group
+        scores = query[:, head] @ key[:, head // 2].T
+        met = (scores[:-1].argmax(1) == places).float().mean()
+        assert met > 0.15 if aligned else met < 0.05
 
 
 @torch.no_grad()

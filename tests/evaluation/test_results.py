@@ -200,7 +200,7 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "accuracy")
     before = set(sys.modules)
     yield importlib.import_module("study")
-    for name in {"study", "checkpoint", "modeling_recall"} & (set(sys.modules) - before):
+    for name in {"study", "checkpoint", "modeling_recall", "starts"} & (set(sys.modules) - before):
         del sys.modules[name]
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tsa_compile.evaluation import tasks
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
-MODULES = {"checkpoint", "ladder", "modeling_recall", "train", "trainer", "training_report"}
+MODULES = {"checkpoint", "ladder", "modeling_recall", "starts", "train", "trainer", "training_report"}
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
 TWO = ("mqar", "niah_single")
 
