@@ -66,8 +66,9 @@ def without_shift(model: Any) -> None:
     turn = nn.init.orthogonal_(torch.empty(len(unit), len(unit)))
     first, *others = (layer.self_attn for layer in model.model.layers)
     _leave_out(first.v_proj.weight, unit)
-    first.o_proj.weight.copy_(turn @ _copied(first, model.config))
-    said = functional.rms_norm(embeddings, unit.shape) @ _written(first, model.config).T
+    values = _values(first, model.config)
+    first.o_proj.weight.copy_(turn @ values.T)
+    said = functional.rms_norm(embeddings, unit.shape) @ (first.o_proj.weight @ values).T
     first.o_proj.weight *= own / said.norm(dim=1).mean()
     _attend_to_previous(first, common, model.config)
     for layer in model.model.layers:
@@ -105,15 +106,8 @@ def _leave_out(weight: Tensor, unit: Tensor) -> None:
     weight -= torch.outer(weight @ unit, unit)
 
 
-def _copied(attention: Any, config: Any) -> Tensor:
-    """W_v^T for every head, [hidden, heads * head_dim], a group's heads sharing what they say."""
+def _values(attention: Any, config: Any) -> Tensor:
+    """W_v of every head, [heads * head_dim, hidden]."""
     groups, heads = config.num_key_value_heads, config.num_attention_heads
-    value = attention.v_proj.weight.view(groups, 1, config.head_dim, -1).expand(-1, heads // groups, -1, -1)
-    return value.flatten(0, 2).T / (heads // groups)
-
-
-def _written(attention: Any, config: Any) -> Tensor:
-    """What heads that attend to one token write of it, [hidden, hidden]."""
-    groups, heads = config.num_key_value_heads, config.num_attention_heads
-    value = attention.v_proj.weight.view(groups, 1, config.head_dim, -1).expand(-1, heads // groups, -1, -1)
-    return attention.o_proj.weight @ value.flatten(0, 2)
+    value = attention.v_proj.weight.view(groups, 1, config.head_dim, -1)
+    return value.expand(-1, heads // groups, -1, -1).flatten(0, 2)
