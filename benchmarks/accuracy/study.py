@@ -184,7 +184,8 @@ def main(arguments: list[str] | None = None) -> Study:
                 study.save(path)
             render(study, path)
             return study
-        torch.set_num_threads(min(THREADS, torch.get_num_threads()) if parsed.device != "cpu" else torch.get_num_threads())
+        if torch.device(parsed.device).type != "cpu":
+            torch.set_num_threads(min(THREADS, torch.get_num_threads()))
         run = Run(parsed)
         try:
             for stage in stages(parsed):
