@@ -89,7 +89,14 @@ def test_option_table_names_every_option_and_its_default():
 
 
 @pytest.mark.parametrize(
-    "name, file", [("prefill", "prefill"), ("attention", "attention-h100"), ("export", "export"), ("sparse", "sparse")]
+    "name, file",
+    [
+        ("prefill", "prefill"),
+        ("attention", "attention-h100"),
+        ("export", "export"),
+        ("sparse", "sparse"),
+        ("accuracy", "accuracy"),
+    ],
 )
 def test_tables_are_those_of_the_last_runs(name, file):
     (table,) = re.findall(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)

@@ -13,7 +13,7 @@ transformers look like; all weights are trained.
 Drawn apart, 15M parameters on an H200 stayed at 1 of 8 keys for 3,200 steps of 1,024 samples (learning rate 2e-3), their
 keys' embeddings much alike by then (mean cosine 0.6). Whether that is the reason is open: two narrow layers learned all the
 same. Without a shift, two narrow layers did not learn pairs of tokens in 3,000 steps of 32 samples at 128 tokens; started
-like this, four narrow ones had .98 of four tasks right within 200 steps of 48, on a CPU.
+like this, 15M parameters on an H200 had .99 of every task right after 1,300 steps of 1,024 samples.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ accuracy.json is written after every cell, accuracy.md and, with matplotlib, acc
 command goes on where a call was stopped; `--minutes 8` stops by itself, between two methods; `--render` runs nothing and
 writes tables and figure of the JSON file again.
 
-A model with a token shift retrieves in its first layers. Sparse upper layers then lose nothing, whatever they keep:
-random-keep-0.5 shows it. The test of the selection is in the layers that retrieve, where random tokens lose nearly all:
+The negative control: the layers whose representations drift most. (A model with a token shift retrieves in them. Its upper
+half loses nothing, whatever it keeps, as random-keep-0.5 shows, and this is the test of the selection.)
 
     python benchmarks/accuracy/study.py --model .. --out .. --name accuracy_lower --layers 0 1 2 3
 

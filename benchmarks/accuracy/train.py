@@ -1,7 +1,7 @@
 """Trains the accuracy study's model: a small transformer that really uses its context, from scratch, in minutes on one GPU.
 
+    python benchmarks/accuracy/train.py --out out/plain --minutes 8 --no-shift       the model that ships
     python benchmarks/accuracy/train.py --out out/shift --minutes 8
-    python benchmarks/accuracy/train.py --out out/plain --minutes 8 --no-shift
 
 A mixture of the tasks of tsa_compile/evaluation/tasks.py, on a ladder of lengths (ladder.py), 131,072 tokens a step, loss at
 the answers alone, weights that start aligned (`align` in starts.py; --no-align: drawn apart). The folder then holds
@@ -19,8 +19,9 @@ causal attention. At 350 TFLOP/s, which one H200 should reach in bfloat16 at the
 | TFLOP a step  | 11  | 12  | 18 | 26 | 41  | 72  |
 | ms a step     | 31  | 36  | 52 | 74 | 118 | 206 |
 
-An H100 took 54, 54, 66, 82, 116 and 184 ms, and with 4,575 steps, 300 more of decay, evaluation every 100 steps and the
-compilation of a layer for each length 7.5 minutes in all (benchmarks/results/training.md). On a CPU, for a look (minutes):
+An H100 took 54, 54, 66, 82, 116 and 184 ms with the shift, an H200 46, 50, 69, 95, 148 and 252 ms without; with 4,700 steps,
+evaluation every 100 steps and the compilation of a layer for each length it was 7.5 and 8 minutes in all
+(benchmarks/results/training_shift.md, training.md). On a CPU, for a look (minutes):
 
     python benchmarks/accuracy/train.py --out out/look --device cpu --tokens 4096 --lengths 128 --tasks mqar niah_single \\
         --steps 800 --decay 100 --lr 5e-3 --size hidden_size=128 num_hidden_layers=2 num_attention_heads=4 head_dim=32

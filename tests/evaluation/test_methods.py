@@ -145,19 +145,33 @@ def test_methods_ask_for_their_budget_and_layers():
     early, random = parse("early-coverage-0.01"), parse("random-keep-0.5")
     assert early.config(4096, selected).layers == (0, 1, 2) and early.budget == Coverage(0.01)
     assert random.config(4096, selected) == keep and random.probe().shuffle
+    narrow = parse("rescue-keep-0.5@8")
+    assert narrow.config(4096, selected) == keep.replace(window=8) and narrow.probe().rescue
     assert not early.probe().shuffle and not random.probe().rescue and parse("rescue-keep-0.5").probe().rescue
     assert [method.name for method in standard()] == list(STANDARD) and STANDARD[0] == "dense"
 
 
 @pytest.mark.parametrize(
-    "name", ["", "sparse", "coverage", "coverage-", "coverage-x", "keep-1.2.3", "late-keep-0.5", "random-dense"]
+    "name",
+    [
+        "",
+        "sparse",
+        "coverage",
+        "coverage-",
+        "coverage-x",
+        "keep-1.2.3",
+        "late-keep-0.5",
+        "random-dense",
+        "keep-0.5@",
+        "dense@8",
+    ],
 )
 def test_an_unknown_method_is_refused(name):
     with pytest.raises(ConfigError, match="is not known"):
         parse(name)
 
 
-@pytest.mark.parametrize("name", ["coverage-1", "keep-0", "early-keep-2"])
+@pytest.mark.parametrize("name", ["coverage-1", "keep-0", "early-keep-2", "keep-0.5@0"])
 def test_a_number_that_no_budget_allows_is_refused(name):
     with pytest.raises(ConfigError, match="is not allowed"):
         parse(name)

@@ -16,6 +16,7 @@ _FAMILIES = {
     "random": ("random tokens", "tab:red", "x"),
     "rescue": ("evidence kept first", "tab:green", "D"),
     "early": ("early layers", "tab:gray", "^"),
+    "window": ("another scoring window", "tab:purple", "v"),
 }
 
 
@@ -84,7 +85,7 @@ def _panel(axes: Any, points: dict[str, tuple[float, Any]]) -> None:
             values = [100 * share.value for _, share in found]
             below = [100 * (share.value - share.low) for _, share in found]
             above = [100 * (share.high - share.value) for _, share in found]
-            line = "none" if family in ("random", "rescue", "early") else "-"
+            line = "none" if family not in ("coverage", "keep") else "-"
             style = dict(color=colour, marker=marker, linestyle=line, capsize=2)
             axes.errorbar([x for x, _ in found], values, yerr=[below, above], label=label, **style)
     axes.grid(alpha=0.3)
@@ -92,4 +93,4 @@ def _panel(axes: Any, points: dict[str, tuple[float, Any]]) -> None:
 
 def _family(name: str) -> str:
     method = parse(name)
-    return method.control or name.partition("-")[0]
+    return method.control or ("window" if method.window else name.partition("-")[0])

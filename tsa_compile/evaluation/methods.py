@@ -8,13 +8,18 @@
 | random-coverage-T, random-keep-R | as many tokens as the budget keeps there, but random ones | the selected ones |
 | rescue-coverage-T, rescue-keep-R | as many, evidence and questions first, in every head | the selected ones |
 | early-coverage-T, early-keep-R | what the budget keeps | as many, from the first layer on |
+| keep-R@W, and any other with @W | the same, scored by the last W tokens instead of 128 | the same |
 
 The selected layers are the upper half, or what a calibration chose. A method that is no better than its random twin selects
 nothing of worth. One that its rescue twin beats loses because it drops evidence, not because it drops tokens. One that loses
 as much as its early twin has the wrong layers.
 
+Where a question is shorter than the scoring window, most of the queries that score ask nothing, and each weighs as much as
+one that does. A method that gains by a window as short as the question loses for that reason otherwise.
+
 `min_tokens` is a 16th of the length: the published 1024 (arXiv 2602.03216) at 16K tokens, and the same share of shorter
-contexts, of which 1024 tokens would be so much that nothing were dropped. The window stays at 128 tokens.
+contexts, of which 1024 tokens would be so much that nothing were dropped. The window is the published 128 tokens at every
+length.
 """
 
 from __future__ import annotations
@@ -32,9 +37,9 @@ CONTROLS = ("random", "rescue", "early")
 # The most useful first, since a study may be stopped: the baseline, the published setting, the controls, then the others.
 STANDARD = (
     "dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-coverage-0.01", "random-keep-0.5",
-    "rescue-keep-0.5", "keep-0.7", "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3",
+    "rescue-keep-0.5", "keep-0.7", "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3", "keep-0.5@8",
 )  # fmt: skip
-_FORM = re.compile(rf"(?:({'|'.join(CONTROLS)})-)?(coverage|keep)-([0-9.e-]+)")
+_FORM = re.compile(rf"(?:({'|'.join(CONTROLS)})-)?(coverage|keep)-([0-9.e-]+)(?:@([0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,13 @@ class Method:
         name: as in the table above.
         budget: how many tokens a sparse layer keeps; None if no layer is sparse.
         control: "random", "rescue" or "early" for a control, else None.
+        window: how many of the last tokens score; None: the published 128.
     """
 
     name: str
     budget: Budget | None
     control: str | None = None
+    window: int | None = None
 
     def layers(self, selected: Sequence[int]) -> tuple[int, ...]:
         """Which layers are sparse, given those that were selected."""
@@ -60,7 +67,8 @@ class Method:
     def config(self, length: int, selected: Sequence[int]) -> TSAConfig:
         """The configuration for inputs of this length; every length is compressed, whether it gains time or not."""
         scaled = TSAConfig(layers=self.layers(selected), min_tokens=length // MIN_SHARE, min_length=1, strict=True)
-        return scaled if self.budget is None else scaled.replace(budget=self.budget)
+        scaled = scaled if self.budget is None else scaled.replace(budget=self.budget)
+        return scaled if self.window is None else scaled.replace(window=self.window)
 
     def probe(self, compiler: Compiler | None = None) -> Probe:
         """What compiles the model so that its selections are seen, and are others where the method says so."""
@@ -79,14 +87,18 @@ def parse(name: str) -> Method:
     try:
         if found is None:
             raise ValueError
-        control, kind, number = found.groups()
+        control, kind, number, window = found.groups()
         amount = float(number)
     except ValueError:
-        allowed = '"dense", "coverage-T" or "keep-R" with a number, or one of these behind "random-", "rescue-" or "early-"'
+        allowed = (
+            '"dense", "coverage-T" or "keep-R" with a number, or one of these behind "random-", "rescue-" or "early-" '
+            'and before "@W" with the tokens that score'
+        )
         raise ConfigError(
             f"method {name!r} is not known: a method is {allowed}, such as {', '.join(STANDARD[1:5])}"
         ) from None
-    return Method(name, KeepRatio(amount) if kind == "keep" else Coverage(amount), control)
+    budget = KeepRatio(amount) if kind == "keep" else Coverage(amount)
+    return Method(name, budget, control, None if window is None else TSAConfig(window=int(window)).window)
 
 
 def standard() -> tuple[Method, ...]:
