@@ -1,6 +1,6 @@
 """What a task loses when a layer drops a token: the token as a key, or the token's own row?
 
-    python benchmarks/accuracy/dropped.py --model benchmarks/accuracy/model --layers 0 --task niah_multivalue     minutes on a CPU
+    python benchmarks/accuracy/dropped.py --model benchmarks/accuracy/model --layers 0 --task niah_multivalue
 
 A sparse layer does two things to a token that it does not select: others do not see its key and value, and its own row of
 the output is zero. Here half of the noise is dropped, at random; needles, questions and the last 128 tokens never are. So

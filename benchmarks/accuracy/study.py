@@ -14,8 +14,8 @@ half loses nothing, whatever it keeps, as random-keep-0.5 shows, and this is the
 
 Whether it is the scoring window that loses needles (accuracy_window, half an hour on two CPU cores):
 
-    python benchmarks/accuracy/study.py --model .. --out .. --name accuracy_window --lengths 1024 --samples 256 --no-stress \\
-        --dtype float32 --batch-tokens 16384 --methods dense keep-0.5 keep-0.5@8 keep-0.5@32 rescue-keep-0.5
+    python benchmarks/accuracy/study.py --model .. --out .. --name accuracy_window --lengths 1024 --samples 256 \\
+        --no-stress --dtype float32 --batch-tokens 16384 --methods dense keep-0.5 keep-0.5@8 keep-0.5@32 rescue-keep-0.5
 
 Two GPUs take some of the lengths each, under two names:
 
