@@ -41,6 +41,10 @@ _ON_CPU: dict[str, Any] = {
         "tsa-compile eval models/my-llama --lengths 4K,8K,16K --samples 1000 --resume study.json",
     ),
     (
+        "Does the question alone choose better than the last 128 tokens?",
+        "tsa-compile eval models/my-llama --tasks niah_multivalue --methods dense,keep-0.5,keep-0.5@8",
+    ),
+    (
         "Two tasks, one budget against dense, in the layers that were calibrated",
         "tsa-compile eval models/my-llama --tasks mqar,niah_multikey --budget keep:0.5 --sparse-layers layers.json",
     ),
