@@ -41,10 +41,6 @@ _ON_CPU: dict[str, Any] = {
         "tsa-compile eval models/my-llama --lengths 4K,8K,16K --samples 1000 --resume study.json",
     ),
     (
-        "Does the question alone choose better than the last 128 tokens?",
-        "tsa-compile eval models/my-llama --tasks niah_multivalue --methods dense,keep-0.5,keep-0.5@8",
-    ),
-    (
         "Two tasks, one budget against dense, in the layers that were calibrated",
         "tsa-compile eval models/my-llama --tasks mqar,niah_multikey --budget keep:0.5 --sparse-layers layers.json",
     ),
@@ -58,7 +54,8 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", help="dense, coverage-0.005, keep-0.5, random-keep-0.5, early-coverage-0.01, ... Default: many."
+            "--methods",
+            help="dense, coverage-0.005, keep-0.5, random-keep-0.5, keep-0.5@8 (8 tokens score), ... Default: many.",
         ),
     ] = None,
     budget: Annotated[
