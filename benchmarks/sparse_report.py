@@ -59,15 +59,16 @@ def figure(rows: list[Row], path: Path) -> None:
     from matplotlib import colormaps, pyplot
 
     palette = colormaps["tab20"]
-    drawing, axes = pyplot.subplots(figsize=(7, 4.6))
+    drawing, axes = pyplot.subplots(figsize=(9, 4.6))
     good = [row for row in rows if "failed" not in row and row.get("error_kept") is not None]
     for number, name in enumerate(dict.fromkeys(row["method"] for row in good)):
-        points = [(row["error_kept"], row["speedup"]) for row in good if row["method"] == name]
+        mine = [row for row in good if row["method"] == name]
         color = palette(number % palette.N)
-        axes.plot(*zip(*points, strict=True), color=color, linewidth=1)
-        axes.plot(*points[0], "o", color=color, label=name)
-        for point, (marker, size) in zip(points[1:], (("*", 13), ("D", 6))):
-            axes.plot(*point, marker, color=color, markersize=size)
+        axes.plot(*zip(*((row["error_kept"], row["speedup"]) for row in mine), strict=True), color=color, linewidth=1)
+        for row in mine:
+            marker, size = _marker(row["form"])
+            axes.plot(row["error_kept"], row["speedup"], marker, color=color, markersize=size)
+        axes.plot([], [], "o", color=color, label=name)
     axes.set_yscale("log", base=2)
     axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_xlabel("relative output error on the rows that are computed")
@@ -76,9 +77,18 @@ def figure(rows: list[Row], path: Path) -> None:
     axes.legend(
         frameon=False,
         fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
         title="circle: alone, star: composed with TSA,\ndiamond: composed, by groups",
         title_fontsize=8,
     )
     drawing.tight_layout()
     drawing.savefig(path, dpi=150)
     pyplot.close(drawing)
+
+
+def _marker(form: str) -> tuple[str, int]:
+    """How a form of a method is drawn, and how large."""
+    if form == "all":
+        return "o", 6
+    return ("D", 6) if "groups" in form else ("*", 13)
