@@ -1,20 +1,22 @@
 """XAttention's scores: how much a row of a strided query, folded along antidiagonals, sees of each block of keys.
 
-    x[b,h,r,c]     = scale / s * sum over u < s of <query[b, h, r s + s - 1 - u], key[b, g, c s + u]>         c <= r
-    E[b,h,r,j]     = log2 of the sum of exp(x[b,h,r,c]) over the columns c of block j, block / s of them       c <= r
+    x[b,h,r,c]      = scale / s * sum over u < s of <query[b, h, r s + s - 1 - u], key[b, g, c s + u]> * log2(e)      c <= r
+    peaks[b,h,r,t]  = the largest x over the columns of tile t, which has `span` blocks; -inf where nothing is seen
+    sums[b,h,r,j]   = sum of 2^(x - peaks[b, h, r, j // span]) over the columns c of block j, block / s of them       c <= r
 
     query [B, H, C, D], key [B, Hk, C, D], strides and dtypes as in flash.py; count int32 [B] or None; s = `stride`, 8 or 16
-    -> E float32 [B, H, Q * block / s, Q], Q = ceil(C / block)
+    -> sums float32 [B, H, Q * block / s, Q], Q = ceil(C / block), peaks float32 [B, H, Q * block / s, ceil(Q / span)]
 
 Rows from `count` on are zeros in x; a group of s rows takes part if its first row does. What lies above the diagonal or
-behind the count is not written. x itself, block / s times as large as E, never leaves the chip. Two launches:
+behind the count is not written, or anything. x itself, block / s times as large as the sums, never leaves the chip. Two
+launches:
 
     _whole     tiles of x which lie before the count with all rows and columns: by TMA, a program per processor
     _rest      the other tiles, a program each, by pointers; all of them where strides or the GPU rule TMA out
 
-n^2 / s * H * D flops and n^2 / s^2 * H / 2 exponentials. At H = 32, D = 128, n = 128K and stride 16: 4.4 TFLOP, and E
-has .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFLOP: too much for the memory (10 ms) unless tiles
-that run together are neighbours (`_place`). Then an H100 takes 7.2 to 7.8 ms, its rate in dense attention or more.
+n^2 / s * H * D flops and n^2 / s^2 * H / 2 exponentials. At H = 32, D = 128, n = 128K and stride 16: 4.4 TFLOP, and the
+sums have .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFLOP: too much for the memory (10 ms) unless
+tiles that run together are neighbours (`_place`).
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -31,6 +33,14 @@ from tsa_compile.kernels._triton import cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _tma_fits
 from tsa_compile.kernels.sparse.last_rows import _rows_of
+
+
+class Sums(NamedTuple):
+    """What rows see of blocks, each tile of blocks against a peak of its own. See the module's docstring."""
+
+    sums: Tensor
+    peaks: Tensor
+    span: int
 
 
 class Tiling(NamedTuple):
@@ -51,27 +61,36 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def _store_energies(
-    b_x, p_energy, start_m, start_n, count, blocks, scale_log2, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+def _store_sums(
+    b_x, p_sums, p_peaks, start_m, start_n, count, blocks, tiles, scale_log2, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """From a tile of x, without its factor, which is positive, the energies of its blocks. WHOLE: it lies before the count.
+    """From a tile of x, without its factor, which is positive, its rows' peaks and the sums of its blocks.
 
-    While the tensor cores wait for it: an instruction saved for each number of x is a hundredth of the kernel's time.
+    WHOLE: it lies before the count. The tensor cores wait meanwhile: an instruction saved for each number of x is a
+    hundredth of the kernel's time. So one peak serves all blocks of a row of the tile, and no logarithm is taken.
     """
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     rows, columns = start_m + tl.arange(0, ROWS), start_n + tl.arange(0, COLUMNS)
     keys = start_n // PER_BLOCK + tl.arange(0, COLUMNS // PER_BLOCK)
-    b_seen = columns[None, :] <= rows[:, None]
-    b_wanted = keys[None, :] <= (rows // PER_BLOCK)[:, None]
-    if not WHOLE:
-        b_seen = b_seen & (columns * STRIDE < count)[None, :]
-        b_wanted = b_wanted & (rows * STRIDE < count)[:, None]
-    b_x = tl.reshape(tl.where(b_seen, b_x, float("-inf")), [ROWS, COLUMNS // PER_BLOCK, PER_BLOCK])
-    b_max = tl.max(b_x, axis=2) * scale_log2
-    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_energy = tl.log2(tl.sum(tl.exp2(b_x * scale_log2 - b_max[:, :, None]), axis=2)) + b_max
-    tl.store(p_energy + (rows.to(tl.int64) * blocks)[:, None] + keys[None, :], b_energy, mask=b_wanted)
+    if WHOLE:
+        if start_n + COLUMNS > start_m:
+            b_x = tl.where(columns[None, :] <= rows[:, None], b_x, float("-inf"))
+    else:
+        b_x = tl.where((columns[None, :] <= rows[:, None]) & (columns * STRIDE < count)[None, :], b_x, float("-inf"))
+    b_peaks = tl.max(b_x, axis=1) * scale_log2
+    b_shift = tl.where(b_peaks == float("-inf"), 0.0, b_peaks)
+    b_x = tl.exp2(b_x * scale_log2 - b_shift[:, None])
+    b_sums = tl.sum(tl.reshape(b_x, [ROWS, COLUMNS // PER_BLOCK, PER_BLOCK]), axis=2)
+    p_sums += (rows.to(tl.int64) * blocks)[:, None] + keys[None, :]
+    p_peaks += rows.to(tl.int64) * tiles + start_n // COLUMNS
+    if WHOLE:
+        tl.store(p_sums, b_sums)
+        tl.store(p_peaks, b_peaks)
+    else:
+        b_real = rows * STRIDE < count
+        tl.store(p_sums, b_sums, mask=b_real[:, None] & (keys < blocks)[None, :])
+        tl.store(p_peaks, b_peaks, mask=b_real)
 
 
 @triton.jit
@@ -111,12 +130,12 @@ def _corner(stride_b, stride_h, stride_l, item, head, STRIDE: tl.constexpr, ALIG
 @triton.jit(
     do_not_specialize=[
         *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("capacity", "blocks", "heads", "heads_per_kv"),
+        *("capacity", "blocks", "tiles_across", "heads", "heads_per_kv"),
     ]
 )
 def _whole_kernel(
-    p_count, p_energy, desc_query, desc_key,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, heads, heads_per_kv, scale_log2,
+    p_count, p_sums, p_peaks, desc_query, desc_key, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    capacity, blocks, tiles_across, heads, heads_per_kv, scale_log2,
     STRIDE: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -139,9 +158,11 @@ def _whole_kernel(
             b_query = desc_query.load([corner_query, column_query + (STRIDE - 1 - step) * stride_ql * ALIGN + start_d])
             b_key = desc_key.load([corner_key, column_key + step * stride_kl * ALIGN + start_d])
             b_x = tl.dot(b_query, tl.trans(b_key), b_x, input_precision="ieee")
-        p_head = p_energy + (item.to(tl.int64) * heads + head) * (BLOCK // STRIDE) * blocks * blocks
-        start_m, start_n = row * ROWS, column * COLUMNS
-        _store_energies(b_x, p_head, start_m, start_n, count, blocks, scale_log2, STRIDE, BLOCK, ROWS, COLUMNS, True)
+        first_row = (item.to(tl.int64) * heads + head) * (BLOCK // STRIDE) * blocks
+        _store_sums(
+            b_x, p_sums + first_row * blocks, p_peaks + first_row * tiles_across, row * ROWS, column * COLUMNS,
+            count, blocks, tiles_across, scale_log2, STRIDE, BLOCK, ROWS, COLUMNS, True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -159,19 +180,19 @@ def _load_groups(
 @triton.jit(
     do_not_specialize=[
         *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("capacity", "blocks", "heads_per_kv", "column_tiles"),
+        *("capacity", "blocks", "tiles_across", "heads_per_kv"),
     ]
 )
 def _rest_kernel(
-    p_query, p_key, p_count, p_energy,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, heads_per_kv, column_tiles,
+    p_query, p_key, p_count, p_sums, p_peaks,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, tiles_across, heads_per_kv,
     scale_log2, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, AFTER_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of x, of the rows after the whole units if there are any."""
     head, item = tl.program_id(1), tl.program_id(2)
     count = _rows_of(p_count, item, capacity)
-    start_m, start_n = tl.program_id(0) // column_tiles * ROWS, tl.program_id(0) % column_tiles * COLUMNS
+    start_m, start_n = tl.program_id(0) // tiles_across * ROWS, tl.program_id(0) % tiles_across * COLUMNS
     if AFTER_WHOLE:
         start_m += tl.maximum(count, 0) // (STRIDE * COLUMNS) * COLUMNS
     if (start_m * STRIDE >= count) | (start_n >= start_m + ROWS):
@@ -180,33 +201,34 @@ def _rest_kernel(
     p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
     p_key += (far_item * stride_kb + (head // heads_per_kv).to(tl.int64) * stride_kh) * ALIGN
     far_query, far_key = stride_ql * ALIGN, stride_kl * ALIGN
-    p_energy += (far_item * tl.num_programs(1) + far_head) * (BLOCK // STRIDE) * blocks * blocks
+    first_row = (far_item * tl.num_programs(1) + far_head) * (BLOCK // STRIDE) * blocks
     b_x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for part in tl.range(0, STRIDE * (BLOCK_D // DIMS)):
         step, start_d = part // (BLOCK_D // DIMS), part % (BLOCK_D // DIMS) * DIMS
         b_query = _load_groups(p_query, far_query, start_m, STRIDE - 1 - step, start_d, count, ROWS, STRIDE, DIM, DIMS)
         b_key = _load_groups(p_key, far_key, start_n, step, start_d, count, COLUMNS, STRIDE, DIM, DIMS)
         b_x = tl.dot(b_query, tl.trans(b_key), b_x, input_precision="ieee")
-    _store_energies(b_x, p_energy, start_m, start_n, count, blocks, scale_log2, STRIDE, BLOCK, ROWS, COLUMNS, False)
+    _store_sums(
+        b_x, p_sums + first_row * blocks, p_peaks + first_row * tiles_across, start_m, start_n,
+        count, blocks, tiles_across, scale_log2, STRIDE, BLOCK, ROWS, COLUMNS, False,
+    )  # fmt: skip
 
 
-def energies_triton(
+def sums_triton(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
     stride: int, block: int, tiling: Tiling | None = None,
-) -> Tensor:  # fmt: skip
+) -> Sums:  # fmt: skip
     """Launches the kernels; also runs on CPU tensors in the Triton interpreter. See the module's docstring."""
     query, key = _aligned_rows(query), _aligned_rows(key)
     if scale < 0:  # the kernels take the maximum of scale * x to be scale times the maximum
         query, scale = -query, -scale
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
-    blocks = cdiv(capacity, block)
-    energy = torch.empty(batch, heads, blocks * (block // stride), blocks, dtype=torch.float32, device=query.device)
-    if energy.numel() == 0:
-        return energy
     tiling = _tiling(query, key, stride, tiling)
-    align = row_alignment(query, key)
+    found = _room(query, stride, block, tiling)
+    if found.sums.numel() == 0:
+        return found
+    align, blocks, tiles_across = row_alignment(query, key), found.sums.shape[3], found.peaks.shape[3]
     strides = [s // align for tensor in (query, key) for s in tensor.stride()[:3]]
-    numbers = (capacity, blocks, heads // kv_heads)
     scale_log2 = max(scale, 1e-30) / stride * math.log2(math.e)  # 0 times the mask's -inf would be NaN
     constants = {
         "STRIDE": stride, "DIM": dim, "ALIGN": align, "BLOCK": block, "ROWS": tiling.rows, "COLUMNS": tiling.columns,
@@ -216,18 +238,24 @@ def energies_triton(
     if tiling.use_tma and size >= tiling.columns:
         views = (_groups(query, stride, tiling.rows, tiling.dims), _groups(key, stride, tiling.columns, tiling.dims))
         _whole_kernel[(_processors(query.device), batch)](
-            count, energy, *views, *strides, capacity, blocks, heads, heads // kv_heads, scale_log2,
+            count, *found[:2], *views, *strides, capacity, blocks, tiles_across, heads, heads // kv_heads, scale_log2,
             TOGETHER=tiling.units, **constants,
         )  # fmt: skip
     if tiling.use_tma and count is None and capacity % (stride * tiling.columns) == 0:
-        return energy
+        return found
     row_tiles = tiling.columns // tiling.rows if tiling.use_tma else cdiv(size, tiling.rows)
-    column_tiles = cdiv(size, tiling.columns)
-    _rest_kernel[(row_tiles * column_tiles, heads, batch)](
-        query, key, count, energy, *strides, *numbers, column_tiles, scale_log2,
+    _rest_kernel[(row_tiles * tiles_across, heads, batch)](
+        query, key, count, *found[:2], *strides, capacity, blocks, tiles_across, heads // kv_heads, scale_log2,
         BLOCK_D=_block_dim(dim), AFTER_WHOLE=tiling.use_tma, **constants,
     )  # fmt: skip
-    return energy
+    return found
+
+
+def _room(query: Tensor, stride: int, block: int, tiling: Tiling) -> Sums:
+    """Memory for the sums and peaks, not yet written."""
+    blocks, span = cdiv(query.shape[2], block), tiling.columns * stride // block
+    sums = torch.empty(*query.shape[:2], blocks * (block // stride), blocks, dtype=torch.float32, device=query.device)
+    return Sums(sums, sums.new_empty(*sums.shape[:3], cdiv(blocks, span)), span)
 
 
 def _processors(device: torch.device) -> int:
@@ -270,14 +298,6 @@ def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
     group = stride * stride_l
     rows = ((batch - 1) * stride_b + (heads - 1) * stride_h) // group + capacity // stride
     return TensorDescriptor(tensor, [rows, group], [group, 1], [groups, dims])
-
-
-def energies_aten(
-    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *, stride: int, block: int
-) -> Tensor:
-    """What `energies_triton` computes, -inf where nothing is seen; NaN in rows behind the count."""
-    x, _ = _strided_logits(query, key, scale, count, stride, block)
-    return x.unflatten(3, (-1, block // stride)).logsumexp(dim=4) * math.log2(math.e)
 
 
 def _strided_logits(

@@ -11,7 +11,7 @@
 Rows from `count` on are zeros in x; a group of s rows takes part if its first row does. Blocks of equal S are chosen
 together. Two or three launches, none of them read back:
 
-    antidiagonals.py   log2 of the sum of exp(x) over the columns of each block, float32 [B, H, C / s, Q]
+    antidiagonals.py   the sum of exp(x) over the columns of each block, float32 [B, H, C / s, Q], against peaks of x
     _choose            a program per query block: the rows' normalisation, S, the smallest S on the list, and the list
 
 The smallest S on the list is found bit by bit, as select.py does: the largest number such that the blocks that reach it hold
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
-from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, energies_triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, sums_triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.last_rows import _rows_of
 from tsa_compile.kernels.sparse.lists import Lists, _write_list, empty_lists, forced, lists_of, real_blocks
@@ -44,29 +44,36 @@ MOST_BLOCKS = 4096
 
 
 @triton.jit
-def _load_energies(p_energy, blocks, own, start, real_rows, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """[PER_BLOCK, CHUNK] of the rows of query block `own`; -inf where there is nothing to see."""
+def _load_parts(
+    p_sums, p_peaks, blocks, tiles, own, start, real_rows,
+    PER_BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums and their peaks, [PER_BLOCK, CHUNK] each, of the rows of query block `own`; 0 of nothing to see."""
     rows, keys = tl.arange(0, PER_BLOCK), start + tl.arange(0, CHUNK)
-    pointers = p_energy + (rows * blocks)[:, None] + keys[None, :]
-    return tl.load(pointers, mask=(rows < real_rows)[:, None] & (keys <= own)[None, :], other=float("-inf"))
+    mask = (rows < real_rows)[:, None] & (keys <= own)[None, :]
+    b_sums = tl.load(p_sums + (rows * blocks)[:, None] + keys[None, :], mask=mask, other=0.0)
+    b_peaks = tl.load(p_peaks + (rows * tiles)[:, None] + (keys // SPAN)[None, :], mask=mask, other=float("-inf"))
+    return b_sums, b_peaks
 
 
 @triton.jit
-def _block_sums(p_energy, blocks, own, real_rows, PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Writes S where the energies of the block's first row were."""
+def _block_sums(
+    p_sums, p_peaks, blocks, tiles, own, real_rows, PER_BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Writes S where the sums of the block's first row were."""
     b_max = tl.full([PER_BLOCK], float("-inf"), tl.float32)
-    b_sum = tl.zeros([PER_BLOCK], tl.float32)
+    b_total = tl.zeros([PER_BLOCK], tl.float32)
     for start in range(0, own + 1, CHUNK):
-        b_energy = _load_energies(p_energy, blocks, own, start, real_rows, PER_BLOCK, CHUNK)
-        b_new_max = tl.maximum(b_max, tl.max(b_energy, axis=1))
+        b_sums, b_peaks = _load_parts(p_sums, p_peaks, blocks, tiles, own, start, real_rows, PER_BLOCK, SPAN, CHUNK)
+        b_new_max = tl.maximum(b_max, tl.max(b_peaks, axis=1))
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # a row behind the count
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_energy - b_shift[:, None]), axis=1)
+        b_total = b_total * tl.exp2(b_max - b_shift) + tl.sum(b_sums * tl.exp2(b_peaks - b_shift[:, None]), axis=1)
         b_max = b_new_max
-    b_norm = tl.where(b_max == float("-inf"), 0.0, b_max + tl.log2(b_sum))
+    b_norm = tl.where(b_max == float("-inf"), 0.0, b_max + tl.log2(b_total))
     for start in range(0, own + 1, CHUNK):
-        b_energy = _load_energies(p_energy, blocks, own, start, real_rows, PER_BLOCK, CHUNK)
+        b_sums, b_peaks = _load_parts(p_sums, p_peaks, blocks, tiles, own, start, real_rows, PER_BLOCK, SPAN, CHUNK)
         keys = start + tl.arange(0, CHUNK)
-        tl.store(p_energy + keys, tl.sum(tl.exp2(b_energy - b_norm[:, None]), axis=0), mask=keys <= own)
+        tl.store(p_sums + keys, tl.sum(b_sums * tl.exp2(b_peaks - b_norm[:, None]), axis=0), mask=keys <= own)
 
 
 @triton.jit
@@ -92,10 +99,10 @@ def _others(p_sums, b_first, own, at_least, CHUNK: tl.constexpr, ONCE: tl.conste
     return tl.sum(b_held, axis=0)
 
 
-@triton.jit(do_not_specialize=["capacity", "blocks"])
+@triton.jit(do_not_specialize=["capacity", "blocks", "tiles"])
 def _choose_kernel(
-    p_energy, p_count, p_num, p_indices, capacity, blocks, mass,
-    STRIDE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, ONCE: tl.constexpr,
+    p_sums, p_peaks, p_count, p_num, p_indices, capacity, blocks, tiles, mass, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    SPAN: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block, the longest first. S is not negative, so that its bits are integers of the same order."""
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
@@ -105,22 +112,23 @@ def _choose_kernel(
     if own * BLOCK >= count:
         tl.store(p_num + row, 0)
         return
-    p_energy += row * PER_BLOCK * blocks
-    _block_sums(p_energy, blocks, own, tl.cdiv(count - own * BLOCK, STRIDE), PER_BLOCK, PART)
+    p_sums += row * PER_BLOCK * blocks
+    p_peaks += row * PER_BLOCK * tiles
+    _block_sums(p_sums, p_peaks, blocks, tiles, own, tl.cdiv(count - own * BLOCK, STRIDE), PER_BLOCK, SPAN, PART)
     tl.debug_barrier()
 
-    b_first = _load_sums(p_energy, own, 0, CHUNK)
-    always = tl.load(p_energy) + tl.load(p_energy + own, mask=own > 0, other=0.0)
-    wanted = (always + _others(p_energy, b_first, own, 0, CHUNK, ONCE)) * mass
+    b_first = _load_sums(p_sums, own, 0, CHUNK)
+    always = tl.load(p_sums) + tl.load(p_sums + own, mask=own > 0, other=0.0)
+    wanted = (always + _others(p_sums, b_first, own, 0, CHUNK, ONCE)) * mass
     threshold = tl.zeros([], tl.int32)
     bit = tl.full([], 1 << 30, tl.int32)
     for _ in range(31):
-        held = always + _others(p_energy, b_first, own, threshold | bit, CHUNK, ONCE)
+        held = always + _others(p_sums, b_first, own, threshold | bit, CHUNK, ONCE)
         threshold = tl.where(held >= wanted, threshold | bit, threshold)
         bit = bit >> 1
     # If the two blocks that are always chosen hold the mass, the threshold is a NaN, which no block reaches.
     reach = threshold.to(tl.float32, bitcast=True)
-    _write_list(p_energy, p_indices + row * blocks, p_num + row, own, reach, 1, 1, CHUNK)
+    _write_list(p_sums, p_indices + row * blocks, p_num + row, own, reach, 1, 1, CHUNK)
 
 
 def xattention_triton(
@@ -140,15 +148,15 @@ def xattention_triton(
     tiling: see Tiling. chunk: a power of two, the blocks of a row that are in registers; by default all up to MOST_BLOCKS.
     """
     count = None if count is None else count.contiguous()
-    energy = energies_triton(query, key, scale, count, stride=stride, block=block, tiling=tiling)
-    batch, heads, _, blocks = energy.shape
+    sums, peaks, span = sums_triton(query, key, scale, count, stride=stride, block=block, tiling=tiling)
+    batch, heads, _, blocks = sums.shape
     lists = empty_lists(batch, heads, blocks, query.device)
-    if energy.numel() == 0:
+    if sums.numel() == 0:
         return lists
     if chunk is None:  # of few sizes, as each is another kernel
         chunk = 1024 if blocks <= 1024 else MOST_BLOCKS
     _choose_kernel[(blocks, heads, batch)](
-        energy, count, *lists, query.shape[2], blocks, mass, STRIDE=stride, BLOCK=block,
+        sums, peaks, count, *lists, query.shape[2], blocks, peaks.shape[3], mass, STRIDE=stride, BLOCK=block, SPAN=span,
         PART=min(chunk, 2048 * stride // block), CHUNK=chunk, ONCE=blocks <= chunk, num_warps=max(1, chunk // 2048),
     )  # fmt: skip
     return lists

@@ -1,11 +1,13 @@
 """XAttention's lists equal the reference's, whatever the count and the tiling."""
 
+import math
+
 import pytest
 import torch
 
 from tsa_compile.kernels import reference_sparse
 from tsa_compile.kernels._triton import tl, triton
-from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _tiling, energies_aten, energies_triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _strided_logits, _tiling, sums_triton
 from tsa_compile.kernels.sparse.lists import density
 from tsa_compile.kernels.sparse.xattention import xattention_aten, xattention_lists, xattention_triton
 
@@ -41,6 +43,16 @@ def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
     assert torch.equal(mask_of(found), mask_of(expected))
 
 
+def test_a_peak_far_above_other_blocks(triton_device):
+    """A tile has one peak a row: of blocks far below it nothing is left, in the sums as in the softmax."""
+    query, key = (t[:, :1] for t in make(1, 1, capacity=150, device=triton_device))
+    key = key.clone()
+    key[:, :, 32:64] = query.mean(dim=2, keepdim=True).sign() * 100  # a block that takes all or nothing of a row
+    expected = xattention_aten(query, key, 1.0, **OPTIONS)
+    for tiling in TILINGS.values():
+        assert torch.equal(mask_of(xattention_triton(query, key, 1.0, tiling=tiling, **OPTIONS)), mask_of(expected))
+
+
 def test_few_dims_and_large_logits(triton_device):
     query, key = make(1, capacity=100, dim=24, device=triton_device)
     for scale in (5.0, 0.0, -2.0):
@@ -50,9 +62,11 @@ def test_few_dims_and_large_logits(triton_device):
 
 
 def assert_same_energies(query, key, count, stride, block, **options):
-    """Where a row sees a block; what is above the diagonal or behind the count need not be written."""
-    expected = energies_aten(query, key, 0.3, count, stride=stride, block=block)
-    found = energies_triton(query, key, 0.3, count, stride=stride, block=block, **options)
+    """What a row sees of each block, as a logarithm; above the diagonal or behind the count may be anything."""
+    x, _ = _strided_logits(query, key, 0.3, count, stride, block)
+    expected = x.unflatten(3, (-1, block // stride)).logsumexp(dim=4) * math.log2(math.e)
+    sums, peaks, span = sums_triton(query, key, 0.3, count, stride=stride, block=block, **options)
+    found = sums.log2() + peaks.repeat_interleave(span, 3)[..., : sums.shape[3]]
     rows, blocks = (torch.arange(size, device=query.device) for size in expected.shape[2:])
     live = torch.full_like(rows[:1], query.shape[2]) if count is None else count
     seen = (blocks <= (rows * stride // block)[:, None]) & (rows * stride < live[:, None])[:, None, :, None]
@@ -67,7 +81,7 @@ def heads_inside(tensor):
 
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, heads_inside], ids=["BHCD", "BCHD"])
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_energies(triton_device, poisoned_empty, tiling, layout):
+def test_sums_against_peaks(triton_device, poisoned_empty, tiling, layout):
     query, key = (layout(tensor) for tensor in make(capacity=152, device=triton_device))
     assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == ("tma" in tiling)
     assert_same_energies(query, key, counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
