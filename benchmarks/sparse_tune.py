@@ -52,10 +52,10 @@ def block_candidates(inputs: Inputs) -> Candidates:
         "random 10 %": random_lists(inputs.query.shape[1], blocks, 0.1, str(inputs.query.device)),
         "FlashPrefill .05": flashprefill_lists(inputs.query, inputs.key, inputs.scale, alpha=0.05),
     }
-    for (case, lists), sizes, lag, ordered in itertools.product(cases.items(), BLOCK_TILES, (True, False), (True, False)):
+    for (case, lists), sizes, lag in itertools.product(cases.items(), BLOCK_TILES, (True, False)):
         tiles = Tiles(*sizes, use_tma=True, lag=lag)
-        call = functools.partial(blocks_triton, *inputs.tensors, inputs.scale, *lists, tiles=tiles, ordered=ordered)
-        yield f"{case}: {sizes}{', lag' if lag else ''}{'' if ordered else ', head after head'}", call
+        call = functools.partial(blocks_triton, *inputs.tensors, inputs.scale, *lists, tiles=tiles)
+        yield f"{case}: {sizes}{', lag' if lag else ''}", call
 
 
 def flashprefill_candidates(inputs: Inputs) -> Candidates:

@@ -65,11 +65,14 @@ def _step_start(p_list, step, listed, origin, own, UNIT: tl.constexpr, BLOCK: tl
 @triton.jit
 def _listed_tiles(
     b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-    p_list, listed, origin, own, steps, scale_log2, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
+    p_list, listed, origin, own, full, steps, start_m, scale_log2, UNIT: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
-    """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles."""
+    """Real tiles: `full` of which every row sees every key, and the rest up to `steps`, the diagonal's. LAG as in flash.py.
+
+    With the diagonal's tiles in the same loop they are on their way while the tiles before are computed.
+    """
     before = _step_start(p_list, 0, listed, origin, own, UNIT, BLOCK, BLOCK_N)
     b_keep = tl.full([BLOCK_M], 1.0, tl.float32)
     b_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -77,6 +80,9 @@ def _listed_tiles(
         start = _step_start(p_list, step, listed, origin, own, UNIT, BLOCK, BLOCK_N)
         b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
         b_scores = _scores(b_query, b_key)
+        if step >= full:
+            rows, keys = start_m + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+            b_scores = tl.where(rows[:, None] >= keys[None, :], b_scores, float("-inf"))
         if not LAG:
             b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
         # With LAG the first step adds 0 times the first tile.
@@ -105,7 +111,7 @@ def _listed_tiles(
     ]
 )
 def _blocks_kernel(
-    p_query, p_key, p_value, p_out, p_count, p_num_blocks, p_indices, p_order, desc_key, desc_value,
+    p_query, p_key, p_value, p_out, p_count, p_indices, p_order, p_listed, desc_key, desc_value,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, capacity, heads, heads_per_kv, query_blocks, slots, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
@@ -113,9 +119,8 @@ def _blocks_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M rows of a query block of one head."""
     place = tl.program_id(0) // (BLOCK // BLOCK_M)
-    row = (place // query_blocks + 1) * query_blocks - 1 - place % query_blocks
-    if p_order is not None:
-        row = tl.load(p_order + place).to(tl.int32)
+    row = tl.load(p_order + place)
+    listed = tl.load(p_listed + place)
     own, head, item = row % query_blocks, row // query_blocks % heads, row // query_blocks // heads
     count = capacity
     if p_count is not None:
@@ -123,9 +128,7 @@ def _blocks_kernel(
     start_m = (own + 1) * BLOCK - (tl.program_id(0) % (BLOCK // BLOCK_M) + 1) * BLOCK_M
     if start_m >= count:
         return
-    p_list = p_indices + row.to(tl.int64) * slots
-    listed = tl.minimum(tl.load(p_num_blocks + row), slots)
-    listed -= (tl.load(p_list + listed - 1, mask=listed > 0, other=-1) >= own).to(tl.int32)
+    whole = start_m + BLOCK_M <= count
 
     kv_head = head // heads_per_kv
     far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
@@ -136,14 +139,15 @@ def _blocks_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    steps = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
+    full = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
     b_acc, b_max, b_sum = _listed_tiles(
         b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_list, listed, 0, own * BLOCK, steps, scale_log2,
+        p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK,
+        full, full + whole.to(tl.int32) * (BLOCK_M // BLOCK_N), start_m, scale_log2,
         BLOCK, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
-    b_acc, b_sum = _diagonal(
-        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count,
+    b_acc, b_sum = _diagonal(  # if the count cuts it
+        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, tl.where(whole, start_m, count),
         scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -155,17 +159,59 @@ LONG = 4
 """A list is long from this many times the mean length on."""
 
 
-def longest_first(kv_num_blocks: Tensor) -> Tensor:
-    """The order in which query blocks start, as flat positions [B * H * Q]: long lists first, then all others.
+@triton.jit
+def _lengths(p_num_blocks, start, rows, CHUNK: tl.constexpr):
+    places = start + tl.arange(0, CHUNK)
+    return tl.load(p_num_blocks + places, mask=places < rows, other=0)
+
+
+@triton.jit(do_not_specialize=["blocks", "slots"])
+def _order_kernel(
+    p_num_blocks, p_indices, p_order, p_listed, blocks, slots, LONG: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One program: where the query blocks of a head start. Each counts the long lists of all heads, in the L2 cache."""
+    rows, first = tl.num_programs(0) * blocks, tl.program_id(0) * blocks
+    b_total = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, rows, CHUNK):
+        b_total += _lengths(p_num_blocks, start, rows, CHUNK)
+    limit = LONG * tl.sum(b_total, axis=0) / rows
+    b_all, b_before = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32)
+    for start in range(0, rows, CHUNK):
+        b_long = _lengths(p_num_blocks, start, rows, CHUNK) > limit
+        b_all += b_long.to(tl.int32)
+        b_before += (b_long & (start + tl.arange(0, CHUNK) < first)).to(tl.int32)
+    to_long = tl.sum(b_before, axis=0)
+    to_short = tl.sum(b_all, axis=0) + first - to_long
+    for start in range(0, blocks, CHUNK):
+        places = tl.arange(0, CHUNK)
+        own = blocks - 1 - start - places
+        row = (first + own).to(tl.int64)
+        b_num = tl.load(p_num_blocks + row, mask=own >= 0, other=0)
+        b_listed = tl.minimum(b_num, slots)
+        b_last = tl.load(p_indices + row * slots + b_listed - 1, mask=(own >= 0) & (b_listed > 0), other=-1)
+        b_long = ((b_num > limit) & (own >= 0)).to(tl.int32)
+        rank = tl.cumsum(b_long, axis=0)
+        target = tl.where(b_long > 0, to_long + rank - 1, to_short + places - rank)
+        tl.store(p_order + target, row.to(tl.int32), mask=own >= 0)
+        tl.store(p_listed + target, b_listed - (b_last >= own).to(tl.int32), mask=own >= 0)
+        longs = tl.sum(b_long, axis=0)
+        to_long += longs
+        to_short += CHUNK - longs
+
+
+def longest_first(kv_num_blocks: Tensor, kv_indices: Tensor, *, chunk: int = 2048) -> Tensor:
+    """The order in which query blocks start, long lists first, int32 [2, B * H * Q]: flat positions; blocks on their lists.
 
     Both parts go head after head, from the last query block on: what runs together then reads the keys of one head, and
     finds them in the L2 cache. Long lists are few; sorted by length as well, all heads would share the cache at once.
+    The diagonal is not counted, so that a program knows its tiles after one read.
     """
-    lengths = kv_num_blocks.flatten()
-    places = torch.arange(lengths.numel(), device=lengths.device).view(-1, kv_num_blocks.shape[2]).flip(1).flatten()
-    listed = lengths[places].float()
-    short = listed <= LONG * listed.mean()
-    return places[short.to(torch.int8).sort(stable=True).indices]
+    batch, heads, blocks = kv_num_blocks.shape
+    order = kv_num_blocks.new_empty(2, kv_num_blocks.numel())
+    _order_kernel[(batch * heads,)](
+        kv_num_blocks, kv_indices, order[0], order[1], blocks, kv_indices.shape[3], LONG=LONG, CHUNK=chunk, num_warps=8
+    )
+    return order
 
 
 def blocks_triton(
@@ -179,11 +225,10 @@ def blocks_triton(
     *,
     tiles: Tiles | None = None,
     block: int = BLOCK,
-    ordered: bool = True,
 ) -> Tensor:
     """Launch the kernel; also runs on CPU tensors in the Triton interpreter. See the module's docstring.
 
-    tiles: block_m and block_n divide `block`. ordered: start long lists first, instead of head after head.
+    tiles: block_n divides block_m, and block_m divides `block`.
     """
     _check(query, kv_num_blocks, kv_indices, block)
     query, key, value = _aligned_rows(query), _aligned_rows(key), _aligned_rows(value)
@@ -196,17 +241,16 @@ def blocks_triton(
     if tiles is None:
         hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
         tiles = _tiles(query.dtype, _block_dim(max(query.shape[3], value.shape[3])), hopper)
-    order = longest_first(kv_num_blocks) if ordered else None
     # A scale of 0 becomes a small one: 0 times the mask's -inf would be NaN.
-    lists = (kv_num_blocks.contiguous(), kv_indices.contiguous(), order)
     tiles = tiles._replace(use_tma=tiles.use_tma and use_tma)
+    lists = (kv_num_blocks.contiguous(), kv_indices.contiguous())
     _launch(query, key, value, out, count, lists, max(scale, 1e-30), block, tiles)
     return out
 
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, count: Tensor | None,
-    lists: tuple[Tensor, Tensor, Tensor | None], scale: float, block: int, tiles: Tiles,
+    lists: tuple[Tensor, Tensor], scale: float, block: int, tiles: Tiles,
 ) -> None:  # fmt: skip
     batch, heads, capacity, dim = query.shape
     value_dim = value.shape[3]
@@ -218,7 +262,8 @@ def _launch(
         value,
         out,
         None if count is None else count.contiguous(),
-        *lists,
+        lists[1],
+        *longest_first(*lists),
         _descriptor(key, tiles.block_n) if tiles.use_tma else None,
         _descriptor(value, tiles.block_n) if tiles.use_tma else None,
         *(stride // align for tensor in (query, key, value, out) for stride in tensor.stride()[:3]),

@@ -80,16 +80,15 @@ def test_equals_sdpa(triton_device, tiles, counts):
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_no_block_and_every_block(triton_device, density):
     inputs, lists = make(1, device=triton_device), random_lists(1, 2, 5, density, triton_device)
-    check(inputs, lists, [147], tiles=VARIANTS["lag"], ordered=False)
+    check(inputs, lists, [147], tiles=VARIANTS["lag"])
 
 
 def test_the_diagonal_may_end_the_list(triton_device):
     inputs, (num, indices) = make(1, device=triton_device), random_lists(1, 2, 5, device=triton_device)
     own = torch.arange(5, dtype=torch.int32, device=triton_device).expand(1, 2, 5)
     longer = indices.scatter(3, num[..., None].long(), own[..., None])
-    for ordered in (False, True):
-        out = blocks_triton(*inputs, 0.3, num + 1, longer, block=BLOCK, tiles=HALVES, ordered=ordered)
-        assert torch.equal(out, blocks_triton(*inputs, 0.3, num, indices, block=BLOCK, tiles=HALVES))
+    out = blocks_triton(*inputs, 0.3, num + 1, longer, block=BLOCK, tiles=HALVES)
+    assert torch.equal(out, blocks_triton(*inputs, 0.3, num, indices, block=BLOCK, tiles=HALVES))
 
 
 @pytest.mark.parametrize("capacity", [1, 31, 33])
@@ -109,10 +108,15 @@ def test_defaults(triton_device):
     check(inputs, random_lists(1, 1, 2, 1.0, triton_device), [190], block=128)
 
 
-def test_long_lists_start_first():
-    num = torch.tensor([[[0, 1, 2, 3], [99, 3, 8, 70]]], dtype=torch.int32)  # longer than 4 * 23.25 blocks: one
-    assert longest_first(num).tolist() == [4, 3, 2, 1, 0, 7, 6, 5]
-    assert longest_first(torch.zeros_like(num)).tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
+@pytest.mark.parametrize("chunk", [1, 2, 16])
+def test_long_lists_start_first(triton_device, chunk):
+    num = torch.tensor([[[0, 1, 2, 3], [99, 3, 8, 70]]], dtype=torch.int32, device=triton_device)
+    indices = torch.arange(99, dtype=torch.int32, device=triton_device).expand(1, 2, 4, 99).contiguous()
+    order, listed = longest_first(num, indices, chunk=chunk)
+    assert order.tolist() == [4, 3, 2, 1, 0, 7, 6, 5]  # longer than 4 * 23.25 blocks: one
+    assert listed.tolist() == [98, 3, 2, 1, 0, 69, 7, 2]  # without what ends a list at or behind the diagonal
+    order, listed = longest_first(torch.zeros_like(num), indices, chunk=chunk)
+    assert order.tolist() == [3, 2, 1, 0, 7, 6, 5, 4] and listed.tolist() == [0] * 8
 
 
 def test_op_on_the_cpu_and_what_does_not_fit():
