@@ -48,6 +48,7 @@ def take_turns(
     seconds: float,
     at_least: int = 5,
     at_most: int = 30,
+    settle_ms: float = 0.0,
     burst: Callable[[Sequence[Call], int, int], float] | None = None,
 ) -> dict[Key, Timing]:
     """Times of candidates that take turns, so that a change of clocks meets all alike.
@@ -55,16 +56,20 @@ def take_turns(
     Args:
         candidates: for each, the same call on one or more sets of inputs, which rotate; warmed up.
         seconds: about how long to measure each candidate, within at_least and at_most rounds.
+        settle_ms: how long a candidate runs before it is measured, in each of its turns. At its power limit a GPU's clock
+            follows what ran some 0.1 s before: a light kernel pays for a heavy one, unless it has run for that long.
         burst: what measures some calls; for tests.
     """
     burst = burst or burst_ms
     once = {key: burst(calls, 0, 1) for key, calls in candidates.items()}
     counts = {key: min(20, max(1, math.ceil(BURST_MS / max(ms, 1e-3)))) for key, ms in once.items()}
-    round_ms = sum(once[key] * counts[key] for key in candidates)
+    round_ms = sum(once[key] * counts[key] + settle_ms for key in candidates)
     rounds = min(at_most, max(at_least, int(1e3 * seconds * len(candidates) / max(round_ms, 1e-3))))
     times: dict[Key, list[float]] = {key: [] for key in candidates}
     for turn in range(rounds):
         for key, calls in candidates.items():
+            if settle_ms > 0:
+                burst(calls, turn, math.ceil(settle_ms / max(once[key], 1e-3)))
             times[key].append(burst(calls, turn, counts[key]))
     return {key: Timing(statistics.median(found), min(found), max(found), rounds) for key, found in times.items()}
 

@@ -155,6 +155,9 @@ def test_methods_take_turns(load):
     assert {name: found.ms for name, found in times.items()} == {"fast": 0.5, "slow": 30.0}
     assert order[2:6] == [(0.5, 0, 20), (30.0, 0, 1), (0.5, 1, 20), (30.0, 1, 1)]
     assert times["slow"].rounds == 5
+    order.clear()
+    assert timing.take_turns({"slow": [30.0]}, seconds=0.1, settle_ms=100, burst=burst)["slow"].rounds == 5
+    assert order[1:4] == [(30.0, 0, 4), (30.0, 0, 1), (30.0, 1, 4)]  # it settles before each of its turns
     assert timing.take_turns({"fast": [0.5]}, seconds=10, burst=burst)["fast"].rounds == 30
 
 

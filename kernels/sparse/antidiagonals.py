@@ -271,7 +271,7 @@ def _tiling(query: Tensor, key: Tensor, stride: int, tiling: Tiling | None) -> T
         tiling = Tiling(32, 32, 32, 4, 1)
     elif tiling is None:
         hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
-        tiling = Tiling(128, 256, 64, 8, 4, use_tma=True) if hopper else Tiling(128, 128, 32, 8, 2)
+        tiling = Tiling(128, 256, 64, 8, 3, use_tma=True) if hopper else Tiling(128, 128, 32, 8, 2)
     return tiling._replace(dims=min(tiling.dims, _block_dim(query.shape[3])), use_tma=tiling.use_tma and use_tma)
 
 

@@ -65,13 +65,13 @@ def _step_start(p_list, step, listed, origin, own, UNIT: tl.constexpr, BLOCK: tl
 @triton.jit
 def _listed_tiles(
     b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-    p_list, listed, origin, own, full, steps, start_m, scale_log2, UNIT: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
+    p_list, listed, origin, own, steps, scale_log2, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
-    """Real tiles: `full` of which every row sees every key, and the rest up to `steps`, the diagonal's. LAG as in flash.py.
+    """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles.
 
-    With the diagonal's tiles in the same loop they are on their way while the tiles before are computed.
+    The diagonal's tiles would be prefetched in this loop; but a branch in it costs more than that wins: 3 % at 128K.
     """
     before = _step_start(p_list, 0, listed, origin, own, UNIT, BLOCK, BLOCK_N)
     b_keep = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -80,9 +80,6 @@ def _listed_tiles(
         start = _step_start(p_list, step, listed, origin, own, UNIT, BLOCK, BLOCK_N)
         b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
         b_scores = _scores(b_query, b_key)
-        if step >= full:
-            rows, keys = start_m + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
-            b_scores = tl.where(rows[:, None] >= keys[None, :], b_scores, float("-inf"))
         if not LAG:
             b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
         # With LAG the first step adds 0 times the first tile.
@@ -128,7 +125,6 @@ def _blocks_kernel(
     start_m = (own + 1) * BLOCK - (tl.program_id(0) % (BLOCK // BLOCK_M) + 1) * BLOCK_M
     if start_m >= count:
         return
-    whole = start_m + BLOCK_M <= count
 
     kv_head = head // heads_per_kv
     far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
@@ -139,15 +135,14 @@ def _blocks_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    full = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
+    steps = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
     b_acc, b_max, b_sum = _listed_tiles(
         b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK,
-        full, full + whole.to(tl.int32) * (BLOCK_M // BLOCK_N), start_m, scale_log2,
+        p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK, steps, scale_log2,
         BLOCK, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
-    b_acc, b_sum = _diagonal(  # if the count cuts it
-        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, tl.where(whole, start_m, count),
+    b_acc, b_sum = _diagonal(
+        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count,
         scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -166,9 +161,7 @@ def _lengths(p_num_blocks, start, rows, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["blocks", "slots"])
-def _order_kernel(
-    p_num_blocks, p_indices, p_order, p_listed, blocks, slots, LONG: tl.constexpr, CHUNK: tl.constexpr
-):
+def _order_kernel(p_num_blocks, p_indices, p_order, p_listed, blocks, slots, LONG: tl.constexpr, CHUNK: tl.constexpr):
     """One program: where the query blocks of a head start. Each counts the long lists of all heads, in the L2 cache."""
     rows, first = tl.num_programs(0) * blocks, tl.program_id(0) * blocks
     b_total = tl.zeros([CHUNK], tl.float32)

@@ -181,7 +181,7 @@ def _attend_kernel(
     steps = tiles * (BLOCK // BLOCK_N) + (start_m - start_own) // BLOCK_N
     b_acc, b_max, b_sum = _listed_tiles(  # by their distance: back from the queries' own
         b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_starts + line * slots + 1, tiles, start_own, start_own, steps, steps, start_m, scale_log2,
+        p_starts + line * slots + 1, tiles, start_own, start_own, steps, scale_log2,
         -1, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
     b_acc, b_max, b_sum = _edge_tile(

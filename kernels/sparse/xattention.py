@@ -48,11 +48,14 @@ def _load_parts(
     p_sums, p_peaks, blocks, tiles, own, start, real_rows,
     PER_BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums and their peaks, [PER_BLOCK, CHUNK] each, of the rows of query block `own`; 0 of nothing to see."""
-    rows, keys = tl.arange(0, PER_BLOCK), start + tl.arange(0, CHUNK)
-    mask = (rows < real_rows)[:, None] & (keys <= own)[None, :]
-    b_sums = tl.load(p_sums + (rows * blocks)[:, None] + keys[None, :], mask=mask, other=0.0)
-    b_peaks = tl.load(p_peaks + (rows * tiles)[:, None] + (keys // SPAN)[None, :], mask=mask, other=float("-inf"))
+    """Of the rows of query block `own`: sums [PER_BLOCK, CHUNK / SPAN, SPAN], and a peak for each last dimension of them."""
+    rows, across = tl.arange(0, PER_BLOCK), start // SPAN + tl.arange(0, CHUNK // SPAN)
+    keys = across[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    b_real = (rows < real_rows)[:, None]
+    mask = b_real[:, :, None] & (keys <= own)[None, :, :]
+    b_sums = tl.load(p_sums + (rows * blocks)[:, None, None] + keys[None, :, :], mask=mask, other=0.0)
+    mask = b_real & (across * SPAN <= own)[None, :]
+    b_peaks = tl.load(p_peaks + (rows * tiles)[:, None] + across[None, :], mask=mask, other=float("-inf"))
     return b_sums, b_peaks
 
 
@@ -67,13 +70,15 @@ def _block_sums(
         b_sums, b_peaks = _load_parts(p_sums, p_peaks, blocks, tiles, own, start, real_rows, PER_BLOCK, SPAN, CHUNK)
         b_new_max = tl.maximum(b_max, tl.max(b_peaks, axis=1))
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # a row behind the count
-        b_total = b_total * tl.exp2(b_max - b_shift) + tl.sum(b_sums * tl.exp2(b_peaks - b_shift[:, None]), axis=1)
+        b_weights = tl.sum(b_sums * tl.exp2(b_peaks - b_shift[:, None])[:, :, None], axis=1)
+        b_total = b_total * tl.exp2(b_max - b_shift) + tl.sum(b_weights, axis=1)
         b_max = b_new_max
     b_norm = tl.where(b_max == float("-inf"), 0.0, b_max + tl.log2(b_total))
     for start in range(0, own + 1, CHUNK):
         b_sums, b_peaks = _load_parts(p_sums, p_peaks, blocks, tiles, own, start, real_rows, PER_BLOCK, SPAN, CHUNK)
-        keys = start + tl.arange(0, CHUNK)
-        tl.store(p_sums + keys, tl.sum(b_sums * tl.exp2(b_peaks - b_norm[:, None]), axis=0), mask=keys <= own)
+        b_shares = tl.sum(b_sums * tl.exp2(b_peaks - b_norm[:, None])[:, :, None], axis=0)
+        keys = (start + tl.arange(0, CHUNK // SPAN) * SPAN)[:, None] + tl.arange(0, SPAN)[None, :]
+        tl.store(p_sums + keys, b_shares, mask=keys <= own)
 
 
 @triton.jit
@@ -155,9 +160,10 @@ def xattention_triton(
         return lists
     if chunk is None:  # of few sizes, as each is another kernel
         chunk = 1024 if blocks <= 1024 else MOST_BLOCKS
+    part = max(span, min(chunk, 2048 * stride // block))
     _choose_kernel[(blocks, heads, batch)](
         sums, peaks, count, *lists, query.shape[2], blocks, peaks.shape[3], mass, STRIDE=stride, BLOCK=block, SPAN=span,
-        PART=min(chunk, 2048 * stride // block), CHUNK=chunk, ONCE=blocks <= chunk, num_warps=max(1, chunk // 2048),
+        PART=part, CHUNK=chunk, ONCE=blocks <= chunk, num_warps=max(1, chunk // 2048),
     )  # fmt: skip
     return lists
 

@@ -33,7 +33,7 @@ def load(monkeypatch):
 @pytest.fixture
 def arguments(load):
     shape = load("attention_methods").Shape(heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
-    return argparse.Namespace(length=LENGTH, keep=0.675, seconds=0.001, device="cpu", shape=shape)
+    return argparse.Namespace(length=LENGTH, keep=0.675, seconds=0.001, settle=0.001, device="cpu", shape=shape)
 
 
 @pytest.fixture
