@@ -9,8 +9,9 @@
     methods     on inputs with planted structure (sparse_inputs.py): time, density, share of the attention kept, and the
                 relative output error against dense attention, on kept rows and on all rows
 
-Near its power limit a GPU's clock follows what ran before, so in its turn each call runs for --settle seconds before it is
-measured: "settled". The kernel and the selectors are also measured without, then at the clock that the call before left.
+Calls take turns. At its power limit a GPU's clock follows what ran before, so a light call pays for a heavy one before it,
+as it does in a model, between matrix products. The kernel and the selectors are measured "settled", too: after --settle
+seconds of the same call, at the clock that they have by themselves.
 
 A method alone attends from all rows; composed, over the rows that TSA keeps, each head its own or the heads of a group the
 same ones: the time is then that of the whole op, from scoring to decompression. Methods take turns, times are medians, and
@@ -136,8 +137,8 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
         else:
             calls[wanted] = [call]
         del ran
-    times = take_turns(calls, arguments.seconds, settle_ms=1e3 * arguments.settle)
-    unsettled = take_turns(calls, arguments.seconds)
+    times = take_turns(calls, arguments.seconds)
+    settled = take_turns(calls, arguments.seconds, settle_ms=1e3 * arguments.settle)
     dense_ms = times["dense"].ms
     flops = 2.0 * arguments.length**2 * arguments.shape.heads * arguments.shape.head_dim
     for wanted, row in rows.items():
@@ -145,8 +146,8 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
             ms, share = times[wanted].ms, row["density"]
             row |= {"ms": ms, "tflops": share * flops / ms / 1e9, "rate": share * dense_ms / ms, "dense_ms": dense_ms}
             row["goal_ms"] = share * dense_ms / 0.7
-            row["unsettled_ms"] = unsettled[wanted].ms
-            row["unsettled_rate"] = share * unsettled["dense"].ms / unsettled[wanted].ms
+            row["settled_ms"] = settled[wanted].ms
+            row["settled_rate"] = share * settled["dense"].ms / settled[wanted].ms
     run.parts["kernel"] = list(rows.values())
     log.info("kernel: %s of dense cuDNN's rate", [round(row.get("rate", 0), 2) for row in rows.values()])
 
@@ -190,13 +191,13 @@ def selectors_part(run: Run, arguments: argparse.Namespace) -> None:
             else:
                 calls[method, form] = [call]
             del ran
-    times = take_turns(calls, arguments.seconds, settle_ms=1e3 * arguments.settle)
-    unsettled = take_turns(calls, arguments.seconds)
+    times = take_turns(calls, arguments.seconds)
+    settled = take_turns(calls, arguments.seconds, settle_ms=1e3 * arguments.settle)
     for case, row in rows.items():
         if case in times:
             row |= {"ms": times[case].ms, "share": times[case].ms / times["dense"].ms}
-            row["unsettled_ms"] = unsettled[case].ms
-            row["unsettled_share"] = unsettled[case].ms / unsettled["dense"].ms
+            row["settled_ms"] = settled[case].ms
+            row["settled_share"] = settled[case].ms / settled["dense"].ms
     run.parts["selectors"] = list(rows.values())
     log.info("selectors: %s", [(row["method"], round(row.get("ms", 0), 2)) for row in rows.values()])
 
@@ -262,7 +263,7 @@ def methods_part(run: Run, arguments: argparse.Namespace) -> None:
                 row |= measured
                 calls[title, form] = [call]
     del dense
-    for case, timing in take_turns(calls, arguments.seconds, settle_ms=1e3 * arguments.settle).items():
+    for case, timing in take_turns(calls, arguments.seconds).items():
         rows[case] |= timing.row()
     run.parts["methods"] = with_ratios(list(rows.values()))
     log.info("methods: %s", [(row["method"], row["form"], row.get("ms")) for row in rows.values()])
@@ -302,7 +303,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--keep", type=float, default=0.675, help="share of the tokens that TSA keeps")
     parser.add_argument("--seconds", type=float, default=0.5, help="measure each call for about this long")
-    parser.add_argument("--settle", type=float, default=0.3, help="run each call for this long before it is measured")
+    parser.add_argument("--settle", type=float, default=0.3, help="run a call for this long before it is measured settled")
     parser.add_argument("--verbose", action="store_true", help="show where a method failed")
     parser.add_argument("--out", type=Path, help="folder for sparse.json, sparse.md and sparse.png")
     return parser.parse_args(argv)

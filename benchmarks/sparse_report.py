@@ -12,12 +12,12 @@ Row = dict[str, Any]
 COLUMNS: dict[str, dict[str, str]] = {
     "kernel": {
         "density": "density", "ms": "ms", "tflops": "TFLOP/s of listed blocks", "rate": "of dense cuDNN's rate",
-        "goal_ms": "goal, ms (density x dense / .7)", "unsettled_ms": "unsettled, ms",
-        "unsettled_rate": "unsettled, of dense cuDNN's rate",
+        "goal_ms": "goal, ms (density x dense / .7)", "settled_ms": "settled, ms",
+        "settled_rate": "settled, of dense cuDNN's rate",
     },
     "selectors": {
-        "method": "selector", "rows": "rows", "ms": "ms", "share": "of dense cuDNN's time", "unsettled_ms": "unsettled, ms",
-        "unsettled_share": "unsettled, of dense cuDNN's time",
+        "method": "selector", "rows": "rows", "ms": "ms", "share": "of dense cuDNN's time", "settled_ms": "settled, ms",
+        "settled_share": "settled, of dense cuDNN's time",
     },
     "methods": {
         "method": "method", "form": "rows", "ms": "ms", "speedup": "speedup over dense cuDNN", "gain": "composed over alone",

@@ -154,21 +154,42 @@ def _full_tiles(
 
 
 @triton.jit
+def _weigh_diagonal(b_query, b_key, b_max, b_sum, start_m, start, scale_log2, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """As `_weigh`: the keys from `start` on and the rows from `start_m` on, each of which sees keys up to itself."""
+    rows, keys = start_m + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    b_scores = tl.where(rows[:, None] >= keys[None, :], _scores(b_query, b_key), float("-inf"))
+    return _weigh(b_scores, b_max, b_sum, scale_log2)
+
+
+@triton.jit
 def _diagonal(
-    b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count, scale_log2,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head, start_m, count,
+    scale_log2, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
     """The tiles [start_m, start_m + BLOCK_M): row i sees keys up to i, and nobody those from `count` on.
 
-    By pointers, because TMA would fetch what lies behind `count`: a weight of 0 times NaN is NaN.
+    If `count` cuts them, by pointers, because TMA would fetch what lies behind it: a weight of 0 times NaN is NaN.
     """
-    rows = start_m + tl.arange(0, BLOCK_M)
-    for start in tl.range(start_m, tl.minimum(start_m + BLOCK_M, count), BLOCK_N):
+    stop = tl.minimum(start_m + BLOCK_M, count)
+    if USE_TMA:  # a constant: without it there is no descriptor to compile a load from
+        whole = stop == start_m + BLOCK_M
+        if whole:
+            for start in tl.range(start_m, start_m + BLOCK_M, BLOCK_N, num_stages=1):
+                b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
+                b_value = _load_tile(
+                    desc_value, p_value, stride_vl, item, kv_head, start, True, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
+                )
+                b_weights, b_keep, b_max, b_sum = _weigh_diagonal(
+                    b_query, b_key, b_max, b_sum, start_m, start, scale_log2, BLOCK_M, BLOCK_N
+                )
+                b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
+            stop = start_m
+    for start in tl.range(start_m, stop, BLOCK_N):
         b_key = _load_rows(p_key, stride_kl, start, count, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
-        b_seen = rows[:, None] >= (start + tl.arange(0, BLOCK_N))[None, :]
-        b_scores = tl.where(b_seen, _scores(b_query, b_key), float("-inf"))
-        b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
+        b_weights, b_keep, b_max, b_sum = _weigh_diagonal(
+            b_query, b_key, b_max, b_sum, start_m, start, scale_log2, BLOCK_M, BLOCK_N
+        )
         b_value = _load_rows(p_value, stride_vl, start, count, True, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)
         b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
     return b_acc, b_sum
@@ -228,8 +249,8 @@ def _flash_kernel(
         start_m, scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
     b_acc, b_sum = _diagonal(
-        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count,
-        scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
+        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
+        start_m, count, scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N, USE_TMA,
     )  # fmt: skip
 
     p_out += (far_item * stride_ob + far_head * stride_oh) * ALIGN

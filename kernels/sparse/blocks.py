@@ -142,8 +142,8 @@ def _blocks_kernel(
         BLOCK, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
     )  # fmt: skip
     b_acc, b_sum = _diagonal(
-        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, start_m, count,
-        scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
+        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
+        start_m, count, scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N, USE_TMA,
     )  # fmt: skip
 
     p_out += (far_item * stride_ob + far_head * stride_oh) * ALIGN

@@ -38,6 +38,7 @@ CONTROLS = ("random", "rescue", "early")
 STANDARD = (
     "dense", "coverage-0.005", "keep-0.5", "coverage-0.01", "random-coverage-0.01", "random-keep-0.5",
     "rescue-keep-0.5", "keep-0.7", "coverage-0.02", "coverage-0.002", "early-coverage-0.01", "keep-0.3", "keep-0.5@8",
+    "keep-0.7@8",
 )  # fmt: skip
 _FORM = re.compile(rf"(?:({'|'.join(CONTROLS)})-)?(coverage|keep)-([0-9.e-]+)(?:@([0-9]+))?")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from tsa_compile.config import KeepRatio
 from tsa_compile.evaluation.methods import parse
 from tsa_compile.evaluation.results import BASELINE, Cell, LayerRow, Study
 from tsa_compile.evaluation.statistics import Comparison
@@ -66,18 +67,19 @@ def _p_value(value: float) -> str:
     return "< .001" if value < 0.001 else f"{value:.3f}"
 
 
+def _asked(method: str, cells: Sequence[Cell]) -> float:
+    """The keep ratio that was asked for, the scoring window's tokens apart; what was kept if none was."""
+    budget = parse(method).budget
+    return budget.ratio if isinstance(budget, KeepRatio) else statistics.fmean(cell.keep for cell in cells)
+
+
 def goal_table(study: Study, keep: float = 0.7, points: float = 1.0) -> str:
-    """Which methods that keep at most `keep` of the tokens lose at most `points`, question last: in each task and in all."""
+    """Which methods with a keep ratio of at most `keep` lose at most `points`, question last: in each task and in all."""
     rows = []
     for length in study.names("length"):
         for method in study.names("method"):
             cells = study.select(length=length, method=method)
-            if (
-                not cells
-                or method == BASELINE
-                or parse(method).control
-                or statistics.fmean(cell.keep for cell in cells) > keep
-            ):
+            if not cells or method == BASELINE or parse(method).control or _asked(method, cells) > keep:
                 continue
             found, whole = [study.against_dense([cell]) for cell in cells], study.against_dense(cells)
             if whole is None:
@@ -163,7 +165,8 @@ def report(study: Study) -> str:
     ]
     goal = goal_table(study)
     if goal:
-        parts += ["### Within a point of dense", "Methods that keep at most 70% of the tokens, question last.", goal]
+        about = "Methods with a keep ratio of at most .7 (the scoring window's tokens come on top), question last."
+        parts += ["### Within a point of dense", about, goal]
     if any(cell.layers for cell in study.cells):
         parts += ["### Tokens kept", "Mean over tasks (least to most of a sample).", keep_table(study)]
         parts += [
