@@ -1,8 +1,9 @@
-"""How attention.py measures: methods take turns in one run, and CUDA graphs show the GPU's time without the host's."""
+"""How the benchmarks measure: methods take turns in one run, and CUDA graphs show the GPU's time without the host's."""
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def take_turns(
     settle_ms: float = 0.0,
     burst: Callable[[Sequence[Call], int, int], float] | None = None,
 ) -> dict[Key, Timing]:
-    """Times of candidates that take turns, so that a change of clocks meets all alike.
+    """Times of candidates that take turns, in a new order each round: changes of clocks and what ran before meet all alike.
 
     Args:
         candidates: for each, the same call on one or more sets of inputs, which rotate; warmed up.
@@ -66,8 +67,10 @@ def take_turns(
     round_ms = sum(once[key] * counts[key] + settle_ms for key in candidates)
     rounds = min(at_most, max(at_least, int(1e3 * seconds * len(candidates) / max(round_ms, 1e-3))))
     times: dict[Key, list[float]] = {key: [] for key in candidates}
+    shuffled = random.Random(0).sample
     for turn in range(rounds):
-        for key, calls in candidates.items():
+        for key in shuffled(list(candidates), len(candidates)):
+            calls = candidates[key]
             if settle_ms > 0:
                 burst(calls, turn, math.ceil(settle_ms / max(once[key], 1e-3)))
             times[key].append(burst(calls, turn, counts[key]))

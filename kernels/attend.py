@@ -104,6 +104,8 @@ class AttentionKernel:
     round_rows: the rows to hand over for a count that the host knows, at least as many; for kernels that are planned anew
         for every shape, or, with `device_count`, that read some numbers of rows faster.
     exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
+    stream_bytes: compressed rows of how many heads it is handed at a time, in bytes; None: fused.STREAM_BYTES. More suits a
+        kernel of which a call has a cost of its own.
     """
 
     name: str
@@ -113,6 +115,7 @@ class AttentionKernel:
     device_count: bool = False
     round_rows: Callable[[int], int] = _exact_rows
     exact: bool = True
+    stream_bytes: int | None = None
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None) -> Tensor:
         """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows."""

@@ -40,7 +40,7 @@ from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_aten, select_triton
 
 STREAM_BYTES = 2**30
-"""The compressed rows of as many heads as fit in this are in memory at a time."""
+"""The compressed rows of as many heads as fit in this are in memory at a time, unless the kernel asks for more."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _attend(
     heads, groups, seq_len = query.shape[1], key.shape[1], query.shape[2]
     batch, selections, rows = indices.shape
     row_bytes = heads * (query.shape[3] + value.shape[3]) + selections * (key.shape[3] + value.shape[3])
-    parts = -(-batch * rows * row_bytes * query.element_size() // STREAM_BYTES)
+    parts = -(-batch * rows * row_bytes * query.element_size() // (kernel.stream_bytes or STREAM_BYTES))
     step = max(1, groups // parts)
     for first in range(0, groups, step):
         tensors = [output, query, key, value, indices]

@@ -99,6 +99,22 @@ def test_heads_stream_through_small_buffers(triton_device, monkeypatch, shared, 
     close(sparse_triton(*inputs, options).cpu(), expected(*inputs, None, options))
 
 
+@pytest.mark.parametrize("limit, calls", [(None, 4), (60_000, 2), (10**9, 1)])
+def test_a_kernel_says_how_much_it_is_handed_at_a_time(triton_device, monkeypatch, own_kernel, limit, calls):
+    """Four groups of two heads, of 28 kB each."""
+    monkeypatch.setattr(fused, "STREAM_BYTES", 1)
+    seen = []
+
+    def run(query, key, value, scale):
+        seen.append(query.shape[1])
+        return attend.get("sdpa").causal(query, key, value, scale)
+
+    own_kernel(AttentionKernel("streamed", run, lambda request: None, priority=-50, stream_bytes=limit))
+    inputs = make(1, 4, 2, L, 32, 32, device=triton_device)
+    sparse_triton(*inputs, dataclasses.replace(HALF, kernel="streamed"))
+    assert seen == [8 // calls] * calls
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 20), st.sampled_from([0.1, 0.5, 0.675, 1.0]))
 def test_a_count_known_beforehand_is_the_budgets(valid, window, min_tokens, ratio):
