@@ -145,9 +145,20 @@ def causal_blocks(length: int, indices: tuple[Tensor, Tensor], count: Tensor | N
     )  # fmt: skip
 
 
-def flex(inputs: Inputs) -> Runner:
-    """FlexAttention compiled by Inductor, with its default options."""
-    mask = causal_blocks(inputs.length, block_indices(inputs.length, inputs.query.device))
+def listed_blocks(length: int, lists: tuple[Tensor, Tensor]) -> BlockMask:
+    """The block mask of lists (kv_num_blocks [B, H, Q], kv_indices [B, H, Q, N]) that all end with the diagonal."""
+    numbers, indices = lists
+    diagonal = block_indices(length, indices.device)[0].expand(*indices.shape[:3], -1).contiguous()
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(numbers), diagonal, numbers - 1, indices, BLOCK_SIZE=BLOCK, mask_mod=causal,
+        seq_lengths=(length, length), compute_q_blocks=False,
+    )  # fmt: skip
+
+
+def flex(inputs: Inputs, mask: BlockMask | None = None) -> Runner:
+    """FlexAttention compiled by Inductor, with its default options; causal if no mask is given."""
+    if mask is None:
+        mask = causal_blocks(inputs.length, block_indices(inputs.length, inputs.query.device))
     gqa = inputs.query.shape[1] != inputs.key.shape[1]
     return Runner(lambda: compiled_flex()(*inputs.tensors, block_mask=mask, scale=inputs.scale, enable_gqa=gqa))
 

@@ -4,7 +4,8 @@
     python benchmarks/sparse.py --parts methods --length 32768        a part of it
 
     checks      short inputs against the ATen implementations
-    kernel      random lists of several densities, against the time that dense cuDNN takes for as many blocks
+    kernel      random lists of several densities, against the time that dense cuDNN takes for as many blocks, and against
+                FlexAttention over the same lists
     selectors   each selector on all rows, and on the rows that are kept
     methods     on inputs with planted structure (sparse_inputs.py): time, density, share of the attention kept, and the
                 relative output error against dense attention, on kept rows and on all rows
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from attention import Run, describe
 from attention_checks import demand
-from attention_methods import DENSE, MIN_TOKENS, POOL, WINDOW, Inputs, Shape, kept, options, tsa
+from attention_methods import DENSE, MIN_TOKENS, POOL, WINDOW, Inputs, Shape, flex, kept, listed_blocks, options, tsa
 from attention_timing import take_turns
 from sparse_inputs import AnyLists, mass_kept, planted_inputs, random_lists, relative_error
 from sparse_report import TITLES, Row, figure, report
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from tsa_compile.kernels import attend
 from tsa_compile.kernels.sparse import (
+    Lists,
     VerticalSlash,
     a_shape_lists,
     block_sparse,
@@ -121,8 +123,18 @@ def checks_part(run: Run, arguments: argparse.Namespace) -> None:
         log.info("check of %s: %.2g of the blocks differ, output error %.2g", name, differ, error)
 
 
+def flex_call(inputs: Inputs, lists: Lists) -> Callable[[], Tensor]:
+    """FlexAttention over lists."""
+    return flex(inputs, listed_blocks(inputs.length, lists)).call
+
+
+def agree(call: Callable[[], Tensor], peer: Callable[[], Tensor]) -> None:
+    """Raises where the two compute different things."""
+    demand(relative_error(call(), peer()), 1e-2, "the kernel and FlexAttention")
+
+
 def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
-    """Random lists."""
+    """Random lists, by the kernel and by FlexAttention."""
     inputs, blocks = planted_inputs(arguments.shape, arguments.length, arguments.device), -(-arguments.length // BLOCK)
     rows: dict[Any, Row] = {}
     calls: dict[Any, list[Callable[[], Tensor]]] = {"dense": [dense_call(inputs)]}
@@ -130,13 +142,13 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
     for wanted in DENSITIES:
         lists = random_lists(arguments.shape.heads, blocks, wanted, arguments.device)
         rows[wanted] = {"density": float(density(lists, capacity=arguments.length))}
+        peer = flex_call(inputs, lists)
         call = functools.partial(block_sparse_attention, *inputs.tensors, inputs.scale, *lists)
-        ran = run.attempt(f"kernel at density {wanted}", call)
+        ran = run.attempt(f"kernel at density {wanted}", functools.partial(agree, call, peer))
         if isinstance(ran, str):
             rows[wanted]["failed"] = ran
         else:
-            calls[wanted] = [call]
-        del ran
+            calls[wanted], calls["flex", wanted] = [call], [peer]
     times = take_turns(calls, arguments.seconds)
     settled = take_turns(calls, arguments.seconds, settle_ms=1e3 * arguments.settle)
     dense_ms = times["dense"].ms
@@ -145,7 +157,7 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
         if wanted in times:
             ms, share = times[wanted].ms, row["density"]
             row |= {"ms": ms, "tflops": share * flops / ms / 1e9, "rate": share * dense_ms / ms, "dense_ms": dense_ms}
-            row["goal_ms"] = share * dense_ms / 0.7
+            row |= {"goal_ms": share * dense_ms / 0.7, "flex_ms": times["flex", wanted].ms}
             row["settled_ms"] = settled[wanted].ms
             row["settled_rate"] = share * settled["dense"].ms / settled[wanted].ms
     run.parts["kernel"] = list(rows.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tsa_compile.kernels import attend
 from tsa_compile.kernels.sparse import lists_of
@@ -38,14 +39,23 @@ def arguments(load):
 
 @pytest.fixture
 def sparse(load, monkeypatch):
-    """The benchmark with a clock that shows 1 ms, and plain SDPA for cuDNN."""
+    """The benchmark with a clock that shows 1 ms, and plain SDPA for cuDNN and FlexAttention."""
     module = load("sparse")
     turns = functools.partial(load("attention_timing").take_turns, at_most=5, burst=lambda calls, first, count: 1.0)
     monkeypatch.setattr(module, "take_turns", turns)
     monkeypatch.setattr(
         module, "dense_call", lambda inputs: lambda: attend.attend(*inputs.tensors, None, inputs.scale, "sdpa")
     )
+    monkeypatch.setattr(load("attention_methods"), "compiled_flex", lambda: plain_flex)
     return module
+
+
+def plain_flex(query, key, value, *, block_mask, scale, enable_gqa):
+    """FlexAttention not compiled knows its mask_mod alone, not the lists."""
+    rows = torch.arange(query.shape[2])
+    mask = block_mask.to_dense().repeat_interleave(128, 2).repeat_interleave(128, 3).bool()
+    mask = mask[:, :, : len(rows), : len(rows)] & block_mask.mask_mod(0, 0, rows[:, None], rows)
+    return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
 
 
 def test_every_part_runs_and_is_reported(sparse, load, arguments, tmp_path):
@@ -54,6 +64,7 @@ def test_every_part_runs_and_is_reported(sparse, load, arguments, tmp_path):
     for name in ("kernel", "selectors", "methods"):
         sparse.PARTS[name](run, arguments)
     assert not run.failures and not run.wrong
+    assert all(row["ms"] == row["flex_ms"] == 1.0 for row in run.parts["kernel"])
     rows = {(row["method"], row["form"]): row for row in run.parts["methods"]}
     assert rows["dense cuDNN", "all"]["speedup"] == 1.0
     for method in sparse.METHODS:
