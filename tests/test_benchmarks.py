@@ -263,7 +263,6 @@ def test_memcheck_launches_every_kernel(load, monkeypatch):
     memcheck = load("memcheck")
     launches = memcheck.record(monkeypatch.setattr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    memcheck.run(replace(memcheck.CASES[1], length=70, capacity=80, window=5), device)
     # Tiles by TMA need a number of rows that the stride divides.
     memcheck.run(replace(memcheck.CASES[3], length=140, capacity=136, window=5, dim=32, value_dim=32), device)
     assert [name for name, count in launches.items() if count == 0] == []

@@ -74,8 +74,12 @@ def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionK
     """
     chosen = functools.partial(selector, **options)
     run = functools.partial(run_blocks, selector=chosen)
-    traits = {"device_count": True, "round_rows": _whole_groups, "exact": False, "stream_bytes": STREAM_BYTES}
-    return register(AttentionKernel(name, run, _supports, PRIORITY, **traits))
+    return register(
+        AttentionKernel(
+            name, run, _supports, PRIORITY,
+            device_count=True, round_rows=_whole_groups, exact=False, stream_bytes=STREAM_BYTES,
+        )
+    )  # fmt: skip
 
 
 def run_blocks(
