@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tsa_compile.calibrate import Calibration
     from tsa_compile.commands.loading import Source
 
-_RANDOM = 8
+_RANDOM = 2  # with random weights more prompts say nothing more
 
 
 @command(
@@ -39,7 +39,7 @@ def calibrate(
         ),
     ] = None,
     random: Annotated[
-        int | None, typer.Option("--random", min=1, help="So many prompts of random tokens instead; 8 for a shape.")
+        int | None, typer.Option("--random", min=1, help="So many prompts of random tokens instead; 2 for a shape.")
     ] = None,
     length: Length = "1K",
     batch: Batch = 1,
