@@ -45,7 +45,10 @@ def bench(
     modes: Annotated[
         str, typer.Option("--modes", help="Some of eager, compile, exact, sparse; speeds are relative to the first.")
     ] = "eager,exact,sparse",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="At least so many timed calls of each.")] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, help="At least so many timed calls of each. Default: 5 on a GPU, 1 on a CPU."),
+    ] = None,
     compiler: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +71,7 @@ def bench(
         changes = {"compiler": compiler or "eager"} if compiler or (on_cpu and sparse.config is None) else {}
         config = sparse.tsa_config(source, **changes)
         source.check(max(tokens), batch)
-    found = _run(source, sparse, config, tokens, texts.names(modes), batch, rounds)
+    found = _run(source, sparse, config, tokens, texts.names(modes), batch, rounds or (1 if on_cpu else 5))
     if on_cpu:
         output.say(
             "note", f"speed is claimed on GPUs only: this CPU's figures (compiler {config.compiler}) show that all modes run"
