@@ -21,7 +21,7 @@ def load():
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     """With graphs run as they are in Python, and the program in the package's place: neither is what this test is about."""
     module, programs = load(), []
     make_config = module.make_config
@@ -49,8 +49,8 @@ def benchmark(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
-def test_measures_and_writes(benchmark, tmp_path, capsys):
-    assert benchmark.main([*OPTIONS, "--out", str(tmp_path)]) == 0
+def test_measures_and_writes(script, tmp_path, capsys):
+    assert script.main([*OPTIONS, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "export.json").read_text())
     assert found["conditions"]["device"] == "cpu" and found["package"]["load_s"] == 1.5
     assert found["package"]["size_mib"] > 0 and "1 of 2 attention calls sparse" in found["package"]["report"]
