@@ -23,6 +23,7 @@ from tsa_compile.passes.layout import conform
 from tsa_compile.report import Decision, Reason
 
 if TYPE_CHECKING:
+    from tsa_compile.passes.aten import AtenGraph
     from tsa_compile.passes.masks import MaskMeaning
     from tsa_compile.passes.sites import AttentionSite
 
@@ -31,11 +32,15 @@ __all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
 
 @dataclass
 class SitePlan:
-    """What is known and decided about one site; filled in pass by pass. `selected`: its layer was asked to be sparse."""
+    """What is known and decided about one site; filled in pass by pass.
+
+    `selected`: its layer was asked to be sparse. `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
+    """
 
     site: AttentionSite
     meaning: MaskMeaning | None = None
     selected: bool = False
+    padding: Node | None = None
     decision: Decision = Decision.UNCHANGED
     reason: Reason = Reason.UNSUPPORTED_FORM
     kernel: str = ""
@@ -48,9 +53,10 @@ class SitePlan:
 
 @dataclass
 class GraphState:
-    """What the passes of one compilation share."""
+    """What the passes of one compilation share. `aten`: the graph's recorded operators, as it was before any pass."""
 
     config: TSAConfig
+    aten: AtenGraph | None = None
     plans: list[SitePlan] = field(default_factory=list)
     detached: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -100,7 +106,7 @@ class Pass(PassBase):
     def replace(self, plan: SitePlan, new: Node) -> None:
         """Lets every reader of the site's output read `new`; the old nodes are left to the clean-up."""
         old = plan.site.node
-        new = conform(new, old)
+        new = conform(new, old, self.state.aten)
         value = new.meta["example_value"]
         new.meta = {**old.meta, **{"val" if "val" in old.meta else "example_value": value}}
         old.replace_all_uses_with(new)

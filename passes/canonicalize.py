@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.graph import fake, insert
-from tsa_compile.passes.padding import PaddingBuilder
+from tsa_compile.passes.padding import spans_of
 from tsa_compile.passes.sites import AttentionSite
 from tsa_compile.report import Decision
 
@@ -28,12 +28,11 @@ class CanonicalizeDense(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         graph, modified = graph_module.graph, False
-        builder = PaddingBuilder(graph)
         for plan in self.state.plans:
             if plan.decision not in (Decision.CAUSAL, Decision.PADDED) or _is_canonical(plan.site):
                 continue
             with self.state.attempt(plan, graph, "dense rewriting"), graph.inserting_before(plan.site.node):
-                new = _causal(graph, plan.site) if plan.decision is Decision.CAUSAL else _padded(graph, plan, builder)
+                new = _causal(graph, plan.site) if plan.decision is Decision.CAUSAL else _padded(graph, plan)
                 self.replace(plan, new)
                 modified = True
         return self.result(graph_module, modified)
@@ -63,11 +62,9 @@ def _causal(graph: Graph, site: AttentionSite) -> Node:
     return insert(graph, call, site.query, key, value, **options)
 
 
-def _padded(graph: Graph, plan: SitePlan, builder: PaddingBuilder) -> Node:
-    site, meaning = plan.site, plan.meaning
-    assert meaning is not None
-    padding = builder.padding(site, meaning)
-    assert padding is not None
+def _padded(graph: Graph, plan: SitePlan) -> Node:
+    site, meaning, padding = plan.site, plan.meaning, plan.padding
+    assert meaning is not None and padding is not None
     attention = torch.ops.tsa.padded_attention.default
-    spans = builder.spans(padding)
+    spans = spans_of(graph, padding)
     return insert(graph, attention, site.query, site.key, site.value, padding, spans, scale_of(site), meaning.mean_rows)

@@ -12,9 +12,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.graph import argument, is_mutation, op_name, readers
-
-_IMPURE_WORDS = ("rand", "dropout", "bernoulli", "multinomial", "assert", "print", "set_grad", "wait", "seed", "check")
+from tsa_compile.passes.graph import readers
 
 
 class RemoveDeadMasks(Pass):
@@ -25,7 +23,7 @@ class RemoveDeadMasks(Pass):
         pending, removed = list(candidates), False
         while pending:
             node = pending.pop()
-            if node._erased or readers(node) or not (_is_pure(node) or node in candidates):
+            if node._erased or readers(node) or not self._may_go(node):
                 continue
             for check in list(node.users):
                 graph_module.graph.erase_node(check)
@@ -35,11 +33,8 @@ class RemoveDeadMasks(Pass):
         self.state.detached.clear()
         return self.result(graph_module, removed)
 
-
-def _is_pure(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method") or is_mutation(node):
-        return False
-    name = op_name(node)
-    if name == "dropout":  # `is_impure` calls aten.dropout a random operator, even where it does nothing
-        return argument(node, 2, "training", True) is False or argument(node, 1, "p", 0.5) == 0
-    return not node.is_impure() and not any(word in name for word in _IMPURE_WORDS)
+    def _may_go(self, node: Node) -> bool:
+        """Whether a node does nothing but compute its value. Without recorded operators, only our own are known to."""
+        if self.state.aten is None:
+            return getattr(node.target, "namespace", "") == "tsa" or node in self.state.detached
+        return self.state.aten.is_pure(node)

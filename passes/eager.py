@@ -1,94 +1,145 @@
 """Attention written out: softmax(q @ k^T * scale + mask) @ v, read into the same normal form as an SDPA call.
 
-    scores  = torch.matmul(q, k.transpose(-2, -1))            [B, H, Lq, Lk]
-    scores  = scores * scale                                  any number of factors, or none
-    scores  = scores + mask                                   or masked_fill(~mask, min), or where(mask, scores, min)
-    weights = softmax(scores, dim=-1, dtype=float32).to(q.dtype)
+    scores  = matmul(q, transpose(k))                         [B, H, Lq, Lk]; or bmm, baddbmm, einsum
+    scores  = mul(scores, scale)                              any number of factors, or none
+    scores  = add(scores, mask)                               or masked_fill(~mask, min), or where(mask, scores, min)
+    weights = softmax(scores, -1), cast to q's type
     weights = dropout(weights, p=0)
-    output  = torch.matmul(weights, v)                        [B, H, Lq, Dv]
+    output  = matmul(weights, v)                              [B, H, Lq, Dv]; or bmm, einsum
 
-Every tensor between the two products must be read by the next step alone: a model that also returns the weights, caps
-the scores (tanh) or adds a sink column is not this function. It becomes a site with reason UNSUPPORTED_FORM.
+Between the two products only what is named here may stand, and what provably changes nothing: copies, casts between
+floating-point types of at least 16 bits, and views that leave the last two dimensions. Every step must be read by the next
+one alone. Anything else that weighs by a softmax over a product is a site with reason UNSUPPORTED_FORM.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tsa_compile.passes.graph import argument, fake, is_mutated, is_mutation, known, mutated_storages, op_name, readers
-from tsa_compile.passes.sites import AttentionSite, MaskTerm, layer_name, normal_form
+from tsa_compile.passes.aten import AtenGraph, users
+from tsa_compile.passes.graph import fake, known, same_shape
+from tsa_compile.passes.operators import arguments, aten, functional
+from tsa_compile.passes.sites import MaskTerm, RecordedCall, without_copies
 from tsa_compile.report import Reason
 
-_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "contiguous", "clone")
-_RESHAPES = ("view", "reshape", "getitem", "slice", "narrow")  # `_chain_problem` refuses those that change the shape
-_PRODUCTS = ("matmul",)
+_CASTS = (
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
+)  # fmt: skip
+_SAME = (aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
+_VIEWS = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.view_as.default, aten.reshape_as.default,
+)  # fmt: skip
+_TRANSPARENT = (*_CASTS, *_SAME, *_VIEWS)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a float8 loses is more than rounding
+_SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+_FACTORS = {
+    aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.multiply.Tensor: "mul", aten.multiply.Scalar: "mul",
+    aten.div.Tensor: "div", aten.div.Scalar: "div", aten.divide.Tensor: "div", aten.true_divide.Tensor: "div",
+}  # fmt: skip
+_FAR = 12  # steps within which a softmax's product is looked for
 
 
-def read_eager(node: Node) -> AttentionSite | None:
-    """Reads written-out attention from its last product, `weights @ value`."""
-    if not _is_product(node):
-        return _other_product(node)
-    weights: Any = node.args[0]
-    value: Any = node.args[1]
-    softmax, dropout = _down_to_softmax(weights)
-    if softmax is None:
-        return None
-    scores = _Scores().walk(argument(softmax, 0, "input"))
+class WrittenOut:
+    """Reads written-out attention from its last product, and names softmaxes over products that no product reads so."""
+
+    def __init__(self, graph: AtenGraph) -> None:
+        self.softmaxes: dict[Node, _Weights] = {}
+        for call in graph.calls.nodes:
+            if call.target in _PRODUCTS and (weights := _operands(call)[0]) is not None:
+                walked = _Weights().walk(weights)
+                if walked.softmax is not None:
+                    self.softmaxes[call] = walked
+
+    def read(self, call: Node) -> RecordedCall | None:
+        """The attention that ends with this operator; None if none does."""
+        if call in self.softmaxes:
+            return _read_product(call, self.softmaxes[call])
+        if call.target not in _SOFTMAXES or any(call is weights.softmax for weights in self.softmaxes.values()):
+            return None
+        product = _product_behind(call.args[0])
+        if not _is_over_last(call) or product is None:
+            return None
+        return _unsupported(call, product, None, "its weights are read by something else than a product with the values")
+
+
+def _read_product(call: Node, weights: _Weights) -> RecordedCall | None:
+    assert weights.softmax is not None
+    scores = _Scores().walk(weights.softmax.args[0])
+    value = _operands(call)[1]
     if scores.product is None:
-        return None
-    query, key = scores.product.args[0], _transposed(scores.product.args[1])
-    problem = scores.problem or _chain_problem(node, softmax, scores)
-    if key is None or problem is not None or not isinstance(value, Node) or not isinstance(query, Node):
-        return _unsupported(node, scores.product, value, problem or "key is not transposed in a way that is understood")
-    site = normal_form(
-        node, "eager", (query, key, value), tuple(scores.masks), grouped=False, scale=scores.scale, dropout=dropout
-    )
-    mutated = mutated_storages(node.graph)
-    if any(is_mutated(operand, mutated) for operand in (query, key, value)):  # read early here, late by one call
-        return _unsupported(node, scores.product, value, "query, key or value is written to in place")
-    return site
-
-
-def _other_product(node: Node) -> AttentionSite | None:
-    """A product of softmax weights in another form than [B, H, Lq, Lk] @ [B, H, Lk, Dv], so that it is not passed over."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in ("bmm", "baddbmm", "einsum"):
-        return None
-    operands = [operand for operand in node.all_input_nodes if isinstance(fake(operand), torch.Tensor)]
-    if len(operands) < 2 or _down_to_softmax(operands[0])[0] is None:
-        return None
-    return _unsupported(node, node, operands[-1], f"the weights are multiplied by {op_name(node)}")
-
-
-def _is_product(node: Any) -> bool:
-    return (
-        isinstance(node, Node)
-        and node.op in ("call_function", "call_method")
-        and op_name(node) in _PRODUCTS
-        and len(node.args) == 2
-        and all(isinstance(operand, Node) and isinstance(fake(operand), torch.Tensor) for operand in node.args)
+        product = _product_behind(weights.softmax.args[0])
+        if product is None:  # a mixture of something else
+            return None
+        return _unsupported(call, product, value, scores.problem or "the scores are no product of query and key")
+    query, key = _query_and_key(scores.product)
+    problem = scores.problem or _chain_problem(call, weights, scores)
+    value = _four_dimensional(value)
+    if problem is None and None in (query, key, value):
+        problem = "the products are not [B, H, Lq, D] with a transposed [B, H, Lk, D] and [B, H, Lk, Dv]"
+    if problem is not None:
+        return _unsupported(call, scores.product, _operands(call)[1], problem)
+    return RecordedCall(
+        call, "eager", query, key, value, tuple(scores.masks), scale=scores.scale, dropout=weights.dropout
     )
 
 
-def _down_to_softmax(weights: Any) -> tuple[Node | None, Any]:
-    """The softmax behind the weights, through casts, dropout and reshapes; and the dropout's probability."""
+def _unsupported(call: Node, product: Node, value: Any, problem: str) -> RecordedCall:
+    query, key = _operands(product)
+    return RecordedCall(call, "eager", query, key, value, problem=(Reason.UNSUPPORTED_FORM, problem))
+
+
+def _operands(product: Node) -> tuple[Any, Any]:
+    """The two factors of a product."""
+    if product.target is aten.baddbmm.default:
+        return product.args[1], product.args[2]
+    if product.target is aten.einsum.default:
+        factors: Any = product.args[1]
+        return tuple(factors) if len(factors) == 2 else (None, None)  # type: ignore[return-value]
+    return product.args[0], product.args[1]
+
+
+# -- the weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Weights:
+    """What stands between the softmax and the product with the values, read backwards."""
+
+    softmax: Node | None = None
     dropout: Any = 0.0
-    while isinstance(weights, Node) and weights.op in ("call_function", "call_method"):
-        name = op_name(weights)
-        if name == "softmax":
-            dim = argument(weights, 1, "dim")
-            rank = fake(weights).dim()
-            return (weights if dim in (-1, rank - 1) else None), dropout
-        if name == "dropout":
-            if argument(weights, 2, "training", True) is not False:
-                dropout = argument(weights, 1, "p", 0.5)
-        elif name not in (*_CASTS, *_RESHAPES):
-            break
-        weights = argument(weights, 0, "input")
-    return None, dropout
+    chain: list[Node] = field(default_factory=list)
+
+    def walk(self, node: Any) -> _Weights:
+        while isinstance(node, Node):
+            self.chain.append(node)
+            target = functional(node.target)
+            if target in _SOFTMAXES:
+                self.softmax = node
+                if not _is_over_last(node):
+                    self.softmax = None
+                return self
+            if target is aten.dropout.default:
+                _, probability, training = arguments(node)
+                if training is not False and probability != 0:
+                    self.dropout = probability
+            elif target not in _TRANSPARENT:
+                return self
+            node = node.args[0]
+        return self
+
+
+def _is_over_last(softmax: Node) -> bool:
+    return arguments(softmax)[1] in (-1, fake(softmax).dim() - 1)
+
+
+# -- the scores ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -102,153 +153,213 @@ class _Scores:
     problem: str | None = None
 
     def walk(self, node: Any) -> _Scores:
-        while isinstance(node, Node) and node.op in ("call_function", "call_method"):
+        while isinstance(node, Node) and self.product is None:
             self.chain.append(node)
-            if _is_product(node):
-                self.product = node if fake(node).dim() == 4 else None
-                return self
             node = self._step(node)
         return self
 
     def _step(self, node: Node) -> Any:
-        name = op_name(node)
-        if name in _CASTS:
-            return argument(node, 0, "input")
-        if is_mutation(node):
-            self.problem = f"{name} writes in place"
-            return argument(node, 0, "input")
-        if name in ("mul", "div") and _is_binary(node):
-            return self._factor(node, name)
-        if name == "add" and _is_binary(node):
+        target = functional(node.target)
+        if target in _PRODUCTS:
+            return self._take_product(node)
+        if target in _TRANSPARENT:
+            return node.args[0]
+        if target in _FACTORS:
+            return self._factor(node, _FACTORS[target])
+        if target is aten.add.Tensor:
             return self._bias(node)
-        if name == "masked_fill":
-            return self._fill(
-                node, argument(node, 0, "input"), argument(node, 1, "mask"), argument(node, 2, "value"), "drop"
-            )
-        if name == "where" and len(node.args) == 3:
-            condition, kept, fill = node.args
-            return self._fill(node, kept, condition, fill, "keep")
-        self.problem = f"the scores go through {name}"
-        return next(iter(node.all_input_nodes), None)
+        if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+            scores, mask, fill = arguments(node)
+            return self._fill(node, scores, mask, fill, "drop")
+        if target in (aten.where.self, aten.where.ScalarOther):
+            mask, scores, fill = arguments(node)
+            return self._fill(node, scores, mask, fill, "keep")
+        self.problem = f"the scores go through {target}"
+        return None
+
+    def _take_product(self, node: Node) -> None:
+        self.product = node
+        if node.target is aten.baddbmm.default:
+            added, _, _, beta, alpha = arguments(node)
+            if beta != 0:
+                self._add(node, added, plain=beta == 1)
+            self._multiply(alpha, "mul")
 
     def _factor(self, node: Node, name: str) -> Any:
         left, right = node.args[:2]
         if name == "mul" and _is_scores(right) and not _is_scores(left):
             left, right = right, left
-        factor = _scalar(right)
+        self._multiply(_scalar(right), name)
+        return left
+
+    def _multiply(self, factor: Any, name: str) -> None:
         if factor is None:
             self.problem = f"the scores are {'multiplied' if name == 'mul' else 'divided'} by a tensor"
-        elif isinstance(factor, Node):
+        elif isinstance(factor, (torch.SymInt, torch.SymFloat)):
             if name == "div" or self.scale != 1.0:
                 self.problem = "the scale is computed by the graph in several steps"
             self.scale = factor
-        elif isinstance(self.scale, Node):
+        elif isinstance(self.scale, (torch.SymInt, torch.SymFloat)):
             self.problem = "the scale is computed by the graph in several steps"
+        elif name == "div" and factor == 0:
+            self.problem = "the scores are divided by zero"
         else:
-            self.scale = self.scale * factor if name == "mul" else self.scale / factor
-        return left
+            self.scale = self.scale * float(factor) if name == "mul" else self.scale / float(factor)
 
     def _bias(self, node: Node) -> Any:
-        left, right = node.args[:2]
-        scores, mask = (left, right) if _leads_to_product(left) else (right, left)
-        if self.scale != 1.0:
+        left, right, alpha = arguments(node)
+        scores, mask = (left, right) if _product_behind(left) is not None else (right, left)
+        self._add(node, mask, plain=not isinstance(alpha, bool) and alpha == 1)
+        return scores
+
+    def _add(self, node: Node, mask: Any, plain: bool) -> None:
+        if not self._is_unscaled():
             self.problem = "the mask is scaled together with the scores"
-        if isinstance(mask, Node) and isinstance(fake(mask), torch.Tensor) and fake(mask).dim() <= 4:
+        if plain and isinstance(mask, Node) and _broadcasts(mask, node):
             self.masks.append(MaskTerm(mask, "bias", dtype=fake(node).dtype))
         else:
             self.problem = "something that is no mask is added to the scores"
-        return scores
 
     def _fill(self, node: Node, scores: Any, mask: Any, fill: Any, role: Any) -> Any:
         value = _scalar(fill)
-        if not isinstance(value, float) or not isinstance(mask, Node) or self.scale != 1.0:
-            self.problem = "scores are replaced by something that is no constant"
+        if not isinstance(value, float) or not isinstance(mask, Node) or not self._is_unscaled():
+            self.problem = "scores are replaced by something that is no constant, or scaled afterwards"
+        elif not _broadcasts(mask, node) or fake(mask).dtype != torch.bool:
+            self.problem = "the mask is not of the shape of the scores, or not of truth values"
         else:
             self.masks.append(MaskTerm(mask, role, value, fake(node).dtype))
-        return scores if isinstance(scores, Node) else fill
+        return scores if isinstance(scores, Node) else None
+
+    def _is_unscaled(self) -> bool:
+        return not isinstance(self.scale, (torch.SymInt, torch.SymFloat)) and self.scale == 1.0
+
+
+def _broadcasts(mask: Node, scores: Node) -> bool:
+    """Whether a mask means the same for scores [B, H, Lq, Lk] as for these, which may have B and H in one dimension."""
+    kind, shape = fake(mask), fake(scores).shape
+    if not isinstance(kind, torch.Tensor) or kind.dim() > min(4, len(shape)):
+        return False
+    return len(shape) == 4 or kind.dim() <= 2 or known(kind.shape[0] == 1)
 
 
 def _is_scores(node: Any) -> bool:
-    return isinstance(node, Node) and isinstance(fake(node), torch.Tensor) and fake(node).dim() == 4
+    return isinstance(node, Node) and isinstance(fake(node), torch.Tensor) and fake(node).dim() >= 3
 
 
-def _is_binary(node: Node) -> bool:
-    """`add(x, y, alpha=2)` and `div(x, y, rounding_mode="floor")` are other operators."""
-    return len(node.args) == 2 and not node.kwargs
-
-
-def _leads_to_product(node: Any) -> bool:
-    """Whether a node is made of scores, by steps that are understood or not."""
-    while isinstance(node, Node) and node.op in ("call_function", "call_method"):
-        if _is_product(node):
-            return True
-        operands = node.args[1:] if op_name(node) == "where" else node.all_input_nodes
+def _product_behind(node: Any) -> Node | None:
+    """The product that a value is made of, by steps that are understood or not."""
+    for _ in range(_FAR):
+        if not isinstance(node, Node):
+            return None
+        if node.target in _PRODUCTS:
+            return node if all(map(_is_scores, _operands(node))) else None
+        if node.target in (aten.sum.dim_IntList, aten.cat.default):  # products by hand, columns for sinks
+            node = next(iter(node.all_input_nodes), None)
+            continue
+        operands = node.all_input_nodes[1:] if "where" in str(node.target) else node.all_input_nodes
         node = next(filter(_is_scores, operands), None)
-    return False
+    return None
 
 
 def _scalar(value: Any) -> Any:
-    """A Python number, a scalar node, or a tensor that is filled with a constant, as a float (or the node)."""
+    """A Python number, a symbolic one, or a tensor that is filled with a constant, as a float (or the symbol)."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, Node):
+    if not isinstance(value, Node) or fake(value).numel() != 1 or fake(value).dtype not in _FLOATS:
         return None
-    if isinstance(fake(value), (torch.SymFloat, float, int)):
-        return value
-    if not isinstance(fake(value), torch.Tensor) or not fake(value).is_floating_point():  # an integer would be rounded
-        return None
-    if op_name(value) in ("to", "type", "_to_copy", "lift_fresh_copy", "detach"):
+    number = _constant(value)
+    return None if number is None else float(torch.tensor(number, dtype=torch.float64).to(fake(value).dtype))
+
+
+def _constant(value: Node) -> float | None:
+    """The number in a tensor of one element, where the graph says which."""
+    if "constant" in value.meta:
+        return float(value.meta["constant"].item())
+    if value.target in (*_CASTS, *_SAME, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.expand.default):
         return _scalar(value.args[0])
-    if op_name(value) in ("full", "new_full") and fake(value).numel() == 1:
-        return _scalar(argument(value, 2 if op_name(value) == "new_full" else 1, "fill_value"))
-    if op_name(value) in ("tensor", "scalar_tensor") and value.op == "call_function":
-        return _scalar(value.args[0])
+    if value.target in (aten.full.default, aten.scalar_tensor.default, aten.new_full.default):
+        number = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}[value.target]
+        found = value.args[number]
+        return float(found) if type(found) in (int, float) else None
     return None
+
+
+# -- the operands -------------------------------------------------------------------------------------------------------
+
+
+def _query_and_key(product: Node) -> tuple[Any, Any]:
+    """Query [B,H,Lq,D] and key [B,H,Lk,D] of a product [B,H,Lq,Lk]; None for what is not of that form."""
+    left, right = _operands(product)
+    if product.target is aten.einsum.default:
+        return (left, right) if _is_equation(product, "bhqd,bhkd->bhqk") else (None, None)
+    flat = _transposed(right)
+    key = _four_dimensional(flat) if flat is not None else _transposed(_four_dimensional(right))
+    return _four_dimensional(left), key
+
+
+def _is_equation(einsum: Node, form: str) -> bool:
+    """Whether an equation is of a form, whatever its letters."""
+    equation = str(einsum.args[0]).replace(" ", "")
+    if len(equation) != len(form):
+        return False
+    letters = dict(zip(form, equation, strict=True))
+    same = "".join(letters[letter] for letter in form) == equation
+    distinct = len({letters[letter] for letter in "bhqkd"}) == 5
+    return same and distinct and all(letters[sign] == sign for sign in ",->")
 
 
 def _transposed(node: Any) -> Any:
-    """Key [B,G,L,D] behind the [B,G,D,L] that is multiplied from the right; None if it is not its transpose."""
-    while isinstance(node, Node) and op_name(node) in ("contiguous", "clone"):
-        node = node.args[0]
-    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+    """Key [.., L, D] behind the [.., D, L] that is multiplied from the right; None if it is not its transpose."""
+    node = without_copies(node)
+    if not isinstance(node, Node):
         return None
-    name, rank, swapped = op_name(node), 4, False
-    if name == "transpose":
-        dims = {argument(node, 1, "dim0"), argument(node, 2, "dim1")}
-        swapped = {dim % rank for dim in dims if isinstance(dim, int)} == {2, 3}
-    elif name == "permute":
-        order: Any = argument(node, 1, "dims")
-        order = order if isinstance(order, (list, tuple)) else node.args[1:]
-        swapped = [dim % rank for dim in order] == [0, 1, 3, 2]
-    elif name in ("getattr", "mT"):  # Dynamo's spelling and torch.export's
-        swapped = name == "mT" or node.args[1] == "mT"
-    return argument(node, 0, "input") if swapped else None
+    rank, swapped = fake(node).dim(), False
+    if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
+        swapped = {dim % rank for dim in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
+    elif node.target is aten.permute.default:
+        order = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr, operator]
+        swapped = order == [*range(rank - 2), rank - 1, rank - 2]
+    elif node.target is aten.mT.default:
+        swapped = True
+    return node.args[0] if swapped else None
 
 
-def _chain_problem(output: Node, softmax: Node, scores: _Scores) -> str | None:
-    """Every step must be read by the next one only, and none may change the shape of the scores."""
-    between = [*scores.chain, softmax]
-    node = output.args[0]
-    while isinstance(node, Node) and node is not softmax:
-        between.append(node)
-        node = argument(node, 0, "input")
-    if any(len(readers(step)) != 1 for step in between):
+def _four_dimensional(node: Any) -> Any:
+    """[B, H, L, D] behind a [B * H, L, D] that is a view of it; a tensor of four dimensions is itself."""
+    while isinstance(node, Node) and fake(node).dim() == 3:
+        inner = without_copies(node)
+        if inner.target not in _VIEWS or not _keeps_last_two(inner):
+            return None
+        node = inner.args[0]
+    return node if isinstance(node, Node) and fake(node).dim() == 4 else None
+
+
+def _keeps_last_two(view: Node) -> bool:
+    """Whether a view only splits or joins dimensions in front of the last two."""
+    before, after = fake(view.args[0]), fake(view)
+    if before.dim() < 3 or after.dim() < 3:
+        return False
+    return all(known(a == b) for a, b in zip(before.shape[-2:], after.shape[-2:], strict=True))
+
+
+def _chain_problem(call: Node, weights: _Weights, scores: _Scores) -> str | None:
+    """Every step must be read by the next one only, and none may mix, move or round away what it is handed."""
+    chain = [*weights.chain, *scores.chain]
+    if any(len(list(users(step))) != 1 for step in chain):
         return "scores or weights are used elsewhere too"
-    assert scores.product is not None
-    shape = fake(scores.product).shape
-    for step in between:
-        if fake(step).dim() != 4 or not all(known(a == b) for a, b in zip(fake(step).shape, shape, strict=True)):
-            return "the scores change their shape on the way"
-        if not fake(step).is_floating_point():
-            return "the scores are rounded on the way"
+    rounding = next((step for step in chain if fake(step).dtype not in _FLOATS), None)
+    if rounding is not None:
+        return f"scores or weights are held in {fake(rounding).dtype}"
+    for step, source in pairwise(chain):
+        kept = _keeps_last_two(step) if functional(step.target) in _VIEWS else same_shape(fake(step), fake(source))
+        if not kept or fake(step).device != fake(source).device:
+            return "the scores change their shape or device on the way"
+    forms = ((scores.chain[-1], "bhqd,bhkd->bhqk"), (call, "bhqk,bhkd->bhqd"))
+    for product, form in forms:
+        if product.target is aten.einsum.default and not _is_equation(product, form):
+            return f"einsum({product.args[0]!r}) has another layout than {form}"
+    if call.target is aten.baddbmm.default:
+        return "something is added to the product with the values"
     return None
-
-
-def _unsupported(node: Node, product: Node, value: Any, problem: str) -> AttentionSite:
-    layer, container, layer_index = layer_name(node)
-    query: Any = product.args[0]
-    key: Any = product.args[1]
-    return AttentionSite(
-        node, "eager", query, key, value, layer=layer, layer_index=layer_index,
-        container=container, problem=(Reason.UNSUPPORTED_FORM, problem),
-    )  # fmt: skip

@@ -7,8 +7,8 @@
              o = tsa.padded_sparse_attention(q, k, v, padding, spans, ...)                 with padding [B, L]
 
 For graphs that run where Python does; exported ones keep the steps, which can be opened. Steps that somebody else reads,
-or that another pass has put something between, stay as they are. Padding masks that are computed alike become one, dense
-sites' included, so that the spans of a batch reach the host once for all layers.
+or that another pass has put something between, stay as they are. The spans of a padding mask are computed once for all calls
+that read it, so that they reach the host once for all layers.
 """
 
 from __future__ import annotations
@@ -21,25 +21,22 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.passes.base import GraphState, Pass, PassResult
 from tsa_compile.passes.cleanup import RemoveDeadMasks
-from tsa_compile.passes.graph import fake, insert, known, op_name
+from tsa_compile.passes.graph import insert, op_name
+from tsa_compile.passes.padding import spans_of
 
 tsa = torch.ops.tsa
 
 
 class FuseSparse(Pass):
-    """Replaces each chain of steps by the fused op, and shares padding masks and their spans."""
+    """Replaces each chain of steps by the fused op."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         graph, config = graph_module.graph, self.state.config
-        paddings = _SharedPaddings(graph)
         modified = False
         for node in list(graph.nodes):
-            if node.target is tsa.padded_attention.default:
-                self.state.detached.extend(paddings.adopt(node))
-                modified = True
-            elif node.target is tsa.decompress.default and (chain := _chain(node)) is not None:
+            if node.target is tsa.decompress.default and (chain := _chain(node)) is not None:
                 with graph.inserting_before(node):
-                    fused = _fused(graph, *chain, node, config, paddings)
+                    fused = _fused(graph, *chain, node, config)
                 fused.meta = {**node.meta}
                 node.replace_all_uses_with(fused)
                 self.state.detached.append(node)
@@ -93,9 +90,7 @@ def _scores_source(node: Any) -> Node | None:
     return node if isinstance(node, Node) and node.target is tsa.score.default else None
 
 
-def _fused(
-    graph: Graph, score: Node, compress: Node, decompress: Node, config: TSAConfig, paddings: _SharedPaddings
-) -> Node:
+def _fused(graph: Graph, score: Node, compress: Node, decompress: Node, config: TSAConfig) -> Node:
     query, key, padding, *scoring = score.args
     compressed, indices, count, _ = decompress.args
     value = compress.args[2]
@@ -113,50 +108,5 @@ def _fused(
     if padding is None:
         return insert(graph, tsa.sparse_attention.default, query, key, value, *options)
     assert isinstance(padding, Node)
-    padding, spans = paddings.shared(padding)
-    return insert(graph, tsa.padded_sparse_attention.default, query, key, value, padding, spans, *options)
-
-
-class _SharedPaddings:
-    """Padding masks met so far, in the graph's order, with the spans of each."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.spans: dict[Node, Node] = {}
-
-    def shared(self, padding: Node) -> tuple[Node, Node]:
-        """An earlier mask that is computed alike and its spans; else this one, whose spans are inserted here."""
-        for known_padding, spans in self.spans.items():
-            if _alike(known_padding, padding):
-                return known_padding, spans
-        self.spans[padding] = insert(self.graph, tsa.spans.default, padding)
-        return padding, self.spans[padding]
-
-    def adopt(self, attention: Node) -> list[Node]:
-        """Lets a dense site read the shared mask; returns what it read until now, if that is another one."""
-        padding, spans = attention.args[3:5]
-        assert isinstance(padding, Node) and isinstance(spans, Node)
-        for known_padding, known_spans in self.spans.items():
-            if known_padding is not padding and _alike(known_padding, padding):
-                attention.args = (*attention.args[:3], known_padding, known_spans, *attention.args[5:])
-                return [padding, spans]
-        self.spans.setdefault(padding, spans)
-        return []
-
-
-def _alike(left: Any, right: Any) -> bool:
-    """Whether two arguments are the same value: the same node, or the same pure operator on arguments that are alike."""
-    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
-        return len(left) == len(right) and all(_alike(a, b) for a, b in zip(left, right, strict=True))
-    if isinstance(left, slice) and isinstance(right, slice):
-        return all(_alike(getattr(left, part), getattr(right, part)) for part in ("start", "stop", "step"))
-    if isinstance(left, Node) and isinstance(right, Node):
-        if left is right:
-            return True
-        sizes = (fake(left), fake(right))
-        if all(isinstance(size, (int, torch.SymInt)) for size in sizes):
-            return known(sizes[0] == sizes[1])
-        same_call = (left.op, left.target, left.kwargs.keys()) == (right.op, right.target, right.kwargs.keys())
-        computed = left.op in ("call_function", "call_method") and not left.is_impure()
-        return same_call and computed and _alike((*left.args, *left.kwargs.values()), (*right.args, *right.kwargs.values()))
-    return type(left) is type(right) and left == right
+    operands = (query, key, value, padding, spans_of(graph, padding))
+    return insert(graph, tsa.padded_sparse_attention.default, *operands, *options)

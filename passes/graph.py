@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
-from torch.multiprocessing.reductions import StorageWeakRef
 
 _ALIASES = {
     "bitwise_and": "and",
@@ -47,12 +46,6 @@ _ALIASES = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
 }
-
-
-# Operators of Python whose names begin like `iadd`, but which write nothing.
-_NOT_IN_PLACE = frozenset(
-    ["index", "indexOf", "invert", "inv", "is", "is_not", "itemgetter", "int", "iter", "instancecheck"]
-)
 
 
 def op_name(node: Node) -> str:
@@ -100,51 +93,6 @@ def known(condition: Any) -> bool:
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two fake tensors provably have one shape."""
     return left.dim() == right.dim() and all(known(a == b) for a, b in zip(left.shape, right.shape, strict=True))
-
-
-def is_mutation(node: Node) -> bool:
-    """Whether a node writes into one of its arguments (`x.add_(y)`, `x[i] = y`, an operator with a mutable schema).
-
-    A higher-order operator (a Triton kernel, a nested graph) may; what it does inside is not looked at.
-    """
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
-    if isinstance(target, torch._ops.HigherOrderOperator) or "out" in node.kwargs or node.kwargs.get("inplace") is True:
-        return True
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = str(target) if node.op == "call_method" else getattr(target, "__name__", str(target))
-    plain = name.strip("_")
-    if plain in ("setitem", "delitem", "copy_to", "set"):
-        return True
-    dunder = name.startswith("__") and name.endswith("__")
-    if dunder or (node.op == "call_function" and getattr(target, "__module__", "") == "_operator"):
-        return plain.startswith("i") and plain not in _NOT_IN_PLACE
-    return name.endswith("_")
-
-
-def _storages(value: Any) -> Iterator[StorageWeakRef]:
-    for leaf in torch.utils._pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor) and not leaf.is_sparse:
-            yield StorageWeakRef(leaf.untyped_storage())
-
-
-def mutated_storages(graph: Graph) -> set[StorageWeakRef]:
-    """Every storage that some node of the graph may write into: what is read from it depends on when it is read."""
-    mutated: set[StorageWeakRef] = set()
-    for node in graph.nodes:
-        if is_mutation(node):
-            for argument_node in node.all_input_nodes:
-                mutated.update(_storages(fake(argument_node)))
-    return mutated
-
-
-def is_mutated(node: Node, mutated: set[StorageWeakRef]) -> bool:
-    """Whether a node's value shares memory with something that the graph writes into."""
-    return bool(mutated) and any(storage in mutated for storage in _storages(fake(node)))
 
 
 def readers(node: Node) -> list[Node]:

@@ -16,25 +16,29 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.graph import fake, insert, is_mutation, known, op_name, propagate, same_shape
+from tsa_compile.passes.aten import AtenGraph
+from tsa_compile.passes.graph import fake, insert, known, propagate, same_shape
 
-_READ_MEMORY = ("as_strided", "storage_offset", "data_ptr", "untyped_storage")
 _FAR = 64  # readers with changed strides beyond which a copy is cheaper than finding out
 
 
-def conform(new: Node, old: Node) -> Node:
+def conform(new: Node, old: Node, aten: AtenGraph | None) -> Node:
     """`new`, laid out like `old` where a reader can tell; called at the insertion point behind `new`.
+
+    Batch and heads become one dimension where they are one in `old`, as torch.bmm has them.
 
     Raises:
         RewriteError: the two differ in shape, dtype or device.
     """
+    if fake(new).dim() == 4 and fake(old).dim() == 3:
+        new = insert(new.graph, "flatten", new, 0, 1)
     made, wanted = fake(new), fake(old)
     if not same_shape(made, wanted) or made.dtype != wanted.dtype or made.device != wanted.device:
         raise RewriteError(
             f"{new.name!r} would be {made.dtype} {tuple(made.shape)} on {made.device} where the model has "
             f"{wanted.dtype} {tuple(wanted.shape)} on {wanted.device}"
         )
-    if _same_strides(made, wanted) or not _strides_are_seen(old, made):
+    if _same_strides(made, wanted) or not _strides_are_seen(old, made, aten):
         return new
     order = sorted(range(wanted.dim()), key=lambda dim: (_rank(wanted, dim), dim))
     back = [order.index(dim) for dim in range(wanted.dim())]
@@ -52,14 +56,14 @@ def _rank(tensor: torch.Tensor, dim: int) -> int:
     return sum(known(other > tensor.stride(dim)) for other in tensor.stride())
 
 
-def _strides_are_seen(node: Node, value: torch.Tensor) -> bool:
+def _strides_are_seen(node: Node, value: torch.Tensor, aten: AtenGraph | None) -> bool:
     """Whether anything behind a node changes, or fails, if its value has the strides of `value`."""
     changed: dict[Node, Any] = {node: value}
     for reader in list(node.graph.nodes):
         if not any(source in changed for source in reader.all_input_nodes):
             continue
-        plain = reader.op in ("call_function", "call_method") and not is_mutation(reader)
-        if not plain or op_name(reader) in _READ_MEMORY or len(changed) > _FAR:
+        plain = aten is not None and aten.is_pure(reader) and not aten.runs(reader, torch.ops.aten.as_strided.default)
+        if not plain or len(changed) > _FAR:
             return True
         args, kwargs = map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, fake(source)))
         try:

@@ -22,17 +22,16 @@ from torch.fx import Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.passes import symbolic_indexing, symbolic_ops
-from tsa_compile.passes.graph import fake, known, mutated_storages
+from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
-from tsa_compile.passes.symbolic import Evaluator, Opaque, as_number, exact, round_constant
+from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Opaque, as_number, exact, round_constant
 
 if TYPE_CHECKING:
     from tsa_compile.passes.sites import AttentionSite, MaskTerm
 
 _RULE_MODULES = (symbolic_ops, symbolic_indexing)  # importing them registers the rules
 _LOWEST = exact(torch.finfo(torch.bfloat16).min)
-_MAX_ATOMS = 8  # beyond, normal forms get expensive and no known model is near
 
 
 class MaskKind(StrEnum):
@@ -55,7 +54,7 @@ class MaskMeaning:
     Attributes:
         predicate: which (b, h, q, kv) are allowed, a formula over `atoms`; None if opaque.
         padding: the part of the predicate in (b, kv) alone; None if every key is valid.
-        leaves: the graph's nodes that stand in atoms as uninterpreted functions, by name.
+        leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
         mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
         detail: for a person: the window's size, or why the mask is opaque.
     """
@@ -77,7 +76,7 @@ def infer_mask(site: AttentionSite) -> MaskMeaning:
     query, key = fake(site.query), fake(site.key)
     sizes = {B: query.shape[0], H: query.shape[1], Q: query.shape[2], KV: key.shape[2]}
     atoms = Atoms({symbol: _as_expr(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
-    evaluator = Evaluator(atoms, mutated_storages(site.node.graph))
+    evaluator = Evaluator(atoms)
     try:
         allowed, hidden, level = sympy.true, set[sympy.Expr](), True
         for term in reversed(site.masks):  # as they are applied
@@ -86,13 +85,23 @@ def infer_mask(site: AttentionSite) -> MaskMeaning:
                 level = level and all(value <= _LOWEST for value in values)
                 values |= {round_constant(old + new, term.dtype) for old in hidden for new in values}
             allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
-    except Opaque as reason:
-        return MaskMeaning(MaskKind.OPAQUE, detail=str(reason))
+    except (Opaque, NotUnderstood, RecursionError) as reason:
+        return MaskMeaning(MaskKind.OPAQUE, detail=str(reason) or "it is built in too many steps")
     if site.is_causal is True:  # upper-left alignment
         allowed = sympy.And(allowed, atoms.le(KV, Q))
     elif site.is_causal is not False:
         return MaskMeaning(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
     return _classify(allowed, atoms, evaluator, hidden, level)
+
+
+def held(meaning: MaskMeaning, site: AttentionSite) -> MaskMeaning:
+    """A meaning that a site can use: what its padding reads must still be in the graph where the site stands."""
+    if meaning.kind is not MaskKind.CAUSAL_PADDING:
+        return meaning
+    for name, value in meaning.leaves.items():
+        if site.aten.source(value, site.node) is None:
+            return MaskMeaning(MaskKind.OPAQUE, detail=f"its padding reads {name}, which has been written to since")
+    return meaning
 
 
 def _as_expr(extent: Any) -> sympy.Expr:
@@ -131,23 +140,23 @@ def _allowed(evaluator: Evaluator, term: MaskTerm) -> tuple[Boolean, set[sympy.E
 
 
 def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
-    """A masking value: only -inf and what no score can outweigh hide for certain.
-
-    That is the lowest number of the scores' dtype, or bfloat16's (-3.4e38), which adding a score does not even move.
+    """A masking value: only -inf and bfloat16's lowest number (-3.4e38), which adding a score does not even move, hide
+    for certain. A score in float16 can be as low as that type's lowest number.
     """
     value = exact(number) if isinstance(number, float) else number
     if not value.is_number:
         raise Opaque(f"adds {value}, which is not constant")
+    value = round_constant(value, dtype)
     if value == -sympy.oo:
         return -sympy.oo
-    if value > max(exact(torch.finfo(dtype).min), _LOWEST):
+    if value > _LOWEST:
         raise Opaque(f"adds {value}, which need not hide a score")
     return value
 
 
 def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], level: bool) -> MaskMeaning:
     """Reads a formula. `hidden` are the values of hidden scores; `level` says that a score adds nothing to them."""
-    if len(allowed.free_symbols) > _MAX_ATOMS:
+    if len(allowed.free_symbols) > MAX_ATOMS:
         return MaskMeaning(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
     normal = sympy.to_cnf(sympy.simplify_logic(allowed, form="cnf"))
     reading = _Reading(atoms.table)

@@ -15,11 +15,13 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.errors import RewriteError
+from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.graph import fake, insert, is_erased, known, size
 from tsa_compile.passes.predicate import KV, Atom, B
+from tsa_compile.report import Decision
 
 if TYPE_CHECKING:
     from tsa_compile.passes.masks import MaskMeaning
@@ -62,13 +64,29 @@ def _is_plain_index(index: sympy.Expr) -> bool:
     return bool(index.is_Integer or any(offset.is_Integer and offset >= 0 for offset in offsets))
 
 
+class EmitPadding(Pass):
+    """Writes the padding of every call that is to be rewritten, once for all calls that share it, before the first."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph = graph_module.graph
+        builder = PaddingBuilder(graph)
+        for plan in self.state.plans:
+            meaning = plan.meaning
+            if plan.decision is Decision.UNCHANGED or meaning is None or meaning.padding is None:
+                continue
+            with self.state.attempt(plan, graph, "writing its padding"), graph.inserting_before(plan.site.node):
+                plan.padding = builder.padding(plan.site, meaning)
+        emitted = [plan.padding for plan in self.state.plans if plan.padding is not None]
+        self.state.detached.extend(emitted)  # they go where no rewrite reads them after all
+        return self.result(graph_module, bool(emitted))
+
+
 class PaddingBuilder:
-    """Emits the padding tensor of sites, once for all that share a predicate."""
+    """Emits the padding tensor of sites, once for all that share a predicate over the same values."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._padding: dict[Any, Node] = {}
-        self._spans: dict[Node, Node] = {}
 
     def padding(self, site: AttentionSite, meaning: MaskMeaning) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a site; None if all are. Must be called in front of the site."""
@@ -79,11 +97,14 @@ class PaddingBuilder:
             self._padding[key] = _Emitter(self.graph, site, meaning).emit()
         return self._padding[key]
 
-    def spans(self, padding: Node) -> Node:
-        """The valid range of each item, computed once in a graph."""
-        if padding not in self._spans or is_erased(self._spans[padding]):
-            self._spans[padding] = insert(self.graph, torch.ops.tsa.spans.default, padding)
-        return self._spans[padding]
+def spans_of(graph: Graph, padding: Node) -> Node:
+    """The valid range of each item, computed once behind the padding that it is of."""
+    spans = torch.ops.tsa.spans.default
+    for reader in padding.users:
+        if reader.target is spans:
+            return reader
+    with graph.inserting_after(padding):
+        return insert(graph, spans, padding)
 
 
 def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:
@@ -94,6 +115,7 @@ class _Emitter:
     def __init__(self, graph: Graph, site: AttentionSite, meaning: MaskMeaning) -> None:
         self.graph = graph
         self.meaning = meaning
+        self.site = site
         self.key = site.key
 
     def emit(self) -> Node:
@@ -160,7 +182,9 @@ class _Emitter:
 
     def _element(self, call: AppliedUndef) -> Node:
         """`x(b, 0, kv)` as `x[:, 0, :]`: [B, L], or [1, L] and [B, 1] where b or kv does not occur."""
-        leaf = self.meaning.leaves[call.func.__name__]
+        leaf = self.site.aten.source(self.meaning.leaves[call.func.__name__], self.site.node)
+        if leaf is None:
+            raise RewriteError(f"the padding reads {call.func.__name__}, which the graph holds no longer")
         axes = [B if argument.has(B) else KV for argument in call.args if argument.has(B, KV)]
         if axes not in ([], [B], [KV], [B, KV], [KV, B]):
             raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")

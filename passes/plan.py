@@ -19,12 +19,13 @@ from torch.fx import GraphModule
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, KernelError
 from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
+from tsa_compile.passes.aten import record
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.costs import SiteShape, break_even
 from tsa_compile.passes.devices import for_device
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.masks import MaskKind, infer_mask
-from tsa_compile.passes.sites import AttentionSite, find_sites
+from tsa_compile.passes.masks import MaskKind, held, infer_mask
+from tsa_compile.passes.sites import AttentionSite, sites_of
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
@@ -44,7 +45,8 @@ class FindSites(Pass):
     """Reads every attention call into its normal form."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        self.state.plans = [SitePlan(site) for site in find_sites(graph_module)]
+        self.state.aten = record(graph_module)
+        self.state.plans = [SitePlan(site) for site in sites_of(self.state.aten)]
         return self.result(graph_module, modified=False)
 
 
@@ -62,7 +64,7 @@ class InferMasks(Pass):
                 key = (site.masks, str(site.is_causal), str(shapes))
                 if key not in shared:
                     shared[key] = infer_mask(site)
-                plan.meaning = shared[key]
+                plan.meaning = held(shared[key], site)
         return self.result(graph_module, modified=False)
 
 
@@ -113,11 +115,23 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
         return Reason.NEEDS_GRAD, ""
     if not isinstance(site.dropout, (int, float)) or site.dropout != 0:
         return Reason.DROPOUT, f"dropout {site.dropout}"
+    if not _is_positive(site.scale):
+        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(site.scale)}: torch's causal kernels are right for positive ones"
     if not known(query.shape[2] == key.shape[2]):
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys"
     assert plan.meaning is not None
     reason = _MASK_REASONS.get(plan.meaning.kind)
     return None if reason is None else (reason, plan.meaning.detail)
+
+
+def _is_positive(scale: Any) -> bool:
+    """Whether a scale is above zero; of a symbolic one, whether it is now: its sign is guarded."""
+    if scale is None:
+        return True
+    value = fake(scale)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)) and value.node.hint is None:
+        return False
+    return bool(value > 0)
 
 
 def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:

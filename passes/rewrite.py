@@ -28,7 +28,6 @@ from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import fake, insert, known, size
-from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.passes.sites import AttentionSite
 from tsa_compile.report import Decision
 
@@ -38,14 +37,11 @@ class RewriteSparse(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         graph, modified = graph_module.graph, False
-        builder = PaddingBuilder(graph)
         for plan in self.state.plans:
             if plan.decision not in (Decision.SPARSE, Decision.KERNEL):
                 continue
             with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.site.node):
-                assert plan.meaning is not None
-                padding = builder.padding(plan.site, plan.meaning)
-                self.replace(plan, self._attention(graph, plan, padding))
+                self.replace(plan, self._attention(graph, plan, plan.padding))
                 modified = True
         return self.result(graph_module, modified)
 

@@ -1,38 +1,33 @@
-"""`AttentionSite`, the one normal form of an attention call, and how each spelling is read into it.
+"""`AttentionSite`, the one normal form of an attention call, and how each form of it is read.
 
-    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m, ...)    positional or by name      form "sdpa"
-    torch.ops.aten.scaled_dot_product_attention.default(q, k, v, m, ...)           torch.export               form "sdpa"
-    softmax(q @ k.mT * scale + m) @ v                                              `eager.py`                 form "eager"
+    aten.scaled_dot_product_attention.default(q, k, v, m, ...)      however it was spelled                  form "sdpa"
+    matmul(softmax(matmul(q, k.mT) * scale + m), v)                 written out, see eager.py               form "eager"
+    flex_attention, fused layers, bodies of higher-order operators  a row in the report, never rewritten
 
     all with k and v [B, G, L, D] as they were before being repeated to H heads (repeat_kv is peeled)
 
-Reading changes nothing in the graph. A call that cannot be read completely is still a site, with `problem` saying why.
+What is read are the recorded operators of a graph (aten.py); operands are the graph's own nodes that hold their values
+where the call stands. Reading changes nothing. A call that cannot be read is still a site, with `problem` saying why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from tsa_compile.passes.graph import (
-    argument,
-    fake,
-    is_mutated,
-    known,
-    module_name,
-    mutated_storages,
-    op_name,
-    same_shape,
-)
+from tsa_compile.passes.aten import AtenGraph, record
+from tsa_compile.passes.graph import fake, known, module_name, same_shape
+from tsa_compile.passes.operators import arguments, aten, is_attention
 from tsa_compile.report import Reason
 
-_SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+Form = Literal["sdpa", "eager", "other"]
+Problem = tuple[Reason, str]
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class MaskTerm:
     """One thing that masks scores [B, H, Lq, Lk].
 
     Attributes:
-        mask: a tensor that broadcasts to the scores.
+        mask: a recorded tensor that broadcasts to the scores.
         role: "keep" (True lets through), "drop" (True hides), "bias" (added to the scores).
         fill: what a hidden score becomes, for "keep" and "drop".
         dtype: the floating-point type in which hidden scores are written.
@@ -52,14 +47,16 @@ class MaskTerm:
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionSite:
     """An attention call in normal form: query [B,H,Lq,D], key [B,G,Lk,D], value [B,G,Lk,Dv], H % G == 0.
 
     Attributes:
-        node: the node whose output is the attention output [B,H,Lq,Dv].
-        form: the spelling it was read from.
-        scale: the factor of the scores, a number or a node; None means 1/sqrt(D).
+        node: the graph's node whose output is the attention output [B,H,Lq,Dv].
+        aten: the recorded operators of the graph, in which the masks are.
+        form: the form it was read from.
+        query, key, value: nodes of the graph.
+        scale: the factor of the scores, a number or a node of the graph; None means 1/sqrt(D).
         layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
         layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where the name carries no number.
         wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
@@ -67,10 +64,11 @@ class AttentionSite:
     """
 
     node: Node
-    form: Literal["sdpa", "eager"]
-    query: Node
-    key: Node
-    value: Node
+    aten: AtenGraph
+    form: Form
+    query: Any
+    key: Any
+    value: Any
     masks: tuple[MaskTerm, ...] = ()
     is_causal: Any = False
     scale: Any = None
@@ -78,7 +76,7 @@ class AttentionSite:
     layer: str = ""
     layer_index: int | None = None
     container: str = ""
-    problem: tuple[Reason, str] | None = None
+    problem: Problem | None = None
     wide_key: Node | None = None
     wide_value: Node | None = None
 
@@ -88,70 +86,130 @@ class AttentionSite:
         return self.wide_key is not None and self.wide_key is not self.key
 
 
-Reader = Callable[[Node], AttentionSite | None]
+@dataclass(frozen=True)
+class RecordedCall:
+    """An attention call as it was read: everything but `output`'s place in the graph. Operands are recorded values."""
+
+    output: Node
+    form: Form
+    query: Any = None
+    key: Any = None
+    value: Any = None
+    masks: tuple[MaskTerm, ...] = ()
+    is_causal: Any = False
+    scale: Any = None
+    dropout: Any = 0.0
+    grouped: bool = False
+    problem: Problem | None = None
 
 
 def find_sites(graph_module: GraphModule) -> list[AttentionSite]:
     """Every attention call of a graph, in execution order."""
-    from tsa_compile.passes.eager import read_eager  # reads into this module's normal form
-
-    readers: tuple[Reader, ...] = (read_sdpa, read_eager)
-    sites = (next(filter(None, (reader(node) for reader in readers)), None) for node in graph_module.graph.nodes)
-    return [site for site in sites if site is not None]
+    return sites_of(record(graph_module))
 
 
-def read_sdpa(node: Node) -> AttentionSite | None:
-    """Reads a call of scaled_dot_product_attention, whatever its spelling."""
-    if node.op != "call_function" or op_name(node) != "scaled_dot_product_attention":
+def sites_of(graph: AtenGraph) -> list[AttentionSite]:
+    """Every attention call among recorded operators, in execution order. Never raises: a call that fails has a problem."""
+    from tsa_compile.passes.eager import WrittenOut  # reads into this module's normal form
+
+    written_out = WrittenOut(graph)
+    sites = []
+    for call in list(graph.calls.nodes):
+        try:
+            read = read_sdpa(call) or written_out.read(call) or read_other(call)
+            site = None if read is None else normal_form(graph, read)
+        except Exception as error:  # noqa: BLE001  # one call that cannot be read must not hide the others
+            site = _unreadable(graph, call, f"reading it failed: {type(error).__name__}: {error}")
+        if site is not None:
+            sites.append(site)
+    return sites
+
+
+def read_sdpa(call: Node) -> RecordedCall | None:
+    """Reads scaled_dot_product_attention."""
+    if call.target is not aten.scaled_dot_product_attention.default or not call.args:
         return None
-    given: dict[str, Any] = {**dict(zip(_SDPA_PARAMETERS, node.args, strict=False)), **node.kwargs}
-    call: dict[str, Any] = {
-        **_SDPA_DEFAULTS,
-        **{("query" if name == "input" else name): value for name, value in given.items()},
-    }
-    mask = call["attn_mask"]
+    query, key, value, mask, dropout, is_causal, scale, grouped = arguments(call)
     masks: tuple[MaskTerm, ...] = ()
     if mask is not None:
         dtype = fake(mask).dtype
         masks = (MaskTerm(mask, "keep") if dtype == torch.bool else MaskTerm(mask, "bias", dtype=dtype),)
-    return normal_form(
-        node,
-        "sdpa",
-        (call["query"], call["key"], call["value"]),
-        masks,
-        is_causal=call["is_causal"],
-        scale=call["scale"],
-        dropout=call["dropout_p"],
-        grouped=call["enable_gqa"],
+    return RecordedCall(call, "sdpa", query, key, value, masks, is_causal, scale, dropout, grouped)
+
+
+def read_other(call: Node) -> RecordedCall | None:
+    """An attention operator that no rewrite knows: it has a row in the report, with the first tensors as its operands."""
+    if not is_attention(call.target):
+        return None
+    tensors = [read for read in call.all_input_nodes if isinstance(fake(read), torch.Tensor)]
+    query, key, value = ([*tensors[:3], None, None, None])[:3]
+    name = getattr(call.target, "__name__", str(call.target))
+    return RecordedCall(
+        call, "other", query, key, value, problem=(Reason.UNSUPPORTED_FORM, f"{name} is attention that is not read")
     )
 
 
-def normal_form(
-    node: Node,
-    form: Literal["sdpa", "eager"],
-    operands: tuple[Node, Node, Node],
-    masks: tuple[MaskTerm, ...],
-    *,
-    grouped: bool,
-    **rest: Any,
-) -> AttentionSite:
-    """A site from its operands: repeated key and value heads are peeled, the layer is named, shapes are checked."""
-    query, key, value = operands
-    layer, container, layer_index = layer_name(node)
-    wide_key, wide_value = key, value
-    problem = _shape_problem(query, key, value, grouped)
+def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionSite:
+    """A site from a call: repeated heads are peeled, the layer is named, shapes are checked, operands are located."""
+    node, problem = _place(graph, call)
+    query, key, value = call.query, call.key, call.value
+    problem = problem or _shape_problem(query, key, value, call.grouped)
+    located = [graph.source(operand, node) if isinstance(operand, Node) else None for operand in (query, key, value)]
+    wide_key, wide_value = located[1:]
+    scale = graph.source(call.scale, node)
     if problem is None:
-        narrow_key, narrow_value = peel_repeated_heads(key), peel_repeated_heads(value)
-        if narrow_key is not key and known(fake(narrow_key).shape[1] == fake(narrow_value).shape[1]):
-            key, value = narrow_key, narrow_value
-        problem = _kind_problem(node, query, key, value)
+        located, problem = _narrow(graph, call, node, located)
+    if problem is None and call.scale is not None and scale is None:
+        problem = Reason.UNSUPPORTED_FORM, "the scale is computed inside another operator"
+    if problem is None:
+        problem = _kind_problem(node, *located)
+    layer, container, layer_index = layer_name(node)
+    shown = [place if place is not None else recorded for place, recorded in zip(located, (query, key, value), strict=True)]
     return AttentionSite(
-        node=node, form=form, query=query, key=key, value=value, masks=masks, layer=layer, layer_index=layer_index,
-        container=container, problem=problem, wide_key=wide_key, wide_value=wide_value, **rest,
+        node=node, aten=graph, form=call.form, query=shown[0], key=shown[1], value=shown[2], masks=call.masks,
+        is_causal=call.is_causal, scale=scale, dropout=call.dropout, layer=layer, layer_index=layer_index,
+        container=container, problem=problem, wide_key=wide_key, wide_value=wide_value,
     )  # fmt: skip
 
 
-def _shape_problem(query: Node, key: Node, value: Node, grouped: bool) -> tuple[Reason, str] | None:
+def _place(graph: AtenGraph, call: RecordedCall) -> tuple[Node, Problem | None]:
+    """The graph's node that a call is, and its problem, if it is none: it may be hidden inside another operator."""
+    node, inside = graph.holder(call.output), call.output.meta["inside"]
+    if node is not None and inside is None and node.op in ("call_function", "call_method"):
+        return node, call.problem
+    origin = call.output.meta["origin"]
+    name = inside or getattr(origin.target, "__name__", str(origin.target))
+    return origin, call.problem or (Reason.UNSUPPORTED_FORM, f"it is inside {name}")
+
+
+def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionSite | None:
+    """The site of a call whose reading failed; None if it looks like no attention at all."""
+    origin = call.meta["origin"]
+    if not (is_attention(call.target) or "softmax" in str(call.target)):
+        return None
+    layer, container, layer_index = layer_name(origin)
+    return AttentionSite(
+        origin, graph, "other", None, None, None, layer=layer, layer_index=layer_index, container=container,
+        problem=(Reason.PASS_FAILED, why),
+    )  # fmt: skip
+
+
+def _narrow(
+    graph: AtenGraph, call: RecordedCall, node: Node, located: Sequence[Node | None]
+) -> tuple[list[Any], Problem | None]:
+    """Query, key and value in the graph, without repeated heads where the tensors behind them are still there."""
+    query, key, value = located
+    narrow = [peel_repeated_heads(operand) for operand in (call.key, call.value)]
+    behind = [graph.source(operand, node) for operand in narrow]
+    peeled = all(inner is not outer for inner, outer in zip(narrow, (call.key, call.value), strict=True))
+    if peeled and None not in behind and known(fake(narrow[0]).shape[1] == fake(narrow[1]).shape[1]):
+        key, value = behind
+    if None in (query, key, value):
+        return [query, key, value], (Reason.UNSUPPORTED_FORM, "query, key or value is written to in place, or is made inside")
+    return [query, key, value], None
+
+
+def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem | None:
     tensors = [fake(node) for node in (query, key, value)]
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return Reason.UNSUPPORTED_FORM, "query, key or value is no tensor of the graph"
@@ -172,7 +230,7 @@ def _shape_problem(query: Node, key: Node, value: Node, grouped: bool) -> tuple[
     return None
 
 
-def _kind_problem(output: Node, query: Node, key: Node, value: Node) -> tuple[Reason, str] | None:
+def _kind_problem(output: Node, query: Node, key: Node, value: Node) -> Problem | None:
     q, k, v = tensors = [fake(node) for node in (query, key, value)]
     plain = (torch.Tensor, FakeTensor)
     if not all(type(tensor) in plain for tensor in tensors):  # a DTensor, say, has no rule for the ops
@@ -186,45 +244,48 @@ def _kind_problem(output: Node, query: Node, key: Node, value: Node) -> tuple[Re
     return None
 
 
+_COPIES = (aten.contiguous.default, aten.clone.default)
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+
+
+def without_copies(node: Any) -> Any:
+    """The value behind copies that change nothing but the layout."""
+    while isinstance(node, Node) and node.target in _COPIES:
+        node = node.args[0]
+    return node
+
+
 def peel_repeated_heads(node: Node) -> Node:
-    """The tensor [B,G,L,D] behind one that repeats its heads to [B,H,L,D]; the node itself if it does not.
+    """The recorded tensor [B,G,L,D] behind one that repeats its heads to [B,H,L,D]; the node itself if it does not.
 
         x[:, :, None].expand(B, G, n, L, D).reshape(B, G * n, L, D)        transformers' repeat_kv
         x.repeat_interleave(n, dim=1)
 
     Both put head g at positions g*n ... g*n + n - 1, which is what grouped-query attention computes.
     """
-    source: Any = node
-    while op_name(source) in ("contiguous", "clone") and source.op != "placeholder":
-        source = source.args[0]
-    narrow = _behind_repeat_interleave(source) or _behind_expand(source)
-    if narrow is None:
-        return node
-    mutated = mutated_storages(node.graph)
-    return node if any(is_mutated(step, mutated) for step in (narrow, source, node)) else narrow
+    source = without_copies(node)
+    return _behind_repeat_interleave(source) or _behind_expand(source) or node
 
 
 def _behind_repeat_interleave(node: Node) -> Node | None:
-    if op_name(node) != "repeat_interleave" or node.op == "placeholder":
+    if node.target is not aten.repeat_interleave.self_int:
         return None
-    source, repeats, dim = node.args[0], argument(node, 1, "repeats"), argument(node, 2, "dim")
-    if not isinstance(repeats, int) or dim not in (1, -3) or not isinstance(source, Node) or fake(source).dim() != 4:
-        return None
-    return source
+    source, repeats, dim, _ = arguments(node)
+    return source if isinstance(repeats, int) and dim in (1, -3) and fake(source).dim() == 4 else None
 
 
 def _behind_expand(node: Node) -> Node | None:
     """Each step is checked by what it does to the shape, so that any spelling of it is recognised."""
-    if op_name(node) not in ("reshape", "view", "flatten") or node.op == "placeholder":
+    if node.target not in _RESHAPES:
         return None
-    expanded = node.args[0]
-    while isinstance(expanded, Node) and op_name(expanded) in ("clone", "contiguous"):
-        expanded = expanded.args[0]
-    if not isinstance(expanded, Node) or op_name(expanded) != "expand" or fake(expanded).dim() != 5:
+    expanded = without_copies(node.args[0])
+    if expanded.target is not aten.expand.default or fake(expanded).dim() != 5:
         return None
     inserted = expanded.args[0]
-    if not isinstance(inserted, Node) or not _inserts_dimension(inserted, 2):
-        return None
+    if inserted.target is not aten.unsqueeze.default or inserted.args[1] not in (2, -3):
+        inserted = _without_full_slices(inserted)
+        if inserted.target is not aten.unsqueeze.default or inserted.args[1] not in (2, -3):
+            return None
     source = _without_full_slices(inserted.args[0])
     batch, groups, repeats, length, width = fake(expanded).shape
     outer, inner = fake(node), fake(source)
@@ -236,22 +297,9 @@ def _behind_expand(node: Node) -> Node | None:
     return source if all(same) else None
 
 
-def _inserts_dimension(node: Node, dim: int) -> bool:
-    """`x.unsqueeze(2)` or `x[:, :, None, :, :]`."""
-    if not isinstance(node.args[0], Node):
-        return False
-    if op_name(node) == "unsqueeze":
-        return argument(node, 1, "dim") in (dim, dim - fake(node).dim())
-    if op_name(node) != "getitem" or not isinstance(node.args[1], tuple):
-        return False
-    entries = [entry for entry in node.args[1] if entry is not Ellipsis]
-    full = all(entry is None or entry == slice(None) for entry in entries)
-    return full and entries.count(None) == 1 and Ellipsis not in node.args[1][:dim] and entries.index(None) == dim
-
-
 def _without_full_slices(node: Any) -> Node:
-    """torch.export writes `x[:, :, None]` with a slice over the whole of each dimension."""
-    while op_name(node) == "slice" and node.op == "call_function" and same_shape(fake(node), fake(node.args[0])):
+    """`x[:, :, None]` is recorded with slices over the whole of a dimension where its size is symbolic."""
+    while node.target is aten.slice.Tensor and same_shape(fake(node), fake(node.args[0])):
         node = node.args[0]
     return node
 

@@ -1,14 +1,16 @@
-"""What an element of a tensor is: FX nodes evaluated at symbolic positions.
+"""What an element of a tensor is: recorded operators evaluated at symbolic positions.
 
-`Evaluator.element(node, (i, j))` pulls the value of `node[i, j]` through the graph: `arange(n)[i]` is `i`,
-`x.unsqueeze(0)[i, j]` is `x[j]`, `(x <= y)[i]` is a formula over `x[i]` and `y[i]`. A Boolean tensor has a formula
-(`predicate.py`); a number has cases, each a condition and a value:
+`Evaluator.element(node, (i, j))` pulls the value of `node[i, j]` through the recorded operators (`aten.py`): `arange(n)[i]`
+is `i`, `unsqueeze(x, 0)[i, j]` is `x[j]`, `le(x, y)[i]` is a formula over `x[i]` and `y[i]`. A Boolean tensor has a
+formula (`predicate.py`); a number has cases, each a condition and a value:
 
-    torch.where(kv <= q, 0.0, -inf)   ->   [(kv <= q, 0), (~(kv <= q), -oo)]
+    where(kv <= q, 0.0, -inf)   ->   [(kv <= q, 0), (~(kv <= q), -oo)]
 
-A node that is not understood becomes a leaf: an uninterpreted function of its own indices, which is sound because the
-same element always has the same value. Only a tensor that the graph writes into has no fixed value: `Opaque` is raised.
-Operators are in `symbolic_ops.py`, keyed by their one name.
+Only operators in `symbolic_ops.py` and `symbolic_indexing.py` are understood, each by its exact overload. Any other value
+is a leaf: an uninterpreted function of its own indices, which is sound because a recorded value never changes.
+
+Integers are exact while their bounds fit into the dtype that holds them; of floating-point numbers only constants are
+followed, since what sympy knows of numbers (x - x is 0) does not hold for infinities and NaN.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from tsa_compile.passes.graph import fake, is_mutated, op_name
+from tsa_compile.passes.graph import fake
+from tsa_compile.passes.operators import arguments
 from tsa_compile.passes.predicate import Atoms
 
 Index = tuple[sympy.Expr, ...]
@@ -29,7 +33,10 @@ Cases = list[tuple[Boolean, sympy.Expr]]
 Value: TypeAlias = "Boolean | Cases"
 
 MAX_CASES = 8
-_EXACT_INTEGERS = (torch.int32, torch.int64)
+MAX_ATOMS = 8  # beyond, normal forms get expensive and no known model is near
+_MAX_SIZE = 200  # operations in a formula
+_MAX_STEPS = 2000  # operators looked at for one mask
+_WIDEST = 2**31  # no dimension that attention goes over is longer
 
 
 class Opaque(Exception):
@@ -40,58 +47,73 @@ class NotUnderstood(Exception):
     """One operator is used in a way that its rule does not cover; the node becomes a leaf."""
 
 
-Rule = Callable[["Evaluator", Node, Index], Value]
-RULES: dict[str, Rule] = {}
+Rule = Callable[..., Value]
+RULES: dict[Any, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of the operators with these names (`graph.op_name`)."""
+    """Registers a rule for overloads of ATen, "add.Tensor", and for their in-place variants, where there are any.
+
+    A rule is called with the evaluator, the node, the index and the operator's arguments in its schema's order.
+    """
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        for name in names:
+            packet, overload = name.rsplit(".", 1)
+            for spelling in (packet, f"{packet}_"):
+                found = getattr(getattr(torch.ops.aten, spelling, None), overload, None)
+                if found is not None:
+                    RULES[found] = function
         return function
 
     return register
 
 
 class Evaluator:
-    """Evaluates the nodes of one graph at symbolic positions.
+    """Evaluates recorded operators at symbolic positions.
 
     Args:
         atoms: where comparisons are turned into symbols.
-        mutated: storages that the graph writes into (`graph.mutated_storages`).
     """
 
-    def __init__(self, atoms: Atoms, mutated: set[Any]) -> None:
+    def __init__(self, atoms: Atoms) -> None:
         self.atoms = atoms
-        self.mutated = mutated
         self.leaves: dict[str, Node] = {}
         self._cache: dict[tuple[Node, Index], Value] = {}
+        self._steps = 0
 
     def element(self, node: Any, index: Index) -> Value:
         """The value of one element; a Python scalar is the same at every index."""
         if not isinstance(node, Node):
             return constant(node)
         value = fake(node)
-        if isinstance(value, (int, float, bool, torch.SymInt)):
-            return constant(value)
         if not isinstance(value, torch.Tensor):
             raise Opaque(f"{node.name} is no tensor")
-        if is_mutated(node, self.mutated):
-            raise Opaque(f"{node.name} is written to in place")
         key = (node, index)
         if key not in self._cache:
             self._cache[key] = self._evaluate(node, value, index)
         return self._cache[key]
 
     def _evaluate(self, node: Node, value: torch.Tensor, index: Index) -> Value:
-        evaluate = RULES.get(op_name(node)) if node.op in ("call_function", "call_method") else None
-        if evaluate is None:
-            return self.leaf(node, index)
+        self._steps += 1
+        number = node.meta.get("constant")
+        evaluate = RULES.get(node.target)
         try:
-            return self._as_dtype(evaluate(self, node, index), value.dtype)
-        except (NotUnderstood, IndexError):  # rules expect the leading arguments by position
+            if number is not None and number.numel() == 1:
+                return self._as_dtype(constant(number.item()), value.dtype)
+            if evaluate is None or self._steps > _MAX_STEPS:
+                return self.leaf(node, index)
+            return self._bounded(self._as_dtype(evaluate(self, node, index, *arguments(node)), value.dtype))
+        except NotUnderstood:
             return self.leaf(node, index)
+
+    def _bounded(self, value: Value) -> Value:
+        """A value whose formulas are small enough to go on with: the work for a mask is bounded, however it is built."""
+        formulas = [condition for condition, _ in value] if isinstance(value, list) else [value]
+        for formula in formulas:
+            if len(formula.free_symbols) > MAX_ATOMS or formula.count_ops() > _MAX_SIZE:
+                raise NotUnderstood
+        return value
 
     def leaf(self, node: Node, index: Index) -> Value:
         """An uninterpreted element of a node."""
@@ -124,16 +146,60 @@ class Evaluator:
             raise NotUnderstood
         return cases[0][1]
 
+    def held_by(self, number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+        """A number as a dtype holds it: a constant is rounded, an integer expression must fit exactly."""
+        if number.is_number:
+            return round_constant(number, dtype)
+        low, high = self._bounds(number)
+        largest = 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(_integer(dtype)).max
+        smallest = -largest if dtype.is_floating_point else torch.iinfo(_integer(dtype)).min
+        if number.is_integer is not True or not (smallest <= low and high <= largest):
+            raise NotUnderstood
+        return number
+
+    def _bounds(self, expr: sympy.Expr) -> tuple[Any, Any]:
+        """Between which numbers an expression lies, for every position and whatever the leaves hold."""
+        if expr.is_number:
+            return expr, expr
+        if isinstance(expr, AppliedUndef):
+            held = fake(self.leaves[expr.func.__name__]).dtype
+            info = torch.iinfo(_integer(held))
+            return sympy.Integer(info.min), sympy.Integer(info.max)
+        if expr.is_Symbol:
+            return sympy.Integer(0), self._largest(expr)
+        parts = [self._bounds(part) for part in expr.args]
+        if isinstance(expr, sympy.Add):
+            return sum(low for low, _ in parts), sum(high for _, high in parts)
+        if isinstance(expr, sympy.Mul):
+            low, high = parts[0]
+            for other in parts[1:]:
+                corners = [a * b for a in (low, high) for b in other]
+                low, high = min(corners), max(corners)
+            return low, high
+        if isinstance(expr, sympy.floor):
+            return sympy.floor(parts[0][0]), sympy.floor(parts[0][1])
+        return -sympy.oo, sympy.oo
+
+    def _largest(self, symbol: sympy.Symbol) -> sympy.Expr:
+        extent = self.atoms.sizes.get(symbol)
+        bound = self.atoms.upper_bound(symbol) if extent is None else self.atoms.upper_bound(extent) - 1
+        return min(bound, sympy.Integer(_WIDEST - 1))
+
     def _as_dtype(self, value: Value, dtype: torch.dtype) -> Value:
         """What storing a value as `dtype` makes of it; expressions survive only where the dtype holds them exactly."""
         if dtype == torch.bool:
             return self.truth(value)
         cases = as_number(value)
-        if all(number.is_number for _, number in cases):
-            return [(condition, round_constant(number, dtype)) for condition, number in cases]
-        if dtype in _EXACT_INTEGERS and all(number.is_integer for _, number in cases):
-            return cases
+        if dtype.is_floating_point and not all(number.is_number for _, number in cases):
+            raise NotUnderstood
+        return [(condition, self.held_by(number, dtype)) for condition, number in cases]
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    """The integers that a dtype holds, for `torch.iinfo`."""
+    if dtype.is_floating_point or dtype.is_complex:
         raise NotUnderstood
+    return torch.uint8 if dtype == torch.bool else dtype
 
 
 def constant(value: Any) -> Value:
@@ -185,15 +251,12 @@ def _product(operands: Iterable[Cases]) -> list[tuple[Boolean, tuple[sympy.Expr,
 
 
 def round_constant(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
-    """A constant as the dtype stores it; what it cannot hold (overflow of an integer) is not understood."""
-    if number in (sympy.oo, -sympy.oo):
-        if dtype.is_floating_point:
-            return number
-        raise NotUnderstood
+    """A constant as the dtype stores it; what it cannot hold (an integer out of range, a NaN) is not understood."""
     if dtype.is_floating_point:
+        if number.is_finite and sympy.Rational(float(number)) != number:  # it would be rounded twice
+            raise NotUnderstood
         return exact(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
-    info = torch.iinfo(dtype)
-    whole = sympy.Integer(int(number))  # towards zero, as a cast does
-    if not info.min <= whole <= info.max:
+    info = torch.iinfo(_integer(dtype))
+    if not number.is_finite or not info.min <= (whole := sympy.Integer(int(number))) <= info.max:  # towards zero, as casts
         raise NotUnderstood
     return whole

@@ -1,20 +1,22 @@
 """The rules of `symbolic.Evaluator`: for each operator, the element at an index from the elements of its inputs.
 
-A rule is `rule(evaluator, node, index) -> Value`. It raises `NotUnderstood` for any use that it does not cover, and the
-node becomes a leaf. Sizes and dims are those of the fake tensors, so that symbolic lengths work as static ones do.
+A rule is `rule(evaluator, node, index, *arguments) -> Value`, with the arguments in the schema's order. It raises
+`NotUnderstood` for any use that it does not cover, and the node becomes a leaf. Sizes and dims are those of the fake
+tensors, so that symbolic lengths work as static ones do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from tsa_compile.passes.graph import argument, fake, known
+from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.symbolic import (
-    RULES,
+    Cases,
     Evaluator,
     Index,
     NotUnderstood,
@@ -27,198 +29,218 @@ from tsa_compile.passes.symbolic import (
 )
 
 
-def _shape(node: Any) -> tuple[Any, ...]:
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The sizes of a recorded tensor; of a number none."""
     value = fake(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _expr(value: Any) -> sympy.Expr:
-    """A Python or symbolic integer, or a node that yields one, as an expression."""
-    cases = constant(fake(value))
+def integer(value: Any) -> sympy.Expr:
+    """A Python or symbolic integer as an expression."""
+    if isinstance(value, bool):
+        raise NotUnderstood
+    cases = constant(value)
     if not isinstance(cases, list) or cases[0][1].is_integer is not True:
         raise NotUnderstood
     return cases[0][1]
 
 
-def _dim(value: Any, rank: int) -> int:
+def dimension(value: Any, rank: int) -> int:
+    """A dimension's number, counted from the front."""
     if isinstance(value, bool) or not isinstance(value, int) or not -rank <= value < max(rank, 1):
         raise NotUnderstood
     return value % rank if rank else 0
 
 
-def _broadcast(node: Any, index: Index) -> Index:
+def broadcast(node: Any, index: Index) -> Index:
     """The index into an operand that is broadcast to the result's shape."""
-    shape = _shape(node)
+    shape = shape_of(node)
     tail = index[len(index) - len(shape) :]
     return tuple(sympy.Integer(0) if known(extent == 1) else i for extent, i in zip(shape, tail, strict=True))
-
-
-def _operand(node: Node, position: int, *names: str) -> Any:
-    for name in names:
-        if name in node.kwargs:
-            return node.kwargs[name]
-    if len(node.args) <= position:
-        raise NotUnderstood
-    return node.args[position]
 
 
 # -- sources ------------------------------------------------------------------------------------------------------------
 
 
-@rule("arange")
-def _arange(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    positional = [argument(node, i, name) for i, name in ((0, "start"), (1, "end"), (2, "step"))]
-    if positional[1] is None or (len(node.args) == 1 and "end" not in node.kwargs):
-        start: Any = 0
-    else:
-        start = 0 if positional[0] is None else positional[0]
-    step = 1 if positional[2] is None else positional[2]
-    return [(sympy.true, _expr(start) + _expr(step) * index[0])]
+@rule("arange.default")
+def _arange(evaluator: Evaluator, node: Node, index: Index, end: Any, *_: Any) -> Value:
+    integer(end)
+    return [(sympy.true, index[0])]
 
 
-@rule("ones", "new_ones", "ones_like")
-def _ones(evaluator: Evaluator, node: Node, index: Index) -> Value:
+@rule("arange.start")
+def _arange_from(evaluator: Evaluator, node: Node, index: Index, start: Any, end: Any, *_: Any) -> Value:
+    integer(end)
+    return [(sympy.true, integer(start) + index[0])]
+
+
+@rule("arange.start_step")
+def _arange_in_steps(evaluator: Evaluator, node: Node, index: Index, start: Any, end: Any, step: Any, *_: Any) -> Value:
+    integer(end)
+    return [(sympy.true, integer(start) + integer(step) * index[0])]
+
+
+@rule("ones.default", "new_ones.default", "ones_like.default")
+def _ones(evaluator: Evaluator, node: Node, index: Index, *_: Any) -> Value:
     return constant(1)
 
 
-@rule("zeros", "new_zeros", "zeros_like")
-def _zeros(evaluator: Evaluator, node: Node, index: Index) -> Value:
+@rule("zeros.default", "new_zeros.default", "zeros_like.default", "zero.default")
+def _zeros(evaluator: Evaluator, node: Node, index: Index, *_: Any) -> Value:
     return constant(0)
 
 
-@rule("full")
-def _full(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return constant(fake(_operand(node, 1, "fill_value")))
+@rule("full.default", "full_like.default", "fill.Scalar", "fill.Tensor")
+def _full(evaluator: Evaluator, node: Node, index: Index, size: Any, number: Any, *_: Any) -> Value:
+    return evaluator.element(number, ())
 
 
-@rule("new_full")
-def _new_full(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return constant(fake(_operand(node, 2, "fill_value")))
+@rule("new_full.default")
+def _new_full(evaluator: Evaluator, node: Node, index: Index, source: Any, size: Any, number: Any, *_: Any) -> Value:
+    return constant(number)
 
 
-@rule("full_like")
-def _full_like(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return constant(fake(_operand(node, 1, "fill_value")))
-
-
-@rule("scalar_tensor", "tensor")
-def _scalar(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    if index:
-        raise NotUnderstood
-    return constant(fake(node.args[0]))
+@rule("scalar_tensor.default")
+def _scalar(evaluator: Evaluator, node: Node, index: Index, number: Any, *_: Any) -> Value:
+    return constant(number)
 
 
 # -- views and copies ---------------------------------------------------------------------------------------------------
 
 
-@rule("to", "_to_copy", "type", "type_as", "bool", "int", "long", "float", "half", "double", "bfloat16")
-def _cast(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return evaluator.element(node.args[0], index)  # the caller stores the result as the node's dtype
+@rule("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")
+@rule("contiguous.default", "clone.default", "detach.default", "alias.default", "lift_fresh.default", "lift_fresh_copy.default")
+def _same(evaluator: Evaluator, node: Node, index: Index, source: Any, *_: Any) -> Value:
+    return evaluator.element(source, index)  # the caller stores the result as the node's dtype
 
 
-@rule("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "cpu", "cuda")
-def _same(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return evaluator.element(node.args[0], index)
+@rule("expand.default", "expand_as.default", "broadcast_to.default")
+def _expand(evaluator: Evaluator, node: Node, index: Index, source: Any, *_: Any) -> Value:
+    return evaluator.element(source, broadcast(source, index))
 
 
-@rule("expand", "expand_as", "broadcast_to")
-def _expand(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return evaluator.element(node.args[0], _broadcast(node.args[0], index))
+@rule("copy.default")
+def _copy(evaluator: Evaluator, node: Node, index: Index, target: Any, source: Any, *_: Any) -> Value:
+    return evaluator.element(source, broadcast(source, index))
 
 
-@rule("unsqueeze")
-def _unsqueeze(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    dim = _dim(_operand(node, 1, "dim"), len(index))
-    return evaluator.element(node.args[0], index[:dim] + index[dim + 1 :])
+@rule("unsqueeze.default")
+def _unsqueeze(evaluator: Evaluator, node: Node, index: Index, source: Any, dim: Any) -> Value:
+    dim = dimension(dim, len(index))
+    return evaluator.element(source, index[:dim] + index[dim + 1 :])
 
 
-@rule("squeeze", "view", "reshape", "flatten")
-def _reshape(evaluator: Evaluator, node: Node, index: Index) -> Value:
+@rule("squeeze.default", "squeeze.dim", "squeeze.dims", "view.default", "_unsafe_view.default", "reshape.default")
+@rule("flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default")
+def _reshape(evaluator: Evaluator, node: Node, index: Index, source: Any, *_: Any) -> Value:
     """Reshapes that only add or remove dimensions of size one."""
-    source, target = _shape(node.args[0]), _shape(node)
-    if fake(node).dtype != fake(node.args[0]).dtype:  # `x.view(dtype)` reads the same bits as another type
-        raise NotUnderstood
-    kept = [i for extent, i in zip(target, index, strict=True) if not known(extent == 1)]
-    wide = [extent for extent in source if not known(extent == 1)]
-    wide_target = [extent for extent in target if not known(extent == 1)]
-    if len(wide) != len(kept) or not all(known(a == b) for a, b in zip(wide, wide_target, strict=True)):
+    before, after = shape_of(source), shape_of(node)
+    kept = [i for extent, i in zip(after, index, strict=True) if not known(extent == 1)]
+    wide = [extent for extent in before if not known(extent == 1)]
+    wide_after = [extent for extent in after if not known(extent == 1)]
+    if len(wide) != len(kept) or not all(known(a == b) for a, b in zip(wide, wide_after, strict=True)):
         raise NotUnderstood
     remaining = iter(kept)
-    inner = tuple(sympy.Integer(0) if known(extent == 1) else next(remaining) for extent in source)
-    return evaluator.element(node.args[0], inner)
+    inner = tuple(sympy.Integer(0) if known(extent == 1) else next(remaining) for extent in before)
+    return evaluator.element(source, inner)
 
 
-@rule("transpose")
-def _transpose(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    first, second = (_dim(argument(node, i, f"dim{i - 1}"), len(index)) for i in (1, 2))
-    swapped = list(index)
+@rule("transpose.int", "swapaxes.default", "swapdims.default")
+def _transpose(evaluator: Evaluator, node: Node, index: Index, source: Any, first: Any, second: Any) -> Value:
+    swapped, rank = list(index), len(index)
+    first, second = dimension(first, rank), dimension(second, rank)
     swapped[first], swapped[second] = swapped[second], swapped[first]
-    return evaluator.element(node.args[0], tuple(swapped))
+    return evaluator.element(source, tuple(swapped))
 
 
-@rule("t")
-def _t(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return evaluator.element(node.args[0], index[::-1])
+@rule("t.default", "numpy_T.default")
+def _t(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
+    return evaluator.element(source, index[::-1])
 
 
-@rule("permute")
-def _permute(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    dims: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    dims = node.kwargs.get("dims", dims)
+@rule("mT.default")
+def _m_t(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
+    return evaluator.element(source, (*index[:-2], index[-1], index[-2]))
+
+
+@rule("permute.default")
+def _permute(evaluator: Evaluator, node: Node, index: Index, source: Any, dims: Any) -> Value:
     inner: list[sympy.Expr] = [sympy.Integer(0)] * len(index)
     for position, dim in enumerate(dims):
-        inner[_dim(dim, len(index))] = index[position]
-    return evaluator.element(node.args[0], tuple(inner))
+        inner[dimension(dim, len(index))] = index[position]
+    return evaluator.element(source, tuple(inner))
 
 
-# -- logic and arithmetic -----------------------------------------------------------------------------------------------
+# -- logic --------------------------------------------------------------------------------------------------------------
 
 
-def _formulas(evaluator: Evaluator, node: Node, index: Index) -> list[Any]:
-    operands = (_operand(node, 0, "input", "self"), _operand(node, 1, "other"))
+def _formulas(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> list[Any]:
     if fake(node).dtype != torch.bool:
         raise NotUnderstood
-    return [evaluator.formula(operand, _broadcast(operand, index)) for operand in operands]
+    return [evaluator.formula(operand, broadcast(operand, index)) for operand in (left, right)]
 
 
-@rule("and")
-def _and(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return sympy.And(*_formulas(evaluator, node, index))
+def _logical(*names: str) -> tuple[str, ...]:
+    """The overloads of an operation on truth values: `logical_*` of anything, `bitwise_*` and Python's operators of bools."""
+    overloads = ("Tensor", "Scalar", "Scalar_Tensor")
+    return (f"logical_{names[0]}.default", *(f"{name}.{overload}" for name in names[1:] for overload in overloads))
 
 
-@rule("or")
-def _or(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return sympy.Or(*_formulas(evaluator, node, index))
+@rule(*_logical("and", "bitwise_and", "__and__", "__iand__"))
+def _and(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+    return sympy.And(*_formulas(evaluator, node, index, left, right))
 
 
-@rule("xor")
-def _xor(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    left, right = _formulas(evaluator, node, index)
-    return sympy.Or(sympy.And(left, sympy.Not(right)), sympy.And(sympy.Not(left), right))
+@rule(*_logical("or", "bitwise_or", "__or__", "__ior__"))
+def _or(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+    return sympy.Or(*_formulas(evaluator, node, index, left, right))
 
 
-@rule("not")
-def _not(evaluator: Evaluator, node: Node, index: Index) -> Value:
+@rule(*_logical("xor", "bitwise_xor", "__xor__", "__ixor__"))
+def _xor(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+    one, other = _formulas(evaluator, node, index, left, right)
+    return sympy.Or(sympy.And(one, sympy.Not(other)), sympy.And(sympy.Not(one), other))
+
+
+@rule("logical_not.default", "bitwise_not.default")
+def _not(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
     if fake(node).dtype != torch.bool:  # the bitwise complement of an integer
         raise NotUnderstood
-    return sympy.Not(evaluator.formula(node.args[0], index))
+    return sympy.Not(evaluator.formula(source, index))
 
 
-def _numbers(evaluator: Evaluator, node: Node, index: Index) -> list[Any]:
-    operands = (_operand(node, 0, "input", "self"), _operand(node, 1, "other"))
-    return [evaluator.number(operand, _broadcast(operand, index)) for operand in operands]
+# -- comparisons --------------------------------------------------------------------------------------------------------
 
 
-def _relation(name: str, *, swapped: bool = False) -> Rule:
+def _comparison(name: str, *, swapped: bool = False) -> Rule:
     """The rule of a comparison; `a >= b` is `b <= a`."""
 
-    def compare(evaluator: Evaluator, node: Node, index: Index) -> Value:
-        left, right = _numbers(evaluator, node, index)
-        if swapped:
-            left, right = right, left
-        return sympy.Or(*(sympy.And(c, d, _holds(evaluator, name, x, y)) for c, x in left for d, y in right))
+    def compare(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+        pairs = _compared(evaluator, index, left, right)
+        return sympy.Or(
+            *(sympy.And(condition, _holds(evaluator, name, *(pair[::-1] if swapped else pair))) for condition, pair in pairs)
+        )
 
     return compare
+
+
+def _compared(evaluator: Evaluator, index: Index, left: Any, right: Any) -> list[tuple[Any, tuple[Any, Any]]]:
+    """Both sides, case by case, in the dtype that they are compared in: a uint8 beside -1 is compared with 255."""
+    dtype = torch.result_type(_typed(left), _typed(right))
+    sides = [
+        [(condition, evaluator.held_by(number, dtype)) for condition, number in evaluator.number(side, broadcast(side, index))]
+        for side in (left, right)
+    ]
+    return [(sympy.And(c, d), (x, y)) for c, x in sides[0] for d, y in sides[1]]
+
+
+def _typed(side: Any) -> Any:
+    """A side of a comparison for `torch.result_type`, which takes no symbols."""
+    if isinstance(side, torch.SymInt):
+        return 1
+    if isinstance(side, (torch.SymFloat, torch.SymBool)):
+        raise NotUnderstood
+    return fake(side)
 
 
 def _holds(evaluator: Evaluator, name: str, left: sympy.Expr, right: sympy.Expr) -> Any:
@@ -230,74 +252,83 @@ def _holds(evaluator: Evaluator, name: str, left: sympy.Expr, right: sympy.Expr)
     return getattr(evaluator.atoms, name)(left, right)
 
 
-RULES["le"], RULES["ge"] = _relation("le"), _relation("le", swapped=True)
-RULES["lt"], RULES["gt"] = _relation("lt"), _relation("lt", swapped=True)
-RULES["eq"] = _relation("eq")
+def _negated(positive: Rule) -> Rule:
+    def compare(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+        return sympy.Not(positive(evaluator, node, index, left, right))
+
+    return compare
 
 
-@rule("ne")
-def _ne(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return sympy.Not(RULES["eq"](evaluator, node, index))
+_COMPARISONS: dict[tuple[str, str], Rule] = {
+    ("le", "less_equal"): _comparison("le"),
+    ("ge", "greater_equal"): _comparison("le", swapped=True),
+    ("lt", "less"): _comparison("lt"),
+    ("gt", "greater"): _comparison("lt", swapped=True),
+    ("eq", "eq"): _comparison("eq"),
+    ("ne", "not_equal"): _negated(_comparison("eq")),
+}
+for _names, _compare in _COMPARISONS.items():
+    rule(*(f"{_name}.{_overload}" for _name in _names for _overload in ("Tensor", "Scalar")))(_compare)
 
 
-def _require_plain(node: Node) -> None:
-    """`add(x, y, alpha=2)` and `div(x, y, rounding_mode=...)` are other operators."""
-    if set(node.kwargs) - {"input", "self", "other", "dtype"} or len(node.args) > 2:
+# -- arithmetic ---------------------------------------------------------------------------------------------------------
+
+
+def _numbers(evaluator: Evaluator, node: Node, index: Index, *operands: Any) -> list[Cases]:
+    """The operands of arithmetic: integers, or constants where floating-point numbers are computed with."""
+    cases = [evaluator.number(operand, broadcast(operand, index)) for operand in operands]
+    inexact = fake(node).dtype.is_floating_point or fake(node).dtype.is_complex
+    if inexact and not all(number.is_number for case in cases for _, number in case):
         raise NotUnderstood
+    return cases
 
 
-@rule("add")
-def _add(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    _require_plain(node)
-    if fake(node).dtype == torch.bool:
-        return sympy.Or(*_formulas(evaluator, node, index))
-    return combine(lambda a, b: a + b, *_numbers(evaluator, node, index))
+def _arithmetic(operation: Callable[[Any, Any], Any], of_truth: Any = None) -> Rule:
+    """The rule of `operation(left, right)`, which on truth values is `of_truth`, if that is allowed."""
+
+    def compute(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any, alpha: Any = 1) -> Value:
+        if isinstance(alpha, bool) or alpha != 1:
+            raise NotUnderstood
+        if fake(node).dtype == torch.bool:
+            if of_truth is None:
+                raise NotUnderstood
+            return of_truth(*_formulas(evaluator, node, index, left, right))
+        return combine(operation, *_numbers(evaluator, node, index, left, right))
+
+    return compute
 
 
-@rule("sub")
-def _sub(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    _require_plain(node)
-    return combine(lambda a, b: a - b, *_numbers(evaluator, node, index))
+rule("add.Tensor", "add.Scalar")(_arithmetic(lambda a, b: a + b, sympy.Or))
+rule("sub.Tensor", "sub.Scalar", "subtract.Tensor", "subtract.Scalar")(_arithmetic(lambda a, b: a - b))
+rule("rsub.Tensor", "rsub.Scalar")(_arithmetic(lambda a, b: b - a))
+rule("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar")(_arithmetic(lambda a, b: a * b, sympy.And))
 
 
-@rule("rsub")
-def _rsub(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    _require_plain(node)
-    return combine(lambda a, b: b - a, *_numbers(evaluator, node, index))
+@rule("neg.default", "negative.default")
+def _neg(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
+    return combine(lambda a: -a, *_numbers(evaluator, node, index, source))
 
 
-@rule("mul")
-def _mul(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    _require_plain(node)
-    if fake(node).dtype == torch.bool:
-        return sympy.And(*_formulas(evaluator, node, index))
-    return combine(lambda a, b: a * b, *_numbers(evaluator, node, index))
-
-
-@rule("neg")
-def _neg(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return combine(lambda a: -a, evaluator.number(node.args[0], index))
-
-
-@rule("floor_divide")
-def _floor_divide(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    left, right = _numbers(evaluator, node, index)
-    if not all(number.is_integer for _, number in left) or not all(number.is_Integer and number > 0 for _, number in right):
+@rule("floor_divide.default", "floor_divide.Scalar")
+def _floor_divide(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+    above, below = _numbers(evaluator, node, index, left, right)
+    if not all(number.is_integer for _, number in above) or not all(number.is_Integer and number > 0 for _, number in below):
         raise NotUnderstood
-    return combine(lambda a, b: sympy.floor(a / b), left, right)
+    return combine(lambda a, b: sympy.floor(a / b), above, below)
 
 
-@rule("div")
-def _div(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    if node.kwargs.get("rounding_mode") == "floor":
-        return _floor_divide(evaluator, node, index)
-    raise NotUnderstood
+@rule("div.Tensor_mode", "div.Scalar_mode", "divide.Tensor_mode", "divide.Scalar_mode")
+def _div(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any, rounding_mode: Any) -> Value:
+    if rounding_mode != "floor":
+        raise NotUnderstood
+    return _floor_divide(evaluator, node, index, left, right)
 
 
 # -- selection ----------------------------------------------------------------------------------------------------------
 
 
-def _choose(evaluator: Evaluator, node: Node, condition: Any, chosen: Value, other: Value) -> Value:
+def choose(evaluator: Evaluator, node: Node, condition: Any, chosen: Value, other: Value) -> Value:
+    """One value where a condition holds, another one elsewhere."""
     if fake(node).dtype == torch.bool:
         chosen, other = evaluator.truth(chosen), evaluator.truth(other)
         return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
@@ -310,52 +341,46 @@ def _choose(evaluator: Evaluator, node: Node, condition: Any, chosen: Value, oth
     return [(case, number) for number, case in merged.items()]
 
 
-@rule("where")
-def _where(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    condition, chosen, other = (
-        _operand(node, i, *names) for i, names in enumerate((("condition",), ("input", "self"), ("other",)))
-    )
-    test = evaluator.formula(condition, _broadcast(condition, index))
-    values = [evaluator.element(operand, _broadcast(operand, index)) for operand in (chosen, other)]
-    return _choose(evaluator, node, test, *values)
+@rule("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
+def _where(evaluator: Evaluator, node: Node, index: Index, condition: Any, chosen: Any, other: Any) -> Value:
+    test = evaluator.formula(condition, broadcast(condition, index))
+    values = [evaluator.element(operand, broadcast(operand, index)) for operand in (chosen, other)]
+    return choose(evaluator, node, test, *values)
 
 
-@rule("masked_fill")
-def _masked_fill(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    tensor, mask, fill = _operand(node, 0, "input", "self"), _operand(node, 1, "mask"), _operand(node, 2, "value")
-    test = evaluator.formula(mask, _broadcast(mask, index))
-    kept = evaluator.element(tensor, _broadcast(tensor, index))
-    return _choose(evaluator, node, test, evaluator.element(fill, ()), kept)
+@rule("masked_fill.Scalar", "masked_fill.Tensor")
+def _masked_fill(evaluator: Evaluator, node: Node, index: Index, source: Any, mask: Any, fill: Any) -> Value:
+    test = evaluator.formula(mask, broadcast(mask, index))
+    kept = evaluator.element(source, broadcast(source, index))
+    return choose(evaluator, node, test, evaluator.element(fill, ()), kept)
 
 
-def _triangle(evaluator: Evaluator, node: Node, index: Index, lower: bool) -> Value:
-    if len(index) < 2:
-        raise NotUnderstood
-    diagonal = _expr(argument(node, 1, "diagonal", 0))
-    row, column = index[-2], index[-1]
-    inside = evaluator.atoms.le(column, row + diagonal) if lower else evaluator.atoms.le(row + diagonal, column)
-    return _choose(evaluator, node, inside, evaluator.element(_operand(node, 0, "input", "self"), index), constant(0))
+def _triangle(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any, lower: bool) -> Value:
+    row, column, offset = index[-2], index[-1], integer(diagonal)
+    inside = evaluator.atoms.le(column, row + offset) if lower else evaluator.atoms.le(row + offset, column)
+    return choose(evaluator, node, inside, evaluator.element(source, index), constant(0))
 
 
-@rule("tril")
-def _tril(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return _triangle(evaluator, node, index, lower=True)
+@rule("tril.default")
+def _tril(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any) -> Value:
+    return _triangle(evaluator, node, index, source, diagonal, lower=True)
 
 
-@rule("triu")
-def _triu(evaluator: Evaluator, node: Node, index: Index) -> Value:
-    return _triangle(evaluator, node, index, lower=False)
+@rule("triu.default")
+def _triu(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any) -> Value:
+    return _triangle(evaluator, node, index, source, diagonal, lower=False)
 
 
 # -- scans --------------------------------------------------------------------------------------------------------------
 
 
-@rule("diff")
-def _diff(evaluator: Evaluator, node: Node, index: Index) -> Value:
+@rule("diff.default")
+def _diff(
+    evaluator: Evaluator, node: Node, index: Index, source: Any, n: Any, dim: Any, prepend: Any = None, append: Any = None
+) -> Value:
     """`diff(x, prepend=p)[i]`: x[i] - x[i-1] behind the first element, x[0] - p there; one value if both agree."""
-    source, prepend = node.args[0], argument(node, 3, "prepend")
-    dim = _dim(argument(node, 2, "dim", -1), len(index))
-    if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None:
+    dim = dimension(dim, len(index))
+    if n != 1 or append is not None or fake(node).dtype == torch.bool:
         raise NotUnderstood
     i = index[dim]
 
@@ -373,11 +398,13 @@ def _diff(evaluator: Evaluator, node: Node, index: Index) -> Value:
     return [(sympy.true, later)]
 
 
-@rule("cumsum")
-def _cumsum(evaluator: Evaluator, node: Node, index: Index) -> Value:
+@rule("cumsum.default")
+def _cumsum(evaluator: Evaluator, node: Node, index: Index, source: Any, dim: Any, *_: Any) -> Value:
     """The running sum of a constant."""
-    dim = _dim(_operand(node, 1, "dim"), len(index))
-    cases = evaluator.number(node.args[0], index)
+    dim = dimension(dim, len(index))
+    cases = evaluator.number(source, index)
     if len(cases) != 1 or not cases[0][1].is_Integer:
         raise NotUnderstood
     return [(sympy.true, cases[0][1] * (index[dim] + 1))]
+
+

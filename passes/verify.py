@@ -25,9 +25,10 @@ class Verify(Pass):
             if plan.meaning is None or plan.meaning.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
                 raise RewriteError(f"{plan.site.layer!r} was rewritten, but its mask is {plan.meaning}")
             kept = plan.site.form == "sdpa" and not plan.site.masks and plan.decision is Decision.CAUSAL
-            if not kept and plan.site.node in nodes:
-                raise RewriteError(f"{plan.site.layer!r} was rewritten, but {plan.site.node.name!r} is still in the graph")
-        readers = {reader for plan in changed for term in plan.site.masks for reader in term.mask.users if reader in nodes}
+            if not kept and plan.site.node in nodes and plan.site.node.users:
+                raise RewriteError(f"{plan.site.layer!r} was rewritten, but {plan.site.node.name!r} is still read")
+        masks = {plan.site.aten.holder(term.mask) for plan in changed for term in plan.site.masks}
+        readers = {reader for mask in masks if mask is not None for reader in mask.users if reader in nodes}
         for reader in readers:
             if "tsa" in str(reader.target):
                 raise RewriteError(f"{reader.name!r} reads a mask that was proven away")

@@ -3,6 +3,7 @@
     FindSites           every attention call, in normal form                    passes/sites.py, eager.py
     InferMasks          what each mask means                                    passes/masks.py
     PlanSites           sparse, dense without a mask, or untouched, and why     passes/plan.py
+    EmitPadding         which tokens are valid, once for all calls that share it passes/padding.py
     RewriteSparse       score, budget, select, compress, attend, decompress     passes/rewrite.py
     CanonicalizeDense   is_causal, or causal and padding; no repeated heads     passes/canonicalize.py
     FuseSparse          the steps of a site as one op (compiled graphs only)    passes/fuse.py
@@ -27,6 +28,7 @@ from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.fuse import FuseSparse
 from tsa_compile.passes.graph import fake
+from tsa_compile.passes.padding import EmitPadding
 from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.verify import Verify
@@ -39,6 +41,7 @@ PASSES: tuple[type[Pass], ...] = (
     FindSites,
     InferMasks,
     PlanSites,
+    EmitPadding,
     RewriteSparse,
     CanonicalizeDense,
     RemoveDeadMasks,

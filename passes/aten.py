@@ -1,0 +1,493 @@
+"""The functional ATen form of a graph: what every reader reads, however the model spelled it.
+
+    before   m = x.where(c, y); F.relu(m, True); o = F.scaled_dot_product_attention(q, k, v, m)      the graph as traced
+    after    where = aten.where.self(c, x, y); relu = aten.relu_.default(where)                      beside it, read only
+             o = aten.scaled_dot_product_attention.default(q, k, v, relu)
+
+The graph is run once on its fake values, and every operator that it reaches is recorded before autograd, autocast and
+decompositions: which overload it is, with all its arguments. A function is what it does, not what its name says; methods,
+operators of Python, numpy's functions and functions of the user all become the operators behind them.
+
+Each recorded node is one value and never changes. The operator's schema says what it writes: a tensor that was written to
+has another node from there on, and so has everything that shares its memory. What cannot be recorded (a higher-order
+operator, a node that fails) is an unknown value, and is taken to write to all of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tsa_compile.passes import operators
+from tsa_compile.passes.graph import fake, fake_mode, known, same_shape
+
+SMALL = 16  # elements of a constant whose numbers are kept
+
+
+def unknown(*inputs: Any) -> Any:
+    """The target of recorded nodes whose value is not known to be any operator's."""
+    raise AssertionError("recorded nodes are read, not run")
+
+
+class AtenGraph:
+    """The recorded operators of a graph, and where their values can be found in it.
+
+    Attributes:
+        calls: one node a value. `meta["val"]` is its fake value, `meta["origin"]` the graph's node that was running,
+            `meta["inside"]` the higher-order operator whose body it is in, `meta["constant"]` a small constant's numbers.
+        values: what each node of the graph was when it had run: recorded nodes in place of tensors.
+    """
+
+    def __init__(self) -> None:
+        self.calls = Graph()
+        self.values: dict[Node, Any] = {}
+        self.order: dict[Node, int] = {}
+        self._holders: dict[Node, list[tuple[Node, int]]] = {}  # which node, and since when
+        self._pieces: dict[Node, int] = {}
+        self.memory = _Memory()
+        self._impure: set[Node] = set()
+        self._scalars: dict[Any, Node] = {}
+        self._ran: dict[Node, set[Any]] = {}
+        self.problems: dict[Node, str] = {}
+
+    def source(self, value: Any, at: Node) -> Any:
+        """The graph's node that still holds a recorded value just before `at` runs; None if there is none.
+
+        A Python number is its own source; a symbolic one is found by its expression.
+        """
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            return self._scalars.get(str(value.node.expr))
+        if not isinstance(value, Node):
+            return value
+        found = (node for node, since in self._holders.get(value, ()) if self._holds(node, since, self.order[at]))
+        return next(found, None)
+
+    def holder(self, value: Node) -> Node | None:
+        """The first of the graph's nodes that held a recorded value."""
+        return next((node for node, _ in self._holders.get(value, ())), None)
+
+    def _holds(self, node: Node, since: int, until: int) -> bool:
+        writes = self.memory.writes.get(self._pieces[node], ())
+        return since < until and not any(since < write < until for write in writes)
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether a node of the graph may go where nobody reads it. Nodes that passes insert are pure."""
+        return node.op in ("call_function", "call_method") and node not in self._impure
+
+    def runs(self, node: Node, *targets: OpOverload) -> bool:
+        """Whether a node of the graph ran one of these operators."""
+        return not self._ran.get(node, set()).isdisjoint(targets)
+
+
+def record(graph_module: GraphModule) -> AtenGraph:
+    """Runs a graph on its fake values and records its operators; never raises for what a node does."""
+    recording = _Recording(graph_module)
+    recording.run(graph_module)
+    return recording.result
+
+
+class _Mode(SchemaCheckMode):
+    """Sees every operator in front of autograd and decompositions: torch admits only its own kinds of mode there."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.__dict__["_dispatch_key"] = torch._C.DispatchKey.PreDispatch  # type: ignore[attr-defined]
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.recording.call(func, args, kwargs or {})
+
+
+class _Memory:
+    """Which tensors share memory, and when each piece was written to."""
+
+    def __init__(self) -> None:
+        self._shared: dict[int, set[int]] = {}
+        self.writes: dict[int, list[int]] = {}
+
+    def piece(self, tensor: Tensor) -> int:
+        try:
+            return tensor.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):  # a sparse tensor, or a wrapper of functorch
+            return id(tensor)
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """From now on these may share memory."""
+        together: set[int] = set()
+        for tensor in tensors:
+            piece = self.piece(tensor)
+            together |= self._shared.get(piece, {piece})
+        self._shared.update(dict.fromkeys(together, together))
+
+    def write(self, tensor: Tensor, tick: int) -> None:
+        piece = self.piece(tensor)
+        for touched in self._shared.get(piece, {piece}):
+            self.writes.setdefault(touched, []).append(tick)
+
+    def version(self, tensor: Tensor) -> int:
+        """How often a tensor's memory was written to."""
+        return len(self.writes.get(self.piece(tensor), ()))
+
+
+class _Recording:
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.result = AtenGraph()
+        self.mode = fake_mode(graph_module.graph)
+        self.memory = self.result.memory
+        self.known: dict[int, tuple[Tensor, Node, int]] = {}  # the tensor stays alive, so that its id stays its own
+        self.placed: dict[int, list[int]] = {}  # the known tensors in each piece of memory
+        self.numbered: dict[Any, Node] = {}
+        self.origin: Node | None = None
+        self.inside: str | None = None
+        self.tick = 0
+        self.named: dict[int, Node] = {}  # the graph's node whose value a tensor is
+        self.paused = False
+        self.env: dict[Node, Any] = {}
+
+    def run(self, graph_module: GraphModule) -> None:
+        with _quiet(self.mode), _Mode(self):
+            self._run_graph(graph_module)
+
+    def _run_graph(self, graph_module: GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            if self.inside is None:
+                self.tick += 1
+                self.origin = node
+                self.result.order[node] = self.tick
+            if node.op == "output":
+                self._node(unknown, (map_arg(node.args[0], lambda read: self._to_values(self.env[read])),), None)
+                continue
+            self.env[node] = self._value(graph_module, node)
+            if self.inside is None:
+                self._settle(node)
+
+    def _value(self, graph_module: GraphModule, node: Node) -> Any:
+        wanted = fake(node)
+        if node.op == "placeholder":
+            return tree_map(lambda leaf: self._input(node, leaf), wanted)
+        if node.op == "get_attr":
+            return self._attribute(graph_module, node)
+        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+            return self._body(graph_module, node, wanted)
+        args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+        try:
+            made = _call(node, args, kwargs)
+        except Exception as error:
+            self.result.problems[node] = f"{type(error).__name__}: {error}"
+            return self._unknown(node, wanted)
+        return self._agreed(node, made, wanted)
+
+    def _input(self, node: Node, value: Any) -> Any:
+        """A tensor of its own over the same memory: the graph may change its shape in place, the trace's must stay."""
+        if not isinstance(value, Tensor):
+            return value
+        if _is_plain(value):
+            with self._pause():
+                value = value.detach()
+        self._keep(value, self._node(unknown, (), value))
+        return value
+
+    def _attribute(self, graph_module: GraphModule, node: Node) -> Any:
+        value: Any = graph_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            return value
+        made = value
+        if not isinstance(value, FakeTensor) and self.mode is not None:
+            with self._pause():
+                made = self.mode.from_tensor(value, static_shapes=True)
+        leaf = self._node(unknown, (), made)
+        _note_constant(leaf, value)
+        self._keep(made, leaf)
+        return made
+
+    def _agreed(self, node: Node, made: Any, wanted: Any) -> Any:
+        """What a node made, if it is what the trace has: numbers are taken from the trace, which names their symbols."""
+        if wanted is None:
+            return made
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(wanted)):
+            return wanted
+        ours, theirs = tree_leaves(made), tree_leaves(wanted)
+        if len(ours) == len(theirs) and all(map(_alike, ours, theirs)):
+            return made
+        self.result.problems[node] = "its value is another one than the trace has"
+        return self._unknown(node, wanted)
+
+    def _unknown(self, node: Node, wanted: Any, writes: bool = True) -> Any:
+        """A node that may have done anything with its inputs: its outputs are new values that may share their memory."""
+        read = _tensors(map_arg((node.args, node.kwargs), self.env.__getitem__))
+        inputs = tuple(self.node_of(tensor) for tensor in read)
+        for tensor in read if writes else ():
+            self._write(tensor)
+        self.result._impure.add(node)
+        with self._pause():
+            values = tree_map(lambda leaf: leaf.detach() if _is_plain(leaf) else leaf, wanted)
+        target = node.target if isinstance(node.target, HigherOrderOperator) else unknown
+        call = self._node(target, inputs, values)
+        made = _tensors(values)
+        for tensor in made:
+            self._keep(tensor, call if isinstance(values, Tensor) else self._node(unknown, (call,), tensor))
+        self.memory.share([*made, *read])
+        return values
+
+    def _body(self, graph_module: GraphModule, node: Node, wanted: Any) -> Any:
+        """A higher-order operator: its bodies are recorded for the attention in them, its value is unknown.
+
+        It writes to its inputs if a body writes to anything, or if there is no body to tell.
+        """
+        outside, self.inside = self.inside, getattr(node.target, "__name__", str(node.target))
+        before = self.tick
+        bodies = [body for source in node.all_input_nodes if isinstance(body := self.env.get(source), GraphModule)]
+        for body in bodies:
+            self._run_graph(body)
+        self.inside = outside
+        return self._unknown(node, wanted, writes=self.tick > before or not bodies)
+
+    def _settle(self, node: Node) -> None:
+        """Notes what a node of the graph holds now that it has run."""
+        result, value = self.result, self.env[node]
+        result.values[node] = self._to_values(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            result._scalars.setdefault(str(value.node.expr), node)
+        elif isinstance(value, Tensor):
+            recorded = result.values[node]
+            if recorded not in result._holders and not recorded.meta["named"]:
+                recorded.meta["named"] = True
+                recorded._rename(node.name)
+            self.named.setdefault(id(value), node)
+            self._hold(recorded, node, value, self.tick + 1)
+            self.tick += 1
+        elif value is None or (not _tensors(value) and not _is_arithmetic(node)):
+            result._impure.add(node)  # it has no value that says what it is for
+
+    # -- operators ------------------------------------------------------------------------------------------------------
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Records one operator and runs it."""
+        if self.paused:
+            return func(*args, **kwargs)
+        written = list(operators.written(func, args, kwargs))
+        if operators.changes_nothing(func):
+            return func(*args, **kwargs)
+        if _is_wrapped(args, kwargs):
+            return self._call_wrapped(func, args, kwargs, written)
+        if not isinstance(func, OpOverload) or written or not operators.is_pure(func, args, kwargs):
+            self._mark_impure()
+        inputs, options = self._to_values(args), self._to_values(kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            self._freeze_shapes(written)
+        result = func(*args, **kwargs)
+        for tensor in written:
+            self._write(tensor)
+        self._keep_results(func, inputs, options, result, {id(tensor) for tensor in (*_tensors((args, kwargs)),)}, written)
+        return result
+
+    def _call_wrapped(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
+        """Under torch.vmap a tensor is not what it looks like: attention is noted, writes are, values are not."""
+        if operators.is_attention(func):
+            self._node(func, (), None).meta["inside"] = "vmap"
+        for tensor in written:
+            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                tensor = torch._C._functorch.get_unwrapped(tensor)
+            self._write(tensor)
+        self._mark_impure()
+        return func(*args, **kwargs)
+
+    def _keep_results(
+        self, func: Any, args: Any, kwargs: Any, result: Any, given: set[int], written: list[Tensor]
+    ) -> None:
+        if not written and isinstance(result, Tensor) and id(result) in given:
+            return  # the input itself, as dropout in evaluation and casts to the same type return it
+        call = self._numbered(func, args, kwargs, result) if not written else self._node(func, args, result, kwargs)
+        if isinstance(result, Tensor):
+            in_place = any(result is tensor for tensor in written) and torch.Tag.inplace_view not in func.tags
+            if in_place or id(result) not in given:
+                self._keep(result, call)
+            return
+        for position, tensor in enumerate(result if isinstance(result, (tuple, list)) else ()):
+            if isinstance(tensor, Tensor) and id(tensor) not in given:
+                self._keep(tensor, self._node(operators.ITEM, (call, position), tensor))
+
+    def _numbered(self, func: Any, args: Any, kwargs: Any, result: Any) -> Node:
+        """The node of this value: two calls of one operator on the same values are one value, if nothing is drawn."""
+        if not operators.is_repeatable(func):
+            return self._node(func, args, result, kwargs)
+        key = _key((func, args, kwargs))
+        try:
+            known = self.numbered.get(key)
+        except TypeError:
+            return self._node(func, args, result, kwargs)
+        if known is None:
+            known = self.numbered[key] = self._node(func, args, result, kwargs)
+        return known
+
+    def _node(self, target: Any, args: Any, value: Any, kwargs: Any = None) -> Node:
+        graph = self.result.calls
+        node = graph.create_node("call_function", target, name=f"value_{len(graph.nodes)}")
+        node.args, node.kwargs = tuple(args), dict(kwargs or {})  # with symbols as they are, which `create_node` warns of
+        node.meta = {"val": value, "origin": self.origin, "inside": self.inside, "named": False}
+        if self.origin is not None:
+            self.result._ran.setdefault(self.origin, set()).add(target)
+        return node
+
+    def _to_values(self, tree: Any) -> Any:
+        """The same arguments with recorded nodes in place of tensors."""
+        return map_aggregate(tree, lambda leaf: self.node_of(leaf) if isinstance(leaf, Tensor) else leaf)
+
+    def node_of(self, tensor: Tensor) -> Node:
+        """The value of a tensor at this moment."""
+        held = self.known.get(id(tensor)) or self._same_place(tensor)
+        if held is not None and held[2] == self.memory.version(tensor):
+            return held[1]
+        leaf = self._node(unknown, () if held is None else (held[1],), tensor)  # made elsewhere, or written to since
+        if held is None:
+            _note_constant(leaf, tensor)
+        self._keep(tensor, leaf)
+        return leaf
+
+    def _same_place(self, tensor: Tensor) -> tuple[Tensor, Node, int] | None:
+        """A known tensor that lies in memory as this one does: factories return another one than they have made."""
+        found = (self.known[key] for key in reversed(self.placed.get(self.memory.piece(tensor), ())))
+        return next((known for known in found if _is_laid_out_like(known[0], tensor)), None)
+
+    def _keep(self, tensor: Tensor, node: Node) -> None:
+        if id(tensor) not in self.known:
+            self.placed.setdefault(self.memory.piece(tensor), []).append(id(tensor))
+        self.known[id(tensor)] = (tensor, node, self.memory.version(tensor))
+        if id(tensor) in self.named:  # one of the graph's nodes has held this value since the last write
+            writes = self.memory.writes.get(self.memory.piece(tensor), [0])
+            self._hold(node, self.named[id(tensor)], tensor, writes[-1])
+
+    def _hold(self, value: Node, node: Node, tensor: Tensor, since: int) -> None:
+        self.result._holders.setdefault(value, []).append((node, since))
+        self.result._pieces[node] = self.memory.piece(tensor)
+
+    def _write(self, tensor: Tensor) -> None:
+        self.tick += 1
+        self.memory.write(tensor, self.tick)
+        self._mark_impure()
+
+    def _mark_impure(self) -> None:
+        if self.origin is not None:
+            self.result._impure.add(self.origin)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Without recording."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def _freeze_shapes(self, tensors: list[Tensor]) -> None:
+        """In front of an operator that changes a tensor's shape in place: its earlier values keep theirs."""
+        for tensor in tensors:
+            frozen = tensor.detach()
+            for node in self.result.calls.nodes:
+                if node.meta["val"] is tensor:
+                    node.meta["val"] = frozen
+
+
+def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.target is torch.tensor and len(args) == 1 and type(args[0]) in (bool, int, float):
+        return operators.full_like_number(args[0], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def _quiet(mode: Any) -> Iterator[None]:
+    """On fake values, without gradients, without guards or symbols that the trace does not have, and undone at the end."""
+    shapes = getattr(mode, "shape_env", None)
+    depth = _functorch_depth()
+    with ExitStack() as stack:
+        stack.enter_context(mode or nullcontext())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(enable_python_dispatcher())
+        if shapes is not None:
+            stack.enter_context(shapes.suppress_guards())
+            stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
+        try:
+            yield
+        finally:
+            while _functorch_depth() > depth:  # a node inside torch.vmap failed
+                torch._C._functorch.pop_dynamic_layer_stack()
+
+
+def _functorch_depth() -> int:
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return 0 if interpreter is None else interpreter.level()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (Tensor, FakeTensor) and value.layout is torch.strided and not value.is_nested
+
+
+def _is_laid_out_like(one: Tensor, other: Tensor) -> bool:
+    if not (_is_plain(one) and _is_plain(other)) or one.dtype != other.dtype or not same_shape(one, other):
+        return False
+    strides = all(known(a == b) for a, b in zip(one.stride(), other.stride(), strict=True))
+    return strides and known(one.storage_offset() == other.storage_offset()) and one.is_conj() == other.is_conj()
+
+
+def _is_wrapped(*trees: Any) -> bool:
+    """Whether an argument is one of functorch's wrappers, in which a dimension of torch.vmap is hidden."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return _functorch_depth() > 0 and any(wrapped(tensor) for tensor in _tensors(trees))
+
+
+def _is_arithmetic(node: Node) -> bool:
+    """A number computed from sizes: Python's operators and methods such as `size`."""
+    if node.op == "call_method":
+        return True
+    module = getattr(node.target, "__module__", "")
+    return bool(node.all_input_nodes) and module in ("_operator", "builtins", "math", "torch", "torch._ops", "torch.ops")
+
+
+def _alike(made: Any, wanted: Any) -> bool:
+    if not isinstance(wanted, Tensor):
+        return not isinstance(made, Tensor)
+    return isinstance(made, Tensor) and made.dtype == wanted.dtype and same_shape(made, wanted)
+
+
+def _note_constant(node: Node, tensor: Tensor) -> None:
+    """Keeps the numbers of a small constant, which are the same at every run."""
+    if isinstance(tensor, FakeTensor):
+        tensor = tensor.constant  # type: ignore[assignment]  # what torch.tensor(...) was made of
+    if type(tensor) is Tensor and tensor.numel() <= SMALL and tensor.device.type == "cpu":
+        with torch._C._DisableTorchDispatch():
+            node.meta["constant"] = tensor.detach().clone()
+
+
+def _key(tree: Any) -> Any:
+    """Arguments as a dictionary's key: 1, 1.0 and True are different, and a symbol is what its expression is."""
+    if isinstance(tree, (tuple, list)):
+        return tuple(_key(leaf) for leaf in tree)
+    if isinstance(tree, dict):
+        return tuple((name, _key(leaf)) for name, leaf in sorted(tree.items()))
+    if isinstance(tree, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return type(tree), str(tree.node.expr)
+    return type(tree), str(tree) if isinstance(tree, float) else tree
+
+
+def users(node: Node) -> Iterable[Node]:
+    """The recorded nodes that read a value, without those that only check its dtype, device and layout."""
+    return [user for user in node.users if user.target is not torch.ops.aten._assert_tensor_metadata.default]
