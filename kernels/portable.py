@@ -67,22 +67,27 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
         candidates = rank[:, -1:] - row_count
         rows = _positions_by_slot(padding, rank - 1 - candidates, window)
         alive = torch.arange(window, device=query.device) < row_count
-    total = _window_sum(query.to(wide), key.to(wide), valid, rows, alive, scale)
-    raw = total / _at_least(row_count, 1)[:, None].to(wide)
-    pooled = _pool_candidates(raw, padding, rank, candidates, pool)
+    total, faulty = _window_sum(query.to(wide), key.to(wide), valid, rows, alive, scale)
+    raw = torch.where(faulty, 0.0, total / _at_least(row_count, 1)[:, None].to(wide))
+    pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
     if valid is not None:
         scores = torch.where(valid[:, None], scores, -math.inf)
     return scores.to(torch.float32).contiguous()
 
 
-def _window_sum(query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, alive: Tensor, scale: float) -> Tensor:
-    """Weights [B, H, L], summed over those rows [B or 1, W] of the window that are alive."""
+def _window_sum(
+    query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, alive: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, L], summed over those rows [B or 1, W] of the window that are alive and not NaN.
+
+    And whether a row has a logit there, bool [B, H, L], that is NaN or +inf.
+    """
     batch, heads, seq_len, dim = query.shape
     group = heads // key.shape[1]
     positions = torch.arange(seq_len, device=query.device)
     transposed_key = key.transpose(2, 3)
-    parts = []
+    parts, logit_sums = [], []
     for first in range(0, rows.shape[1], _CHUNK):
         chunk, chunk_alive = rows[:, first : first + _CHUNK], alive[:, first : first + _CHUNK]
         count = chunk.shape[1]
@@ -92,9 +97,13 @@ def _window_sum(query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, 
         allowed = positions <= chunk[:, :, None]
         if valid is not None:
             allowed = allowed & valid[:, None, :]
-        weights = torch.where(allowed[:, None], logits, -math.inf).softmax(dim=-1)
-        parts.append(torch.where(chunk_alive[:, None, :, None], weights, 0.0).sum(dim=2))
-    return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+        logits = torch.where(allowed[:, None], logits, -math.inf)
+        weights = logits.softmax(dim=-1)
+        sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
+        parts.append(torch.where(chunk_alive[:, None, :, None] & sound, weights, 0.0).sum(dim=2))
+        logit_sums.append(logits.sum(dim=2))  # NaN or +inf if one of them is; a maximum passes NaN over in some runtimes
+    total, logit_sum = (torch.stack(p).sum(dim=0) if len(p) > 1 else p[0] for p in (parts, logit_sums))
+    return total, ~(logit_sum < math.inf)
 
 
 def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidates: Tensor, pool: int) -> Tensor:

@@ -34,8 +34,10 @@ def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
 def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
 
-    +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the finite entries
+    +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the other entries
     are the candidates. So the best tokens of a row can be found without its padding mask and without the window.
+
+    A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, which are why, and 0 to the others.
     """
     batch, heads, seq_len, _ = query.shape
     group = heads // key.shape[1]
@@ -48,6 +50,7 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
             logits = scale * query[b, h, rows] @ key[b, h // group, valid].T
             future = valid[None, :] > rows[:, None]
             weights = logits.masked_fill(future.to(logits.device), -math.inf).softmax(dim=-1)
+            weights[weights.isnan() & (logits < math.inf)] = 0.0
             scores[b, h, rows] = math.inf
             if len(candidates) > 0:
                 scores[b, h, candidates] = _average_pool(weights[:, : len(candidates)].mean(dim=0), pool)
@@ -55,13 +58,14 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
 
 
 def _average_pool(row: Tensor, pool: int) -> Tensor:
-    """Stride 1, zero padding pool // 2, the divisor always `pool`: [n] -> [n]."""
-    padded = torch.nn.functional.pad(row, (pool // 2, pool // 2))
-    return torch.stack([padded[i : i + len(row)] for i in range(pool)]).sum(dim=0) / pool
+    """Stride 1, zero padding pool // 2, the divisor always `pool`: [n] -> [n]. NaN is 0 to its neighbours, and stays NaN."""
+    padded = torch.nn.functional.pad(row.nan_to_num(0.0), (pool // 2, pool // 2))
+    pooled = torch.stack([padded[i : i + len(row)] for i in range(pool)]).sum(dim=0) / pool
+    return pooled.masked_fill(row.isnan(), math.nan)
 
 
 def group_scores(scores: Tensor, kv_heads: int) -> Tensor:
-    """Granularity "group": the mean over the heads of a group, [B,H,L] -> [B,G,L]; infinities stay infinite."""
+    """Granularity "group": the mean over the heads of a group, [B,H,L] -> [B,G,L]; infinities and NaN stay."""
     return scores.unflatten(1, (kv_heads, -1)).mean(dim=2)
 
 

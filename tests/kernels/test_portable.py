@@ -11,6 +11,8 @@ from tsa_compile.kernels import portable, reference
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.select import select_aten
 
+from .test_score import FAULTS, damaged
+
 
 def make_scores(kind, batch=2, heads=3, seq_len=151, window=5):
     """What tsa::score hands over: candidates, +inf in the window, -inf where padded."""
@@ -100,6 +102,17 @@ def test_score(padding, seq_len, window):
     padding = paddings(2, seq_len)[padding]
     got = portable.score(query, key, padding, 0.25, window, 7)
     torch.testing.assert_close(got, reference.score(query, key, padding, 0.25, window, 7), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("window", [8, 40])
+def test_score_with_faulty_numbers(padding, fault, window):
+    query, key = damaged(fault, *make(2, 2, 2, 61)[:2], window=8)
+    padding = paddings(2, 61)[padding]
+    want = reference.score(query, key, padding, 0.25, window, 7)
+    got = portable.score(query, key, padding, 0.25, window, 7)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])
