@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.config import KeepRatio
+from tsa_compile.kernels.select import NAN_SCORE
 
 _SMALLEST_NORMAL = 2.0**-126
 _DOUBLINGS = (64, 64, 64, 32, 16, 8, 4, 2, 1)  # any exponent from 0 to 255 is a sum of them, taken greedily
@@ -124,7 +125,7 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """`tsa::budget`: float32 [B,Hs,L] -> int32 [B]. Masses are float32: a coverage may count one token differently."""
     first = scores[:, 0]
-    is_candidate = (first > -math.inf) & (first < math.inf)
+    is_candidate = first.abs() != math.inf
     candidates = is_candidate.sum(dim=1)
     keep = candidates
     if keep_ratio is not None:
@@ -138,7 +139,10 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 
 
 def _dropped(mass: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
-    """How many of the lightest candidates carry `coverage` of the mass [B, L] together, 0 if the first carries it."""
+    """How many of the lightest candidates carry `coverage` of the mass [B, L] together, 0 if the first carries it.
+
+    0 also if there is no mass, or NaN.
+    """
     target = mass.sum(dim=1, keepdim=True) * coverage
 
     def lighter(value: Tensor) -> Tensor:
@@ -156,6 +160,7 @@ def _dropped(mass: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
 
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """`tsa::select`: float32 [B,Hs,L], none of it negative and finite, int32 [B] or None -> int32 [B,Hs,C]."""
+    scores = torch.where(scores.isnan(), NAN_SCORE, scores)
     batch, heads, seq_len = scores.shape
     most = torch.sym_min(capacity, seq_len)
     kept = torch.full((batch,), most, dtype=torch.int32, device=scores.device)

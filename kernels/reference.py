@@ -74,17 +74,18 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 
     Coverage drops the least-attended candidates whose joint mass (mean over heads, normalised) just reaches `coverage`;
     a keep ratio keeps ceil(keep_ratio * candidates). Exactly one of the two is given. At least `min_tokens` candidates
-    are kept.
+    are kept. An item with a NaN among its candidates' scores keeps everything instead of covering a share of nothing.
     """
     counts = []
     for item in scores:
-        candidates, window = int(item[0].isfinite().sum()), int(item[0].isposinf().sum())
+        is_candidate, window = ~item[0].isinf(), int(item[0].isposinf().sum())
+        candidates = int(is_candidate.sum())
         if keep_ratio is not None:
             keep = max(min_tokens, math.ceil(Fraction(str(keep_ratio)) * candidates))
-        elif coverage == 0 or candidates <= min_tokens:
+        elif coverage == 0 or candidates <= min_tokens or item.isnan().any():
             keep = candidates
         else:
-            mass = item[:, item[0].isfinite()].double().mean(dim=0)
+            mass = item[:, is_candidate].double().mean(dim=0)
             cumulated = (mass / mass.sum()).sort().values.cumsum(dim=0)
             drop = int((cumulated < coverage).sum())
             # With the token that crosses the line the dropped set is the smallest whose mass reaches coverage.
@@ -96,14 +97,14 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """The `count` best tokens of each row in ascending order, int32 [B,Hs,C]; of equal scores the lower position wins.
 
-    Slots from count on hold L - 1. Without a count every slot is a token.
+    NaN is as good as the largest finite number. Slots from count on hold L - 1. Without a count every slot is a token.
     """
     batch, heads, seq_len = scores.shape
     indices = torch.full((batch, heads, capacity), seq_len - 1, dtype=torch.int32, device=scores.device)
     for b in range(batch):
         kept = min(capacity if count is None else int(count[b]), capacity, seq_len)
         for h in range(heads):
-            row = scores[b, h].tolist()
+            row = scores[b, h].nan_to_num(torch.finfo(scores.dtype).max, math.inf, -math.inf).tolist()
             best = sorted(range(seq_len), key=lambda t: (-row[t], t))[:kept]
             indices[b, h, :kept] = torch.tensor(sorted(best), dtype=torch.int32)
     return indices

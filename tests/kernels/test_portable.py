@@ -28,6 +28,9 @@ def make_scores(kind, batch=2, heads=3, seq_len=151, window=5):
         scores = 0.1 + (scores * 8).floor() * 2.0**-27  # adjacent floats
     elif kind == "signed zeros":
         scores = torch.where(scores < 0.5, 0.0, -0.0)
+    elif kind == "faulty":
+        scores[0, 0] = math.nan
+        scores[1, 1:, 4::9] = -math.nan
     scores[..., seq_len - window :] = math.inf
     if kind == "padded":
         scores[0, :, : seq_len // 3] = -math.inf
@@ -38,6 +41,7 @@ def make_scores(kind, batch=2, heads=3, seq_len=151, window=5):
 
 
 KINDS = ["smooth", "denormal", "every exponent", "few values", "neighbours", "signed zeros", "padded", "nothing valid"]
+KINDS += ["faulty"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +73,7 @@ def test_select_any_scores(values, capacity):
 
 
 @pytest.mark.parametrize("budget", [(None, 0.3, 4), (None, 0.675, 40), (0.05, None, 4), (0.4, None, 4), (0.0, None, 4)])
-@pytest.mark.parametrize("kind", ["smooth", "few values", "padded", "nothing valid"])
+@pytest.mark.parametrize("kind", ["smooth", "few values", "padded", "nothing valid", "faulty"])
 def test_budget(kind, budget):
     scores = make_scores(kind)
     got = portable.budget(scores, *budget)
