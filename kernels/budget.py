@@ -1,10 +1,12 @@
 """Budget: how many tokens each batch item keeps, without sorting and without the host.
 
-    g[b,t]    = mean_h scores[b,h,t], normalised to sum 1 over the candidates (the finite entries)
+    g[b,t]    = mean_h scores[b,h,t], normalised to sum 1 over the candidates (the entries that are not infinite)
     drop[b]   = #(cumulated ascending g < coverage), and one more if there are any
     keep[b]   = max(min_tokens, candidates - drop), at most the candidates        (coverage)
                 max(min_tokens, ceil(keep_ratio * candidates)), at most them      (keep ratio: exact integer arithmetic)
     count[b]  = keep + W_b, W_b the window's tokens (the entries that are +inf)
+
+Where a candidate's score is NaN, the mass to be covered is unknown: under a coverage the item keeps everything.
 
     scores float32 [B,Hs,L], contiguous -> count int32 [B]
 
@@ -48,19 +50,22 @@ _STATE = tl.constexpr(STATE)
 
 @triton.jit(do_not_specialize=["seq_len", "tiles"])
 def _mass_kernel(p_scores, p_mass, p_sums, p_state, heads, seq_len, tiles, BLOCK: tl.constexpr):
-    """mass[b,t] = mean over heads, -1 where t is no candidate; one float64 sum per tile; the tally of the item."""
+    """mass[b,t] = mean over heads, -1 where t is no candidate; one float64 sum per tile; the tally of the item.
+
+    A NaN among the scores makes its mass NaN, and so the item's sum.
+    """
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     positions = tile * BLOCK + tl.arange(0, BLOCK)
     inside = positions < seq_len
     p_scores += b * heads * seq_len + positions
     first = tl.load(p_scores, mask=inside, other=float("-inf"))
-    candidate = tl.abs(first) < float("inf")
+    candidate = tl.abs(first) != float("inf")
     total = tl.zeros([BLOCK], tl.float32)
     for head in range(heads):
         total += tl.load(p_scores + tl.cast(head, tl.int64) * seq_len, mask=candidate, other=0.0)
     # Nonnegative and never -0, so that its bits order like its value.
-    mass = tl.where(total > 0, total / heads, 0.0)
+    mass = tl.where(total <= 0, 0.0, total / heads)
     tl.store(p_mass + b * seq_len + positions, tl.where(candidate, mass, -1.0), mask=inside)
     tl.store(p_sums + b * tiles + tile, tl.sum(tl.where(candidate, mass, 0.0).to(tl.float64), axis=0))
     tl.atomic_add(p_state + b * _STATE, tl.sum(candidate.to(tl.int64), axis=0), sem="relaxed")
@@ -69,7 +74,7 @@ def _mass_kernel(p_scores, p_mass, p_sums, p_state, heads, seq_len, tiles, BLOCK
 
 @triton.jit
 def _shares_per_mass(p_sums, b, tiles):
-    """What turns a mass into its share of the whole; 0 if there is no mass at all. The sum's order is fixed."""
+    """What turns a mass into its share of the whole; 0 if there is no mass at all, or NaN. The sum's order is fixed."""
     offsets = tl.arange(0, 256)
     sums = tl.zeros([256], tl.float64)
     for start in range(0, tiles, 256):
@@ -218,7 +223,7 @@ def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None
 
     Masses are cumulated in float64.
     """
-    is_candidate = scores[:, 0].isfinite()
+    is_candidate = ~scores[:, 0].isinf()
     candidates = is_candidate.sum(dim=-1)
     if keep_ratio is not None:
         ratio = KeepRatio(keep_ratio).fraction
@@ -226,7 +231,7 @@ def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None
     elif coverage:
         mass = scores.mean(dim=1, dtype=torch.float64).masked_fill(~is_candidate, 0.0)
         mass = mass / mass.sum(dim=-1, keepdim=True)
-        # At the end of the order, where no cumulated mass is below the coverage any more.
+        # At the end of the order, where no cumulated mass is below the coverage any more. Nor is a NaN ever.
         ordered = mass.masked_fill(~is_candidate, math.inf).sort(dim=-1).values
         drop = (ordered.cumsum(dim=-1) < coverage).sum(dim=-1)
         keep = candidates - torch.where(drop > 0, drop + 1, 0)

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.config import KeepRatio
+from tsa_compile.kernels.select import NAN_SCORE
 
 _SMALLEST_NORMAL = 2.0**-126
 _DOUBLINGS = (64, 64, 64, 32, 16, 8, 4, 2, 1)  # any exponent from 0 to 255 is a sum of them, taken greedily
@@ -67,22 +68,27 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
         candidates = rank[:, -1:] - row_count
         rows = _positions_by_slot(padding, rank - 1 - candidates, window)
         alive = torch.arange(window, device=query.device) < row_count
-    total = _window_sum(query.to(wide), key.to(wide), valid, rows, alive, scale)
-    raw = total / _at_least(row_count, 1)[:, None].to(wide)
-    pooled = _pool_candidates(raw, padding, rank, candidates, pool)
+    total, faulty = _window_sum(query.to(wide), key.to(wide), valid, rows, alive, scale)
+    raw = torch.where(faulty, 0.0, total / _at_least(row_count, 1)[:, None].to(wide))
+    pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
     if valid is not None:
         scores = torch.where(valid[:, None], scores, -math.inf)
     return scores.to(torch.float32).contiguous()
 
 
-def _window_sum(query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, alive: Tensor, scale: float) -> Tensor:
-    """Weights [B, H, L], summed over those rows [B or 1, W] of the window that are alive."""
+def _window_sum(
+    query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, alive: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, L], summed over those rows [B or 1, W] of the window that are alive and not NaN.
+
+    And whether a row has a logit there, bool [B, H, L], that is NaN or +inf.
+    """
     batch, heads, seq_len, dim = query.shape
     group = heads // key.shape[1]
     positions = torch.arange(seq_len, device=query.device)
     transposed_key = key.transpose(2, 3)
-    parts = []
+    parts, logit_sums = [], []
     for first in range(0, rows.shape[1], _CHUNK):
         chunk, chunk_alive = rows[:, first : first + _CHUNK], alive[:, first : first + _CHUNK]
         count = chunk.shape[1]
@@ -92,9 +98,13 @@ def _window_sum(query: Tensor, key: Tensor, valid: Tensor | None, rows: Tensor, 
         allowed = positions <= chunk[:, :, None]
         if valid is not None:
             allowed = allowed & valid[:, None, :]
-        weights = torch.where(allowed[:, None], logits, -math.inf).softmax(dim=-1)
-        parts.append(torch.where(chunk_alive[:, None, :, None], weights, 0.0).sum(dim=2))
-    return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+        logits = torch.where(allowed[:, None], logits, -math.inf)
+        weights = logits.softmax(dim=-1)
+        sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
+        parts.append(torch.where(chunk_alive[:, None, :, None] & sound, weights, 0.0).sum(dim=2))
+        logit_sums.append(logits.sum(dim=2))  # NaN or +inf if one of them is; a maximum passes NaN over in some runtimes
+    total, logit_sum = (torch.stack(p).sum(dim=0) if len(p) > 1 else p[0] for p in (parts, logit_sums))
+    return total, ~(logit_sum < math.inf)
 
 
 def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidates: Tensor, pool: int) -> Tensor:
@@ -115,7 +125,7 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """`tsa::budget`: float32 [B,Hs,L] -> int32 [B]. Masses are float32: a coverage may count one token differently."""
     first = scores[:, 0]
-    is_candidate = (first > -math.inf) & (first < math.inf)
+    is_candidate = first.abs() != math.inf
     candidates = is_candidate.sum(dim=1)
     keep = candidates
     if keep_ratio is not None:
@@ -129,7 +139,10 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 
 
 def _dropped(mass: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
-    """How many of the lightest candidates carry `coverage` of the mass [B, L] together, 0 if the first carries it."""
+    """How many of the lightest candidates carry `coverage` of the mass [B, L] together, 0 if the first carries it.
+
+    0 also if there is no mass, or NaN.
+    """
     target = mass.sum(dim=1, keepdim=True) * coverage
 
     def lighter(value: Tensor) -> Tensor:
@@ -147,6 +160,7 @@ def _dropped(mass: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
 
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """`tsa::select`: float32 [B,Hs,L], none of it negative and finite, int32 [B] or None -> int32 [B,Hs,C]."""
+    scores = torch.where(scores.isnan(), NAN_SCORE, scores)
     batch, heads, seq_len = scores.shape
     most = torch.sym_min(capacity, seq_len)
     kept = torch.full((batch,), most, dtype=torch.int32, device=scores.device)

@@ -34,8 +34,10 @@ def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
 def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
 
-    +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the finite entries
+    +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the other entries
     are the candidates. So the best tokens of a row can be found without its padding mask and without the window.
+
+    A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, which are why, and 0 to the others.
     """
     batch, heads, seq_len, _ = query.shape
     group = heads // key.shape[1]
@@ -48,6 +50,7 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
             logits = scale * query[b, h, rows] @ key[b, h // group, valid].T
             future = valid[None, :] > rows[:, None]
             weights = logits.masked_fill(future.to(logits.device), -math.inf).softmax(dim=-1)
+            weights[weights.isnan() & (logits < math.inf)] = 0.0
             scores[b, h, rows] = math.inf
             if len(candidates) > 0:
                 scores[b, h, candidates] = _average_pool(weights[:, : len(candidates)].mean(dim=0), pool)
@@ -55,13 +58,14 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
 
 
 def _average_pool(row: Tensor, pool: int) -> Tensor:
-    """Stride 1, zero padding pool // 2, the divisor always `pool`: [n] -> [n]."""
-    padded = torch.nn.functional.pad(row, (pool // 2, pool // 2))
-    return torch.stack([padded[i : i + len(row)] for i in range(pool)]).sum(dim=0) / pool
+    """Stride 1, zero padding pool // 2, the divisor always `pool`: [n] -> [n]. NaN is 0 to its neighbours, and stays NaN."""
+    padded = torch.nn.functional.pad(row.nan_to_num(0.0), (pool // 2, pool // 2))
+    pooled = torch.stack([padded[i : i + len(row)] for i in range(pool)]).sum(dim=0) / pool
+    return pooled.masked_fill(row.isnan(), math.nan)
 
 
 def group_scores(scores: Tensor, kv_heads: int) -> Tensor:
-    """Granularity "group": the mean over the heads of a group, [B,H,L] -> [B,G,L]; infinities stay infinite."""
+    """Granularity "group": the mean over the heads of a group, [B,H,L] -> [B,G,L]; infinities and NaN stay."""
     return scores.unflatten(1, (kv_heads, -1)).mean(dim=2)
 
 
@@ -70,17 +74,18 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 
     Coverage drops the least-attended candidates whose joint mass (mean over heads, normalised) just reaches `coverage`;
     a keep ratio keeps ceil(keep_ratio * candidates). Exactly one of the two is given. At least `min_tokens` candidates
-    are kept.
+    are kept. An item with a NaN among its candidates' scores keeps everything instead of covering a share of nothing.
     """
     counts = []
     for item in scores:
-        candidates, window = int(item[0].isfinite().sum()), int(item[0].isposinf().sum())
+        is_candidate, window = ~item[0].isinf(), int(item[0].isposinf().sum())
+        candidates = int(is_candidate.sum())
         if keep_ratio is not None:
             keep = max(min_tokens, math.ceil(Fraction(str(keep_ratio)) * candidates))
-        elif coverage == 0 or candidates <= min_tokens:
+        elif coverage == 0 or candidates <= min_tokens or item.isnan().any():
             keep = candidates
         else:
-            mass = item[:, item[0].isfinite()].double().mean(dim=0)
+            mass = item[:, is_candidate].double().mean(dim=0)
             cumulated = (mass / mass.sum()).sort().values.cumsum(dim=0)
             drop = int((cumulated < coverage).sum())
             # With the token that crosses the line the dropped set is the smallest whose mass reaches coverage.
@@ -92,14 +97,14 @@ def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """The `count` best tokens of each row in ascending order, int32 [B,Hs,C]; of equal scores the lower position wins.
 
-    Slots from count on hold L - 1. Without a count every slot is a token.
+    NaN is as good as the largest finite number. Slots from count on hold L - 1. Without a count every slot is a token.
     """
     batch, heads, seq_len = scores.shape
     indices = torch.full((batch, heads, capacity), seq_len - 1, dtype=torch.int32, device=scores.device)
     for b in range(batch):
         kept = min(capacity if count is None else int(count[b]), capacity, seq_len)
         for h in range(heads):
-            row = scores[b, h].tolist()
+            row = scores[b, h].nan_to_num(torch.finfo(scores.dtype).max, math.inf, -math.inf).tolist()
             best = sorted(range(seq_len), key=lambda t: (-row[t], t))[:kept]
             indices[b, h, :kept] = torch.tensor(sorted(best), dtype=torch.int32)
     return indices

@@ -7,7 +7,11 @@
     query [B,H,L,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32;
     padding bool [B,L] (True = valid) or None
     -> scores float32 [B,H,L], contiguous: +inf at the window's tokens (the last W_b = min(window, n_b) valid ones),
-    -inf at invalid tokens, and at the candidates what the formula says.
+    -inf at invalid tokens, and at the candidates what the formula says, or NaN.
+
+A row of the window whose softmax is NaN (a logit is NaN or +inf, or all are -inf) weighs nothing, but makes NaN the raw
+scores of candidates whose own logits there are NaN or +inf. Their scores are NaN too, and the pooling takes them for 0. So
+no computation makes a score infinite, as only the window and padding are, and NaN names the tokens that are at fault.
 
 On CUDA this is attention's first half, computed twice, because W x L weights are too many to keep:
 
@@ -164,7 +168,10 @@ def _combine_kernel(
     p_partial, p_rank, p_row_lse, seq_len, window, heads, splits,
     HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """row_lse[b,h,w] = log2 sum_split 2^partial; +inf for slots without a row, whose weights thereby become 0."""
+    """row_lse[b,h,w] = log2 sum_split 2^partial; +inf for slots without a row, whose weights thereby become 0.
+
+    And +inf where it is NaN: then only those weights of the row are NaN whose own logits are NaN or +inf.
+    """
     line = tl.program_id(1).to(tl.int64)
     _, rows = _candidates(p_rank, line // heads, seq_len, window, HAS_PADDING)
     slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -173,7 +180,8 @@ def _combine_kernel(
     partial = tl.load(pointers, mask=(parts < splits)[:, None] & (slots < rows)[None, :], other=float("-inf"))
     row_max = tl.max(partial, axis=0)
     total = tl.sum(tl.exp2(partial - tl.where(slots < rows, row_max, 0.0)[None, :]), axis=0)
-    row_lse = tl.where(slots < rows, row_max + tl.log2(total), float("inf"))
+    row_lse = row_max + tl.log2(total)
+    row_lse = tl.where((slots < rows) & (row_lse == row_lse), row_lse, float("inf"))
     tl.store(p_row_lse + line * window + slots, row_lse, mask=slots < window)
 
 
@@ -214,8 +222,10 @@ def _column_mean_kernel(
         row_tile = step % row_tiles
         slots = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         p_head = p_query + b * stride_qb + head.to(tl.int64) * stride_qh
+        # Slots behind the last row repeat it: zeros in its place would make NaN of an infinite key that no row sees.
+        held = tl.minimum(slots, rows - 1)
         b_query, _ = _load_window(
-            p_head, p_rows, b, slots, candidates, slots < rows, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
+            p_head, p_rows, b, held, candidates, held >= 0, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
         )
         row_lse = tl.load(p_row_lse + (b * heads + head) * window + slots, mask=slots < window, other=float("inf"))
         logits = tl.dot(b_key, tl.trans(b_query), input_precision="ieee") * scale_log2
@@ -231,7 +241,10 @@ def _pool_kernel(
     p_raw, p_padding, p_rank, p_scores, seq_len, window, heads,
     HAS_PADDING: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scores[b,h,t]: the mean of the raw scores around candidate t, +inf in the window, -inf where invalid."""
+    """scores[b,h,t]: the mean of the raw scores around candidate t, +inf in the window, -inf where invalid.
+
+    NaN where the raw score is NaN, and only there.
+    """
     line = tl.program_id(1).to(tl.int64)
     b = line // heads
     candidates, _ = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
@@ -247,7 +260,10 @@ def _pool_kernel(
     for shift in tl.static_range(POOL):
         neighbours = columns + shift - POOL // 2
         exists = valid & (neighbours >= 0) & (neighbours < candidates)
-        total += tl.load(p_raw + line * seq_len + neighbours, mask=exists, other=0.0)
+        raw = tl.load(p_raw + line * seq_len + neighbours, mask=exists, other=0.0)
+        if shift != POOL // 2:
+            raw = tl.where(raw == raw, raw, 0.0)
+        total += raw
     pooled = tl.where(columns < candidates, total / POOL, float("inf"))
     tl.store(p_scores + line * seq_len + positions, tl.where(valid, pooled, float("-inf")), mask=inside)
 
@@ -379,18 +395,22 @@ def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
 
     transposed_key = key.to(wide).transpose(-1, -2)
     total = query.new_zeros((batch, heads, seq_len), dtype=wide)
+    faulty = torch.zeros_like(total, dtype=torch.bool)
     for first in range(0, window, 32):  # bounds the weights in memory to 32 rows
         chunk = row_positions[:, first : first + 32]
         picked = query.gather(2, chunk[:, None, :, None].expand(-1, heads, -1, head_dim)).to(wide)
         logits = (scale * picked.unflatten(1, (key.shape[1], -1)).flatten(2, 3)) @ transposed_key
         allowed = valid[:, None, :] & (positions <= chunk[:, :, None])
         logits = logits.unflatten(2, (-1, chunk.shape[1])).flatten(1, 2)
-        weights = logits.masked_fill(~allowed[:, None], -math.inf).softmax(dim=-1)
+        logits = logits.masked_fill(~allowed[:, None], -math.inf)
+        weights = logits.softmax(dim=-1)
         live = (slots[first : first + 32] < rows)[:, None, :, None]
-        total = total + weights.masked_fill(~live, 0.0).sum(dim=2)
+        sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
+        total = total + weights.masked_fill(~(live & sound), 0.0).sum(dim=2)
+        faulty = faulty | ~(logits.amax(dim=2) < math.inf)
 
-    raw = total / rows[:, None].clamp(min=1)
-    pooled = _pool_candidates(raw, rank, candidates, pool, packed=padding is None)
+    raw = (total / rows[:, None].clamp(min=1)).masked_fill(faulty, 0.0)
+    pooled = _pool_candidates(raw, rank, candidates, pool, packed=padding is None).masked_fill(faulty, math.nan)
     scores = pooled.masked_fill((rank > candidates)[:, None], math.inf)
     return scores.masked_fill(~valid[:, None], -math.inf).to(torch.float32)
 

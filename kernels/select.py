@@ -1,6 +1,7 @@
 """Select: the best tokens of every row, in ascending order, without sorting.
 
-    indices[b,h,:count[b]] = ascending positions of the count[b] highest scores[b,h]; equal scores: lower position first
+    indices[b,h,:count[b]] = ascending positions of the count[b] highest scores[b,h]; equal scores: lower position first;
+                             NaN counts as the largest finite number: below the window (+inf), above all other candidates
 
     scores float32 [B,Hs,L], contiguous; count int32 [B] or None (every slot is a token)
     -> indices int32 [B,Hs,C], contiguous; slots from min(count, C, L) on are filler and hold L - 1
@@ -37,10 +38,13 @@ from tsa_compile.kernels._triton import cdiv, launch, tl, triton
 
 STEPS = 4
 BINS = 256
+NAN_SCORE = torch.finfo(torch.float32).max
+"""What a NaN counts as."""
 
 # Triton reads a global only if it is a constexpr.
 _STEPS = tl.constexpr(STEPS)
 _BINS = tl.constexpr(BINS)
+_NAN_SCORE = tl.constexpr(NAN_SCORE)
 
 
 @triton.jit
@@ -57,6 +61,7 @@ def _load_keys(p_row, positions, stop):
     """Scores as uint32 keys of the same order; 0, below the key of every score, from position `stop` on."""
     inside = positions < stop
     scores = tl.load(p_row + positions, mask=inside, other=0.0)
+    scores = tl.where(scores == scores, scores, _NAN_SCORE)  # whose bits would lie beyond those of both infinities
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)  # -0 and +0 are one score
     keys = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
     return tl.where(inside, keys, 0)
@@ -264,6 +269,7 @@ def select_aten(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """
     seq_len = scores.shape[2]
     slots = torch.arange(capacity, device=scores.device)
+    scores = scores.masked_fill(scores.isnan(), NAN_SCORE)
     # Gathered, not sliced or padded: how C compares with L is nothing that a trace may rely on.
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., slots.clamp(max=seq_len - 1)]
     order = order.masked_fill(slots >= seq_len, seq_len)

@@ -13,6 +13,8 @@ from tsa_compile.kernels.decompress import decompress, decompress_aten
 from tsa_compile.kernels.score import score
 from tsa_compile.kernels.select import select
 
+from .test_score import FAULTS, damaged, make_padding
+
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SCALE = 0.25
 
@@ -66,9 +68,9 @@ def restricted(query, key, value, indices, count):
     return logits.softmax(-1).nan_to_num(0.0) @ value
 
 
-def close(got, expected, dtype=torch.float32):
+def close(got, expected, dtype=torch.float32, equal_nan=False):
     tolerance = TOLERANCE[dtype]  # relative as well: bfloat16 keeps 8 bits of a value of any size
-    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=equal_nan)
 
 
 shapes = st.fixed_dictionaries(
@@ -162,6 +164,53 @@ def test_equals_the_reference_layer(budget_, granularity, capacity):
     wide = (t.double() for t in inputs)
     budget_ = {"coverage": None, **budget_}
     close(out, reference.token_sparse_attention(*wide, padding, scale=SCALE, pool=7, **budget_, **given_))
+
+
+@pytest.mark.parametrize("kind", [None, "left", "holes"])
+@pytest.mark.parametrize("budget_", [{"keep_ratio": 0.2}, {"keep_ratio": 0.01}, {"coverage": 0.3}, {"coverage": 0.0}])
+@pytest.mark.parametrize("granularity", ["head", "group"])
+@pytest.mark.parametrize("places", [[3], [10], [33, 12], [37], [39]])
+def test_what_a_nan_key_does_to_dense_attention_shows_in_the_kept_rows(kind, budget_, granularity, places):
+    """A NaN key leaves no row behind it finite: neither where it is a candidate nor where it lies in the window.
+
+    It is never the first row here, which sees nothing else: torch's kernel for CPUs makes 0 of that, sparse or dense.
+    """
+    query, key, value = make(2, 2, 2, 40)
+    padding = make_padding(kind, 2, 40)
+    sound = chain(query, key, value, padding, **budget_, granularity=granularity)
+    key[1, 0, places] = float("nan")
+    out, indices, count = chain(query, key, value, padding, **budget_, granularity=granularity)
+    dense = reference.padded_attention(query, key, value, padding, SCALE)
+
+    real = torch.ones(40, dtype=torch.bool) if padding is None else padding[1]
+    valid = int(real.sum())
+    assert count[0] == sound[2][0] and torch.equal(out[0], sound[0][0]), "items do not influence each other"
+    assert count[1] >= min(3 + 4, valid)
+    for h in range(4):
+        kept = indices[1, h * indices.shape[1] // 4, : count[1]].long()
+        assert torch.equal(out[1, h, kept].isnan(), dense[1, h, kept].isnan())
+    if "coverage" in budget_ and any(place < 30 and real[place] for place in places):
+        assert count[1] == valid
+        assert torch.equal(out[1, :, real].isnan(), dense[1, :, real].isnan())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", [None, "left", "holes"])
+@pytest.mark.parametrize("budget_", [{"keep_ratio": 0.5}, {"coverage": 0.1}])
+@pytest.mark.parametrize("granularity", ["head", "group"])
+def test_equals_the_reference_layer_with_faulty_numbers(fault, kind, budget_, granularity):
+    query, key, value = make(2, 2, 2, 50)
+    query, key = damaged(fault, query, key, window=8)
+    padding = make_padding(kind, 2, 50)
+    options_ = {"window": 8, "min_tokens": 12, "granularity": granularity}
+    out, _, count = chain(query, key, value, padding, **budget_, **options_)
+    valid = torch.tensor([50, 50]) if padding is None else padding.sum(1)
+    assert (count >= torch.minimum(valid, torch.tensor(12 + 8))).all()
+    wide = (t.double() for t in (query, key, value))
+    want = reference.token_sparse_attention(*wide, padding, scale=SCALE, **{"coverage": None, **budget_}, **options_)
+    close(out, want, equal_nan=True)
+    again, _, _ = chain(query, key, value, padding, **budget_, **options_)
+    assert torch.equal(out.nan_to_num(7.0), again.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -13,6 +13,10 @@ from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_trit
 from tsa_compile.kernels.padded import spans
 
 from .test_chain import close, make
+from .test_score import damaged
+
+# The interpreter computes with numpy, which warns of what faulty numbers bring.
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|All-NaN slice):RuntimeWarning")
 
 SCALE = 0.25
 HALF = Options(SCALE, 4, 7, None, 0.5, 3, None, False, "auto")
@@ -88,6 +92,28 @@ def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty,
         padding = padding()
         out = padded_sparse_triton(*inputs, padding.to(triton_device), spans(padding), OPTIONS[name])
     close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity"])
+@pytest.mark.parametrize("padding", [None, sided, holes], ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
+@pytest.mark.parametrize("fault", ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"])
+def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_empty, padding, name, fault):
+    query, key, value = make(3, 2, 2, L, 32, 32, device=triton_device)
+    query, key = damaged(fault, query, key, window=4)
+    # Of fewer than 16 rows torch's kernel for CPUs makes 0 where all logits of one are NaN.
+    options = dataclasses.replace(OPTIONS[name], capacity=20 if name == "capacity" else None)
+    if padding is None:
+        out = sparse_triton(query, key, value, options)
+        op = torch.ops.tsa.sparse_attention(query, key, value, *dataclasses.astuple(options))
+    else:
+        padding = padding()
+        masks = padding.to(triton_device), spans(padding)
+        out = padded_sparse_triton(query, key, value, *masks, options)
+        op = torch.ops.tsa.padded_sparse_attention(query, key, value, *masks, *dataclasses.astuple(options))
+    want = expected(query, key, value, padding, options)
+    assert want.isnan().any()
+    for got in (out, op):
+        close(got.cpu(), want, equal_nan=True)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -11,6 +11,8 @@ from tsa_compile.kernels import portable, reference
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.select import select_aten
 
+from .test_score import FAULTS, damaged
+
 
 def make_scores(kind, batch=2, heads=3, seq_len=151, window=5):
     """What tsa::score hands over: candidates, +inf in the window, -inf where padded."""
@@ -26,6 +28,9 @@ def make_scores(kind, batch=2, heads=3, seq_len=151, window=5):
         scores = 0.1 + (scores * 8).floor() * 2.0**-27  # adjacent floats
     elif kind == "signed zeros":
         scores = torch.where(scores < 0.5, 0.0, -0.0)
+    elif kind == "faulty":
+        scores[0, 0] = math.nan
+        scores[1, 1:, 4::9] = -math.nan
     scores[..., seq_len - window :] = math.inf
     if kind == "padded":
         scores[0, :, : seq_len // 3] = -math.inf
@@ -36,6 +41,7 @@ def make_scores(kind, batch=2, heads=3, seq_len=151, window=5):
 
 
 KINDS = ["smooth", "denormal", "every exponent", "few values", "neighbours", "signed zeros", "padded", "nothing valid"]
+KINDS += ["faulty"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +73,7 @@ def test_select_any_scores(values, capacity):
 
 
 @pytest.mark.parametrize("budget", [(None, 0.3, 4), (None, 0.675, 40), (0.05, None, 4), (0.4, None, 4), (0.0, None, 4)])
-@pytest.mark.parametrize("kind", ["smooth", "few values", "padded", "nothing valid"])
+@pytest.mark.parametrize("kind", ["smooth", "few values", "padded", "nothing valid", "faulty"])
 def test_budget(kind, budget):
     scores = make_scores(kind)
     got = portable.budget(scores, *budget)
@@ -100,6 +106,17 @@ def test_score(padding, seq_len, window):
     padding = paddings(2, seq_len)[padding]
     got = portable.score(query, key, padding, 0.25, window, 7)
     torch.testing.assert_close(got, reference.score(query, key, padding, 0.25, window, 7), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("window", [8, 40])
+def test_score_with_faulty_numbers(padding, fault, window):
+    query, key = damaged(fault, *make(2, 2, 2, 61)[:2], window=8)
+    padding = paddings(2, 61)[padding]
+    want = reference.score(query, key, padding, 0.25, window, 7)
+    got = portable.score(query, key, padding, 0.25, window, 7)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])

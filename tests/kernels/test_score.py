@@ -10,7 +10,7 @@ from tsa_compile.kernels.score import score, score_aten, score_triton
 from tsa_compile.kernels.select import select
 
 # The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|All-NaN slice):RuntimeWarning")
 
 
 def make(batch=2, heads=4, kv_heads=2, seq_len=100, dim=32, dtype=torch.float32, device="cpu", layout="BLHD", sharpness=2.0):
@@ -57,11 +57,49 @@ def poison(tensor, padding):
     return tensor if padding is None else tensor.masked_fill(~padding[:, None, :, None], math.nan)
 
 
+FAULTS = [
+    "NaN key", "NaN keys", "NaN key in the window", "inf key", "-inf key", "infinite number", "unseen infinite number",
+    "NaN query in the window", "NaN query before it", "inf query in the window", "one head",
+]  # fmt: skip
+
+
+def damaged(fault, query, key, window=20):
+    """Copies of query and key with a numerical fault; where one has a position, it is one quarter of the way along."""
+    query, key = query.clone(), key.clone()
+    seq_len = key.shape[2]
+    place = seq_len // 4
+    if fault == "NaN key":
+        key[:, :, place] = math.nan
+    elif fault == "NaN keys":
+        key[:, :, place : place + 30 : 4] = math.nan
+    elif fault == "NaN key in the window":
+        key[:, :, seq_len - window // 2] = math.nan
+    elif fault == "inf key":
+        key[:, :, place] = math.inf
+    elif fault == "-inf key":
+        key[:, :, place] = -math.inf
+    elif fault == "infinite number":  # logits of both signs: some rows of the window give it all, others nothing
+        key[:, :, place, 0] = math.inf
+        query[:, :, place, 0] = 1.0
+    elif fault == "unseen infinite number":
+        key[:, :, place, 0] = math.inf
+        query[:, :, seq_len - 2 * window :, 0] = -1.0
+    elif fault == "NaN query in the window":
+        query[:, :, seq_len - 2, 0] = math.nan
+    elif fault == "NaN query before it":
+        query[:, :, place] = math.nan
+    elif fault == "inf query in the window":
+        query[:, :, seq_len - 2] = math.inf
+    elif fault == "one head":
+        key[0, 0, place] = math.nan
+    return query, key
+
+
 def assert_scores(got, query, key, padding, scale, window, pool, rtol=2e-5):
     """Against a float64 evaluation: infinities in the same places, candidates to float32's accuracy."""
     want = reference.score(query.double(), key.double(), padding, scale, window, pool)
     assert got.dtype == torch.float32 and got.is_contiguous()
-    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-12)
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", PADDINGS)
@@ -121,6 +159,46 @@ def test_aten_form_equals_reference(device, kind, window, pool):
     padding = make_padding(kind, 2, 100, device)
     query, key = (poison(t, padding) for t in make(device=device))
     assert_scores(score_aten(query, key, padding, 0.2, window, pool), query, key, padding, 0.2, window, pool)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", [None, "left", "holes"])
+def test_kernels_equal_reference_with_faulty_numbers(triton_device, poisoned_empty, kind, fault):
+    padding = make_padding(kind, 2, 100, triton_device)
+    query, key = (poison(t, padding) for t in damaged(fault, *make(device=triton_device)))
+    got = score_triton(query, key, padding, 0.2, 20, 7, split_len=64)
+    assert_scores(got, query, key, padding, 0.2, 20, 7)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", [None, "left", "holes"])
+@pytest.mark.parametrize("window", [20, 40])
+def test_aten_form_equals_reference_with_faulty_numbers(device, kind, fault, window):
+    padding = make_padding(kind, 2, 100, device)
+    query, key = (poison(t, padding) for t in damaged(fault, *make(device=device)))
+    assert_scores(score_aten(query, key, padding, 0.2, window, 7), query, key, padding, 0.2, window, 7)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", [None, "left", "holes"])
+def test_no_fault_looks_like_the_window_or_padding(device, kind, fault):
+    padding = make_padding(kind, 2, 100, device)
+    query, key = make(device=device)
+    sound = score(query, key, padding, 0.2, 20, 7)
+    faulty = score(*damaged(fault, query, key), padding, 0.2, 20, 7)
+    assert torch.equal(faulty.isposinf(), sound.isposinf())
+    assert torch.equal(faulty.isneginf(), sound.isneginf())
+
+
+def test_a_nan_score_says_where_the_fault_is(device):
+    """One key's NaN is its own, whatever the pooling; one query's is nobody's, so that all candidates share it."""
+    query, key = make(device=device)
+    for fault, places in (("NaN key", [25]), ("NaN keys", range(25, 55, 4)), ("NaN query in the window", range(80))):
+        nan = score(*damaged(fault, query, key), None, 0.2, 20, 7).isnan()
+        wanted = torch.zeros(100, dtype=torch.bool, device=device)
+        wanted[list(places)] = True
+        assert torch.equal(nan, wanted.expand_as(nan))
+    assert not score(*damaged("NaN key in the window", query, key), None, 0.2, 20, 7).isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

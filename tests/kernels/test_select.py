@@ -17,6 +17,9 @@ from tsa_compile.kernels.select import select, select_aten, select_triton
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
+NANS = [0x7FC00000, 0x7F800001, -0x400000, -0x7FFFFF]  # the bits of quiet and signaling ones, of both signs
+
+
 def make_scores(kind="smooth", batch=2, heads=3, seq_len=300, window=5, device="cpu"):
     """What tsa::score hands over: candidates, +inf in the window, -inf where padded (the same in every head)."""
     torch.manual_seed(0)
@@ -31,6 +34,10 @@ def make_scores(kind="smooth", batch=2, heads=3, seq_len=300, window=5, device="
         scores = torch.full_like(scores, 1 / seq_len)
     elif kind == "signed zeros":
         scores = torch.where(scores < 0.5, 0.0, -0.0)
+    elif kind == "faulty":  # a head that is NaN throughout, and NaN of every sign and payload here and there
+        scores[0, 0] = math.nan
+        scores[1, -1, 4::9] = -math.nan
+        scores[-1, :, 7:247:60] = torch.tensor(NANS, dtype=torch.int32).view(torch.float32)
     scores[..., seq_len - window :] = math.inf
     if kind == "padded":
         scores[0, :, : seq_len // 3] = -math.inf
@@ -43,7 +50,7 @@ def make_scores(kind="smooth", batch=2, heads=3, seq_len=300, window=5, device="
 
 
 KINDS = ["smooth", "peaked", "tiny", "few values", "all equal", "signed zeros", "padded", "no candidates"]
-KINDS += ["nothing valid"]
+KINDS += ["nothing valid", "faulty"]
 
 
 def counts(values, device="cpu"):
@@ -127,7 +134,7 @@ def test_select_at_small_lengths(triton_device, poisoned_empty, seq_len, path):
 
 @settings(max_examples=25)
 @given(
-    values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40),
+    values=st.lists(st.floats(width=32), min_size=1, max_size=40),
     count=st.integers(0, 45),
 )
 def test_any_floats_are_ordered_as_floats(values, count):
@@ -171,7 +178,25 @@ def test_coverage_aten_form_agrees_with_reference(device, kind, coverage):
         assert_budget(budget_aten(scores, coverage, None, min_tokens), scores, coverage, min_tokens)
 
 
-@pytest.mark.parametrize("kind", ["smooth", "padded", "no candidates", "nothing valid"])
+def test_nan_is_the_largest_finite_number(device):
+    scores = make_scores("faulty", device=device)
+    finite = scores.masked_fill(scores.isnan(), torch.finfo(torch.float32).max)
+    for count in ([120, 7], [5, 6], None):
+        count = None if count is None else counts(count, device)
+        assert torch.equal(select(scores, count, 150), select(finite, count, 150))
+
+
+@pytest.mark.parametrize("coverage", COVERAGES)
+def test_an_item_with_nan_scores_keeps_everything_under_a_coverage(device, coverage):
+    sound, scores = make_scores("padded", batch=3, device=device), make_scores("padded", batch=3, device=device)
+    scores[1, 2, 100] = math.nan
+    for min_tokens in (0, 250):
+        want = budget(sound, coverage, None, min_tokens)
+        want[1] = sound[1, 0].isfinite().sum() + 5
+        assert torch.equal(budget(scores, coverage, None, min_tokens), want)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "padded", "no candidates", "nothing valid", "faulty"])
 @pytest.mark.parametrize("keep_ratio", [0.01, 1 / 3, 0.5, 0.675, 1.0])
 def test_keep_ratio_equals_reference(device, kind, keep_ratio):
     scores = make_scores(kind, device=device)
