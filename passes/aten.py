@@ -45,7 +45,8 @@ class AtenGraph:
 
     Attributes:
         calls: one node a value. `meta["val"]` is its fake value, `meta["origin"]` the graph's node that was running,
-            `meta["inside"]` the higher-order operator whose body it is in, `meta["constant"]` a small constant's numbers.
+            `meta["inside"]` the higher-order operator whose body it is in, `meta["constant"]` a small constant's numbers,
+            `meta["failed"]` is set for a node of the graph that could not be recorded.
         values: what each node of the graph was when it had run: recorded nodes in place of tensors.
     """
 
@@ -180,6 +181,8 @@ class _Recording:
             return self._attribute(graph_module, node)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._body(graph_module, node, wanted)
+        if node.op == "call_method" and node.target == "item":
+            return wanted  # a number that is read at run time; run again it would be another symbol
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
         try:
             made = _call(node, args, kwargs)
@@ -236,6 +239,7 @@ class _Recording:
             values = tree_map(lambda leaf: leaf.detach() if _is_plain(leaf) else leaf, wanted)
         target = node.target if isinstance(node.target, HigherOrderOperator) else unknown
         call = self._node(target, inputs, values)
+        call.meta["failed"] = True
         made = _tensors(values)
         for tensor in made:
             self._keep(tensor, call if isinstance(values, Tensor) else self._node(unknown, (call,), tensor))
@@ -419,7 +423,7 @@ def _quiet(mode: Any) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(enable_python_dispatcher())
         if shapes is not None:
-            stack.enter_context(shapes.suppress_guards())
+            stack.enter_context(shapes.suppress_guards())  # running the same again, it can only ask what was asked before
             stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
         try:
             yield

@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from tsa_compile.passes.aten import AtenGraph, record
+from tsa_compile.passes.aten import AtenGraph, record, unknown
 from tsa_compile.passes.graph import fake, known, module_name, same_shape
 from tsa_compile.passes.operators import arguments, aten, is_attention
 from tsa_compile.report import Reason
@@ -139,11 +139,12 @@ def read_sdpa(call: Node) -> RecordedCall | None:
 
 def read_other(call: Node) -> RecordedCall | None:
     """An attention operator that no rewrite knows: it has a row in the report, with the first tensors as its operands."""
-    if not is_attention(call.target):
+    target = call.meta["origin"].target if call.target is unknown and "failed" in call.meta else call.target
+    if not is_attention(target):
         return None
     tensors = [read for read in call.all_input_nodes if isinstance(fake(read), torch.Tensor)]
     query, key, value = ([*tensors[:3], None, None, None])[:3]
-    name = getattr(call.target, "__name__", str(call.target))
+    name = getattr(target, "__name__", str(target))
     return RecordedCall(
         call, "other", query, key, value, problem=(Reason.UNSUPPORTED_FORM, f"{name} is attention that is not read")
     )

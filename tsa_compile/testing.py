@@ -2,7 +2,7 @@
 
 graph = capture(model, ids, attention_mask=mask)      what torch.compile hands to a backend
 site, = find_sites(graph)
-values = run_nodes(graph, inputs)                     every node's real value
+values = run_nodes(graph, inputs, site)               every node's real value, and what stands in front of the call
 allowed = evaluate_mask(infer_mask(site), values)     the inferred predicate, dense: compare it with the real mask
 print(graph_text(graph))                              one line a node, for golden tests
 """
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tsa_compile.passes.graph import fake, op_name
 from tsa_compile.passes.masks import MaskMeaning
 from tsa_compile.passes.predicate import KV, B, H, Q
+from tsa_compile.passes.sites import AttentionSite
 
 
 class Captured:
@@ -60,18 +61,35 @@ def capture(function: Any, *args: Any, **options: Any) -> GraphModule:
     return graphs[0]
 
 
-def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Runs a graph node by node; the value of each by the node's name."""
+def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...], site: AttentionSite | None = None) -> dict[str, Any]:
+    """Runs a graph node by node; the value of each, when it had run, by the node's name.
+
+    With a site, its operands are as they stand in front of it, and so is what recorded operators gave (its mask, what a
+    predicate reads), by their names, wherever the graph still holds it there.
+    """
     values: dict[str, Any] = {}
 
     class Recorder(Interpreter):
         def run_node(self, n: Node) -> Any:
-            values[n.name] = result = super().run_node(n)
+            if site is not None and n is site.node:
+                for recorded in site.aten.calls.nodes:
+                    source = site.aten.source(recorded, n) if recorded.op == "call_function" else None
+                    if source is not None:
+                        values[recorded.name] = _copied(self.env[source])
+                for operand in filter(self.env.__contains__, (site.query, site.key, site.value)):
+                    values[operand.name] = _copied(self.env.get(operand))
+            result = super().run_node(n)
+            values.setdefault(n.name, _copied(result))
             return result
 
     with torch.no_grad():
         Recorder(graph_module, garbage_collect_values=False).run(*inputs)
     return values
+
+
+def _copied(value: Any) -> Any:
+    """A value that later writes to it do not change."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def evaluate_mask(

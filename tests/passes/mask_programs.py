@@ -13,10 +13,8 @@ from tsa_compile.passes.graph import fake
 
 HEADS, WIDTH = 4, 8
 HALF = (torch.float16, torch.bfloat16)
-# No score outweighs bfloat16's lowest number; of a float16 score its own lowest is all there is.
-HIDDEN = {
-    dtype: max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min) for dtype in (torch.float32, torch.float64, *HALF)
-}
+# No score outweighs bfloat16's lowest number; a float16 score can be as low as its own lowest number.
+HIDDEN = dict.fromkeys((torch.float32, torch.float64, *HALF), torch.finfo(torch.bfloat16).min)
 
 
 def map_arguments(function, arguments):
@@ -97,7 +95,6 @@ class Pieces:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = self.rng.choice([torch.float32] * 5 + [torch.float64, *HALF])
         self.p = Program(symbolic, batch=2, length=self.rng.choice([6, 7, 9]))
-        self.expect_opaque = False
         self.pads = 0
         p, loud = self.p, self.rng.choice([1.0, 4.0])  # loud scores outweigh what only looks like a mask
 

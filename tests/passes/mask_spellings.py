@@ -35,7 +35,7 @@ class Inferred:
         (self.graph_module,) = captured.graphs
         (self.site,) = find_sites(self.graph_module)
         self.meaning = infer_mask(self.site)
-        self.values = run_nodes(self.graph_module, captured.inputs[0])
+        self.values = run_nodes(self.graph_module, captured.inputs[0], self.site)
         self.symbols = {
             str(symbolic): extent
             for node in self.graph_module.graph.nodes
@@ -253,6 +253,5 @@ OPAQUE_MASKS = {
     "list of rows": lambda n, m, pad: causal(n, m)[list(reversed(range(LENGTH)))],
     "permuted rows": lambda n, m, pad: causal(n, m)[(pad[0] * 0 + torch.arange(n)).flip(0)],
     "bits": lambda n, m, pad: torch.ones(n, m).tril().view(torch.int32) > 1,
-    "arguments by name": lambda n, m, pad: torch.unsqueeze(input=torch.tril(input=torch.ones(n, m)) == 1, dim=0),
     "doubled": lambda n, m, pad: torch.ones(n, m).tril().add(torch.ones(n, m), alpha=-1) >= 0.5,
 }

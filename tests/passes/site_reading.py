@@ -41,10 +41,12 @@ def read(function, *args, dynamic=None, export=False):
         graph = program.graph_module
         state = [program.state_dict.get(name) for name in program.graph_signature.inputs_to_parameters.values()]
         constants = [program.constants[name] for name in program.graph_signature.inputs_to_lifted_tensor_constants.values()]
-        return graph, find_sites(graph), run_nodes(graph, (*state, *constants, *args))
+        sites = find_sites(graph)
+        return graph, sites, run_nodes(graph, (*state, *constants, *args), next(iter(sites), None))
     captured = capture_all(function, *args, dynamic=dynamic)
     (graph,) = captured.graphs
-    return graph, find_sites(graph), run_nodes(graph, captured.inputs[0])
+    sites = find_sites(graph)
+    return graph, sites, run_nodes(graph, captured.inputs[0], next(iter(sites), None))
 
 
 class Wrapped(nn.Module):
@@ -80,7 +82,8 @@ def expect(function, *args, form, peeled=False, **options):
     assert site.problem is None, site.problem
     assert site.form == form
     assert site.peeled is peeled
-    torch.testing.assert_close(attention_of(site, values), values[site.node.name])
+    output = values[site.node.name]
+    torch.testing.assert_close(attention_of(site, values).reshape(output.shape), output)
     return site
 
 

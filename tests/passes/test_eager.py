@@ -34,6 +34,21 @@ EAGER_SPELLINGS = {
     "where": lambda q, k, v: torch.where(triangle(), scores(q, k), lowest()).softmax(-1) @ v,
     "where with a tensor": lambda q, k, v: torch.where(triangle(), scores(q, k), torch.full([], lowest())).softmax(-1) @ v,
     "where and an added mask": lambda q, k, v: (torch.where(triangle(), scores(q, k), lowest()) + bias()).softmax(-1) @ v,
+    "added in place": lambda q, k, v: scores(q, k).add_(bias()).softmax(-1) @ v,
+    "filled in place": lambda q, k, v: scores(q, k).masked_fill_(~triangle(), lowest()).softmax(-1) @ v,
+    "scaled in place": lambda q, k, v: (q @ k.mT).mul_(0.35).softmax(-1) @ v,
+    "method where": lambda q, k, v: scores(q, k).where(triangle(), -math.inf).softmax(-1) @ v,
+    "softmax with axis": lambda q, k, v: torch.softmax(scores(q, k), axis=-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum(
+        "bhqk,bhkd->bhqd", (torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.35 + bias()).softmax(-1), v
+    ),
+    "bmm": lambda q, k, v: torch.bmm(
+        (torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(B, H, L, L) + bias()).softmax(-1).flatten(0, 1), v.flatten(0, 1)
+    ),
+    "baddbmm": lambda q, k, v: torch.bmm(
+        torch.baddbmm(bias(), q.flatten(0, 1), k.reshape(-1, L, D).transpose(1, 2), alpha=0.35).softmax(-1), v.flatten(0, 1)
+    ),
+    "scale in bfloat16": lambda q, k, v: ((q @ k.mT) * torch.tensor(0.31, dtype=torch.bfloat16)).softmax(-1) @ v,
     "two added masks": lambda q, k, v: (scores(q, k) + bias() + bias()).softmax(-1) @ v,
     "float32 softmax": lambda q, k, v: F.softmax(scores(q, k) + bias(), dim=-1, dtype=torch.float32).to(q.dtype) @ v,
     "cast around softmax": lambda q, k, v: F.softmax((scores(q, k) + bias()).float(), -1).type_as(q) @ v,
@@ -62,10 +77,21 @@ EAGER_NEAR_MISSES = {
     "weights are masked": lambda q, k, v: (scores(q, k).softmax(-1) * triangle()) @ v,
     "weights are renormalised": lambda q, k, v: ((w := scores(q, k).softmax(-1)) / w.sum(-1, keepdim=True)) @ v,
     "key is not transposed": lambda q, k, v: (q @ k.reshape(B, H, D, L)).softmax(-1) @ v,
+    "weights are permuted": lambda q, k, v: scores(q, k).softmax(-1)[..., torch.arange(L - 1, -1, -1)] @ v,
+    "weights of other heads": lambda q, k, v: scores(q, k).softmax(-1)[:, [1, 0, 3, 2]] @ v,
+    "weights of other items": lambda q, k, v: scores(q, k).softmax(-1)[torch.tensor([1, 0])] @ v,
+    "weights in another order": lambda q, k, v: scores(q, k).softmax(-1).transpose(0, 1).reshape(B, H, L, L) @ v,
+    "weights through float8": lambda q, k, v: scores(q, k).softmax(-1).to(torch.float8_e4m3fn).float() @ v,
+    "scores through float8": lambda q, k, v: scores(q, k).to(torch.float8_e4m3fn).float().softmax(-1) @ v,
+    "two dropouts": lambda q, k, v: F.dropout(F.dropout(scores(q, k).softmax(-1).mT, 0.0).mT, 0.5, False) @ v,
+    "einsum of other layout": lambda q, k, v: torch.einsum("bhqd,bhkd->bhkq", q, k).softmax(-1) @ v,
+    "einsum over queries": lambda q, k, v: torch.einsum("bhkq,bhkd->bhqd", scores(q, k).softmax(-1), v),
+    "added to the output": lambda q, k, v: torch.baddbmm(
+        v.flatten(0, 1), scores(q, k).softmax(-1).flatten(0, 1), v.flatten(0, 1)
+    ),
+    "products by hand": lambda q, k, v: (scores(q, k).softmax(-1)[..., None] * v[:, :, None]).sum(3),
     "heads are reversed": lambda q, k, v: (q @ k.flip(1).transpose(2, 3)).softmax(-1).flip(1) @ v,
     "scores are rounded": lambda q, k, v: F.softmax(scores(q, k).int(), -1, dtype=torch.float32) @ v,
-    "scores are written to": lambda q, k, v: scores(q, k).add_(bias()).softmax(-1) @ v,
-    "scores are filled in place": lambda q, k, v: scores(q, k).masked_fill_(~triangle(), lowest()).softmax(-1) @ v,
     "log_softmax": lambda q, k, v: F.log_softmax(scores(q, k), -1) @ v,
     "sigmoid": lambda q, k, v: scores(q, k).sigmoid() @ v,
     "relu of weights": lambda q, k, v: F.relu(scores(q, k).softmax(-1) - 0.1) @ v,
@@ -76,17 +102,8 @@ EAGER_NEAR_MISSES = {
     "where, the other way round": lambda q, k, v: torch.where(triangle(), lowest(), scores(q, k)).softmax(-1) @ v,
 }
 
-# Nothing between the last product and the softmax is looked through but casts and dropout.
-NO_ATTENTION = {
-    "softmax over the queries",
-    "weights are scaled",
-    "weights are masked",
-    "weights are renormalised",
-    "heads are reversed",
-    "log_softmax",
-    "sigmoid",
-    "relu of weights",
-}
+# No softmax over the keys of a product.
+NO_ATTENTION = {"softmax over the queries", "log_softmax", "sigmoid"}
 
 
 class TestEager:
@@ -115,7 +132,7 @@ class TestEager:
             return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + bias()).softmax(-1) @ v
 
         site = expect(attention, *inputs(), form="eager", dynamic=True)
-        assert isinstance(site.scale, torch.fx.Node)
+        assert isinstance(site.scale, (float, torch.fx.Node))
 
     def test_repeated_heads_are_peeled(self):
         def attention(q, k, v):
@@ -143,9 +160,17 @@ class TestEager:
         if site.problem is None:
             torch.testing.assert_close(attention_of(site, values), values[site.node.name])
 
-    def test_three_dimensions_are_no_site(self):
+    def test_dropped_twice(self):
+        def attention(q, k, v):
+            return F.dropout(F.dropout(scores(q, k).softmax(-1), 0.5), 0.0, False) @ v
+
+        _, (site,), _ = read(attention, *inputs())
+        assert site.dropout == 0.5
+
+    def test_three_dimensions_are_not_rewritten(self):
         q, k, v = (x.flatten(0, 1) for x in inputs())
-        assert read(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v)[1] == []
+        _, (site,), _ = read(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v)
+        assert site.problem is not None and site.problem[0] is Reason.UNSUPPORTED_FORM
 
     def test_two_products_without_softmax_are_no_site(self):
         assert read(lambda q, k, v: (q @ k.mT) @ v, *inputs())[1] == []
