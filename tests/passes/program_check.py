@@ -120,7 +120,7 @@ def marked(program: Program, inputs):
 
 @contextlib.contextmanager
 def quick(program: Program):
-    """Dynamo without what costs a third of its time: guards measured after a cache flush, results of symbolic shapes kept."""
+    """Dynamo without a third of its time: measuring guards after a cache flush, keeping results of symbolic shapes."""
     with contextlib.ExitStack() as stack:
         if hasattr(torch._dynamo.guards, "profile_guard_manager"):
             stack.enter_context(mock.patch.object(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0))

@@ -3,7 +3,7 @@
 A table has two parts: ways to write the same thing, and near misses that look like it. Both go into programs; which is
 which decides only how often. Nothing here needs to know what a line means: plain eager Python says so.
 
-Names that lines may use: B, H, L, D, Dv (sizes), i (positions), n (queries of a key head), one (a scalar input), q, k, v, pad.
+Lines may use B, H, L, D, Dv (sizes), i (positions), n (queries of a key head), one (a scalar input), q, k, v and pad.
 """
 
 from __future__ import annotations
@@ -25,37 +25,44 @@ POSITIONS = Table(
         "torch.arange(L, dtype=torch.int32)", "torch.arange(L).to(torch.int32)", "torch.arange(2, L + 2) - 2",
         "torch.ones(L, dtype=torch.long).cumsum(0) - 1", "torch.arange(-2, L)[2:]", "torch.arange(L + 3)[:L]",
         "(i + 2**32).to(torch.int32)", "i.to(torch.uint8)", "i.float().to(torch.bfloat16)", "i.clamp(min=0)", "i[...]",
-        "i.to(torch.float8_e4m3fn).float()", "torch.arange(L)[::1]", "i.clamp(max=L - 1)", "torch.ops.aten.arange.default(L)",
+        "i.to(torch.float8_e4m3fn).float()", "torch.arange(L)[::1]", "i.clamp(max=L - 1)",
+        "torch.ops.aten.arange.default(L)",
     ),
     (
         "torch.arange(L - 1, -1, -1)", "i.flip(0)", "torch.arange(1, L + 1)", "torch.arange(0, 2 * L, 2)", "i // 2", "-i",
         "(i + 250).to(torch.uint8)", "(i + 125).to(torch.int8)", "(i + 2**31 - 4).to(torch.int32)", "i.clamp(max=5)",
-        "i.roll(1)", "torch.arange(L + 2)[2:]", "i % 5", "i.to(torch.uint8) - 3", "torch.randperm(L)", "i * 0", "i[i.flip(0)]",
-        "(i + 2045).to(torch.float16)", "(i * 2**28).to(torch.int32)", "i - i",
+        "i.roll(1)", "torch.arange(L + 2)[2:]", "i % 5", "i.to(torch.uint8) - 3", "torch.randperm(L)", "i * 0",
+        "i[i.flip(0)]", "(i + 2045).to(torch.float16)", "(i * 2**28).to(torch.int32)", "i - i",
     ),
 )  # fmt: skip
 
 CAUSAL = Table(
     (
         "{kv}[None, :] <= {qi}[:, None]", "{kv} <= {qi}[:, None]", "{qi}[:, None] >= {kv}", "{kv}[None] < {qi}[:, None] + 1",
-        "torch.le({kv}, {qi}.unsqueeze(1))", "~({kv}[None, :] > {qi}[:, None])", "({qi}.view(-1, 1) - {kv}.view(1, -1)) >= 0",
-        "{kv}.le({qi}[..., None])", "torch.ones(L, L, dtype=torch.bool).tril()", "torch.tril(torch.ones(L, L)).bool()",
+        "torch.le({kv}, {qi}.unsqueeze(1))", "~({kv}[None, :] > {qi}[:, None])",
+        "({qi}.view(-1, 1) - {kv}.view(1, -1)) >= 0", "{kv}.le({qi}[..., None])",
+        "torch.ones(L, L, dtype=torch.bool).tril()", "torch.tril(torch.ones(L, L)).bool()",
         "~torch.ones(L, L, dtype=torch.bool).triu(1)", "torch.ones(L, L).triu(diagonal=1) == 0",
         "torch.where({kv} > {qi}[:, None], 0, 1) == 1", "torch.ones(L, L, dtype=torch.uint8).tril() > 0",
         "torch.ones(L, L, dtype=torch.bool).where({kv} <= {qi}[:, None], torch.zeros(L, L, dtype=torch.bool))",
         "torch.vmap(lambda a: torch.vmap(lambda b: b <= a)({kv}))({qi})", "torch.full((L, L), True).tril(0)",
-        "torch.logical_not(torch.gt({kv}, {qi}[:, None]))", "torch.ones(L, L, dtype=torch.bool) ^ torch.full((L, L), True).triu(1)",
+        "torch.logical_not(torch.gt({kv}, {qi}[:, None]))",
+        "torch.ones(L, L, dtype=torch.bool) ^ torch.full((L, L), True).triu(1)",
         "{kv}[None, None, None][0, 0] <= {qi}[None, :, None][0]", "torch.less_equal({kv}, other={qi}[:, None])",
-        "(torch.ones(L, L).cumsum(-1) - 1) <= {qi}[:, None]", "torch.zeros(L, L, dtype=torch.bool).masked_fill({kv} <= {qi}[:, None], True)",
+        "(torch.ones(L, L).cumsum(-1) - 1) <= {qi}[:, None]",
+        "torch.zeros(L, L, dtype=torch.bool).masked_fill({kv} <= {qi}[:, None], True)",
     ),
     (
-        "{kv}[None, :] < {qi}[:, None]", "{kv}[:, None] <= {qi}[None, :]", "({kv} <= {qi}[:, None]) & ({kv} > {qi}[:, None] - 4)",
-        "torch.ones(L, L, dtype=torch.bool).triu()", "torch.ones(L, L, dtype=torch.bool).tril(-1)", "{kv} <= {qi}[:, None] + 1",
+        "{kv}[None, :] < {qi}[:, None]", "{kv}[:, None] <= {qi}[None, :]",
+        "({kv} <= {qi}[:, None]) & ({kv} > {qi}[:, None] - 4)", "torch.ones(L, L, dtype=torch.bool).triu()",
+        "torch.ones(L, L, dtype=torch.bool).tril(-1)", "{kv} <= {qi}[:, None] + 1",
         "torch.full((L, L), True).where({kv} > {qi}[:, None], torch.zeros(L, L, dtype=torch.bool))", "{kv} != {qi}[:, None]",
-        "({kv}.to(torch.uint8) - {qi}.to(torch.uint8)[:, None]) <= 0", "({qi}[:, None].to(torch.int8) * 20 - {kv} * 20) >= 0",
-        "torch.rand(L, L) > 0.3", "({kv} // 4) <= ({qi}[:, None] // 4)", "torch.vmap(lambda a: {kv} >= a)({qi})",
-        "tril(torch.ones(L, L, dtype=torch.bool))", "torch.ones(L, L, dtype=torch.bool).tril() == 0", "torch.full((L, L), True)",
-        "(2**30 * ({qi}[:, None] - {kv}).to(torch.int32)) >= 0", "torch.ones(L, L).tril().cumsum(0) > 1",
+        "({kv}.to(torch.uint8) - {qi}.to(torch.uint8)[:, None]) <= 0",
+        "({qi}[:, None].to(torch.int8) * 20 - {kv} * 20) >= 0", "torch.rand(L, L) > 0.3",
+        "({kv} // 4) <= ({qi}[:, None] // 4)", "torch.vmap(lambda a: {kv} >= a)({qi})",
+        "tril(torch.ones(L, L, dtype=torch.bool))", "torch.ones(L, L, dtype=torch.bool).tril() == 0",
+        "torch.full((L, L), True)", "(2**30 * ({qi}[:, None] - {kv}).to(torch.int32)) >= 0",
+        "torch.ones(L, L).tril().cumsum(0) > 1",
     ),
 )  # fmt: skip
 
@@ -74,8 +81,9 @@ VALID = Table(
         "torch.rand(B, L) > 0.3", "torch.randint(0, 3, (B, L)) > 0", "{pad}.roll(1, -1) > 0", "{pad}.flip(-1) > 0",
         "(-{pad}.to(torch.uint8)) < 0", "({pad}.long() * 2**32).to(torch.int32) != 0", "{pad}.to(torch.uint8) - 1 < 0",
         "({pad}.to(torch.int8) + 127) > 0", "{pad}.to(torch.uint8) != -1", "({pad} + 1) > {pad}", "torch.rand(L) > 0.3",
-        "torch.empty(B, L).bernoulli_(0.7) > 0", "{pad}.numpy() > 0 if False else {pad} > 0", "({pad} - 1).to(torch.uint8) == 0",
-        "{pad}.to(torch.int16) * 256 != 0", "(~{pad}.to(torch.uint8)) != -1", "{pad}.view(B, L)[:, i.flip(0)] > 0",
+        "torch.empty(B, L).bernoulli_(0.7) > 0", "{pad}.numpy() > 0 if False else {pad} > 0",
+        "({pad} - 1).to(torch.uint8) == 0", "{pad}.to(torch.int16) * 256 != 0", "(~{pad}.to(torch.uint8)) != -1",
+        "{pad}.view(B, L)[:, i.flip(0)] > 0",
     ),
 )  # fmt: skip
 
@@ -96,9 +104,10 @@ JOINED = Table(
     (
         "{c} & {p}", "{c} & {p}", "{p} & {c}", "torch.logical_and({c}, {p})", "{c} * {p}", "{p}.logical_and({c})",
         "~(~{c} | ~{p})", "torch.where({c}, {p}, False)", "{p}.where({c}, False)", "{c}.where({p}, False)",
-        "{c}.masked_fill(~{p}, False)", "{c} ^ ({c} & ~{p})", "torch.bitwise_and({c}, {p})", "({c}.int() * {p}.int()).bool()",
-        "({c}.long() + {p}.long()) == 2", "({c}.to(torch.uint8) + {p}.to(torch.uint8)) > 1",
-        "torch.vmap(lambda a: {c} & a)({p})", "torch.logical_and({c}, {p}, out=torch.empty(B, 1, L, L, dtype=torch.bool))",
+        "{c}.masked_fill(~{p}, False)", "{c} ^ ({c} & ~{p})", "torch.bitwise_and({c}, {p})",
+        "({c}.int() * {p}.int()).bool()", "({c}.long() + {p}.long()) == 2",
+        "({c}.to(torch.uint8) + {p}.to(torch.uint8)) > 1", "torch.vmap(lambda a: {c} & a)({p})",
+        "torch.logical_and({c}, {p}, out=torch.empty(B, 1, L, L, dtype=torch.bool))",
         "torch.where(condition={p}, input={c}, other=torch.zeros_like({c}))", "{c}.__and__({p})",
     ),
     (
@@ -112,39 +121,44 @@ JOINED = Table(
 # A Boolean mask, once more.
 BOOLEAN_STEP = Table(
     (
-        "{m}.expand(B, H, L, L)", "{m}.clone()", "{m}.contiguous()", "{m}[..., :L]", "{m}[..., :, :]", "{m} & True", "{m} ^ False",
-        "~~{m}", "{m}.to(torch.uint8).bool()", "{m}.float() != 0", "{m}.float() > 0.5", "{m}.int().clamp(0, 1) == 1",
-        "{m}.to(torch.float8_e4m3fn).float().bool()", "{m}.masked_fill({m}, True)", "torch.where({m}, {m}, False)",
-        "{m}[..., i]", "({m}.to(torch.uint8) - 1) == 0", "{m}.mT.mT", "{m}.view({m}.shape)", "{m}.to(dtype=torch.bool)",
-        "{m}.broadcast_to((B, 1, L, L))", "{m}.to(torch.int8) == 1", "torch.clone({m})", "{m}.cumsum(-1).bool() & {m}",
+        "{m}.expand(B, H, L, L)", "{m}.clone()", "{m}.contiguous()", "{m}[..., :L]", "{m}[..., :, :]", "{m} & True",
+        "{m} ^ False", "~~{m}", "{m}.to(torch.uint8).bool()", "{m}.float() != 0", "{m}.float() > 0.5",
+        "{m}.int().clamp(0, 1) == 1", "{m}.to(torch.float8_e4m3fn).float().bool()", "{m}.masked_fill({m}, True)",
+        "torch.where({m}, {m}, False)", "{m}[..., i]", "({m}.to(torch.uint8) - 1) == 0", "{m}.mT.mT", "{m}.view({m}.shape)",
+        "{m}.to(dtype=torch.bool)", "{m}.broadcast_to((B, 1, L, L))", "{m}.to(torch.int8) == 1", "torch.clone({m})",
+        "{m}.cumsum(-1).bool() & {m}",
     ),
     (
         "~{m}", "{m}.mT", "{m}.flip(-1)", "{m}.cumsum(-1) > 0", "{m}[..., i.flip(0)]", "{m} ^ True", "{m} | {m}.mT",
         "{m}.roll(1, -1)", "{m}.to(torch.uint8) > -1", "({m}.to(torch.uint8) - 1) < 0", "(-{m}.to(torch.uint8)) < 0",
         "({m}.long() * 2**32).to(torch.int32) != 0", "{m}.to(torch.int8) != 256", "({m}.to(torch.int8) * -128) > 0",
-        "({m}.to(torch.int8) * 64 * 2) > 0", "({m}.to(torch.int8) - 1) * 2 != -2", "({m}.long() + 2**31).to(torch.int32) < 0",
-        "{m}[..., :1]", "{m} & (torch.rand(L, L) > 0.1)", "{m}.__xor__({m}.mT)", "{m} | (i == 3)", "{m} & (i != 2)",
+        "({m}.to(torch.int8) * 64 * 2) > 0", "({m}.to(torch.int8) - 1) * 2 != -2",
+        "({m}.long() + 2**31).to(torch.int32) < 0", "{m}[..., :1]", "{m} & (torch.rand(L, L) > 0.1)", "{m}.__xor__({m}.mT)",
+        "{m} | (i == 3)", "{m} & (i != 2)",
     ),
 )  # fmt: skip
 
 NEVER = (
-    'float("-inf")', "-math.inf", "torch.finfo(q.dtype).min", "torch.finfo(torch.float32).min", "torch.finfo(torch.bfloat16).min"
+    'float("-inf")', "-math.inf", "torch.finfo(q.dtype).min", "torch.finfo(torch.float32).min",
+    "torch.finfo(torch.bfloat16).min",
 )  # fmt: skip
 HARDLY = ("-1e9", "-1e4", "-10000.0", "torch.finfo(torch.float16).min", "-1e38", "-8.0", "0.0", "-5")
 
 ADDITIVE = Table(
     (
         "torch.zeros({m}.shape).masked_fill(~{m}, {neg})", "torch.where({m}, 0.0, {neg})", "(1.0 - {m}.float()) * {low}",
-        "torch.zeros(B, 1, L, L).masked_fill(~{m}, {neg})", "torch.zeros_like({m}, dtype=torch.float32).masked_fill_(~{m}, {neg})",
+        "torch.zeros(B, 1, L, L).masked_fill(~{m}, {neg})",
+        "torch.zeros_like({m}, dtype=torch.float32).masked_fill_(~{m}, {neg})",
         "torch.full({m}.shape, {neg}).masked_fill({m}, 0.0)", "torch.full({m}.shape, {neg}).where(~{m}, torch.zeros(()))",
-        "torch.zeros(()).where({m}, {neg})", "{m}.float().log()", "(~{m}).float() * {low}", "{m}.logical_not().float().mul({low})",
-        "torch.masked_fill(input=torch.zeros({m}.shape), mask=~{m}, value={neg})", "torch.where({m}, torch.tensor(0.0), {neg})",
+        "torch.zeros(()).where({m}, {neg})", "{m}.float().log()", "(~{m}).float() * {low}",
+        "{m}.logical_not().float().mul({low})", "torch.masked_fill(input=torch.zeros({m}.shape), mask=~{m}, value={neg})",
+        "torch.where({m}, torch.tensor(0.0), {neg})",
         "torch.zeros({m}.shape).masked_fill({m}.logical_not(), torch.tensor({neg}))",
     ),
     (
         "torch.full({m}.shape, {neg}).where({m}, torch.zeros(()))", "torch.zeros({m}.shape).masked_fill({m}, {neg})",
-        "torch.where({m}, 0.0, {neg}) * 0.0", "torch.where({m}, 0.0, {neg}) - torch.where({m}, 0.0, {neg})",
-        "{m}.float()", "(1.0 - {m}.float()) * -3.0", "torch.where({m}, 1.0, {neg})", "(~{m}).float() * float('-inf')",
+        "torch.where({m}, 0.0, {neg}) * 0.0", "torch.where({m}, 0.0, {neg}) - torch.where({m}, 0.0, {neg})", "{m}.float()",
+        "(1.0 - {m}.float()) * -3.0", "torch.where({m}, 1.0, {neg})", "(~{m}).float() * float('-inf')",
         "torch.where({m}, 0.0, {neg}).masked_fill({m}, 0.5)", "torch.where({m}, {neg}, 0.0)",
     ),
 )  # fmt: skip
@@ -179,14 +193,16 @@ FLOAT_WRITE = (
     "F.leaky_relu({m}, 0.01, True)", "F.threshold({m}, -1.0, 0.0, True)", "{m}.mul_(0.5)", "{m}.add_(1.0)", "{m}.zero_()",
     "{m}.numpy().fill(0.0)", "{m}.numpy().sort()", "a = {m}.numpy(); a *= 0.5", "{m}[..., 0] = 0.0", "{m}.clamp_(min=-1.0)",
     "F.embedding(torch.tensor([0, 1]), {m}.view(-1, L), max_norm=1.0)", "torch.mul({m}, 0.5, out={m})", "torch.relu_({m})",
-    "torch.nn.init.zeros_({m})", "{m}.data.zero_()", "{m}.nan_to_num_()", "F.rrelu({m}, 0.1, 0.1, False, True)", "{m} /= 1e38",
+    "torch.nn.init.zeros_({m})", "{m}.data.zero_()", "{m}.nan_to_num_()", "F.rrelu({m}, 0.1, 0.1, False, True)",
+    "{m} /= 1e38",
     "torch.batch_norm(torch.ones(2, L), None, None, {m}.view(-1, L)[1], torch.ones(L), True, 0.5, 1e-5, False)",
     "{m}.copy_(torch.zeros(L))", "{m}.clone().zero_()", "F.relu({m})", "F.hardtanh({m}, -1.0, 1.0)", "({m} + 1).mul_(0.5)",
 )  # fmt: skip
 PAD_WRITE = (
-    "{pad}[:, :2] = 0", "{pad}.mul_(0)", "{pad}.copy_({pad}.flip(1))", "{pad}.zero_()", "{pad}.numpy()[:] = 1", "{pad}.fill_(1)",
-    "{pad}.index_fill_(1, torch.tensor([0, 3]), 0)", "{pad}.clamp_(max=0)", "{pad}[:, -1] = 1 - {pad}[:, -1].long()",
-    "torch.mul({pad}, 0, out={pad})", "{pad}.view(-1)[1] = 0", "{pad}.t()[2] = 0", "a = {pad}.numpy(); a[:, 1:3] = 0",
+    "{pad}[:, :2] = 0", "{pad}.mul_(0)", "{pad}.copy_({pad}.flip(1))", "{pad}.zero_()", "{pad}.numpy()[:] = 1",
+    "{pad}.fill_(1)", "{pad}.index_fill_(1, torch.tensor([0, 3]), 0)", "{pad}.clamp_(max=0)",
+    "{pad}[:, -1] = 1 - {pad}[:, -1].long()", "torch.mul({pad}, 0, out={pad})", "{pad}.view(-1)[1] = 0", "{pad}.t()[2] = 0",
+    "a = {pad}.numpy(); a[:, 1:3] = 0",
     "{pad}.index_put_((torch.tensor(0), torch.tensor([1, 2])), torch.zeros((), dtype={pad}.dtype))", "F.relu({pad}, True)",
     "{pad}.clone().zero_()", "{pad}[0].logical_not_()", "{pad}.select(1, 0).fill_(0)",
 )  # fmt: skip

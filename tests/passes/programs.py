@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -183,11 +185,14 @@ def _between(p: AttentionLines, rng: random.Random, mask: str, additive: bool, o
         p.lines.append(f"q = {p.draw(CHAINED).format(o=output)}")
     if not p.grouped and rng.random() < 0.1:
         p.local = False
-        p.lines.append(f"k = 0.5 * k + {output}.mean(-1, keepdim=True)")
+        p.lines.append(f"k = 0.5 * k + {output}.nan_to_num(0.0, 0.0, 0.0).mean(-1, keepdim=True).tanh()")
 
 
-def simpler(program: Program):
-    """Programs with a line, an output or a call less, or with a line's right side replaced by a name in it."""
+_NAME = re.compile(r"\b(?:[a-z]\d+|q|k|v|pad)\b")
+
+
+def simpler(program: Program) -> Iterator[Program]:
+    """Programs with a few lines or an output less, with a name in place of a line's right side, or without an alias."""
     lines, outputs = program.lines, program.outputs
     for count in (6, 3, 1):
         for start in range(len(lines) - count, -1, -1):
@@ -195,17 +200,19 @@ def simpler(program: Program):
     for output in outputs if len(outputs) > 1 else ():
         yield replace(program, outputs=tuple(other for other in outputs if other != output))
     for at, line in enumerate(lines):
-        name, equals, right = line.partition(" = ")
-        words = dict.fromkeys("".join(c if c.isidentifier() or c.isdigit() else " " for c in right).split())
-        for word in words if equals and name.isidentifier() else ():
-            if word[-1].isdigit() or word in ("q", "k", "v", "pad"):
-                if right != word:
-                    yield replace(program, lines=(*lines[:at], f"{name} = {word}", *lines[at + 1 :]))
+        name, _, right = line.partition(" = ")
+        words = _NAME.findall(right) if name.isidentifier() else []
+        for word in dict.fromkeys(words) if words != [right] else ():
+            yield replace(program, lines=(*lines[:at], f"{name} = {word}", *lines[at + 1 :]))
+        if words == [right] and name != right and name[-1].isdigit():
+            rest = (re.sub(rf"\b{name}\b", right, line) for line in lines[at + 1 :])
+            named = tuple(right if output == name else output for output in outputs)
+            yield replace(program, lines=(*lines[:at], *rest), outputs=named)
     if program.dynamic:
         yield replace(program, dynamic="", sizes=replace(program.sizes, lengths=program.sizes.lengths[:1]))
 
 
-def shrink(program: Program, fails) -> Program:
+def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
     """The smallest program found for which `fails(program)` still holds."""
     while True:
         smaller = next((other for other in simpler(program) if fails(other)), None)
