@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from .program_pieces import MaskLines, Table
+from .program_pieces import (
+    ADDITIVE,
+    BOOLEAN_STEP,
+    BOOLEAN_WRITE,
+    BROADCAST,
+    CAUSAL,
+    FLOAT_STEP,
+    FLOAT_WRITE,
+    JOINED,
+    PAD_WRITE,
+    POSITIONS,
+    VALID,
+    MaskLines,
+    Table,
+)
 
 SDPA = Table(
     (
@@ -135,14 +149,14 @@ WEIGHTS = Table(
         "{w}[:, torch.arange(H).flip(0)]", "{w}.transpose(0, 1).reshape(B, H, L, L)",
         "{w}.view(H, B, L, L).reshape(B, H, L, L)", "F.dropout({w}, 1.0, True)", "F.alpha_dropout({w}, 0.5, True)",
         "{w}.masked_fill({w} < 0.2, 0.0)", "{w}.round(decimals=1)", "{w}[:, :, :1].expand(B, H, L, L)",
-        "{w}.mT.reshape(B, H, L, L)", "{w} / {w}.amax(-1, keepdim=True)", "{w}.narrow(3, 0, 1)",
+        "{w}.mT.reshape(B, H, L, L)", "{w} / {w}.amax(-1, keepdim=True)", "{w}.narrow(3, 0, L).cumsum(-1)",
     ),
 )  # fmt: skip
 OUTPUT = Table(
     (
-        "{w} @ {v}", "torch.matmul({w}, {v})", "{w}.matmul({v})", "torch.einsum('bhqk,bhkd->bhqd', {w}, {v})",
-        "torch.matmul({w}, other={v})", "torch.bmm({w}.flatten(0, 1), {v}.flatten(0, 1)).view(B, H, L, -1)",
-        "torch.ops.aten.matmul.default({w}, {v})",
+        "{w} @ {v}", "torch.matmul({w}, {v})", "{w}.matmul({v})", "torch.matmul({w}, other={v})",
+        "torch.bmm({w}.flatten(0, 1), {v}.flatten(0, 1)).view(B, H, L, -1)", "torch.ops.aten.matmul.default({w}, {v})",
+        "torch.einsum('bhqk,bhkd->bhqd', {w}, {v})",
     ),
     (
         "{w} @ {v}.flip(2)", "torch.einsum('bhkq,bhkd->bhqd', {w}, {v})", "{w} @ {v}.abs()", "{w}.mT @ {v}",
@@ -163,26 +177,38 @@ CHAINED = (
     "q + {o}.nan_to_num(0.0, 0.0, 0.0).mean(-1, keepdim=True)", "q + {o}[..., :1].nan_to_num(0.0, 0.0, 0.0).clamp(-2, 2)",
     "0.5 * q - {o}.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True).tanh()", "q * 0.9",
 )  # fmt: skip
+WRITTEN = (SCORES, SCALED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE)
+TABLES = (
+    POSITIONS, CAUSAL, VALID, BROADCAST, JOINED, BOOLEAN_STEP, ADDITIVE, FLOAT_STEP, BOOLEAN_WRITE, FLOAT_WRITE, PAD_WRITE,
+    SDPA, GROUPED, SCORES, SCALED, BIASED, FILLED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE,
+)  # fmt: skip
+
+
+def spellings() -> list[tuple[Table | tuple[str, ...], str]]:
+    """Every spelling once, with its table."""
+    every = [(table, (*table.same, *table.near) if isinstance(table, Table) else table) for table in TABLES]
+    return [(table, spelling) for table, texts in every for spelling in dict.fromkeys(texts)]
 
 
 class AttentionLines(MaskLines):
     """Adds the lines of attention calls. `local`: an output's row depends on no other row of the query."""
 
-    def __init__(self, seed: int, grouped: bool) -> None:
-        super().__init__(seed)
+    def __init__(self, seed: int, due: tuple[Table | tuple[str, ...], str], grouped: bool) -> None:
+        super().__init__(seed, due)
         self.grouped = grouped
         self.local = True
 
-    def draw(self, table):
+    def draw(self, table: Table | tuple[str, ...]) -> str:
         template = super().draw(table)
-        if table in (SDPA, SCORES, SCALED, BIASED, FILLED, SOFTMAX, WEIGHTS, OUTPUT) and template in table.near:
+        if table in (SDPA, BIASED, FILLED, *WRITTEN) and isinstance(table, Table) and template in table.near:
             self.local = False
         return template
 
     def attention(self, mask: str, additive: bool, writes: float) -> str:
-        """The name of an output [B, H, L, Dv]."""
+        """Adds a call, whose output a1 [B, H, L, Dv] (a number) the program returns; the name of what goes on from it."""
         q, k, v = self.operands()
-        if self.maybe(0.5):
+        written = self.wants(*WRITTEN) or (additive and self.wants(BIASED)) or (not additive and self.wants(FILLED))
+        if not written and (self.wants(SDPA) or self.maybe(0.5)):
             output = self.sdpa(q, k, v, mask)
         else:
             output = self.written_out(q, k, v, mask, additive, writes)
@@ -205,10 +231,10 @@ class AttentionLines(MaskLines):
 
     def sdpa(self, q: str, k: str, v: str, mask: str) -> str:
         template = self.draw(SDPA)
-        if self.grouped and template.startswith(("sdpa(", "F.")) and self.maybe(0.5):
-            return self.let("o", template[:-1] + ", enable_gqa=True)", q=q, k=k, v=v, m=mask)
+        if self.grouped and template.startswith(("sdpa(", "F.")) and not self.wants(GROUPED) and self.maybe(0.5):
+            return self.let("a", template[:-1] + ", enable_gqa=True)", q=q, k=k, v=v, m=mask)
         k, v = self.repeated(k, v)
-        return self.let("o", template, q=q, k=k, v=v, m=mask)
+        return self.let("a", template, q=q, k=k, v=v, m=mask)
 
     def written_out(self, q: str, k: str, v: str, mask: str, additive: bool, writes: float) -> str:
         k, v = self.repeated(k, v)
@@ -218,17 +244,14 @@ class AttentionLines(MaskLines):
         late = self.maybe(self.trap)  # the scale behind the mask
         if not late:
             s = self.let("s", self.draw(SCALED), s=s)
-        s = self.let("s", self.draw(BIASED if additive else FILLED), s=s, m=mask, neg=self.rng.choice(NEVER_FILLS))
+        s = self.let("s", self.draw(BIASED if additive else FILLED), s=s, m=mask, neg=self.never())
         if late:
             s = self.let("s", self.draw(SCALED), s=s)
-        if self.maybe(writes):
+        if self.wants(OPERAND_WRITE) or self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([q, k, v, s]))
         w = self.let("w", self.draw(SOFTMAX), s=s)
-        while self.maybe(0.45):
+        while self.wants(WEIGHTS) or self.maybe(0.45):
             w = self.let("w", self.draw(WEIGHTS), w=w)
         if self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([w, v]))
-        return self.let("o", self.draw(OUTPUT), w=w, v=v)
-
-
-NEVER_FILLS = ('float("-inf")', '-float("inf")', "torch.finfo(q.dtype).min", "-torch.inf", "-1e9")
+        return self.let("a", self.draw(OUTPUT), w=w, v=v)

@@ -139,26 +139,28 @@ BOOLEAN_STEP = Table(
 )  # fmt: skip
 
 NEVER = (
-    'float("-inf")', "-math.inf", "torch.finfo(q.dtype).min", "torch.finfo(torch.float32).min",
-    "torch.finfo(torch.bfloat16).min",
+    'float("-inf")', "-math.inf", "torch.finfo(q.dtype).min", "torch.finfo(torch.bfloat16).min",
+    "torch.finfo(torch.float32).min",
 )  # fmt: skip
 HARDLY = ("-1e9", "-1e4", "-10000.0", "torch.finfo(torch.float16).min", "-1e38", "-8.0", "0.0", "-5")
 
 ADDITIVE = Table(
     (
-        "torch.zeros({m}.shape).masked_fill(~{m}, {neg})", "torch.where({m}, 0.0, {neg})", "(1.0 - {m}.float()) * {low}",
-        "torch.zeros(B, 1, L, L).masked_fill(~{m}, {neg})",
-        "torch.zeros_like({m}, dtype=torch.float32).masked_fill_(~{m}, {neg})",
-        "torch.full({m}.shape, {neg}).masked_fill({m}, 0.0)", "torch.full({m}.shape, {neg}).where(~{m}, torch.zeros(()))",
-        "torch.zeros(()).where({m}, {neg})", "{m}.float().log()", "(~{m}).float() * {low}",
-        "{m}.logical_not().float().mul({low})", "torch.masked_fill(input=torch.zeros({m}.shape), mask=~{m}, value={neg})",
+        "torch.zeros({m}.shape, dtype=q.dtype).masked_fill(~{m}, {neg})", "torch.where({m}, 0.0, {neg})",
+        "(1.0 - {m}.float()) * {low}", "q.new_zeros(B, 1, L, L).masked_fill(~{m}, {neg})",
+        "torch.zeros_like({m}, dtype=q.dtype).masked_fill_(~{m}, {neg})",
+        "torch.full({m}.shape, {neg}, dtype=q.dtype).masked_fill({m}, 0.0)",
+        "torch.full({m}.shape, {neg}, dtype=q.dtype).where(~{m}, q.new_zeros(()))", "q.new_zeros(()).where({m}, {neg})",
+        "{m}.float().log()", "(~{m}).float() * {low}", "{m}.logical_not().float().mul({low})",
+        "torch.masked_fill(input=torch.zeros({m}.shape, dtype=q.dtype), mask=~{m}, value={neg})",
         "torch.where({m}, torch.tensor(0.0), {neg})",
-        "torch.zeros({m}.shape).masked_fill({m}.logical_not(), torch.tensor({neg}))",
+        "torch.zeros({m}.shape, dtype=q.dtype).masked_fill({m}.logical_not(), torch.tensor({neg}))",
     ),
     (
-        "torch.full({m}.shape, {neg}).where({m}, torch.zeros(()))", "torch.zeros({m}.shape).masked_fill({m}, {neg})",
-        "torch.where({m}, 0.0, {neg}) * 0.0", "torch.where({m}, 0.0, {neg}) - torch.where({m}, 0.0, {neg})", "{m}.float()",
-        "(1.0 - {m}.float()) * -3.0", "torch.where({m}, 1.0, {neg})", "(~{m}).float() * float('-inf')",
+        "torch.full({m}.shape, {neg}, dtype=q.dtype).where({m}, q.new_zeros(()))",
+        "torch.zeros({m}.shape, dtype=q.dtype).masked_fill({m}, {neg})", "torch.where({m}, 0.0, {neg}) * 0.0",
+        "torch.where({m}, 0.0, {neg}) - torch.where({m}, 0.0, {neg})", "{m}.float()", "(1.0 - {m}.float()) * -3.0",
+        "torch.where({m}, 1.0, {neg})", "(~{m}).float() * float('-inf')",
         "torch.where({m}, 0.0, {neg}).masked_fill({m}, 0.5)", "torch.where({m}, {neg}, 0.0)",
     ),
 )  # fmt: skip
@@ -201,26 +203,38 @@ FLOAT_WRITE = (
 PAD_WRITE = (
     "{pad}[:, :2] = 0", "{pad}.mul_(0)", "{pad}.copy_({pad}.flip(1))", "{pad}.zero_()", "{pad}.numpy()[:] = 1",
     "{pad}.fill_(1)", "{pad}.index_fill_(1, torch.tensor([0, 3]), 0)", "{pad}.clamp_(max=0)",
-    "{pad}[:, -1] = 1 - {pad}[:, -1].long()", "torch.mul({pad}, 0, out={pad})", "{pad}.view(-1)[1] = 0", "{pad}.t()[2] = 0",
-    "a = {pad}.numpy(); a[:, 1:3] = 0",
+    "{pad}[:, -1] = 1 - {pad}[:, -1].long()", "torch.bitwise_and({pad}, 0, out={pad})", "{pad}.view(-1)[1] = 0",
+    "{pad}.t()[2] = 0", "a = {pad}.numpy(); a[:, 1:3] = 0",
     "{pad}.index_put_((torch.tensor(0), torch.tensor([1, 2])), torch.zeros((), dtype={pad}.dtype))", "F.relu({pad}, True)",
     "{pad}.clone().zero_()", "{pad}[0].logical_not_()", "{pad}.select(1, 0).fill_(0)",
 )  # fmt: skip
 
 
 class Lines:
-    """A program's lines in the making; `trap` is how often a near miss is drawn in place of the thing itself."""
+    """A program's lines in the making; `trap` is how often a near miss is drawn in place of the thing itself.
 
-    def __init__(self, seed: int) -> None:
+    `due` is a table and one of its spellings, which the first draw from that table gives: so no spelling is left out.
+    """
+
+    def __init__(self, seed: int, due: tuple[Table | tuple[str, ...], str]) -> None:
         self.rng = random.Random(seed)
+        self.due: tuple[Table | tuple[str, ...], str] | None = due
+        self.half = False  # whether scores are half precision
         self.lines: list[str] = []
-        self.trap = self.rng.choice([0.0, 0.02, 0.05, 0.1])
+        self.trap = self.rng.choice([0.0, 0.0, 0.03, 0.08])
         self.count = 0
 
     def maybe(self, chance: float) -> bool:
         return self.rng.random() < chance
 
+    def wants(self, *tables: Table | tuple[str, ...]) -> bool:
+        """Whether the spelling that is due is in one of these tables."""
+        return self.due is not None and any(self.due[0] is table for table in tables)
+
     def draw(self, table: Table | tuple[str, ...]) -> str:
+        if self.wants(table):
+            spelling, self.due = self.due[1], None
+            return spelling
         if not isinstance(table, Table):
             return self.rng.choice(table)
         if table.near and self.maybe(self.trap):
@@ -252,31 +266,36 @@ class MaskLines(Lines):
 
     def condition(self, writes: float) -> str:
         """A Boolean mask that broadcasts to [B, H, L, L]."""
-        kind = self.rng.random()
+        kind = 0.5 if self.wants(VALID, BROADCAST, JOINED, PAD_WRITE) else self.rng.random()
         if kind < 0.4:
             m = self.causal()
         elif kind < 0.95:
             m = self.let("m", self.draw(JOINED), c=self.causal(), p=self.padding())
         else:
             m = self.padding()
-        while self.maybe(0.3):
+        while self.wants(BOOLEAN_STEP) or self.maybe(0.3):
             m = self.let("m", self.draw(BOOLEAN_STEP), m=m)
         return self.written(m, BOOLEAN_WRITE, writes)
 
     def mask(self, writes: float, additive: float = 0.4) -> tuple[str, bool]:
         """(name, whether it is a float mask)"""
         m = self.condition(writes)
-        if not self.maybe(additive):
+        if not (self.wants(ADDITIVE, FLOAT_STEP, FLOAT_WRITE) or self.maybe(additive)):
             return m, False
-        low = self.rng.choice(NEVER[2:])
-        neg = self.rng.choice(HARDLY if self.maybe(self.trap) else NEVER)
+        low, neg = self.rng.choice(NEVER[2:]), self.never()
         m = self.let("m", f"({self.draw(ADDITIVE)}).to(q.dtype)", m=m, neg=neg, low=low)
-        while self.maybe(0.2):
+        while self.wants(FLOAT_STEP) or self.maybe(0.2):
             m = self.let("m", self.draw(FLOAT_STEP), m=m)
         return self.written(m, FLOAT_WRITE, writes), True
 
+    def never(self) -> str:
+        """What a hidden score becomes: -inf or the lowest number; at times what does not hide for certain."""
+        if self.half:  # others are no numbers there
+            return self.rng.choice(NEVER[:3])
+        return self.rng.choice(HARDLY if self.maybe(self.trap) else NEVER)
+
     def written(self, m: str, table: tuple[str, ...], chance: float) -> str:
-        if self.maybe(chance):
+        if self.wants(table) or self.maybe(chance):
             m = self.let("m", "{m}.clone()", m=m) if self.maybe(0.7) else m
             self.do(self.draw(table), m=m)
         return m

@@ -3,7 +3,7 @@
     def program(q, k, v, pad, one):
         B, H, L, D = q.shape
         ...                                   masks, writes, 2 to 4 attention calls, each feeding the next one's query
-        return o4, o9
+        return a4, a9, q
 
 Most are small deviations from something that is readable attention.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .program_attention import CHAINED, OPERAND_WRITE, AttentionLines
+from .program_attention import CHAINED, GROUPED, OPERAND_WRITE, AttentionLines, spellings
 from .program_pieces import BOOLEAN_WRITE, FLOAT_WRITE, PAD_WRITE
 
 HEADER = (
@@ -78,14 +78,18 @@ class Program:
 
     seed: int
     lines: tuple[str, ...]
-    outputs: tuple[str, ...]
     sizes: Sizes
     dynamic: str = ""
     local: bool = True
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the attention calls' outputs, and the query that came of them."""
+        return (*dict.fromkeys(_OUTPUT.findall("\n".join(self.lines))), "q")
+
+    @property
     def source(self) -> str:
-        lines = [*HEADER, *self.lines, f"return {', '.join(self.outputs)},"]
+        lines = [*HEADER, *self.lines, f"return {', '.join(self.outputs)}"]
         return "def program(q, k, v, pad, one):\n" + "".join(f"    {line}\n" for line in lines)
 
     def function(self):
@@ -150,14 +154,19 @@ def _sizes(seed: int, rng: random.Random, dynamic: str) -> Sizes:
     )
 
 
+_SPELLINGS = random.Random("order").sample(spellings(), len(spellings()))
+
+
 def generate(seed: int) -> Program:
     """The program of a seed."""
     rng = random.Random(f"sizes {seed}")
     dynamic = rng.choice(["maybe", "maybe", "maybe", "mark", "all"]) if rng.random() < 0.08 else ""
-    sizes = _sizes(seed, rng, dynamic)
-    p = AttentionLines(seed, sizes.kv_heads < sizes.heads)
+    sizes, due = _sizes(seed, rng, dynamic), _SPELLINGS[seed % len(_SPELLINGS)]
+    if due[0] is GROUPED:
+        sizes = replace(sizes, kv_heads=2)
+    p = AttentionLines(seed, due, sizes.kv_heads < sizes.heads)
+    p.half = sizes.dtype in (torch.float16, torch.bfloat16)
     writes = rng.choice([0.0, 0.0, 0.0, 0.0, 0.15])
-    outputs: list[str] = []
     start, mask, additive = p.rng.getstate(), "", False
     for layer in range(2 if dynamic else rng.choice([2, 2, 2, 2, 3, 3, 4])):
         kind = rng.random()
@@ -168,14 +177,14 @@ def generate(seed: int) -> Program:
             p.rng.setstate(start)
             mask, additive = p.mask(writes)
             p.rng.seed(f"{seed} {layer}")
-        outputs.append(p.attention(mask, additive, writes / 2))
-        _between(p, rng, mask, additive, outputs[-1], writes * 2)
-    return Program(seed, tuple(p.lines), tuple(outputs), sizes, dynamic, p.local)
+        output = p.attention(mask, additive, writes / 2)
+        _between(p, rng, mask, additive, output, writes * 2)
+    return Program(seed, tuple(p.lines), sizes, dynamic, p.local)
 
 
 def _between(p: AttentionLines, rng: random.Random, mask: str, additive: bool, output: str, writes: float) -> None:
     """What happens between two layers."""
-    if rng.random() < writes:
+    if p.wants(PAD_WRITE) or rng.random() < writes:
         p.do(p.draw(PAD_WRITE), pad="pad")
     if rng.random() < writes / 2:
         p.do(p.draw(FLOAT_WRITE if additive else BOOLEAN_WRITE), m=mask)
@@ -189,25 +198,23 @@ def _between(p: AttentionLines, rng: random.Random, mask: str, additive: bool, o
 
 
 _NAME = re.compile(r"\b(?:[a-z]\d+|q|k|v|pad)\b")
+_OUTPUT = re.compile(r"^(a\d+) =", re.MULTILINE)
 
 
 def simpler(program: Program) -> Iterator[Program]:
-    """Programs with a few lines or an output less, with a name in place of a line's right side, or without an alias."""
-    lines, outputs = program.lines, program.outputs
+    """Programs with a few lines less, with a name in place of a line's right side, or without an alias."""
+    lines = program.lines
     for count in (6, 3, 1):
         for start in range(len(lines) - count, -1, -1):
             yield replace(program, lines=lines[:start] + lines[start + count :])
-    for output in outputs if len(outputs) > 1 else ():
-        yield replace(program, outputs=tuple(other for other in outputs if other != output))
     for at, line in enumerate(lines):
         name, _, right = line.partition(" = ")
         words = _NAME.findall(right) if name.isidentifier() else []
         for word in dict.fromkeys(words) if words != [right] else ():
             yield replace(program, lines=(*lines[:at], f"{name} = {word}", *lines[at + 1 :]))
-        if words == [right] and name != right and name[-1].isdigit():
+        if words == [right] and name != right and name[-1].isdigit() and not _OUTPUT.match(line):
             rest = (re.sub(rf"\b{name}\b", right, line) for line in lines[at + 1 :])
-            named = tuple(right if output == name else output for output in outputs)
-            yield replace(program, lines=(*lines[:at], *rest), outputs=named)
+            yield replace(program, lines=(*lines[:at], *rest))
     if program.dynamic:
         yield replace(program, dynamic="", sizes=replace(program.sizes, lengths=program.sizes.lengths[:1]))
 
