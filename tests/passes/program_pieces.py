@@ -69,21 +69,22 @@ CAUSAL = Table(
 # The padding input [B, L] as a condition. On values other than 0 and 1 these differ from each other.
 VALID = Table(
     (
-        "{pad} != 0", "{pad} > 0", "{pad} == 1", "{pad}.bool()", "{pad}.to(torch.bool)", "{pad} >= 1", "~({pad} == 0)",
-        "(1 - {pad}.long()) != 1", "{pad}.eq(1)", "{pad}.long().clamp(max=1).bool()", "{pad}.to(torch.int32) != 0",
-        "{pad}.clamp(0, 1) == 1", "{pad}.gt(0)", "torch.ne({pad}, 0)", "{pad}.to(torch.int64) == 1", "{pad}.float() > 0.5",
-        "{pad}.type(torch.bool)", "{pad}.logical_not().logical_not()", "torch.where({pad} > 0, True, False)",
+        "{pad} != 0", "{pad} > 0", "{pad} == 1", "{pad}.long().clamp(max=1).bool()", "{pad}.long().abs() > 0",
+        "{pad}.bool()", "{pad}.to(torch.bool)", "{pad} >= 1", "~({pad} == 0)", "(1 - {pad}.long()) != 1", "{pad}.eq(1)",
+        "{pad}.to(torch.int32) != 0", "{pad}.clamp(0, 1) == 1", "{pad}.gt(0)", "torch.ne({pad}, 0)",
+        "{pad}.to(torch.int64) == 1", "{pad}.float() > 0.5", "{pad}.type(torch.bool)", "{pad}.logical_not().logical_not()",
+        "torch.where({pad} > 0, True, False)",
     ),
     (
         "{pad} > -1", "{pad} != 256", "{pad} < 200", "{pad}.to(torch.int8) != 0", "{pad}.to(torch.uint8) > 0", "{pad} == 0",
         "{pad}.to(torch.int32) + (2**31 - 1) > 0", "{pad}.cumsum(-1) > 0", "{pad}.float() - {pad}.float() == 0",
         "{pad}.float() * 0 == 0", "{pad}.half() != 0", "{pad}.to(torch.float8_e4m3fn).float() != 0", "({pad} * {pad}) > 0",
-        "torch.rand(B, L) > 0.3", "torch.randint(0, 3, (B, L)) > 0", "{pad}.roll(1, -1) > 0", "{pad}.flip(-1) > 0",
-        "(-{pad}.to(torch.uint8)) < 0", "({pad}.long() * 2**32).to(torch.int32) != 0", "{pad}.to(torch.uint8) - 1 < 0",
-        "({pad}.to(torch.int8) + 127) > 0", "{pad}.to(torch.uint8) != -1", "({pad} + 1) > {pad}", "torch.rand(L) > 0.3",
-        "torch.empty(B, L).bernoulli_(0.7) > 0", "{pad}.numpy() > 0 if False else {pad} > 0",
-        "({pad} - 1).to(torch.uint8) == 0", "{pad}.to(torch.int16) * 256 != 0", "(~{pad}.to(torch.uint8)) != -1",
-        "{pad}.view(B, L)[:, i.flip(0)] > 0",
+        "torch.rand(B, L) > 0.3", "F.dropout(torch.ones(B, L), 0.3) > 0", "torch.randint(0, 3, (B, L)) > 0",
+        "{pad}.roll(1, -1) > 0", "{pad}.flip(-1) > 0", "(-{pad}.to(torch.uint8)) < 0",
+        "({pad}.long() * 2**32).to(torch.int32) != 0", "{pad}.to(torch.uint8) - 1 < 0", "({pad}.to(torch.int8) + 127) > 0",
+        "{pad}.to(torch.uint8) != -1", "({pad} + 1) > {pad}", "torch.rand(L) > 0.3", "torch.empty(B, L).bernoulli_(0.7) > 0",
+        "{pad}.numpy() > 0 if False else {pad} > 0", "({pad} - 1).to(torch.uint8) == 0", "{pad}.to(torch.int16) * 256 != 0",
+        "(~{pad}.to(torch.uint8)) != -1", "{pad}.view(B, L)[:, i.flip(0)] > 0",
     ),
 )  # fmt: skip
 

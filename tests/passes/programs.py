@@ -167,16 +167,16 @@ def generate(seed: int) -> Program:
     p = AttentionLines(seed, due, sizes.kv_heads < sizes.heads)
     p.half = sizes.dtype in (torch.float16, torch.bfloat16)
     writes = rng.choice([0.0, 0.0, 0.0, 0.0, 0.15])
-    start, mask, additive = p.rng.getstate(), "", False
+    recipe: list[str] = []
+    mask, additive = "", False
     for layer in range(2 if dynamic else rng.choice([2, 2, 2, 2, 3, 3, 4])):
-        kind = rng.random()
+        kind = 0.5 if due[0] is PAD_WRITE else rng.random()
         if not layer or kind > 0.75:  # a mask of its own
-            start = p.rng.getstate()
+            start = len(p.lines)
             mask, additive = p.mask(writes)
-        elif kind > 0.4:  # the same once more, computed anew
-            p.rng.setstate(start)
-            mask, additive = p.mask(writes)
-            p.rng.seed(f"{seed} {layer}")
+            recipe = p.lines[start:]
+        elif kind > 0.35:  # the same once more, computed anew
+            p.lines += recipe
         output = p.attention(mask, additive, writes / 2)
         _between(p, rng, mask, additive, output, writes * 2)
     return Program(seed, tuple(p.lines), sizes, dynamic, p.local)
