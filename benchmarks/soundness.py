@@ -122,9 +122,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         failed_passes += part["failed passes"]
         rewritten = sum(count for (_, _, decision), count in calls.items() if decision != "unchanged")
         print(f"{done} programs, {calls.total()} calls, {rewritten} rewritten, {len(found)} differences", flush=True)
-    for difference in found[: arguments.shrink]:
-        if difference["mode"]:
-            difference["source"] = shrunk(difference["seed"], difference["mode"])
     conditions = {
         "programs": arguments.programs, "first seed": arguments.first, "skipped": dict(skipped), "calls": calls.total(),
         "rewritten": rewritten, "differences": len(found), "failed passes": failed_passes, "torch": torch.__version__,
@@ -154,6 +151,16 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(record: dict[str, Any], folder: Path | None) -> str:
+    """The table, which is also written to a folder if there is one."""
+    text = table(record)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "soundness.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / "soundness.md").write_text(text)
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the programs and writes soundness.json and soundness.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -164,12 +171,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a folder; without it, the table is only printed")
     arguments = parser.parse_args(argv)
     record = run(arguments)
-    text = table(record)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "soundness.json").write_text(json.dumps(record, indent=1) + "\n")
-        (arguments.out / "soundness.md").write_text(text)
-    print(text)
+    write(record, arguments.out)  # shrinking takes its time
+    for difference in record["differences"][: arguments.shrink]:
+        if difference["mode"]:
+            difference["source"] = shrunk(difference["seed"], difference["mode"])
+    print(write(record, arguments.out))
     return 1 if record["differences"] else 0
 
 

@@ -250,7 +250,7 @@ class AttentionLines(MaskLines):
         if self.wants(OPERAND_WRITE) or self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([q, k, v, s]))
         w = self.let("w", self.draw(SOFTMAX), s=s)
-        while self.wants(WEIGHTS) or self.maybe(0.45):
+        while self.wants(WEIGHTS) or self.maybe(0.4):
             w = self.let("w", self.draw(WEIGHTS), w=w)
         if self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([w, v]))

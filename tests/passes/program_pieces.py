@@ -240,7 +240,7 @@ class Lines:
             return self.rng.choice(table)
         if table.near and self.maybe(self.trap):
             return self.rng.choice(table.near)
-        return table.same[int(len(table.same) * self.rng.random() ** 2)]  # common spellings come first
+        return table.same[int(len(table.same) * self.rng.random() ** 2.5)]  # common spellings come first
 
     def let(self, prefix: str, template: str, **names: str) -> str:
         """Adds `name = <template>` and returns the name."""
@@ -274,7 +274,7 @@ class MaskLines(Lines):
             m = self.let("m", self.draw(JOINED), c=self.causal(), p=self.padding())
         else:
             m = self.padding()
-        while self.wants(BOOLEAN_STEP) or self.maybe(0.3):
+        while self.wants(BOOLEAN_STEP) or self.maybe(0.25):
             m = self.let("m", self.draw(BOOLEAN_STEP), m=m)
         return self.written(m, BOOLEAN_WRITE, writes)
 
