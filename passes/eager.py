@@ -7,9 +7,9 @@
     weights = dropout(weights, p=0)
     output  = matmul(weights, v)                              [B, H, Lq, Dv]; or bmm, einsum
 
-Between the two products only what is named here may stand, and what provably changes nothing: copies, casts between
-floating-point types of at least 16 bits, and views that leave the last two dimensions. Every step must be read by the next
-one alone. Anything else that weighs by a softmax over a product is a site with reason UNSUPPORTED_FORM.
+Between the two products only what is named here may stand, and what provably changes nothing: copies, casts to types that
+hold all that the query's type does, and views that leave the last two dimensions. Every step must be read by the next one
+alone. Anything else that weighs by a softmax over a product is a site with reason UNSUPPORTED_FORM.
 """
 
 from __future__ import annotations
@@ -344,14 +344,20 @@ def _keeps_last_two(view: Node) -> bool:
     return all(known(a == b) for a, b in zip(before.shape[-2:], after.shape[-2:], strict=True))
 
 
+def _holds(dtype: torch.dtype, needed: torch.dtype) -> bool:
+    """Whether a type holds what another one does, to the last bit and in range."""
+    return dtype == needed or (dtype in _FLOATS and dtype.itemsize > needed.itemsize)
+
+
 def _chain_problem(call: Node, weights: _Weights, scores: _Scores) -> str | None:
     """Every step must be read by the next one only, and none may mix, move or round away what it is handed."""
     chain = [*weights.chain, *scores.chain]
     if any(len(list(users(step))) != 1 for step in chain):
         return "scores or weights are used elsewhere too"
-    rounding = next((step for step in chain if fake(step).dtype not in _FLOATS), None)
+    needed = fake(_operands(scores.chain[-1])[0]).dtype
+    rounding = next((step for step in chain if not _holds(fake(step).dtype, needed)), None)
     if rounding is not None:
-        return f"scores or weights are held in {fake(rounding).dtype}"
+        return f"scores or weights of {needed} queries are held in {fake(rounding).dtype}"
     for step, source in pairwise(chain):
         kept = _keeps_last_two(step) if functional(step.target) in _VIEWS else same_shape(fake(step), fake(source))
         if not kept or fake(step).device != fake(source).device:

@@ -10,7 +10,7 @@ and h are padding, `kv > q - W` is a sliding window. Whatever is left unread mak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class MaskMeaning:
         padding: the part of the predicate in (b, kv) alone; None if every key is valid.
         leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
         mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
+        nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.
         detail: for a person: the window's size, or why the mask is opaque.
     """
 
@@ -65,6 +66,7 @@ class MaskMeaning:
     atoms: dict[sympy.Symbol, Atom] = field(default_factory=dict)
     leaves: dict[str, Node] = field(default_factory=dict)
     mean_rows: bool = False
+    nan_rows: bool = False
     detail: str = ""
 
     def __str__(self) -> str:
@@ -91,7 +93,8 @@ def infer_mask(site: AttentionSite) -> MaskMeaning:
         allowed = sympy.And(allowed, atoms.le(KV, Q))
     elif site.is_causal is not False:
         return MaskMeaning(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
-    return _classify(allowed, atoms, evaluator, hidden, level)
+    meaning = _classify(allowed, atoms, evaluator, hidden, level)
+    return replace(meaning, nan_rows=site.form == "eager" and -sympy.oo in hidden)
 
 
 def held(meaning: MaskMeaning, site: AttentionSite) -> MaskMeaning:
@@ -172,7 +175,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
             kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskMeaning(kind, normal, padding, atoms.table, leaves, mean_rows, detail)
+    return MaskMeaning(kind, normal, padding, atoms.table, leaves, mean_rows, detail=detail)
 
 
 def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:

@@ -97,6 +97,8 @@ class PlanSites(Pass):
         elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None:
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
+        if plan.decision is Decision.PADDED and plan.meaning.nan_rows:
+            return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
         try:
             plan.kernel = _kernel(plan, self.state.config)
         except KernelError as error:  # a kernel that was asked for by name and does not fit this site

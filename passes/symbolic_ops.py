@@ -25,6 +25,7 @@ from tsa_compile.passes.symbolic import (
     as_number,
     combine,
     constant,
+    round_constant,
     rule,
 )
 
@@ -277,10 +278,13 @@ for _names, _compare in _COMPARISONS.items():
 def _numbers(evaluator: Evaluator, node: Node, index: Index, *operands: Any) -> list[Cases]:
     """The operands of arithmetic: integers, or constants where floating-point numbers are computed with."""
     cases = [evaluator.number(operand, broadcast(operand, index)) for operand in operands]
-    inexact = fake(node).dtype.is_floating_point or fake(node).dtype.is_complex
-    if inexact and not all(number.is_number for case in cases for _, number in case):
+    dtype = fake(node).dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return cases
+    if not all(number.is_number for case in cases for _, number in case):
         raise NotUnderstood
-    return cases
+    computed = torch.float64 if dtype == torch.float64 else torch.float32  # where a number too large for it is infinite
+    return [[(condition, round_constant(number, computed)) for condition, number in case] for case in cases]
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any], of_truth: Any = None) -> Rule:
