@@ -23,6 +23,8 @@ from tsa_compile.passes.layout import conform
 from tsa_compile.report import Decision, Reason
 
 if TYPE_CHECKING:
+    from tsa_compile.passes.frame import Frame
+    from tsa_compile.passes.layers import Place
     from tsa_compile.passes.masks import MaskMeaning
     from tsa_compile.passes.sites import AttentionSite
 
@@ -31,11 +33,16 @@ __all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
 
 @dataclass
 class SitePlan:
-    """What is known and decided about one site; filled in pass by pass. `selected`: its layer was asked to be sparse."""
+    """What is known and decided about one site; filled in pass by pass.
+
+    `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
+    """
 
     site: AttentionSite
+    place: Place
     meaning: MaskMeaning | None = None
     selected: bool = False
+    unplaced: bool = False
     decision: Decision = Decision.UNCHANGED
     reason: Reason = Reason.UNSUPPORTED_FORM
     kernel: str = ""
@@ -54,6 +61,7 @@ class GraphState:
     plans: list[SitePlan] = field(default_factory=list)
     detached: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    frame: Frame | None = None
 
     @contextmanager
     def attempt(self, plan: SitePlan, graph: Graph, doing: str) -> Iterator[None]:

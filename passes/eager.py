@@ -20,7 +20,8 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.graph import argument, fake, is_mutated, is_mutation, known, mutated_storages, op_name, readers
-from tsa_compile.passes.sites import AttentionSite, MaskTerm, layer_name, normal_form
+from tsa_compile.passes.layers import layer_name
+from tsa_compile.passes.sites import AttentionSite, MaskTerm, normal_form
 from tsa_compile.report import Reason
 
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "contiguous", "clone")

@@ -10,21 +10,24 @@ a GPU means long enough to gain time there (costs.py). On a CPU correctness is t
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import GraphModule
 
-from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError, KernelError
+from tsa_compile.config import Layers, TSAConfig
+from tsa_compile.errors import KernelError, TSAWarning
 from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.costs import SiteShape, break_even
 from tsa_compile.passes.devices import for_device
+from tsa_compile.passes.frame import frame_of
 from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.layers import not_found, placed, places_of, select_layers
 from tsa_compile.passes.masks import MaskKind, infer_mask
-from tsa_compile.passes.sites import AttentionSite, find_sites
+from tsa_compile.passes.sites import find_sites
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
@@ -39,12 +42,16 @@ _MASK_REASONS = {
     MaskKind.OPAQUE: Reason.MASK_OPAQUE,
 }
 
+_said: WeakKeyDictionary[torch.nn.Module, set[Layers | None]] = WeakKeyDictionary()
+
 
 class FindSites(Pass):
-    """Reads every attention call into its normal form."""
+    """Reads every attention call into its normal form, and finds its place among the model's layers."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        self.state.plans = [SitePlan(site) for site in find_sites(graph_module)]
+        sites, self.state.frame = find_sites(graph_module), frame_of(graph_module)
+        places = places_of(sites, graph_module, self.state.frame)
+        self.state.plans = [SitePlan(placed(site, place), place) for site, place in zip(sites, places, strict=True)]
         return self.result(graph_module, modified=False)
 
 
@@ -70,16 +77,29 @@ class PlanSites(Pass):
     """Decides about every site; changes nothing in the graph."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        sites = [plan.site for plan in self.state.plans]
-        selected = select_layers(sites, self.state.config, whole=is_whole(graph_module))
-        share = sum(reason is None for reason in selected.values()) / max(len(sites), 1)
-        for plan in self.state.plans:
+        places = [plan.place for plan in self.state.plans]
+        selected = select_layers(places, self.state.config)
+        share = sum(reason is None for reason in selected) / max(len(places), 1)
+        for plan, reason in zip(self.state.plans, selected, strict=True):
             if plan.reason is Reason.PASS_FAILED:
                 continue
-            plan.selected = selected[plan.site] is None
+            plan.selected, plan.unplaced = reason is None, reason is Reason.LAYER_COUNT_UNKNOWN
             with self.state.attempt(plan, graph_module.graph, "planning"):
-                self._decide(plan, selected[plan.site], share)
+                self._decide(plan, reason, share)
+        self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
         return self.result(graph_module, modified=False)
+
+    def _say_what_was_not_found(self, text: str | None) -> None:
+        """Once for a model, however many graphs it is compiled in."""
+        if text is None:
+            return
+        self.state.notes.append(text)
+        frame = self.state.frame
+        model = frame.model() if frame is not None and frame.model is not None else None
+        said = set() if model is None else _said.setdefault(model, set())
+        if self.state.config.layers not in said:
+            said.add(self.state.config.layers)
+            warnings.warn(text, TSAWarning, stacklevel=2)
 
     def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
@@ -87,7 +107,7 @@ class PlanSites(Pass):
             return plan.keep(*obstacle)
         assert plan.meaning is not None
         plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
-        reason, detail = selected, ""
+        reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
             reason, detail = _sparse_obstacle(plan, self.state.config, sparse_layers)
         if reason is None:
@@ -184,77 +204,3 @@ def _kernel(plan: SitePlan, config: TSAConfig) -> str:
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(plan.decision)
     return choose(KernelRequest.of(query, key, value), configured or AUTO).name
-
-
-def select_layers(
-    sites: list[AttentionSite], config: TSAConfig, *, whole: bool = True
-) -> dict[AttentionSite, Reason | None]:
-    """For each site: None if its layer may be sparse, else the reason code why not.
-
-    A layer is the number in its module's name. A call outside any module counts by its place in the graph. One inside
-    modules without a number may be any layer of a model that Dynamo compiles layer by layer: only a pattern selects it.
-
-    Args:
-        whole: False if the graph ends at a graph break, so that layers above it may exist.
-
-    Raises:
-        ConfigError: a configured layer or pattern that no attention call of a whole model has.
-    """
-    numbers = {site: _number(site, position) for position, site in enumerate(sites)}
-    if config.layers is None:
-        return _upper_half(sites, whole)
-    unused = [layer for layer in config.layers if not any(_matches(layer, site, numbers[site]) for site in sites)]
-    if unused and sites and whole and 0 in numbers.values():
-        raise ConfigError(f"layers={unused!r} not found: the graph's attention calls are {_present(sites, numbers)}")
-    wanted = {site: any(_matches(layer, site, numbers[site]) for layer in config.layers) for site in sites}
-    by_number = any(isinstance(layer, int) for layer in config.layers)
-    return {site: None if wanted[site] else _not_wanted(by_number and numbers[site] is None) for site in sites}
-
-
-def _not_wanted(number_unknown: bool) -> Reason:
-    return Reason.LAYER_COUNT_UNKNOWN if number_unknown else Reason.LAYER_NOT_SELECTED
-
-
-def _number(site: AttentionSite, position: int) -> int | None:
-    if site.layer_index is None and site.layer == site.node.name:
-        return position
-    return site.layer_index
-
-
-def _present(sites: list[AttentionSite], numbers: dict[AttentionSite, int | None]) -> str:
-    """The layers that there are: "0..31 (model.layers.*.self_attn)" for each stack, calls outside stacks one by one."""
-    stacks: dict[str, list[int]] = {}
-    for site in sites:
-        number = numbers[site]
-        stacks.setdefault(site.container or site.layer, []).extend([] if number is None else [number])
-    return ", ".join(f"{_span(found)} ({name})" if found else name for name, found in stacks.items())
-
-
-def _span(found: list[int]) -> str:
-    return str(min(found)) if len(found) == 1 else f"{min(found)}..{max(found)}"
-
-
-def _matches(layer: int | str, site: AttentionSite, number: int | None) -> bool:
-    return layer == number if isinstance(layer, int) else fnmatchcase(site.layer, layer)
-
-
-def _upper_half(sites: list[AttentionSite], whole: bool) -> dict[AttentionSite, Reason | None]:
-    """The upper half of each stack of numbered layers, the middle one of an odd number included.
-
-    Which half a call belongs to is unknown in part of a model, and outside numbered modules: Dynamo may compile each
-    layer by itself, and then every one looks like this.
-    """
-    chosen: dict[AttentionSite, Reason | None] = {}
-    for site in sites:
-        if not whole or site.layer_index is None:
-            chosen[site] = Reason.LAYER_COUNT_UNKNOWN
-        else:
-            layers = 1 + max(other.layer_index or 0 for other in sites if other.container == site.container)
-            chosen[site] = None if site.layer_index >= layers // 2 else Reason.LAYER_NOT_SELECTED
-    return chosen
-
-
-def is_whole(graph_module: GraphModule) -> bool:
-    """Whether a graph runs to the end of its function: Dynamo records why it stopped tracing."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return not getattr(reason, "graph_break", False)

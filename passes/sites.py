@@ -24,11 +24,11 @@ from tsa_compile.passes.graph import (
     fake,
     is_mutated,
     known,
-    module_name,
     mutated_storages,
     op_name,
     same_shape,
 )
+from tsa_compile.passes.layers import layer_name
 from tsa_compile.report import Reason
 
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -61,7 +61,7 @@ class AttentionSite:
         form: the spelling it was read from.
         scale: the factor of the scores, a number or a node; None means 1/sqrt(D).
         layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
-        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where the name carries no number.
+        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where no number is known to be the layer's.
         wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
         problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
     """
@@ -254,14 +254,3 @@ def _without_full_slices(node: Any) -> Node:
     while op_name(node) == "slice" and node.op == "call_function" and same_shape(fake(node), fake(node.args[0])):
         node = node.args[0]
     return node
-
-
-def layer_name(node: Node) -> tuple[str, str, int | None]:
-    """The innermost module that a node was traced from: its name, the name with `*` for the layer's number, the number."""
-    path = module_name(node)
-    parts = path.split(".")
-    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not path or not numbered:
-        return path or node.name, "", None
-    last = numbered[-1]
-    return path, ".".join([*parts[:last], "*", *parts[last + 1 :]]), int(parts[last])
