@@ -10,29 +10,31 @@ a GPU means long enough to gain time there (costs.py). On a CPU correctness is t
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from tsa_compile.config import Layers, TSAConfig
-from tsa_compile.errors import KernelError, TSAWarning
+from tsa_compile.config import Coverage, Layers, TSAConfig
+from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.costs import SiteShape, break_even
 from tsa_compile.passes.devices import for_device
-from tsa_compile.passes.frame import frame_of
+from tsa_compile.passes.frame import frame_of, in_marked_range, splits_heads
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.layers import not_found, placed, places_of, select_layers
-from tsa_compile.passes.masks import MaskKind, infer_mask
+from tsa_compile.passes.masks import MaskKind, MaskMeaning, infer_mask
 from tsa_compile.passes.sites import find_sites
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
@@ -87,7 +89,20 @@ class PlanSites(Pass):
             with self.state.attempt(plan, graph_module.graph, "planning"):
                 self._decide(plan, reason, share)
         self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
+        if isinstance(self.state.config.budget, Coverage) and self.state.config.budget.tau > 0:
+            self._refuse_split_heads(graph_module)
         return self.result(graph_module, modified=False)
+
+    def _refuse_split_heads(self, graph_module: GraphModule) -> None:
+        """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
+        sparse = [plan.site.layer for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        found = splits_heads(graph_module, self.state.frame) if sparse else None
+        if found is not None:
+            raise ConfigError(
+                f"budget={self.state.config.budget!r} is not possible in {sparse[0]!r}: the graph runs on several devices "
+                f"that each have some of the heads ({found}), and Coverage keeps what matters in the mean over all heads. "
+                "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
+            )
 
     def _say_what_was_not_found(self, text: str | None) -> None:
         """Once for a model, however many graphs it is compiled in."""
@@ -134,10 +149,53 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
     if not isinstance(site.dropout, (int, float)) or site.dropout != 0:
         return Reason.DROPOUT, f"dropout {site.dropout}"
     if not known(query.shape[2] == key.shape[2]):
-        return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys"
+        cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
+        return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
     assert plan.meaning is not None
     reason = _MASK_REASONS.get(plan.meaning.kind)
-    return None if reason is None else (reason, plan.meaning.detail)
+    return None if reason is None else (reason, _found_in_mask(plan, plan.meaning))
+
+
+def is_cached_prefill(plan: SitePlan) -> bool:
+    """Whether several queries look at more keys than their own, and not as in cross-attention, which masks by key alone."""
+    query, key = fake(plan.site.query), fake(plan.site.key)
+    if query.dim() != 4 or known(query.shape[2] == 1) or known(query.shape[2] >= key.shape[2]):
+        return False
+    if plan.meaning is None or plan.site.is_causal is True:
+        return True
+    masks = [fake(term.mask) for term in plan.site.masks]
+    by_query = any(mask.dim() > 1 and not known(mask.shape[-2] == 1) for mask in masks)
+    return by_query and plan.meaning.kind not in (MaskKind.NONE, MaskKind.PADDING)
+
+
+def _found_in_mask(plan: SitePlan, meaning: MaskMeaning) -> str:
+    """What a report says of a mask that cannot be rewritten: where it comes from, if that is what is to be changed."""
+    if meaning.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.site.masks):
+        return "the mask is an input of this graph: it was built outside"
+    if meaning.kind is MaskKind.PACKED:
+        behind = sorted({name for leaf in meaning.leaves.values() for name in _inputs_behind(leaf)})
+        return f"computed from {', '.join(behind)}" if behind else meaning.detail
+    return meaning.detail
+
+
+def _is_given(mask: Node) -> bool:
+    """Whether a mask is an input of its graph, or a view or cast of one."""
+    while mask.op != "placeholder":
+        tensors = [node for node in mask.all_input_nodes if isinstance(fake(node), torch.Tensor)]
+        if len(tensors) != 1:
+            return False
+        mask = tensors[0]
+    return fake(mask).dim() > 2
+
+
+def _inputs_behind(node: Node) -> set[str]:
+    """The inputs of the graph that a tensor is computed from, as the model calls them: "position_ids"."""
+    seen, queue = {node}, [node]
+    while queue:
+        queue.extend(source for source in queue.pop().all_input_nodes if source not in seen)
+        seen.update(queue)
+    inputs = [each for each in seen if each.op == "placeholder" and isinstance(fake(each), torch.Tensor)]
+    return {_INPUT.sub("", each.name).strip("_") for each in inputs}
 
 
 def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
@@ -147,7 +205,8 @@ def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) ->
         return reason, detail
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
     shape = SiteShape.of(query, key, value, config)
-    return _length_obstacle(query.shape[2], *minimum_length(config, query.device, shape, sparse_layers))
+    minimum, why = minimum_length(config, query.device, shape, sparse_layers)
+    return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
 def _kernel_obstacle(plan: SitePlan) -> tuple[Reason | None, str]:
@@ -185,12 +244,26 @@ def minimum_length(
     return droppable, "where tokens can be dropped"
 
 
-def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str) -> tuple[Reason | None, str]:
-    """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense."""
+def all_kept_below(config: TSAConfig) -> int:
+    """The length below which the sparse path keeps every token, and so computes what dense attention does."""
+    kept = config.min_tokens + config.window
+    return 1 + (kept if config.capacity is None else min(kept, config.capacity))
+
+
+def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, all_kept: int) -> tuple[Reason | None, str]:
+    """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense.
+
+    A range that the user marked must hold as a whole, so no guard may cut it: where both sides of the minimum are in it,
+    the op decides, if it keeps all tokens of the shorter ones anyway.
+    """
     if minimum is None:
         return Reason.TOO_SHORT, why
-    if isinstance(length, torch.SymInt) and length.node.hint is None:
-        return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
+    if isinstance(length, torch.SymInt) and not known(length >= minimum) and not known(length < minimum):
+        if length.node.hint is None:
+            return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
+        if in_marked_range(length):
+            said = f"the range marked for length {length} has lengths on both sides of {minimum}, {why}"
+            return (None, "") if minimum <= all_kept else (Reason.LENGTH_UNKNOWN, said)
     if length < minimum:  # on a SymInt this adds the guard
         return Reason.TOO_SHORT, f"length {length} < {minimum}, {why}"
     return None, ""
