@@ -40,6 +40,7 @@ class Frame:
         kinds: the class of each such name.
         root: the name of the frame's module; "" if it is `model`, or one of several of its class.
         repeated: the frame's module is one of several of its class side by side, so that its code may run for any of them.
+        siblings: the names in `model` of all modules of that class, if it is repeated.
         part: more of the model runs around the frame than wrappers of its module.
         begins: the graph begins where the function does, not behind a graph break.
         outside: the names of all modules of `model`.
@@ -51,6 +52,7 @@ class Frame:
     kinds: Mapping[str, type]
     root: str = ""
     repeated: bool = False
+    siblings: tuple[str, ...] = ()
     part: bool = False
     begins: bool = True
     outside: tuple[str, ...] = ()
@@ -99,6 +101,7 @@ def _read(graph_module: GraphModule, translator: Any) -> Frame:
         kinds={name: type(module) for name, module in base.named_modules()},
         root=names[str(id(root))],
         repeated=not alone,
+        siblings=() if alone else tuple(name for name, module in model.named_modules() if type(module) is type(root)),
         part=not all(_only_wraps(module, root) for module in around),
         begins=begins,
         outside=tuple(name for name, _ in model.named_modules()),

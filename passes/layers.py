@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import Layers, TSAConfig
 from tsa_compile.passes.frame import Frame
 from tsa_compile.report import Reason
 
@@ -50,6 +50,7 @@ class Place:
         stack: the first name with `*` for the number; "" without one.
         count: how many layers the stack has, if that is proven.
         doubt: why the number or the count is not known.
+        possible: the names that its module may have in the model, where Dynamo compiles it once for several.
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,7 @@ class Place:
     stack: str = ""
     count: int | None = None
     doubt: str = ""
+    possible: tuple[str, ...] = ()
 
 
 def module_name(node: Node) -> str:
@@ -175,7 +177,9 @@ class _Stacks:
         names = tuple(dict.fromkeys([unwrapped(name) or site.node.name, *aliases(name), *aliases(module_name(site.node))]))
         position, doubt = self._position(name)
         if position is None:
-            return Place(names, doubt=doubt)
+            above = self.frame.siblings if self.frame is not None else ()
+            possible = (alias for sibling in above for alias in aliases(f"{sibling}.{name}".strip(".")))
+            return Place(names, doubt=doubt, possible=tuple(possible))
         parts = name.split(".")
         container, number = ".".join(parts[:position]), int(parts[position])
         count = self._count(container)
@@ -185,10 +189,10 @@ class _Stacks:
     def _position(self, name: str) -> tuple[int | None, str]:
         """Where in a name the layer's number stands, or why none of its numbers is known to be that."""
         numbered = _numbered(name)
-        if not numbered:
-            return None, "its module has no number here"
         if self.frame is not None and self.frame.repeated:
-            return None, "Dynamo compiles its layer by itself, once for all layers"
+            return None, "Dynamo compiles its module by itself, once for all of its class"
+        if not numbered:
+            return None, "its module has no number"
         if name in self.repeated:
             return None, "one module is applied several times"
         alike = self._alike(name, numbered)
@@ -238,13 +242,16 @@ def select_layers(places: list[Place], config: TSAConfig) -> list[Reason | None]
     """
     if config.layers is None:
         return [_upper_half(place) for place in places]
-    numbers = any(isinstance(layer, int) for layer in config.layers)
-    return [
-        None if any(_matches(layer, place) for layer in config.layers)
-        else Reason.LAYER_COUNT_UNKNOWN if numbers and place.number is None
-        else Reason.LAYER_NOT_SELECTED
-        for place in places
-    ]  # fmt: skip
+    return [_named(place, config.layers) for place in places]
+
+
+def _named(place: Place, layers: Layers) -> Reason | None:
+    if any(_matches(layer, place) for layer in layers):
+        return None
+    numbers = any(isinstance(layer, int) for layer in layers)
+    perhaps = any(fnmatchcase(name, layer) for name in place.possible for layer in layers if isinstance(layer, str))
+    unknown = perhaps or (numbers and place.number is None)
+    return Reason.LAYER_COUNT_UNKNOWN if unknown else Reason.LAYER_NOT_SELECTED
 
 
 def _upper_half(place: Place) -> Reason | None:

@@ -15,6 +15,7 @@ from tsa_compile.testing import capture, capture_all
 
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, compiler="eager")
 WIDTH = 16
+UNKNOWN = Reason.LAYER_COUNT_UNKNOWN
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -206,11 +207,18 @@ class Tower(Stack):
 
 class TestParts:
     def test_layers_that_are_compiled_one_by_one(self):
-        for layers in (None, [0], [1], [2]):
+        """Whatever selects some of them selects none, and it is said that it may have been asked for."""
+        for layers in (None, [0], [1], [2], ["layers.1.*"], ["*.2.attention"]):
             torch._dynamo.reset()
             model = Stack(Block() for _ in range(3))
             model.layers[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
-            assert not sparse(model, CONFIG.replace(layers=layers))
+            with pytest.warns(TSAWarning, match=r"LAYER_COUNT_UNKNOWN.*compiles its module by itself"):
+                assert {reason for *_, reason in decided(model, CONFIG.replace(layers=layers))} == {UNKNOWN}
+
+    def test_a_pattern_that_fits_every_one_of_them(self):
+        model = Stack(Block() for _ in range(3))
+        model.layers[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        assert set(sparse(model, CONFIG.replace(layers=["*"]))) == {"attention"}
 
     def test_layers_that_the_user_compiles_one_by_one(self):
         model = Stack(nn.Sequential(nn.LayerNorm(WIDTH), Attention()) for _ in range(3))
