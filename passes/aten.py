@@ -309,9 +309,7 @@ class _Recording:
         self._mark_impure()
         return func(*args, **kwargs)
 
-    def _keep_results(
-        self, func: Any, args: Any, kwargs: Any, result: Any, given: set[int], written: list[Tensor]
-    ) -> None:
+    def _keep_results(self, func: Any, args: Any, kwargs: Any, result: Any, given: set[int], written: list[Tensor]) -> None:
         if not written and isinstance(result, Tensor) and id(result) in given:
             return  # the input itself, as dropout in evaluation and casts to the same type return it
         call = self._numbered(func, args, kwargs, result) if not written else self._node(func, args, result, kwargs)
@@ -490,6 +488,11 @@ def _key(tree: Any) -> Any:
     if isinstance(tree, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return type(tree), str(tree.node.expr)
     return type(tree), str(tree) if isinstance(tree, float) else tree
+
+
+def is_input(value: Node) -> bool:
+    """Whether a recorded value is an input of the graph."""
+    return value.target is unknown and not value.args and value.meta["origin"].op == "placeholder"
 
 
 def users(node: Node) -> Iterable[Node]:

@@ -24,6 +24,8 @@ from tsa_compile.report import Decision, Reason
 
 if TYPE_CHECKING:
     from tsa_compile.passes.aten import AtenGraph
+    from tsa_compile.passes.frame import Frame
+    from tsa_compile.passes.layers import Place
     from tsa_compile.passes.masks import MaskMeaning
     from tsa_compile.passes.sites import AttentionSite
 
@@ -34,13 +36,16 @@ __all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
 class SitePlan:
     """What is known and decided about one site; filled in pass by pass.
 
-    `selected`: its layer was asked to be sparse. `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
+    `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known. `padding`:
+    the bool tensor [B, L] of its valid tokens, once it is written.
     """
 
     site: AttentionSite
+    place: Place
     meaning: MaskMeaning | None = None
     selected: bool = False
     padding: Node | None = None
+    unplaced: bool = False
     decision: Decision = Decision.UNCHANGED
     reason: Reason = Reason.UNSUPPORTED_FORM
     kernel: str = ""
@@ -60,6 +65,7 @@ class GraphState:
     plans: list[SitePlan] = field(default_factory=list)
     detached: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    frame: Frame | None = None
 
     @contextmanager
     def attempt(self, plan: SitePlan, graph: Graph, doing: str) -> Iterator[None]:

@@ -85,9 +85,7 @@ def _read_product(call: Node, weights: _Weights) -> RecordedCall | None:
         problem = "the products are not [B, H, Lq, D] with a transposed [B, H, Lk, D] and [B, H, Lk, Dv]"
     if problem is not None:
         return _unsupported(call, scores.product, _operands(call)[1], problem)
-    return RecordedCall(
-        call, "eager", query, key, value, tuple(scores.masks), scale=scores.scale, dropout=weights.dropout
-    )
+    return RecordedCall(call, "eager", query, key, value, tuple(scores.masks), scale=scores.scale, dropout=weights.dropout)
 
 
 def _unsupported(call: Node, product: Node, value: Any, problem: str) -> RecordedCall:

@@ -7,7 +7,6 @@ them the name "le", so that a pass detects the operation and not its spelling.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -153,24 +152,3 @@ def size(graph: Graph, node: Node, dim: int) -> int | Node:
     if isinstance(value, int):
         return value
     return insert(graph, torch.ops.aten.sym_size.int, node, dim)
-
-
-_ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
-_AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")
-
-
-def module_name(node: Node) -> str:
-    """The innermost module that a node was traced from, as the model names it: "layers.3.attn"; "" if it is in none.
-
-    Dynamo writes `L['self'].layers[3].attn`. A decorated forward finds its module among its arguments, `L['args'][0]`: that
-    is the root, unless it is itself among the modules that were called. Then the place is a number of its own.
-    """
-    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    if not paths:
-        return ""
-    path = paths[-1]
-    among = _AMONG_ARGUMENTS.match(path)
-    if among is not None and among.group() not in paths:
-        path = path[among.end() :].removeprefix(".")
-    path = _ROOT.sub("", path)
-    return re.sub(r"\[['\"]?(\d+)['\"]?\]", r".\1", path.replace("._modules", "")).strip(".")

@@ -39,7 +39,8 @@ from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.portable import CAUSAL_KERNELS
 from tsa_compile.kernels.score import score_aten
 from tsa_compile.kernels.select import select_aten
-from tsa_compile.passes.graph import argument, fake, fake_mode, module_name
+from tsa_compile.passes.graph import argument, fake, fake_mode
+from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
 
 Form = Literal["aten", "triton"]

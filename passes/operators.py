@@ -30,8 +30,32 @@ _DROPOUTS = frozenset([aten.dropout.default, aten.feature_dropout.default, aten.
 
 # Operators that give the same value whenever they are called alike, besides pointwise ones and views.
 _REPEATABLE = frozenset(
-    "arange ones zeros full new_ones new_zeros new_full ones_like zeros_like full_like scalar_tensor index tril triu cumsum "
-    "diff to _to_copy clone contiguous type_as expand_as reshape lift_fresh_copy".split()
+    [
+        "arange",
+        "ones",
+        "zeros",
+        "full",
+        "new_ones",
+        "new_zeros",
+        "new_full",
+        "ones_like",
+        "zeros_like",
+        "full_like",
+        "scalar_tensor",
+        "index",
+        "tril",
+        "triu",
+        "cumsum",
+        "diff",
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "type_as",
+        "expand_as",
+        "reshape",
+        "lift_fresh_copy",
+    ]
 )
 _ATTENTION_WORDS = ("attention", "attn", "transformer_encoder_layer")
 

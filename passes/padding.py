@@ -97,6 +97,7 @@ class PaddingBuilder:
             self._padding[key] = _Emitter(self.graph, site, meaning).emit()
         return self._padding[key]
 
+
 def spans_of(graph: Graph, padding: Node) -> Node:
     """The valid range of each item, computed once behind the padding that it is of."""
     spans = torch.ops.tsa.spans.default

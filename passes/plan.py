@@ -10,27 +10,32 @@ a GPU means long enough to gain time there (costs.py). On a CPU correctness is t
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+import re
+import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError, KernelError
+from tsa_compile.config import Coverage, Layers, TSAConfig
+from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
-from tsa_compile.passes.aten import record
+from tsa_compile.passes.aten import is_input, record
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.costs import SiteShape, break_even
 from tsa_compile.passes.devices import for_device
+from tsa_compile.passes.frame import frame_of, in_marked_range, splits_heads
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.masks import MaskKind, held, infer_mask
-from tsa_compile.passes.sites import AttentionSite, sites_of
+from tsa_compile.passes.layers import not_found, placed, places_of, select_layers
+from tsa_compile.passes.masks import MaskKind, MaskMeaning, held, infer_mask
+from tsa_compile.passes.sites import sites_of
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
@@ -40,13 +45,17 @@ _MASK_REASONS = {
     MaskKind.OPAQUE: Reason.MASK_OPAQUE,
 }
 
+_said: WeakKeyDictionary[torch.nn.Module, set[Layers | None]] = WeakKeyDictionary()
+
 
 class FindSites(Pass):
-    """Reads every attention call into its normal form."""
+    """Reads every attention call into its normal form, and finds its place among the model's layers."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        self.state.aten = record(graph_module)
-        self.state.plans = [SitePlan(site) for site in sites_of(self.state.aten)]
+        self.state.aten, self.state.frame = record(graph_module), frame_of(graph_module)
+        sites = sites_of(self.state.aten)
+        places = places_of(sites, graph_module, self.state.frame)
+        self.state.plans = [SitePlan(placed(site, place), place) for site, place in zip(sites, places, strict=True)]
         return self.result(graph_module, modified=False)
 
 
@@ -72,16 +81,42 @@ class PlanSites(Pass):
     """Decides about every site; changes nothing in the graph."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        sites = [plan.site for plan in self.state.plans]
-        selected = select_layers(sites, self.state.config, whole=is_whole(graph_module))
-        share = sum(reason is None for reason in selected.values()) / max(len(sites), 1)
-        for plan in self.state.plans:
+        places = [plan.place for plan in self.state.plans]
+        selected = select_layers(places, self.state.config)
+        share = sum(reason is None for reason in selected) / max(len(places), 1)
+        for plan, reason in zip(self.state.plans, selected, strict=True):
             if plan.reason is Reason.PASS_FAILED:
                 continue
-            plan.selected = selected[plan.site] is None
+            plan.selected, plan.unplaced = reason is None, reason is Reason.LAYER_COUNT_UNKNOWN
             with self.state.attempt(plan, graph_module.graph, "planning"):
-                self._decide(plan, selected[plan.site], share)
+                self._decide(plan, reason, share)
+        self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
+        if isinstance(self.state.config.budget, Coverage) and self.state.config.budget.tau > 0:
+            self._refuse_split_heads(graph_module)
         return self.result(graph_module, modified=False)
+
+    def _refuse_split_heads(self, graph_module: GraphModule) -> None:
+        """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
+        sparse = [plan.site.layer for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        found = splits_heads(graph_module, self.state.frame) if sparse else None
+        if found is not None:
+            raise ConfigError(
+                f"budget={self.state.config.budget!r} is not possible in {sparse[0]!r}: the graph runs on several devices "
+                f"that each have some of the heads ({found}), and Coverage keeps what matters in the mean over all heads. "
+                "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
+            )
+
+    def _say_what_was_not_found(self, text: str | None) -> None:
+        """Once for a model, however many graphs it is compiled in."""
+        if text is None:
+            return
+        self.state.notes.append(text)
+        frame = self.state.frame
+        model = frame.model() if frame is not None and frame.model is not None else None
+        said = set() if model is None else _said.setdefault(model, set())
+        if self.state.config.layers not in said:
+            said.add(self.state.config.layers)
+            warnings.warn(text, TSAWarning, stacklevel=2)
 
     def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
@@ -89,7 +124,7 @@ class PlanSites(Pass):
             return plan.keep(*obstacle)
         assert plan.meaning is not None
         plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
-        reason, detail = selected, ""
+        reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
             reason, detail = _sparse_obstacle(plan, self.state.config, sparse_layers)
         if reason is None:
@@ -118,12 +153,57 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
     if not isinstance(site.dropout, (int, float)) or site.dropout != 0:
         return Reason.DROPOUT, f"dropout {site.dropout}"
     if not _is_positive(site.scale):
-        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(site.scale)}: torch's causal kernels are right for positive ones"
+        return (
+            Reason.UNSUPPORTED_FORM,
+            f"the scale is {fake(site.scale)}: torch's causal kernels are right for positive ones",
+        )
     if not known(query.shape[2] == key.shape[2]):
-        return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys"
+        cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
+        return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
     assert plan.meaning is not None
     reason = _MASK_REASONS.get(plan.meaning.kind)
-    return None if reason is None else (reason, plan.meaning.detail)
+    return None if reason is None else (reason, _found_in_mask(plan, plan.meaning))
+
+
+def is_cached_prefill(plan: SitePlan) -> bool:
+    """Whether several queries look at more keys than their own, and not as in cross-attention, which masks by key alone."""
+    query, key = fake(plan.site.query), fake(plan.site.key)
+    if query.dim() != 4 or known(query.shape[2] == 1) or known(query.shape[2] >= key.shape[2]):
+        return False
+    if plan.meaning is None or plan.site.is_causal is True:
+        return True
+    masks = [fake(term.mask) for term in plan.site.masks]
+    by_query = any(mask.dim() > 1 and not known(mask.shape[-2] == 1) for mask in masks)
+    return by_query and plan.meaning.kind not in (MaskKind.NONE, MaskKind.PADDING)
+
+
+def _found_in_mask(plan: SitePlan, meaning: MaskMeaning) -> str:
+    """What a report says of a mask that cannot be rewritten: where it comes from, if that is what is to be changed."""
+    if meaning.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.site.masks):
+        return "the mask is an input of this graph: it was built outside"
+    if meaning.kind is MaskKind.PACKED:
+        behind = sorted({name for leaf in meaning.leaves.values() for name in _inputs_behind(leaf)})
+        return f"computed from {', '.join(behind)}" if behind else meaning.detail
+    return meaning.detail
+
+
+def _is_given(mask: Node) -> bool:
+    """Whether a recorded mask is an input of its graph, or a view or cast of one."""
+    while not is_input(mask):
+        tensors = [node for node in mask.all_input_nodes if isinstance(fake(node), torch.Tensor)]
+        if len(tensors) != 1:
+            return False
+        mask = tensors[0]
+    return fake(mask).dim() > 2
+
+
+def _inputs_behind(value: Node) -> set[str]:
+    """The inputs of the graph that a recorded value is computed from, as the model calls them: "position_ids"."""
+    seen, queue = {value}, [value]
+    while queue:
+        queue.extend(source for source in queue.pop().all_input_nodes if source not in seen)
+        seen.update(queue)
+    return {_INPUT.sub("", each.meta["origin"].name).strip("_") for each in seen if is_input(each)}
 
 
 def _is_positive(scale: Any) -> bool:
@@ -143,7 +223,8 @@ def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) ->
         return reason, detail
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
     shape = SiteShape.of(query, key, value, config)
-    return _length_obstacle(query.shape[2], *minimum_length(config, query.device, shape, sparse_layers))
+    minimum, why = minimum_length(config, query.device, shape, sparse_layers)
+    return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
 def _kernel_obstacle(plan: SitePlan) -> tuple[Reason | None, str]:
@@ -181,12 +262,26 @@ def minimum_length(
     return droppable, "where tokens can be dropped"
 
 
-def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str) -> tuple[Reason | None, str]:
-    """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense."""
+def all_kept_below(config: TSAConfig) -> int:
+    """The length below which the sparse path keeps every token, and so computes what dense attention does."""
+    kept = config.min_tokens + config.window
+    return 1 + (kept if config.capacity is None else min(kept, config.capacity))
+
+
+def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, all_kept: int) -> tuple[Reason | None, str]:
+    """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense.
+
+    A range that the user marked must hold as a whole, so no guard may cut it: where both sides of the minimum are in it,
+    the op decides, if it keeps all tokens of the shorter ones anyway.
+    """
     if minimum is None:
         return Reason.TOO_SHORT, why
-    if isinstance(length, torch.SymInt) and length.node.hint is None:
-        return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
+    if isinstance(length, torch.SymInt) and not known(length >= minimum) and not known(length < minimum):
+        if length.node.hint is None:
+            return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
+        if in_marked_range(length):
+            said = f"the range marked for length {length} has lengths on both sides of {minimum}, {why}"
+            return (None, "") if minimum <= all_kept else (Reason.LENGTH_UNKNOWN, said)
     if length < minimum:  # on a SymInt this adds the guard
         return Reason.TOO_SHORT, f"length {length} < {minimum}, {why}"
     return None, ""
@@ -200,77 +295,3 @@ def _kernel(plan: SitePlan, config: TSAConfig) -> str:
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(plan.decision)
     return choose(KernelRequest.of(query, key, value), configured or AUTO).name
-
-
-def select_layers(
-    sites: list[AttentionSite], config: TSAConfig, *, whole: bool = True
-) -> dict[AttentionSite, Reason | None]:
-    """For each site: None if its layer may be sparse, else the reason code why not.
-
-    A layer is the number in its module's name. A call outside any module counts by its place in the graph. One inside
-    modules without a number may be any layer of a model that Dynamo compiles layer by layer: only a pattern selects it.
-
-    Args:
-        whole: False if the graph ends at a graph break, so that layers above it may exist.
-
-    Raises:
-        ConfigError: a configured layer or pattern that no attention call of a whole model has.
-    """
-    numbers = {site: _number(site, position) for position, site in enumerate(sites)}
-    if config.layers is None:
-        return _upper_half(sites, whole)
-    unused = [layer for layer in config.layers if not any(_matches(layer, site, numbers[site]) for site in sites)]
-    if unused and sites and whole and 0 in numbers.values():
-        raise ConfigError(f"layers={unused!r} not found: the graph's attention calls are {_present(sites, numbers)}")
-    wanted = {site: any(_matches(layer, site, numbers[site]) for layer in config.layers) for site in sites}
-    by_number = any(isinstance(layer, int) for layer in config.layers)
-    return {site: None if wanted[site] else _not_wanted(by_number and numbers[site] is None) for site in sites}
-
-
-def _not_wanted(number_unknown: bool) -> Reason:
-    return Reason.LAYER_COUNT_UNKNOWN if number_unknown else Reason.LAYER_NOT_SELECTED
-
-
-def _number(site: AttentionSite, position: int) -> int | None:
-    if site.layer_index is None and site.layer == site.node.name:
-        return position
-    return site.layer_index
-
-
-def _present(sites: list[AttentionSite], numbers: dict[AttentionSite, int | None]) -> str:
-    """The layers that there are: "0..31 (model.layers.*.self_attn)" for each stack, calls outside stacks one by one."""
-    stacks: dict[str, list[int]] = {}
-    for site in sites:
-        number = numbers[site]
-        stacks.setdefault(site.container or site.layer, []).extend([] if number is None else [number])
-    return ", ".join(f"{_span(found)} ({name})" if found else name for name, found in stacks.items())
-
-
-def _span(found: list[int]) -> str:
-    return str(min(found)) if len(found) == 1 else f"{min(found)}..{max(found)}"
-
-
-def _matches(layer: int | str, site: AttentionSite, number: int | None) -> bool:
-    return layer == number if isinstance(layer, int) else fnmatchcase(site.layer, layer)
-
-
-def _upper_half(sites: list[AttentionSite], whole: bool) -> dict[AttentionSite, Reason | None]:
-    """The upper half of each stack of numbered layers, the middle one of an odd number included.
-
-    Which half a call belongs to is unknown in part of a model, and outside numbered modules: Dynamo may compile each
-    layer by itself, and then every one looks like this.
-    """
-    chosen: dict[AttentionSite, Reason | None] = {}
-    for site in sites:
-        if not whole or site.layer_index is None:
-            chosen[site] = Reason.LAYER_COUNT_UNKNOWN
-        else:
-            layers = 1 + max(other.layer_index or 0 for other in sites if other.container == site.container)
-            chosen[site] = None if site.layer_index >= layers // 2 else Reason.LAYER_NOT_SELECTED
-    return chosen
-
-
-def is_whole(graph_module: GraphModule) -> bool:
-    """Whether a graph runs to the end of its function: Dynamo records why it stopped tracing."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return not getattr(reason, "graph_break", False)

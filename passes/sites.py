@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tsa_compile.passes.aten import AtenGraph, record, unknown
-from tsa_compile.passes.graph import fake, known, module_name, same_shape
+from tsa_compile.passes.graph import fake, known, same_shape
+from tsa_compile.passes.layers import layer_name
 from tsa_compile.passes.operators import arguments, aten, is_attention
 from tsa_compile.report import Reason
 
@@ -58,7 +58,7 @@ class AttentionSite:
         query, key, value: nodes of the graph.
         scale: the factor of the scores, a number or a node of the graph; None means 1/sqrt(D).
         layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
-        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where the name carries no number.
+        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where no number is known to be the layer's.
         wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
         problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
     """
@@ -206,7 +206,10 @@ def _narrow(
     if peeled and None not in behind and known(fake(narrow[0]).shape[1] == fake(narrow[1]).shape[1]):
         key, value = behind
     if None in (query, key, value):
-        return [query, key, value], (Reason.UNSUPPORTED_FORM, "query, key or value is written to in place, or is made inside")
+        return [query, key, value], (
+            Reason.UNSUPPORTED_FORM,
+            "query, key or value is written to in place, or is made inside",
+        )
     return [query, key, value], None
 
 
@@ -303,14 +306,3 @@ def _without_full_slices(node: Any) -> Node:
     while node.target is aten.slice.Tensor and same_shape(fake(node), fake(node.args[0])):
         node = node.args[0]
     return node
-
-
-def layer_name(node: Node) -> tuple[str, str, int | None]:
-    """The innermost module that a node was traced from: its name, the name with `*` for the layer's number, the number."""
-    path = module_name(node)
-    parts = path.split(".")
-    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not path or not numbered:
-        return path or node.name, "", None
-    last = numbered[-1]
-    return path, ".".join([*parts[:last], "*", *parts[last + 1 :]]), int(parts[last])

@@ -110,7 +110,9 @@ def _scalar(evaluator: Evaluator, node: Node, index: Index, number: Any, *_: Any
 
 
 @rule("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")
-@rule("contiguous.default", "clone.default", "detach.default", "alias.default", "lift_fresh.default", "lift_fresh_copy.default")
+@rule(
+    "contiguous.default", "clone.default", "detach.default", "alias.default", "lift_fresh.default", "lift_fresh_copy.default"
+)
 def _same(evaluator: Evaluator, node: Node, index: Index, source: Any, *_: Any) -> Value:
     return evaluator.element(source, index)  # the caller stores the result as the node's dtype
 
@@ -229,7 +231,10 @@ def _compared(evaluator: Evaluator, index: Index, left: Any, right: Any) -> list
     """Both sides, case by case, in the dtype that they are compared in: a uint8 beside -1 is compared with 255."""
     dtype = torch.result_type(_typed(left), _typed(right))
     sides = [
-        [(condition, evaluator.held_by(number, dtype)) for condition, number in evaluator.number(side, broadcast(side, index))]
+        [
+            (condition, evaluator.held_by(number, dtype))
+            for condition, number in evaluator.number(side, broadcast(side, index))
+        ]
         for side in (left, right)
     ]
     return [(sympy.And(c, d), (x, y)) for c, x in sides[0] for d, y in sides[1]]
@@ -410,5 +415,3 @@ def _cumsum(evaluator: Evaluator, node: Node, index: Index, source: Any, dim: An
     if len(cases) != 1 or not cases[0][1].is_Integer:
         raise NotUnderstood
     return [(sympy.true, cases[0][1] * (index[dim] + 1))]
-
-

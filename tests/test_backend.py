@@ -199,8 +199,6 @@ def test_modes_are_refused_for_other_compilers():
         ({"budget": 0.5}, ["budget=0.5", "Coverage(tau)"]),
         ({"pool": 6}, ["pool=6", "odd"]),
         ({"window": 0}, ["window=0", ">= 1"]),
-        ({"layers": [7]}, ["layers", "7", "0..2 (model.layers.*.self_attn)"]),
-        ({"layers": ["decoder.*"]}, ["layers", "decoder.*", "0..2 (model.layers.*.self_attn)"]),
         ({"kernel": "fastest"}, ["kernel", "'fastest'", "cudnn, flash, sdpa", "auto"]),
         ({"compiler": "gcc"}, ["compiler='gcc'", "inductor"]),
         ({"compiler": "tsa"}, ["compiler='tsa'", "name another"]),
@@ -215,6 +213,18 @@ def test_what_is_not_allowed_is_named(options, said):
         torch.compile(tiny("llama"), backend="tsa", options=options)(tokens(1, 20))
     for part in said:
         assert part in str(failure.value), part
+
+
+@pytest.mark.parametrize("layers", [[7], ["decoder.*"]], ids=str)
+def test_layers_that_the_model_does_not_have_are_said_once(layers):
+    """Once for a model, at whatever lengths it is compiled; a warning, as a stage of a pipeline has a part of them too."""
+    model = tiny("llama")
+    with torch.no_grad(), pytest.warns(TSAWarning) as said:
+        for length in (20, 30):
+            torch.compile(model, backend="tsa", options={"layers": layers, "compiler": "eager"})(tokens(1, length))
+    (text,) = {str(warning.message) for warning in said}
+    assert len(said) == 1 and f"layers={layers!r} not found" in text and "0..2 (model.layers.*.self_attn)" in text
+    assert [report.notes for report in reports()] == [(text,)] * 2
 
 
 def test_errors_are_of_this_package():

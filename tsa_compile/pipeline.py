@@ -29,7 +29,7 @@ from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.fuse import FuseSparse
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.padding import EmitPadding
-from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites
+from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites, is_cached_prefill
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.verify import Verify
 from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
@@ -117,11 +117,11 @@ def _shape(value: object) -> tuple[int | str, ...]:
 
 # A site that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
 _NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
-_ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION)
+_ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CAUSAL)
 
 
 def _announce_misses(state: GraphState) -> None:
-    """No rewrite is silent: layers were asked to be sparse, the graph has attention, and none became sparse.
+    """No rewrite is silent: layers were asked to be sparse, the graph has causal attention, and none became sparse.
 
     With `strict=True` a single selected site that was not understood is an error.
     """
@@ -132,8 +132,16 @@ def _announce_misses(state: GraphState) -> None:
     if config.strict and missed:
         said = "; ".join(f"{plan.site.layer}: {plan.reason} ({plan.detail})" for plan in missed)
         raise RewriteError(f"not sparse although asked for, because not understood: {said} (strict=True)")
-    reasons = dict.fromkeys(plan.reason for plan in plans if plan.reason not in _ORDINARY)
+    reasons = {plan.reason: plan.detail for plan in reversed(plans) if _is_miss(plan)}
     if reasons and all(plan.decision is not Decision.SPARSE for plan in plans):
-        said = "; ".join(f"{reason}: {reason.explanation}" for reason in reasons)
+        said = "; ".join(reason.said(detail) for reason, detail in reversed(reasons.items()))
         text = f"no attention call of this graph became sparse ({len(plans)} calls). {said}"
         warnings.warn(text, TSAWarning, stacklevel=2)
+
+
+def _is_miss(plan: SitePlan) -> bool:
+    """Whether a call was or may have been asked to be sparse, and is of the kind that becomes so; a decode step is not."""
+    if not (plan.selected or plan.unplaced):
+        return False
+    prefill = plan.reason is Reason.NOT_SELF_ATTENTION and is_cached_prefill(plan)
+    return prefill or plan.reason not in _ORDINARY

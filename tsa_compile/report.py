@@ -67,6 +67,11 @@ class Reason(StrEnum):
         """What a user can do about it, or None where nothing is to be done."""
         return REMEDIES.get(self)
 
+    def said(self, detail: str = "") -> str:
+        """The code, what was found, and what can be done."""
+        found = f"{self}: {self.explanation}" + (f" ({detail})" if detail else "")
+        return "  ".join(filter(None, (found, self.remedy)))
+
 
 EXPLANATIONS: dict[Reason, str] = {
     Reason.SPARSE: "The call was rewritten to token sparse attention.",
@@ -78,7 +83,7 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.NOT_CAUSAL: "The attention is not causal.",
     Reason.SLIDING_WINDOW: "The mask is a sliding window.",
     Reason.CHUNKED: "The mask splits the sequence into chunks that do not see each other.",
-    Reason.PACKED: "The mask separates several sequences packed into one row.",
+    Reason.PACKED: "The mask separates sequences that may be packed into one row.",
     Reason.NOT_SELF_ATTENTION: "Query and key lengths are not proven equal, as in a decode step or cross-attention.",
     Reason.NEEDS_GRAD: "A gradient may be needed, and only inference is rewritten.",
     Reason.DROPOUT: "The attention uses dropout.",
@@ -93,11 +98,12 @@ EXPLANATIONS: dict[Reason, str] = {
 
 REMEDIES: dict[Reason, str] = {
     Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
-    Reason.LAYER_COUNT_UNKNOWN: "Name the layers by index or by pattern in `layers`.",
+    Reason.LAYER_COUNT_UNKNOWN: "Compile the whole model without graph breaks, or name modules by pattern in `layers`.",
     Reason.TOO_SHORT: "Set `min_length`, or lower `min_tokens` and `window`, to compress shorter sequences.",
-    Reason.LENGTH_UNKNOWN: "Compile with a static length, or set `min_length`.",
-    Reason.MASK_OPAQUE: "Pass the 2-D padding mask to the model and let it build its own causal mask.",
-    Reason.PACKED: "Pass sequences as batch items with a padding mask instead of packing them.",
+    Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
+    Reason.MASK_OPAQUE: "Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input.",
+    Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
+    Reason.NOT_SELF_ATTENTION: "A prefill is sparse in one call over an empty cache that grows, not over a static one.",
     Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
@@ -260,7 +266,7 @@ def render(report: RewriteReport) -> str:
     lines.append(report.summary)
     lines.extend(_expectation(report))
     for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
-        lines.append("  ".join(filter(None, (f"{reason}: {reason.explanation}", reason.remedy))))
+        lines.append(reason.said())
     lines.extend(f"note: {note}" for note in report.notes)
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from sympy.core.function import AppliedUndef
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from tsa_compile.passes.frame import remember_frame
 from tsa_compile.passes.graph import fake, op_name
 from tsa_compile.passes.masks import MaskMeaning
 from tsa_compile.passes.predicate import KV, B, H, Q
@@ -32,6 +33,7 @@ class Captured:
         self.inputs: list[tuple[Any, ...]] = []
 
     def backend(self, graph_module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        remember_frame(graph_module)
         self.graphs.append(graph_module)
 
         def run(*inputs: Any) -> Any:

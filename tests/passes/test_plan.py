@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
-from tsa_compile.errors import ConfigError, KernelError
+from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.passes import costs, plan
 from tsa_compile.passes.costs import SiteShape, break_even
 from tsa_compile.passes.devices import H200
@@ -75,8 +75,9 @@ def test_layers_are_chosen_by_number_or_by_name(layers, expected):
 
 
 @pytest.mark.parametrize("layers", [[3], [0, 99], ["decoder.*"], ["layers.0", "layers.7"]])
-def test_a_layer_that_does_not_exist_is_an_error_that_lists_those_that_do(layers):
-    with pytest.raises(ConfigError, match=r"layers=.*not found.*0\.\.1 \(layers\.\*\)"):
+def test_a_layer_that_does_not_exist_is_said_with_those_that_do(layers):
+    """A warning: a stage of a pipeline is given the numbers of other stages too."""
+    with pytest.warns(TSAWarning, match=r"layers=.*not found.*0\.\.1 \(layers\.\*\)"):
         rows(Stack(2), SPARSE.replace(layers=layers))
 
 
@@ -168,6 +169,101 @@ def test_cross_attention_is_not_self_attention():
     graph = capture(cross, torch.randn(1, 2, 16, 8), torch.randn(1, 2, 32, 8))
     (row,) = run_passes(graph, SPARSE.replace(layers=[0])).rows
     assert (row.decision, row.reason) == (Decision.UNCHANGED, Reason.NOT_SELF_ATTENTION)
+
+
+def masked(query, key, mask):
+    return nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+
+
+class TestPrefillBehindACache:
+    """Several queries over more keys than their own: not a decode step, so it is said that it stays dense."""
+
+    def plan(self, queries, mask):
+        graph = capture(masked, torch.randn(1, 2, queries, 8), torch.randn(1, 2, 40, 8), mask)
+        (row,) = run_passes(graph, SPARSE.replace(layers=["*"])).rows
+        assert (row.decision, row.reason) == (Decision.UNCHANGED, Reason.NOT_SELF_ATTENTION)
+        return row.detail
+
+    def test_is_said(self):
+        with pytest.warns(TSAWarning, match="30 queries over 40 keys: a prefill behind a cache"):
+            self.plan(30, torch.ones(30, 40).tril().bool())
+
+    @pytest.mark.parametrize(
+        "queries, mask",
+        [(1, torch.ones(1, 40, dtype=torch.bool)), (30, None), (30, torch.ones(1, 1, 1, 40, dtype=torch.bool))],
+        ids=["a decode step", "cross-attention", "cross-attention with padding"],
+    )
+    def test_near_misses_are_not(self, queries, mask, recwarn):
+        assert self.plan(queries, mask) == f"{queries} queries over 40 keys"
+        assert not recwarn.list
+
+
+class TestWhereAMaskComesFrom:
+    def plan(self, function, *inputs):
+        with pytest.warns(TSAWarning):
+            (row,) = run_passes(capture(function, *inputs), SPARSE.replace(layers=["*"])).rows
+        return row.reason, row.detail
+
+    @pytest.mark.parametrize("form", [lambda mask: mask, lambda mask: mask[:, :, :, :32].to(torch.float32)])
+    def test_an_input_is_said_to_be_one(self, form):
+        def given(x, mask):
+            return masked(x, x, form(mask))
+
+        reason, detail = self.plan(given, torch.randn(1, 2, 32, 8), torch.zeros(1, 1, 32, 32))
+        assert reason is Reason.MASK_OPAQUE and "input of this graph" in detail
+
+    def test_one_that_is_built_inside_is_not(self):
+        def built(x, bias):
+            triangle = torch.arange(32) <= torch.arange(32)[:, None]
+            return masked(x, x, torch.zeros(32, 32).masked_fill(~triangle, float("-inf")) + bias[:, None, None, :])
+
+        reason, detail = self.plan(built, torch.randn(1, 2, 32, 8), torch.randn(1, 32))
+        assert reason is Reason.MASK_OPAQUE and "input of this graph" not in detail
+
+    def test_packed_sequences_name_what_they_are_read_from(self):
+        def packed(x, position_ids):
+            document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+            causal = torch.arange(32) <= torch.arange(32)[:, None]
+            return masked(x, x, (causal & (document[:, None, :] == document[:, :, None]))[:, None])
+
+        reason, detail = self.plan(packed, torch.randn(1, 2, 32, 8), torch.arange(32)[None])
+        assert (reason, detail) == (Reason.PACKED, "computed from position_ids")
+
+
+def test_a_graph_without_causal_attention_is_no_miss(recwarn):
+    """A vision tower beside the language model, which Dynamo compiles by itself."""
+    for layers in (None, ["*"]):
+        assert {row.reason for row in rows(Stack(2, is_causal=False), SPARSE.replace(layers=layers))} == {Reason.NOT_CAUSAL}
+    assert not [warning for warning in recwarn if issubclass(warning.category, TSAWarning)]
+
+
+class TestTensorParallel:
+    """Each device has some of the heads; Coverage decides by the mean over all of them."""
+
+    @pytest.fixture(autouse=True)
+    def group(self, tmp_path):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+    class Parallel(Stack):
+        def forward(self, hidden):
+            group = torch.distributed.group.WORLD
+            for layer in self.layers:
+                hidden = torch.distributed._functional_collectives.all_reduce(layer(hidden), "sum", group)
+            return hidden
+
+    def test_coverage_is_refused(self):
+        with pytest.raises(ConfigError, match=r"Coverage\(tau=0.1\).*'layers.1'.*all_reduce.*KeepRatio"):
+            rows(self.Parallel(2), SPARSE.replace(budget=Coverage(0.1)))
+
+    @pytest.mark.parametrize("budget", [KeepRatio(0.5), Coverage(0)], ids=str)
+    def test_what_needs_no_other_head_is_not(self, budget):
+        assert rows(self.Parallel(2), SPARSE.replace(budget=budget))[1].decision is Decision.SPARSE
+
+    def test_exact_mode_is_not(self):
+        chosen = rows(self.Parallel(2), SPARSE.replace(budget=Coverage(0.1), layers=[]))
+        assert {row.decision for row in chosen} == {Decision.CAUSAL}
 
 
 def test_autocast_inside_the_call_is_seen():
@@ -272,6 +368,44 @@ def test_a_symbolic_length_is_guarded_once_at_the_break_even_length(on_an_h200, 
         decisions.append([[row.decision for row in report] for report in reports()])
     sparse, dense = [Decision.SPARSE] * 3, [Decision.CAUSAL] * 3
     assert decisions == [[sparse]] * 3 + [[sparse, dense]] * 3
+
+
+class TestRangesThatTheUserMarked:
+    """`mark_dynamic(x, 1, min=..., max=...)` promises one graph for the whole range: a guard inside it is Dynamo's error."""
+
+    def decided(self, config, least=2, most=4096, lengths=(40, 12, 100)):
+        compiled = torch.compile(Stack(2), backend="tsa", options={"config": config.replace(compiler="eager")})
+        outputs = []
+        for length in lengths:
+            hidden = torch.randn(1, length, 32)
+            torch._dynamo.mark_dynamic(hidden, 1, min=least, max=most)
+            with torch.no_grad():
+                outputs.append((compiled(hidden), Stack(2)(hidden)))
+        (report,) = reports()
+        return report.rows[1], [torch.allclose(found, plain, atol=1e-5) for found, plain in outputs]
+
+    @pytest.mark.parametrize("budget", [Coverage(0.5), KeepRatio(0.5)], ids=str)
+    def test_the_op_decides_where_it_keeps_all_of_the_short_ones(self, fresh, budget):
+        row, dense = self.decided(SPARSE.replace(budget=budget, min_tokens=16))
+        assert row.reason is Reason.SPARSE and dense == [False, True, False]
+
+    def test_the_defaults_take_any_range(self, fresh):
+        row, dense = self.decided(TSAConfig())
+        assert row.reason is Reason.SPARSE and all(dense)
+
+    @pytest.mark.filterwarnings("ignore:no attention call")
+    @pytest.mark.parametrize("changes", [{"min_length": 64}, {"min_tokens": 16, "capacity": 12}], ids=str)
+    def test_it_cannot_where_it_would_drop_tokens_of_the_short_ones(self, fresh, changes):
+        row, dense = self.decided(SPARSE.replace(**changes))
+        assert row.reason is Reason.LENGTH_UNKNOWN and "both sides" in row.detail and all(dense)
+
+    @pytest.mark.filterwarnings("ignore:no attention call")
+    @pytest.mark.parametrize(
+        "least, most, reason", [(64, 512, Reason.SPARSE), (2, 63, Reason.TOO_SHORT), (63, 64, Reason.LENGTH_UNKNOWN)]
+    )
+    def test_a_range_on_one_side_decides(self, fresh, least, most, reason):
+        row, _ = self.decided(SPARSE.replace(min_length=64), least, most, [least])
+        assert row.reason is reason
 
 
 def test_shapes_of_sites_are_read_from_their_tensors():

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.masks import MaskKind, infer_mask
-from tsa_compile.passes.sites import find_sites, layer_name
+from tsa_compile.passes.sites import find_sites
 from tsa_compile.report import Reason
 from tsa_compile.testing import capture_all
 
@@ -283,8 +282,3 @@ class TestLayers:
     def test_outside_any_module(self):
         _, (site,), _ = read(lambda q, k, v: sdpa(q, k, v), *inputs())
         assert site.layer == site.node.name and site.layer_index is None
-
-    def test_nested_numbers(self):
-        node = torch.fx.Graph().placeholder("x")
-        node.meta["nn_module_stack"] = {"a": ("L['self'].blocks[4].heads.1", nn.Module)}
-        assert layer_name(node) == ("blocks.4.heads.1", "blocks.4.heads.*", 1)

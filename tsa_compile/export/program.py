@@ -31,7 +31,7 @@ from tsa_compile.passes.costs import SiteShape
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
-from tsa_compile.passes.plan import PlanSites, minimum_length
+from tsa_compile.passes.plan import PlanSites, all_kept_below, minimum_length
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import Reason, record
 
@@ -222,6 +222,11 @@ class PlanExported(PlanSites):
             )
         return result
 
+    def _say_what_was_not_found(self, text: str | None) -> None:
+        """An error here: a program is exported once, and there is no other graph that could have the layer."""
+        if text is not None:
+            raise ConfigError(text)
+
     def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
         config = self.state.config
         length = fake(plan.site.query).shape[2]
@@ -242,7 +247,7 @@ class PlanExported(PlanSites):
         minimum, why = minimum_length(config, query.device, SiteShape.of(query, key, value, config), sparse_layers)
         if minimum is None or known(length >= minimum) or known(length < minimum):
             return config
-        if minimum > config.min_tokens + config.window + 1:  # up to there, every token is kept
+        if minimum > all_kept_below(config):
             self.straddling.append(f"{site.layer} compresses from {minimum} on, {why}")
         return config.replace(min_length=1)
 

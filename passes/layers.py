@@ -1,0 +1,301 @@
+"""Which layer an attention call belongs to, and which layers are chosen to be sparse.
+
+    modules of the calls                                          number      layers in the stack
+    model.layers.0.self_attn ... model.layers.31.self_attn        0 ... 31    32
+    layers.0.1, layers.1.1, layers.2.1                            0, 1, 2     the first number varies, the second does not
+    stages.0.blocks.0, stages.0.blocks.1, stages.1.blocks.0       unknown     neither tells all calls apart
+    layers.0, applied four times                                  unknown     a module has one number for all its calls
+    self_attn, of a layer that Dynamo compiles by itself          unknown     its code runs for any layer
+
+A wrong number makes layers sparse that nobody asked for, so a number counts only where it is proven to be the layer's: the
+calls of the graph, or the modules that the frame's module holds (`frame.py`), are told apart by it alone. How many layers a
+stack has is read from its container, whose members must be 0, 1, ..., n - 1 without a gap. A model that was cut before it
+was compiled, and kept its first layers only, cannot be told from a model that never had more: it is what it holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch.fx import GraphModule, Node
+
+from tsa_compile.config import Layers, TSAConfig
+from tsa_compile.passes.frame import Frame
+from tsa_compile.report import Reason
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.sites import AttentionSite
+
+_ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
+_AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")
+_GETATTR = re.compile(r"getattr\(([^()]*), ?['\"]([^'\"]*)['\"]\)")
+_SUBSCRIPT = re.compile(r"\[['\"]?(\w+)['\"]?\]")
+_HIDDEN = re.compile(r"\.(?:_modules|__dict__)\b")
+_CLOSURE = re.compile(r"^.*\bcell_contents\b")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PREFIXES = (("module",), ("base_model", "model"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call stands in the model.
+
+    Attributes:
+        names: the names of its module, as the model and as the frame have it; the first is the one to show.
+        number: the layer's number, if one is proven.
+        stack: the first name with `*` for the number; "" without one.
+        count: how many layers the stack has, if that is proven.
+        doubt: why the number or the count is not known.
+        possible: the names that its module may have in the model, where Dynamo compiles it once for several.
+    """
+
+    names: tuple[str, ...]
+    number: int | None = None
+    stack: str = ""
+    count: int | None = None
+    doubt: str = ""
+    possible: tuple[str, ...] = ()
+
+
+def module_name(node: Node) -> str:
+    """The innermost module that a node was traced from, as the model names it: "layers.3.attn"; "" if it is in none.
+
+    Dynamo writes `L['self'].layers[3].attn`. A decorated forward finds its module among its arguments, `L['args'][0]`: that
+    is the root, unless it is itself among the modules that were called. Then the place is a number of its own.
+    """
+    paths = _paths(node)
+    if not paths:
+        return ""
+    path = paths[-1]
+    while _GETATTR.search(path):
+        path = _GETATTR.sub(r"\1.\2", path)
+    among = _AMONG_ARGUMENTS.match(path)
+    if among is not None and among.group() not in paths:
+        path = path[among.end() :].removeprefix(".")
+    path = _ROOT.sub("", _CLOSURE.sub("", path))
+    return _SUBSCRIPT.sub(r".\1", _HIDDEN.sub("", path)).strip(".")
+
+
+def _paths(node: Node) -> list[str]:
+    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def layer_name(node: Node) -> tuple[str, str, int | None]:
+    """A node's module, as far as the node alone tells: its name, the name with `*` for the number, the number.
+
+    With several numbers in the name, other calls must say which is the layer's: `places_of`.
+    """
+    path = module_name(node)
+    numbered = _numbered(path)
+    if not path or len(numbered) != 1:
+        return path or node.name, "", None
+    return path, _starred(path, numbered), int(path.split(".")[numbered[0]])
+
+
+def _numbered(name: str) -> list[int]:
+    """The positions of the numbers in a name."""
+    return [position for position, part in enumerate(name.split(".")) if part.isdigit()]
+
+
+def _numbers_by_container(names: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers of each container's members: {"layers": {0, 1, 2}}."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        for position in _numbered(name):
+            found.setdefault(".".join(parts[:position]), set()).add(int(parts[position]))
+    return found
+
+
+def _starred(name: str, positions: Iterable[int]) -> str:
+    parts = name.split(".")
+    for position in positions:
+        parts[position] = "*"
+    return ".".join(parts)
+
+
+def placed(site: AttentionSite, place: Place) -> AttentionSite:
+    """A site with the name and the number of its place."""
+    return replace(site, layer=place.names[0], container=place.stack, layer_index=place.number)
+
+
+def is_whole(graph_module: GraphModule) -> bool:
+    """Whether a graph runs to the end of its function: Dynamo records why it stopped tracing."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return not getattr(reason, "graph_break", False)
+
+
+def is_model(graph_module: GraphModule, frame: Frame | None) -> bool:
+    """Whether a graph holds all of what was compiled, as far as anybody can tell."""
+    if frame is None:
+        return is_whole(graph_module)
+    complete = getattr(graph_module, "compile_subgraph_reason", None) is not None  # a part that DDP cut out has none
+    return complete and is_whole(graph_module) and frame.begins and not frame.part
+
+
+def places_of(sites: list[AttentionSite], graph_module: GraphModule, frame: Frame | None) -> list[Place]:
+    """The place of each call."""
+    return _Stacks(sites, graph_module, frame).places()
+
+
+class _Stacks:
+    """The calls of a graph beside the modules that its frame holds: which number of a name is the layer's."""
+
+    def __init__(self, sites: list[AttentionSite], graph_module: GraphModule, frame: Frame | None) -> None:
+        self.sites, self.graph_module, self.frame = sites, graph_module, frame
+        self.names = [self._name(site.node) for site in sites]
+        held = set(frame.kinds) if frame is not None else set()
+        self.numbers = _numbers_by_container(held or {self._name(node) for node in graph_module.graph.nodes})
+        applications: dict[str, set[str]] = {}
+        for site, name in zip(sites, self.names, strict=True):
+            applications.setdefault(name, set()).add(str(site.node.meta.get("nn_module_stack")))
+        self.repeated = {name for name, found in applications.items() if len(found) > 1}
+
+    def places(self) -> list[Place]:
+        """A call outside all modules counts by its place in the graph, if all calls are, and the graph is the model."""
+        shown = [unwrapped(name) for name in self.names]
+        if not any(shown) and is_model(self.graph_module, self.frame):
+            doubt = "it is in no numbered module"
+            return [Place((site.node.name,), number, doubt=doubt) for number, site in enumerate(self.sites)]
+        return [self._place(site, name) for site, name in zip(self.sites, self.names, strict=True)]
+
+    def _name(self, node: Node) -> str:
+        if self.frame is not None:
+            stack = node.meta.get("nn_module_stack") or {}
+            if not stack:
+                return self.frame.root
+            name = self.frame.names.get(str(next(reversed(stack))).partition("@")[0])
+            if name is not None:
+                return name
+        return module_name(node)
+
+    def _place(self, site: AttentionSite, name: str) -> Place:
+        names = tuple(dict.fromkeys([unwrapped(name) or site.node.name, *aliases(name), *aliases(module_name(site.node))]))
+        position, doubt = self._position(name)
+        if position is None:
+            above = self.frame.siblings if self.frame is not None else ()
+            possible = (alias for sibling in above for alias in aliases(f"{sibling}.{name}".strip(".")))
+            return Place(names, doubt=doubt, possible=tuple(possible))
+        parts = name.split(".")
+        container, number = ".".join(parts[:position]), int(parts[position])
+        count = self._count(container)
+        doubt = "" if count is not None else "how many layers there are is not known in this part of the model"
+        return Place(names, number, unwrapped(_starred(name, [position])), count, doubt)
+
+    def _position(self, name: str) -> tuple[int | None, str]:
+        """Where in a name the layer's number stands, or why none of its numbers is known to be that."""
+        numbered = _numbered(name)
+        if self.frame is not None and self.frame.repeated:
+            return None, "Dynamo compiles its module by itself, once for all of its class"
+        if not numbered:
+            return None, "its module has no number"
+        if name in self.repeated:
+            return None, "one module is applied several times"
+        alike = self._alike(name, numbered)
+        telling = [position for at, position in enumerate(numbered) if len({each[at] for each in alike}) == len(alike)]
+        if len(alike) > 1 and len(telling) == 1:
+            return telling[0], ""
+        container = ".".join(name.split(".")[: numbered[0]])
+        if len(numbered) == 1 and self.numbers[container] == {int(name.split(".")[numbered[0]])}:
+            return numbered[0], ""
+        return None, "the numbers in its module's name do not say which layer it is"
+
+    def _alike(self, name: str, numbered: list[int]) -> set[tuple[str, ...]]:
+        """The numbers in the names of all calls, and of all modules of the same class, that are named alike."""
+        others = {name, *self.names}
+        if self.frame is not None:
+            kind = self.frame.kinds.get(name)
+            others.update(other for other, its_kind in self.frame.kinds.items() if its_kind is kind)
+        pattern = _starred(name, numbered)
+        alike = (other.split(".") for other in others if _starred(other, _numbered(other)) == pattern)
+        return {tuple(parts[position] for position in numbered) for parts in alike}
+
+    def _count(self, container: str) -> int | None:
+        numbers = self.numbers[container]
+        return len(numbers) if is_whole(self.graph_module) and numbers == set(range(len(numbers))) else None
+
+
+def unwrapped(name: str) -> str:
+    """A module's name without the wrappers around the model: "module.layers.3" of DDP is "layers.3"."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    for prefix in _PREFIXES:
+        while tuple(parts[: len(prefix)]) == prefix:
+            parts = parts[len(prefix) :]
+    return ".".join(parts)
+
+
+def aliases(name: str) -> list[str]:
+    """All names that a pattern may mean by a module: with and without wrappers."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    inner = parts[1:] if parts[:1] in (["module"], ["base_model"]) else parts
+    return [found for found in (unwrapped(name), name, ".".join(parts), ".".join(inner)) if found]
+
+
+def select_layers(places: list[Place], config: TSAConfig) -> list[Reason | None]:
+    """For each place: None if its layer may be sparse, else the reason code why not.
+
+    By default that is the upper half of each stack, the middle one of an odd number included.
+    """
+    if config.layers is None:
+        return [_upper_half(place) for place in places]
+    return [_named(place, config.layers) for place in places]
+
+
+def _named(place: Place, layers: Layers) -> Reason | None:
+    if any(_matches(layer, place) for layer in layers):
+        return None
+    numbers = any(isinstance(layer, int) for layer in layers)
+    perhaps = any(fnmatchcase(name, layer) for name in place.possible for layer in layers if isinstance(layer, str))
+    unknown = perhaps or (numbers and place.number is None)
+    return Reason.LAYER_COUNT_UNKNOWN if unknown else Reason.LAYER_NOT_SELECTED
+
+
+def _upper_half(place: Place) -> Reason | None:
+    if place.number is None or place.count is None:
+        return Reason.LAYER_COUNT_UNKNOWN
+    return None if place.number >= place.count // 2 else Reason.LAYER_NOT_SELECTED
+
+
+def _matches(layer: int | str, place: Place) -> bool:
+    if isinstance(layer, int):
+        return layer == place.number
+    return any(fnmatchcase(name, layer) for name in place.names)
+
+
+def not_found(places: list[Place], config: TSAConfig, graph_module: GraphModule, frame: Frame | None) -> str | None:
+    """What to say of layers that were named and are nowhere in the model; None if there are none, or nobody can know.
+
+    A graph that is part of a model need not have them: they count as missing if no module of the model is named so. A
+    stage of a pipeline has some of the layers too, so this is never an error.
+    """
+    unused = [layer for layer in config.layers or () if not any(_matches(layer, place) for place in places)]
+    if not unused or not places:
+        return None
+    if not is_model(graph_module, frame):
+        unused = [layer for layer in unused if frame is not None and frame.outside and not _is_named(layer, frame)]
+    if any(place.number is None for place in places):
+        unused = [layer for layer in unused if isinstance(layer, str)]
+    return f"layers={unused!r} not found: the attention calls here are {_present(places)}" if unused else None
+
+
+def _is_named(layer: int | str, frame: Frame) -> bool:
+    if isinstance(layer, int):
+        return any(str(layer) in name.split(".") for name in frame.outside)
+    parts = (name.split(".") for name in frame.outside)
+    return any(fnmatchcase(".".join(part[start:]), layer) for part in parts for start in range(len(part)))
+
+
+def _present(places: list[Place]) -> str:
+    """The layers that there are: "0..31 (model.layers.*.self_attn)" for each stack, calls outside stacks one by one."""
+    stacks: dict[str, list[int]] = {}
+    for place in places:
+        stacks.setdefault(place.stack or place.names[0], []).extend([] if place.number is None else [place.number])
+    return ", ".join(f"{_span(found)} ({name})" if found else name for name, found in stacks.items())
+
+
+def _span(found: list[int]) -> str:
+    return str(min(found)) if len(found) == 1 else f"{min(found)}..{max(found)}"
