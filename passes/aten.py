@@ -186,7 +186,7 @@ class _Recording:
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
         try:
             made = _call(node, args, kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, this node's value is unknown, and the others' are not
             self.result.problems[node] = f"{type(error).__name__}: {error}"
             return self._unknown(node, wanted)
         return self._agreed(node, made, wanted)

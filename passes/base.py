@@ -36,8 +36,8 @@ __all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
 class SitePlan:
     """What is known and decided about one site; filled in pass by pass.
 
-    `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known. `padding`:
-    the bool tensor [B, L] of its valid tokens, once it is written.
+    `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
+    `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
     """
 
     site: AttentionSite

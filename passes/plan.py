@@ -155,7 +155,7 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
     if not _is_positive(site.scale):
         return (
             Reason.UNSUPPORTED_FORM,
-            f"the scale is {fake(site.scale)}: torch's causal kernels are right for positive ones",
+            f"the scale is {fake(site.scale)}, not positive, as causal kernels need it",
         )
     if not known(query.shape[2] == key.shape[2]):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
