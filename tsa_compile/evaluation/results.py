@@ -10,11 +10,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.statistics import Comparison, Share, compare, wilson
+from tsa_compile.files import read_json, write
 
 FORMAT = "tsa_compile.study/1"
 BASELINE = "dense"
@@ -214,16 +214,10 @@ class Study:
         """Writes this study as JSON, whole or not at all: a run that is stopped while it writes loses nothing.
 
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: no file can be written there.
+            WriteError: it could not be written whole; what was there is as it was.
         """
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise ConfigError(f"{str(path)!r} cannot be written ({error.strerror}): choose another path") from error
+        write(path, json.dumps(self.to_dict(), indent=1) + "\n", folders=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Study:
@@ -232,12 +226,9 @@ class Study:
         Raises:
             ConfigError: the file cannot be read, or is no study.
         """
+        values = read_json(path, "pass a file that a study wrote")
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror}): pass a file that a study wrote") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not JSON ({error}): pass a file that a study wrote") from error
+            return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{str(path)!r} is not a study: {error}") from error
 
