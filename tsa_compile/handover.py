@@ -28,7 +28,7 @@ from tsa_compile.errors import ConfigError, TSAWarning
 def take_over(backend: Any) -> None:
     """From now on, torch.compile keeps copies of the options for this backend."""
     # Its __init__ cannot be wrapped: backend="tsa" imports this package in the midst of the first one.
-    torch._TorchCompileWrapper.kwargs = _Keeper(backend)  # type: ignore[attr-defined]
+    torch._TorchCompileWrapper.kwargs = _Keeper(backend)  # type: ignore[assignment]
 
 
 def keep_out_of_packages(graph_module: GraphModule) -> None:

@@ -244,10 +244,16 @@ def _pack(right: tuple[bool, ...]) -> str:
     return f"{len(right)}:{int(bits or '0', 2):x}"
 
 
+_MOST_SAMPLES = 10**7  # of a cell: a damaged file must not fill the memory
+
+
 def _unpack(text: str) -> tuple[bool, ...]:
-    samples, _, digits = text.partition(":")
-    bits = f"{int(digits, 16):0{int(samples)}b}" if int(samples) else ""
-    if len(bits) != int(samples):
+    count, _, digits = text.partition(":")
+    samples = int(count)
+    if not 0 <= samples <= _MOST_SAMPLES:
+        raise ValueError(f"{samples} samples, of at most {_MOST_SAMPLES}")
+    bits = f"{int(digits, 16):0{samples}b}" if samples else ""
+    if len(bits) != samples:
         raise ValueError(f"{len(bits)} outcomes for {samples} samples")
     return tuple(bit == "1" for bit in bits)
 
