@@ -29,34 +29,10 @@ _OWN = ("aten", "prims", "prim", "tsa")
 _DROPOUTS = frozenset([aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default])
 
 # Operators that give the same value whenever they are called alike, besides pointwise ones and views.
-_REPEATABLE = frozenset(
-    [
-        "arange",
-        "ones",
-        "zeros",
-        "full",
-        "new_ones",
-        "new_zeros",
-        "new_full",
-        "ones_like",
-        "zeros_like",
-        "full_like",
-        "scalar_tensor",
-        "index",
-        "tril",
-        "triu",
-        "cumsum",
-        "diff",
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "type_as",
-        "expand_as",
-        "reshape",
-        "lift_fresh_copy",
-    ]
-)
+_SOURCES = ("arange", "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor")
+_LIKE = ("ones_like", "zeros_like", "full_like")
+_COPIES = ("to", "_to_copy", "clone", "contiguous", "type_as", "expand_as", "reshape", "lift_fresh_copy")
+_REPEATABLE = frozenset((*_SOURCES, *_LIKE, *_COPIES, "index", "tril", "triu", "cumsum", "diff"))
 _ATTENTION_WORDS = ("attention", "attn", "transformer_encoder_layer")
 
 

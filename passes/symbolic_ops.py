@@ -184,7 +184,7 @@ def _formulas(evaluator: Evaluator, node: Node, index: Index, left: Any, right: 
 
 
 def _logical(*names: str) -> tuple[str, ...]:
-    """The overloads of an operation on truth values: `logical_*` of anything, `bitwise_*` and Python's operators of bools."""
+    """An operation on truth values: `logical_*` of anything, `bitwise_*` and Python's operators of bools."""
     overloads = ("Tensor", "Scalar", "Scalar_Tensor")
     return (f"logical_{names[0]}.default", *(f"{name}.{overload}" for name in names[1:] for overload in overloads))
 

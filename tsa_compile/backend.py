@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
+from tsa_compile.handover import keep_out_of_packages, take_over
 from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import COMPILED, PASSES, run_passes
 from tsa_compile.report import Decision, Reason, RewriteReport, record
@@ -49,7 +50,8 @@ def tsa_backend(
 
     Args:
         graph_module, example_inputs: as Dynamo passes them to a backend.
-        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's.
+        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's. As they are
+            when torch.compile is called: a later change of the mapping changes nothing.
         mode: torch.compile's mode ("reduce-overhead", ...), for Inductor.
 
     Returns:
@@ -61,6 +63,7 @@ def tsa_backend(
     """
     config = TSAConfig.from_options(options)
     compiler = resolve_compiler(config, mode)
+    keep_out_of_packages(graph_module)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     # A callable is somebody's own pass, which wants to see the steps; it may fuse them afterwards (passes/fuse.py).
     report = run_passes(graph_module, config, COMPILED if isinstance(config.compiler, str) else PASSES)
@@ -78,6 +81,9 @@ def tsa_backend(
         report = untouched(report, text)
     record(report)
     return compiled
+
+
+take_over(tsa_backend)
 
 
 def untouched(report: RewriteReport, why: str) -> RewriteReport:

@@ -24,6 +24,7 @@ import torch
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import save_figure
 from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
 
@@ -333,4 +334,4 @@ def _plot(result: Benchmark, path: str | Path) -> None:
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

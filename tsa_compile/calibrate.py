@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, read_prompts
 from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.files import read_json, save_figure, write
 from tsa_compile.fingerprint import Fingerprint, unwrapped
 
 FORMAT = "tsa_compile.calibration/1"
@@ -134,10 +134,10 @@ class Calibration:
         """Writes this calibration as JSON.
 
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: no file can be written there.
+            WriteError: it could not be written whole; what was there is as it was.
         """
-        with _writing(path):
-            Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -146,13 +146,7 @@ class Calibration:
         Raises:
             ConfigError: the file cannot be read, or is no calibration.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{str(path)!r} cannot be read ({reason}): pass a file that Calibration.save wrote") from error
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{str(path)!r} is not JSON ({error}): pass a file that Calibration.save wrote") from error
+        values = read_json(path, "pass a file that Calibration.save wrote")
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -162,7 +156,8 @@ class Calibration:
         """Draws the drift of each layer, the sparse ones in another colour; the path's suffix is the image's format.
 
         Raises:
-            ConfigError: the file cannot be written, or the suffix names no format.
+            ConfigError: no file can be written there, or the suffix names no format.
+            WriteError: it could not be written whole; what was there is as it was.
             ImportError: matplotlib is missing.
         """
         try:
@@ -177,8 +172,7 @@ class Calibration:
             axes.bar(indices, [self.drift[index] for index in indices], color=colour, label=label)
         axes.set(xlabel="layer", ylabel="drift", title=f"Drift over {self.tokens:,} tokens of {self.prompts:,} prompts")
         axes.legend()
-        with _writing(path):
-            figure.savefig(path)
+        save_figure(figure, path)
 
 
 def calibrate(
@@ -313,15 +307,6 @@ def _bar(shown: bool, total: int) -> Iterator[Callable[[int, int], Callable[[int
             return lambda passed: bar.update(task, completed=start + (place + 1 - start) * passed / layers)
 
         yield batch
-
-
-@contextlib.contextmanager
-def _writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{str(path)!r} cannot be written ({reason}): pass a file in a folder that exists") from error
 
 
 def _stem(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from tsa_compile.errors import ConfigError
 
+MOST_LAYERS = 10_000  # of a model: a longer list of indices is refused before it is written out
 GRANULARITIES = ("head", "group")
 
 
@@ -261,6 +262,8 @@ def _layers(value: object) -> Layers | None:
     if value is None:
         return None
     if isinstance(value, range):
+        if value and max(value[0], value[-1]) >= MOST_LAYERS:
+            raise _reject("layers", value, f"{allowed}; an index is at most {MOST_LAYERS - 1:,}")
         value = tuple(value)
     if not isinstance(value, (list, tuple)):
         raise _reject("layers", value, allowed)
@@ -283,10 +286,11 @@ def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         text = source
     else:
         raise _reject("source", source, "JSON text, a path or a mapping")
+    name = "the config" if text is source else repr(str(source))
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the config is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and thousands of brackets
+        raise ConfigError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"the config must be a JSON object of options, found {type(values).__name__}")
+        raise ConfigError(f"{name} must be a JSON object of options, found {type(values).__name__}")
     return values

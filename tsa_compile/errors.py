@@ -17,5 +17,9 @@ class KernelError(TSAError, RuntimeError):
     """No registered attention kernel has the name that was asked for, or none fits the request."""
 
 
+class WriteError(TSAError, OSError):
+    """A file could not be written whole, as on a full disk; what was there before is as it was."""
+
+
 class TSAWarning(UserWarning):
     """Something that was asked for did not happen; the computation is still right."""

@@ -34,6 +34,11 @@ USAGE = {
     "a window below 1": ([*TINY, "--window", "0"], "window=0 is not allowed"),
     "a layer that is not": ([*TINY, "--sparse-layers", "0,1,2"], "layer 2 does not exist: tiny has the layers 0 to 1"),
     "layers that are no list": ([*TINY, "--sparse-layers", "3-1"], "write the lower index first"),
+    "more layers than fit into memory": ([*TINY, "--sparse-layers", "0-99999999999"], "an index is at most 9,999"),
+    "a layer of thousands of digits": ([*TINY, "--sparse-layers", "9" * 5000], "an index is at most 9,999"),
+    "a length beyond any memory": ([*TINY, "--length", "99999999999K"], "a number of tokens up to 2,147,483,647"),
+    "a batch beyond any memory": ([*TINY, "--batch", "99999999999"], "--batch"),
+    "a shape of too many layers": (["--shape", "tiny", "--layers", "99999999999"], "--layers"),
     "layers half indices": ([*TINY, "--sparse-layers", "1,x"], "is no list of layers"),
     "a calibration that is not there": ([*TINY, "--sparse-layers", "none.json"], "'none.json' cannot be read"),
     "a kernel that is not": ([*TINY, "--kernel", "fastest"], "fastest"),
@@ -67,6 +72,9 @@ OTHERS = {
     "export of a range upside down": (["export", *TINY, "--out", "x.pt2", "--lengths", "4K", "1K"], "is not a range"),
     "a check of no ONNX file": (["export", *TINY, "--out", "x.pt2", "--check"], "--check goes with --format onnx"),
     "a format that is not": (["export", *TINY, "--out", "x.pt2", "--format", "zip"], "--format"),
+    "more samples than fit into memory": (["eval", *TINY, "--samples", "99999999999"], "--samples"),
+    "more prompts than fit into memory": (["calibrate", *TINY, "--random", "99999999999"], "--random"),
+    "a seed of more than 64 bits": (["eval", *TINY, "--seed", "9" * 30], "--seed"),
     "a task that is not": (["eval", "--shape", "tiny", "--tasks", "poetry"], "task='poetry' is not allowed"),
     "methods and a budget": (["eval", *TINY, "--methods", "dense", "--budget", "keep:0.5"], "choose one"),
     "patterns in eval": (["eval", *TINY, "--sparse-layers", "model.*"], "eval takes indices"),
@@ -93,7 +101,13 @@ def fails_after_notes(code, *arguments):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not valid JSON"), ("[1]", "must be a JSON object"), ('{"windw": 3}', "did you mean 'window'?")],
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"window": ' + "1" * 5000 + "}", "not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"windw": 3}', "did you mean 'window'?"),
+    ],
 )
 def test_a_configuration_file_that_is_wrong(text, said, tmp_path):
     path = tmp_path / "config.json"
@@ -121,6 +135,12 @@ def test_a_calibration_of_another_size(calibration):
     [
         ("{", "config.json' is no causal language model's configuration"),
         ("{}", "config.json' is no causal language model's configuration"),
+        ("[" * 100_000, "config.json' is no causal language model's configuration"),
+        ('{"model_type": "llama", "num_hidden_layers": "two"}', "config.json' is no causal language model's configuration"),
+        (
+            '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 3}',
+            "is no causal language model's configuration",
+        ),
         ('{"model_type": "no-such-model"}', "config.json' is no causal language model's configuration"),
         ('{"model_type": "vit"}', "no causal language model can be made of this ViTConfig"),
     ],
@@ -167,6 +187,13 @@ def test_a_folder_is_loaded_through_the_hosts_memory(folder, monkeypatch):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "error: out of memory (CUDA out of"),
         (MemoryError(), 1, "error: out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            1,
+            "error: out of memory (DefaultCPUAllocator",
+        ),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device: free some space"),
+        (RuntimeError("C++ compile error: x.cpp: No space left on device"), 1, "error: No space left on device: free some"),
         (KeyboardInterrupt(), 130, "interrupted: "),
         (KernelError("no kernel 'x'"), 2, "error: no kernel 'x'"),
         (ImportError("pip install transformers"), 1, "error: pip install transformers"),

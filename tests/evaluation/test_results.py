@@ -238,3 +238,10 @@ def test_the_script_does_the_useful_first(script):
     assert all(stage["question"] == "early" for stage in script.stress(arguments))
     quick = script.parse(["--model", "x", "--quick"])
     assert quick.samples < 100 and quick.lengths == [512]
+
+
+def test_a_damaged_count_does_not_fill_the_memory(study):
+    values = study.to_dict()
+    values["cells"][0]["right"] = "99999999999:0"
+    with pytest.raises(ConfigError, match="99999999999 samples, of at most 10000000"):
+        Study.from_dict(values)

@@ -141,3 +141,11 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"something else")
     with pytest.raises(ConfigError, match="cannot be loaded as an AOTInductor package"):
         aoti.load(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_package_that_was_cut_off_is_named(share, folder, tmp_path):
+    content = (folder / "model.pt2").read_bytes()
+    (tmp_path / "model.pt2").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ConfigError, match=r"model\.pt2' cannot be loaded as an AOTInductor package.*write it again"):
+        aoti.load(tmp_path / "model.pt2")

@@ -186,6 +186,13 @@ def layer_program(model=None):
     return torch.export.export(model or Layer(), (*tensors, last), dynamic_shapes=(*shapes, dims))
 
 
+def test_a_file_that_is_no_model_is_named(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"something else")
+    for name in ("model.onnx", "none.onnx"):
+        with pytest.raises(ConfigError, match=rf"{name}' cannot be read as an ONNX model .*export it again"):
+            tensorrt.check(tmp_path / name)
+
+
 def test_an_exported_layer_passes_and_the_domain_needs_plugins(tmp_path):
     pytest.importorskip("onnxscript")
     program, path = layer_program(), tmp_path / "model.onnx"

@@ -47,7 +47,9 @@ def bench(
     ] = "eager,exact,sparse",
     rounds: Annotated[
         int | None,
-        typer.Option("--rounds", min=1, help="At least so many timed calls of each. Default: 5 on a GPU, 1 on a CPU."),
+        typer.Option(
+            "--rounds", min=1, max=10_000, help="At least so many timed calls of each. Default: 5 on a GPU, 1 on a CPU."
+        ),
     ] = None,
     compiler: Annotated[
         str | None,

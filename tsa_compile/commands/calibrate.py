@@ -39,7 +39,8 @@ def calibrate(
         ),
     ] = None,
     random: Annotated[
-        int | None, typer.Option("--random", min=1, help="So many prompts of random tokens instead; 2 for a shape.")
+        int | None,
+        typer.Option("--random", min=1, max=10_000, help="So many prompts of random tokens instead; 2 for a shape."),
     ] = None,
     length: Length = "1K",
     batch: Batch = 1,

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -22,6 +24,7 @@ from typer.core import TyperGroup
 
 from tsa_compile.commands import output
 from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
+from tsa_compile.files import NO_SPACE
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -78,11 +81,14 @@ def describe(error: BaseException) -> tuple[str, int]:
     """What to say about an exception, in one line, and the exit code."""
     chain = list(_chain(error))
     torch = sys.modules.get("torch")  # where it was not needed, nothing of it can have run out of memory
-    memory = next((item for item in chain if torch is not None and isinstance(item, torch.OutOfMemoryError)), None)
+    memory = next((item for item in chain if torch is not None and _is_memory(item, torch.OutOfMemoryError)), None)
     known = sorted((item for item in chain if isinstance(item, TSAError)), key=lambda item: isinstance(item, RewriteError))
     if known and not isinstance(known[0], RewriteError):
         usage = isinstance(known[0], (ConfigError, KernelError)) and memory is None
         return _line(str(known[0])), USAGE if usage else FAILED
+    full = next(filter(None, map(_no_space, chain)), None)
+    if full is not None and not known:
+        return f"{full}: free some space, or name another disk for --out and, in TMPDIR, for a compiler's files", FAILED
     if memory is not None or isinstance(error, MemoryError):
         said = _line(str(memory or "")).split(". ")[0]
         return f"out of memory ({said}): take fewer layers, a shorter length, a smaller batch or dtype", FAILED
@@ -106,6 +112,19 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             seen.append(item)
             yield item
             queue += [getattr(item, "inner_exception", None), item.__cause__, item.__context__]
+
+
+def _is_memory(error: BaseException, kind: type[BaseException]) -> bool:
+    """Also as PyTorch's allocator on CPUs says it."""
+    return isinstance(error, kind) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _no_space(error: BaseException) -> str | None:
+    """What says that a disk is full: Python, or in its output a compiler that was called."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return ": ".join(filter(None, (error.filename, error.strerror)))
+    limit = signal.strsignal(signal.SIGXFSZ) if hasattr(signal, "SIGXFSZ") else None
+    return next((text for text in (*map(os.strerror, NO_SPACE), limit) if text and text in str(error)), None)
 
 
 def _line(text: str) -> str:

@@ -65,7 +65,7 @@ def evaluate(
         str | None, typer.Option("--lengths", help="Context lengths. Default: 4K,8K,16K; 512 on a CPU.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Samples for each cell. Default: 1000; 8 on a CPU.")
+        int | None, typer.Option("--samples", min=1, max=1_000_000, help="Samples for each cell. Default: 1000; 8 on a CPU.")
     ] = None,
     sparse_layers: Annotated[
         str | None, typer.Option("--sparse-layers", help="Indices or a calibration's JSON file. Default: the upper half.")
@@ -73,7 +73,7 @@ def evaluate(
     question: Annotated[
         Question, typer.Option("--question", help="Behind the context, or before the scoring window (a stress test).")
     ] = Question.LAST,
-    seed: Annotated[int, typer.Option("--seed", help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the samples.")] = 0,
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens that run at once.")] = 2**16,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="A file that keeps results after each cell, and from which to go on.")

@@ -72,9 +72,9 @@ def export(
         source = model.source()
         config = sparse.tsa_config(source)
         length = _example_length(source, *span)
-        source.check(length)
+        source.check(length, _example_batch(batches))
     with output.working(f"Loading {source.name}"):
-        loaded = source.load(length)
+        loaded = source.load(length, _example_batch(batches))
         sparse.check_model(loaded)
     with output.working(f"Exporting {source.name} for {span[0]:,} to {span[1]:,} tokens"):
         program = _program(loaded, source, config, length, span, batches)
@@ -113,14 +113,18 @@ def _example_length(source: Source, low: int, high: int) -> int:
     return next((length for length in range(low + 1, high) if length not in sizes), low)
 
 
+def _example_batch(batches: tuple[int, int] | None) -> int:
+    """torch.export would take a batch of one for a constant."""
+    return 1 if batches is None else max(2, batches[0])
+
+
 def _program(model: Any, source: Source, config: TSAConfig, length: int, span: tuple[int, int], batches: Any) -> Any:
     import torch
 
     from tsa_compile.export import export_program
     from tsa_compile.shapes import prompts
 
-    batch = 1 if batches is None else max(2, batches[0])
-    ids = prompts(source.config, batch, length, source.device)
+    ids = prompts(source.config, _example_batch(batches), length, source.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return export_program(model, inputs, config, dynamic_lengths=span, dynamic_batch=batches)
 
@@ -135,6 +139,7 @@ def _save(program: Any, kind: Format, target: Path) -> None:
     import torch
 
     from tsa_compile.export import aoti, onnx, tensorrt
+    from tsa_compile.files import stream
 
     if kind is Format.AOTI:
         aoti.save(program, target)
@@ -143,7 +148,8 @@ def _save(program: Any, kind: Format, target: Path) -> None:
     elif kind is Format.TENSORRT:
         tensorrt.save(program, target)
     else:
-        torch.export.save(program, str(target))
+        with stream(target) as file:
+            torch.export.save(program, file)
 
 
 def _findings(target: Path) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tsa_compile import shapes
+from tsa_compile.commands.checkpoint import TOKENIZER, WEIGHTS, check_weights, why
 from tsa_compile.commands.options import check_folder
 from tsa_compile.errors import ConfigError
 
@@ -44,11 +45,16 @@ class Source:
         self.check(length, batch)
         if self.folder is None:
             return shapes.build(self.config, self.device, self.dtype)
+        options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "local_files_only": True}
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told, not ignored
         try:
-            options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "local_files_only": True}
-            model = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{str(self.folder)!r} cannot be loaded as a causal language model: {error}") from error
+            model, found = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options, **told)
+        except (ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of transformers, safetensors, pickle, huggingface_hub, the folder's own code, ...
+            reason = why(self.folder, error, WEIGHTS)
+            raise ConfigError(f"{str(self.folder)!r} cannot be loaded as a causal language model: {reason}") from error
+        check_weights(self.folder, model, found)
         return model.to(self.device).eval()
 
     def tokenizer(self) -> Any:
@@ -58,9 +64,12 @@ class Source:
         try:
             options = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
             return _transformers().AutoTokenizer.from_pretrained(str(self.folder), **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of tokenizers, sentencepiece, a package that is missing, ...
+            reason = why(self.folder, error, TOKENIZER)
             raise ConfigError(
-                f"{str(self.folder)!r} has no tokenizer that can be loaded ({error}): put its files there, or pass a JSONL "
+                f"{str(self.folder)!r} has no tokenizer that can be loaded ({reason}): put its files there, or pass a JSONL "
                 "file with input_ids"
             ) from error
 
@@ -96,13 +105,15 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
         config = _transformers().AutoConfig.from_pretrained(str(folder), **options)
         text = config.get_text_config()
         assert text.num_hidden_layers > 0 and text.hidden_size > 0
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # of transformers, huggingface_hub's checks of fields, the folder's own code, ...
         hint = (
             ""
             if trust_remote_code or "trust_remote_code" not in str(error)
             else "; --trust-remote-code runs the folder's code"
         )
-        text = str(error).split(". ")[0] or "no decoder layers"
+        text = " ".join(str(error).split())[:300].split(". ")[0] or "no decoder layers"
         raise ConfigError(
             f"{str(folder / 'config.json')!r} is no causal language model's configuration: {text}{hint}"
         ) from error

@@ -20,7 +20,7 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import MOST_LAYERS, TSAConfig
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class ModelOptions:
         _option("--shape", panel=_MODEL, help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}."),
     ] = None
     layers: Annotated[
-        int | None, _option("--layers", min=1, panel=_MODEL, help="So many layers of the shape instead of all.")
+        int | None,
+        _option("--layers", min=1, max=MOST_LAYERS, panel=_MODEL, help="So many layers of the shape instead of all."),
     ] = None
     device: Annotated[str, _option("--device", panel=_MODEL, help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = (
         "auto"
@@ -213,7 +214,7 @@ class OutputOptions(ResultOptions):
 
 Length = Annotated[str, typer.Option("--length", help="Prompt length in tokens: 8192, or 8K.")]
 Lengths = Annotated[str, typer.Option("--lengths", help="Prompt lengths, with commas between them: 8K,32K.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, max=2**16, help="Prompts at once.")]
 Figure = Annotated[Path | None, typer.Option("--figure", help="Also draw a figure: .png, .svg or .pdf; needs matplotlib.")]
 FIGURES = (".png", ".svg", ".pdf")
 

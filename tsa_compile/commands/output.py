@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from tsa_compile import files
 from tsa_compile.errors import ConfigError
 
 _PLAIN: dict[str, Any] = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -52,7 +53,7 @@ def result(text: str) -> None:
 
 def write(data: Any, path: Path) -> None:
     """JSON into a file."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(data, indent=2) + "\n")
     say("note", f"wrote {path}")
 
 
@@ -71,7 +72,7 @@ def writable(path: Path | None, *suffixes: str) -> Path | None:
         problem = f"its name must end in {' or '.join(suffixes)}"
     elif not folder.is_dir():
         problem = f"there is no folder {str(folder)!r}: create it, or name another"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
+    elif not os.access(path if files.is_special(path) else folder, os.W_OK):  # files are written beside, and renamed
         problem = "there is no permission: choose another path"
     else:
         return path

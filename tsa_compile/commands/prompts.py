@@ -35,7 +35,7 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
     if path.suffix in (".jsonl", ".ndjson"):
         found = [ids[:length] for ids in _lines(path, text, count, tokenizer)]
     else:
-        found = _pieces(_encode(tokenizer(), text), length)[:count]
+        found = _pieces(_encode(path, tokenizer(), text), length)[:count]
     if not found:
         raise ConfigError(f"{str(path)!r} holds no prompts: it is empty")
     return found
@@ -53,7 +53,7 @@ def _lines(path: Path, text: str, count: int | None, tokenizer: Any) -> Iterator
         where = f"{str(path)!r}, line {number}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is not JSON ({error}): write one JSON object a line") from error
         prompt = _prompt(value)
         if prompt is None:
@@ -62,7 +62,7 @@ def _lines(path: Path, text: str, count: int | None, tokenizer: Any) -> Iterator
             )
         if isinstance(prompt, str):
             encoder = encoder or tokenizer()
-            prompt = _encode(encoder, prompt)
+            prompt = _encode(path, encoder, prompt)
         if prompt:
             yield prompt
 
@@ -78,5 +78,10 @@ def _prompt(value: Any) -> str | list[int] | None:
     return next((value[key] for key in _TEXT_KEYS if isinstance(value.get(key), str)), None)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+def _encode(path: Path, tokenizer: Any, text: str) -> list[int]:
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as error:  # of tokenizers, for a word that it cannot spell
+        raise ConfigError(
+            f"the folder's tokenizer cannot encode {str(path)!r} ({error}): pass other text, or JSON lines with input_ids"
+        ) from error

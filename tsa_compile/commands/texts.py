@@ -8,23 +8,28 @@ calibration.json    a calibration's         upper, none        the default; no l
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsa_compile.config import Budget, Coverage, KeepRatio, Layers
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, KeepRatio, Layers
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from tsa_compile.calibrate import Calibration
 
 
+LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
+_MOST_DIGITS = 18
+
+
 def length(text: str) -> int:
     """A number of tokens; K stands for 1024."""
-    found = re.fullmatch(r"(\d+)([kK]?)", str(text).strip())
-    if found is None or int(found[1]) < 1:
-        raise ConfigError(f"{text!r} is not a length: write a number of tokens, as 8192 or 8K")
-    return int(found[1]) * (1024 if found[2] else 1)
+    found = re.fullmatch(r"([0-9]+)([kK]?)", str(text).strip())
+    tokens = (_number(found[1]) * (1024 if found[2] else 1)) if found else 0
+    if not 1 <= tokens <= LONGEST:
+        raise ConfigError(f"{text!r} is not a length: write a number of tokens up to {LONGEST:,}, as 8192 or 8K")
+    return tokens
 
 
 def lengths(text: str) -> list[int]:
@@ -76,10 +81,10 @@ def layers(text: str) -> Layers | Calibration | None:
         return ()
     if text in PRESETS:
         return PRESETS[text].layers
-    if text.endswith(".json") or Path(text).is_file():
+    if text.endswith(".json") or os.path.isfile(text):
         return Calibration.load(text)
     parts = names(text)
-    if all(re.fullmatch(r"\d+(-\d+)?", part) for part in parts):
+    if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
     if any(re.fullmatch(r"[-\d]*", part) for part in parts):
         raise ConfigError(
@@ -89,7 +94,16 @@ def layers(text: str) -> Layers | Calibration | None:
 
 
 def _run(part: str) -> range:
+    """The indices of 15-30 or 15; refused before they are written out, where no model has so many layers."""
     first, _, last = part.partition("-")
-    if last and int(last) < int(first):
+    low, high = _number(first), _number(last or first)
+    if high < low:
         raise ConfigError(f"{part!r} is no run of layers: write the lower index first")
-    return range(int(first), int(last or first) + 1)
+    if high >= MOST_LAYERS:
+        raise ConfigError(f"{part!r} is no run of layers: an index is at most {MOST_LAYERS - 1:,}")
+    return range(low, high + 1)
+
+
+def _number(digits: str) -> int:
+    """An integer; of more digits than any limit here, which Python may refuse to read, one beyond all limits."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS

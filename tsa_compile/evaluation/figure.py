@@ -9,6 +9,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.methods import parse
 from tsa_compile.evaluation.results import BASELINE, Study
 from tsa_compile.evaluation.statistics import wilson
+from tsa_compile.files import save_figure
 
 _FAMILIES = {
     "coverage": ("Coverage", "tab:blue", "o"),
@@ -50,10 +51,7 @@ def draw(study: Study, path: str | os.PathLike[str], question: str = "last") -> 
         row[0].set_ylabel("accuracy over all tasks, %")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 1 + 2 * len(lengths)), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be written ({error}): choose another file, such as study.png") from error
+    save_figure(figure, path, dpi=150)
 
 
 def _points(study: Study, length: int, question: str) -> dict[str, tuple[float, Any]]:

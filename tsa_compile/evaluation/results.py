@@ -10,11 +10,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.statistics import Comparison, Share, compare, wilson
+from tsa_compile.files import read_json, write
 
 FORMAT = "tsa_compile.study/1"
 BASELINE = "dense"
@@ -214,16 +214,10 @@ class Study:
         """Writes this study as JSON, whole or not at all: a run that is stopped while it writes loses nothing.
 
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: no file can be written there.
+            WriteError: it could not be written whole; what was there is as it was.
         """
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise ConfigError(f"{str(path)!r} cannot be written ({error.strerror}): choose another path") from error
+        write(path, json.dumps(self.to_dict(), indent=1) + "\n", folders=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Study:
@@ -232,12 +226,9 @@ class Study:
         Raises:
             ConfigError: the file cannot be read, or is no study.
         """
+        values = read_json(path, "pass a file that a study wrote")
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror}): pass a file that a study wrote") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not JSON ({error}): pass a file that a study wrote") from error
+            return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{str(path)!r} is not a study: {error}") from error
 
@@ -253,10 +244,16 @@ def _pack(right: tuple[bool, ...]) -> str:
     return f"{len(right)}:{int(bits or '0', 2):x}"
 
 
+_MOST_SAMPLES = 10**7  # of a cell: a damaged file must not fill the memory
+
+
 def _unpack(text: str) -> tuple[bool, ...]:
-    samples, _, digits = text.partition(":")
-    bits = f"{int(digits, 16):0{int(samples)}b}" if int(samples) else ""
-    if len(bits) != int(samples):
+    count, _, digits = text.partition(":")
+    samples = int(count)
+    if not 0 <= samples <= _MOST_SAMPLES:
+        raise ValueError(f"{samples} samples, of at most {_MOST_SAMPLES}")
+    bits = f"{int(digits, 16):0{samples}b}" if samples else ""
+    if len(bits) != samples:
         raise ValueError(f"{len(bits)} outcomes for {samples} samples")
     return tuple(bit == "1" for bit in bits)
 

@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.errors import ConfigError
 from tsa_compile.export._toolchain import require_compiler, toolchain
+from tsa_compile.files import stream
 from tsa_compile.passes.base import summary
 from tsa_compile.passes.lower import default_form, device_of, is_lowered, lower_program
 from tsa_compile.passes.minima import simplified_minima
@@ -49,6 +50,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
     Raises:
         ConfigError: a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that Inductor
             does not have.
+        WriteError: the package could not be written whole, as on a full disk; what was at `path` is as it was.
     """
     target = _writable(path)
     require_compiler()
@@ -62,7 +64,9 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
     options = {**inductor_options, "aot_inductor.metadata": metadata}
     with torch.no_grad(), _dense_kernels(), simplified_minima(), toolchain(device_of(program)) as libraries:
         options[LIBRARIES] = [*(inductor_options.get(LIBRARIES) or ()), *libraries]
-        return torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
+        with stream(target) as file:
+            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
+    return str(target)
 
 
 def load(path: str | os.PathLike[str]) -> Package:
@@ -76,8 +80,11 @@ def load(path: str | os.PathLike[str]) -> Package:
     try:
         loaded = torch._inductor.aoti_load_package(str(path))
         metadata = loaded.get_metadata()
-    except RuntimeError as error:
-        raise ConfigError(f"{str(path)!r} cannot be loaded as an AOTInductor package: {error}") from error
+    except Exception as error:  # whatever torch makes of a file that is cut off, changed, or something else
+        raise ConfigError(
+            f"{str(path)!r} cannot be loaded as an AOTInductor package ({summary(error)}): write it again with "
+            "tsa_compile.export.aoti.save"
+        ) from error
     if INPUTS_KEY not in metadata:
         raise ConfigError(f"{str(path)!r} does not say which inputs it takes: write it with tsa_compile.export.aoti.save")
     return Package(loaded, json.loads(metadata[INPUTS_KEY]))

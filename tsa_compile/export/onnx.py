@@ -29,6 +29,7 @@ from torch.fx import Node
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import replacing
 from tsa_compile.kernels import portable
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import check_kernels, layer_of
@@ -60,6 +61,7 @@ def save(
     Raises:
         ConfigError: an option, path or program that is not allowed; with standard operators also a coverage without a
             capacity. The message names the layer and the remedy.
+        WriteError: the model could not be written whole, as on a full disk; what was at `path` is as it was.
         ImportError: the packages onnx and onnxscript are missing.
     """
     onnx = require("onnx", "onnxscript")[0]
@@ -73,8 +75,9 @@ def save(
     target = writable(path, ".onnx")
     exported = _export(program, opset) if domain is None else _export_domain(program, opset)
     _name_axes(exported, program)
-    exported.save(str(target))
-    onnx.checker.check_model(str(target), full_check=True)
+    with replacing(target) as beside:
+        exported.save(str(beside))
+        onnx.checker.check_model(str(beside), full_check=True)
 
 
 def require(*modules: str, extra: str = "onnx") -> list[Any]:
@@ -95,7 +98,7 @@ def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
     folder = target.parent
     if not folder.is_dir():
         raise ConfigError(f"path={str(path)!r} cannot be written: there is no folder {str(folder)!r}")
-    if target.is_dir() or not os.access(target if target.exists() else folder, os.W_OK):
+    if target.is_dir() or not os.access(folder, os.W_OK):  # the file is written beside, and renamed
         raise ConfigError(f"path={str(path)!r} cannot be written: no permission, or it is a folder")
     return target
 

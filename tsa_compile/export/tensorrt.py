@@ -25,9 +25,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from tsa_compile.errors import TSAWarning
+from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.export import _trt_support as support
 from tsa_compile.export.onnx import require, to_portable, writable
+from tsa_compile.files import replacing, write
+from tsa_compile.passes.base import summary
 from tsa_compile.passes.graph import fake
 
 FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"}
@@ -48,6 +50,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: boo
 
     Raises:
         ConfigError: a path or program that is not allowed; without plugins also a coverage without a capacity.
+        WriteError: the file could not be written whole, as on a full disk; what was at `path` is as it was.
         ImportError: torch-tensorrt is missing.
     """
     target = writable(path, *FORMATS)
@@ -57,10 +60,11 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: boo
     options = {**_OPTIONS, **options}
     if target.suffix == ".engine":
         build = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
-        target.write_bytes(build(lowered, arg_inputs=args, kwarg_inputs=kwargs, require_full_compilation=True, **options))
+        write(target, build(lowered, arg_inputs=args, kwarg_inputs=kwargs, require_full_compilation=True, **options))
         return
     module = torch_tensorrt.dynamo.compile(lowered, arg_inputs=args, kwarg_inputs=kwargs, **options)
-    _save_module(torch_tensorrt, module, lowered, target)
+    with replacing(target) as beside:
+        _save_module(torch_tensorrt, module, lowered, beside)
 
 
 def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, target: Path) -> None:
@@ -168,16 +172,24 @@ def check(model: Any) -> list[Finding]:
         model: an onnx.ModelProto, or the path of a file.
 
     Raises:
+        ConfigError: the file cannot be read, or is no ONNX model.
         ImportError: the package onnx is missing.
     """
     onnx = require("onnx", "onnx.inliner", extra="onnx")[0]
     if isinstance(model, (str, os.PathLike)):
-        model = onnx.load(str(model), load_external_data=False)
+        model = _read(onnx, model)
     model = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model), data_prop=True)
     findings = list(_opset(model))
     graph = _Graph(onnx)
     _check_graph(model.graph, graph, findings)
     return findings
+
+
+def _read(onnx: Any, path: str | os.PathLike[str]) -> Any:
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own, which has a name in no package that must be there
+        raise ConfigError(f"{str(path)!r} cannot be read as an ONNX model ({summary(error)}): export it again") from error
 
 
 def _opset(model: Any) -> Iterator[Finding]:

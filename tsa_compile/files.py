@@ -1,0 +1,163 @@
+"""Files: written whole or not at all, and read with errors that name them.
+
+    with replacing("model.onnx") as path:      .tsa-x7k2/model.onnx       a folder beside, on the same disk
+        ...                                    .tsa-x7k2/model.onnx.data  what belongs to it
+                                               model.onnx, model.onnx.data, once all is on the disk
+
+A full disk, a limit, an error or Ctrl-C in between leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from tsa_compile.errors import ConfigError, WriteError
+
+StrPath = str | os.PathLike[str]
+
+_PREFIX = ".tsa-"
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_ANOTHER_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+def write(path: StrPath, content: str | bytes, *, folders: bool = False) -> None:
+    """Writes a file; see `replacing` for errors. With `folders`, in folders that are made for it."""
+    with replacing(path, folders=folders) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: StrPath, *, folders: bool = False) -> Iterator[Path]:
+    """A path of the same name in a folder beside; what was written there takes the place of `path` in the end.
+
+    Raises:
+        ConfigError: no file can be written there.
+        WriteError: it could not be written whole, or not put into its place.
+    """
+    if is_special(path):
+        with _errors_that_name(path, Path(path)):
+            yield Path(path)
+        return
+    target = Path(os.path.realpath(path))  # a link stays one
+    with _errors_that_name(path, target):
+        if folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as folder:
+            beside = Path(folder) / target.name
+            yield beside
+            written = sorted(Path(folder).iterdir(), key=lambda file: file == beside)  # what it refers to goes first
+            for file in written:
+                _settle(file, target)
+            for file in written:
+                os.replace(file, target.parent / file.name)
+
+
+def is_special(path: StrPath) -> bool:
+    """A device or a pipe, which holds nothing that could be lost and cannot be replaced."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+@contextmanager
+def stream(path: StrPath) -> Iterator[IO[bytes]]:
+    """`replacing` as a file object, for PyTorch's archive writers.
+
+    Given a path, these write in C++ and end the process where a write fails; a Python error there ends it as well. So the
+    error is kept, what follows is dropped, and the error is raised once the writer is done.
+    """
+    with replacing(path) as beside, open(beside, "wb") as file:
+        sink = _Sink(file)
+        try:
+            yield sink  # type: ignore[misc]
+        finally:
+            if sink.error is not None:
+                raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """A file for writers that must not see an error."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Archives are written from front to back; torch rewinds a buffer for its reader."""
+        return 0
+
+
+def save_figure(figure: Any, path: StrPath, **options: Any) -> None:
+    """Writes a figure of matplotlib; see `replacing` for errors, to which a suffix that names no format adds."""
+    with replacing(path) as beside:
+        try:
+            figure.savefig(beside, **options)
+        except ValueError as error:
+            raise ConfigError(f"{str(path)!r} cannot be written ({error}): choose another name, as figure.png") from error
+
+
+def read_json(path: StrPath, advice: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: it cannot be read or is not JSON; the message ends in `advice`.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({getattr(error, 'strerror', None) or error}): {advice}") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and thousands of brackets
+        raise ConfigError(f"{str(path)!r} is not JSON ({error}): {advice}") from error
+
+
+def _settle(file: Path, target: Path) -> None:
+    """On the disk, as some file systems find out only now that they are full; with the permissions of the old file."""
+    if os.path.exists(target):
+        shutil.copymode(target, file)
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+@contextmanager
+def _errors_that_name(path: StrPath, target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, WriteError):
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        found = str(error.filename or target)  # a compiler's own files are elsewhere
+        ours = found in (str(path), str(target)) or found.startswith(str(target.parent / _PREFIX))
+        name, kept = (str(path), "there") if ours else (found, f"at {str(path)!r}")
+        if error.errno in _ANOTHER_PATH:
+            raise ConfigError(f"{name!r} cannot be written ({reason}): choose another path") from error
+        raise WriteError(
+            f"{name!r} could not be written ({reason}); what was {kept} is as it was: free some space, or choose a path on "
+            "another disk"
+        ) from error
