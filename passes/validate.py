@@ -250,11 +250,8 @@ def random_tensor(shape: list[int], dtype: torch.dtype, generator: torch.Generat
         raise Skipped("it reads complex numbers")
     else:
         info = torch.iinfo(dtype)
-        choices = (
-            [0, 1]
-            if trial == 0
-            else [value for value in (0, 1, 2, -1, 255, 256, info.min, info.max) if info.min <= value <= info.max]
-        )
+        extremes = (2, -1, 255, 256, info.min, info.max)
+        choices = [0, 1, *(value for value in extremes if trial > 0 and info.min <= value <= info.max)]
     picked = torch.randint(len(choices), shape, generator=generator)
     return torch.tensor(choices, dtype=dtype)[picked]
 
