@@ -170,7 +170,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     if kind is MaskKind.CAUSAL_PADDING and (len(hidden) > 1 or not level):  # a fully masked row depends on the values
         kind, detail = MaskKind.OPAQUE, "hides scores with different values"
     if kind is MaskKind.CAUSAL_PADDING and padding is not None:
-        obstacle = unwritable(padding, atoms.table, (atoms.sizes[B], atoms.sizes[KV]))
+        obstacle = unwritable(padding, atoms.table, evaluator.leaves, (atoms.sizes[B], atoms.sizes[KV]))
         if obstacle is not None:
             kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}

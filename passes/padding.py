@@ -7,7 +7,7 @@ after    getitem, ne, and ... on small tensors: no query dimension, so nothing o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,21 @@ if TYPE_CHECKING:
     from tsa_compile.passes.sites import AttentionSite
 
 
-def unwritable(padding: Boolean, table: dict[sympy.Symbol, Atom], sizes: Iterable[sympy.Expr]) -> str | None:
+def unwritable(
+    padding: Boolean, table: dict[sympy.Symbol, Atom], leaves: Mapping[str, Node], sizes: Iterable[sympy.Expr]
+) -> str | None:
     """What in a padding predicate the builder has no tensor for; None if it has all.
 
     Args:
         table: the predicate's atoms.
+        leaves: the recorded values that stand in it, by name.
         sizes: the shape symbols that a tensor's own extents give.
     """
     known_symbols = {B, KV, *sizes}
     for symbol in sorted(padding.free_symbols, key=str):
         atom = table[symbol]
+        if atom.kind != "opaque" and _may_wrap(atom.expr, leaves):
+            return f"adds up elements that may wrap in {atom.expr}"
         sides = atom.expr.args if atom.kind == "opaque" and not isinstance(atom.expr, AppliedUndef) else (atom.expr,)
         for part in (part for side in sides for part in _parts(side)):
             if isinstance(part, AppliedUndef):
@@ -47,6 +52,35 @@ def unwritable(padding: Boolean, table: dict[sympy.Symbol, Atom], sizes: Iterabl
             elif not part.is_number and part not in known_symbols:
                 return f"depends on {part}"
     return None
+
+
+def _may_wrap(expr: sympy.Expr, leaves: Mapping[str, Node]) -> bool:
+    """Whether int64 arithmetic may not hold the two sides of a comparison, as `two_sides` has them."""
+    dtypes = [fake(leaves[call.func.__name__]).dtype for call in expr.atoms(AppliedUndef)]
+    sides = two_sides(expr)[:2]
+    summed = [side for side in sides if not isinstance(side, AppliedUndef) and not side.is_number]
+    wide = torch.int64 in dtypes and any(side.has(AppliedUndef) for side in summed)
+    large = any(abs(number) >= 2**31 for side in summed for number in side.atoms(sympy.Number))
+    return wide or large or torch.uint64 in dtypes or any(side.is_number and abs(side) >= 2**63 for side in sides)
+
+
+def two_sides(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, bool]:
+    """`expr <= 0` as `left <= right`, with elements of tensors alone on their side where that can be: they may hold any
+    number, so that nothing can be added to them. The third is True if the comparison is to be turned round.
+
+        x[b, kv] + 1 <= 0     x[b, kv] <= -1               5 - x[b, kv] <= 0     x[b, kv] >= 5
+    """
+    elements = [term for term in sympy.Add.make_args(sympy.expand(expr)) if term.has(AppliedUndef)]
+    rest = sympy.expand(expr - sum(elements))
+    signs = [element.as_coeff_Mul() for element in elements]
+    plain = all(isinstance(element, AppliedUndef) and abs(factor) == 1 for factor, element in signs)
+    if len(elements) == 1 and plain:
+        factor, element = signs[0]
+        return (element, -rest, False) if factor == 1 else (element, rest, True)
+    if len(elements) == 2 and plain and rest == 0 and signs[0][0] != signs[1][0]:
+        (first, left), (_, right) = signs
+        return (left, right, False) if first == 1 else (right, left, False)
+    return expr, sympy.Integer(0), False
 
 
 def _parts(expr: sympy.Expr) -> Iterator[sympy.Expr]:
@@ -141,8 +175,9 @@ class _Emitter:
     def _atom(self, atom: Any) -> Node:
         if atom.kind == "opaque":
             return self._truth(atom.expr)
-        comparison = operator.le if atom.kind == "le" else operator.eq
-        return insert(self.graph, comparison, self._value(atom.expr), 0)
+        left, right, turned = two_sides(atom.expr)
+        comparison = operator.eq if atom.kind == "eq" else operator.ge if turned else operator.le
+        return insert(self.graph, comparison, self._value(left), self._value(right))
 
     def _truth(self, expr: sympy.Basic) -> Node:
         if isinstance(expr, AppliedUndef):

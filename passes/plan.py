@@ -70,7 +70,7 @@ class InferMasks(Pass):
                 continue
             with self.state.attempt(plan, graph_module.graph, "mask inference"):
                 shapes = (tuple(fake(site.query).shape), fake(site.key).shape[2])
-                key = (site.masks, str(site.is_causal), str(shapes))
+                key = (site.form, site.masks, str(site.is_causal), str(shapes))
                 if key not in shared:
                     shared[key] = infer_mask(site)
                 plan.meaning = held(shared[key], site)

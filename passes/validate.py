@@ -14,7 +14,6 @@ Calls that are computed alike, node by node, are computed once. `TSAConfig(valid
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -92,6 +91,7 @@ class Case:
     def __init__(self, graph_module: GraphModule, plan: SitePlan) -> None:
         self.module, self.plan, self.site = graph_module, plan, plan.site
         self.operands = (self.site.query, self.site.key, self.site.value)
+        self.operand_of = {self.site.aten.values.get(operand): operand for operand in self.operands}
         self.nodes = self._needed()
         self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
 
@@ -129,8 +129,13 @@ class Case:
         return tuple(lines), tuple(ends), str(self.site.scale), self.site.is_causal
 
     def _is_given(self, node: Node) -> bool:
-        operand = node in self.operands and not self.site.aten.is_written(node)
-        return operand or node.op in ("placeholder", "get_attr") or _is_number(fake(node))
+        return self._operand(node) is not None or node.op in ("placeholder", "get_attr") or _is_number(fake(node))
+
+    def _operand(self, node: Node) -> Node | None:
+        """The operand of the call that a node holds: it may have been computed twice."""
+        value = self.site.aten.values.get(node)
+        operand = self.operand_of.get(value) if isinstance(value, Node) else None
+        return operand if operand is not None and not self.site.aten.is_written(node) else None
 
     def difference(self, trial: int) -> str | None:
         """The largest difference of the call and its normal form, as a sentence; None if they agree."""
@@ -147,7 +152,13 @@ class Case:
             original = self._run(self.site.node, env, generator, trial)
         return _compare(original.reshape(normal.shape), normal, rows, trial, self.sizes)
 
-    def _run(self, node: Node, env: Mapping[Node, Any], generator: torch.Generator, trial: int) -> Any:
+    def _run(self, node: Node, env: dict[Node, Any], generator: torch.Generator, trial: int) -> Any:
+        operand = self._operand(node)
+        if operand is not None and operand in env:
+            return env[operand]
+        if operand is not None:
+            env[operand] = self._given(operand, generator, trial)
+            return env[operand]
         if self._is_given(node):
             return self._given(node, generator, trial)
         args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)

@@ -174,7 +174,8 @@ OPERAND_WRITE = (
 FINISHED = ("{o} * 1.5", "{o}.transpose(1, 2).contiguous().transpose(1, 2)", "{o} + 0.1", "torch.tanh({o})", "{o}.clone()")
 # Through numbers that stay small: one layer's NaN would hide what the next ones do.
 CHAINED = (
-    "q + {o}.nan_to_num(0.0, 0.0, 0.0).mean(-1, keepdim=True)", "q + {o}[..., :1].nan_to_num(0.0, 0.0, 0.0).clamp(-2, 2)",
+    "q + {o}.nan_to_num(0.0, 0.0, 0.0).mean(-1, keepdim=True).clamp(-9, 9)",
+    "q + {o}[..., :1].nan_to_num(0.0, 0.0, 0.0).clamp(-2, 2)",
     "0.5 * q - {o}.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True).tanh()", "q * 0.9",
 )  # fmt: skip
 WRITTEN = (SCORES, SCALED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE)

@@ -56,3 +56,32 @@ def test_what_no_tensor_says_is_opaque(name):
     row, result, expected = export(OPAQUE[name], layers=(0,))
     assert row.reason is Reason.MASK_OPAQUE and "floor" in row.detail, row
     torch.testing.assert_close(result, expected)
+
+
+EXTREMES = {
+    "above minus one": lambda pad: pad > -1,
+    "at least one": lambda pad: pad >= 1,
+    "below the largest": lambda pad: pad < 2**63 - 1,
+    "against another element": lambda pad: pad >= pad[:, :1],
+    "another sum": lambda pad: pad + pad[:, :1] > 0,
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_elements_hold_any_number(name):
+    """What is written for a comparison must not wrap where the comparison did not."""
+
+    def attention(query, key, value, pad):
+        positions = torch.arange(query.shape[2])
+        mask = (positions <= positions[:, None]) & EXTREMES[name](pad)[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    pad = torch.tensor([[0, 1, 2**63 - 1, -(2**63), 5, -1, 2**62, 2**32]]).repeat(2, 1)
+    pad[1, 0] = -(2**63)
+    inputs = (*heads(kv_heads=4, length=8), pad)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="tsa", options={"layers": [], "compiler": "eager", "validate": False})
+    with torch.no_grad():
+        result = compiled(*inputs)
+    assert reports()[-1].rows[0].mask == "causal+padding"
+    torch.testing.assert_close(result, attention(*inputs))
