@@ -97,6 +97,10 @@ class AtenGraph:
         """Whether a node of the graph may go where nobody reads it. Nodes that passes insert are pure."""
         return node.op in ("call_function", "call_method") and node not in self._impure
 
+    def is_written(self, node: Node) -> bool:
+        """Whether anything in the graph writes to the memory of a node's value."""
+        return node in self._pieces and self._pieces[node] in self.memory.writes
+
     def runs(self, node: Node, *targets: OpOverload) -> bool:
         """Whether a node of the graph ran one of these operators."""
         return not self._ran.get(node, set()).isdisjoint(targets)

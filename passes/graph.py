@@ -84,6 +84,17 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Applies a function to every leaf of a node's arguments, those of slices included."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_leaves(function, leaf) for leaf in tree)
+    if isinstance(tree, dict):
+        return {name: map_leaves(function, leaf) for name, leaf in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(map_leaves(function, part) for part in (tree.start, tree.stop, tree.step)))
+    return function(tree)
+
+
 def known(condition: Any) -> bool:
     """Whether a (symbolic) condition holds for every size that the graph admits; never adds a guard."""
     if isinstance(condition, torch.SymBool):

@@ -125,6 +125,8 @@ class TSAConfig:
         kernel: attention kernel over the kept rows: "auto" or a registered name.
         dense_kernel: attention kernel over all tokens in the causal layers that are not sparse, by its registered name; a
             block-sparse one makes them approximate as well. None: dense attention, exactly as the model wrote it.
+        validate: while compiling, compute each call that is rewritten, and what it was read as, on small random inputs; one
+            that differs is left as it is.
         strict: raise where a rewrite that was asked for is not made, instead of warning.
         compiler: what compiles the rewritten graph: a Dynamo backend's name or a callable ``(gm, inputs)``.
     """
@@ -139,6 +141,7 @@ class TSAConfig:
     min_length: int | None = None
     kernel: str = "auto"
     dense_kernel: str | None = None
+    validate: bool = True
     strict: bool = False
     compiler: Compiler = "inductor"
 
@@ -159,8 +162,9 @@ class TSAConfig:
             raise _reject("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
         if self.dense_kernel is not None and (not isinstance(self.dense_kernel, str) or not self.dense_kernel):
             raise _reject("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
-        if not isinstance(self.strict, bool):
-            raise _reject("strict", self.strict, "True or False")
+        for name in ("validate", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise _reject(name, getattr(self, name), "True or False")
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise _reject("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
 

@@ -4,6 +4,7 @@
     InferMasks          what each mask means                                    passes/masks.py
     PlanSites           sparse, dense without a mask, or untouched, and why     passes/plan.py
     EmitPadding         which tokens are valid, once for all calls that share it passes/padding.py
+    Validate            each call and its normal form, on small random inputs       passes/validate.py
     RewriteSparse       score, budget, select, compress, attend, decompress     passes/rewrite.py
     CanonicalizeDense   is_causal, or causal and padding; no repeated heads     passes/canonicalize.py
     FuseSparse          the steps of a site as one op (compiled graphs only)    passes/fuse.py
@@ -31,6 +32,7 @@ from tsa_compile.passes.graph import fake
 from tsa_compile.passes.padding import EmitPadding
 from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites, is_cached_prefill
 from tsa_compile.passes.rewrite import RewriteSparse
+from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
 from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
 
@@ -42,6 +44,7 @@ PASSES: tuple[type[Pass], ...] = (
     InferMasks,
     PlanSites,
     EmitPadding,
+    Validate,
     RewriteSparse,
     CanonicalizeDense,
     RemoveDeadMasks,

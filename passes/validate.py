@@ -1,0 +1,276 @@
+"""A second line behind the proofs: each accepted call is computed twice on small random inputs, and must agree.
+
+    original      the graph's own nodes behind the call, run as they are: mask, repeated heads, written-out products
+    normal form   softmax(scale * q k^T where kv <= q and padding[b, kv]) v, in float64, of the same q, k, v and inputs
+
+The graph's inputs get random numbers, those of masks the extremes of their types among them. Long static lengths are run
+short: every number in the graph that equals the length becomes a small one. A call that differs is left as the model wrote
+it, PASS_FAILED, with the case in the report. A call that cannot be run in this way (its mask depends on half of the model,
+say) has been proven all the same.
+
+Calls that are computed alike, node by node, are computed once. `TSAConfig(validate=False)` switches this pass off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tsa_compile.errors import RewriteError
+from tsa_compile.passes.base import Pass, PassResult, SitePlan
+from tsa_compile.passes.canonicalize import scale_of
+from tsa_compile.passes.graph import fake, map_leaves
+from tsa_compile.report import Decision
+
+_log = logging.getLogger(__name__)
+_LONGEST = 64  # a static length up to which nothing is shortened
+_SHORT = 24
+_SMALL = (5, 3, 7, 2, 6, 4)  # what symbolic sizes become, one after the other
+_MOST_NODES = 300
+_MOST_ELEMENTS = 2**22
+_TRIALS = 3
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Skipped(Exception):
+    """A call that cannot be computed in isolation, and why."""
+
+
+class Validate(Pass):
+    """Computes each accepted call by its own nodes and by its normal form; changes nothing."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        if not self.state.config.validate:
+            return self.result(graph_module, modified=False)
+        seen: set[Any] = set()
+        for plan in self.state.plans:
+            if plan.decision is Decision.UNCHANGED:
+                continue
+            with self.state.attempt(plan, graph_module.graph, "validation"):
+                self._validate(graph_module, plan, seen)
+        return self.result(graph_module, modified=False)
+
+    def _validate(self, graph_module: GraphModule, plan: SitePlan, seen: set[Any]) -> None:
+        try:
+            case = Case(graph_module, plan)
+            signature = case.signature()
+        except Skipped as why:
+            _log.debug("%s is not validated: %s", plan.site.layer, why)
+            return
+        if signature in seen:
+            return
+        seen.add(signature)
+        for trial in range(_TRIALS):
+            try:
+                difference = case.difference(trial)
+            except Exception as error:  # noqa: BLE001  # the model's own code on inputs that it may not be made for
+                _log.debug("%s is not validated in trial %d: %s", plan.site.layer, trial, error)
+                continue
+            if difference is not None:
+                raise RewriteError(f"the call and what it was read as differ: {difference}")
+
+
+class Case:
+    """One call with the nodes that it is computed from.
+
+    Args:
+        plan: a call whose meaning is accepted, with its padding emitted.
+
+    Raises:
+        Skipped: it needs too much of the model.
+    """
+
+    def __init__(self, graph_module: GraphModule, plan: SitePlan) -> None:
+        self.module, self.plan, self.site = graph_module, plan, plan.site
+        self.operands = (self.site.query, self.site.key, self.site.value)
+        self.nodes = self._needed()
+        self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
+
+    def _needed(self) -> list[Node]:
+        """The nodes behind the call and its padding, in order, with whatever writes to them on the way."""
+        aten, order = self.site.aten, {node: i for i, node in enumerate(self.module.graph.nodes)}
+        ends = [end for end in (self.site.node, self.plan.padding, self.site.scale) if isinstance(end, Node)]
+        needed: set[Node] = set()
+        pending = [*ends, *self.operands]
+        while pending:
+            node = pending.pop()
+            if node in needed or order[node] > order[self.site.node]:
+                continue
+            needed.add(node)
+            if len(needed) > _MOST_NODES:
+                raise Skipped("too many nodes are behind it")
+            if not self._is_given(node):
+                pending.extend(node.all_input_nodes)
+            if aten.is_written(node):
+                pending.extend(user for user in node.users if not aten.is_pure(user) and user.op != "output")
+        return sorted(needed, key=order.__getitem__)
+
+    def signature(self) -> Any:
+        """Equal for calls that are computed alike from inputs of the same shapes."""
+        places = {node: i for i, node in enumerate(self.nodes)}
+        lines = [
+            (
+                node.op if self._is_given(node) else str(node.target),
+                str(map_arg((node.args, node.kwargs), lambda read: places.get(read, -1))) * (not self._is_given(node)),
+                _described(fake(node)),
+            )
+            for node in self.nodes
+        ]
+        ends = [places.get(end, -1) if isinstance(end, Node) else str(end) for end in (*self.operands, self.plan.padding)]
+        return tuple(lines), tuple(ends), str(self.site.scale), self.site.is_causal
+
+    def _is_given(self, node: Node) -> bool:
+        operand = node in self.operands and not self.site.aten.is_written(node)
+        return operand or node.op in ("placeholder", "get_attr") or _is_number(fake(node))
+
+    def difference(self, trial: int) -> str | None:
+        """The largest difference of the call and its normal form, as a sentence; None if they agree."""
+        generator = torch.Generator().manual_seed(trial)
+        with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(trial)
+            env: dict[Node, Any] = {}
+            for node in self.nodes[: self.nodes.index(self.site.node)]:
+                env[node] = self._run(node, env, generator, trial)
+            operands = [env[operand].clone() for operand in self.operands]
+            padding = None if self.plan.padding is None else env[self.plan.padding].clone()
+            scale = scale_of(self.site)
+            normal, rows = self._normal_form(operands, padding, float(env[scale] if isinstance(scale, Node) else scale))
+            original = self._run(self.site.node, env, generator, trial)
+        return _compare(original.reshape(normal.shape), normal, rows, trial, self.sizes)
+
+    def _run(self, node: Node, env: Mapping[Node, Any], generator: torch.Generator, trial: int) -> Any:
+        if self._is_given(node):
+            return self._given(node, generator, trial)
+        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = map_leaves(self.sizes.shorten, args), map_leaves(self.sizes.shorten, kwargs)
+        call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+        if not callable(call) or node.op not in ("call_function", "call_method"):
+            raise Skipped(f"{node.name} is no call")
+        result = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
+        if isinstance(result, Tensor) and result.numel() > _MOST_ELEMENTS:
+            raise Skipped(f"{node.name} is too large")
+        return result
+
+    def _given(self, node: Node, generator: torch.Generator, trial: int) -> Any:
+        value = fake(node)
+        if isinstance(value, Tensor):
+            if node.op == "get_attr" and value.numel() == 1:
+                raise Skipped("it reads a constant")  # which a random number would not stand for
+            shape = [self.sizes.of(extent) for extent in value.shape]
+            return random_tensor(shape, value.dtype, generator, trial)
+        if isinstance(value, torch.SymFloat):
+            if value.node.hint is None:
+                raise Skipped(f"{node.name} is computed from data")
+            return value.node.hint
+        return self.sizes.of(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else value
+
+    def _normal_form(self, operands: list[Tensor], padding: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        """What the call was read as, and which rows to compare: all but those that are NaN in written-out attention."""
+        query, key, value = (operand.double() for operand in operands)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        length, meaning = query.shape[2], self.plan.meaning
+        allowed = torch.ones(length, length, dtype=torch.bool).tril()
+        if padding is not None:
+            allowed = allowed & padding[:, None, None, :]
+        scores = (query @ key.mT * scale).masked_fill(~allowed, float("-inf"))
+        some = allowed.any(-1, keepdim=True).expand(*query.shape[:3], 1)
+        empty = value.mean(2, keepdim=True) if meaning is not None and meaning.mean_rows else torch.zeros(())
+        output = torch.where(some, torch.nan_to_num(scores.softmax(-1)) @ value, empty)
+        rows = some if meaning is not None and meaning.nan_rows else torch.ones_like(some)
+        return output, rows
+
+
+class _Sizes:
+    """What the sizes of a graph become: symbols small numbers, a long static length a short one."""
+
+    def __init__(self, operands: list[Tensor], nodes: list[Node]) -> None:
+        query, key, value = operands
+        self.length = query.shape[2]
+        others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        long = isinstance(self.length, int) and self.length > _LONGEST
+        self.shortened = long and not any(isinstance(size, int) and size == self.length for size in others)
+        self.symbols: dict[sympy.Symbol, int] = {}
+        symbolic = [size for node in nodes for size in getattr(fake(node), "shape", ()) if isinstance(size, torch.SymInt)]
+        for size in symbolic:
+            ranges = size.node.shape_env.var_to_range
+            for symbol in sorted(size.node.expr.free_symbols, key=str):
+                if symbol not in self.symbols:
+                    self.symbols[symbol] = _within(_SMALL[len(self.symbols) % len(_SMALL)], ranges.get(symbol))
+
+    def of(self, extent: Any) -> int:
+        """A size as it is run."""
+        if isinstance(extent, torch.SymInt):
+            expr = extent.node.expr.xreplace({symbol: sympy.Integer(value) for symbol, value in self.symbols.items()})
+            if not expr.is_Integer:
+                raise Skipped(f"its size {extent} is not known")
+            return int(expr)
+        return int(self.shorten(extent))
+
+    def shorten(self, leaf: Any) -> Any:
+        """An argument as it is run: on the CPU, and with the short length in place of the long one."""
+        if isinstance(leaf, torch.device) or (isinstance(leaf, str) and leaf.startswith("cuda")):
+            return torch.device("cpu")
+        if self.shortened and type(leaf) is int and leaf == self.length:
+            return _SHORT
+        return leaf
+
+    def __str__(self) -> str:
+        said = [f"{symbol} = {value}" for symbol, value in self.symbols.items()]
+        return ", ".join([*said, *([f"length {_SHORT} for {self.length}"] if self.shortened else [])])
+
+
+def _within(size: int, bounds: Any) -> int:
+    """A small size within a symbol's range."""
+    if bounds is None:
+        return size
+    low, high = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
+    if low is not None and low > 4 * _LONGEST:
+        raise Skipped(f"its shortest length is {low}")
+    return max(low or 0, size if high is None else min(size, high))
+
+
+def random_tensor(shape: list[int], dtype: torch.dtype, generator: torch.Generator, trial: int) -> Tensor:
+    """Random numbers: zeros and ones, from the second trial on extremes; a normal distribution for what is no mask."""
+    if dtype.is_floating_point and (trial == 0 or len(shape) > 2):
+        return (0.7 * torch.randn(shape, generator=generator)).to(dtype)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.6
+    if dtype.is_floating_point:
+        choices = [0.0, 1.0, -1.0, torch.finfo(dtype).min, 2.5]
+    elif dtype.is_complex:
+        raise Skipped("it reads complex numbers")
+    else:
+        info = torch.iinfo(dtype)
+        extremes = (2, -1, 255, 256, info.min, info.max)
+        choices = [0, 1, *(value for value in extremes if trial > 0 and info.min <= value <= info.max)]
+    picked = torch.randint(len(choices), shape, generator=generator)
+    return torch.tensor(choices, dtype=dtype)[picked]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, torch.SymInt, torch.SymFloat))
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _compare(original: Tensor, normal: Tensor, rows: Tensor, trial: int, sizes: _Sizes) -> str | None:
+    """What differs, in a sentence; None if nothing does."""
+    found, wanted = original.double(), normal
+    gap = torch.where(found.isnan() & wanted.isnan(), 0.0, (found - wanted).abs())
+    gap = torch.where(rows.expand_as(gap), torch.nan_to_num(gap, nan=float("inf")), 0.0)
+    if gap.numel() == 0 or float(gap.max()) <= _TOLERANCE.get(original.dtype, 1e-3):
+        return None
+    row = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))[:3]
+    ran = f" ({sizes})" if str(sizes) else ""
+    return f"row (batch, head, query) {row} by {float(gap.max()):.3g} in trial {trial}{ran}"

@@ -1,0 +1,114 @@
+"""A reading that is wrong is found by computing it; what is right, or cannot be run alone, is left alone."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tsa_compile import Decision, Reason, RewriteError, TSAConfig, TSAWarning, tsa_backend
+from tsa_compile.passes.masks import MaskMeaning
+from tsa_compile.passes.symbolic import RULES
+from tsa_compile.report import reports
+
+from ..support import heads, mixed_padding, tiny, tokens
+
+aten = torch.ops.aten
+EXACT = TSAConfig(layers=[], compiler="eager")
+
+
+def attention(q, k, v, pad):
+    i = torch.arange(q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(i <= i[:, None]) & (pad != 0)[:, None, None, :])
+
+
+def written_out(q, k, v, pad):
+    i = torch.arange(q.shape[2])
+    scores = (q @ k.mT * 0.3).masked_fill(~((i <= i[:, None]) & (pad != 0)[:, None, None, :]), torch.finfo(q.dtype).min)
+    return scores.softmax(-1) @ v
+
+
+def run(function, *, length=20, config=EXACT, **options):
+    torch._dynamo.reset()
+    inputs = heads(kv_heads=4, length=length)
+    with torch.no_grad():
+        torch.compile(function, backend=tsa_backend, options={"config": config}, **options)(
+            *inputs, torch.ones(2, length, dtype=torch.long)
+        )
+    (row,) = reports()[-1].rows
+    return row
+
+
+def skipped(caplog):
+    return [record for record in caplog.records if record.name == "tsa_compile.passes.validate"]
+
+
+@pytest.fixture
+def wrong_comparison(monkeypatch):
+    """`x != y` read as `x == y`."""
+    monkeypatch.setitem(RULES, aten.ne.Scalar, RULES[aten.eq.Scalar])
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("length", [20, 200], ids=["as it is", "shortened"])
+@pytest.mark.parametrize("function", [attention, written_out])
+class TestWrongReadings:
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_a_wrong_rule_is_found(self, function, length, dynamic, wrong_comparison):
+        with pytest.warns(TSAWarning, match="validation failed"):
+            row = run(function, length=length, dynamic=dynamic)
+        assert (row.decision, row.reason) == (Decision.UNCHANGED, Reason.PASS_FAILED)
+        assert "differ" in row.detail
+
+    def test_a_lost_padding_is_found(self, function, length, monkeypatch):
+        monkeypatch.setattr(MaskMeaning, "padding", property(lambda self: None, lambda self, value: None), raising=False)
+        with pytest.warns(TSAWarning, match="validation failed"):
+            assert run(function, length=length).reason is Reason.PASS_FAILED
+
+    def test_strict(self, function, length, wrong_comparison):
+        with pytest.raises(Exception, match="validation failed") as raised:
+            run(function, length=length, config=EXACT.replace(strict=True))
+        assert isinstance(raised.value.__cause__ or raised.value, RewriteError) or "RewriteError" in str(raised.value)
+
+    def test_it_can_be_switched_off(self, function, length, wrong_comparison):
+        assert run(function, length=length, config=EXACT.replace(validate=False)).decision is Decision.PADDED
+
+    def test_right_readings_pass(self, function, length, caplog):
+        with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
+            assert run(function, length=length).decision is Decision.PADDED
+        assert not skipped(caplog)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_wrong_scale_is_found(monkeypatch):
+    from tsa_compile.passes import eager
+
+    monkeypatch.setitem(eager._FACTORS, aten.mul.Tensor, "div")
+    with pytest.warns(TSAWarning, match="validation failed"):
+        assert run(written_out).reason is Reason.PASS_FAILED
+
+
+@pytest.mark.usefixtures("fresh")
+def test_written_operands_are_computed_with_what_writes_them(caplog):
+    def function(q, k, v, pad):
+        q, v = q.clone(), v.clone()
+        q.mul_(0.5)
+        v[:, :, 3] = 0
+        return attention(q, k, v, pad)
+
+    with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
+        assert run(function).decision is Decision.PADDED
+    assert not skipped(caplog)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_layers_that_are_alike_are_computed_once(monkeypatch):
+    from tsa_compile.passes.validate import _TRIALS, Case
+
+    computed = []
+    difference = Case.difference
+    monkeypatch.setattr(Case, "difference", lambda self, trial: computed.append(trial) or difference(self, trial))
+    model = tiny("llama", num_hidden_layers=6)
+    with torch.no_grad():
+        torch.compile(model, backend=tsa_backend, options={"config": EXACT})(tokens(3, 40), attention_mask=mixed_padding(40))
+    assert 0 < len(computed) <= 2 * _TRIALS
