@@ -15,13 +15,12 @@ operator, a node that fails) is an unknown value, and is taken to write to all o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.schema_check_mode import SchemaCheckMode
@@ -30,9 +29,21 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tsa_compile.passes import operators
-from tsa_compile.passes.graph import fake, fake_mode, known, same_shape
-
-SMALL = 16  # elements of a constant whose numbers are kept
+from tsa_compile.passes.fakes import (
+    Memory,
+    alike,
+    is_arithmetic,
+    is_laid_out_like,
+    is_plain,
+    is_wrapped,
+    key_of,
+    note_constant,
+    quiet,
+    run_node,
+    run_operator,
+    tensors_in,
+)
+from tsa_compile.passes.graph import fake, fake_mode
 
 
 def unknown(*inputs: Any) -> Any:
@@ -56,7 +67,7 @@ class AtenGraph:
         self.order: dict[Node, int] = {}
         self._holders: dict[Node, list[tuple[Node, int]]] = {}  # which node, and since when
         self._pieces: dict[Node, int] = {}
-        self.memory = _Memory()
+        self.memory = Memory()
         self._impure: set[Node] = set()
         self._scalars: dict[Any, Node] = {}
         self._ran: dict[Node, set[Any]] = {}
@@ -114,37 +125,6 @@ class _Mode(SchemaCheckMode):
         return self.recording.call(func, args, kwargs or {})
 
 
-class _Memory:
-    """Which tensors share memory, and when each piece was written to."""
-
-    def __init__(self) -> None:
-        self._shared: dict[int, set[int]] = {}
-        self.writes: dict[int, list[int]] = {}
-
-    def piece(self, tensor: Tensor) -> int:
-        try:
-            return tensor.untyped_storage()._cdata
-        except (RuntimeError, NotImplementedError):  # a sparse tensor, or a wrapper of functorch
-            return id(tensor)
-
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """From now on these may share memory."""
-        together: set[int] = set()
-        for tensor in tensors:
-            piece = self.piece(tensor)
-            together |= self._shared.get(piece, {piece})
-        self._shared.update(dict.fromkeys(together, together))
-
-    def write(self, tensor: Tensor, tick: int) -> None:
-        piece = self.piece(tensor)
-        for touched in self._shared.get(piece, {piece}):
-            self.writes.setdefault(touched, []).append(tick)
-
-    def version(self, tensor: Tensor) -> int:
-        """How often a tensor's memory was written to."""
-        return len(self.writes.get(self.piece(tensor), ()))
-
-
 class _Recording:
     def __init__(self, graph_module: GraphModule) -> None:
         self.result = AtenGraph()
@@ -161,7 +141,7 @@ class _Recording:
         self.env: dict[Node, Any] = {}
 
     def run(self, graph_module: GraphModule) -> None:
-        with _quiet(self.mode), _Mode(self):
+        with quiet(self.mode), _Mode(self):
             self._run_graph(graph_module)
 
     def _run_graph(self, graph_module: GraphModule) -> None:
@@ -189,7 +169,7 @@ class _Recording:
             return wanted  # a number that is read at run time; run again it would be another symbol
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
         try:
-            made = _call(node, args, kwargs)
+            made = run_node(node, args, kwargs)
         except Exception as error:  # noqa: BLE001  # whatever it is, this node's value is unknown, and the others' are not
             self.result.problems[node] = f"{type(error).__name__}: {error}"
             return self._unknown(node, wanted)
@@ -199,7 +179,7 @@ class _Recording:
         """A tensor of its own over the same memory: the graph may change its shape in place, the trace's must stay."""
         if not isinstance(value, Tensor):
             return value
-        if _is_plain(value):
+        if is_plain(value):
             with self._pause():
                 value = value.detach()
         self._keep(value, self._node(unknown, (), value))
@@ -216,7 +196,7 @@ class _Recording:
             with self._pause():
                 made = self.mode.from_tensor(value, static_shapes=True)
         leaf = self._node(unknown, (), made)
-        _note_constant(leaf, value)
+        note_constant(leaf, value)
         self._keep(made, leaf)
         return made
 
@@ -227,24 +207,24 @@ class _Recording:
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(wanted)):
             return wanted
         ours, theirs = tree_leaves(made), tree_leaves(wanted)
-        if len(ours) == len(theirs) and all(map(_alike, ours, theirs)):
+        if len(ours) == len(theirs) and all(map(alike, ours, theirs)):
             return made
         self.result.problems[node] = "its value is another one than the trace has"
         return self._unknown(node, wanted)
 
     def _unknown(self, node: Node, wanted: Any, writes: bool = True) -> Any:
         """A node that may have done anything with its inputs: its outputs are new values that may share their memory."""
-        read = _tensors(map_arg((node.args, node.kwargs), self.env.__getitem__))
+        read = tensors_in(map_arg((node.args, node.kwargs), self.env.__getitem__))
         inputs = tuple(self.node_of(tensor) for tensor in read)
         for tensor in read if writes else ():
             self._write(tensor)
         self.result._impure.add(node)
         with self._pause():
-            values = tree_map(lambda leaf: leaf.detach() if _is_plain(leaf) else leaf, wanted)
+            values = tree_map(lambda leaf: leaf.detach() if is_plain(leaf) else leaf, wanted)
         target = node.target if isinstance(node.target, HigherOrderOperator) else unknown
         call = self._node(target, inputs, values)
         call.meta["failed"] = True
-        made = _tensors(values)
+        made = tensors_in(values)
         for tensor in made:
             self._keep(tensor, call if isinstance(values, Tensor) else self._node(unknown, (call,), tensor))
         self.memory.share([*made, *read])
@@ -277,7 +257,7 @@ class _Recording:
             self.named.setdefault(id(value), node)
             self._hold(recorded, node, value, self.tick + 1)
             self.tick += 1
-        elif value is None or (not _tensors(value) and not _is_arithmetic(node)):
+        elif value is None or (not tensors_in(value) and not is_arithmetic(node)):
             result._impure.add(node)  # it has no value that says what it is for
 
     # -- operators ------------------------------------------------------------------------------------------------------
@@ -289,17 +269,17 @@ class _Recording:
         written = list(operators.written(func, args, kwargs))
         if operators.changes_nothing(func):
             return func(*args, **kwargs)
-        if _is_wrapped(args, kwargs):
+        if is_wrapped(args, kwargs):
             return self._call_wrapped(func, args, kwargs, written)
         if not isinstance(func, OpOverload) or written or not operators.is_pure(func, args, kwargs):
             self._mark_impure()
         inputs, options = self._to_values(args), self._to_values(kwargs)
         if torch.Tag.inplace_view in func.tags:
             self._freeze_shapes(written)
-        result = func(*args, **kwargs)
+        result = run_operator(func, args, kwargs)
         for tensor in written:
             self._write(tensor)
-        self._keep_results(func, inputs, options, result, {id(tensor) for tensor in (*_tensors((args, kwargs)),)}, written)
+        self._keep_results(func, inputs, options, result, {id(tensor) for tensor in (*tensors_in((args, kwargs)),)}, written)
         return result
 
     def _call_wrapped(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
@@ -330,7 +310,7 @@ class _Recording:
         """The node of this value: two calls of one operator on the same values are one value, if nothing is drawn."""
         if not operators.is_repeatable(func):
             return self._node(func, args, result, kwargs)
-        key = _key((func, args, kwargs))
+        key = key_of((func, args, kwargs))
         try:
             known = self.numbered.get(key)
         except TypeError:
@@ -359,14 +339,14 @@ class _Recording:
             return held[1]
         leaf = self._node(unknown, () if held is None else (held[1],), tensor)  # made elsewhere, or written to since
         if held is None:
-            _note_constant(leaf, tensor)
+            note_constant(leaf, tensor)
         self._keep(tensor, leaf)
         return leaf
 
     def _same_place(self, tensor: Tensor) -> tuple[Tensor, Node, int] | None:
         """A known tensor that lies in memory as this one does: factories return another one than they have made."""
         found = (self.known[key] for key in reversed(self.placed.get(self.memory.piece(tensor), ())))
-        return next((known for known in found if _is_laid_out_like(known[0], tensor)), None)
+        return next((known for known in found if is_laid_out_like(known[0], tensor)), None)
 
     def _keep(self, tensor: Tensor, node: Node) -> None:
         if id(tensor) not in self.known:
@@ -405,93 +385,6 @@ class _Recording:
             for node in self.result.calls.nodes:
                 if node.meta["val"] is tensor:
                     node.meta["val"] = frozen
-
-
-def _call(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.target is torch.tensor and len(args) == 1 and type(args[0]) in (bool, int, float):
-        return operators.full_like_number(args[0], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-@contextmanager
-def _quiet(mode: Any) -> Iterator[None]:
-    """On fake values, without gradients, without guards or symbols that the trace does not have, and undone at the end."""
-    shapes = getattr(mode, "shape_env", None)
-    depth = _functorch_depth()
-    with ExitStack() as stack:
-        stack.enter_context(mode or nullcontext())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(enable_python_dispatcher())
-        if shapes is not None:
-            stack.enter_context(shapes.suppress_guards())  # running the same again, it can only ask what was asked before
-            stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
-        try:
-            yield
-        finally:
-            while _functorch_depth() > depth:  # a node inside torch.vmap failed
-                torch._C._functorch.pop_dynamic_layer_stack()
-
-
-def _functorch_depth() -> int:
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return 0 if interpreter is None else interpreter.level()
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in (Tensor, FakeTensor) and value.layout is torch.strided and not value.is_nested
-
-
-def _is_laid_out_like(one: Tensor, other: Tensor) -> bool:
-    if not (_is_plain(one) and _is_plain(other)) or one.dtype != other.dtype or not same_shape(one, other):
-        return False
-    strides = all(known(a == b) for a, b in zip(one.stride(), other.stride(), strict=True))
-    return strides and known(one.storage_offset() == other.storage_offset()) and one.is_conj() == other.is_conj()
-
-
-def _is_wrapped(*trees: Any) -> bool:
-    """Whether an argument is one of functorch's wrappers, in which a dimension of torch.vmap is hidden."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return _functorch_depth() > 0 and any(wrapped(tensor) for tensor in _tensors(trees))
-
-
-def _is_arithmetic(node: Node) -> bool:
-    """A number computed from sizes: Python's operators and methods such as `size`."""
-    if node.op == "call_method":
-        return True
-    module = getattr(node.target, "__module__", "")
-    return bool(node.all_input_nodes) and module in ("_operator", "builtins", "math", "torch", "torch._ops", "torch.ops")
-
-
-def _alike(made: Any, wanted: Any) -> bool:
-    if not isinstance(wanted, Tensor):
-        return not isinstance(made, Tensor)
-    return isinstance(made, Tensor) and made.dtype == wanted.dtype and same_shape(made, wanted)
-
-
-def _note_constant(node: Node, tensor: Tensor) -> None:
-    """Keeps the numbers of a small constant, which are the same at every run."""
-    if isinstance(tensor, FakeTensor):
-        tensor = tensor.constant  # type: ignore[assignment]  # what torch.tensor(...) was made of
-    if type(tensor) is Tensor and tensor.numel() <= SMALL and tensor.device.type == "cpu":
-        with torch._C._DisableTorchDispatch():
-            node.meta["constant"] = tensor.detach().clone()
-
-
-def _key(tree: Any) -> Any:
-    """Arguments as a dictionary's key: 1, 1.0 and True are different, and a symbol is what its expression is."""
-    if isinstance(tree, (tuple, list)):
-        return tuple(_key(leaf) for leaf in tree)
-    if isinstance(tree, dict):
-        return tuple((name, _key(leaf)) for name, leaf in sorted(tree.items()))
-    if isinstance(tree, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return type(tree), str(tree.node.expr)
-    return type(tree), str(tree) if isinstance(tree, float) else tree
 
 
 def is_input(value: Node) -> bool:

@@ -280,7 +280,7 @@ def _constant(value: Node) -> float | None:
     if value.target in (aten.full.default, aten.scalar_tensor.default, aten.new_full.default):
         number = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}[value.target]
         found = value.args[number]
-        return float(found) if type(found) in (int, float) else None
+        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
     return None
 
 

@@ -13,6 +13,7 @@ that read it, so that they reach the host once for all layers.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.passes.base import GraphState, Pass, PassResult
 from tsa_compile.passes.cleanup import RemoveDeadMasks
-from tsa_compile.passes.graph import insert, op_name
+from tsa_compile.passes.graph import insert
 from tsa_compile.passes.padding import spans_of
 
 tsa = torch.ops.tsa
@@ -59,7 +60,7 @@ def _chain(decompress: Node) -> tuple[Node, Node] | None:
     if attend is None:
         return None
     rows: Any = attend.args[:3]
-    sources = {row.args[0] for row in rows if op_name(row) == "getitem" and len(row.users) == 1}
+    sources = {_row_source(row, position) for position, row in enumerate(rows)}
     compress = _step(sources.pop(), tsa.compress.default, readers=3) if len(sources) == 1 else None
     select = _step(indices, tsa.select.default, readers=2)
     if select is None or compress is None:
@@ -72,9 +73,15 @@ def _chain(decompress: Node) -> tuple[Node, Node] | None:
     return (score, compress) if select.args[1] is count and _counts(count, select.args[0]) else None
 
 
+def _row_source(row: Any, position: int) -> Any:
+    """What compress gave, behind its query, key or value."""
+    row = _step(row, operator.getitem)
+    return row.args[0] if row is not None and row.args[1] == position else None
+
+
 def _counts(count: Any, scores: Any) -> bool:
     """Whether a count is the budget of these scores, clamped or not, or there is none."""
-    if isinstance(count, Node) and op_name(count) == "clamp":
+    if isinstance(count, Node) and count.target is torch.clamp:
         count = count.args[0]
     return count is None or (count.target is tsa.budget.default and count.args[0] is scores)
 
@@ -85,7 +92,7 @@ def _step(node: Any, target: Any, readers: int = 1) -> Node | None:
 
 def _scores_source(node: Any) -> Node | None:
     """`score`, seen through the mean over a group's heads."""
-    while isinstance(node, Node) and op_name(node) in ("mean", "unflatten"):
+    while isinstance(node, Node) and node.op == "call_method" and node.target in ("mean", "unflatten"):
         node = node.args[0]
     return node if isinstance(node, Node) and node.target is tsa.score.default else None
 
@@ -98,7 +105,7 @@ def _fused(graph: Graph, score: Node, compress: Node, decompress: Node, config: 
     keep_ratio = config.budget.ratio if isinstance(config.budget, KeepRatio) else None
     min_tokens, capacity = config.min_tokens, config.capacity
     if isinstance(count, Node):  # not the configured budget where a site keeps all tokens
-        clamped = op_name(count) == "clamp"
+        clamped = count.target is torch.clamp
         budget: Any = count.args[0] if clamped else count
         _, coverage, keep_ratio, min_tokens = budget.args
         capacity = capacity if clamped else None

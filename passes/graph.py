@@ -1,7 +1,6 @@
-"""Small facts about FX nodes that every pass needs: fake values, one name per operator, aliasing, insertion.
+"""Small facts about FX nodes that every pass needs: fake values, sizes, readers, insertion.
 
-Dynamo writes `torch.le`, `operator.le` or a method call, `torch.export` writes `aten.le.Tensor`; `op_name` gives all of
-them the name "le", so that a pass detects the operation and not its spelling.
+What a node of a model's graph computes is not asked here: a name proves nothing. Recorded operators say it (aten.py).
 """
 
 from __future__ import annotations
@@ -48,7 +47,10 @@ _ALIASES = {
 
 
 def op_name(node: Node) -> str:
-    """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`."""
+    """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`.
+
+    For people and tests; no pass decides by it.
+    """
     target = node.target
     if node.op == "call_method":
         name = str(target)

@@ -21,7 +21,7 @@ from sympy.logic.inference import satisfiable
 from torch.fx import Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.passes import symbolic_indexing, symbolic_ops
+from tsa_compile.passes import symbolic_indexing, symbolic_ops, symbolic_views
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
@@ -30,7 +30,7 @@ from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Opa
 if TYPE_CHECKING:
     from tsa_compile.passes.sites import AttentionSite, MaskTerm
 
-_RULE_MODULES = (symbolic_ops, symbolic_indexing)  # importing them registers the rules
+_RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
 _LOWEST = exact(torch.finfo(torch.bfloat16).min)
 
 

@@ -234,7 +234,7 @@ def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem |
     return None
 
 
-def _kind_problem(output: Node, query: Node, key: Node, value: Node) -> Problem | None:
+def _kind_problem(output: Node, query: Any, key: Any, value: Any) -> Problem | None:
     q, k, v = tensors = [fake(node) for node in (query, key, value)]
     plain = (torch.Tensor, FakeTensor)
     if not all(type(tensor) in plain for tensor in tensors):  # a DTensor, say, has no rule for the ops

@@ -6,8 +6,9 @@ formula (`predicate.py`); a number has cases, each a condition and a value:
 
     where(kv <= q, 0.0, -inf)   ->   [(kv <= q, 0), (~(kv <= q), -oo)]
 
-Only operators in `symbolic_ops.py` and `symbolic_indexing.py` are understood, each by its exact overload. Any other value
-is a leaf: an uninterpreted function of its own indices, which is sound because a recorded value never changes.
+Only operators in `symbolic_ops.py`, `symbolic_views.py` and `symbolic_indexing.py` are understood, each by its exact
+overload. Any other value is a leaf: an uninterpreted function of its own indices, which is sound because a recorded value
+never changes.
 
 Integers are exact while their bounds fit into the dtype that holds them; of floating-point numbers only constants are
 followed, since what sympy knows of numbers (x - x is 0) does not hold for infinities and NaN.

@@ -231,13 +231,19 @@ def test_decode_steps_are_no_miss():
         torch.compile(Attention(is_causal=False), backend="tsa", options=options)(query[:, :, -1:], key, value)
 
 
-@pytest.mark.parametrize("name", ["gemma2 (soft capping)", "falcon", "gpt_oss (sinks)", "bloom (ALiBi)", "falcon (ALiBi)"])
+@pytest.mark.parametrize("name", ["gemma2 (soft capping)", "gpt_oss (sinks)", "bloom (ALiBi)", "falcon (ALiBi)"])
 def test_written_out_attention_of_another_form_is_reported(name):
-    """Soft capping, scores divided in place, a sink column: recognised, and a row says why nothing was done."""
+    """Soft capping, slopes scaled with the scores, a sink column: recognised, and a row says why nothing was done."""
     with pytest.warns(TSAWarning):
         report = explain(tiny(name, "eager"), input_ids=tokens(2, 40), config=CONFIG)
     assert len(report) == 3
     assert {row.reason for row in report} <= {Reason.UNSUPPORTED_FORM, Reason.SLIDING_WINDOW, Reason.MASK_OPAQUE}
+
+
+def test_scores_divided_in_place_are_read():
+    logits, wanted, graph_module = run(tiny("falcon", "eager"), budget=KeepRatio(1.0))
+    assert count_ops(graph_module, "attend", "softmax") == {"attend": 2, "softmax": 0}
+    assert difference(logits, wanted, mixed_padding(40)) < ATOL
 
 
 def test_keep_ratio_of_one_keeps_all():

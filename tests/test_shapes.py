@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsa_compile import ConfigError, Coverage, Reason, RewriteError, TSAConfig, explain, shapes
+from tsa_compile import Coverage, Reason, RewriteError, TSAConfig, TSAWarning, explain, shapes
+from tsa_compile.errors import ConfigError, KernelError
 from tsa_compile.shapes import MemoryShortage, build, check_memory, explain_weightless, model_config, prefill_bytes, prompts
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -124,9 +125,15 @@ def test_a_report_at_a_size_that_no_machine_holds():
 
 
 def test_errors_of_the_configuration_pass_through():
-    with pytest.raises(Exception, match="not found") as caught:
-        explain_weightless(model_config("tiny", layers=1), 60, CONFIG.replace(layers=[7]))
-    assert isinstance(getattr(caught.value, "inner_exception", caught.value), ConfigError)
+    with pytest.raises(Exception, match="absent") as caught:
+        explain_weightless(model_config("tiny", layers=1), 60, CONFIG.replace(kernel="absent"))
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), KernelError)
+
+
+def test_a_layer_that_the_model_does_not_have():
+    with pytest.warns(TSAWarning, match="not found"):
+        report = explain_weightless(model_config("tiny", layers=1), 60, CONFIG.replace(layers=[7]))
+    assert report.sparse == 0
 
 
 class Looks(torch.nn.Module):

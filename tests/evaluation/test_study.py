@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
 from tsa_compile.evaluation.study import BLOCK, Plan, evaluate
@@ -176,7 +176,7 @@ class Bidirectional(Toy):
 
 def test_a_layer_that_cannot_be_sparse_is_named():
     said = r"layers \[1\] should be sparse, \[\] are \(NOT_CAUSAL"
-    with pytest.raises(ConfigError, match=said), pytest.warns(TSAWarning):
+    with pytest.raises(ConfigError, match=said):
         evaluate(Bidirectional(), **QUICK | dict(methods=["keep-0.5"]))
 
 

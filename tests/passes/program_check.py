@@ -87,7 +87,7 @@ def difference(expected, actual, ignored=None) -> str:
 def pad_rows(expected, actual):
     """Rows [B, 1, L, 1] of attention outputs that became zero in some layer, as a sparse layer's pad rows do."""
     rows = [
-        ((b == 0).flatten(3).all(3).all(1) & (a != 0).flatten(3).any(3).any(1))[:, None, :, None]
+        ((b == 0).flatten(3).all(3).all(1) & ~(a == 0).flatten(3).all(3).all(1))[:, None, :, None]  # `a`: after a relu
         for a, b in zip(expected[:-1], actual[:-1], strict=True)
     ]
     return torch.stack(rows).any(0) if rows else None

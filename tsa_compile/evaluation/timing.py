@@ -26,8 +26,11 @@ from tsa_compile.evaluation.tasks import generate
 from tsa_compile.passes.costs import SiteShape, dense_ms, sparse_ms
 from tsa_compile.passes.devices import for_device
 from tsa_compile.passes.fuse import fuse
-from tsa_compile.passes.graph import op_name
 
+_ATTENTION = (
+    torch.nn.functional.scaled_dot_product_attention, torch.ops.tsa.padded_attention.default,
+    torch.ops.tsa.sparse_attention.default, torch.ops.tsa.padded_sparse_attention.default,
+)  # fmt: skip
 PREFILLS = ("dense", "coverage-0.005", "coverage-0.01", "keep-0.5")
 
 
@@ -65,7 +68,7 @@ class _Timed(Interpreter):
         self.timer = timer
 
     def run_node(self, n: Node) -> Any:
-        if n.op == "call_function" and "attention" in op_name(n):
+        if n.target in _ATTENTION:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             query, key, value = args[:3]
             shape = SiteShape.of(query, key, value, self.timer.config)
