@@ -59,6 +59,23 @@ class TestOperators:
         (call,) = [node for node in graph.calls.nodes if "attention" in str(node.target)]
         assert arguments(call)[3:] == (None, 0.0, False, None, False)
 
+    @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)], ids=str)
+    @pytest.mark.parametrize("out", [(), (5,)], ids=str)
+    def test_a_projection_is_one_operator(self, shape, out):
+        _, graph = recorded(F.linear, torch.randn(shape), torch.randn(*out, 3))
+        (call,) = [node for node in graph.calls.nodes if node.target is aten.linear.default]
+        assert targets(graph) == [aten.linear.default] and not graph.problems
+        assert fake(call).shape == (*shape[:-1], *out) and fake(call).is_contiguous()
+
+    def test_a_projection_under_autocast_is_of_its_type(self):
+        def project(x, w):
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.linear(x, w)
+
+        _, graph = recorded(project, torch.randn(2, 3), torch.randn(5, 3))
+        (call,) = [node for node in graph.calls.nodes if node.target is aten.linear.default]
+        assert fake(call).dtype == torch.bfloat16 and not graph.problems
+
     def test_equal_calls_are_one_value(self):
         _, graph = recorded(lambda x: x.clamp(max=1) + x.clamp(max=1), torch.randn(3))
         assert targets(graph).count(aten.clamp.default) == 1
