@@ -3,8 +3,8 @@
     FindSites           every attention call, in normal form                    passes/sites.py, eager.py
     InferMasks          what each mask means                                    passes/masks.py
     PlanSites           sparse, dense without a mask, or untouched, and why     passes/plan.py
-    EmitPadding         which tokens are valid, once for all calls that share it passes/padding.py
-    Validate            each call and its normal form, on small random inputs       passes/validate.py
+    EmitPadding         which tokens are valid, once for calls that share it    passes/padding.py
+    Validate            each call and its normal form, on small random inputs   passes/validate.py
     RewriteSparse       score, budget, select, compress, attend, decompress     passes/rewrite.py
     CanonicalizeDense   is_causal, or causal and padding; no repeated heads     passes/canonicalize.py
     FuseSparse          the steps of a site as one op (compiled graphs only)    passes/fuse.py
