@@ -9,23 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from tsa_compile.passes.graph import fake
+from tsa_compile.passes.graph import fake, map_leaves
 
 HEADS, WIDTH = 4, 8
 HALF = (torch.float16, torch.bfloat16)
 # No score outweighs bfloat16's lowest number; a float16 score can be as low as its own lowest number.
 HIDDEN = dict.fromkeys((torch.float32, torch.float64, *HALF), torch.finfo(torch.bfloat16).min)
-
-
-def map_arguments(function, arguments):
-    """Applies a function to every leaf of a node's arguments, those of slices included."""
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(map_arguments(function, argument) for argument in arguments)
-    if isinstance(arguments, dict):
-        return {name: map_arguments(function, argument) for name, argument in arguments.items()}
-    if isinstance(arguments, slice):
-        return slice(*(map_arguments(function, part) for part in (arguments.start, arguments.stop, arguments.step)))
-    return function(arguments)
 
 
 class Program:
@@ -55,7 +44,7 @@ class Program:
     def call(self, target, *args, **kwargs):
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, args, kwargs)
-        values, keywords = map_arguments(fake, (args, kwargs))
+        values, keywords = map_leaves(fake, (args, kwargs))
         with self.mode:
             call = getattr(values[0], target) if kind == "call_method" else target
             node.meta["example_value"] = call(*(values[1:] if kind == "call_method" else values), **keywords)

@@ -50,7 +50,9 @@ def some_attention(query: torch.Tensor) -> torch.Tensor:
 
 some_attention.register_fake(torch.empty_like)
 multihead = nn.MultiheadAttention(32, 4, batch_first=True).eval()
-encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=False).eval()
+encoder = nn.TransformerEncoder(
+    nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=False
+).eval()
 triangle = nn.Transformer.generate_square_subsequent_mask(L)
 
 FORMS = {
