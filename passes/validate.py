@@ -36,7 +36,7 @@ _SMALL = (5, 3, 7, 2, 6, 4)  # what symbolic sizes become, one after the other
 _MOST_NODES = 300
 _MOST_ELEMENTS = 2**22
 _TRIALS = 3
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Skipped(Exception):
@@ -91,6 +91,7 @@ class Case:
         self.module, self.plan, self.site = graph_module, plan, plan.site
         self.operands = (self.site.query, self.site.key, self.site.value)
         self.operand_of = {self.site.aten.values.get(operand): operand for operand in self.operands}
+        self.upstream = any(map(self.site.aten.is_written, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
         self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
 
@@ -176,7 +177,8 @@ class Case:
             if node.op == "get_attr" and value.numel() == 1:
                 raise Skipped("it reads a constant")  # which a random number would not stand for
             shape = [self.sizes.of(extent) for extent in value.shape]
-            return random_tensor(shape, value.dtype, generator, trial)
+            ordinary = value.dtype.is_floating_point and self.upstream
+            return random_tensor(shape, value.dtype, generator, 0 if ordinary else trial)
         if isinstance(value, torch.SymFloat):
             if value.node.hint is None:
                 raise Skipped(f"{node.name} is computed from data")
@@ -279,7 +281,10 @@ def _compare(original: Tensor, normal: Tensor, rows: Tensor, trial: int, sizes: 
     found, wanted = original.double(), normal
     gap = torch.where(found.isnan() & wanted.isnan(), 0.0, (found - wanted).abs())
     gap = torch.where(rows.expand_as(gap), torch.nan_to_num(gap, nan=float("inf")), 0.0)
-    if gap.numel() == 0 or float(gap.max()) <= _TOLERANCE.get(original.dtype, 1e-3):
+    loud = (
+        float(torch.nan_to_num(wanted).abs().max().clamp(1, 20)) if gap.numel() else 1.0
+    )  # rounding grows with the numbers
+    if gap.numel() == 0 or float(gap.max()) <= loud * _TOLERANCE.get(original.dtype, 1e-3):
         return None
     row = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))[:3]
     ran = f" ({sizes})" if str(sizes) else ""
