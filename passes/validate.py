@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.graph import fake, map_leaves
+from tsa_compile.passes.operators import aten
 from tsa_compile.report import Decision
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ _SMALL = (5, 3, 7, 2, 6, 4)  # what symbolic sizes become, one after the other
 _MOST_NODES = 300
 _MOST_ELEMENTS = 2**22
 _TRIALS = 3
+_UNINITIALISED = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default)
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -94,6 +96,10 @@ class Case:
         self.upstream = any(map(self.site.aten.is_written, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
         self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
+        if self.upstream and self.sizes.shortened:  # its other sizes may equal the length, too
+            raise Skipped("what writes its operands cannot be run short")
+        if any(self.site.aten.runs(node, *_UNINITIALISED) for node in self.nodes):
+            raise Skipped("it is put together in memory that holds any number before")
 
     def _needed(self) -> list[Node]:
         """The nodes behind the call and its padding, in order, with whatever writes to them on the way."""
