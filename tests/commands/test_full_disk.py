@@ -16,6 +16,7 @@ WRITERS = {
     "report.json": ["explain", *TINY, *QUICK, "--out"],
     "drift.png": ["calibrate", *TINY, "--length", "64", "--figure"],
     "model.pt2": [*EXPORT, "--out"],
+    "model.onnx": [*EXPORT, "--format", "onnx", "--out"],
     "package.pt2": [*EXPORT, "--format", "aoti", "--out"],
 }
 
