@@ -15,6 +15,7 @@ operator, a node that fails) is an unknown value, and is taken to write to all o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,9 +98,13 @@ class AtenGraph:
         """Whether a node of the graph may go where nobody reads it. Nodes that passes insert are pure."""
         return node.op in ("call_function", "call_method") and node not in self._impure
 
-    def is_written(self, node: Node) -> bool:
-        """Whether anything in the graph writes to the memory of a node's value."""
-        return node in self._pieces and self._pieces[node] in self.memory.writes
+    def writers(self, node: Node) -> list[Node]:
+        """The graph's nodes that write to the memory of a node's value, itself or a view of it, in order."""
+        writes = self.memory.writes.get(self._pieces.get(node, -1), ())
+        if not writes:
+            return []
+        nodes, began = list(self.order), list(self.order.values())
+        return [nodes[bisect_right(began, write) - 1] for write in writes]
 
     def runs(self, node: Node, *targets: OpOverload) -> bool:
         """Whether a node of the graph ran one of these operators."""

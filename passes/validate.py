@@ -93,13 +93,11 @@ class Case:
         self.module, self.plan, self.site = graph_module, plan, plan.site
         self.operands = (self.site.query, self.site.key, self.site.value)
         self.operand_of = {self.site.aten.values.get(operand): operand for operand in self.operands}
-        self.upstream = any(map(self.site.aten.is_written, self.operands))  # the model in front of them is run as well
+        self.upstream = any(map(self.site.aten.writers, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
         self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
         if self.upstream and self.sizes.shortened:  # its other sizes may equal the length, too
             raise Skipped("what writes its operands cannot be run short")
-        if any(self.site.aten.runs(node, *_UNINITIALISED) for node in self.nodes):
-            raise Skipped("it is put together in memory that holds any number before")
 
     def _needed(self) -> list[Node]:
         """The nodes behind the call and its padding, in order, with whatever writes to them on the way."""
@@ -116,8 +114,7 @@ class Case:
                 raise Skipped("too many nodes are behind it")
             if not self._is_given(node):
                 pending.extend(node.all_input_nodes)
-            if aten.is_written(node):
-                pending.extend(user for user in node.users if not aten.is_pure(user) and user.op != "output")
+            pending.extend(aten.writers(node))
         return sorted(needed, key=order.__getitem__)
 
     def signature(self) -> Any:
@@ -141,7 +138,7 @@ class Case:
         """The operand of the call that a node holds: it may have been computed twice."""
         value = self.site.aten.values.get(node)
         operand = self.operand_of.get(value) if isinstance(value, Node) else None
-        return operand if operand is not None and not self.site.aten.is_written(node) else None
+        return operand if operand is not None and not self.site.aten.writers(node) else None
 
     def difference(self, trial: int) -> str | None:
         """The largest difference of the call and its normal form, as a sentence; None if they agree."""
@@ -175,6 +172,8 @@ class Case:
         result = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
         if isinstance(result, Tensor) and result.numel() > _MOST_ELEMENTS:
             raise Skipped(f"{node.name} is too large")
+        if getattr(self.site.aten.values.get(node), "target", None) in _UNINITIALISED:
+            result.zero_()  # what this memory held before is nothing that an operand is made of
         return result
 
     def _given(self, node: Node, generator: torch.Generator, trial: int) -> Any:
