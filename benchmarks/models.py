@@ -1,6 +1,6 @@
 """Which of transformers' causal language models gain: every architecture, tiny and with random weights, on a CPU.
 
-    python benchmarks/models.py --out benchmarks/results           all of them, about ten minutes
+    python benchmarks/models.py --out benchmarks/results           all of them, ten minutes, or less with --processes
     python benchmarks/models.py --models llama falcon gpt_oss      some
 
 Each is run as it is, then through backend="tsa" in exact mode and with all layers sparse that keep all tokens, so that it
@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import logging
+import multiprocessing
 import sys
 import warnings
 from collections import Counter
@@ -153,6 +154,23 @@ def examine(kind: str) -> dict[str, Any]:
     return row
 
 
+def examined(kinds: list[str], processes: int) -> Iterator[dict[str, Any]]:
+    """The rows, in order."""
+    if processes == 1:
+        quiet()
+        yield from map(examine, kinds)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, quiet) as pool:
+        yield from pool.imap(examine, kinds)
+
+
+def quiet() -> None:
+    """Without the warnings of foreign models, once in each process."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # recompilation limits of graph-breaking models
+
+
 def plain_too(model: Any) -> str:
     """Whether torch.compile without this package fails as well."""
     torch._dynamo.reset()
@@ -205,18 +223,16 @@ def main(given: list[str] | None = None) -> int:
     """Examines, prints and writes; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", metavar="KIND", help="model types, as config.model_type names them")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for models.json and models.md")
     arguments = parser.parse_args(given)
     kinds = arguments.models or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if unknown := [kind for kind in kinds if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
         parser.error(f"{', '.join(unknown)}: not a causal language model of transformers {transformers.__version__}")
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # recompilation limits of graph-breaking models
     rows = []
-    for number, kind in enumerate(kinds, 1):
-        rows.append(examine(kind))
-        print(f"{number}/{len(kinds)}", json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    for number, row in enumerate(examined(kinds, arguments.processes), 1):
+        rows.append(row)
+        print(f"{number}/{len(kinds)}", json.dumps(row), file=sys.stderr, flush=True)
     conditions = {"torch": torch.__version__, "transformers": transformers.__version__, **summarise(rows)}
     text = f"{conditions}\n\n{table(rows)}\n"
     print(text)
