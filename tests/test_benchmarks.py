@@ -318,5 +318,7 @@ def test_architectures_are_examined(load, tmp_path, capsys):
     assert models.is_wrong(row | {"exact": row["exact"] | {"difference": 0.1}}) and models.is_wrong(
         {"failed": "exact: KeyError"}
     )
+    torchs_own = row | {"exact": row["exact"] | {"difference": 0.1, models.PLAIN: 0.0}}
+    assert not models.is_wrong(torchs_own) and "1e-01 (plain torch.compile too)" in models.table([torchs_own])
     with pytest.raises(SystemExit):
         models.main(["--models", "no-such-model"])
