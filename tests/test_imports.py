@@ -123,7 +123,7 @@ def test_a_fault_is_seen(module, source):
     [
         ("tsa_compile.passes.plan", "from tsa_compile.kernels import attend"),
         ("tsa_compile.passes.plan", "from tsa_compile.config import TSAConfig"),
-        ("tsa_compile.passes.plan", "from tsa_compile.passes.sites import AttentionSite"),
+        ("tsa_compile.passes.plan", "from tsa_compile.passes.find import AttentionCall"),
         ("tsa_compile.config", "from tsa_compile.errors import ConfigError"),
         ("tsa_compile.passes.plan", "def f():\n    import transformers"),
         ("tsa_compile.passes.plan", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import onnx"),

@@ -25,7 +25,7 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.handover import keep_out_of_packages, take_over
 from tsa_compile.passes.base import summary
-from tsa_compile.pipeline import COMPILED, PASSES, run_passes
+from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.report import Decision, Reason, RewriteReport, record
 
 Compiled = Callable[..., Any]
@@ -65,8 +65,8 @@ def tsa_backend(
     compiler = resolve_compiler(config, mode)
     keep_out_of_packages(graph_module)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    # A callable is somebody's own pass, which wants to see the steps; it may fuse them afterwards (passes/fuse.py).
-    report = run_passes(graph_module, config, COMPILED if isinstance(config.compiler, str) else PASSES)
+    # A callable is somebody's own pass, which wants to see the steps, unless it says that it does not (skip_passes).
+    report = run_passes(graph_module, config, WHOLE if isinstance(config.compiler, str) else PASSES)
     try:
         with _dense_kernels():
             compiled = compiler(graph_module, list(example_inputs))

@@ -25,7 +25,6 @@ from tsa_compile.evaluation.results import Study, Timing
 from tsa_compile.evaluation.tasks import generate
 from tsa_compile.passes.costs import SiteShape, dense_ms, sparse_ms
 from tsa_compile.passes.devices import for_device
-from tsa_compile.passes.fuse import fuse
 
 _ATTENTION = (
     torch.nn.functional.scaled_dot_product_attention, torch.ops.tsa.padded_attention.default,
@@ -52,7 +51,6 @@ class AttentionTimer:
         self.ms, self.sites = [], []
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        fuse(graph_module, self.config)
         interpreter = _Timed(graph_module, self)
 
         def run(*inputs: Any) -> Any:
@@ -137,7 +135,7 @@ def _attention(
     """All layers' attention, the mean over one batch of every task."""
     config = method.config(length, layers)
     timer = AttentionTimer(config, repeats)
-    call = _compiled(model, config.replace(compiler=timer))
+    call = _compiled(model, config.replace(compiler=timer, skip_passes=["Decompose"]))
     totals = []
     for place, task in enumerate(study.names("task")):
         tokens = _tokens(model, task, length, batch)

@@ -26,12 +26,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError
-from tsa_compile.passes.base import PassResult, SitePlan, summary
+from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.costs import SiteShape
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
-from tsa_compile.passes.plan import PlanSites, all_kept_below, minimum_length
+from tsa_compile.passes.plan import PlanCalls, all_kept_below, minimum_length
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import Reason, record
 
@@ -204,8 +204,8 @@ def _without_cache(model: torch.nn.Module) -> Iterator[None]:
             found.use_cache = True
 
 
-class PlanExported(PlanSites):
-    """PlanSites for a graph without a second version: no guard can send another length elsewhere.
+class PlanExported(PlanCalls):
+    """PlanCalls for a graph without a second version: no guard can send another length elsewhere.
 
     before   length s in [shortest, longest], a minimum in between        torch.compile: a guard, and two graphs
     after    sparse, where all shorter lengths keep every token anyway;   else a ConfigError
@@ -227,7 +227,7 @@ class PlanExported(PlanSites):
         if text is not None:
             raise ConfigError(text)
 
-    def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
+    def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         config = self.state.config
         length = fake(plan.site.query).shape[2]
         if selected is None and isinstance(length, torch.SymInt):
@@ -237,7 +237,7 @@ class PlanExported(PlanSites):
         finally:
             self.state.config = config
 
-    def _settled(self, plan: SitePlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
+    def _settled(self, plan: CallPlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
         """A configuration with which no comparison of the length needs a guard."""
         config, site = self.state.config, plan.site
         query, key, value = (fake(node) for node in (site.query, site.key, site.value))
@@ -252,7 +252,7 @@ class PlanExported(PlanSites):
         return config.replace(min_length=1)
 
 
-_EXPORTED = tuple(PlanExported if step is PlanSites else step for step in PASSES)
+_EXPORTED = tuple(PlanExported if step is PlanCalls else step for step in PASSES)
 
 
 def _write_constants(program: ExportedProgram) -> None:
