@@ -165,6 +165,44 @@ def decompress(out: Tensor, indices: Tensor, count: Tensor | None, seq_len: int)
     return full
 
 
+def floor_mask(padding: Tensor | None, selected: Tensor, window: int, sinks: int) -> Tensor:
+    """A(i), what each row sees: bool [B,H,L,L] of the selected tokens, bool [B,H,L]; nothing in rows of invalid tokens."""
+    batch, heads, seq_len = selected.shape
+    mask = torch.zeros(batch, heads, seq_len, seq_len, dtype=torch.bool)
+    for b in range(batch):
+        valid = valid_positions(padding, b, seq_len).tolist()
+        for h in range(heads):
+            for rank, i in enumerate(valid):
+                for other, j in enumerate(valid[: rank + 1]):
+                    near = rank - other < window or other < sinks
+                    mask[b, h, i, j] = near or bool(selected[b, h, i] and selected[b, h, j])
+    return mask
+
+
+def attention_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Dense attention under any mask [B,H,L,L]; a row that may look nowhere is 0: [B,H,L,Dv]."""
+    batch, heads, _, _ = query.shape
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    for b in range(batch):
+        for h in range(heads):
+            kv = h * key.shape[1] // heads
+            out[b, h] = _attention(query[b, h], key[b, kv], value[b, kv], mask[b, h].to(query.device), scale)
+    return out
+
+
+def log_sum_exp(query: Tensor, key: Tensor, count: Tensor | None, scale: float) -> Tensor:
+    """Of the causal logits of each compressed row, natural: [B,H,C,D], [B,Hk,C,D] -> [B,H,C]; then zeros."""
+    batch, heads, capacity, _ = query.shape
+    out = torch.zeros(batch, heads, capacity, dtype=_wide(query).dtype, device=query.device)
+    for b in range(batch):
+        kept = capacity if count is None else int(count[b])
+        for h in range(heads):
+            logits = scale * _wide(query[b, h, :kept]) @ _wide(key[b, h * key.shape[1] // heads, :kept]).T
+            for i in range(kept):
+                out[b, h, i] = logits[i, : i + 1].logsumexp(dim=0)
+    return out
+
+
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False
 ) -> Tensor:

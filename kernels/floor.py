@@ -1,0 +1,212 @@
+"""The floor: every row sees its neighbourhood, and a selected row sees the selected tokens as well, in one softmax.
+
+    N(i)   = valid j <= i with rank(i) - rank(j) < window  or  rank(j) < sinks            what every row sees
+    A(i)   = N(i), and for a selected row also the selected tokens up to i
+    out[i] = sum_{j in A(i)} softmax_j(scale * <query[i], key[j]>) value[j]
+
+    rank(t) is the number of valid tokens before t in its item, so that padding changes nothing. Given the attention over the
+    selected tokens alone, o^ and its log-sum-exp l^, and (o', l') over N(i) without the selected tokens of a selected row,
+
+    out[i] = (exp(l^) o^ + exp(l') o') / (exp(l^) + exp(l'))                               nothing is counted twice
+
+    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides but for the last, 1
+    compressed [B, H, C, Dv] with lse float32 [B, H, C], natural logarithms, of the rows `indices` int32 [B, Hs, C], ascending up
+    to `count` int32 [B] (None: all C); padding bool [B, L] (True = valid) or None
+    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]; rows of invalid tokens are 0
+
+One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M keys
+and the sinks, adds the compressed row where there is one, and writes every row once. Nothing of size L x window exists, nothing
+synchronises. Slots from count on and rows of invalid tokens are never read.
+
+At H = 32, D = Dv = 128, L = 128K, window 256, sinks 16, tiles of 64 rows and 64 keys: 4 H L (256 + 64 + 64) D = 0.8 TFLOP; query
+and output 2 GiB, the compressed rows at most 1 GiB more, keys and values from L2: 0.8 ms at 4 TB/s, 1.6 ms at 500 TFLOP/s.
+
+Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unselected rows keep them is this project's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.compress import row_alignment, rows_contiguous
+
+_LOG2_E = math.log2(math.e)
+# Below every logit, and finite: a difference of two of them is no NaN.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit(do_not_specialize=["stride_ib", "stride_is", "seq_len", "capacity"])
+def _slots_kernel(p_indices, p_count, p_slots, stride_ib, stride_is, selections, seq_len, capacity, BLOCK: tl.constexpr):
+    """slots[b, s, indices[b, s, j]] = j for j < count[b]."""
+    item, selection = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    count = capacity
+    if p_count is not None:
+        count = tl.minimum(tl.load(p_count + item), capacity)
+    real = slots < count
+    positions = tl.load(p_indices + item * stride_ib + selection * stride_is + slots, mask=real, other=0)
+    tl.store(p_slots + (item * selections + selection) * seq_len + positions, slots, mask=real)
+
+
+@triton.jit
+def _load_at(p_rows, stride_row, positions, b_real, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
+    """The rows at `positions` [ROWS], zeros where not `b_real`: [ROWS, BLOCK_D]."""
+    dims = tl.arange(0, BLOCK_D)
+    pointers = p_rows + (positions.to(tl.int64) * stride_row * ALIGN)[:, None] + dims[None, :]
+    return tl.load(pointers, mask=b_real[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *(
+            "stride_qb",
+            "stride_qh",
+            "stride_ql",
+            "stride_kb",
+            "stride_kh",
+            "stride_kl",
+            "stride_vb",
+            "stride_vh",
+            "stride_vl",
+        ),
+        *("stride_cb", "stride_ch", "stride_cl", "stride_ob", "stride_oh", "stride_ol", "stride_lb", "stride_lh"),
+        *("seq_len", "window", "sinks"),
+    ]
+)
+def _floor_kernel(
+    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_out,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_lb, stride_lh,
+    seq_len, window, sinks, scale_log2,
+    HEADS_PER_KV: tl.constexpr, HEADS_PER_SELECTION: tl.constexpr, SELECTIONS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the rows of BLOCK_M ranks of one head."""
+    scale_log2 = tl.cast(scale_log2, tl.float32)
+    head, item = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_M
+    valid = seq_len
+    if p_valid is not None:
+        valid = tl.load(p_valid + item)
+    kv_head = head // HEADS_PER_KV
+    p_query += (item * stride_qb + head * stride_qh) * ALIGN
+    p_key += (item * stride_kb + kv_head * stride_kh) * ALIGN
+    p_value += (item * stride_vb + kv_head * stride_vh) * ALIGN
+    p_compressed += (item * stride_cb + head * stride_ch) * ALIGN
+    p_lse += item * stride_lb + head * stride_lh
+    p_out += (item * stride_ob + head * stride_oh) * ALIGN
+    p_slots += (item * SELECTIONS + head // HEADS_PER_SELECTION) * seq_len
+
+    ranks = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    positions = ranks
+    if p_order is not None:
+        positions = tl.load(p_order + item * seq_len + ranks, mask=ranks < seq_len, other=0)
+    real = ranks < valid
+    slots = tl.load(p_slots + positions, mask=real, other=-1)
+    b_query = _load_at(p_query, stride_ql, positions, real, DIM, BLOCK_D, ALIGN)  # [BLOCK_M, BLOCK_D]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    band = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+    sink_tiles = tl.cdiv(tl.minimum(sinks, band), BLOCK_N)
+    band_tiles = tl.cdiv(tl.maximum(tl.minimum(first + BLOCK_M, valid) - band, 0), BLOCK_N)
+    for tile in tl.range(0, sink_tiles + band_tiles):
+        start = tl.where(tile < sink_tiles, tile * BLOCK_N, band + (tile - sink_tiles) * BLOCK_N)
+        key_ranks = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        key_real = key_ranks < valid
+        keys = key_ranks
+        if p_order is not None:
+            keys = tl.load(p_order + item * seq_len + key_ranks, mask=key_real, other=0)
+        key_slots = tl.load(p_slots + keys, mask=key_real, other=-1)
+        b_key = _load_at(p_key, stride_kl, keys, key_real, DIM, BLOCK_D, ALIGN)  # [BLOCK_N, BLOCK_D]
+        b_scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        behind = ranks[:, None] - key_ranks[None, :]
+        seen = (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :])
+        seen = (
+            seen & real[:, None] & ((slots < 0)[:, None] | (key_slots < 0)[None, :])
+        )  # a selected row has seen the selected tokens
+        b_scores = tl.where(seen & key_real[None, :], b_scores, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
+        b_keep = tl.exp2(b_max - b_new_max)
+        b_weights = tl.exp2(b_scores - b_new_max[:, None])
+        b_sum = b_sum * b_keep + tl.sum(b_weights, axis=1)
+        b_value = _load_at(p_value, stride_vl, keys, key_real, VALUE_DIM, BLOCK_DV, ALIGN)  # [BLOCK_N, BLOCK_DV]
+        b_acc = tl.dot(b_weights.to(b_value.dtype), b_value, b_acc * b_keep[:, None], input_precision="ieee")
+        b_max = b_new_max
+
+    selected = slots >= 0
+    b_lse = tl.load(p_lse + slots, mask=selected, other=float("-inf")) * 1.4426950408889634
+    b_rows = _load_at(p_compressed, stride_cl, slots, selected, VALUE_DIM, BLOCK_DV, ALIGN)  # [BLOCK_M, BLOCK_DV]
+    b_top = tl.maximum(b_max, b_lse)
+    b_near, b_far = tl.exp2(b_max - b_top), tl.exp2(b_lse - b_top)
+    b_total = tl.where(real, b_sum * b_near + b_far, 1.0)
+    b_out = (b_acc * b_near[:, None] + b_rows.to(tl.float32) * b_far[:, None]) / b_total[:, None]
+    dims = tl.arange(0, BLOCK_DV)
+    pointers = p_out + (positions.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
+    inside = (ranks < seq_len)[:, None] & (dims < VALUE_DIM)[None, :]
+    tl.store(pointers, b_out.to(p_out.dtype.element_ty), mask=inside)
+
+
+def merge_floor_triton(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int, output: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels; also runs on CPU tensors in the Triton interpreter.
+
+    Args:
+        output: where to write, [B, H, L, Dv] with a dense last dimension: a part of a larger tensor, for example.
+    """
+    query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
+    batch, heads, seq_len, dim = query.shape
+    selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
+    if output is None:
+        output = _allocate(query, value)
+    if output.numel() == 0:
+        return output
+    order, valid = (None, None) if padding is None else _order(padding)
+    slots = torch.full((batch, selections, seq_len), -1, dtype=torch.int32, device=query.device)
+    if capacity > 0:
+        grid = (cdiv(capacity, 1024), selections, batch)
+        numbers = (*indices.stride()[:2], selections, seq_len, capacity)
+        launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)
+    align = row_alignment(query, key, value, compressed, output)
+    strides = (stride // align for x in (query, key, value, compressed, output) for stride in x.stride()[:3])
+    wide = max(next_power_of_2(dim), next_power_of_2(value_dim))
+    block = 64 if query.element_size() == 2 and wide <= 128 else 32 if wide <= 128 else 16
+    launch(
+        _floor_kernel,
+        (heads, cdiv(seq_len, block), batch),
+        (query, key, value, compressed, lse, slots, order, valid, output),
+        (*strides, *lse.stride()[:2], seq_len, window, sinks, scale * _LOG2_E),
+        HEADS_PER_KV=heads // key.shape[1],
+        HEADS_PER_SELECTION=heads // selections,
+        SELECTIONS=selections,
+        DIM=dim,
+        BLOCK_D=max(16, next_power_of_2(dim)),
+        VALUE_DIM=value_dim,
+        BLOCK_DV=max(16, next_power_of_2(value_dim)),
+        ALIGN=align,
+        BLOCK_M=block,
+        BLOCK_N=block,
+        num_warps=4,
+        num_stages=2,
+    )
+    return output
+
+
+def _order(padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Every item's positions, the valid ones first, ascending: int32 [B, L]; and how many are valid: int32 [B]."""
+    order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices
+    return order.to(torch.int32), padding.sum(dim=1, dtype=torch.int32)
+
+
+def _allocate(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
+    batch, heads, seq_len, _ = query.shape
+    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
