@@ -10,7 +10,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tsa_compile.export import _trt_describe as describe
 from tsa_compile.export import _trt_plugins as plugins
 from tsa_compile.export import _trt_score as score_plugins
-from tsa_compile.kernels import portable
 from tsa_compile.kernels.score import score_aten
 
 from ..support import without_interpreter
@@ -196,7 +195,7 @@ def test_they_compile_for_every_architecture_without_a_gpu():
 def test_heads_without_a_kernel_stay_in_standard_operators():
     forms = plugins.PluginForms()
     query, key = torch.randn(1, 2, 20, 300), torch.randn(1, 1, 20, 300)
-    assert torch.equal(forms.score(query, key, None, 0.1, 8, 3), portable.score(query, key, None, 0.1, 8, 3))
+    assert torch.equal(forms.score(query, key, None, 0.1, 8, 3), score_aten(query, key, None, 0.1, 8, 3))
     assert not forms.used
     forms.score(query[..., :256], key[..., :256], None, 0.1, 8, 3)
     assert len(forms.used) == 4

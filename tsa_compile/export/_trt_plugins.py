@@ -3,7 +3,7 @@
     score        five plugins at most (_trt_score.py)        window, stats, rows, mean, pool
     compress, attend, decompress                             one each (_trt_rows.py)
 
-What a plugin may be is told in _trt_describe.py. The others stay in standard operators (kernels/portable.py):
+What a plugin may be is told in _trt_describe.py. The others stay in standard operators (kernels/forms.py):
 
 - budget: the kernels of kernels/budget.py add to histograms by atomics, in memory that must be zero before, and a plugin is
   one kernel whose output TensorRT does not clear. With a keep ratio it is arithmetic on [B] anyway.
@@ -24,8 +24,9 @@ from torch import Tensor
 from tsa_compile.export import _trt_score
 from tsa_compile.export._trt_describe import Plugin, torch_op
 from tsa_compile.export._trt_rows import attend_plugin, compress_plugin, decompress_plugin
-from tsa_compile.kernels import portable
-from tsa_compile.kernels.score import MAX_HEAD_DIM
+from tsa_compile.kernels._aten import running_count
+from tsa_compile.kernels.attend import attend_aten
+from tsa_compile.kernels.score import MAX_HEAD_DIM, score_aten
 
 
 class PluginForms:
@@ -47,11 +48,11 @@ class PluginForms:
     def score(self, query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
         """`tsa::score` by plugins where there are kernels for the heads."""
         if query.shape[3] > MAX_HEAD_DIM:
-            return portable.score(query, key, padding, scale, window, pool)
+            return score_aten(query, key, padding, scale, window, pool)
         made = _trt_score.score_plugins(
             query.shape[1], key.shape[1], query.shape[3], query.dtype, scale, window, pool, padding is not None
         )
-        rank = None if padding is None else portable._running_count(padding)
+        rank = None if padding is None else running_count(padding)
         return _trt_score.score(lambda name: self._op(made[name]), query, key, padding, rank, window)
 
     def compress(
@@ -65,7 +66,7 @@ class PluginForms:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
         """`tsa::attend` by a plugin where there are rows that do not count."""
         if count is None:
-            return portable.attend(query, key, value, count, scale, kernel)
+            return attend_aten(query, key, value, count, scale, kernel)
         heads, selections, dims = query.shape[1], key.shape[1], (query.shape[3], value.shape[3])
         return self._op(attend_plugin(heads, selections, *dims, query.dtype, scale))(query, key, value, count)
 
