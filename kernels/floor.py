@@ -10,16 +10,17 @@
     out[i] = (exp(l^) o^ + exp(l') o') / (exp(l^) + exp(l'))                               nothing is counted twice
 
     query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides but for the last, 1
-    compressed [B, H, C, Dv] with lse float32 [B, H, C], natural logarithms, of the rows `indices` int32 [B, Hs, C], ascending up
-    to `count` int32 [B] (None: all C); padding bool [B, L] (True = valid) or None
+    compressed [B, H, C, Dv] with lse float32 [B, H, C], natural logarithms, of the rows `indices` int32 [B, Hs, C],
+    ascending up to `count` int32 [B] (None: all C); padding bool [B, L] (True = valid) or None
     ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]; rows of invalid tokens are 0
 
-One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M keys
-and the sinks, adds the compressed row where there is one, and writes every row once. Nothing of size L x window exists, nothing
-synchronises. Slots from count on and rows of invalid tokens are never read.
+One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M
+keys and the sinks, adds the compressed row where there is one, and writes every row once. Nothing of size L x window
+exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read.
 
-At H = 32, D = Dv = 128, L = 128K, window 256, sinks 16, tiles of 64 rows and 64 keys: 4 H L (256 + 64 + 64) D = 0.8 TFLOP; query
-and output 2 GiB, the compressed rows at most 1 GiB more, keys and values from L2: 0.8 ms at 4 TB/s, 1.6 ms at 500 TFLOP/s.
+At H = 32, D = Dv = 128, L = 128K, window 256, sinks 16, tiles of 64 rows and 64 keys: 4 H L (256 + 64 + 64) D = 0.8 TFLOP;
+query and output 2 GiB, the compressed rows at most 1 GiB more, keys and values from L2: 0.8 ms at 4 TB/s, 1.6 ms at
+500 TFLOP/s.
 
 Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unselected rows keep them is this project's.
 """
@@ -27,16 +28,28 @@ Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unse
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tsa_compile.kernels._aten import (
+    as_rows,
+    at_least,
+    positions_by_slot,
+    repeat_heads,
+    running_count,
+    slots_below,
+    take_rows,
+)
 from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import row_alignment, rows_contiguous
 
 _LOG2_E = math.log2(math.e)
 # Below every logit, and finite: a difference of two of them is no NaN.
-_LOWEST = tl.constexpr(-1e30)
+_LOWEST_LOGIT = -1e30
+_LOWEST = tl.constexpr(_LOWEST_LOGIT)
 
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_is", "seq_len", "capacity"])
@@ -198,6 +211,106 @@ def merge_floor_triton(
         num_stages=2,
     )
     return output
+
+
+def merge_floor_aten(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    """The same in ATen ops, on any device: rows in blocks of `window`, each over its own and the block before it.
+
+    Holds [B, H, L, 2 window + sinks] logits.
+    """
+    heads, seq_len = query.shape[1:3]
+    slots = _slots_aten(indices, count, seq_len)
+    if padding is None:
+        valid, rank = torch.full_like(slots[:, :1, :1], seq_len), None
+    else:
+        rank = running_count(padding) - 1
+        valid = (rank[:, None, -1:] + 1).to(slots.dtype)
+        source = positions_by_slot(padding, rank, seq_len)[:, None]
+        query, key, value = (take_rows(x, source.expand(-1, x.shape[1], -1)) for x in (query, key, value))
+        slots = slots.gather(2, source.expand(-1, slots.shape[1], -1))
+        real = torch.arange(seq_len, device=padding.device) < valid[:, 0]
+        value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
+    near, near_lse = _near(query, key, value, slots, valid, scale, window, sinks)
+    slots = repeat_heads(slots, heads)
+    chosen = slots >= 0
+    picked = at_least(slots, 0)
+    far = take_rows(compressed, picked).to(near.dtype)
+    far_lse = torch.where(chosen, lse.to(near.dtype).gather(2, picked.to(torch.int64)), -math.inf)
+    top = torch.maximum(near_lse, far_lse)
+    near_share, far_share = (near_lse - top).exp()[..., None], (far_lse - top).exp()[..., None]
+    far = torch.where(chosen[..., None], far, 0.0)
+    output = (near * near_share + far * far_share) / (near_share + far_share)
+    if padding is not None and rank is not None:
+        places = at_least(rank, 0)[:, None].expand(-1, heads, -1)
+        output = torch.where(padding[:, None, :, None], take_rows(output, places), 0.0)
+    return as_rows(output.to(value.dtype))
+
+
+def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """The slot of each position, -1 where it has none: int32 [B, Hs, L]."""
+    batch, selections, capacity = indices.shape
+    slots = torch.arange(capacity, dtype=torch.int32, device=indices.device)
+    targets = indices.to(torch.int64)
+    if count is not None:
+        targets = torch.where(slots_below(count, capacity), targets, slots + seq_len)
+    found = torch.full((batch, selections, seq_len + capacity), -1, dtype=torch.int32, device=indices.device)
+    return found.scatter(2, targets, slots.expand(batch, selections, capacity))[:, :, :seq_len]
+
+
+def _near(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, valid: Tensor, scale: float, window: int, sinks: int
+) -> tuple[Tensor, Tensor]:
+    """Attention over N(i), without selected keys in selected rows, where ranks are positions: [B, H, L, Dv]; log-sum-exp.
+
+    A row that sees nothing has a log-sum-exp of -1e30.
+    """
+    batch, heads, seq_len, dim = query.shape
+    groups, selections, wide = key.shape[1], slots.shape[1], torch.promote_types(query.dtype, torch.float32)
+    blocks = seq_len // window + 1
+    behind = blocks * window - seq_len  # at least one row, whatever the length
+
+    def banded(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+        """Of [.., L, n] the two blocks that a block of rows sees [.., blocks, 2 window, n]; the sinks [.., 1, s, n]."""
+        x = F.pad(x, (0, 0, window, behind + sinks), value=fill)
+        own, before = (x[:, :, at : at + blocks * window].unflatten(2, (blocks, window)) for at in (window, 0))
+        return torch.cat((before, own), 3), x[:, :, None, window : window + sinks]
+
+    rows = F.pad(query.to(wide) * scale, (0, 0, 0, behind))
+    rows = rows.reshape(batch, groups, heads // groups, blocks, window, dim)
+    keys, sink_keys = (x[:, :, None].to(wide) for x in banded(key, 0.0))
+    logits = torch.cat((rows @ keys.transpose(-1, -2), rows @ sink_keys.transpose(-1, -2)), -1)
+    seen = _seen(slots, valid, banded, blocks, window, sinks, behind)
+    seen = repeat_heads(seen.expand(batch, selections, -1, -1, -1), heads)
+    logits = torch.where(seen.reshape(logits.shape), logits, -math.inf)
+    top = torch.maximum(logits.amax(-1, keepdim=True), torch.full_like(logits[..., :1], _LOWEST_LOGIT))
+    weights = (logits - top).exp()
+    values, sink_values = (x[:, :, None].to(wide) for x in banded(value, 0.0))
+    total = weights.sum(-1, keepdim=True)
+    output = weights[..., : 2 * window] @ values + weights[..., 2 * window :] @ sink_values
+    output = output / torch.where(total > 0, total, 1.0)
+    lse = torch.where(total > 0, top + total.log(), _LOWEST_LOGIT)
+    shape = (batch, heads, blocks * window)
+    return output.reshape(*shape, value.shape[3])[:, :, :seq_len], lse.reshape(shape)[:, :, :seq_len]
+
+
+def _seen(slots: Tensor, valid: Tensor, banded: Any, blocks: int, window: int, sinks: int, behind: int) -> Tensor:
+    """Which keys of its band, and which sinks in front of that, a row sees: bool [B, Hs, blocks, window, 2 window + s]."""
+    chosen = (slots >= 0)[..., None]
+    near_chosen, sink_chosen = (x[..., 0] for x in banded(chosen.to(torch.int8), 0.0))
+    row_chosen = F.pad(chosen[..., 0].to(torch.int8), (0, behind)).unflatten(2, (blocks, window))
+    first = (torch.arange(blocks, device=slots.device) * window)[:, None, None]
+    row = first + torch.arange(window, device=slots.device)[:, None]  # [blocks, window, 1]
+    key = first - window + torch.arange(2 * window, device=slots.device)  # [blocks, 1, 2 window]
+    sink = torch.arange(sinks, device=slots.device)
+    near = (key >= 0) & (key <= row) & ((row - key < window) | (key < sinks))
+    seen = torch.cat((near, (sink < first - window).expand(-1, window, -1)), -1)
+    ranks = torch.cat((key, sink.expand(key.shape[0], 1, -1)), -1)
+    seen = seen & (ranks < valid[..., None, None]) & (row < valid[..., None, None])
+    far_chosen = torch.cat((near_chosen, sink_chosen.expand(-1, -1, near_chosen.shape[2], -1)), -1)
+    return seen & ~((row_chosen[..., None] > 0) & (far_chosen[..., None, :] > 0))
 
 
 def _order(padding: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, running_count, take_rows
+from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
 from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
@@ -395,7 +395,7 @@ def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
         rank = running_count(padding)
         row_count = torch.minimum(rank[:, -1:], torch.full_like(rank[:, -1:], window))
         candidates = rank[:, -1:] - row_count
-        rows, alive = _positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
+        rows, alive = positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
     total, faulty = _window_sum(query, key, padding, rows, alive, scale)
     raw = torch.where(faulty, 0.0, total / at_least(row_count, 1)[:, None].to(total.dtype))
     pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
@@ -439,7 +439,7 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     """Average pooling in candidate order: invalid tokens in between neither count nor take a place."""
     order = torch.arange(raw.shape[2], device=raw.device)
     if padding is not None:
-        source = _positions_by_slot(padding, rank - 1, raw.shape[2])
+        source = positions_by_slot(padding, rank - 1, raw.shape[2])
         raw = raw.gather(2, source[:, None].expand(raw.shape))
     raw = torch.where((order < candidates)[:, None], raw, 0.0)
     # As an image of one channel: TensorRT pools over two dimensions.
@@ -447,12 +447,3 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     if padding is not None:
         pooled = pooled.gather(2, at_least(rank - 1, 0)[:, None].expand(raw.shape))
     return pooled
-
-
-def _positions_by_slot(padding: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Position of the valid token that has slot s, 0 where none has: [B,L] -> int64 [B,size]. Slots are distinct."""
-    batch, seq_len = padding.shape
-    positions = torch.arange(seq_len, device=padding.device).expand(batch, seq_len)
-    targets = torch.where(padding & (slots >= 0), slots, positions + size)
-    found = torch.zeros((batch, size + seq_len), dtype=torch.int64, device=padding.device)
-    return found.scatter(1, targets, positions)[:, :size]

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.floor import merge_floor_triton
+from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
 
 PADDINGS = {
     "none": lambda length: None,
@@ -89,6 +91,33 @@ def test_kernel_at_every_head_size(triton_device, poisoned_empty, dtype, dims):
         pytest.skip("the interpreter's bfloat16 products are wrong")
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     Case(80, dims=dims, dtype=dtype, device=triton_device).check(merge_floor_triton, 20, 4, tolerance)
+
+
+SIZES = st.fixed_dictionaries(
+    {
+        "length": st.integers(1, 90),
+        "paddings": st.lists(st.sampled_from(sorted(PADDINGS)), min_size=1, max_size=3),
+        "dims": st.sampled_from([(16, 16), (16, 24)]),
+        "keep": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        "seed": st.integers(0, 99),
+    }
+)
+HEADS = st.sampled_from([(4, 2, 4), (4, 2, 2), (4, 4, 4), (4, 1, 1)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, counts=HEADS, window=st.integers(1, 40), sinks=st.integers(0, 40))
+def test_aten_equals_dense_attention_under_the_mask(sizes, counts, window, sinks):
+    heads, groups, selections = counts
+    case = Case(**sizes, heads=heads, groups=groups, selections=selections)
+    case.check(merge_floor_aten, window, sinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_aten_in_every_dtype(device, dtype):
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    case = Case(80, paddings=("left", "holes"), dtype=dtype, device=device)
+    case.check(merge_floor_aten, 20, 4, tolerance)
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
