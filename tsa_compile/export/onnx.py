@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,19 +103,18 @@ def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
     return target
 
 
-def to_portable(program: ExportedProgram, others: Mapping[Any, Callable[..., Any]] | None = None) -> ExportedProgram:
-    """The program in standard operators, or `others` for some; ConfigError where a layer has no such form. See `save`."""
+def to_portable(program: ExportedProgram) -> ExportedProgram:
+    """The program in standard operators; ConfigError where a layer has no such form. See `save`."""
     _check_form(program)
     check_kernels(program, "standard operators", f'export with domain="{DOMAIN}" for a runtime that has this kernel')
     for node in program.graph.nodes:
-        if node.target is tsa.select.default and tsa.attend.default not in (others or {}) and _is_unbounded(node):
+        if node.target is tsa.select.default and _is_unbounded(node):
             raise ConfigError(
                 f"{layer_of(node)}: a Coverage budget decides at run time how many tokens are kept, and standard "
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    forms = {getattr(tsa, name).default: form for name, form in portable.OPS.items()}
-    return program.run_decompositions({**forms, **(others or {})})
+    return program.run_decompositions({getattr(tsa, name).default: form for name, form in portable.OPS.items()})
 
 
 def _check_form(program: ExportedProgram) -> None:

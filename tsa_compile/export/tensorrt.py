@@ -7,15 +7,14 @@
 `check` holds a model against NVIDIA's documentation (_trt_support.py: versions and addresses): operators, the types of
 their data, restrictions, limits. It runs without TensorRT and proves no more than the documentation says.
 
-`save` is written against the sources of torch-tensorrt 2.14 and has not been run with it: neither TensorRT nor its
-Python package could be installed where it was written. What it hands to
-them (PTX, launches, shapes, ranges) is tested.
+`save` hands the standard form of kernels/portable.py to torch-tensorrt. It is written against the sources of torch-tensorrt
+2.14 and has not been run with it, as TensorRT could not be installed where it was written. What it hands over is tested.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.errors import ConfigError
 from tsa_compile.export import _trt_support as support
 from tsa_compile.export.onnx import require, to_portable, writable
 from tsa_compile.files import replacing, write
@@ -38,24 +37,26 @@ FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"
 _OPTIONS = {"attn_bias_is_causal": False, "assume_dynamic_shape_support": True, "min_block_size": 1}
 
 
-def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: bool = True, **options: Any) -> None:
+def save(program: ExportedProgram, path: str | os.PathLike[str], **options: Any) -> None:
     """Builds an engine with torch-tensorrt on the current GPU and writes it. Not yet run: see the module's docstring.
 
     Args:
         program: from `export_program(..., lower=None)`, with its weights on the GPU.
         path: ".engine" for TensorRT's own runtime; ".ts" (C++ and Python) or ".pt2" (Python) for torch-tensorrt's.
-        plugins: score tokens, gather, attend to and scatter rows by Triton kernels, embedded as PTX; otherwise, and where
-            this TensorRT takes no such plugins (with a warning), by standard operators like the other steps.
         options: of `torch_tensorrt.dynamo.compile`. An engine is tuned for the longest inputs of the program's ranges.
 
     Raises:
-        ConfigError: a path or program that is not allowed; without plugins also a coverage without a capacity.
+        ConfigError: a path, option or program that is not allowed; a coverage without a capacity.
         WriteError: the file could not be written whole, as on a full disk; what was at `path` is as it was.
         ImportError: torch-tensorrt is missing.
     """
     target = writable(path, *FORMATS)
     torch_tensorrt = require("torch_tensorrt", extra="tensorrt")[0]
-    lowered = _with_plugins(program) if plugins else to_portable(program)
+    known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
+    for option in options:
+        if option not in known:  # torch-tensorrt takes any, and ignores it
+            raise ConfigError(f"{option!r} is not an option of torch_tensorrt.dynamo.compile")
+    lowered = to_portable(program)
     args, kwargs = example_ranges(lowered, torch_tensorrt.Input)
     options = {**_OPTIONS, **options}
     if target.suffix == ".engine":
@@ -74,25 +75,6 @@ def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, tar
     torch_tensorrt.save(
         module, str(target), output_format=FORMATS[target.suffix], arg_inputs=args or None, kwarg_inputs=kwargs or None
     )
-
-
-def _with_plugins(program: ExportedProgram) -> ExportedProgram:
-    """The program with plugins registered for it, or without where there are none to be had."""
-    from tsa_compile.export._trt_describe import register
-    from tsa_compile.export._trt_plugins import PluginForms
-
-    forms = PluginForms()
-    try:
-        lowered = to_portable(program, forms.table())
-        major, minor = torch.cuda.get_device_capability()
-        kernels, trtp = require("torch_tensorrt.kernels", "tensorrt.plugin", extra="tensorrt")
-        for plugin in forms.used.values():
-            register(plugin, 10 * major + minor, kernels, trtp)
-    except (ImportError, RuntimeError) as error:  # torch-tensorrt's own; KernelError is one as well
-        text = f"no TensorRT plugins ({error}): all steps are standard operators"
-        warnings.warn(text, TSAWarning, stacklevel=3)
-        return to_portable(program)
-    return lowered
 
 
 def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[Any, Any]:
