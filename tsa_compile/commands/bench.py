@@ -8,7 +8,6 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.options import (
-    FIGURES,
     Batch,
     Figure,
     ModelOptions,
@@ -64,8 +63,7 @@ def bench(
     All modes are compiled first and then take turns. Medians, spreads, peak memory and ratios come from one run.
     """
     tokens = None if lengths is None else texts.lengths(lengths)
-    out.check()
-    output.writable(figure, *FIGURES)
+    out.check(figure)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         on_cpu = source.device.type == "cpu"

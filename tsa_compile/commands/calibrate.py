@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import FIGURES, Batch, Figure, Length, ModelOptions, OutputOptions, command
+from tsa_compile.commands.options import Batch, Figure, Length, ModelOptions, OutputOptions, command
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def calibrate(
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
-    out.check()
-    output.writable(figure, *FIGURES)
+    out.check(figure)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import FIGURES, Figure, ModelOptions, OutputOptions, check_calibration, command
+from tsa_compile.commands.options import Figure, ModelOptions, OutputOptions, check_calibration, command
 from tsa_compile.config import Coverage
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -90,9 +91,9 @@ def evaluate(
     request |= {"methods": _methods(methods, budget)} if methods or budget else {}
     request |= {"samples": samples} if samples else {}
     request["question"] = ("last", "early") if question is Question.BOTH else str(question)
-    out.check()
-    for path, endings in ((figure, FIGURES), (resume, ())):
-        output.writable(path, *endings)
+    out.check(figure)
+    if resume is not None:
+        writable(resume)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         request = (_ON_CPU if source.device.type == "cpu" else {}) | request

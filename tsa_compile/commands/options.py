@@ -22,6 +22,7 @@ from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
 from tsa_compile.config import MOST_LAYERS, TSAConfig
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -201,9 +202,11 @@ class OutputOptions(ResultOptions):
 
     out: Annotated[Path | None, _option("--out", panel=_OUTPUT, help="Also write the result as JSON to this file.")] = None
 
-    def check(self) -> None:
-        """Raises ConfigError if `--out` cannot be written."""
-        output.writable(self.out)
+    def check(self, figure: Path | None = None) -> None:
+        """Raises ConfigError if `--out` or `--figure` cannot be written."""
+        for path, endings in ((self.out, ()), (figure, FIGURES)):
+            if path is not None:
+                writable(path, *endings)
 
     def show(self, text: str, data: Any) -> None:
         """Writes a result, to the file first."""

@@ -17,10 +17,8 @@ the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no pla
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +27,7 @@ from torch.fx import Node
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
-from tsa_compile.files import replacing
+from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels import portable
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import check_kernels, layer_of
@@ -47,9 +45,7 @@ DOMAIN_VERSION = 1
 tsa = torch.ops.tsa
 
 
-def save(
-    program: ExportedProgram, path: str | os.PathLike[str], *, opset: int = OPSETS[0], domain: str | None = None
-) -> None:
+def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], domain: str | None = None) -> None:
     """Writes a program as an ONNX model, checked by onnx.checker. Weights beyond 2 GB go to a file beside it.
 
     Args:
@@ -88,19 +84,6 @@ def require(*modules: str, extra: str = "onnx") -> list[Any]:
         raise ImportError(
             f"this export needs the package {error.name or modules[0]!r}: pip install 'tsa-compile[{extra}]'"
         ) from error
-
-
-def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    """The path, once it is clear that a file can be written there; ConfigError otherwise."""
-    target = Path(path)
-    if target.suffix not in suffixes:
-        raise ConfigError(f"path={str(path)!r} is not allowed: it must end in {' or '.join(suffixes)}")
-    folder = target.parent
-    if not folder.is_dir():
-        raise ConfigError(f"path={str(path)!r} cannot be written: there is no folder {str(folder)!r}")
-    if target.is_dir() or not os.access(folder, os.W_OK):  # the file is written beside, and renamed
-        raise ConfigError(f"path={str(path)!r} cannot be written: no permission, or it is a folder")
-    return target
 
 
 def to_portable(program: ExportedProgram) -> ExportedProgram:

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.export import _trt_support as support
-from tsa_compile.export.onnx import require, to_portable, writable
-from tsa_compile.files import replacing, write
+from tsa_compile.export.onnx import require, to_portable
+from tsa_compile.files import StrPath, replacing, writable, write
 from tsa_compile.passes.base import summary
 from tsa_compile.passes.graph import fake
 
@@ -37,7 +37,7 @@ FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"
 _OPTIONS = {"attn_bias_is_causal": False, "assume_dynamic_shape_support": True, "min_block_size": 1}
 
 
-def save(program: ExportedProgram, path: str | os.PathLike[str], **options: Any) -> None:
+def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
     """Builds an engine with torch-tensorrt on the current GPU and writes it. Not yet run: see the module's docstring.
 
     Args:
@@ -167,7 +167,7 @@ def check(model: Any) -> list[Finding]:
     return findings
 
 
-def _read(onnx: Any, path: str | os.PathLike[str]) -> Any:
+def _read(onnx: Any, path: StrPath) -> Any:
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own, which has a name in no package that must be there
