@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tsa_compile.backend import tsa_backend
     from tsa_compile.calibrate import Calibration, calibrate, preset
     from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+    from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explain import explain
-    from tsa_compile.predict import Prediction, predict
     from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow, clear_reports, reports
 
 __version__ = "0.1.0"
@@ -56,10 +56,11 @@ _HOMES = {
     "config": ("Coverage", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explain": ("explain",),
-    "predict": ("Prediction", "predict"),
+    "costs.predict": ("Prediction", "predict"),
     "report": ("Decision", "Reason", "RewriteReport", "SiteRow", "clear_reports", "reports"),
 }
-_MODULES = (*_HOMES, "kernels", "passes", "pipeline")  # what is an attribute of the package without being imported by name
+# What is an attribute of the package without being imported by name.
+_MODULES = (*_HOMES, "costs", "kernels", "passes", "pipeline")
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 

@@ -11,8 +11,9 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -231,6 +232,16 @@ class TSAConfig:
 
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(TSAConfig))
+
+
+def upper_half(count: int) -> range:
+    """The layers that are sparse where `layers` is None: the middle one of an odd number included."""
+    return range(count // 2, count)
+
+
+def is_named(layer: int | str, number: int | None, names: Iterable[str]) -> bool:
+    """Whether an entry of `layers` names a layer of this number, if it has one, with modules of these names."""
+    return layer == number if isinstance(layer, int) else any(fnmatchcase(name, layer) for name in names)
 
 
 def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:

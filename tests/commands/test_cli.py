@@ -64,7 +64,7 @@ def test_the_face_is_lazy_and_its_names_are_what_they_say():
     source = """
         import sys, types, tsa_compile
         lazy = "torch" not in sys.modules
-        import tsa_compile.explain, tsa_compile.calibrate, tsa_compile.predict
+        import tsa_compile.explain, tsa_compile.calibrate, tsa_compile.costs.predict
         from tsa_compile.explain import explain
         found = {name: getattr(tsa_compile, name) for name in tsa_compile.__all__}
         modules = [name for name, value in found.items() if isinstance(value, types.ModuleType)]
@@ -152,7 +152,7 @@ def test_a_report_does_not_hang_on_a_prediction(traced, report, monkeypatch):
     def refuse(*args, **options):
         raise ConfigError("an unknown kind of layer")
 
-    monkeypatch.setattr(import_module("tsa_compile.predict"), "predict", refuse)
+    monkeypatch.setattr(import_module("tsa_compile.costs.predict"), "predict", refuse)
     done = run("explain", *TINY, *QUICK[:-1])
     assert (done.exit_code, done.stdout) == (0, f"{report}\n")
     assert done.stderr == "note: no times are predicted: an unknown kind of layer\n"

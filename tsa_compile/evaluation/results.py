@@ -85,7 +85,7 @@ class Timing:
     Attributes:
         attention_ms: all layers' attention, selection included.
         prefill_ms: the whole compiled model; None if it was not measured.
-        predicted_ms: attention_ms as passes/costs.py foresees it at the kept share; None on a device without costs.
+        predicted_ms: attention_ms as costs/calls.py foresees it at the kept share; None on a device without costs.
         keep: the share of the tokens that the sparse layers kept.
     """
 

@@ -20,11 +20,11 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tsa_compile.backend import _dense_kernels, tsa_backend
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.devices import for_device
 from tsa_compile.evaluation.methods import Method, parse
 from tsa_compile.evaluation.results import Study, Timing
 from tsa_compile.evaluation.tasks import generate
-from tsa_compile.passes.costs import SiteShape, dense_ms, sparse_ms
-from tsa_compile.passes.devices import for_device
 from tsa_compile.passes.fuse import fuse
 
 _ATTENTION = (

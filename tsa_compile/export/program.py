@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.calls import SiteShape
 from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.passes.base import PassResult, SitePlan, summary
-from tsa_compile.passes.costs import SiteShape
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
