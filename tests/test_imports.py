@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import tsa_compile
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile": ROOT / "tsa_compile"}
 LEVELS = {"errors": 0, "config": 0, "report": 0, "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
@@ -117,6 +119,11 @@ def test_imports_run_one_way(path):
     assert list(faults(source, module_name(path), is_package=path.name == "__init__.py")) == []
 
 
+def test_no_module_has_a_public_name():
+    """Python binds an imported module in its package, in the place of a function that is called the same."""
+    assert [name for name in tsa_compile.__all__ if exists(f"tsa_compile.{name}")] == []
+
+
 def test_no_imports_run_in_a_circle():
     packages = {module_name(path) for path in FILES if path.name == "__init__.py"}
     assert circle({module_name(path): path.read_text(encoding="utf-8") for path in FILES}, packages) is None
@@ -158,7 +165,7 @@ def test_a_circle_is_seen(back):
         ("tsa_compile.passes.plan", "import transformers"),
         ("tsa_compile.passes.plan", "try:\n    from onnx import helper\nexcept ImportError:\n    pass"),
         ("tsa_compile.passes.plan", "print(1)"),
-        ("tsa_compile.explain", "import typer"),
+        ("tsa_compile.explanation", "import typer"),
         ("tsa_compile.commands.explain", "import transformers"),
         ("tsa_compile.commands.explain", "print(1)"),
     ],

@@ -12,7 +12,7 @@ from tsa_compile.commands.options import Batch, Figure, Length, ModelOptions, Ou
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrate import Calibration
+    from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
 
 _RANDOM = 2  # with random weights more prompts say nothing more
@@ -72,7 +72,7 @@ def calibrate(
 
 
 def _measure(model: Any, chosen: Any, delta: float, batch: int) -> Calibration:
-    from tsa_compile.calibrate import calibrate as measure
+    from tsa_compile.calibration import calibrate as measure
 
     return measure(model, chosen, delta, batch_size=batch, progress=output.stderr().is_terminal)
 
