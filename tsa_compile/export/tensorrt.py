@@ -14,6 +14,7 @@ their data, restrictions, limits. It runs without TensorRT and proves no more th
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -141,6 +142,10 @@ class _Graph:
             for attribute in node.attribute if node.op_type == "Constant" else ():
                 self.constants[node.output[0]] = attribute.t if attribute.name == "value" else attribute
 
+    def rank(self, name: str, default: int) -> int:
+        """How many dimensions a value has; `default` where that is unknown."""
+        return len(self.shapes[name]) if name in self.shapes else default
+
     def value(self, name: str) -> Any:
         """A constant's value as an array; None if it is none, or not a tensor."""
         constant = self.constants.get(name)
@@ -200,38 +205,42 @@ def _refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
     """Why a node would be refused."""
     operator = node.op_type
     if node.domain not in ("", "ai.onnx"):
-        yield (
-            f"a custom operator: the parser looks for a plugin named {operator!r}, whatever the domain",
-            support.PARSER,
-            True,
-        )
+        reason = f"a custom operator: the parser looks for a plugin named {operator!r}, whatever the domain"
+        yield reason, support.PARSER, True
         return
     if operator not in support.TYPES:
         listed = "listed as not supported" if operator in support.UNSUPPORTED else "not among the documented operators"
         yield listed, support.OPERATORS, True
         return
-    yield from _type_refusals(node, graph)
-    constant = support.CONSTANT_INPUTS.get(operator)
-    if constant is not None and _input(node, constant[0]) and _input(node, constant[0]) not in graph.constants:
-        yield f"{constant[1]} is computed; it must be known when the engine is built", support.OPERATORS, True
+    for reason in (*_type_refusals(node, graph), *_form_refusals(node, graph), *_own_refusals(node, graph)):
+        yield reason, support.OPERATORS, True
     if operator in support.DATA_DEPENDENT:
         page = f"{support.DOCS}{support.DATA_DEPENDENT[operator]}.html"
         yield "the shape of its output depends on data: no profile bounds it", page, True
     if operator in support.UNCHECKED:
         yield support.UNCHECKED[operator], support.OPERATORS, False
-    if operator in _RULES:
-        for reason in _RULES[operator](node, graph):
-            yield reason, support.OPERATORS, True
     yield from _size_refusals(node, graph)
 
 
-def _type_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
+def _type_refusals(node: Any, graph: _Graph) -> Iterator[str]:
     kind, position = support.DATA.get(node.op_type, ("input", 0))
     values = node.input if kind == "input" else node.output
     found = graph.types.get(values[position], "") if position < len(values) else ""
     allowed = support.TYPES[node.op_type]
     if found and {"DOUBLE": "FP32"}.get(found, found) not in allowed:
-        yield f"data of type {found}; the parser takes {', '.join(sorted(allowed))}", support.OPERATORS, True
+        yield f"data of type {found}; the parser takes {', '.join(sorted(allowed))}"
+
+
+def _form_refusals(node: Any, graph: _Graph) -> Iterator[str]:
+    """What an operator may not have, whatever its values."""
+    position, name = support.CONSTANT_INPUTS.get(node.op_type, (0, ""))
+    if name and _input(node, position) and _input(node, position) not in graph.constants:
+        yield f"{name} is computed; it must be known when the engine is built"
+    if node.op_type in support.ONE_OUTPUT and any(node.output[1:]):
+        yield "only the first output is supported"
+    for attribute in support.NO_ATTRIBUTES.get(node.op_type, ()):
+        if _attribute(graph, node, attribute, 0):
+            yield f"the attribute {attribute} is not supported"
 
 
 def _size_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
@@ -240,16 +249,35 @@ def _size_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
         shape = graph.shapes.get(name, [])
         if len(shape) > support.MAX_RANK:
             yield f"{name} has {len(shape)} dimensions; at most {support.MAX_RANK} are allowed", support.DIMS, True
-        elements = 1
-        for extent in shape:
-            elements *= extent if isinstance(extent, int) else 1  # a symbolic extent is at least 1
+        elements = math.prod(extent for extent in shape if isinstance(extent, int))  # a symbolic extent is at least 1
         if page is not None and elements > support.MAX_ELEMENTS:
             reason = f"{name} has {elements} elements; at most {support.MAX_ELEMENTS} are allowed"
             yield reason, f"{support.DOCS}{page}.html", True
 
 
+def _own_refusals(node: Any, graph: _Graph) -> Iterator[str]:
+    """Restrictions of a single operator."""
+    operator, rank = node.op_type, graph.rank(_input(node, 0), 4)
+    reduction = _attribute(graph, node, "reduction", b"none")
+    positions = graph.types.get(_input(node, 3)) or "INT64"
+    if operator == "TopK":
+        yield from _topk(node, graph)
+    elif operator == "Attention":
+        yield from _attention(node, graph)
+    elif operator == "ScatterND" and reduction != b"none":
+        yield f"the reduction {reduction.decode()!r} is not supported"
+    elif operator == "RotaryEmbedding" and positions != "INT64":
+        yield f"position_ids is {positions}; it must be INT64"
+    elif operator == "GridSample" and rank != 4:
+        yield "the input must have 4 dimensions"
+    elif operator in ("AveragePool", "MaxPool") and rank not in (4, 5):
+        yield f"pools over {rank - 2} dimensions; 2 or 3 are supported"
+    if operator in ("AveragePool", "MaxPool", "LpPool") and set(_attribute(graph, node, "dilations", [])) - {1}:
+        yield "dilations must be 1"
+
+
 def _topk(node: Any, graph: _Graph) -> Iterator[str]:
-    if _attribute(node, "sorted", 1) != 1:
+    if _attribute(graph, node, "sorted", 1) != 1:
         yield "sorted is 0; it must be 1"
     k = graph.value(_input(node, 1))
     if k is None:
@@ -264,76 +292,17 @@ def _attention(node: Any, graph: _Graph) -> Iterator[str]:
         given = _input(node, position)
         if given and position > 3:
             yield f"the input {name} is not supported"
-        elif given and len(graph.shapes.get(given, [None] * 4)) != 4:
-            yield f"{name} has {len(graph.shapes[given])} dimensions; it must have 4"
-    if any(node.output[1:]):
-        yield "only the first output is supported"
-    for name in ("softcap", "qk_matmul_output_mode"):
-        if _attribute(node, name, 0):
-            yield f"the attribute {name} is not supported"
-
-
-def _pooling(node: Any, graph: _Graph) -> Iterator[str]:
-    rank = len(graph.shapes.get(_input(node, 0), [None] * 4))
-    if rank not in (4, 5) and node.op_type != "LpPool":
-        yield f"pools over {rank - 2} dimensions; 2 or 3 are supported"
-    if any(extent != 1 for extent in _attribute(node, "dilations", [])):
-        yield "dilations must be 1"
-    if any(node.output[1:]):
-        yield "the output Indices is not supported"
-
-
-def _constant(node: Any, graph: _Graph) -> Iterator[str]:
-    for attribute in node.attribute:
-        if attribute.name in ("sparse_value", "value_string", "value_strings"):
-            yield f"the attribute {attribute.name} is not supported"
-
-
-def _scatter_nd(node: Any, graph: _Graph) -> Iterator[str]:
-    if _attribute(node, "reduction", b"none") != b"none":
-        yield f"the reduction {_attribute(node, 'reduction', b'').decode()!r} is not supported"
-
-
-def _grid_sample(node: Any, graph: _Graph) -> Iterator[str]:
-    if len(graph.shapes.get(_input(node, 0), [None] * 4)) != 4:
-        yield "the input must have 4 dimensions"
-
-
-def _layer_normalization(node: Any, graph: _Graph) -> Iterator[str]:
-    if any(node.output[1:]):
-        yield "only the first output is supported"
-
-
-def _rotary_embedding(node: Any, graph: _Graph) -> Iterator[str]:
-    positions = _input(node, 3)
-    if positions and graph.types.get(positions, "INT64") != "INT64":
-        yield f"position_ids is {graph.types[positions]}; it must be INT64"
-
-
-_RULES: dict[str, Callable[[Any, _Graph], Iterator[str]]] = {
-    "TopK": _topk,
-    "Attention": _attention,
-    "AveragePool": _pooling,
-    "MaxPool": _pooling,
-    "LpPool": _pooling,
-    "Constant": _constant,
-    "ScatterND": _scatter_nd,
-    "GridSample": _grid_sample,
-    "LayerNormalization": _layer_normalization,
-    "RotaryEmbedding": _rotary_embedding,
-}
+        elif given and graph.rank(given, 4) != 4:
+            yield f"{name} has {graph.rank(given, 4)} dimensions; it must have 4"
 
 
 def _input(node: Any, position: int) -> str:
     return node.input[position] if position < len(node.input) else ""
 
 
-def _attribute(node: Any, name: str, default: Any) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            kinds = {1: attribute.f, 2: attribute.i, 3: attribute.s, 7: list(attribute.ints)}
-            return kinds.get(attribute.type, default)
-    return default
+def _attribute(graph: _Graph, node: Any, name: str, default: Any) -> Any:
+    found = (attribute for attribute in node.attribute if attribute.name == name)
+    return next(map(graph.onnx.helper.get_attribute_value, found), default)
 
 
 _TYPE_NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
