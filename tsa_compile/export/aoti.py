@@ -25,8 +25,10 @@ from torch.export import ExportedProgram
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.errors import ConfigError
 from tsa_compile.export._toolchain import require_compiler, toolchain
+from tsa_compile.export.program import bounds
 from tsa_compile.files import StrPath, stream, writable
 from tsa_compile.passes.base import summary
+from tsa_compile.passes.graph import fake
 from tsa_compile.passes.lower import default_form, device_of, is_lowered, lower_program
 from tsa_compile.passes.minima import simplified_minima
 
@@ -111,26 +113,17 @@ class Package:
 def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:
     """Name, dtype, device and shape of each tensor that a program takes, in JSON's types."""
     names = set(program.graph_signature.user_inputs)
-    described = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
-            described.append(
-                {
-                    "name": node.name,
-                    "dtype": str(value.dtype).removeprefix("torch."),
-                    "device": value.device.type,
-                    "shape": [_extent(program, extent) for extent in value.shape],
-                }
-            )
-    return described
-
-
-def _extent(program: ExportedProgram, extent: int | torch.SymInt) -> int | list[Any]:
-    if isinstance(extent, int):
-        return extent
-    ranges = program.range_constraints[extent.node.expr]
-    return [str(extent), int(ranges.lower), int(ranges.upper)]
+    inputs = ((node.name, fake(node)) for node in program.graph.find_nodes(op="placeholder") if node.name in names)
+    return [
+        {
+            "name": name,
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "device": value.device.type,
+            "shape": [size if isinstance(size, int) else [str(size), *bounds(program, size)] for size in value.shape],
+        }
+        for name, value in inputs
+        if isinstance(value, Tensor)
+    ]
 
 
 def check_inputs(expected: list[dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

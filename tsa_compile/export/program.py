@@ -125,6 +125,14 @@ def _free_sizes(program: ExportedProgram) -> set[str]:
     return free
 
 
+def bounds(program: ExportedProgram, size: int | torch.SymInt) -> tuple[int, int]:
+    """The smallest and the largest value that a size of a program's inputs may have."""
+    if isinstance(size, int):
+        return size, size
+    extents = program.range_constraints[size.node.expr]
+    return int(extents.lower), int(extents.upper)
+
+
 class _Example:
     """Example inputs, and which of their dimensions are the length and the batch."""
 

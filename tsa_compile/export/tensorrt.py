@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 from tsa_compile.errors import ConfigError
 from tsa_compile.export import _trt_support as support
 from tsa_compile.export.onnx import require, to_portable
+from tsa_compile.export.program import bounds
 from tsa_compile.files import StrPath, replacing, writable, write
 from tsa_compile.passes.base import summary
 from tsa_compile.passes.graph import fake
@@ -89,17 +90,10 @@ def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[
         if not isinstance(value, torch.Tensor):
             values.append(getattr(spec.arg, "value", value))
             continue
-        low, high = (tuple(_bounds(program, extent)[end] for extent in value.shape) for end in (0, 1))
+        low, high = (tuple(bounds(program, extent)[end] for extent in value.shape) for end in (0, 1))
         values.append(make(min_shape=low, opt_shape=high, max_shape=high, dtype=value.dtype))
     args, kwargs = tree_unflatten(values, program.call_spec.in_spec)
     return args, kwargs
-
-
-def _bounds(program: ExportedProgram, extent: int | torch.SymInt) -> tuple[int, int]:
-    if isinstance(extent, int):
-        return extent, extent
-    extents = program.range_constraints[extent.node.expr]
-    return int(extents.lower), int(extents.upper)
 
 
 @dataclass(frozen=True)
