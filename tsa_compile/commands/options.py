@@ -78,19 +78,10 @@ class ModelOptions:
             found = "both a folder and --shape" if self.folder is not None else "no model"
             raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
         if self.folder is not None:
-            check_folder(self.folder)  # before PyTorch is imported
+            texts.check_folder(self.folder)  # before PyTorch is imported
         from tsa_compile.commands.loading import source
 
         return source(self.folder, self.shape, self.layers, self.device, self.dtype, self.trust_remote_code)
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ConfigError where a folder is not there or is no model folder."""
-    if not folder.exists():
-        raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
-    if not (folder / "config.json").is_file():
-        what = "a folder without config.json" if folder.is_dir() else "a file"
-        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.methods import parse
-from tsa_compile.evaluation.results import BASELINE, Study
+from tsa_compile.evaluation.outcomes import BASELINE, Outcomes, kept, pooled
 from tsa_compile.evaluation.statistics import wilson
 from tsa_compile.files import save_figure
 
@@ -21,7 +21,7 @@ _FAMILIES = {
 }
 
 
-def draw(study: Study, path: str | os.PathLike[str], question: str = "last") -> None:
+def draw(study: Outcomes, path: str | os.PathLike[str], question: str = "last") -> None:
     """Writes the figure; the path's suffix is the image's format.
 
     Raises:
@@ -54,18 +54,18 @@ def draw(study: Study, path: str | os.PathLike[str], question: str = "last") -> 
     save_figure(figure, path, dpi=150)
 
 
-def _points(study: Study, length: int, question: str) -> dict[str, tuple[float, Any]]:
+def _points(study: Outcomes, length: int, question: str) -> dict[str, tuple[float, Any]]:
     """For each method the kept share, and its accuracy over all tasks' samples."""
     points = {}
     for method in study.names("method"):
         cells = study.select(length=length, method=method, question=question)
         if cells:
-            right = [outcome for cell in cells for outcome in cell.right]
-            points[method] = (sum(cell.keep for cell in cells) / len(cells), wilson(sum(right), len(right)))
+            right = pooled(cells)
+            points[method] = (kept(cells), wilson(sum(right), len(right)))
     return points
 
 
-def _speeds(study: Study, length: int) -> dict[str, float]:
+def _speeds(study: Outcomes, length: int) -> dict[str, float]:
     times = {time.method: time.attention_ms for time in study.times if time.length == length}
     dense = times.get(BASELINE)
     return {name: dense / ms for name, ms in times.items()} if dense else {}

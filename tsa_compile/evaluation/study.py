@@ -23,8 +23,9 @@ from tsa_compile.backend import tsa_backend
 from tsa_compile.drift import PROBE, find_layers
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.methods import STANDARD, Method, parse
+from tsa_compile.evaluation.outcomes import Cell, LayerRow
 from tsa_compile.evaluation.probe import Selection
-from tsa_compile.evaluation.results import Cell, LayerRow, Study
+from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.tasks import IGNORED, QUESTIONS, TASKS, VOCABULARY, Samples, check, generate
 from tsa_compile.fingerprint import Fingerprint
 from tsa_compile.report import Decision, reports

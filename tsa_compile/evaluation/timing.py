@@ -23,7 +23,8 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import for_device
 from tsa_compile.evaluation.methods import Method, parse
-from tsa_compile.evaluation.results import Study, Timing
+from tsa_compile.evaluation.outcomes import Timing, kept
+from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.tasks import generate
 from tsa_compile.passes.fuse import fuse
 
@@ -147,7 +148,7 @@ def _attention(
         call(tokens)
         totals.append(sum(timer.ms))
     cells = [cell for cell in study.cells if (cell.length, cell.method) == (length, method.name)]
-    keep = statistics.fmean(cell.keep for cell in cells)
+    keep = kept(cells)
     device = next(model.parameters()).device
     return Timing(
         method=method.name, length=length, batch=batch, attention_ms=round(statistics.fmean(totals), 4), prefill_ms=None,
