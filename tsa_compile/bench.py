@@ -24,15 +24,13 @@ import torch
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.errors import ConfigError
-from tsa_compile.files import save_figure
+from tsa_compile.files import new_figure, save_figure
+from tsa_compile.progress import Progress
 from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
-
-Progress = Callable[[str, int, int], None]
-"""Told (what comes next, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -312,11 +310,7 @@ def _cell(row: Measurement) -> str:
 
 
 def _plot(result: Benchmark, path: str | Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need the package 'matplotlib': pip install matplotlib") from error
-    figure = Figure(figsize=(6, 4))
+    figure = new_figure(figsize=(6, 4))
     axes = figure.subplots()
     for mode in result.modes:
         rows = [result.row(mode, length) for length in result.lengths]

@@ -9,7 +9,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.methods import parse
 from tsa_compile.evaluation.outcomes import BASELINE, Outcomes, kept, pooled
 from tsa_compile.evaluation.statistics import wilson
-from tsa_compile.files import save_figure
+from tsa_compile.files import new_figure, save_figure
 
 _FAMILIES = {
     "coverage": ("Coverage", "tab:blue", "o"),
@@ -28,16 +28,12 @@ def draw(study: Outcomes, path: str | os.PathLike[str], question: str = "last") 
         ConfigError: there is nothing to draw, or the file cannot be written.
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the figure needs matplotlib: pip install matplotlib") from error
     question = question if question in study.names("question") else (study.names("question") or [""])[0]
     lengths = [length for length in study.names("length") if _points(study, length, question)]
     if not lengths:
         raise ConfigError("the study has no cells yet, so there is nothing to draw: run at least one method")
     timed = any(time.method != BASELINE for time in study.times)
-    figure = Figure(figsize=(1.5 + 3.5 * len(lengths), 6.5 if timed else 3.8), layout="constrained")
+    figure = new_figure(figsize=(1.5 + 3.5 * len(lengths), 6.5 if timed else 3.8), layout="constrained")
     panels = figure.subplots(1 + timed, len(lengths), squeeze=False, sharey=True)
     for column, length in enumerate(lengths):
         points = _points(study, length, question)

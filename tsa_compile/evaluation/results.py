@@ -11,7 +11,7 @@ from typing import Any
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import figure, tables
 from tsa_compile.evaluation.outcomes import Cell, LayerRow, Outcomes, Timing
-from tsa_compile.files import read_json, write
+from tsa_compile.files import load, reading, write
 
 FORMAT = "tsa_compile.study/1"
 
@@ -75,17 +75,10 @@ class Study(Outcomes):
         Raises:
             ConfigError: something is missing or of another form.
         """
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-            found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"found format {found!r}, expected {FORMAT!r}: pass a file that a study wrote")
-        try:
+        with reading(values, FORMAT, "pass a file that a study wrote", "run the study again"):
             cells = tuple(_cell(cell) for cell in values["cells"])
             times = tuple(Timing(**time) for time in values["times"])
             return cls(dict(values["conditions"]), cells, times, dict(values["notes"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"a value is not what was saved ({type(error).__name__}: {error}): run the study again"
-            ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes this study as JSON, whole or not at all: a run that is stopped while it writes loses nothing.
@@ -103,11 +96,7 @@ class Study(Outcomes):
         Raises:
             ConfigError: the file cannot be read, or is no study.
         """
-        values = read_json(path, "pass a file that a study wrote")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{str(path)!r} is not a study: {error}") from error
+        return load(path, "a study", "pass a file that a study wrote", cls.from_dict)
 
 
 def _cell(values: Mapping[str, Any]) -> Cell:
