@@ -203,11 +203,28 @@ class OutputOptions(ResultOptions):
         super().show(text, data)
 
 
+@dataclass(frozen=True)
+class FigureOptions(OutputOptions):
+    """How the result is shown, where it is kept, and where it is drawn."""
+
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Also draw a figure: .png, .svg or .pdf; needs matplotlib.")
+    ] = None
+
+    def check(self) -> None:
+        """Raises ConfigError if `--out` or `--figure` cannot be written."""
+        super().check()
+        output.writable(self.figure, ".png", ".svg", ".pdf")
+
+    def draw(self, plot: Callable[[Path], None]) -> None:
+        """Lets `plot` draw the figure, if one was asked for."""
+        if self.figure is not None:
+            plot(self.figure)
+            output.say("note", f"wrote {self.figure}")
+
+
 Length = Annotated[str, typer.Option("--length", help="Prompt length in tokens: 8192, or 8K.")]
-Lengths = Annotated[str, typer.Option("--lengths", help="Prompt lengths, with commas between them: 8K,32K.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, max=2**16, help="Prompts at once.")]
-Figure = Annotated[Path | None, typer.Option("--figure", help="Also draw a figure: .png, .svg or .pdf; needs matplotlib.")]
-FIGURES = (".png", ".svg", ".pdf")
 
 
 class Command(Protocol):

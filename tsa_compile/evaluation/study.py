@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsa_compile.backend import tsa_backend
 from tsa_compile.config import check_int, upper_half
 from tsa_compile.drift import PROBE, find_layers
 from tsa_compile.errors import ConfigError
-from tsa_compile.evaluation.methods import STANDARD, Method, parse
+from tsa_compile.evaluation.methods import STANDARD, Method, compiled, parse
 from tsa_compile.evaluation.outcomes import Cell, LayerRow
 from tsa_compile.evaluation.probe import Selection
 from tsa_compile.evaluation.results import Study
@@ -232,9 +231,7 @@ class Runner:
         self.sparse = method.layers(subject.layers)
         self.probe = method.probe()
         config = method.config(length, subject.layers).replace(compiler=self.probe)
-        torch._dynamo.reset()  # graphs of earlier methods would count against Dynamo's limit
-        options: dict[str, Any] = {"config": config}
-        self._call = torch.compile(subject.model, backend=tsa_backend, dynamic=False, options=options)
+        self._call = compiled(subject.model, config)
         self._checked = False
 
     def run(self, samples: Samples) -> tuple[Tensor, Tensor, list[Selection]]:
@@ -264,8 +261,7 @@ class Runner:
 
     def _logits(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         try:
-            with torch.inference_mode():
-                return self._call(input_ids=tokens, use_cache=False, logits_to_keep=wanted).logits
+            return self._call(tokens, wanted).logits
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"{self.batch} x {self.length} tokens do not fit {self.device}: lower batch_tokens") from error
 
