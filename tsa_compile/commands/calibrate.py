@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import Batch, Figure, Length, ModelOptions, OutputOptions, command
+from tsa_compile.commands.options import Batch, FigureOptions, Length, ModelOptions, command
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _RANDOM = 2  # with random weights more prompts say nothing more
 )
 def calibrate(
     model: ModelOptions,
-    out: OutputOptions,
+    out: FigureOptions,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -46,14 +46,13 @@ def calibrate(
     batch: Batch = 1,
     count: Annotated[int | None, typer.Option("--count", min=1, help="At most so many prompts of the file.")] = None,
     delta: Annotated[float, typer.Option("--delta", help="The share of the layers to be sparse, in (0, 1].")] = 0.5,
-    figure: Figure = None,
 ) -> None:
     """Measure how much every layer changes its input; the layers that change it least may be sparse.
 
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
-    out.check(figure)
+    out.check()
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
@@ -65,9 +64,7 @@ def calibrate(
     found = _measure(loaded, chosen, delta, batch)
     if source.folder is None:
         output.say("note", "the weights are random: this shows how calibration runs, not which layers a trained model has")
-    if figure is not None:
-        found.plot(figure)
-        output.say("note", f"wrote {figure}")
+    out.draw(found.plot)
     out.show(_table(found, out.out), found.to_dict())
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import Figure, ModelOptions, OutputOptions, check_calibration, command
+from tsa_compile.commands.options import FigureOptions, ModelOptions, check_calibration, command
 from tsa_compile.config import Coverage
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
@@ -48,7 +48,7 @@ _ON_CPU: dict[str, Any] = {
 )
 def evaluate(
     model: ModelOptions,
-    out: OutputOptions,
+    out: FigureOptions,
     tasks: Annotated[
         str | None, typer.Option("--tasks", help="mqar, niah_single, niah_multikey, ... Default: all; niah_single on a CPU.")
     ] = None,
@@ -79,7 +79,6 @@ def evaluate(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="A file that keeps results after each cell, and from which to go on.")
     ] = None,
-    figure: Figure = None,
 ) -> None:
     """Compare methods on generated retrieval tasks, on the same samples: accuracy, kept shares, needle survival.
 
@@ -91,7 +90,7 @@ def evaluate(
     request |= {"methods": _methods(methods, budget)} if methods or budget else {}
     request |= {"samples": samples} if samples else {}
     request["question"] = ("last", "early") if question is Question.BOTH else str(question)
-    out.check(figure)
+    out.check()
     if resume is not None:
         writable(resume)
     with output.working("Loading PyTorch and transformers"):
@@ -106,9 +105,7 @@ def evaluate(
     if hasattr(chosen, "check"):
         chosen.check(loaded)
     study = _study(loaded, getattr(chosen, "sparse_layers", chosen), resume, request)
-    if figure is not None:
-        study.figure(figure)
-        output.say("note", f"wrote {figure}")
+    out.draw(study.figure)
     out.show(str(study), study.to_dict())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from tsa_compile import files
+from tsa_compile.progress import Progress, bar
 
 _PLAIN: dict[str, Any] = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
 _STYLES = {"error": "bold red", "warning": "yellow", "interrupted": "bold red", "note": "dim"}
@@ -63,15 +64,8 @@ def working(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None]]:
+def steps() -> Iterator[Progress]:
     """A progress bar on stderr, as a function of (what comes next, steps done, steps in all); nothing without a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     console = stderr()
-    if not console.is_terminal:  # where rich would end the bar, though it was never drawn, by an empty line
-        yield lambda text, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+    with bar(console.is_terminal, console, transient=True) as show:
+        yield show

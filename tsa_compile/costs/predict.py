@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tsa_compile.config import Coverage, TSAConfig, is_named, upper_half
+from tsa_compile.config import Coverage, TSAConfig, check_int, is_named, upper_half
 from tsa_compile.costs.breakeven import expected_kept, shortest
 from tsa_compile.costs.calls import NOTHING, RestShape, SiteShape, Work, added, dense_work, rest_work, sparse_path
 from tsa_compile.costs.devices import DeviceCosts, costs_of
@@ -204,9 +204,8 @@ def predict(
     config = TSAConfig() if config is None else config
     if not isinstance(config, TSAConfig):
         raise ConfigError(f"config is {type(config).__name__}: pass a TSAConfig, or None for the defaults")
-    for name, value in (("length", length), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+    check_int("length", length, 1)
+    check_int("batch", batch, 1)
     if kept is not None and (isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1):
         raise ConfigError(f"kept={kept!r} is not allowed: kept must be a share of the tokens in (0, 1], or None")
     costs, notes = costs_of(device)
