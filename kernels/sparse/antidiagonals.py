@@ -19,8 +19,6 @@ sums have .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFL
 tiles that run together are neighbours (`_place`).
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math

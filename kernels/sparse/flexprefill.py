@@ -38,8 +38,6 @@ heads keep the least V and S. Of P the fewest that reach gamma are chosen, as in
 short; and bands start at multiples of 128 from the main diagonal also where n is no multiple.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math

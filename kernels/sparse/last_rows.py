@@ -25,8 +25,6 @@ side. At H = 32, G = 8, D = 128, n = 128K: 137 GFLOP, 0.54 G exponentials, 0.27 
 bound by the softmax and by the turning through shared memory; sums have 34 MB.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
