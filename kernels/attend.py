@@ -54,6 +54,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.errors import KernelError
 from tsa_compile.kernels import flash
+from tsa_compile.kernels._aten import slots_below
 
 AUTO = "auto"
 
@@ -207,13 +208,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> N
         raise ValueError(f"tsa::attend: count {tuple(count.shape)}; expected {(batch,)}")
 
 
-def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float) -> Tensor:
-    """The same in ATen ops alone, traceable: all C rows, whatever the count, then zeros behind it."""
+def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+    """The same in ATen ops, for any exact kernel: all C rows, whatever the count, then zeros behind it."""
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
     if count is not None:
-        filler = torch.arange(query.shape[2], device=count.device) >= count[:, None]
-        out = out.masked_fill(filler[:, None, :, None], 0)
+        out = torch.where(slots_below(count, query.shape[2])[..., None], out, 0.0)
     return out.contiguous()
 
 

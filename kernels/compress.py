@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tsa_compile.kernels._aten import repeat_heads, slots_below, take_rows
 from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 FILLER_ROWS = 256
@@ -205,28 +206,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Te
 def compress_aten(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in ATen ops alone, on any device, traceable; every filler row is zero."""
-    filler = None
-    if count is not None:
-        filler = (torch.arange(indices.shape[2], device=count.device) >= count[:, None])[:, None]
-        indices = indices.masked_fill(filler, 0)
-    return (
-        _gather_rows(query, repeat_heads(indices, query.shape[1]), filler),
-        _gather_rows(key, indices, filler),
-        _gather_rows(value, indices, filler),
-    )
+    """The same in ATen ops, on any device; every filler row is zero."""
+    real = None if count is None else slots_below(count, indices.shape[2])[..., None]
 
+    def rows(source: Tensor, chosen: Tensor) -> Tensor:
+        taken = take_rows(source, chosen)
+        return taken if real is None else torch.where(real, taken, 0.0)
 
-def repeat_heads(indices: Tensor, heads: int) -> Tensor:
-    """[B, Hs, C] -> [B, H, C], each selection for its H // Hs heads; a trace learns nothing about C, as with a view."""
-    share = heads // indices.shape[1]
-    return indices if share == 1 else indices.index_select(1, torch.arange(heads, device=indices.device) // share)
-
-
-def _gather_rows(source: Tensor, indices: Tensor, filler: Tensor | None) -> Tensor:
-    """Source [B, G, L, D], indices [B, H, C] -> [B, H, C, D], head h from h // (H / G), nothing repeated."""
-    batch, heads, _ = indices.shape
-    items = torch.arange(batch, device=source.device)[:, None, None]
-    source_heads = (torch.arange(heads, device=source.device) // (heads // source.shape[1]))[None, :, None]
-    rows = source[items, source_heads, indices.long()]
-    return rows if filler is None else rows.masked_fill(filler[..., None], 0)
+    return rows(query, repeat_heads(indices, query.shape[1])), rows(key, indices), rows(value, indices)

@@ -17,9 +17,11 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
 from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
-from tsa_compile.kernels.compress import block_rows, repeat_heads, row_alignment, rows_contiguous
+from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
 
 
 @triton.jit
@@ -149,12 +151,21 @@ def _check(compressed: Tensor, indices: Tensor, count: Tensor | None) -> None:
 
 
 def decompress_aten(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """The same in ATen ops alone, on any device, traceable: filler goes to one row too many, which is cut off."""
+    """The same in ATen ops, on any device. Positions read from slots: only one number for each token is scattered."""
     batch, heads, capacity, dim = compressed.shape
+    if statically_known_true(capacity == 0):  # no row to read, not even for nothing
+        return compressed.new_zeros(batch, seq_len, heads, dim).transpose(1, 2)
+    targets = indices.to(torch.int64)
     if count is not None:
-        filler = (torch.arange(capacity, device=count.device) >= count[:, None])[:, None]
-        indices = indices.masked_fill(filler, seq_len)
-    rows = repeat_heads(indices, heads)
-    output = compressed.new_zeros(batch, seq_len + 1, heads, dim).transpose(1, 2)
-    output = output.scatter(2, rows.long()[..., None].expand(-1, -1, -1, dim), compressed)
-    return output[:, :, :seq_len].transpose(1, 2).contiguous().transpose(1, 2)
+        behind = torch.arange(seq_len, seq_len + capacity, device=indices.device)
+        targets = torch.where(slots_below(count, capacity), targets, behind)
+    marks = compressed.new_zeros((batch, indices.shape[1], seq_len + capacity), dtype=torch.float32)
+    marks = marks.scatter(2, targets, torch.ones_like(targets, dtype=torch.float32))[:, :, :seq_len]
+    # As [B, L, H, Dv] from here on, the layout that is wanted.
+    kept, slots = (
+        repeat_heads(numbers, heads).transpose(1, 2).contiguous()
+        for numbers in (marks > 0, at_least(running_count(marks) - 1, 0))
+    )
+    items = torch.arange(batch, device=indices.device)[:, None, None]
+    rows = compressed[items, torch.arange(heads, device=indices.device), slots]
+    return torch.where(kept[..., None], rows, 0.0).contiguous().transpose(1, 2)

@@ -37,7 +37,7 @@ from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.score import score_aten, score_cuda
-from tsa_compile.kernels.select import select_aten, select_triton
+from tsa_compile.kernels.select import select_by_sorting, select_triton
 
 STREAM_BYTES = 2**30
 """The compressed rows of as many heads as fit in this are in memory at a time, unless the kernel asks for more."""
@@ -166,7 +166,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, op
     if kept is None:
         kept = options.limit(seq_len)
         count = budget_aten(scores, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
-    indices = select_aten(scores, count, kept)
+    indices = select_by_sorting(scores, count, kept)
     rows = compress_aten(query, key, value, indices, count)
     return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
 

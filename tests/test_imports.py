@@ -15,8 +15,6 @@ TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
 CIRCLES_FOR_NOW = (
     {"tsa_compile.kernels.attend", "tsa_compile.kernels.flash"},
-    {"tsa_compile.passes.eager", "tsa_compile.passes.layers", "tsa_compile.passes.sites"},
-    {"tsa_compile.passes.base", "tsa_compile.passes.masks", "tsa_compile.passes.padding"},
 )
 FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 

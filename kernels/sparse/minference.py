@@ -38,7 +38,7 @@ from torch import Tensor
 
 from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.flash import _aligned_rows
-from tsa_compile.kernels.select import select_aten, select_triton
+from tsa_compile.kernels.select import select_by_sorting, select_triton
 from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten
 from tsa_compile.kernels.sparse.vertical_slash import BLOCK, NONE, VerticalSlash
 
@@ -188,7 +188,7 @@ def minference_aten(
     query, key = (t.masked_fill(filler, 0).to(wide) for t in (query, key))
     sums = last_rows_sums_aten(query, key.repeat_interleave(heads // key.shape[1], 1), scale, rows, last)
     sums = _mark(sums.to(torch.float32), count, a_shape, sinks, near)
-    chosen = select_aten(sums.view(-1, 1, capacity), wanted.view(-1), max(rooms)).view(batch, heads, 2, -1)
+    chosen = select_by_sorting(sums.view(-1, 1, capacity), wanted.view(-1), max(rooms)).view(batch, heads, 2, -1)
     behind = torch.arange(chosen.shape[3], device=device) >= wanted[:, :, 1:]
     diagonals = torch.nn.functional.pad(chosen[:, :, 1].masked_fill(behind, NONE), (0, 1), value=NONE)
     start, starts = torch.zeros_like(chosen[:, :, 0, :1]), []

@@ -62,10 +62,10 @@ def test_aten_form_equals_the_op(device):
     for tensor in inputs:
         tensor[1, :, 5:] = 0
     count = torch.tensor([33, 5], dtype=torch.int32, device=device)
-    out = attend_aten(*inputs, count, 0.2)
+    out = attend_aten(*inputs, count, 0.2, "auto")
     assert out.is_contiguous() and (out[1, :, 5:] == 0).all()
     torch.testing.assert_close(out[1, :, :5], attend(*inputs, count, 0.2, "auto")[1, :, :5])
-    torch.testing.assert_close(attend_aten(*inputs, None, 0.2), attend(*inputs, None, 0.2, "auto"))
+    torch.testing.assert_close(attend_aten(*inputs, None, 0.2, "auto"), attend(*inputs, None, 0.2, "auto"))
 
 
 def test_what_does_not_fit_is_refused():

@@ -4,11 +4,11 @@
     save(program, "model.onnx", domain="tsa")    tsa::Score, tsa::Select, ...: for a runtime with kernels of its own
 
 `program` comes from `export_program(model, inputs, config, lower=None)`, which keeps the tsa ops in the graph. Standard
-operators are those of kernels/portable.py: no TopK, no sort, no NonZero, no shape that depends on data. Every selected
-row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand: KeepRatio, or
-a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers over all L:
-a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C] logits in
-float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
+operators are those of the form "standard" (kernels/forms.py): no TopK, no sort, no NonZero, no shape that depends on data.
+Every selected row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand:
+KeepRatio, or a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers
+over all L: a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C]
+logits in float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
 
 Batch and length stay dynamic, named "batch" and "length"; the ranges that the program was exported for are written to
 the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no place for them.
@@ -28,7 +28,7 @@ from torch.fx import Node
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import StrPath, replacing, writable
-from tsa_compile.kernels import portable
+from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import check_kernels, layer_of
 
@@ -39,7 +39,8 @@ OPSETS = (23, 24)
 DOMAIN = "tsa"
 DOMAIN_VERSION = 1
 
-tsa = torch.ops.tsa  # made by the kernels' modules, which passes/lower.py imports
+tsa = torch.ops.tsa
+_LOWERED = {"aten.avg_pool2d.default", "aten.sort.stable"}
 
 
 def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], domain: str | None = None) -> None:
@@ -94,14 +95,15 @@ def to_portable(program: ExportedProgram) -> ExportedProgram:
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    return program.run_decompositions({getattr(tsa, name).default: form for name, form in portable.OPS.items()})
+    return program.run_decompositions(FORMS["standard"])
 
 
 def _check_form(program: ExportedProgram) -> None:
     """Ops that only a compiled graph has, or that an earlier lowering opened."""
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    foreign = sorted(name for name in targets if name.startswith("tsa.") and name.split(".")[1] not in portable.OPS)
-    lowered = not any(name.startswith("tsa.") for name in targets) and "aten.searchsorted.Tensor" in targets
+    foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in map(str, FORMS["standard"]))
+    # The ATen forms of score and select have these.
+    lowered = not any(name.startswith("tsa.") for name in targets) and targets >= _LOWERED
     if foreign or lowered:
         found = f"holds {', '.join(foreign)}" if foreign else "was lowered to ATen operators"
         raise ConfigError(f"the program {found}; pass one from export_program(model, inputs, config, lower=None)")
@@ -152,7 +154,7 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     schemas()
     _check_form(program)
     # What spans tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
-    program = program.run_decompositions({tsa.spans.default: portable.spans})
+    program = program.run_decompositions({tsa.spans.default: FORMS["standard"][tsa.spans.default]})
     return _export(program, opset, {getattr(tsa, name).default: form for name, form in _translations().items()})
 
 
@@ -305,7 +307,7 @@ def _translations() -> dict[str, Callable[..., Any]]:
         return ops.CompressRows(query, key, value, indices, count)
 
     def attend(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
-        named = {} if kernel in portable.CAUSAL_KERNELS else {"kernel": kernel}
+        named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
         return ops.Attend(query, key, value, count, scale=scale, **named)
 
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
