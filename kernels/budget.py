@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.config import KeepRatio
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
 STEPS = 3

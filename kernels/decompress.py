@@ -20,8 +20,8 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import block_rows, repeat_heads, row_alignment, rows_contiguous
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 
 @triton.jit

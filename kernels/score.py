@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
 SPLITS = 32

@@ -34,7 +34,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 STEPS = 4
 BINS = 256

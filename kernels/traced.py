@@ -3,7 +3,7 @@
     torch.ops.tsa_triton.<op>(...) = torch.ops.tsa.<op>(...)       for every op in OPS, same shapes, dtypes and strides
 
 The ops of the other files are opaque to a compiler, and so need Python when they run. These are plain functions of tensors
-and launches (`_triton.launch` hands a launch to whoever traces it), which AOTInductor compiles into the package. They may
+and launches (`launch` hands a launch to whoever traces it), which AOTInductor compiles into the package. They may
 decide nothing by a length, which is symbolic while they are traced, and read nothing on the host. Therefore:
 
 - select splits every row unless all lengths of the range are short;

@@ -30,13 +30,14 @@ from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.errors import ConfigError, KernelError, RewriteError
 from tsa_compile.kernels import traced
-from tsa_compile.kernels._triton import HAS_TRITON
-from tsa_compile.kernels.attend import attend_aten, get
+from tsa_compile.kernels.attend import attend_aten
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.compress import compress_aten
 from tsa_compile.kernels.decompress import decompress_aten
+from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.portable import CAUSAL_KERNELS
+from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten
 from tsa_compile.kernels.select import select_aten
 from tsa_compile.passes.graph import argument, fake, fake_mode

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, Layers, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
-from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
+from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
 from tsa_compile.passes.aten import is_input, record
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.costs import SiteShape, break_even

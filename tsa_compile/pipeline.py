@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, score, select, sparse
+from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, registry, score, select, sparse
 from tsa_compile.passes.base import GraphState, Pass, SitePlan, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -65,8 +65,8 @@ def run_passes(graph_module: GraphModule, config: TSAConfig, passes: tuple[type[
         RewriteError: a pass failed and `config.strict` is set.
     """
     for name in (config.kernel, config.dense_kernel):
-        if name not in (attend.AUTO, None):
-            attend.get(name)
+        if name not in (registry.AUTO, None):
+            registry.get(name)
     state = GraphState(config)
     original = copy.deepcopy(graph_module.graph)
     for kind in passes:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels._triton import HAS_TRITON, triton
+from tsa_compile.kernels.launch import HAS_TRITON, triton
 
 NAMESPACE = "tsa_trt"
 WARPS = 4

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from tsa_compile.errors import KernelError
 from tsa_compile.export._trt_describe import NAMESPACE, Axis, Plugin, alignment, kind_of, power_of_2, signature
-from tsa_compile.kernels._triton import tl, triton
 from tsa_compile.kernels.attend import attend
 from tsa_compile.kernels.compress import _compress_kernel, block_rows, compress
 from tsa_compile.kernels.decompress import _decompress_kernel, decompress
 from tsa_compile.kernels.flash import MAX_HEAD_DIM, _flash_kernel
+from tsa_compile.kernels.launch import tl, triton
 
 # TensorRT's attention may read any row, so every filler row is zeroed, not only those that a tile may straddle.
 _ALL_FILLER = tl.constexpr(2**30)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.export._trt_describe import NAMESPACE, Axis, Plugin, kind_of, power_of_2, signature
-from tsa_compile.kernels._triton import cdiv, tl, triton
+from tsa_compile.kernels.launch import cdiv, tl, triton
 from tsa_compile.kernels.score import (
     MIN_SPLIT,
     SPLITS,
