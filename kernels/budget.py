@@ -35,8 +35,8 @@ from torch import Tensor
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._aten import at_least
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
 from tsa_compile.kernels.kept import kept_of_share, never_dropped
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
 STEPS = 3

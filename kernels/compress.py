@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import repeat_heads, slots_below, take_rows
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 FILLER_ROWS = 256
 """How many rows behind count are zeros: the widest key tile of an attention kernel, wherever it begins."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 
 @triton.jit

@@ -13,9 +13,7 @@ PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile
 LEVELS = {"errors": 0, "config": 0, "report": 0, "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
 TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
-CIRCLES_FOR_NOW = (
-    {"tsa_compile.kernels.attend", "tsa_compile.kernels.flash"},
-)
+CIRCLES_FOR_NOW = ()
 FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 
 

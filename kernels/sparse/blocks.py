@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import (
     Tiles,
@@ -47,6 +46,7 @@ from tsa_compile.kernels.flash import (
     _tma_fits,
     _weigh,
 )
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 
 BLOCK = 128
 """Rows of a block, of queries and of keys."""

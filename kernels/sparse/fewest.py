@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.last_rows import _rows_of
 
 STEPS, DIGITS = 8, 16

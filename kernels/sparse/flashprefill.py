@@ -29,9 +29,9 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _load_rows
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.lists import CHUNK, Lists, _write_list, empty_lists, forced, lists_of, real_blocks
 

@@ -33,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _block_dim
+from tsa_compile.kernels.launch import cdiv, tl, triton
 
 
 class Splitting(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels.launch import tl, triton
 
 CHUNK = 1024
 """Blocks of a row that a program looks at together."""

@@ -36,8 +36,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.flash import _aligned_rows
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.select import select_by_sorting, select_triton
 from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten
 from tsa_compile.kernels.sparse.vertical_slash import BLOCK, NONE, VerticalSlash

@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import (
     Tiles,
@@ -54,6 +53,7 @@ from tsa_compile.kernels.flash import (
     _tma_fits,
     _weigh,
 )
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.sparse.blocks import _listed_tiles
 
 BLOCK = 64

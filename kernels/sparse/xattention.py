@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, sums_triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.last_rows import _rows_of

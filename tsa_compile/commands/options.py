@@ -128,7 +128,7 @@ class SparseOptions:
         Raises:
             ConfigError, KernelError: a value, file, layer or kernel that is not allowed or not there.
         """
-        from tsa_compile.kernels import attend
+        from tsa_compile.kernels import registry
 
         base = TSAConfig() if self.config is None else _read_config(self.config)
         given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
@@ -141,8 +141,8 @@ class SparseOptions:
             check_calibration(chosen, source)
         config = base.replace(**changes)
         _check_layers(config, source)
-        if config.kernel != attend.AUTO:
-            attend.get(config.kernel)
+        if config.kernel != registry.AUTO:
+            registry.get(config.kernel)
         return config
 
     def check_model(self, model: Any) -> None:
