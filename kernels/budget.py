@@ -35,7 +35,8 @@ from torch import Tensor
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._aten import at_least
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels.kept import kept_of_share, never_dropped
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
 STEPS = 3
@@ -172,13 +173,9 @@ def kept_tokens(valid: int, window: int, coverage: float | None, keep_ratio: flo
 
     It does with a keep ratio, and where coverage has nothing to drop.
     """
-    window = min(window, valid)
-    candidates = valid - window
     if keep_ratio is not None:
-        ratio = KeepRatio(keep_ratio).fraction
-        keep = -(-candidates * ratio.numerator // ratio.denominator)
-        return min(max(keep, min_tokens), candidates) + window
-    return valid if not coverage or candidates <= min_tokens else None
+        return kept_of_share(valid, window, KeepRatio(keep_ratio).fraction, min_tokens)
+    return valid if not coverage or valid <= never_dropped(window, min_tokens) else None
 
 
 def budget_cuda(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:

@@ -20,14 +20,12 @@ n = 64K of 128K, Hs = H: 2.2 to 3.0 GiB, 0.6 to 0.8 ms at 4.2 TB/s.
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("compression").
 """
 
-# mypy: disallow-incomplete-defs=False
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import repeat_heads, slots_below, take_rows
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 FILLER_ROWS = 256
 """How many rows behind count are zeros: the widest key tile of an attention kernel, wherever it begins."""

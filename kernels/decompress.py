@@ -15,15 +15,13 @@ With n = count and e bytes per element, B H Dv e (L + n) bytes move. At H = 32, 
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 """
 
-# mypy: disallow-incomplete-defs=False
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 
 @triton.jit

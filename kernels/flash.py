@@ -23,21 +23,17 @@ H = 32, D = Dv = 128, n = 64K: 35 TFLOP.
 Method: FlashAttention-2, arXiv 2307.08691; the lag is FlashAttention-3's pipelining within a warpgroup, arXiv 2407.08608.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import row_alignment
-
-if TYPE_CHECKING:
-    from tsa_compile.kernels.attend import KernelRequest
+from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -368,7 +364,7 @@ def _launch(
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None) -> Tensor:
-    """The kernel as the registry of `attend` calls it."""
+    """The kernel as `attend` calls it."""
     with torch.cuda.device_of(query):
         return flash_triton(query, key, value, scale, count)
 
@@ -386,3 +382,7 @@ def supports(request: KernelRequest) -> str | None:
     if max(request.head_dim, request.value_head_dim) > MAX_HEAD_DIM:
         return f"takes heads of at most {MAX_HEAD_DIM}, not {request.head_dim} and {request.value_head_dim}"
     return None
+
+
+# Behind the others, which are faster where the host knows the count; what "auto" captures in a CUDA graph.
+KERNEL = AttentionKernel("triton", run=run, supports=supports, priority=-10, device_count=True)

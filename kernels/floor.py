@@ -43,7 +43,7 @@ from tsa_compile.kernels._aten import (
     slots_below,
     take_rows,
 )
-from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import row_alignment, rows_contiguous
 
 _LOG2_E = math.log2(math.e)

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels.attend import attend_aten, get
+from tsa_compile.kernels.attend import attend_aten
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
+from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting, select_triton
 

@@ -25,19 +25,13 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count
-from tsa_compile.kernels.attend import KernelRequest, choose
+from tsa_compile.kernels.registry import KernelRequest, choose
+from tsa_compile.kernels.sdpa import PRIORITY
 
 _CHUNK = 256
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's spans.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -167,6 +161,6 @@ def _shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | No
     query = query.unflatten(1, (-1, group)).flatten(2, 3)
     if allowed is not None:
         allowed = allowed.repeat(1, 1, group, 1)
-    with sdpa_kernel(_BACKENDS, set_priority=True):
+    with sdpa_kernel(list(PRIORITY), set_priority=True):
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
     return out.unflatten(2, (group, rows)).flatten(1, 2)

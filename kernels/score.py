@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
-from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
 SPLITS = 32

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, running_count
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 STEPS = 4
 BINS = 256

@@ -18,11 +18,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from torch.fx import GraphModule, Node
 
-from tsa_compile.config import Layers, TSAConfig
+from tsa_compile.config import Layers, TSAConfig, is_named, upper_half
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import Frame
 from tsa_compile.report import Reason
@@ -243,10 +242,10 @@ def select_layers(places: list[Place], config: TSAConfig) -> list[Reason | None]
 
 
 def _named(place: Place, layers: Layers) -> Reason | None:
-    if any(_matches(layer, place) for layer in layers):
+    if any(is_named(layer, place.number, place.names) for layer in layers):
         return None
     numbers = any(isinstance(layer, int) for layer in layers)
-    perhaps = any(fnmatchcase(name, layer) for name in place.possible for layer in layers if isinstance(layer, str))
+    perhaps = any(is_named(layer, None, place.possible) for layer in layers)
     unknown = perhaps or (numbers and place.number is None)
     return Reason.LAYER_COUNT_UNKNOWN if unknown else Reason.LAYER_NOT_SELECTED
 
@@ -254,13 +253,7 @@ def _named(place: Place, layers: Layers) -> Reason | None:
 def _upper_half(place: Place) -> Reason | None:
     if place.number is None or place.count is None:
         return Reason.LAYER_COUNT_UNKNOWN
-    return None if place.number >= place.count // 2 else Reason.LAYER_NOT_SELECTED
-
-
-def _matches(layer: int | str, place: Place) -> bool:
-    if isinstance(layer, int):
-        return layer == place.number
-    return any(fnmatchcase(name, layer) for name in place.names)
+    return None if place.number in upper_half(place.count) else Reason.LAYER_NOT_SELECTED
 
 
 def not_found(places: list[Place], config: TSAConfig, graph_module: GraphModule, frame: Frame | None) -> str | None:
@@ -269,21 +262,22 @@ def not_found(places: list[Place], config: TSAConfig, graph_module: GraphModule,
     A graph that is part of a model need not have them: they count as missing if no module of the model is named so. A
     stage of a pipeline has some of the layers too, so this is never an error.
     """
-    unused = [layer for layer in config.layers or () if not any(_matches(layer, place) for place in places)]
+    found = {layer for layer in config.layers or () for place in places if is_named(layer, place.number, place.names)}
+    unused = [layer for layer in config.layers or () if layer not in found]
     if not unused or not places:
         return None
     if not is_model(graph_module, frame):
-        unused = [layer for layer in unused if frame is not None and frame.outside and not _is_named(layer, frame)]
+        unused = [layer for layer in unused if frame is not None and frame.outside and not _is_outside(layer, frame)]
     if any(place.number is None for place in places):
         unused = [layer for layer in unused if isinstance(layer, str)]
     return f"layers={unused!r} not found: the attention calls here are {_present(places)}" if unused else None
 
 
-def _is_named(layer: int | str, frame: Frame) -> bool:
+def _is_outside(layer: int | str, frame: Frame) -> bool:
     if isinstance(layer, int):
         return any(str(layer) in name.split(".") for name in frame.outside)
     parts = (name.split(".") for name in frame.outside)
-    return any(fnmatchcase(".".join(part[start:]), layer) for part in parts for start in range(len(part)))
+    return is_named(layer, None, (".".join(part[start:]) for part in parts for start in range(len(part))))
 
 
 def _present(places: list[Place]) -> str:

@@ -28,8 +28,8 @@ from torch.fx import Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.errors import ConfigError, RewriteError
-from tsa_compile.kernels._triton import HAS_TRITON
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS, why_not
+from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.passes.graph import argument, fake, fake_mode
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima

@@ -5,7 +5,7 @@
 
 The order of the questions is the order of the reason codes: is the call of a known form, needs no gradient, has no
 dropout, attends to itself; is its mask causal; is its layer selected; can the kernels take it; is it long enough, which on
-a GPU means long enough to gain time there (costs.py). On a CPU correctness is the aim, and any length is compressed.
+a GPU means long enough to gain time there (costs/breakeven.py). On a CPU correctness is the aim: any length is compressed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, Layers, TSAConfig
+from tsa_compile.costs.breakeven import shortest
+from tsa_compile.costs.calls import SiteShape
+from tsa_compile.costs.devices import for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
-from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
+from tsa_compile.kernels.kept import never_dropped
+from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
+from tsa_compile.kernels.score import MAX_HEAD_DIM
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.costs import SiteShape, break_even
-from tsa_compile.passes.devices import for_device
 from tsa_compile.passes.frame import in_marked_range, splits_heads
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.layers import not_found, select_layers
@@ -32,7 +35,6 @@ from tsa_compile.passes.mask_info import MaskInfo, MaskKind
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
-MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _MASK_REASONS = {
@@ -216,26 +218,21 @@ def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
 def minimum_length(
     config: TSAConfig, device: torch.device, shape: SiteShape, sparse_layers: float = 0.5
 ) -> tuple[int | None, str]:
-    """The shortest length that is compressed, and what happens there; None if no length gains.
-
-    It is what the user says, else the length from which something can be dropped and that pays on the device.
-    """
+    """The shortest length that is compressed, and what happens there; None if no length gains."""
+    costs = for_device(device) if device.type == "cuda" and config.min_length is None else None
+    minimum = shortest(config, costs, shape, sparse_layers)
     if config.min_length is not None:
-        return config.min_length, "the configured min_length"
-    droppable = config.min_tokens + config.window + 1
-    if device.type == "cuda":
-        costs = for_device(device)
-        gaining = break_even(costs, shape, config, sparse_layers)
-        if gaining is None:
-            return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
-        if gaining > droppable:
-            return gaining, f"where the sparse path breaks even on {costs.name}"
-    return droppable, "where tokens can be dropped"
+        return minimum, "the configured min_length"
+    if costs is not None and minimum is None:
+        return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
+    if costs is not None and minimum != shortest(config, None, shape):
+        return minimum, f"where the sparse path breaks even on {costs.name}"
+    return minimum, "where tokens can be dropped"
 
 
 def all_kept_below(config: TSAConfig) -> int:
     """The length below which the sparse path keeps every token, and so computes what dense attention does."""
-    kept = config.min_tokens + config.window
+    kept = never_dropped(config.window, config.min_tokens)
     return 1 + (kept if config.capacity is None else min(kept, config.capacity))
 
 

@@ -1,6 +1,5 @@
 """Built-in shapes: their sizes, how they are built, what they need, and reports without weights."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsa_compile import Coverage, Reason, RewriteError, TSAConfig, TSAWarning, explain, shapes
+from tsa_compile.costs import memory, models
 from tsa_compile.errors import ConfigError, KernelError
-from tsa_compile.shapes import MemoryShortage, build, check_memory, explain_weightless, model_config, prefill_bytes, prompts
+from tsa_compile.shapes import build, explain_weightless, model_config, prompts
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -34,7 +34,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_the_published_ones(name):
-    assert shapes.weight_count(model_config(name)) == PUBLISHED[name]
+    assert memory.weight_count(model_config(name)) == PUBLISHED[name]
 
 
 def test_every_shape_is_held_against_a_published_count():
@@ -143,58 +143,18 @@ class Looks(torch.nn.Module):
 
 def test_a_model_that_looks_at_values_needs_weights(monkeypatch):
     auto = SimpleNamespace(from_config=lambda config, **options: Looks())
-    monkeypatch.setattr(shapes, "require_transformers", lambda: SimpleNamespace(AutoModelForCausalLM=auto))
+    monkeypatch.setattr(models, "require_transformers", lambda: SimpleNamespace(AutoModelForCausalLM=auto))
     with pytest.raises(RewriteError, match=r"Looks cannot be traced without weights .*--weights"):
         explain_weightless(None, 60, CONFIG)
-
-
-@pytest.mark.parametrize(("length", "measured"), [(8192, 1.9), (32768, 7.6), (131072, 30.6)])
-def test_a_prefill_needs_about_what_was_measured(length, measured):
-    """Peaks of eager prefills on an H200, in GiB: benchmarks/results/prefill.md."""
-    estimate = prefill_bytes(model_config("llama-3.1-8b"), torch.bfloat16, length) / 2**30
-    assert measured <= estimate <= 1.2 * measured
-
-
-def test_free_memory_of_this_machine():
-    free = shapes.free_bytes("cpu")
-    assert free is None or 2**20 < free < 2**50
-    assert shapes.free_bytes("meta") is None
-
-
-def test_memory_as_linux_says_it(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       100 kB\nMemFree:         10 kB\nMemAvailable:    70 kB\n")
-    assert shapes._available(meminfo) == 70 * 1024
-    assert shapes._available(tmp_path / "none") is None
-
-
-@pytest.mark.parametrize(("limit", "left"), [("1000", 1000 - 600 + 250), ("max", None), ("100", 0)])
-def test_memory_that_a_control_group_leaves(tmp_path, limit, left):
-    for name, text in {"max": limit, "current": "600", "stat": "anon 350\ninactive_file 250"}.items():
-        (tmp_path / f"memory.{name}").write_text(text + "\n")
-    assert shapes._group_left(tmp_path) == left
-    assert shapes._group_left(Path(tmp_path / "none")) is None
-
-
-def test_too_little_memory_is_said_with_sizes(monkeypatch):
-    config = model_config("llama-3.1-8b")
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: 17 * 2**30)
-    check_memory(config, torch.bfloat16, "cpu", 1024)
-    with pytest.raises(
-        MemoryShortage, match=r"about 17\.1 GiB .*15\.0 GiB of weights in bfloat16, 2\.1 GiB .* 17\.0 GiB are free"
-    ):
-        check_memory(config, torch.bfloat16, "cpu", 8192)
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: None)
-    check_memory(config, torch.bfloat16, "cpu", 8192)
 
 
 @pytest.mark.gpu
 def test_a_shape_on_the_gpu():
     config = model_config("small", layers=2)
-    before = shapes.free_bytes("cuda")
+    before = memory.free_bytes("cuda")
     model = build(config, "cuda", torch.bfloat16)
     ids = prompts(config, 1, 300, "cuda")
     found = explain_weightless(config, 300, CONFIG, device="cuda", dtype=torch.bfloat16)
     real = explain(model, input_ids=ids, attention_mask=torch.ones_like(ids), config=CONFIG)
     assert found.to_dict() == real.to_dict()
-    assert 0 < shapes.free_bytes("cuda") < before
+    assert 0 < memory.free_bytes("cuda") < before

@@ -12,7 +12,9 @@ is passed, as every tokenizer does. Speed is claimed on GPUs only: a CPU's figur
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,18 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.errors import ConfigError
-from tsa_compile.files import save_figure
-from tsa_compile.report import reports
+from tsa_compile.files import new_figure, save_figure
+from tsa_compile.progress import Progress
+from tsa_compile.report import as_text, reports
 from tsa_compile.shapes import prompts
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
-
-Progress = Callable[[str, int, int], None]
-"""Told (what comes next, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,10 @@ class Benchmark:
         _plot(self, path)
 
     def __str__(self) -> str:
-        head = ["", *(_length_words(length) for length in self.lengths)]
-        lines = [[self.words(mode), *(_cell(self.row(mode, length)) for length in self.lengths)] for mode in self.modes]
-        widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [head, *lines]
-        )
+        table = Table("", *map(_length_words, self.lengths), box=None, pad_edge=False, header_style="")
+        for mode in self.modes:
+            table.add_row(self.words(mode), *(_cell(self.row(mode, length)) for length in self.lengths))
+        return as_text(table)
 
 
 def bench(
@@ -134,17 +133,23 @@ def bench(
     """
     config = TSAConfig() if config is None else config
     lengths = check_request(lengths, modes, rounds)
-    call = {} if progress is None else {"progress": progress}
+    steps = 2 * len(modes)
     rows: list[Measurement] = []
     torch._dynamo.reset()
     try:
         # Every mode compiles the same code once or more: all of them count towards Dynamo's limit.
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8 * len(modes) * max(1, len(lengths))):
-            runs = {mode: _compiled(model, mode, config) for mode in modes}
+            calls = {mode: _compiled(model, mode, config) for mode in modes}
             for number, length in enumerate(lengths):
-                rows += _Length(model, length, batch, len(lengths) > 1, seed).measure(
-                    runs, rounds, done=number * 2 * len(modes), total=len(lengths) * 2 * len(modes), **call
-                )
+
+                def show(text: str, step: int, before: int = number * steps) -> None:
+                    if progress is not None:
+                        progress(text, before + step, len(lengths) * steps)
+
+                def inputs(turn: int, length: int = length) -> dict[str, Any]:
+                    return _inputs(model, batch, length, len(lengths) > 1, seed + turn)
+
+                rows += _rows([_Run(mode, call) for mode, call in calls.items()], length, inputs, rounds, show)
     finally:
         torch._dynamo.reset()
     return Benchmark(tuple(rows), _conditions(model, config, batch, rounds))
@@ -186,112 +191,105 @@ def _conditions(model: Any, config: TSAConfig, batch: int, rounds: int) -> dict[
     }
 
 
-class _Length:
-    """All modes at one length, which take turns."""
+def _inputs(model: Any, batch: int, length: int, dynamic: bool, seed: int) -> dict[str, Any]:
+    ids = prompts(model.config, batch, length, next(model.parameters()).device, seed)
+    mask = torch.ones_like(ids)
+    if dynamic:
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        torch._dynamo.maybe_mark_dynamic(mask, 1)
+    return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
 
-    def __init__(self, model: Any, length: int, batch: int, dynamic: bool, seed: int) -> None:
-        self.device = next(model.parameters()).device
-        self.model, self.length, self.batch, self.dynamic, self.seed = model, length, batch, dynamic, seed
-        self.times: dict[str, list[float]] = {}
-        self.peaks: dict[str, int] = {}
-        self.first: dict[str, float] = {}
-        self.sparse: dict[str, int] = {}
-        self.errors: dict[str, str] = {}
 
-    def measure(
-        self,
-        runs: dict[str, Callable[..., Any]],
-        rounds: int,
-        done: int,
-        total: int,
-        progress: Progress = lambda text, done, total: None,
-    ) -> list[Measurement]:
-        """First every mode's first call, then the turns."""
-        for mode, run in runs.items():
-            progress(f"{mode} at {_length_words(self.length)}: first call", done, total)
-            self._first_call(mode, run)
-            done += 1
-        while not self._enough(rounds):
-            turn = max((len(times) for times in self.times.values()), default=0)
-            names = list(self.times)
-            start = turn % len(names)
-            share = min(len(runs), int(len(runs) * turn / rounds))
-            progress(f"{_length_words(self.length)}: round {turn + 1}", done + share, total)
-            for mode in names[start:] + names[:start]:
-                self._turn(mode, runs[mode], turn)
-        progress(_length_words(self.length), done + len(runs), total)
-        return [self._row(mode, next(iter(runs))) for mode in runs]
+def _rows(
+    runs: list[_Run], length: int, inputs: Callable[[int], dict[str, Any]], rounds: int, show: Callable[[str, int], None]
+) -> list[Measurement]:
+    """All modes at one length: first every mode's first call, then they take turns, with other tokens in every round."""
+    words = _length_words(length)
+    for place, run in enumerate(runs):
+        show(f"{run.mode} at {words}: first call", place)
+        run.first(inputs(-1))
+    turn = 0
+    while any(run.wanting(rounds) for run in runs):
+        show(f"{words}: round {turn + 1}", len(runs) + min(len(runs), len(runs) * turn // rounds))
+        going = [run for run in runs if not run.error]
+        start = turn % len(going)
+        for run in going[start:] + going[:start]:
+            run.turn(inputs(turn))
+        turn += 1
+    show(words, 2 * len(runs))
+    return [run.row(length, runs[0]) for run in runs]
 
-    def _inputs(self, turn: int) -> dict[str, Any]:
-        """Other random tokens in every round."""
-        ids = prompts(self.model.config, self.batch, self.length, self.device, self.seed + turn)
-        mask = torch.ones_like(ids)
-        if self.dynamic:
-            torch._dynamo.maybe_mark_dynamic(ids, 1)
-            torch._dynamo.maybe_mark_dynamic(mask, 1)
-        return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
 
-    def _first_call(self, mode: str, run: Callable[..., Any]) -> None:
+@dataclass
+class _Run:
+    """One mode at one length, while it is measured."""
+
+    mode: str
+    call: Callable[..., Any]
+    times: list[float] = field(default_factory=list)
+    peak: int = 0
+    first_call_s: float = 0.0
+    sparse: int | None = None
+    error: str = ""
+
+    def first(self, inputs: dict[str, Any]) -> None:
+        """The call that compiles."""
         before = len(reports())
-        started = time.perf_counter()
-        if self._call(mode, run, -1) is None:
-            return
-        self.first[mode] = time.perf_counter() - started
-        self.times[mode] = []
+        self.first_call_s = self._ms(inputs) / 1e3
         made = reports()[before:]
-        if made and mode in ("exact", "sparse"):
-            self.sparse[mode] = sum(report.sparse for report in made)
+        if made and self.mode in ("exact", "sparse"):
+            self.sparse = sum(report.sparse for report in made)
 
-    def _turn(self, mode: str, run: Callable[..., Any], turn: int) -> None:
-        milliseconds = self._call(mode, run, turn)
-        if milliseconds is not None:
-            self.times[mode].append(milliseconds)
+    def turn(self, inputs: dict[str, Any]) -> None:
+        """One round."""
+        device = inputs["input_ids"].device
+        if device.type != "cuda":
+            self.times.append(self._ms(inputs))
+            return
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.times.append(self._ms(inputs))
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated(device) - before)
 
-    def _call(self, mode: str, run: Callable[..., Any], turn: int) -> float | None:
-        """Milliseconds of one prefill; None where memory ran out, which ends the mode at this length."""
-        cuda = self.device.type == "cuda"
-        inputs = self._inputs(turn)
+    def _ms(self, inputs: dict[str, Any]) -> float:
+        """Milliseconds of one prefill. Where memory runs out, that ends the mode at this length."""
         try:
-            if cuda:
-                torch.cuda.synchronize(self.device)
-                torch.cuda.reset_peak_memory_stats(self.device)
-                before = torch.cuda.memory_allocated(self.device)
-            started = time.perf_counter()
-            run(**inputs)
-            if cuda:
-                torch.cuda.synchronize(self.device)
-            milliseconds = 1e3 * (time.perf_counter() - started)
-            if cuda and turn >= 0:
-                peak = torch.cuda.max_memory_allocated(self.device) - before
-                self.peaks[mode] = max(self.peaks.get(mode, 0), peak)
-            return milliseconds
+            return elapsed_ms(lambda: self.call(**inputs), inputs["input_ids"].device)
         except torch.OutOfMemoryError as error:
-            self.errors[mode] = f"out of memory: {str(error).split('.')[0]}"
-            self.times.pop(mode, None)
+            self.error = f"out of memory: {str(error).split('.')[0]}"
         torch.cuda.empty_cache()  # outside of the handler, which holds the failed call's tensors
-        return None
+        return math.nan
 
-    def _enough(self, rounds: int) -> bool:
-        """Short calls are noisy: up to 20 of them, until each mode had 0.4 seconds."""
-        return all(
-            len(times) >= rounds and (len(times) >= 20 or sum(times) >= 400 or rounds == 1) for times in self.times.values()
-        )
+    def wanting(self, rounds: int) -> bool:
+        """Whether it needs another round. Short calls are noisy: up to 20 of them, until they had 0.4 seconds."""
+        enough = len(self.times) >= 20 or sum(self.times) >= 400 or rounds == 1
+        return not self.error and not (len(self.times) >= rounds and enough)
 
-    def _row(self, mode: str, base: str) -> Measurement:
-        if mode not in self.times:
-            return Measurement(mode, self.length, None, error=self.errors[mode])
-        times = self.times[mode]
-        middle = statistics.median(times)
+    def row(self, length: int, base: _Run) -> Measurement:
+        """What was measured; speed is relative to `base`."""
+        if self.error:
+            return Measurement(self.mode, length, None, error=self.error)
+        middle = statistics.median(self.times)
         return Measurement(
-            mode,
-            self.length,
+            self.mode,
+            length,
             round(middle, 3),
-            range_ms=(round(min(times), 3), round(max(times), 3)),
-            speed=round(statistics.median(self.times[base]) / middle, 4) if base in self.times else None,
-            peak_gib=round(self.peaks[mode] / 2**30, 3) if mode in self.peaks else None,
-            first_call_s=round(self.first[mode], 4),
-            sparse_calls=self.sparse.get(mode),
+            range_ms=(round(min(self.times), 3), round(max(self.times), 3)),
+            speed=None if base.error else round(statistics.median(base.times) / middle, 4),
+            peak_gib=round(self.peak / 2**30, 3) if self.peak else None,
+            first_call_s=round(self.first_call_s, 4),
+            sparse_calls=self.sparse,
         )
+
+
+def elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call, from an idle device to an idle device."""
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return 1e3 * (time.perf_counter() - started)
 
 
 def _budget_words(config: TSAConfig) -> str:
@@ -312,11 +310,7 @@ def _cell(row: Measurement) -> str:
 
 
 def _plot(result: Benchmark, path: str | Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need the package 'matplotlib': pip install matplotlib") from error
-    figure = Figure(figsize=(6, 4))
+    figure = new_figure(figsize=(6, 4))
     axes = figure.subplots()
     for mode in result.modes:
         rows = [result.row(mode, length) for length in result.lengths]

@@ -11,8 +11,9 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,8 @@ def _number(option: str, value: object, allowed: str) -> float:
     return number
 
 
-def _check_int(option: str, value: object, minimum: int, *, optional: bool = False) -> None:
+def check_int(option: str, value: object, minimum: int, *, optional: bool = False) -> None:
+    """Raises ConfigError unless `value` is an integer of at least `minimum`; a bool is none."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -149,12 +151,12 @@ class TSAConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))
         object.__setattr__(self, "layers", _layers(self.layers))
-        _check_int("window", self.window, 1)
-        _check_int("min_tokens", self.min_tokens, 0)
-        _check_int("capacity", self.capacity, 1, optional=True)
+        check_int("window", self.window, 1)
+        check_int("min_tokens", self.min_tokens, 0)
+        check_int("capacity", self.capacity, 1, optional=True)
         if self.capacity is not None and self.capacity < self.window:
             raise _reject("capacity", self.capacity, f"at least window={self.window}, which is always kept, or None")
-        _check_int("min_length", self.min_length, 1, optional=True)
+        check_int("min_length", self.min_length, 1, optional=True)
         if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise _reject("pool", self.pool, "an odd integer >= 1")
         if self.granularity not in GRANULARITIES:
@@ -233,6 +235,16 @@ class TSAConfig:
 
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(TSAConfig))
+
+
+def upper_half(count: int) -> range:
+    """The layers that are sparse where `layers` is None: the middle one of an odd number included."""
+    return range(count // 2, count)
+
+
+def is_named(layer: int | str, number: int | None, names: Iterable[str]) -> bool:
+    """Whether an entry of `layers` names a layer of this number, if it has one, with modules of these names."""
+    return layer == number if isinstance(layer, int) else any(fnmatchcase(name, layer) for name in names)
 
 
 def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -14,15 +14,16 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tsa_compile.errors import ConfigError, WriteError
 
 StrPath = str | os.PathLike[str]
+Parsed = TypeVar("Parsed")
 
 _PREFIX = ".tsa-"
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -62,6 +63,27 @@ def replacing(path: StrPath, *, folders: bool = False) -> Iterator[Path]:
                 _settle(file, target)
             for file in written:
                 os.replace(file, target.parent / file.name)
+
+
+def writable(path: StrPath, *suffixes: str) -> Path:
+    """Holds an output path against the disk before anything long is begun.
+
+    Raises:
+        ConfigError: no file can be written there, or its name does not end in one of `suffixes`.
+    """
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        problem = "it is a folder: name a file in it"
+    elif suffixes and target.suffix not in suffixes:
+        problem = f"its name must end in {' or '.join(suffixes)}"
+    elif not folder.is_dir():
+        problem = f"there is no folder {str(folder)!r}: create it, or name another"
+    elif not os.access(path if is_special(path) else folder, os.W_OK):  # files are written beside, and renamed
+        problem = "there is no permission: choose another path"
+    else:
+        return target
+    raise ConfigError(f"{str(path)!r} cannot be written: {problem}")
 
 
 def is_special(path: StrPath) -> bool:
@@ -113,6 +135,15 @@ class _Sink(io.RawIOBase):
         return 0
 
 
+def new_figure(**options: Any) -> Any:
+    """An empty figure of matplotlib; ImportError that says how to install it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need the package 'matplotlib': pip install matplotlib") from error
+    return Figure(**options)
+
+
 def save_figure(figure: Any, path: StrPath, **options: Any) -> None:
     """Writes a figure of matplotlib; see `replacing` for errors, to which a suffix that names no format adds."""
     with replacing(path) as beside:
@@ -120,6 +151,32 @@ def save_figure(figure: Any, path: StrPath, **options: Any) -> None:
             figure.savefig(beside, **options)
         except ValueError as error:
             raise ConfigError(f"{str(path)!r} cannot be written ({error}): choose another name, as figure.png") from error
+
+
+def load(path: StrPath, what: str, advice: str, parse: Callable[[Any], Parsed]) -> Parsed:
+    """What `parse` makes of a JSON file that should be `what`.
+
+    Raises:
+        ConfigError: it cannot be read, or `parse` refuses what it holds; the message names the file.
+    """
+    values = read_json(path, advice)
+    try:
+        return parse(values)
+    except ConfigError as error:
+        raise ConfigError(f"{str(path)!r} is not {what}: {error}") from error
+
+
+@contextmanager
+def reading(values: Any, form: str, advice: str, remedy: str) -> Iterator[None]:
+    """Inside, saved values are read: ConfigError where the format is another, or something is missing or not what it was."""
+    found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
+    if found != form:
+        raise ConfigError(f"found format {found!r}, expected {form!r}: {advice}")
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"a value is not what was saved ({why}): {remedy}") from error
 
 
 def read_json(path: StrPath, advice: str) -> Any:

@@ -88,11 +88,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _sizes(model: nn.Module) -> dict[str, int]:
-    """The sizes that a transformers configuration names; of a model with several, those of the text."""
+def text_config(model: nn.Module) -> Any:
+    """A transformers model's configuration, of one with several parts that of the text; None where there is none."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """The sizes that a transformers configuration names."""
+    config = text_config(model)
     named = {name: getattr(config, name, None) for name in _SIZES}
     return {name: size for name, size in named.items() if isinstance(size, int) and not isinstance(size, bool)}
 

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, score, select, sparse
+from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, registry, score, select, sparse
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -78,8 +78,8 @@ def run_passes(
                 f"skip_passes={name!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
             )
     for name in (config.kernel, config.dense_kernel):
-        if name not in (attend.AUTO, None):
-            attend.get(name)
+        if name not in (registry.AUTO, None):
+            registry.get(name)
     state = GraphState(config)
     original = copy.deepcopy(graph_module.graph)
     _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))

@@ -3,7 +3,6 @@
     config = model_config("llama-3.1-8b", layers=4)         a transformers configuration with the published sizes
     model = build(config, "cuda", torch.bfloat16)           weights made on the device, in that dtype
     explain_weightless(config, 32768)                       a report at any length, without any memory
-    check_memory(config, torch.bfloat16, "cuda", 32768)     before a model is built or loaded
 
 Sizes are those of the `config.json` files on the Hugging Face Hub (tests hold the number of parameters against the published
 one). Phi-3's positions are plain RoPE instead of the 128K model's LongRoPE, which changes factors but no size.
@@ -12,22 +11,17 @@ one). Phi-3's positions are plain RoPE instead of the 128K model's LongRoPE, whi
 from __future__ import annotations
 
 import difflib
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.models import causal_model, require_transformers
 from tsa_compile.errors import ConfigError, RewriteError, TSAError
-from tsa_compile.explain import explain
+from tsa_compile.explanation import explain
 from tsa_compile.passes.base import summary
 from tsa_compile.report import RewriteReport
-
-
-class MemoryShortage(TSAError, MemoryError):
-    """A model and its prefill are estimated to need more memory than a device has free."""
 
 
 def _llama3_rope(factor: float) -> dict[str, Any]:
@@ -126,18 +120,7 @@ def build(config: Any, device: Any = "cpu", dtype: torch.dtype = torch.float32, 
     """
     torch.manual_seed(seed)
     with torch.device(device):
-        return _from_config(config, dtype=dtype).eval()
-
-
-def _from_config(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
-    """A causal language model on the device of the context; ConfigError where the configuration is of something else."""
-    if trust_remote_code:
-        options["trust_remote_code"] = True
-    try:
-        return require_transformers().AutoModelForCausalLM.from_config(config, **options)
-    except ValueError as error:
-        name, why = type(config).__name__, re.split(r"[.:]\s", str(error))[0]  # a list of all models follows
-        raise ConfigError(f"no causal language model can be made of this {name}: {why}") from error
+        return causal_model(config, dtype=dtype).eval()
 
 
 def prompts(config: Any, count: int, length: int, device: Any = "cpu", seed: int = 0) -> torch.Tensor:
@@ -167,7 +150,7 @@ def explain_weightless(
     """
     with FakeTensorMode():
         with torch.device(device):
-            model = _from_config(model_config, trust_remote_code, dtype=dtype).eval()
+            model = causal_model(model_config, trust_remote_code, dtype=dtype).eval()
             ids = torch.zeros(batch, length, dtype=torch.int64)
             mask = torch.ones_like(ids)
         try:
@@ -179,98 +162,3 @@ def explain_weightless(
                 f"{type(model).__name__} cannot be traced without weights ({summary(error)}): load it and call "
                 "explain(model, ...), at the command line --weights"
             ) from error
-
-
-def weight_count(config: Any, trust_remote_code: bool = False) -> int:
-    """Parameters of the model of a configuration, shared ones once; no memory is needed."""
-    with torch.device("meta"):
-        model = _from_config(config, trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def prefill_bytes(config: Any, dtype: torch.dtype, length: int, batch: int = 1) -> int:
-    """About how much memory a dense prefill needs above the weights: the key-value cache and one layer's activations.
-
-    Without L x L masks and without logits but the last. On an H200 an 8B-shaped Llama's peak was 1.9 GiB at 8K tokens and
-    30.6 GiB at 128K (benchmarks/results/prefill.md); this says 2.1 and 33.5.
-    """
-    text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    cache = 2 * text.num_hidden_layers * kv_heads * head_dim
-    activations = 4 * hidden + 3 * intermediate + 2 * (heads + 2 * kv_heads) * head_dim
-    return batch * (length * (cache + activations) + text.vocab_size) * dtype.itemsize
-
-
-def free_bytes(device: Any) -> int | None:
-    """Memory that a device has free, in bytes; None where it cannot be told.
-
-    On CUDA also what PyTorch holds without using it. On Linux's CPU also what a control group allows.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return None
-    found = [size for size in (_available(), _group_left()) if size is not None]
-    return min(found, default=None)
-
-
-def check_memory(
-    config: Any, dtype: torch.dtype, device: Any, length: int, batch: int = 1, *, trust_remote_code: bool = False
-) -> None:
-    """Holds what a model and a dense prefill need against the free memory of a device.
-
-    Raises:
-        MemoryShortage: there is too little; the message says how much, and what would need less.
-    """
-    free = free_bytes(device)
-    if free is None:
-        return
-    weights = weight_count(config, trust_remote_code) * dtype.itemsize
-    work = prefill_bytes(config, dtype, length, batch)
-    if weights + work <= free:
-        return
-    raise MemoryShortage(
-        f"about {_gib(weights + work)} are needed on {device} ({_gib(weights)} of weights in "
-        f"{str(dtype).removeprefix('torch.')}, {_gib(work)} for a prefill of {batch} x {length} tokens), {_gib(free)} are "
-        "free: take fewer layers, a shorter length, a smaller batch or dtype, or another device"
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def _available(path: Path = Path("/proc/meminfo")) -> int | None:
-    """MemAvailable of the Linux kernel, in bytes."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(sizes[0][1]) * 1024 if sizes else None
-
-
-def _group_left(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a control group (version 2), a container for example, may still take, in bytes; caches it could drop count."""
-    try:
-        limit, current = ((folder / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    return max(0, int(limit) - int(current) + int(cached.get("inactive_file", 0)))
-
-
-def require_transformers() -> Any:
-    """The package; ImportError with the command that installs it where it is missing."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("models need the package 'transformers': pip install 'tsa-compile[transformers]'") from error
-    return transformers

@@ -19,8 +19,6 @@ sums have .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFL
 tiles that run together are neighbours (`_place`).
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -29,9 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _tma_fits
+from tsa_compile.kernels.launch import cdiv, tl, triton
 from tsa_compile.kernels.sparse.last_rows import _rows_of
 
 

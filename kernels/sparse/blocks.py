@@ -22,8 +22,6 @@ a density of 10 %: 14 TFLOP.
 Method: FlashAttention-2, arXiv 2307.08691, over lists of blocks as FlexAttention's, arXiv 2412.05496.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -32,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import (
     Tiles,
@@ -49,6 +46,7 @@ from tsa_compile.kernels.flash import (
     _tma_fits,
     _weigh,
 )
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 
 BLOCK = 128
 """Rows of a block, of queries and of keys."""

@@ -21,8 +21,6 @@ of an H200's time if all heads are query-aware, half as much if none is.
 Radix select as in Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 2012, by weight.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -30,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.last_rows import _rows_of
 
 STEPS, DIGITS = 8, 16

@@ -22,8 +22,6 @@ rows. There the heads of a group share a list, of 128 / (H / Hk) positions by as
 128 positions, as in the first version. Nor is there its correction for the blocks left out.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -31,9 +29,9 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _load_rows
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.lists import CHUNK, Lists, _write_list, empty_lists, forced, lists_of, real_blocks
 

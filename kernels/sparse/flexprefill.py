@@ -38,8 +38,6 @@ heads keep the least V and S. Of P the fewest that reach gamma are chosen, as in
 short; and bands start at multiples of 128 from the main diagonal also where n is no multiple.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -47,9 +45,9 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _load_rows
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.fewest import Search, _fewest, _threshold, search, splits_used, threshold_aten
 from tsa_compile.kernels.sparse.flashprefill import block_means

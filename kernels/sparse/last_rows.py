@@ -25,8 +25,6 @@ side. At H = 32, G = 8, D = 128, n = 128K: 137 GFLOP, 0.54 G exponentials, 0.27 
 bound by the softmax and by the turning through shared memory; sums have 34 MB.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -35,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import _block_dim
+from tsa_compile.kernels.launch import cdiv, tl, triton
 
 
 class Splitting(NamedTuple):

@@ -27,8 +27,6 @@ diagonals. There fewer than 100 diagonals are any of the nearest 100; here they 
 StreamingLLM, arXiv 2309.17453, with MInference's defaults: 128 sinks and a window of 3968.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import functools
@@ -38,8 +36,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.flash import _aligned_rows
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.select import select_by_sorting, select_triton
 from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten
 from tsa_compile.kernels.sparse.vertical_slash import BLOCK, NONE, VerticalSlash

@@ -28,8 +28,6 @@ Method: the vertical-slash kernel of MInference, arXiv 2407.02490. It lists tile
 farthest diagonal on; from the nearest on, it takes as many, and they can be shared.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -39,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.compress import row_alignment
 from tsa_compile.kernels.flash import (
     Tiles,
@@ -56,6 +53,7 @@ from tsa_compile.kernels.flash import (
     _tma_fits,
     _weigh,
 )
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, tl, triton
 from tsa_compile.kernels.sparse.blocks import _listed_tiles
 
 BLOCK = 64

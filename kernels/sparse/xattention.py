@@ -23,8 +23,6 @@ at stride 8 twice that; `_choose` reads .5 GB.
 XAttention, arXiv 2503.16428, with the defaults of its published code: stride 16, mass .9.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -32,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels.launch import HAS_TRITON, tl, triton
 from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, sums_triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.last_rows import _rows_of

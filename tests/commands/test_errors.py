@@ -11,6 +11,7 @@ from tsa_compile.commands import errors, texts
 from tsa_compile.commands.loading import Source
 from tsa_compile.commands.prompts import read
 from tsa_compile.config import Coverage, KeepRatio
+from tsa_compile.costs import memory
 from tsa_compile.errors import ConfigError
 
 from .support import QUICK, TINY, fails, run
@@ -167,18 +168,18 @@ def test_no_gpu(monkeypatch):
 )
 def test_too_little_memory_is_found_before_anything_is_built(arguments, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
     monkeypatch.setattr(shapes, "build", lambda *args: pytest.fail("it was built"))
     said = fails(1, *arguments, *TINY)
     assert "are needed on cpu" in said and "0.0 GiB are free: take fewer layers" in said
 
 
 def test_a_folder_is_loaded_through_the_hosts_memory(folder, monkeypatch):
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: 2**20 if str(device) == "cpu" else 2**40)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20 if str(device) == "cpu" else 2**40)
     config = shapes.model_config("tiny")
     of_shape = Source("tiny", None, config, torch.device("cuda"), torch.bfloat16)
     of_shape.check(100)
-    with pytest.raises(shapes.MemoryShortage, match="are needed on cpu"):
+    with pytest.raises(memory.MemoryShortage, match="are needed on cpu"):
         replace(of_shape, folder=folder).check(100)
 
 

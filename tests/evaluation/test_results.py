@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tsa_compile.costs.calls import SiteShape
 from tsa_compile.errors import ConfigError
-from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
+from tsa_compile.evaluation.outcomes import Cell, LayerRow, Timing
+from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.statistics import mcnemar
 from tsa_compile.evaluation.study import evaluate
 from tsa_compile.evaluation.tables import goal_table, keep_table, survival_table, time_table
 from tsa_compile.evaluation.timing import AttentionTimer, add_times
-from tsa_compile.passes.costs import SiteShape
 
 from .toys import Toy
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from tsa_compile.errors import ConfigError
+from tsa_compile.evaluation.outcomes import Cell, LayerRow, Timing
 from tsa_compile.evaluation.probe import Probe
-from tsa_compile.evaluation.results import Cell, LayerRow, Study, Timing
+from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.study import BLOCK, Plan, evaluate
 from tsa_compile.evaluation.tasks import IGNORED, VOCABULARY, generate
 

@@ -6,19 +6,10 @@ import pytest
 import torch
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels import attend as registry
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.attend import (
-    AttentionKernel,
-    KernelRequest,
-    attend,
-    attend_aten,
-    choose,
-    get,
-    names,
-    register,
-    unregister,
-)
+from tsa_compile.kernels.attend import attend, attend_aten
+from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose, get, names, register, unregister
+from tsa_compile.kernels.sdpa import plan_rows
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 REQUEST = KernelRequest("cpu", torch.float32, 64, 64, 8, 2)
@@ -234,8 +225,8 @@ def test_rounded_rows_are_cut_to_the_capacity_and_not_returned(own_kernel):
 
 
 def test_plan_grid_is_coarse_and_close():
-    grid = {registry._plan_rows(n) for n in range(1, 131073, 7)}
-    assert all(n <= registry._plan_rows(n) <= max(n + 255, n * 33 / 32) for n in range(1, 131073, 7))
+    grid = {plan_rows(n) for n in range(1, 131073, 7)}
+    assert all(n <= plan_rows(n) <= max(n + 255, n * 33 / 32) for n in range(1, 131073, 7))
     assert len(grid) < 350 and all(n % 256 == 0 for n in grid)
 
 

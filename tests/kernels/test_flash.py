@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.attend import KernelRequest
 from tsa_compile.kernels.flash import Tiles, _descriptor, _flash_kernel, _tiles, _tma_fits, flash_triton, run, supports
+from tsa_compile.kernels.registry import KernelRequest
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SENTINEL = 77.0

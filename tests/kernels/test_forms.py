@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels._triton import HAS_TRITON
 from tsa_compile.kernels.forms import FORMS
+from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.kernels.padded import padded_attention, spans
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting
 

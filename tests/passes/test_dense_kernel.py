@@ -6,7 +6,7 @@ import torch
 from tsa_compile import tsa_backend
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
-from tsa_compile.kernels import attend
+from tsa_compile.kernels import registry
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.report import Decision, Reason, reports
 from tsa_compile.testing import capture_all, count_ops
@@ -25,11 +25,11 @@ def calls():
 
     def run(query, key, value, scale):
         shapes.append(tuple(query.shape))
-        return attend.get("sdpa").run(query, key, value, scale)
+        return registry.get("sdpa").run(query, key, value, scale)
 
-    attend.register(attend.AttentionKernel("mine", run, lambda request: None, priority=-1))
+    registry.register(registry.AttentionKernel("mine", run, lambda request: None, priority=-1))
     yield shapes
-    attend.unregister("mine")
+    registry.unregister("mine")
 
 
 def graph_of(function, *arguments, passes):

@@ -5,8 +5,8 @@ import torch
 
 from tsa_compile import ConfigError, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
-from tsa_compile.kernels.attend import AttentionKernel, names, register, unregister
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, spans, spans_aten
+from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
 from tsa_compile.passes.lower import lower_program
 from tsa_compile.testing import count_ops
 

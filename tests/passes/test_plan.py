@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.costs import breakeven
+from tsa_compile.costs.breakeven import break_even, expected_share
+from tsa_compile.costs.calls import SiteShape
+from tsa_compile.costs.devices import H200
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
-from tsa_compile.passes import costs, plan
-from tsa_compile.passes.costs import SiteShape, break_even
-from tsa_compile.passes.devices import H200
+from tsa_compile.passes import plan
 from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Decision, Reason, reports
@@ -315,7 +317,7 @@ def test_on_a_gpu_it_is_also_where_the_site_gains(on_an_h200, monkeypatch):
     assert "NVIDIA H200" in why
     assert minimum_length(config.replace(min_tokens=100_000), CUDA, LLAMA)[0] > 100_128
     assert minimum_length(config.replace(min_length=7), CUDA, LLAMA)[0] == 7
-    monkeypatch.setattr(plan, "break_even", lambda *arguments: 256)
+    monkeypatch.setattr(breakeven, "break_even", lambda *arguments: 256)
     assert minimum_length(config, CUDA, LLAMA) == (1024 + 128 + 1, "where tokens can be dropped")
 
 
@@ -349,14 +351,14 @@ def test_a_site_that_never_gains_stays_dense(on_an_h200, budget):
 @pytest.mark.parametrize(("layers", "share"), [(None, 0.5), ([3], 0.25), ([0, 1, 2, 3], 1.0)])
 def test_the_share_of_sparse_layers_is_counted(on_an_h200, monkeypatch, layers, share):
     asked = []
-    monkeypatch.setattr(plan, "break_even", lambda costs, site, config, sparse_layers: asked.append(sparse_layers) or 1)
+    monkeypatch.setattr(breakeven, "break_even", lambda costs, site, config, sparse_layers: asked.append(sparse_layers) or 1)
     assert len(sparse_layers(Stack(4), SPARSE.replace(layers=layers))) == 4 * share == 4 * asked[0]
 
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.filterwarnings("ignore:no attention call")
 def test_a_symbolic_length_is_guarded_once_at_the_break_even_length(on_an_h200, monkeypatch):
-    monkeypatch.setattr(plan, "break_even", lambda *arguments: 48)
+    monkeypatch.setattr(breakeven, "break_even", lambda *arguments: 48)
     config = SPARSE.replace(layers=[0, 1, 2], compiler="eager")
     compiled = torch.compile(Stack(3), backend="tsa", options={"config": config})
     decisions = []
@@ -414,4 +416,4 @@ def test_shapes_of_sites_are_read_from_their_tensors():
     assert SiteShape.of(query, key, value, config) == SiteShape(2, 4, 2, 8, 6, 2, 4, grouped=False, counted=False)
     assert SiteShape.of(query, key, value, config.replace(granularity="group")).selections == 2
     assert SiteShape.of(query, key, value, config.replace(budget=Coverage())).counted
-    assert costs.expected_share(config.budget, 8) == 0.5
+    assert expected_share(config.budget, 8) == 0.5

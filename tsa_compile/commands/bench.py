@@ -8,11 +8,9 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.options import (
-    FIGURES,
     Batch,
-    Figure,
+    FigureOptions,
     ModelOptions,
-    OutputOptions,
     SparseOptions,
     command,
 )
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 def bench(
     model: ModelOptions,
     sparse: SparseOptions,
-    out: OutputOptions,
+    out: FigureOptions,
     lengths: Annotated[
         str | None, typer.Option("--lengths", help="Prompt lengths: 8K,32K. Default: 8K,32K on a GPU, 2K on a CPU.")
     ] = None,
@@ -57,7 +55,6 @@ def bench(
             "--compiler", help="What compiles the graphs. Default: inductor; on a CPU eager, which is quick to try."
         ),
     ] = None,
-    figure: Figure = None,
 ) -> None:
     """Time prefills: the model as it is, exact (masks proven causal are gone), and with sparse layers.
 
@@ -65,7 +62,6 @@ def bench(
     """
     tokens = None if lengths is None else texts.lengths(lengths)
     out.check()
-    output.writable(figure, *FIGURES)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         on_cpu = source.device.type == "cpu"
@@ -78,9 +74,7 @@ def bench(
         output.say(
             "note", f"speed is claimed on GPUs only: this CPU's figures (compiler {config.compiler}) show that all modes run"
         )
-    if figure is not None:
-        found.plot(figure)
-        output.say("note", f"wrote {figure}")
+    out.draw(found.plot)
     out.show(str(found), found.to_dict())
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import FIGURES, Batch, Figure, Length, ModelOptions, OutputOptions, command
+from tsa_compile.commands.options import Batch, FigureOptions, Length, ModelOptions, command
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrate import Calibration
+    from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
 
 _RANDOM = 2  # with random weights more prompts say nothing more
@@ -31,7 +31,7 @@ _RANDOM = 2  # with random weights more prompts say nothing more
 )
 def calibrate(
     model: ModelOptions,
-    out: OutputOptions,
+    out: FigureOptions,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -46,7 +46,6 @@ def calibrate(
     batch: Batch = 1,
     count: Annotated[int | None, typer.Option("--count", min=1, help="At most so many prompts of the file.")] = None,
     delta: Annotated[float, typer.Option("--delta", help="The share of the layers to be sparse, in (0, 1].")] = 0.5,
-    figure: Figure = None,
 ) -> None:
     """Measure how much every layer changes its input; the layers that change it least may be sparse.
 
@@ -54,7 +53,6 @@ def calibrate(
     """
     tokens = texts.length(length)
     out.check()
-    output.writable(figure, *FIGURES)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
@@ -66,14 +64,12 @@ def calibrate(
     found = _measure(loaded, chosen, delta, batch)
     if source.folder is None:
         output.say("note", "the weights are random: this shows how calibration runs, not which layers a trained model has")
-    if figure is not None:
-        found.plot(figure)
-        output.say("note", f"wrote {figure}")
+    out.draw(found.plot)
     out.show(_table(found, out.out), found.to_dict())
 
 
 def _measure(model: Any, chosen: Any, delta: float, batch: int) -> Calibration:
-    from tsa_compile.calibrate import calibrate as measure
+    from tsa_compile.calibration import calibrate as measure
 
     return measure(model, chosen, delta, batch_size=batch, progress=output.stderr().is_terminal)
 

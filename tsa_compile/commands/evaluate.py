@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import FIGURES, Figure, ModelOptions, OutputOptions, check_calibration, command
+from tsa_compile.commands.options import FigureOptions, ModelOptions, check_calibration, command
 from tsa_compile.config import Coverage
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -47,7 +48,7 @@ _ON_CPU: dict[str, Any] = {
 )
 def evaluate(
     model: ModelOptions,
-    out: OutputOptions,
+    out: FigureOptions,
     tasks: Annotated[
         str | None, typer.Option("--tasks", help="mqar, niah_single, niah_multikey, ... Default: all; niah_single on a CPU.")
     ] = None,
@@ -78,7 +79,6 @@ def evaluate(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="A file that keeps results after each cell, and from which to go on.")
     ] = None,
-    figure: Figure = None,
 ) -> None:
     """Compare methods on generated retrieval tasks, on the same samples: accuracy, kept shares, needle survival.
 
@@ -91,8 +91,8 @@ def evaluate(
     request |= {"samples": samples} if samples else {}
     request["question"] = ("last", "early") if question is Question.BOTH else str(question)
     out.check()
-    for path, endings in ((figure, FIGURES), (resume, ())):
-        output.writable(path, *endings)
+    if resume is not None:
+        writable(resume)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         request = (_ON_CPU if source.device.type == "cpu" else {}) | request
@@ -105,9 +105,7 @@ def evaluate(
     if hasattr(chosen, "check"):
         chosen.check(loaded)
     study = _study(loaded, getattr(chosen, "sparse_layers", chosen), resume, request)
-    if figure is not None:
-        study.figure(figure)
-        output.say("note", f"wrote {figure}")
+    out.draw(study.figure)
     out.show(str(study), study.to_dict())
 
 

@@ -13,7 +13,7 @@ from tsa_compile.errors import ConfigError
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
     from tsa_compile.config import TSAConfig
-    from tsa_compile.predict import Prediction
+    from tsa_compile.costs.predict import Prediction
     from tsa_compile.report import RewriteReport
 
 
@@ -67,7 +67,7 @@ def _prediction(source: Source, config: TSAConfig, length: int, batch: int, chos
     """None, with a note, for a model whose costs are not known: the report does not hang on them."""
     import torch
 
-    from tsa_compile.predict import predict
+    from tsa_compile.costs.predict import predict
 
     # A CPU's times are not predicted but a GPU's, which nobody would run in the float32 that a shape has on a CPU.
     as_it_is = chosen_dtype or source.folder is not None or source.device.type == "cuda"
@@ -91,7 +91,7 @@ def _report(source: Source, config: TSAConfig, length: int, batch: int) -> Rewri
 def _with_weights(source: Source, sparse: SparseOptions, config: TSAConfig, length: int, batch: int) -> RewriteReport:
     import torch
 
-    from tsa_compile.explain import explain as explain_model
+    from tsa_compile.explanation import explain as explain_model
     from tsa_compile.shapes import prompts
 
     model = source.load(length, batch)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from tsa_compile import shapes
+from tsa_compile.commands import texts
 from tsa_compile.commands.checkpoint import TOKENIZER, WEIGHTS, check_weights, why
-from tsa_compile.commands.options import check_folder
+from tsa_compile.costs import memory
+from tsa_compile.costs.models import require_transformers
 from tsa_compile.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,9 +38,9 @@ class Source:
     def check(self, length: int, batch: int = 1) -> None:
         """Raises MemoryShortage if the model and a prefill of this size do not fit the device's free memory."""
         trust = self.trust_remote_code
-        shapes.check_memory(self.config, self.dtype, self.device, length, batch, trust_remote_code=trust)
+        memory.check_memory(self.config, self.dtype, self.device, length, batch, trust_remote_code=trust)
         if self.folder is not None and self.device.type != "cpu":  # through which the weights of a folder are loaded
-            shapes.check_memory(self.config, self.dtype, "cpu", 1, trust_remote_code=trust)
+            memory.check_memory(self.config, self.dtype, "cpu", 1, trust_remote_code=trust)
 
     def load(self, length: int, batch: int = 1) -> Any:
         """The model, once it is clear that it fits, with a prefill of this size."""
@@ -99,7 +101,7 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: there is no such folder, or it holds no configuration of a causal language model.
     """
-    check_folder(folder)
+    texts.check_folder(folder)
     try:
         options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = _transformers().AutoConfig.from_pretrained(str(folder), **options)
@@ -153,7 +155,7 @@ def find_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
 def _transformers() -> Any:
     """The package without its bars and advice on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers = shapes.require_transformers()
+    transformers = require_transformers()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

@@ -22,6 +22,7 @@ from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
 from tsa_compile.config import MOST_LAYERS, TSAConfig
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -78,19 +79,10 @@ class ModelOptions:
             found = "both a folder and --shape" if self.folder is not None else "no model"
             raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
         if self.folder is not None:
-            check_folder(self.folder)  # before PyTorch is imported
+            texts.check_folder(self.folder)  # before PyTorch is imported
         from tsa_compile.commands.loading import source
 
         return source(self.folder, self.shape, self.layers, self.device, self.dtype, self.trust_remote_code)
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ConfigError where a folder is not there or is no model folder."""
-    if not folder.exists():
-        raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
-    if not (folder / "config.json").is_file():
-        what = "a folder without config.json" if folder.is_dir() else "a file"
-        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")
 
 
 @dataclass(frozen=True)
@@ -136,7 +128,7 @@ class SparseOptions:
         Raises:
             ConfigError, KernelError: a value, file, layer or kernel that is not allowed or not there.
         """
-        from tsa_compile.kernels import attend
+        from tsa_compile.kernels import registry
 
         base = TSAConfig() if self.config is None else _read_config(self.config)
         given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
@@ -149,8 +141,8 @@ class SparseOptions:
             check_calibration(chosen, source)
         config = base.replace(**changes)
         _check_layers(config, source)
-        if config.kernel != attend.AUTO:
-            attend.get(config.kernel)
+        if config.kernel != registry.AUTO:
+            registry.get(config.kernel)
         return config
 
     def check_model(self, model: Any) -> None:
@@ -203,7 +195,8 @@ class OutputOptions(ResultOptions):
 
     def check(self) -> None:
         """Raises ConfigError if `--out` cannot be written."""
-        output.writable(self.out)
+        if self.out is not None:
+            writable(self.out)
 
     def show(self, text: str, data: Any) -> None:
         """Writes a result, to the file first."""
@@ -212,11 +205,29 @@ class OutputOptions(ResultOptions):
         super().show(text, data)
 
 
+@dataclass(frozen=True)
+class FigureOptions(OutputOptions):
+    """How the result is shown, where it is kept, and where it is drawn."""
+
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Also draw a figure: .png, .svg or .pdf; needs matplotlib.")
+    ] = None
+
+    def check(self) -> None:
+        """Raises ConfigError if `--out` or `--figure` cannot be written."""
+        super().check()
+        if self.figure is not None:
+            writable(self.figure, ".png", ".svg", ".pdf")
+
+    def draw(self, plot: Callable[[Path], None]) -> None:
+        """Lets `plot` draw the figure, if one was asked for."""
+        if self.figure is not None:
+            plot(self.figure)
+            output.say("note", f"wrote {self.figure}")
+
+
 Length = Annotated[str, typer.Option("--length", help="Prompt length in tokens: 8192, or 8K.")]
-Lengths = Annotated[str, typer.Option("--lengths", help="Prompt lengths, with commas between them: 8K,32K.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, max=2**16, help="Prompts at once.")]
-Figure = Annotated[Path | None, typer.Option("--figure", help="Also draw a figure: .png, .svg or .pdf; needs matplotlib.")]
-FIGURES = (".png", ".svg", ".pdf")
 
 
 class Command(Protocol):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from tsa_compile import files
-from tsa_compile.errors import ConfigError
+from tsa_compile.progress import Progress, bar
 
 _PLAIN: dict[str, Any] = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
 _STYLES = {"error": "bold red", "warning": "yellow", "interrupted": "bold red", "note": "dim"}
@@ -57,28 +56,6 @@ def write(data: Any, path: Path) -> None:
     say("note", f"wrote {path}")
 
 
-def writable(path: Path | None, *suffixes: str) -> Path | None:
-    """Holds an output path against the disk before anything long is begun.
-
-    Raises:
-        ConfigError: no file can be written there, or its name does not end in one of `suffixes`.
-    """
-    if path is None:
-        return None
-    folder = path.parent
-    if path.is_dir():
-        problem = "it is a folder: name a file in it"
-    elif suffixes and path.suffix not in suffixes:
-        problem = f"its name must end in {' or '.join(suffixes)}"
-    elif not folder.is_dir():
-        problem = f"there is no folder {str(folder)!r}: create it, or name another"
-    elif not os.access(path if files.is_special(path) else folder, os.W_OK):  # files are written beside, and renamed
-        problem = "there is no permission: choose another path"
-    else:
-        return path
-    raise ConfigError(f"{str(path)!r} cannot be written: {problem}")
-
-
 @contextmanager
 def working(text: str) -> Iterator[None]:
     """A spinner on stderr while something of unknown length runs; nothing where stderr is no terminal."""
@@ -87,15 +64,8 @@ def working(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None]]:
+def steps() -> Iterator[Progress]:
     """A progress bar on stderr, as a function of (what comes next, steps done, steps in all); nothing without a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     console = stderr()
-    if not console.is_terminal:  # where rich would end the bar, though it was never drawn, by an empty line
-        yield lambda text, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+    with bar(console.is_terminal, console, transient=True) as show:
+        yield show

@@ -4,19 +4,21 @@
 coverage:0.005      Coverage(0.005)         keep:0.5           KeepRatio(0.5)
 15-30,31            layers by index         model.layers.1?.*  by pattern
 calibration.json    a calibration's         upper, none        the default; no layer
+models/my-llama     a model's folder
 """
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsa_compile.config import MOST_LAYERS, Budget, Coverage, KeepRatio, Layers
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrate import Calibration
+    from tsa_compile.calibration import Calibration
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -72,7 +74,7 @@ def layers(text: str) -> Layers | Calibration | None:
     Raises:
         ConfigError: neither, or a file that is no calibration.
     """
-    from tsa_compile.calibrate import PRESETS, Calibration
+    from tsa_compile.calibration import PRESETS, Calibration
 
     text = text.strip()
     if text == "upper":
@@ -107,3 +109,12 @@ def _run(part: str) -> range:
 def _number(digits: str) -> int:
     """An integer; of more digits than any limit here, which Python may refuse to read, one beyond all limits."""
     return int(digits) if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where a folder is not there or is no model folder."""
+    if not folder.exists():
+        raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
+    if not (folder / "config.json").is_file():
+        what = "a folder without config.json" if folder.is_dir() else "a file"
+        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")

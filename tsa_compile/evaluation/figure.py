@@ -7,9 +7,9 @@ from typing import Any
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.methods import parse
-from tsa_compile.evaluation.results import BASELINE, Study
+from tsa_compile.evaluation.outcomes import BASELINE, Outcomes, kept, pooled
 from tsa_compile.evaluation.statistics import wilson
-from tsa_compile.files import save_figure
+from tsa_compile.files import new_figure, save_figure
 
 _FAMILIES = {
     "coverage": ("Coverage", "tab:blue", "o"),
@@ -21,23 +21,19 @@ _FAMILIES = {
 }
 
 
-def draw(study: Study, path: str | os.PathLike[str], question: str = "last") -> None:
+def draw(study: Outcomes, path: str | os.PathLike[str], question: str = "last") -> None:
     """Writes the figure; the path's suffix is the image's format.
 
     Raises:
         ConfigError: there is nothing to draw, or the file cannot be written.
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the figure needs matplotlib: pip install matplotlib") from error
     question = question if question in study.names("question") else (study.names("question") or [""])[0]
     lengths = [length for length in study.names("length") if _points(study, length, question)]
     if not lengths:
         raise ConfigError("the study has no cells yet, so there is nothing to draw: run at least one method")
     timed = any(time.method != BASELINE for time in study.times)
-    figure = Figure(figsize=(1.5 + 3.5 * len(lengths), 6.5 if timed else 3.8), layout="constrained")
+    figure = new_figure(figsize=(1.5 + 3.5 * len(lengths), 6.5 if timed else 3.8), layout="constrained")
     panels = figure.subplots(1 + timed, len(lengths), squeeze=False, sharey=True)
     for column, length in enumerate(lengths):
         points = _points(study, length, question)
@@ -54,18 +50,18 @@ def draw(study: Study, path: str | os.PathLike[str], question: str = "last") -> 
     save_figure(figure, path, dpi=150)
 
 
-def _points(study: Study, length: int, question: str) -> dict[str, tuple[float, Any]]:
+def _points(study: Outcomes, length: int, question: str) -> dict[str, tuple[float, Any]]:
     """For each method the kept share, and its accuracy over all tasks' samples."""
     points = {}
     for method in study.names("method"):
         cells = study.select(length=length, method=method, question=question)
         if cells:
-            right = [outcome for cell in cells for outcome in cell.right]
-            points[method] = (sum(cell.keep for cell in cells) / len(cells), wilson(sum(right), len(right)))
+            right = pooled(cells)
+            points[method] = (kept(cells), wilson(sum(right), len(right)))
     return points
 
 
-def _speeds(study: Study, length: int) -> dict[str, float]:
+def _speeds(study: Outcomes, length: int) -> dict[str, float]:
     times = {time.method: time.attention_ms for time in study.times if time.length == length}
     dense = times.get(BASELINE)
     return {name: dense / ms for name, ms in times.items()} if dense else {}

@@ -25,9 +25,14 @@ length.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from tsa_compile.backend import tsa_backend
 from tsa_compile.config import Budget, Coverage, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.probe import Compiler, Probe
@@ -105,3 +110,19 @@ def parse(name: str) -> Method:
 def standard() -> tuple[Method, ...]:
     """The methods of the study, the most useful first."""
     return tuple(map(parse, STANDARD))
+
+
+def compiled(model: nn.Module, config: TSAConfig) -> Callable[[Tensor, int | Tensor], Any]:
+    """The model under a configuration, for inputs of one shape: of tokens [B, L], and of the positions that need logits.
+
+    Dynamo forgets what it compiled before: graphs of earlier methods would count against its limit.
+    """
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"config": config}
+    function = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
+
+    def call(tokens: Tensor, logits_to_keep: int | Tensor) -> Any:
+        with torch.inference_mode():
+            return function(input_ids=tokens, use_cache=False, logits_to_keep=logits_to_keep)
+
+    return call

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsa_compile.backend import tsa_backend
+from tsa_compile.config import check_int, upper_half
 from tsa_compile.drift import PROBE, find_layers
 from tsa_compile.errors import ConfigError
-from tsa_compile.evaluation.methods import STANDARD, Method, parse
+from tsa_compile.evaluation.methods import STANDARD, Method, compiled, parse
+from tsa_compile.evaluation.outcomes import Cell, LayerRow
 from tsa_compile.evaluation.probe import Selection
-from tsa_compile.evaluation.results import Cell, LayerRow, Study
+from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.tasks import IGNORED, QUESTIONS, TASKS, VOCABULARY, Samples, check, generate
-from tsa_compile.fingerprint import Fingerprint
+from tsa_compile.fingerprint import Fingerprint, text_config
+from tsa_compile.progress import bar
 from tsa_compile.report import Decision, reports
 
 LENGTHS = (4096, 8192, 16384)
@@ -104,15 +106,15 @@ def evaluate(
     if todo:
         study = replace(study, notes=_notes(plan, subject, study.notes))
     runner: Runner | None = None
-    with _Progress(len(todo), enabled=progress) as bar:
-        for length, method, asked, task in todo:
-            bar.describe(f"{length:,} tokens, {method.name}, {task}, question {asked}")
+    with bar(progress) as show:
+        for done, (length, method, asked, task) in enumerate(todo):
+            show(f"{length:,} tokens, {method.name}, {task}, question {asked}", done, len(todo))
             if runner is None or runner.key != (method.name, length):
                 runner = Runner(subject, method, length, plan.batch(length))
             study = study.with_cell(_run_cell(runner, plan, task, asked))
             if resume is not None:
                 study.save(resume)
-            bar.advance()
+        show("done", len(todo), len(todo))
     return study
 
 
@@ -142,7 +144,7 @@ class Subject:
         with torch.inference_mode(False), torch.no_grad():
             stack = find_layers(model, torch.zeros(1, PROBE, dtype=torch.long, device=device))
         count = len(stack.layers)
-        chosen = tuple(range(count // 2, count)) if layers is None else tuple(sorted(set(layers)))
+        chosen = tuple(upper_half(count) if layers is None else sorted(set(layers)))
         if not chosen or chosen[0] < 0 or chosen[-1] >= count:
             raise ConfigError(
                 f"layers={list(chosen)} is not allowed: {name} has the layers 0..{count - 1}; name some of them"
@@ -151,10 +153,7 @@ class Subject:
 
 
 def _check_sizes(model: nn.Module, longest: int) -> None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    tokens, positions = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    tokens, positions = (getattr(text_config(model), name, None) for name in ("vocab_size", "max_position_embeddings"))
     if tokens is not None and tokens < VOCABULARY:
         raise ConfigError(f"the model knows {tokens} tokens, the tasks use {VOCABULARY}: evaluate a model that has as many")
     if positions is not None and positions < longest:
@@ -174,9 +173,8 @@ def _plan(
     for name, value in (("methods", methods), ("tasks", tasks), ("lengths", lengths), ("question", questions)):
         if isinstance(value, str) or not len(value):
             raise ConfigError(f"{name}={value!r} is not allowed: it must be a list with at least one of them")
-    for name, number in (("samples", samples), ("batch_tokens", batch_tokens)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ConfigError(f"{name}={number!r} is not allowed: it must be an integer >= 1")
+    check_int("samples", samples, 1)
+    check_int("batch_tokens", batch_tokens, 1)
     for task in tasks:
         for length in lengths:
             for asked in questions:
@@ -233,9 +231,7 @@ class Runner:
         self.sparse = method.layers(subject.layers)
         self.probe = method.probe()
         config = method.config(length, subject.layers).replace(compiler=self.probe)
-        torch._dynamo.reset()  # graphs of earlier methods would count against Dynamo's limit
-        options: dict[str, Any] = {"config": config}
-        self._call = torch.compile(subject.model, backend=tsa_backend, dynamic=False, options=options)
+        self._call = compiled(subject.model, config)
         self._checked = False
 
     def run(self, samples: Samples) -> tuple[Tensor, Tensor, list[Selection]]:
@@ -265,8 +261,7 @@ class Runner:
 
     def _logits(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         try:
-            with torch.inference_mode():
-                return self._call(input_ids=tokens, use_cache=False, logits_to_keep=wanted).logits
+            return self._call(tokens, wanted).logits
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"{self.batch} x {self.length} tokens do not fit {self.device}: lower batch_tokens") from error
 
@@ -337,28 +332,3 @@ def _layer_rows(runner: Runner, right: Tensor, kept: list[Tensor], survived: lis
             )
         )  # fmt: skip
     return tuple(rows)
-
-
-class _Progress:
-    """A progress bar over cells, on stderr, or none."""
-
-    def __init__(self, total: int, *, enabled: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def describe(self, text: str) -> None:
-        self._bar.update(self._task, description=text)
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)

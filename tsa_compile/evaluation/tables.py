@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.evaluation.methods import parse
-from tsa_compile.evaluation.results import BASELINE, Cell, LayerRow, Study
+from tsa_compile.evaluation.outcomes import BASELINE, Cell, LayerRow, Outcomes, kept, pooled
 from tsa_compile.evaluation.statistics import Comparison
 
 LEVEL = 0.05  # of McNemar's tests, divided by the number of comparisons in a table (Bonferroni)
 _WHERE = {"last": "question last", "early": "question before the scoring window (a stress test)"}
 
 
-def accuracy_tables(study: Study) -> str:
+def accuracy_tables(study: Outcomes) -> str:
     """A table for each question and length: methods by tasks, and the difference to dense."""
     parts = [_accuracy(study, question, length) for question in study.names("question") for length in study.names("length")]
     legend = (
@@ -26,7 +26,7 @@ def accuracy_tables(study: Study) -> str:
     return "\n\n".join([*filter(None, parts), legend])
 
 
-def _accuracy(study: Study, question: str, length: int) -> str:
+def _accuracy(study: Outcomes, question: str, length: int) -> str:
     methods = [name for name in study.names("method") if study.select(length=length, method=name, question=question)]
     if not methods:
         return ""
@@ -34,29 +34,28 @@ def _accuracy(study: Study, question: str, length: int) -> str:
     level = LEVEL / max(1, len(tasks) * (len(methods) - 1))
     for method in methods:
         cells = {cell.task: cell for cell in study.select(length=length, method=method, question=question)}
-        kept = _percent(statistics.fmean(cell.keep for cell in cells.values()))
         entries = [_entry(study, [cells[task]], level) if task in cells else "" for task in tasks]
-        rows.append([method, kept, *entries, *_all(study, list(cells.values()))])
+        rows.append([method, _percent(kept(cells.values())), *entries, *_all(study, list(cells.values()))])
     header = ["method", "kept", *tasks, "all", "difference to dense [95%]", "p"]
     samples = study.conditions.get("samples", "?")
     return f"**{length:,} tokens, {_WHERE.get(question, question)}**, {samples} samples a cell\n\n{_markdown(header, rows)}"
 
 
-def _entry(study: Study, cells: list[Cell], level: float) -> str:
+def _entry(study: Outcomes, cells: list[Cell], level: float) -> str:
     """Accuracy, with the difference to dense where there is one to compare with."""
-    right = [outcome for cell in cells for outcome in cell.right]
-    text = f"{100 * sum(right) / len(right):.1f}"
-    found = None if cells[0].method == BASELINE else study.against_dense(cells)
-    if found is None:
-        return text
-    return f"{text} ({100 * found.difference:+.1f}){'*' if found.p_value < level else ''}"
+    text, found = _compared(study, cells)
+    return text if found is None else f"{text} ({100 * found.difference:+.1f}){'*' if found.p_value < level else ''}"
 
 
-def _all(study: Study, cells: list[Cell]) -> list[str]:
-    right = [outcome for cell in cells for outcome in cell.right]
-    accuracy = f"{100 * sum(right) / len(right):.1f}"
+def _all(study: Outcomes, cells: list[Cell]) -> list[str]:
+    text, found = _compared(study, cells)
+    return [text, *(["", ""] if found is None else [_difference(found), _p_value(found.p_value)])]
+
+
+def _compared(study: Outcomes, cells: list[Cell]) -> tuple[str, Comparison | None]:
+    right = pooled(cells)
     found = None if cells[0].method == BASELINE else study.against_dense(cells)
-    return [accuracy, *(["", ""] if found is None else [_difference(found), _p_value(found.p_value)])]
+    return f"{100 * sum(right) / len(right):.1f}", found
 
 
 def _difference(found: Comparison) -> str:
@@ -70,10 +69,10 @@ def _p_value(value: float) -> str:
 def _asked(method: str, cells: Sequence[Cell]) -> float:
     """The keep ratio that was asked for, the scoring window's tokens apart; what was kept if none was."""
     budget = parse(method).budget
-    return budget.ratio if isinstance(budget, KeepRatio) else statistics.fmean(cell.keep for cell in cells)
+    return budget.ratio if isinstance(budget, KeepRatio) else kept(cells)
 
 
-def goal_table(study: Study, keep: float = 0.7, points: float = 1.0) -> str:
+def goal_table(study: Outcomes, keep: float = 0.7, points: float = 1.0) -> str:
     """Which methods with a keep ratio of at most `keep` lose at most `points`, question last: in each task and in all."""
     rows = []
     for length in study.names("length"):
@@ -87,15 +86,20 @@ def goal_table(study: Study, keep: float = 0.7, points: float = 1.0) -> str:
             losses = {cell.task: -100 * item.difference for cell, item in zip(cells, found, strict=True) if item is not None}
             worst = max(losses, key=lambda task: losses[task])
             within = sum(loss <= points for loss in losses.values())
-            kept = _percent(statistics.fmean(cell.keep for cell in cells))
             proven = "yes" if 100 * whole.low >= -points else "no"
-            row = [f"{length:,}", method, kept, f"{within} of {len(losses)}", f"{worst} ({-losses[worst]:+.1f})"]
+            row = [
+                f"{length:,}",
+                method,
+                _percent(kept(cells)),
+                f"{within} of {len(losses)}",
+                f"{worst} ({-losses[worst]:+.1f})",
+            ]
             rows.append([*row, _difference(whole), proven])
     header = ["length", "method", "kept", f"tasks within {points:g} point", "worst task", "all [95%]", "interval within"]
     return _markdown(header, rows) if rows else ""
 
 
-def keep_table(study: Study) -> str:
+def keep_table(study: Outcomes) -> str:
     """The realised share of kept tokens for each sparse layer: the mean over tasks, the least and the most of a sample."""
 
     def entry(rows: list[LayerRow]) -> str:
@@ -109,7 +113,7 @@ def keep_table(study: Study) -> str:
     return _layer_table(study, entry)
 
 
-def survival_table(study: Study) -> str:
+def survival_table(study: Outcomes) -> str:
     """The share of evidence tokens that each sparse layer selects: of all samples, and of those answered wrong."""
 
     def entry(rows: list[LayerRow]) -> str:
@@ -120,7 +124,7 @@ def survival_table(study: Study) -> str:
     return _layer_table(study, entry)
 
 
-def _layer_table(study: Study, entry: Callable[[list[LayerRow]], str]) -> str:
+def _layer_table(study: Outcomes, entry: Callable[[list[LayerRow]], str]) -> str:
     """A row for each question, length and sparse method, a column for each layer that is sparse in any."""
     layers = sorted({row.layer for cell in study.cells for row in cell.layers})
     rows = []
@@ -134,7 +138,7 @@ def _layer_table(study: Study, entry: Callable[[list[LayerRow]], str]) -> str:
     return _markdown(["question", "length", "method", *(f"layer {layer}" for layer in layers)], rows)
 
 
-def time_table(study: Study) -> str:
+def time_table(study: Outcomes) -> str:
     """Attention, its prediction and the prefill, in milliseconds and relative to dense at the same length."""
     base = {time.length: time for time in study.times if time.method == BASELINE}
     rows = []
@@ -153,7 +157,7 @@ def _relative(value: float | None, dense: float | None) -> str:
     return f"{value:.2f}" + (f" ({value / dense:.2f}x)" if dense else "")
 
 
-def report(study: Study) -> str:
+def report(study: Outcomes) -> str:
     """All tables, with what they show."""
     conditions = {name: value for name, value in {**study.conditions, **study.notes}.items() if name != "model"}
     model = study.conditions.get("model", {})

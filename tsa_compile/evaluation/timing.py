@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from tsa_compile.backend import _dense_kernels, tsa_backend
+from tsa_compile.backend import _dense_kernels
+from tsa_compile.bench import elapsed_ms
 from tsa_compile.config import TSAConfig
-from tsa_compile.evaluation.methods import Method, parse
-from tsa_compile.evaluation.results import Study, Timing
+from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.devices import for_device
+from tsa_compile.evaluation.methods import Method, compiled, parse
+from tsa_compile.evaluation.outcomes import Timing, kept
+from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.tasks import generate
-from tsa_compile.passes.costs import SiteShape, dense_ms, sparse_ms
-from tsa_compile.passes.devices import for_device
 
 _ATTENTION = (
     torch.nn.functional.scaled_dot_product_attention, torch.ops.tsa.padded_attention.default,
@@ -79,19 +80,7 @@ class _Timed(Interpreter):
 def _milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """The mean time of a call among `repeats` in a row, after one that warms up."""
     call()
-    if device.type != "cuda":
-        started = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return 1e3 * (time.perf_counter() - started) / repeats
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / repeats
+    return elapsed_ms(lambda: [call() for _ in range(repeats)], device) / repeats
 
 
 def add_times(
@@ -135,17 +124,17 @@ def _attention(
     """All layers' attention, the mean over one batch of every task."""
     config = method.config(length, layers)
     timer = AttentionTimer(config, repeats)
-    call = _compiled(model, config.replace(compiler=timer, skip_passes=["Decompose"]))
+    call = compiled(model, config.replace(compiler=timer, skip_passes=["Decompose"]))
     totals = []
     for place, task in enumerate(study.names("task")):
         tokens = _tokens(model, task, length, batch)
         if place == 0:
-            call(tokens)
+            call(tokens, 1)
         timer.clear()
-        call(tokens)
+        call(tokens, 1)
         totals.append(sum(timer.ms))
     cells = [cell for cell in study.cells if (cell.length, cell.method) == (length, method.name)]
-    keep = statistics.fmean(cell.keep for cell in cells)
+    keep = kept(cells)
     device = next(model.parameters()).device
     return Timing(
         method=method.name, length=length, batch=batch, attention_ms=round(statistics.fmean(totals), 4), prefill_ms=None,
@@ -166,30 +155,10 @@ def _predicted(sites: list[tuple[SiteShape, bool]], device: torch.device, length
 
 def _prefill(model: nn.Module, config: TSAConfig, length: int, batch: int, repeats: int) -> float:
     """Median milliseconds of the whole compiled model, with the logits of the last token."""
-    call = _compiled(model, config)
+    call = compiled(model, config)
     tokens = _tokens(model, "mqar", length, batch)
-    device = tokens.device
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    times = []
-    for _ in range(repeats + 2):
-        wait()
-        started = time.perf_counter()
-        call(tokens)
-        wait()
-        times.append(1e3 * (time.perf_counter() - started))
+    times = [elapsed_ms(lambda: call(tokens, 1), tokens.device) for _ in range(repeats + 2)]
     return round(statistics.median(times[2:]), 4)
-
-
-def _compiled(model: nn.Module, config: TSAConfig) -> Callable[[Tensor], Any]:
-    torch._dynamo.reset()
-    options: dict[str, Any] = {"config": config}
-    compiled = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
-
-    def call(tokens: Tensor) -> Any:
-        with torch.inference_mode():
-            return compiled(input_ids=tokens, use_cache=False, logits_to_keep=1)
-
-    return call
 
 
 def _tokens(model: nn.Module, task: str, length: int, batch: int) -> Tensor:

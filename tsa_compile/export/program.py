@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.calls import SiteShape
 from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.passes.base import CallPlan, PassResult, summary
-from tsa_compile.passes.costs import SiteShape
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
@@ -123,6 +123,14 @@ def _free_sizes(program: ExportedProgram) -> set[str]:
         shape = getattr(fake(node), "shape", ())
         free.update(f"{node.name}:{dim}" for dim, size in enumerate(shape) if not str(size).isdigit())
     return free
+
+
+def bounds(program: ExportedProgram, size: int | torch.SymInt) -> tuple[int, int]:
+    """The smallest and the largest value that a size of a program's inputs may have."""
+    if isinstance(size, int):
+        return size, size
+    extents = program.range_constraints[size.node.expr]
+    return int(extents.lower), int(extents.upper)
 
 
 class _Example:

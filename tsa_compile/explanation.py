@@ -12,9 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.devices import DeviceCosts, costs_of
+from tsa_compile.costs.expected import with_expectations
 from tsa_compile.errors import TSAWarning
-from tsa_compile.expected import costs_of, with_expectations
-from tsa_compile.passes.devices import DeviceCosts
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import RewriteReport
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tsa_compile import ConfigError, Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
-from tsa_compile.passes.devices import H200
+from tsa_compile.costs.devices import H200
 
 from .support import Attention, Stack, heads, mixed_padding, tiny, tokens
 

@@ -21,6 +21,7 @@ FULL = "full_attention"
 WINDOWED = ("sliding_attention", "chunked_attention")
 _LOCAL = {"global": FULL, "local": "sliding_attention"}  # GPT-Neo's names
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_k")
+_REFUSED = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError)  # the causes are many
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+\.)?")
 
 
@@ -75,11 +76,12 @@ def anatomy(model_config: Any, dtype: torch.dtype | str | None = None) -> ModelS
             f"model_config is {type(model_config).__name__}: pass a transformers configuration, as in model.config"
         )
     config = copy.deepcopy(model_config.get_text_config())
-    model = _built(config)
+    with torch.device("meta"):
+        model = causal_model(config, refused=_REFUSED, attn_implementation="eager")
     layers = _layer_list(model, config)
     names = {layer: name for name, layer in model.named_modules()}
     kinds = _kinds(config, len(layers))
-    hidden, heads, kv_heads, head_dim, value_head_dim = _attention(config)
+    hidden, heads, kv_heads, head_dim, value_head_dim = attention_sizes(config)
     experts = next((value for name in _ACTIVE_EXPERTS if isinstance(value := getattr(config, name, None), int)), None)
     found = []
     for layer, kind in zip(layers, kinds, strict=True):
@@ -90,15 +92,32 @@ def anatomy(model_config: Any, dtype: torch.dtype | str | None = None) -> ModelS
     return ModelSizes(type(model).__name__, tuple(found), 0 if head is None else head.weight.numel(), _dtype(dtype, config))
 
 
-def _built(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+def causal_model(
+    config: Any, trust_remote_code: bool = False, refused: tuple[type[Exception], ...] = (ValueError,), **options: Any
+) -> Any:
+    """A causal language model with random weights, on the device of the context.
 
+    Args:
+        refused: what transformers raises where the configuration is of something else; it becomes a ConfigError.
+        options: of transformers' `from_config`.
+    """
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    transformers = require_transformers()
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
-        text = str(error).partition("\n")[0][:200]
-        raise ConfigError(f"no causal language model can be made of this {type(config).__name__}: {text}") from error
+        return transformers.AutoModelForCausalLM.from_config(config, **options)
+    except refused as error:
+        why = str(error).partition("\n")[0][:200]  # a list of all models follows
+        raise ConfigError(f"no causal language model can be made of this {type(config).__name__}: {why}") from error
+
+
+def require_transformers() -> Any:
+    """The package; ImportError with the command that installs it where it is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("models need the package 'transformers': pip install 'tsa-compile[transformers]'") from error
+    return transformers
 
 
 def _layer_list(model: nn.Module, config: Any) -> list[nn.Module]:
@@ -123,7 +142,7 @@ def _kinds(config: Any, count: int) -> Sequence[str]:
     return [WINDOWED[0] if windowed else FULL] * count
 
 
-def _attention(config: Any) -> tuple[int, int, int, int, int]:
+def attention_sizes(config: Any) -> tuple[int, int, int, int, int]:
     """Hidden size, heads, heads of key and value, head size, head size of value."""
     hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads):

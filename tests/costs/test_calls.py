@@ -12,27 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
-from tsa_compile.passes import costs
-from tsa_compile.passes.costs import (
+from tsa_compile.costs import breakeven
+from tsa_compile.costs.breakeven import LONGEST, MARGIN, break_even, expected_share, gains, kept_share, largest_share
+from tsa_compile.costs.calls import (
     KEPT,
     LENGTH,
-    LONGEST,
-    MARGIN,
     RestShape,
     SiteShape,
-    break_even,
     dense_ms,
     dense_work,
-    expected_share,
-    fit_attention,
-    gains,
-    kept_share,
-    largest_share,
     rest_work,
+    slowness,
     sparse_ms,
     sparse_work,
 )
-from tsa_compile.passes.devices import H100, H200, for_device
+from tsa_compile.costs.devices import H100, H200, for_device
 
 K = 1024
 LLAMA = SiteShape(1, 32, 8, 128, 128, itemsize=2, window=128, counted=False)
@@ -57,6 +51,19 @@ ATTENTION = list(DENSE.items()) + [
 
 def steps(site, length, keep):
     return {name: float(w.ms.subs({LENGTH: length, KEPT: keep})) for name, w in sparse_work(site, H200).items()}
+
+
+def fit_attention(site, times):
+    """Measured (rows, ms) of attention -> attention_tflops, attention_half_length, attention_ms.
+
+    Least squares of t0 + a n + b n^2 in relative errors; times at a lowered clock do not belong here.
+    """
+    rows, ms = (torch.tensor(column, dtype=torch.float64) for column in zip(*times, strict=True))
+    terms = torch.stack([torch.ones_like(rows), rows, rows**2], dim=1) / ms[:, None]
+    launch, linear, square = torch.linalg.lstsq(terms, torch.ones_like(ms)[:, None]).solution.flatten().tolist()
+    width = site.head_dim + site.value_head_dim
+    per_pair = site.batch * site.heads * width * slowness(width, H200.attention_exponential)
+    return per_pair / square / 1e9, linear / square, launch
 
 
 @pytest.mark.parametrize(("rows", "ms"), ATTENTION)
@@ -224,8 +231,8 @@ SITES = [
 def test_every_length_from_the_break_even_on_gains_and_the_one_before_does_not(site, budget):
     config = TSAConfig(budget=budget, window=site.window)
     minimum = break_even(H200, site, config)
-    assert minimum is not None and minimum % costs.STEP == 0
-    assert not gains(H200, site, config, minimum - costs.STEP)
+    assert minimum is not None and minimum % breakeven.STEP == 0
+    assert not gains(H200, site, config, minimum - breakeven.STEP)
     for length in {*range(minimum, minimum + 4 * K, 131), *(int(minimum * 1.07**step) for step in range(60))}:
         assert gains(H200, site, config, length), length
 
@@ -294,9 +301,9 @@ def test_answers_are_cached_also_for_configs_that_cannot_be_hashed():
 
     config = TSAConfig(budget=KeepRatio(0.61), compiler=Unhashable())
     first = break_even(H200, LLAMA, config)
-    hits = costs._break_even.cache_info().hits
+    hits = breakeven._break_even.cache_info().hits
     assert break_even(H200, LLAMA, config.replace(layers=[3], strict=True)) == first
-    assert costs._break_even.cache_info().hits == hits + 1
+    assert breakeven._break_even.cache_info().hits == hits + 1
 
 
 # Other devices.
@@ -360,6 +367,6 @@ def test_lengths_are_found_at_any_scale():
     """Not only between the first and the last length that are tried."""
     instant = dataclasses.replace(AHEAD, sparse_ms=0.0, score_tflops=1e9, bandwidth_tbs=1e9, select_tbs=1e9)
     found = [length_of(KeepRatio(0.5), device=instant, min_tokens=minimum) for minimum in (0, 1000, 10_000, 100_000)]
-    assert found[0] == costs.STEP
+    assert found[0] == breakeven.STEP
     assert all(one < other for one, other in itertools.pairwise(found))
     assert length_of(KeepRatio(0.5), device=instant, min_tokens=LONGEST) is None

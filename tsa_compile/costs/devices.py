@@ -1,4 +1,4 @@
-"""What devices reach: measured rates, and those of other devices scaled from them. What costs.py computes with."""
+"""What devices reach: measured rates, and those of other devices scaled from them. What calls.py computes with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+
+from tsa_compile.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,16 @@ class DeviceCosts:
         )
 
 
-# torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: `fit_attention` over dense attention from 4K to 128K and
-# over the compressed rows of keep .3, .5 and .675 (23 times), with a rate that is 1% higher, as a second machine was 4%
-# faster between 8K and 64K. At 128K dense attention took 249 to 256 ms in three runs, where the fit says 232; all up to
-# 105 ms is on the curve. exponential: from head sizes 64 and 256 at 32K. score to select solve one measured step at 128K,
-# B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention.md, GPU ms): score .712 ms, select .125, compress .680
-# and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B. sparse_ms: at 4K and 8K
-# these steps take .03 ms more than the rates say; the rest is left for a host that does not run ahead. count_ms: a layer
-# at 32K took .5 to 1 ms longer where the host read the count: budget, .03 to .2 ms on the GPU, which then waits until
-# what depends on it is launched. host_ms: calls at 4K, .18 ms of work, took .33 to .69 ms on the hosts of four machines; a
-# model of two layers was 6% slower there than with dense attention.
+# torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: a fit (tests/costs/test_calls.py) of dense attention from
+# 4K to 128K and of the compressed rows of keep .3, .5 and .675 (23 times), with a rate that is 1% higher, as a second
+# machine was 4% faster between 8K and 64K. At 128K dense attention took 249 to 256 ms in three runs, where the fit says
+# 232; all up to 105 ms is on the curve. exponential: from head sizes 64 and 256 at 32K. score to select solve one measured
+# step at 128K, B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention.md, GPU ms): score .712 ms, select .125,
+# compress .680 and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B. sparse_ms:
+# at 4K and 8K these steps take .03 ms more than the rates say; the rest is left for a host that does not run ahead.
+# count_ms: a layer at 32K took .5 to 1 ms longer where the host read the count: budget, .03 to .2 ms on the GPU, which then
+# waits until what depends on it is launched. host_ms: calls at 4K, .18 ms of work, took .33 to .69 ms on the hosts of four
+# machines; a model of two layers was 6% slower there than with dense attention.
 H200 = DeviceCosts(
     name="NVIDIA H200",
     attention_tflops=612,
@@ -109,3 +111,39 @@ def for_device(device: torch.device) -> DeviceCosts:
         compute=compute,
         bandwidth=bus / H200_BUS if bus else 0.2,
     )
+
+
+def costs_of(device: torch.device | str | DeviceCosts | None = None) -> tuple[DeviceCosts, tuple[str, ...]]:
+    """The costs of a device, and what must be said about them.
+
+    Args:
+        device: a device, its name, the name of one that was measured ("h200", "h100"), or costs. None is the CUDA device if
+            there is one. Of a CPU, and of CUDA where there is none, nothing is known: then the figures are the H200's.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(device, DeviceCosts):
+        return device, ()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, str):
+        for short, costs in MEASURED.items():
+            if device.lower() in (short, costs.name.lower()):
+                return costs, ()
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        known = ", ".join(map(repr, MEASURED))
+        raise ConfigError(
+            f"device={device!r} is not known: device must be a torch.device, its name, {known}, or a DeviceCosts"
+        ) from error
+    if found.type != "cuda" or not torch.cuda.is_available():
+        why = "there is no CUDA device here" if found.type == "cuda" else f"speed is not claimed on {found.type}"
+        return H200, (f"{why}: all figures are those of one {H200.name}",)
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={str(found)!r} does not exist: there are {torch.cuda.device_count()} CUDA devices")
+    costs = for_device(found)
+    if costs in MEASURED.values():
+        return costs, ()
+    return costs, (f"{costs.name} was not measured: its costs are the {H200.name}'s, scaled by processors and bandwidth",)

@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsa_compile.config import Coverage, TSAConfig
+from tsa_compile.config import Coverage, TSAConfig, check_int
 from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, read_prompts
 from tsa_compile.errors import ConfigError, TSAWarning
-from tsa_compile.files import read_json, save_figure, write
-from tsa_compile.fingerprint import Fingerprint, unwrapped
+from tsa_compile.files import load, new_figure, reading, save_figure, write
+from tsa_compile.fingerprint import Fingerprint, text_config, unwrapped
+from tsa_compile.progress import bar
 
 FORMAT = "tsa_compile.calibration/1"
 
@@ -115,20 +116,13 @@ class Calibration:
         Raises:
             ConfigError: something is missing or not allowed.
         """
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-            found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(f"found format {found!r}, expected {FORMAT!r}: write it with Calibration.save")
-        try:
+        with reading(values, FORMAT, "write it with Calibration.save", "calibrate again"):
             return cls(
                 layers=tuple(str(layer["name"]) for layer in values["layers"]),
                 drift=tuple(float(layer["drift"]) for layer in values["layers"]),
                 delta=values["delta"], tokens=int(values["tokens"]), prompts=int(values["prompts"]),
                 fingerprint=Fingerprint.from_dict(values["fingerprint"]),
             )  # fmt: skip
-        except KeyError as error:
-            raise ConfigError(f"it has no {error}: calibrate again") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"a value is not what was saved ({error}): calibrate again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes this calibration as JSON.
@@ -146,11 +140,7 @@ class Calibration:
         Raises:
             ConfigError: the file cannot be read, or is no calibration.
         """
-        values = read_json(path, "pass a file that Calibration.save wrote")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{str(path)!r} is not a calibration: {error}") from error
+        return load(path, "a calibration", "pass a file that Calibration.save wrote", cls.from_dict)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the drift of each layer, the sparse ones in another colour; the path's suffix is the image's format.
@@ -160,11 +150,7 @@ class Calibration:
             WriteError: it could not be written whole; what was there is as it was.
             ImportError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")
+        figure = new_figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")
         axes = figure.subplots()
         sparse = set(self.sparse_layers)
         for label, colour, shown in (("dense", "0.7", False), (f"sparse (delta {self.delta:g})", "tab:blue", True)):
@@ -202,23 +188,23 @@ def calibrate(
         ConfigError: the model has no decoder layers, or a prompt or an option is not allowed.
     """
     delta = _share(delta)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size!r} is not allowed: batch_size must be an integer >= 1")
+    check_int("batch_size", batch_size, 1)
     model = unwrapped(model)
     device = _device(model)
     prompts = items(prompts)
     rows = ((place, _checked(model, place, ids)) for place, ids in read_prompts(prompts, tokenizer))
-    meter, count = None, 0
-    with _evaluating(model), _bar(progress, operator.length_hint(prompts, 0)) as show, contextlib.ExitStack() as hooks:
+    meter, count, taken, total = None, 0, 0, operator.length_hint(prompts, 0) or None
+    with _evaluating(model), bar(progress) as show, contextlib.ExitStack() as hooks:
         for place, ids, mask in batches(rows, batch_size):
             ids, mask = ids.to(device), None if mask is None else mask.to(device)
             with _running(ids, place):
                 if meter is None:
                     meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
                     hooks.enter_context(meter.watching())
-                meter.passed = show(place, len(meter.stack.layers))
+                step = (place + 1 - taken) / len(meter.stack.layers)  # the bar moves with every layer
+                meter.passed = lambda passed, taken=taken, step=step: show("prompts", taken + passed * step, total)
                 meter.run(ids, mask)
-            count += len(ids)
+            count, taken = count + len(ids), place + 1
     assert meter is not None  # read_prompts refuses to give none
     names, layers = meter.stack.names, meter.stack.layers
     return Calibration(names, meter.drift, delta, meter.tokens, count, Fingerprint.of(model, layers))
@@ -259,9 +245,7 @@ def _device(model: nn.Module) -> torch.device:
 
 def _checked(model: nn.Module, place: int, ids: Tensor) -> Tensor:
     """A prompt's token ids [L], if the model knows all of them and takes so many."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(model)
     vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
@@ -280,33 +264,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # inference tensors have no version, and layers that overwrite show by it
+        # Inference tensors have no version, by which a layer that overwrites its input is found.
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[int, int], Callable[[int], None]]]:
-    """A progress bar over `total` prompts (0: unknown) that moves with every layer of the batch that ends with a prompt."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("prompts", total=total or None)
-        done = 0
-
-        def batch(place: int, layers: int) -> Callable[[int], None]:
-            nonlocal done
-            start, done = done, place + 1
-            return lambda passed: bar.update(task, completed=start + (place + 1 - start) * passed / layers)
-
-        yield batch
 
 
 def _stem(name: str) -> str:

@@ -1,6 +1,6 @@
 """`predict(config, model.config, length, device)`: what a prefill costs layer by layer, dense and sparse, before any run.
 
-FLOPs, bytes and time are sympy expressions in L and in the kept share s (passes/costs.py), evaluated with the device's
+FLOPs, bytes and time are sympy expressions in L and in the kept share s (calls.py), evaluated with the device's
 measured costs. They include the projections and the MLP of every layer and the head for the last token, so the whole
 prefill is predicted, not its attention alone.
 
@@ -18,19 +18,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from tsa_compile.anatomy import FULL, LayerSizes, ModelSizes, anatomy
-from tsa_compile.config import Coverage, TSAConfig
+from tsa_compile.config import Coverage, TSAConfig, check_int, is_named, upper_half
+from tsa_compile.costs.breakeven import expected_kept, shortest
+from tsa_compile.costs.calls import NOTHING, RestShape, SiteShape, Work, added, dense_work, rest_work, sparse_path
+from tsa_compile.costs.devices import DeviceCosts, costs_of
+from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
-from tsa_compile.expected import NOTHING, added, attention_works, costs_of, evaluated, layer_work, shortest
-from tsa_compile.passes.costs import RestShape, SiteShape, Work, expected_share, kept_share
-from tsa_compile.passes.devices import DeviceCosts
-from tsa_compile.passes.plan import MAX_HEAD_DIM
+from tsa_compile.kernels.score import MAX_HEAD_DIM
 from tsa_compile.report import Reason, as_text, number, spans
 
 _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}
@@ -205,9 +204,8 @@ def predict(
     config = TSAConfig() if config is None else config
     if not isinstance(config, TSAConfig):
         raise ConfigError(f"config is {type(config).__name__}: pass a TSAConfig, or None for the defaults")
-    for name, value in (("length", length), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} is not allowed: {name} must be an integer >= 1")
+    check_int("length", length, 1)
+    check_int("batch", batch, 1)
     if kept is not None and (isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1):
         raise ConfigError(f"kept={kept!r} is not allowed: kept must be a share of the tokens in (0, 1], or None")
     costs, notes = costs_of(device)
@@ -225,53 +223,43 @@ def _predict(
 ) -> Prediction:
     selected = _selected(config, model)
     share = len(selected) / len(model.layers)
-    shapes = [_site(layer, config, batch, model.dtype.itemsize) for layer in model.layers]
-    first = next((shape for shape, layer in zip(shapes, model.layers, strict=True) if layer.kind == FULL), None)
-    sparse_kept = kept_share(config, length, expected_share(config.budget, length)) if kept is None else float(kept)
+    itemsize = model.dtype.itemsize
+    shapes = [
+        SiteShape.configured(config, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
+        for layer in model.layers
+    ]
+    sparse_kept = expected_kept(config, length) if kept is None else float(kept)
     layers = []
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
         reason = _reason(sizes, index in selected, length, shortest(config, costs, shape, share))
-        dense, sparse = attention_works(shape, costs) if sizes.attends else (NOTHING, NOTHING)
-        sparse = sparse if sizes.kind == FULL else NOTHING
-        rest = layer_work(
-            RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, model.dtype.itemsize), costs
-        )
+        dense = dense_work(shape, costs) if sizes.attends else NOTHING
+        sparse = sparse_path(shape, costs) if sizes.kind == FULL else NOTHING
+        rest = rest_work(RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, itemsize), costs)
         layers.append(
             LayerPrediction(
                 index=index, name=sizes.name, kind=sizes.kind, reason=reason, dense=dense, sparse=sparse, rest=rest,
                 kept=sparse_kept if reason is Reason.SPARSE else 1.0, sparse_kept=sparse_kept,
-                dense_ms=evaluated(dense.ms, length, 1.0), rest_ms=evaluated(rest.ms, length, 1.0),
-                sparse_ms=evaluated(sparse.ms, length, sparse_kept) if sparse is not NOTHING else math.nan,
+                dense_ms=dense.ms_at(length), rest_ms=rest.ms_at(length),
+                sparse_ms=sparse.ms_at(length, sparse_kept) if sparse is not NOTHING else math.nan,
             )
         )  # fmt: skip
-    head = layer_work(RestShape(batch, 1, model.head, model.head, 0, model.dtype.itemsize), costs)
-    minimum = None if first is None else shortest(config, costs, first, share)
+    head = rest_work(RestShape(batch, 1, model.head, model.head, 0, itemsize), costs)
+    first = next((shape for shape, layer in zip(shapes, model.layers, strict=True) if layer.kind == FULL), None)
     said = dict.fromkeys((*notes, *_notes(config, model, kept)))
     return Prediction(
         model=model, config=config, costs=costs, length=length, batch=batch, layers=tuple(layers), head=head,
-        head_ms=evaluated(head.ms, length, 1.0), break_even=minimum, notes=tuple(said), kept=kept,
-    )  # fmt: skip
-
-
-def _site(layer: LayerSizes, config: TSAConfig, batch: int, itemsize: int) -> SiteShape:
-    return SiteShape(
-        batch=batch, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-        value_head_dim=layer.value_head_dim, itemsize=itemsize, window=config.window,
-        grouped=config.granularity == "group", counted=isinstance(config.budget, Coverage),
+        head_ms=head.ms_at(length), break_even=None if first is None else shortest(config, costs, first, share),
+        notes=tuple(said), kept=kept,
     )  # fmt: skip
 
 
 def _selected(config: TSAConfig, model: ModelSizes) -> frozenset[int]:
-    """The layers that `config.layers` names, as passes/plan.py reads it."""
+    """The layers that `config.layers` names; ConfigError where one is not in the model."""
     count = len(model.layers)
     if config.layers is None:
-        return frozenset(range(count // 2, count))
+        return frozenset(upper_half(count))
     named = {
-        layer: frozenset(
-            index
-            for index, sizes in enumerate(model.layers)
-            if (layer == index if isinstance(layer, int) else any(fnmatchcase(name, layer) for name in sizes.modules))
-        )
+        layer: {index for index, sizes in enumerate(model.layers) if is_named(layer, index, sizes.modules)}
         for layer in config.layers
     }
     unused = [layer for layer, found in named.items() if not found]

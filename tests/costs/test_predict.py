@@ -15,17 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, T5Config
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig, explain
-from tsa_compile.anatomy import FULL, anatomy
-from tsa_compile.expected import costs_of, shortest
+from tsa_compile.costs.breakeven import shortest
+from tsa_compile.costs.calls import KEPT, LENGTH, SiteShape
+from tsa_compile.costs.devices import H100, H200, costs_of
+from tsa_compile.costs.models import FULL, anatomy
+from tsa_compile.costs.predict import predict
 from tsa_compile.passes import plan
-from tsa_compile.passes.costs import KEPT, LENGTH, SiteShape
-from tsa_compile.passes.devices import H100, H200
-from tsa_compile.predict import predict
 
-from .support import DECODERS, OTHERS, tiny, tokens
+from ..support import DECODERS, OTHERS, tiny, tokens
 
 K = 1024
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ATTENTION = json.loads((RESULTS / "attention.json").read_text(encoding="utf-8"))
 PREFILL = json.loads((RESULTS / "prefill.json").read_text(encoding="utf-8"))
 ON_AN_H100 = json.loads((RESULTS / "attention-h100.json").read_text(encoding="utf-8"))
@@ -336,7 +336,7 @@ class TestDevices:
         other = H200.scaled("NVIDIA L40S", attention=0.5)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr("tsa_compile.expected.for_device", lambda device: other)
+        monkeypatch.setattr("tsa_compile.costs.devices.for_device", lambda device: other)
         costs, (note,) = costs_of(None)
         assert costs is other and "not measured" in note
         with pytest.raises(ConfigError, match="cuda:1"):

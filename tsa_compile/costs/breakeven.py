@@ -1,0 +1,120 @@
+"""How much a budget keeps, and from which length on a sparse call gains on a device.
+
+What is unknown is assumed so that the sparse path looks slower than it is: see `expected_share` and `gains`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+
+from tsa_compile.config import Budget, KeepRatio, TSAConfig
+from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.devices import DeviceCosts
+from tsa_compile.kernels.kept import kept_of_share, never_dropped
+
+LONGEST = 2**20  # tokens; a site that does not gain here never does
+STEP = 256  # break-even lengths are rounded up to multiples: the figures behind them are no finer
+MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
+WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
+LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
+
+
+def expected_share(budget: Budget, length: int) -> float | Fraction:
+    """The share of candidates that a budget is expected to keep.
+
+    KeepRatio: its ratio, exactly. Coverage(tau) depends on the input. At tau .005 the publication (arXiv 2602.03216) found
+    17% of the attention map skipped in the sparse layers at 4K and 54% at 128K: sqrt(.83) and sqrt(.46) of the tokens kept.
+    In between it is taken as linear in log2 L, beyond as constant. The share dropped is a concave function of tau, 0 at 0
+    and 1 at 1, because the least-scored tokens go first; so the chords from its one known value bound it from below.
+    """
+    if isinstance(budget, KeepRatio):
+        return budget.fraction
+    at_4k, at_128k = 1 - math.sqrt(0.83), 1 - math.sqrt(0.46)
+    octaves = min(max(math.log2(length / 4096), 0.0), 5.0)
+    dropped = at_4k + (at_128k - at_4k) * octaves / 5
+    if budget.tau <= 0.005:
+        return 1 - dropped * budget.tau / 0.005
+    return (1 - dropped) * (1 - budget.tau) / (1 - 0.005)
+
+
+def largest_share(budget: Budget) -> float | Fraction:
+    """The share of candidates that a budget keeps at most: by Coverage(tau) where all scores are equal."""
+    return budget.fraction if isinstance(budget, KeepRatio) else 1 - budget.tau
+
+
+def kept_share(config: TSAConfig, length: int, share: float | Fraction) -> float:
+    """The share of all tokens that a site keeps, given that of the candidates: the window and the minimum included."""
+    return kept_of_share(length, config.window, share, config.min_tokens, config.capacity) / length
+
+
+def expected_kept(config: TSAConfig, length: int) -> float:
+    """The share of all tokens that a site is expected to keep."""
+    return kept_share(config, length, expected_share(config.budget, length))
+
+
+def gains(costs: DeviceCosts, site: SiteShape, config: TSAConfig, length: int, sparse_layers: float = 0.5) -> bool:
+    """Whether a site of this length is faster sparse, and safe to make sparse.
+
+    The expected time must be below the dense one by `MARGIN`. And where Coverage finds next to nothing to drop, the steps
+    around attention are spent in vain, and where the host does not run ahead, the GPU waits for it: each may slow the model,
+    of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
+    """
+    dense, sparse = dense_ms(site, costs)(length), sparse_ms(site, costs)
+    expected = sparse(length, expected_kept(config, length))
+    worst = sparse(length, kept_share(config, length, largest_share(config.budget)))
+    weights = LAYER_WEIGHTS * (site.heads * site.head_dim) ** 2
+    layer = dense + 2 * site.batch * length * weights / (costs.matmul_tflops * 1e9)
+    loss = max(worst, costs.host_ms) - dense
+    return expected <= (1 - MARGIN) * dense and sparse_layers * loss <= WORST_LOSS * layer
+
+
+def break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float = 0.5) -> int | None:
+    """The shortest length from which a site gains, here and at every longer one; None if it never does.
+
+    Args:
+        sparse_layers: the share of the model's layers that are sparse.
+    """
+    # Only what matters: a config may hold a compiler that cannot be hashed.
+    relevant = TSAConfig(budget=config.budget, window=config.window, min_tokens=config.min_tokens, capacity=config.capacity)
+    return _break_even(costs, site, relevant, sparse_layers)
+
+
+@functools.lru_cache(maxsize=1024)
+def _break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float) -> int | None:
+    """From above by eighths of an octave, since a site gains from there on; then by bisection."""
+
+    def gaining(steps: int) -> bool:
+        return gains(costs, site, config, steps * STEP, sparse_layers)
+
+    high = LONGEST // STEP
+    if not gaining(high):
+        return None
+    low = high
+    while low > 1 and gaining(low):
+        high, low = low, min(low - 1, int(low * 2**-0.125))
+    if gaining(low):
+        return low * STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if gaining(middle) else (middle, high)
+    return high * STEP
+
+
+def shortest(config: TSAConfig, costs: DeviceCosts | None, site: SiteShape, sparse_layers: float = 0.5) -> int | None:
+    """The shortest length that is compressed: what the user says, else from where tokens can be dropped and that pays.
+
+    Args:
+        costs: of the device; None where speed does not count.
+
+    Returns:
+        None if no length gains.
+    """
+    if config.min_length is not None:
+        return config.min_length
+    droppable = never_dropped(config.window, config.min_tokens) + 1
+    if costs is None:
+        return droppable
+    gaining = break_even(costs, site, config, sparse_layers)
+    return None if gaining is None else max(gaining, droppable)

@@ -1,0 +1,51 @@
+"""A report with the expected milliseconds of its calls on a device, and the length from which they gain there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.costs.breakeven import expected_kept, shortest
+from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.devices import DeviceCosts, costs_of
+from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
+
+
+def with_expectations(
+    report: RewriteReport, config: TSAConfig, device: torch.device | str | DeviceCosts | None
+) -> RewriteReport:
+    """The report with what its calls are expected to take on a device, and the length from which sparse ones gain there.
+
+    A call that is not known well enough has no figures: one that stays as the model wrote it, or whose sizes are symbolic.
+    """
+    costs, notes = costs_of(device)
+    rows = tuple(_with_times(row, config, costs) for row in report.rows)
+    expected: dict[str, Any] = {"device": costs.name}
+    candidates = [row for row in rows if row.reason in (Reason.SPARSE, Reason.TOO_SHORT)]
+    shapes = [shape for row in candidates if (shape := _shape(row, config)) is not None]
+    if shapes:
+        expected["break_even"] = shortest(config, costs, shapes[0], len(candidates) / len(rows))
+    return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
+
+
+def _with_times(row: SiteRow, config: TSAConfig, costs: DeviceCosts) -> SiteRow:
+    shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
+    if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
+        return row
+    dense = dense_ms(shape, costs)(length)
+    sparse = sparse_ms(shape, costs)(length, expected_kept(config, length))
+    return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)
+
+
+def _shape(row: SiteRow, config: TSAConfig) -> SiteShape | None:
+    """The sizes of a call, as `SiteShape.of` reads them from tensors; None where they are symbolic."""
+    dtype = getattr(torch, row.dtype, None)
+    if not (len(row.query) == len(row.key) == len(row.value) == 4 and isinstance(dtype, torch.dtype)):
+        return None
+    sizes = (row.query[1], row.key[1], row.query[3], row.value[3])
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    return SiteShape.configured(config, row.query[0], *map(int, sizes), itemsize=dtype.itemsize)
