@@ -43,8 +43,8 @@ from tsa_compile.kernels._aten import (
     slots_below,
     take_rows,
 )
-from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.compress import row_alignment, rows_contiguous
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
 
 _LOG2_E = math.log2(math.e)
 # Below every logit, and finite: a difference of two of them is no NaN.
@@ -323,3 +323,69 @@ def _allocate(query: Tensor, value: Tensor) -> Tensor:
     """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
     batch, heads, seq_len, _ = query.shape
     return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("tsa::merge_floor", mutates_args=())
+def merge_floor(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    """Every row in its place, with its floor; ValueError where shapes do not fit. See the module's docstring."""
+    tensors = (query, key, value, compressed, lse, indices, count, padding)
+    _check(*tensors, window, sinks)
+    return merge_floor_by_heads(*tensors, scale, window, sinks)
+
+
+@merge_floor.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    tensors = (query, key, value, compressed, lse, indices, count, padding)
+    _check(*tensors, window, sinks)
+    if not HAS_TRITON:
+        return merge_floor_by_heads(*tensors, scale, window, sinks)
+    with torch.cuda.device_of(query):
+        return merge_floor_triton(*tensors, scale, window, sinks)
+
+
+@merge_floor.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    return _allocate(query, value)
+
+
+def merge_floor_by_heads(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    """The ATen form for one key head at a time, so that the logits of all heads are not in memory at once."""
+    output, groups = _allocate(query, value), key.shape[1]
+    for g in range(groups):
+        tensors = (query, key, value, compressed, lse, indices)
+        parts = (x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in tensors)
+        share = slice(g * query.shape[1] // groups, (g + 1) * query.shape[1] // groups)
+        output[:, share] = merge_floor_aten(*parts, count, padding, scale, window, sinks)
+    return output
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, window: int, sinks: int,
+) -> None:  # fmt: skip
+    batch, heads, seq_len, _ = query.shape
+    capacity = compressed.shape[2]
+    fits = compressed.shape[:2] == (batch, heads) and compressed.shape[3] == value.shape[3]
+    fits = fits and lse.shape == compressed.shape[:3] and indices.shape == (batch, indices.shape[1], capacity)
+    if not fits or heads % indices.shape[1] != 0 or heads % key.shape[1] != 0:
+        raise ValueError(
+            f"tsa::merge_floor: rows {tuple(compressed.shape)}, log-sum-exp {tuple(lse.shape)} and indices "
+            f"{tuple(indices.shape)} do not fit query {tuple(query.shape)} and value {tuple(value.shape)}; expected "
+            "[B,H,C,Dv], [B,H,C] and [B,Hs,C] with H a multiple of Hs"
+        )
+    if (count is not None and count.shape != (batch,)) or (padding is not None and padding.shape != (batch, seq_len)):
+        raise ValueError(f"tsa::merge_floor: expected count {(batch,)} and padding {(batch, seq_len)}")
+    if window < 1 or sinks < 0:
+        raise ValueError(f"tsa::merge_floor: window {window} and sinks {sinks}; expected at least 1 and 0")

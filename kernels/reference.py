@@ -9,6 +9,7 @@ the kernels use masks. Nothing here is fast, and nothing shares code with the im
     compress          the selected rows of query, key and value                [B,H,C,D] [B,Hs,C,D] [B,Hs,C,Dv]
     attend            causal attention over them                               [B,H,C,Dv]
     decompress        the output rows back in their places, zeros elsewhere    [B,H,L,Dv]
+    floor_mask        what each row sees where there is a floor                [B,H,L,L]
 
 B batch, H query heads over G key/value heads, L length, C capacity, Hs = H, or G when a group shares its selection.
 Arithmetic is float32 for half-precision inputs and float64 for float64 inputs: feed float64 for ground truth.
@@ -165,6 +166,16 @@ def decompress(out: Tensor, indices: Tensor, count: Tensor | None, seq_len: int)
     return full
 
 
+def is_selected(indices: Tensor, count: Tensor, heads: int, seq_len: int) -> Tensor:
+    """The selection of each head as flags: bool [B,H,L]."""
+    batch, selections, _ = indices.shape
+    selected = torch.zeros(batch, heads, seq_len, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            selected[b, h, indices[b, h * selections // heads, : int(count[b])].long()] = True
+    return selected
+
+
 def floor_mask(padding: Tensor | None, selected: Tensor, window: int, sinks: int) -> Tensor:
     """A(i), what each row sees: bool [B,H,L,L] of the selected tokens, bool [B,H,L]; nothing in rows of invalid tokens."""
     batch, heads, seq_len = selected.shape
@@ -239,8 +250,13 @@ def token_sparse_attention(
     min_tokens: int = 1024,
     granularity: str = "head",
     capacity: int | None = None,
+    floor_window: int | None = None,
+    floor_sinks: int = 0,
 ) -> Tensor:
-    """The whole layer: [B,H,L,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,L,Dv]. A keep ratio, where given, replaces coverage."""
+    """The whole layer: [B,H,L,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,L,Dv]. A keep ratio, where given, replaces coverage.
+
+    With `floor_window` it is dense attention under A(i), `floor_mask`; without, rows that are not selected are 0.
+    """
     seq_len, head_dim = query.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale
     capacity = seq_len if capacity is None else capacity
@@ -249,6 +265,9 @@ def token_sparse_attention(
         scores = group_scores(scores, key.shape[1])
     count = budget(scores, None if keep_ratio is not None else coverage, keep_ratio, min_tokens).clamp(max=capacity)
     indices = select(scores, count, capacity)
+    if floor_window is not None:
+        mask = floor_mask(padding, is_selected(indices, count, query.shape[1], seq_len), floor_window, floor_sinks)
+        return attention_under(mask, query, key, value, scale)
     rows = compress(query, key, value, indices, count)
     return decompress(attend(*rows, count, scale), indices, count, seq_len)
 

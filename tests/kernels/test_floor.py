@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
+from tsa_compile.kernels.attend import attend_lse, attend_lse_aten
+from tsa_compile.kernels.floor import merge_floor, merge_floor_aten, merge_floor_triton
 
 PADDINGS = {
     "none": lambda length: None,
@@ -123,3 +124,38 @@ def test_aten_in_every_dtype(device, dtype):
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 def test_nothing_or_everything_is_selected(triton_device, poisoned_empty, keep):
     Case(70, paddings=("none", "left"), keep=keep, device=triton_device).check(merge_floor_triton, 9, 3)
+
+
+def test_op(device):
+    case = Case(70, paddings=("none", "left", "holes"), selections=2, device=device)
+    case.check(merge_floor, 9, 3)
+    torch.library.opcheck(torch.ops.tsa.merge_floor, case.arguments(9, 3))
+
+
+def test_log_sum_exp(device):
+    case = Case(70, paddings=("none", "left"), device=device)
+    rows = [x.to(device) for x in reference.compress(*case.inputs, case.indices, case.count)]
+    wanted = reference.log_sum_exp(rows[0], rows[1], case.count, case.scale)
+    count = case.count.to(device)
+    for form in (attend_lse, attend_lse_aten):
+        out, lse = form(*rows, count, case.scale, "auto")
+        for b, kept in enumerate(case.count.tolist()):
+            torch.testing.assert_close(lse[b, :, :kept].cpu(), wanted[b, :, :kept], rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(out[b, :, :kept].cpu(), case.compressed[b, :, :kept], rtol=2e-5, atol=2e-5)
+    torch.library.opcheck(torch.ops.tsa.attend_lse, (*rows, count, case.scale, "auto"))
+
+
+WRONG = {
+    "log-sum-exp": (4, lambda lse: lse[:, :, 1:]),
+    "multiple": (5, lambda indices: indices[:, :3]),
+    "window 0": (-2, lambda window: 0),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_does_not_fit_is_said(said):
+    place, change = WRONG[said]
+    arguments = list(Case(20).arguments(9, 3))
+    arguments[place] = change(arguments[place])
+    with pytest.raises(ValueError, match=f"tsa::merge_floor: .*{said}"):
+        torch.ops.tsa.merge_floor(*arguments)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsa_compile.errors import KernelError
 from tsa_compile.kernels import fused, reference, registry
 from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_triton
 from tsa_compile.kernels.padded import spans
@@ -65,6 +66,10 @@ OPTIONS = {
     "capacity": dataclasses.replace(COVER, capacity=12),
     "capacity_of_a_ratio": dataclasses.replace(HALF, capacity=12),
     "few_tokens": dataclasses.replace(COVER, min_tokens=100),
+    "floor": dataclasses.replace(HALF, keep_ratio=0.2, floor_window=6, floor_sinks=2),
+    "floor_coverage": dataclasses.replace(COVER, coverage=0.3, floor_window=6, floor_sinks=2),
+    "floor_group": dataclasses.replace(COVER, coverage=0.3, shared=True, floor_window=9, floor_sinks=1),
+    "floor_keep_all": dataclasses.replace(HALF, keep_ratio=1.0, floor_window=6, floor_sinks=2),
 }
 
 
@@ -82,7 +87,7 @@ def test_op_equals_the_reference_layer(device, padding, options):
     close(out.cpu(), expected(*inputs, padding, options))
 
 
-@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity"])
+@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity", "floor", "floor_coverage", "floor_group"])
 @pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
 def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty, padding, name):
     inputs = make(3, 2, 2, L, 32, 32, device=triton_device)
@@ -118,10 +123,11 @@ def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_e
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("limit", [1, 40_000, 10**9])
-def test_heads_stream_through_small_buffers(triton_device, monkeypatch, shared, limit):
+@pytest.mark.parametrize("floor", [None, 7])
+def test_heads_stream_through_small_buffers(triton_device, monkeypatch, shared, limit, floor):
     monkeypatch.setattr(fused, "STREAM_BYTES", limit)
     inputs = make(2, 3, 2, L, 32, 16, device=triton_device)
-    options = dataclasses.replace(COVER, shared=shared)
+    options = dataclasses.replace(COVER, shared=shared, floor_window=floor)
     close(sparse_triton(*inputs, options).cpu(), expected(*inputs, None, options))
 
 
@@ -159,6 +165,8 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.tsa.sparse_attention, (*inputs, *scalars))
     padding = sided().to(device)
     torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
+    floor = dataclasses.astuple(OPTIONS["floor_coverage"])
+    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *floor))
 
 
 def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_kernel):
@@ -215,3 +223,12 @@ def test_a_known_count_needs_no_synchronisation():
         torch.ops.tsa.padded_sparse_attention(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_kernel_without_a_log_sum_exp_is_refused_under_a_floor(device, own_kernel):
+    own_kernel(AttentionKernel("mute", lambda *rows: rows[0], lambda request: None, priority=99))
+    inputs = make(1, 2, 2, L, 32, 32, device=device)
+    options = dataclasses.replace(HALF, floor_window=6)
+    close(torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(options)), expected(*inputs, None, options))
+    with pytest.raises(KernelError, match=r"'mute' cannot run .*: it gives no log-sum-exp"):
+        torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(dataclasses.replace(options, kernel="mute")))
