@@ -7,6 +7,7 @@ Where a layer changes its input little, little is lost with the tokens that its 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import operator
@@ -25,7 +26,7 @@ from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, re
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.files import load, new_figure, reading, save_figure, write
 from tsa_compile.fingerprint import Fingerprint, text_config, unwrapped
-from tsa_compile.progress import bar
+from tsa_compile.progress import Progress, bar
 
 FORMAT = "tsa_compile.calibration/1"
 
@@ -201,13 +202,17 @@ def calibrate(
                 if meter is None:
                     meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
                     hooks.enter_context(meter.watching())
-                step = (place + 1 - taken) / len(meter.stack.layers)  # the bar moves with every layer
-                meter.passed = lambda passed, taken=taken, step=step: show("prompts", taken + passed * step, total)
+                meter.passed = functools.partial(_step, show, taken, place + 1 - taken, total)
                 meter.run(ids, mask)
             count, taken = count + len(ids), place + 1
     assert meter is not None  # read_prompts refuses to give none
     names, layers = meter.stack.names, meter.stack.layers
     return Calibration(names, meter.drift, delta, meter.tokens, count, Fingerprint.of(model, layers))
+
+
+def _step(show: Progress, taken: int, prompts: int, total: int | None, share: float) -> None:
+    """A batch of so many prompts, of which a share of the layers is done."""
+    show("prompts", taken + prompts * share, total)
 
 
 @contextlib.contextmanager
