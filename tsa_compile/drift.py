@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,9 +289,10 @@ def batches(prompts: Iterable[tuple[int, Tensor]], size: int) -> Iterator[tuple[
     rest = iter(prompts)
     while group := list(itertools.islice(rest, size)):
         rows = [ids for _, ids in group]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        yield group[-1][0], ids, _mask(rows) if len({len(row) for row in rows}) > 1 else None
+        padded = len({len(row) for row in rows}) > 1
+        mask = _padded([torch.ones_like(row) for row in rows]) if padded else None
+        yield group[-1][0], _padded(rows), mask
 
 
-def _mask(rows: Sequence[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+def _padded(rows: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -14,7 +14,7 @@ from tsa_compile.config import Coverage
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.evaluation.results import Study
+    pass
 
 
 class Question(StrEnum):
@@ -102,15 +102,11 @@ def evaluate(
         output.say("note", "the weights are random: this shows that the study runs; its accuracies mean nothing")
     if calibration is not None:
         calibration.check(loaded)
-    study = _study(loaded, layers, resume, request)
-    out.draw(study.figure)
-    out.show(str(study), study.to_dict())
-
-
-def _study(model: Any, layers: Any, resume: Path | None, request: dict[str, Any]) -> Study:
     from tsa_compile.evaluation.study import evaluate as run
 
-    return run(model, layers=layers, resume=resume, progress=output.stderr().is_terminal, **request)
+    study = run(loaded, layers=layers, resume=resume, progress=output.stderr().is_terminal, **request)
+    out.draw(study.figure)
+    out.show(str(study), study.to_dict())
 
 
 def _methods(methods: str | None, budget: str | None) -> list[str]:
