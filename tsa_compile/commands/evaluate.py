@@ -93,8 +93,9 @@ def evaluate(
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         request = (_ON_CPU if source.device.type == "cpu" else {}) | request
-        layers, calibration = (None, None) if sparse_layers is None else chosen_layers(sparse_layers, source)
-        if any(isinstance(layer, str) for layer in layers or ()):
+        chosen, calibration = (None, None) if sparse_layers is None else chosen_layers(sparse_layers, source)
+        layers = None if chosen is None else [layer for layer in chosen if isinstance(layer, int)]
+        if chosen is not None and len(chosen) != len(layers or ()):
             raise ConfigError(f"--sparse-layers {sparse_layers}: eval takes indices, as 4-7, or a calibration's JSON file")
     with output.working(f"Loading {source.name}"):
         loaded = source.load(max(request.get("lengths", [16384])))
