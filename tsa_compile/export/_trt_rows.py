@@ -59,7 +59,7 @@ def _attend_plugin(
         HEADS * head, head, DIM // ALIGN, SELECTIONS * head, head, DIM // ALIGN,
         SELECTIONS * value_head, value_head, VALUE_DIM // ALIGN, HEADS * value_head, value_head, VALUE_DIM // ALIGN,
         capacity, HEADS // SELECTIONS, SCALE_LOG2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N,
-        False, False, False,
+        False, False,
     )  # fmt: skip
 
 
