@@ -20,8 +20,17 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
-from tsa_compile.kernels.compress import block_rows, row_alignment, rows_contiguous
+from tsa_compile.kernels.compress import block_rows
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.tiles import (
+    at_head,
+    count_of,
+    gather_rows,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+    stride_names,
+)
 
 
 @triton.jit
@@ -40,12 +49,7 @@ def _lower_bound(p_sorted, target, high, FAN: tl.constexpr):
     return low
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_cb", "stride_ch", "stride_cl", "stride_ob", "stride_oh", "stride_ol", "stride_ib", "stride_is"),
-        *("seq_len", "capacity"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("co"), "stride_ib", "stride_is", "seq_len", "capacity"])
 def _decompress_kernel(
     p_compressed, p_indices, p_count, p_output,
     stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_ib, stride_is, seq_len, capacity,
@@ -56,9 +60,7 @@ def _decompress_kernel(
     head = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
     item = tl.program_id(2).to(tl.int64)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     p_indices += item * stride_ib + (head // HEADS_PER_SELECTION).to(tl.int64) * stride_is
 
     # Distinct ascending positions: the tile's slots lie in the BLOCK slots from the first that is not before the tile.
@@ -68,14 +70,12 @@ def _decompress_kernel(
     b_match = positions[:, None] == found[None, :]
     b_slot = tl.max(tl.where(b_match, slots[None, :], -1), axis=1).to(tl.int64)
 
+    p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
+    b_rows = gather_rows(p_compressed, b_slot * stride_cl * ALIGN, b_slot >= 0, 0, DIM, DIM_POW2)  # [BLOCK, DIM_POW2]
+    p_output = at_head(p_output, stride_ob, stride_oh, item, head, ALIGN)
     dims = tl.arange(0, DIM_POW2)
-    b_inside = (dims < DIM)[None, :]
-    p_compressed += (item * stride_cb + head.to(tl.int64) * stride_ch) * ALIGN
-    source = p_compressed + (b_slot * stride_cl * ALIGN)[:, None] + dims[None, :]
-    b_rows = tl.load(source, mask=(b_slot >= 0)[:, None] & b_inside, other=0.0)
-    p_output += (item * stride_ob + head.to(tl.int64) * stride_oh) * ALIGN
     target = p_output + (positions.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
-    tl.store(target, b_rows, mask=(positions < seq_len)[:, None] & b_inside)
+    tl.store(target, b_rows, mask=(positions < seq_len)[:, None] & (dims < DIM)[None, :])
 
 
 def decompress_triton(
@@ -93,14 +93,13 @@ def decompress_triton(
         return output
     batch, heads, capacity, dim = compressed.shape
     align = row_alignment(compressed, output)
-    strides = (stride // align for tensor in (compressed, output) for stride in tensor.stride()[:3])
     # Every position is compared with every slot of its tile, so tiles stay small.
     block = block_rows(dim, compressed.element_size(), at_most=64)
     launch(
         _decompress_kernel,
         (heads, cdiv(seq_len, block), batch),
         (compressed, indices, count, output),
-        (*strides, *indices.stride()[:2], seq_len, capacity),
+        (*row_strides(align, compressed, output), *indices.stride()[:2], seq_len, capacity),
         HEADS_PER_SELECTION=heads // indices.shape[1],
         DIM=dim,
         DIM_POW2=next_power_of_2(dim),

@@ -60,6 +60,7 @@ except ImportError:
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Found = TypeVar("Found")
 
 _REMEMBERED = 4096
 """How many compiled kernels, and signatures of a function, are kept: every length is one."""
@@ -145,30 +146,45 @@ def launch(
         descriptors: of tensors for TMA, or None. They are made anew for each launch, which therefore is Triton's own.
         options: the constants, and num_warps and num_stages.
     """
+    arguments = (*tensors, *descriptors)
     if type(tensors[0]) is not Tensor:  # fake or functional: a compiler traces, and takes the kernel into its graph
-        torch.library.wrap_triton(kernel)[grid](*tensors, *descriptors, *numbers, **options)
+        torch.library.wrap_triton(kernel)[grid](*arguments, *numbers, **options)
         return
     notes = watching()
+    tma = any(descriptor is not None for descriptor in descriptors)
     # Not for the interpreter's functions, nor for AMD, where Triton specializes on the extent of memory as well.
-    if descriptors or torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
+    if tma or torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
         if notes is not None:
             notes.replayable = False
-        kernel[grid](*tensors, *descriptors, *numbers, **options)
+        kernel[grid](*arguments, *numbers, **options)
         return
-    pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in arguments]
     key = (id(kernel), torch.cuda.current_device(), numbers, *pointers, *options.values())
     found = _compiled.get(key)
     if found is None:
         if len(_compiled) >= _REMEMBERED:  # every length is an entry, though not a compilation
             _compiled.clear()
-        constants = tuple(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
-        compiled = kernel[grid](*tensors, *numbers, **options)
+        constants = tuple(options[name] for name in kernel.arg_names[len(arguments) + len(numbers) :])
+        compiled = kernel[grid](*arguments, *numbers, **options)
         _compiled[key] = (compiled, constants)
     else:
         compiled, constants = found
-        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
+        compiled[(*grid, 1, 1)[:3]](*arguments, *numbers, *constants)
     if notes is not None:
-        notes.add(compiled[(*grid, 1, 1)[:3]], tensors, (*numbers, *constants))
+        notes.add(compiled[(*grid, 1, 1)[:3]], arguments, (*numbers, *constants))
+
+
+def by_device(by_triton: Callable[..., Found], by_aten: Callable[..., Found]) -> Callable[..., Found]:
+    """The first function where its first argument is on a GPU and Triton is installed, else the second."""
+
+    @functools.wraps(by_aten)
+    def call(first: Tensor, *arguments: Any, **options: Any) -> Found:
+        if not (first.is_cuda and HAS_TRITON):
+            return by_aten(first, *arguments, **options)
+        with torch.cuda.device_of(first):
+            return by_triton(first, *arguments, **options)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
 from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.tiles import block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 
 MAX_HEAD_DIM = 256
 SPLITS = 32
@@ -72,14 +73,6 @@ def _candidates(p_rank, b, seq_len, window, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(p_base, stride, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] at int64 or small row numbers; 0 where masked and beyond the head size."""
-    dims = tl.arange(0, BLOCK_D)
-    pointers = p_base + rows[:, None] * stride + dims[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
 def _load_window(
     p_query, p_rows, b, slots, candidates, live, window, stride_ql,
     HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -89,7 +82,7 @@ def _load_window(
         positions = tl.load(p_rows + b * window + slots, mask=live, other=0)
     else:
         positions = candidates + slots
-    return _load_rows(p_query, stride_ql, positions.to(tl.int64), live, HEAD_DIM, BLOCK_D), positions
+    return gather_rows(p_query, positions.to(tl.int64) * stride_ql, live, 0, HEAD_DIM, BLOCK_D), positions
 
 
 @triton.jit
@@ -102,7 +95,7 @@ def _accumulate(
     offsets = tl.arange(0, BLOCK_N)
     positions = start + offsets
     p_tile = p_key + tl.cast(start, tl.int64) * stride_kl
-    b_key = _load_rows(p_tile, stride_kl, offsets, positions < seq_len, HEAD_DIM, BLOCK_D)
+    b_key = gather_rows(p_tile, offsets * stride_kl, positions < seq_len, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     logits = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
     if MASKED:
         allowed = (positions[None, :] <= row_positions[:, None]) & (positions < seq_len)[None, :]
@@ -110,11 +103,7 @@ def _accumulate(
             valid = tl.load(p_padding + positions, mask=positions < seq_len, other=0) != 0
             allowed = allowed & valid[None, :]
         logits = tl.where(allowed, logits, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-    # A row that has seen no key yet has maximum -inf; -inf - (-inf) must not become NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
-    return new_max, row_sum
+    return log_sum(logits, row_max, row_sum, 1)
 
 
 @triton.jit(do_not_specialize=["seq_len", "window", "split_len"])
@@ -215,7 +204,7 @@ def _column_mean_kernel(
         columns = positions
     p_key += b * stride_kb + kv_head.to(tl.int64) * stride_kg + start.to(tl.int64) * stride_kl
     # Every candidate precedes every row of the window, so no logit is masked here; invalid keys are never stored.
-    b_key = _load_rows(p_key, stride_kl, offsets, inside, HEAD_DIM, BLOCK_D)
+    b_key = gather_rows(p_key, offsets * stride_kl, inside, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     row_tiles = tl.cdiv(window, BLOCK_M)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -275,8 +264,8 @@ def score_triton(
 ) -> Tensor:
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
     batch, heads, seq_len, head_dim = query.shape
-    query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
-    block_d = max(16, next_power_of_2(head_dim))
+    query, key = rows_contiguous(query), rows_contiguous(key)
+    block_d = block_dim(head_dim)
     stats_tile, mean_tile = _tiles(query.dtype, block_d, window)
     # A static size, for whoever traces this with a symbolic length; the splits there are lie densely in it.
     most_splits = SPLITS if split_len == 0 else max(SPLITS, next_power_of_2(cdiv(seq_len, split_len)))
@@ -296,7 +285,7 @@ def score_triton(
         rows = rank.new_empty((batch, window))
         launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (mask, rank, rows), (seq_len, window), BLOCK=1024)
 
-    strides = (*query.stride()[:3], *key.stride()[:3])
+    strides = row_strides(1, query, key)
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
     shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
 from tsa_compile.config import KeepRatio
+from tsa_compile.kernels.kept import kept_of_share
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.graph import fake, insert, known, size
 from tsa_compile.passes.operators import arguments
@@ -101,19 +103,15 @@ def _group_mean(graph: Graph, call: _SparseCall, scores: Node) -> Node:
 
 def _capacity(graph: Graph, call: _SparseCall, length: int | Node) -> int | Node:
     """The static or symbolic size of the compressed rows."""
-    arithmetic = _ShapeArithmetic(graph)
-    capacity: Any = length
+    extent = Proxy(length, _Inserting(graph)) if isinstance(length, Node) else length
     if call.keep_ratio is not None:
         share = KeepRatio(call.keep_ratio).fraction
-        window = arithmetic.minimum(call.window, length)
-        candidates = arithmetic.call(operator.sub, length, window)
-        scaled = arithmetic.call(operator.mul, candidates, share.numerator)
-        kept = arithmetic.call(
-            operator.floordiv, arithmetic.call(operator.add, scaled, share.denominator - 1), share.denominator
+        extent = kept_of_share(
+            extent, call.window, share, call.min_tokens, call.capacity, minimum=_minimum, maximum=_maximum
         )
-        kept = arithmetic.minimum(candidates, arithmetic.maximum(kept, call.min_tokens))
-        capacity = arithmetic.call(operator.add, kept, window)
-    return capacity if call.capacity is None else arithmetic.minimum(capacity, call.capacity)
+    elif call.capacity is not None:
+        extent = _minimum(extent, call.capacity)
+    return extent.node if isinstance(extent, Proxy) else extent
 
 
 def _count(graph: Graph, call: _SparseCall, scores: Node, capacity: int | Node) -> Node | None:
@@ -124,28 +122,27 @@ def _count(graph: Graph, call: _SparseCall, scores: Node, capacity: int | Node) 
     return count if call.capacity is None else insert(graph, torch.clamp, count, max=capacity)
 
 
-class _ShapeArithmetic:
-    """Integer arithmetic that stays Python where all operands are, and becomes nodes where one is symbolic.
+class _Inserting(GraphAppendingTracer):
+    """Makes arithmetic on a proxy of a node into nodes with fake values."""
 
-    What the range of lengths decides is decided here: a sum of minima is more than a later reader could bound.
-    """
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        return insert(self.graph, target, *args)
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
 
-    def call(self, function: Any, *operands: int | Node) -> Any:
-        if any(isinstance(operand, Node) for operand in operands):
-            return insert(self.graph, function, *operands)
-        return function(*operands)
+# What the range of lengths decides is decided here: a sum of minima is more than a later reader could bound.
+def _minimum(left: Any, right: Any) -> Any:
+    smaller, larger = _fake(left), _fake(right)
+    if known(smaller <= larger):
+        return left
+    return right if known(larger <= smaller) else torch.sym_min(left, right)
 
-    def minimum(self, left: int | Node, right: int | Node) -> Any:
-        smaller, larger = fake(left), fake(right)
-        if known(smaller <= larger):
-            return left
-        return right if known(larger <= smaller) else self.call(torch.sym_min, left, right)
 
-    def maximum(self, left: int | Node, right: int | Node) -> Any:
-        larger, smaller = fake(left), fake(right)
-        if known(larger >= smaller):
-            return left
-        return right if known(smaller >= larger) else self.call(torch.sym_max, left, right)
+def _maximum(left: Any, right: Any) -> Any:
+    larger, smaller = _fake(left), _fake(right)
+    if known(larger >= smaller):
+        return left
+    return right if known(smaller >= larger) else torch.sym_max(left, right)
+
+
+def _fake(extent: Any) -> Any:
+    return fake(extent.node) if isinstance(extent, Proxy) else extent

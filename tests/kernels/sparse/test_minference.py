@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tsa_compile.kernels import attend, fused, reference, reference_sparse, registry
-from tsa_compile.kernels.flash import Tiles
 from tsa_compile.kernels.sparse import block_sparse
 from tsa_compile.kernels.sparse.last_rows import Splitting
 from tsa_compile.kernels.sparse.minference import a_shape_lists, minference_aten, minference_lists, minference_triton
@@ -19,6 +18,7 @@ from tsa_compile.kernels.sparse.vertical_slash import (
     vertical_slash_mask,
     vertical_slash_triton,
 )
+from tsa_compile.kernels.tiles import Tiles
 
 from .support import counted, make, poisoned
 
