@@ -43,132 +43,131 @@ from tsa_compile.kernels._aten import (
     slots_below,
     take_rows,
 )
-from tsa_compile.kernels.compress import row_alignment, rows_contiguous
-from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
+from tsa_compile.kernels.tiles import (
+    Tiles,
+    add_values,
+    at_head,
+    block_dim,
+    count_of,
+    gather_rows,
+    positive_scale,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+    stride_names,
+    weigh_seen,
+)
 
-_LOG2_E = math.log2(math.e)
-# Below every logit, and finite: a difference of two of them is no NaN.
 _LOWEST_LOGIT = -1e30
+"""Below every logit, and finite: a difference of two of them is no NaN."""
 _LOWEST = tl.constexpr(_LOWEST_LOGIT)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_is", "seq_len", "capacity"])
-def _slots_kernel(p_indices, p_count, p_slots, stride_ib, stride_is, selections, seq_len, capacity, BLOCK: tl.constexpr):
+def _slots_kernel(p_indices, p_count, p_slots, stride_ib, stride_is, seq_len, capacity, BLOCK: tl.constexpr):
     """slots[b, s, indices[b, s, j]] = j for j < count[b]."""
-    item, selection = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    selection, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
-    real = slots < count
+    real = slots < count_of(p_count, item, capacity)
     positions = tl.load(p_indices + item * stride_ib + selection * stride_is + slots, mask=real, other=0)
-    tl.store(p_slots + (item * selections + selection) * seq_len + positions, slots, mask=real)
+    tl.store(p_slots + (item * tl.num_programs(1) + selection) * seq_len + positions, slots, mask=real)
 
 
 @triton.jit
-def _load_at(p_rows, stride_row, positions, b_real, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    """The rows at `positions` [ROWS], zeros where not `b_real`: [ROWS, BLOCK_D]."""
-    dims = tl.arange(0, BLOCK_D)
-    pointers = p_rows + (positions.to(tl.int64) * stride_row * ALIGN)[:, None] + dims[None, :]
-    return tl.load(pointers, mask=b_real[:, None] & (dims < DIM)[None, :], other=0.0)
-
-
-@triton.jit(
-    do_not_specialize=[
-        *(
-            "stride_qb",
-            "stride_qh",
-            "stride_ql",
-            "stride_kb",
-            "stride_kh",
-            "stride_kl",
-            "stride_vb",
-            "stride_vh",
-            "stride_vl",
-        ),
-        *("stride_cb", "stride_ch", "stride_cl", "stride_ob", "stride_oh", "stride_ol", "stride_lb", "stride_lh"),
-        *("seq_len", "window", "sinks"),
-    ]
-)
-def _floor_kernel(
-    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_out,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_lb, stride_lh,
-    seq_len, window, sinks, scale_log2,
-    HEADS_PER_KV: tl.constexpr, HEADS_PER_SELECTION: tl.constexpr, SELECTIONS: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program: the rows of BLOCK_M ranks of one head."""
-    scale_log2 = tl.cast(scale_log2, tl.float32)
-    head, item = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_M
-    valid = seq_len
-    if p_valid is not None:
-        valid = tl.load(p_valid + item)
-    kv_head = head // HEADS_PER_KV
-    p_query += (item * stride_qb + head * stride_qh) * ALIGN
-    p_key += (item * stride_kb + kv_head * stride_kh) * ALIGN
-    p_value += (item * stride_vb + kv_head * stride_vh) * ALIGN
-    p_compressed += (item * stride_cb + head * stride_ch) * ALIGN
-    p_lse += item * stride_lb + head * stride_lh
-    p_out += (item * stride_ob + head * stride_oh) * ALIGN
-    p_slots += (item * SELECTIONS + head // HEADS_PER_SELECTION) * seq_len
-
-    ranks = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+def _at_ranks(p_order, first, valid, ROWS: tl.constexpr):
+    """The ranks [ROWS] from `first` on, the positions of their tokens, and which are valid."""
+    ranks = first + tl.arange(0, ROWS)
     positions = ranks
     if p_order is not None:
-        positions = tl.load(p_order + item * seq_len + ranks, mask=ranks < seq_len, other=0)
-    real = ranks < valid
-    slots = tl.load(p_slots + positions, mask=real, other=-1)
-    b_query = _load_at(p_query, stride_ql, positions, real, DIM, BLOCK_D, ALIGN)  # [BLOCK_M, BLOCK_D]
+        positions = tl.load(p_order + ranks, mask=ranks < valid, other=0)
+    return ranks, positions, ranks < valid
+
+
+@triton.jit
+def _near(
+    b_query, p_key, p_value, stride_kl, stride_vl, p_slots, p_order, first, ranks, slots, valid, window, sinks, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention over the sinks and the band, without selected keys in selected rows: the sums of FlashAttention-2."""
+    BLOCK_M: tl.constexpr = b_query.shape[0]
+    BLOCK_D: tl.constexpr = b_query.shape[1]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-
     band = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     sink_tiles = tl.cdiv(tl.minimum(sinks, band), BLOCK_N)
     band_tiles = tl.cdiv(tl.maximum(tl.minimum(first + BLOCK_M, valid) - band, 0), BLOCK_N)
     for tile in tl.range(0, sink_tiles + band_tiles):
         start = tl.where(tile < sink_tiles, tile * BLOCK_N, band + (tile - sink_tiles) * BLOCK_N)
-        key_ranks = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_real = key_ranks < valid
-        keys = key_ranks
-        if p_order is not None:
-            keys = tl.load(p_order + item * seq_len + key_ranks, mask=key_real, other=0)
-        key_slots = tl.load(p_slots + keys, mask=key_real, other=-1)
-        b_key = _load_at(p_key, stride_kl, keys, key_real, DIM, BLOCK_D, ALIGN)  # [BLOCK_N, BLOCK_D]
-        b_scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-        behind = ranks[:, None] - key_ranks[None, :]
-        seen = (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :])
-        seen = (
-            seen & real[:, None] & ((slots < 0)[:, None] | (key_slots < 0)[None, :])
-        )  # a selected row has seen the selected tokens
-        b_scores = tl.where(seen & key_real[None, :], b_scores, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
-        b_keep = tl.exp2(b_max - b_new_max)
-        b_weights = tl.exp2(b_scores - b_new_max[:, None])
-        b_sum = b_sum * b_keep + tl.sum(b_weights, axis=1)
-        b_value = _load_at(p_value, stride_vl, keys, key_real, VALUE_DIM, BLOCK_DV, ALIGN)  # [BLOCK_N, BLOCK_DV]
-        b_acc = tl.dot(b_weights.to(b_value.dtype), b_value, b_acc * b_keep[:, None], input_precision="ieee")
-        b_max = b_new_max
+        key_ranks, keys, b_real = _at_ranks(p_order, start, valid, BLOCK_N)  # [BLOCK_N]
+        key_slots = tl.load(p_slots + keys, mask=b_real, other=-1)
+        behind = ranks[:, None] - key_ranks[None, :]  # [BLOCK_M, BLOCK_N]
+        b_seen = (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :]) & b_real[None, :]
+        b_seen = b_seen & ((slots < 0)[:, None] | (key_slots < 0)[None, :])
+        far = keys.to(tl.int64)
+        b_key = gather_rows(p_key, far * stride_kl * ALIGN, b_real, 0, DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
+        b_value = gather_rows(p_value, far * stride_vl * ALIGN, b_real, 0, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_acc = add_values(b_acc, b_keep, b_weights, b_value)
+    return b_acc, b_max, b_sum
 
-    selected = slots >= 0
-    b_lse = tl.load(p_lse + slots, mask=selected, other=float("-inf")) * 1.4426950408889634
-    b_rows = _load_at(p_compressed, stride_cl, slots, selected, VALUE_DIM, BLOCK_DV, ALIGN)  # [BLOCK_M, BLOCK_DV]
+
+@triton.jit(
+    do_not_specialize=[*stride_names("qkvco"), "stride_lb", "stride_lh", "seq_len", "heads_per_kv", "window", "sinks"]
+)
+def _floor_kernel(
+    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_out,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_lb, stride_lh,
+    seq_len, heads_per_kv, window, sinks, scale_log2,
+    HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the rows of BLOCK_M ranks of one head."""
+    scale_log2 = tl.cast(scale_log2, tl.float32)
+    head, item = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_M
+    valid = count_of(p_valid, item, seq_len)
+    selections = tl.num_programs(0) // HEADS_PER_SELECTION
+    p_slots += (item * selections + head // HEADS_PER_SELECTION) * seq_len
+    if p_order is not None:
+        p_order += item * seq_len
+    ranks, positions, b_real = _at_ranks(p_order, first, seq_len, BLOCK_M)  # [BLOCK_M]
+    b_inside, b_real = b_real, ranks < valid
+    far = positions.to(tl.int64)
+    slots = tl.load(p_slots + positions, mask=b_real, other=-1)
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    b_query = gather_rows(p_query, far * stride_ql * ALIGN, b_real, 0, DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    p_key = at_head(p_key, stride_kb, stride_kh, item, head // heads_per_kv, ALIGN)
+    p_value = at_head(p_value, stride_vb, stride_vh, item, head // heads_per_kv, ALIGN)
+    b_acc, b_max, b_sum = _near(
+        b_query, p_key, p_value, stride_kl, stride_vl, p_slots, p_order, first, ranks, slots, valid, window, sinks,
+        scale_log2, DIM, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_N,
+    )  # fmt: skip
+
+    b_chosen = slots >= 0
+    p_lse += item * stride_lb + head.to(tl.int64) * stride_lh
+    b_lse = tl.load(p_lse + slots, mask=b_chosen, other=float("-inf")) * _LOG2_E
+    p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
+    offsets = slots.to(tl.int64) * stride_cl * ALIGN
+    b_rows = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
     b_top = tl.maximum(b_max, b_lse)
     b_near, b_far = tl.exp2(b_max - b_top), tl.exp2(b_lse - b_top)
-    b_total = tl.where(real, b_sum * b_near + b_far, 1.0)
-    b_out = (b_acc * b_near[:, None] + b_rows.to(tl.float32) * b_far[:, None]) / b_total[:, None]
+    b_total = tl.where(b_real, b_sum * b_near + b_far, 1.0)
+    b_out = (b_acc * b_near[:, None] + b_rows * b_far[:, None]) / b_total[:, None]
+    b_out = tl.where(b_real[:, None], b_out, 0.0).to(p_out.dtype.element_ty)
     dims = tl.arange(0, BLOCK_DV)
-    pointers = p_out + (positions.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
-    inside = (ranks < seq_len)[:, None] & (dims < VALUE_DIM)[None, :]
-    tl.store(pointers, b_out.to(p_out.dtype.element_ty), mask=inside)
+    p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
+    pointers = p_out + (far * stride_ol * ALIGN)[:, None] + dims[None, :]
+    tl.store(pointers, b_out, mask=b_inside[:, None] & (dims < VALUE_DIM)[None, :])
 
 
 def merge_floor_triton(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
     padding: Tensor | None, scale: float, window: int, sinks: int, output: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches the kernels; also runs on CPU tensors in the Triton interpreter.
 
@@ -176,6 +175,7 @@ def merge_floor_triton(
         output: where to write, [B, H, L, Dv] with a dense last dimension: a part of a larger tensor, for example.
     """
     query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
+    query, scale_log2 = positive_scale(query, scale)
     batch, heads, seq_len, dim = query.shape
     selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
     if output is None:
@@ -185,32 +185,36 @@ def merge_floor_triton(
     order, valid = (None, None) if padding is None else _order(padding)
     slots = torch.full((batch, selections, seq_len), -1, dtype=torch.int32, device=query.device)
     if capacity > 0:
-        grid = (cdiv(capacity, 1024), selections, batch)
-        numbers = (*indices.stride()[:2], selections, seq_len, capacity)
+        grid, numbers = (cdiv(capacity, 1024), selections, batch), (*indices.stride()[:2], seq_len, capacity)
         launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)
     align = row_alignment(query, key, value, compressed, output)
-    strides = (stride // align for x in (query, key, value, compressed, output) for stride in x.stride()[:3])
-    wide = max(next_power_of_2(dim), next_power_of_2(value_dim))
-    block = 64 if query.element_size() == 2 and wide <= 128 else 32 if wide <= 128 else 16
+    tiles = _tiles(query.dtype, block_dim(max(dim, value_dim))) if tiles is None else tiles
     launch(
         _floor_kernel,
-        (heads, cdiv(seq_len, block), batch),
+        (heads, cdiv(seq_len, tiles.block_m), batch),
         (query, key, value, compressed, lse, slots, order, valid, output),
-        (*strides, *lse.stride()[:2], seq_len, window, sinks, scale * _LOG2_E),
-        HEADS_PER_KV=heads // key.shape[1],
+        (
+            *row_strides(align, query, key, value, compressed, output), *lse.stride()[:2],
+            seq_len, heads // key.shape[1], window, sinks, scale_log2,
+        ),
         HEADS_PER_SELECTION=heads // selections,
-        SELECTIONS=selections,
         DIM=dim,
-        BLOCK_D=max(16, next_power_of_2(dim)),
+        BLOCK_D=block_dim(dim),
         VALUE_DIM=value_dim,
-        BLOCK_DV=max(16, next_power_of_2(value_dim)),
+        BLOCK_DV=block_dim(value_dim),
         ALIGN=align,
-        BLOCK_M=block,
-        BLOCK_N=block,
-        num_warps=4,
-        num_stages=2,
-    )
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )  # fmt: skip
     return output
+
+
+def _tiles(dtype: torch.dtype, block_d: int) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(16, 16, 4, 1) if block_d > 128 else Tiles(32, 16 if block_d > 64 else 32, 4, 1)
+    return Tiles(64, 32, 4, 2) if block_d > 128 else Tiles(64, 64, 4, 2)
 
 
 def merge_floor_aten(
@@ -233,7 +237,7 @@ def merge_floor_aten(
         slots = slots.gather(2, source.expand(-1, slots.shape[1], -1))
         real = torch.arange(seq_len, device=padding.device) < valid[:, 0]
         value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
-    near, near_lse = _near(query, key, value, slots, valid, scale, window, sinks)
+    near, near_lse = _near_aten(query, key, value, slots, valid, scale, window, sinks)
     slots = repeat_heads(slots, heads)
     chosen = slots >= 0
     picked = at_least(slots, 0)
@@ -260,7 +264,7 @@ def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
     return found.scatter(2, targets, slots.expand(batch, selections, capacity))[:, :, :seq_len]
 
 
-def _near(
+def _near_aten(
     query: Tensor, key: Tensor, value: Tensor, slots: Tensor, valid: Tensor, scale: float, window: int, sinks: int
 ) -> tuple[Tensor, Tensor]:
     """Attention over N(i), without selected keys in selected rows, where ranks are positions: [B, H, L, Dv]; log-sum-exp.
