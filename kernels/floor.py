@@ -45,6 +45,7 @@ from tsa_compile.kernels._aten import (
 )
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
+    Rows,
     Tiles,
     add_values,
     at_head,
@@ -67,12 +68,12 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_is", "seq_len", "capacity"])
 def _slots_kernel(p_indices, p_count, p_slots, stride_ib, stride_is, seq_len, capacity, BLOCK: tl.constexpr):
-    """slots[b, s, indices[b, s, j]] = j for j < count[b]."""
+    """slots[b, s, indices[b, s, j]] = j + 1 for j < count[b]."""
     selection, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     real = slots < count_of(p_count, item, capacity)
     positions = tl.load(p_indices + item * stride_ib + selection * stride_is + slots, mask=real, other=0)
-    tl.store(p_slots + (item * tl.num_programs(1) + selection) * seq_len + positions, slots, mask=real)
+    tl.store(p_slots + (item * tl.num_programs(1) + selection) * seq_len + positions, slots + 1, mask=real)
 
 
 @triton.jit
@@ -86,31 +87,62 @@ def _at_ranks(p_order, first, valid, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _add_keys(
+    b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, KEYS: tl.constexpr, INSIDE: tl.constexpr,
+):  # fmt: skip
+    """The keys of the ranks [start, start + KEYS) join the sums of FlashAttention-2.
+
+    INSIDE: they are in the window of every row.
+    b_free: which rows see selected keys as well, as they are not selected themselves.
+    """
+    key_ranks, keys, b_real = _at_ranks(p_order, start, valid, KEYS)  # [KEYS]
+    b_seen = b_free[:, None] | (tl.load(p_slots + keys, mask=b_real, other=0) == 0)[None, :]  # [BLOCK_M, KEYS]
+    if not INSIDE:
+        behind = ranks[:, None] - key_ranks[None, :]
+        b_seen = b_seen & (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :]) & b_real[None, :]
+    far = keys.to(tl.int64)
+    b_key = gather_rows(key.pointer, far * key.stride * ALIGN, b_real, 0, DIM, b_query.shape[1])  # [KEYS, BLOCK_D]
+    b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
+    b_value = gather_rows(value.pointer, far * value.stride * ALIGN, b_real, 0, VALUE_DIM, b_acc.shape[1])
+    return add_values(b_acc, b_keep, b_weights, b_value), b_max, b_sum
+
+
+@triton.jit
 def _near(
-    b_query, p_key, p_value, stride_kl, stride_vl, p_slots, p_order, first, ranks, slots, valid, window, sinks, scale_log2,
+    b_query, key, value, p_slots, p_order, first, ranks, b_free, valid, window, sinks, scale_log2,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attention over the sinks and the band, without selected keys in selected rows: the sums of FlashAttention-2."""
+    """Attention over the sinks and the band, without selected keys in selected rows.
+
+    The keys [band, inner) are in the window of some rows, [inner, first) in that of all; from `first` on they are the rows' own.
+    """
     BLOCK_M: tl.constexpr = b_query.shape[0]
-    BLOCK_D: tl.constexpr = b_query.shape[1]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     band = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-    sink_tiles = tl.cdiv(tl.minimum(sinks, band), BLOCK_N)
-    band_tiles = tl.cdiv(tl.maximum(tl.minimum(first + BLOCK_M, valid) - band, 0), BLOCK_N)
-    for tile in tl.range(0, sink_tiles + band_tiles):
-        start = tl.where(tile < sink_tiles, tile * BLOCK_N, band + (tile - sink_tiles) * BLOCK_N)
-        key_ranks, keys, b_real = _at_ranks(p_order, start, valid, BLOCK_N)  # [BLOCK_N]
-        key_slots = tl.load(p_slots + keys, mask=b_real, other=-1)
-        behind = ranks[:, None] - key_ranks[None, :]  # [BLOCK_M, BLOCK_N]
-        b_seen = (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :]) & b_real[None, :]
-        b_seen = b_seen & ((slots < 0)[:, None] | (key_slots < 0)[None, :])
-        far = keys.to(tl.int64)
-        b_key = gather_rows(p_key, far * stride_kl * ALIGN, b_real, 0, DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
-        b_value = gather_rows(p_value, far * stride_vl * ALIGN, b_real, 0, VALUE_DIM, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        b_acc = add_values(b_acc, b_keep, b_weights, b_value)
+    inner = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, band), BLOCK_N) * BLOCK_N, first)
+    for start in tl.range(0, tl.minimum(sinks, band), 16):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, tl.minimum(valid, band),
+            window, sinks, scale_log2, DIM, VALUE_DIM, ALIGN, 16, False,
+        )  # fmt: skip
+    for start in tl.range(band, inner, BLOCK_N):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks,
+            scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, False,
+        )  # fmt: skip
+    for start in tl.range(inner, first, BLOCK_N):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks,
+            scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, True,
+        )  # fmt: skip
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, valid), BLOCK_N):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks,
+            scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, False,
+        )  # fmt: skip
     return b_acc, b_max, b_sum
 
 
@@ -137,21 +169,22 @@ def _floor_kernel(
     ranks, positions, b_real = _at_ranks(p_order, first, seq_len, BLOCK_M)  # [BLOCK_M]
     b_inside, b_real = b_real, ranks < valid
     far = positions.to(tl.int64)
-    slots = tl.load(p_slots + positions, mask=b_real, other=-1)
+    slots = tl.load(p_slots + positions, mask=b_real, other=0)
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     b_query = gather_rows(p_query, far * stride_ql * ALIGN, b_real, 0, DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    p_key = at_head(p_key, stride_kb, stride_kh, item, head // heads_per_kv, ALIGN)
-    p_value = at_head(p_value, stride_vb, stride_vh, item, head // heads_per_kv, ALIGN)
+    kv_head = head // heads_per_kv
+    key = Rows(None, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = Rows(None, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
     b_acc, b_max, b_sum = _near(
-        b_query, p_key, p_value, stride_kl, stride_vl, p_slots, p_order, first, ranks, slots, valid, window, sinks,
-        scale_log2, DIM, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_N,
+        b_query, key, value, p_slots, p_order, first, ranks, slots == 0, valid, window, sinks, scale_log2,
+        DIM, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_N,
     )  # fmt: skip
 
-    b_chosen = slots >= 0
+    b_chosen = slots > 0
     p_lse += item * stride_lb + head.to(tl.int64) * stride_lh
-    b_lse = tl.load(p_lse + slots, mask=b_chosen, other=float("-inf")) * _LOG2_E
+    b_lse = tl.load(p_lse + slots - 1, mask=b_chosen, other=float("-inf")) * _LOG2_E
     p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
-    offsets = slots.to(tl.int64) * stride_cl * ALIGN
+    offsets = (slots - 1).to(tl.int64) * stride_cl * ALIGN
     b_rows = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
     b_top = tl.maximum(b_max, b_lse)
     b_near, b_far = tl.exp2(b_max - b_top), tl.exp2(b_lse - b_top)
@@ -183,7 +216,7 @@ def merge_floor_triton(
     if output.numel() == 0:
         return output
     order, valid = (None, None) if padding is None else _order(padding)
-    slots = torch.full((batch, selections, seq_len), -1, dtype=torch.int32, device=query.device)
+    slots = query.new_zeros((batch, selections, seq_len), dtype=torch.int32)  # one more than the slot; 0 where there is none
     if capacity > 0:
         grid, numbers = (cdiv(capacity, 1024), selections, batch), (*indices.stride()[:2], seq_len, capacity)
         launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)

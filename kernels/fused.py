@@ -272,6 +272,7 @@ def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options
 _selected = remembered(select_triton)
 _compressed = remembered(compress_triton)
 _decompressed = remembered(decompress_triton)
+_merged = remembered(merge_floor_triton)
 
 
 class _Fetched:
@@ -314,4 +315,4 @@ def _attend(
             continue
         compressed = kernel.causal_lse(*rows, options.scale, count)
         near = (options.scale, options.floor_window, options.floor_sinks)
-        merge_floor_triton(query_part, key_part, value_part, *compressed, chosen, count, padding, *near, target)
+        _merged(query_part, key_part, value_part, *compressed, chosen, count, padding, *near, target)
