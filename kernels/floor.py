@@ -115,7 +115,7 @@ def _near(
 ):  # fmt: skip
     """Attention over the sinks and the band, without selected keys in selected rows.
 
-    The keys [band, inner) are in the window of some rows, [inner, first) in that of all; from `first` on they are the rows' own.
+    The keys [band, inner) are in the window of some rows, [inner, first) in that of all, and then come the rows' own.
     """
     BLOCK_M: tl.constexpr = b_query.shape[0]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -200,7 +200,6 @@ def _floor_kernel(
 def merge_floor_triton(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
     padding: Tensor | None, scale: float, window: int, sinks: int, output: Tensor | None = None,
-    tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches the kernels; also runs on CPU tensors in the Triton interpreter.
 
@@ -221,7 +220,7 @@ def merge_floor_triton(
         grid, numbers = (cdiv(capacity, 1024), selections, batch), (*indices.stride()[:2], seq_len, capacity)
         launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)
     align = row_alignment(query, key, value, compressed, output)
-    tiles = _tiles(query.dtype, block_dim(max(dim, value_dim))) if tiles is None else tiles
+    tiles = _tiles(query.dtype, block_dim(max(dim, value_dim)))
     launch(
         _floor_kernel,
         (heads, cdiv(seq_len, tiles.block_m), batch),

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels.attend import attend_aten
+from tsa_compile.kernels.attend import attend_aten, attend_lse_aten
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.flash import flash_triton
+from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -63,13 +64,22 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: floa
     return flash_triton(query, key, value, scale, count)
 
 
+def _flash_lse(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return flash_triton(query, key, value, scale, count, lse=lse), lse
+
+
 _LAUNCHERS = {
     "score": score_cuda,
     "budget": budget_cuda,
     "select": _select,
     "compress": compress_triton,
     "attend": _flash,
+    "attend_lse": _flash_lse,
     "decompress": decompress_triton,
+    "merge_floor": merge_floor_triton,
 }
 for _name, _launcher in _LAUNCHERS.items():
     _schema = str(getattr(torch.ops.tsa, _name).default._schema).removeprefix(f"tsa::{_name}")
@@ -103,7 +113,9 @@ _ATEN: Table = {
     tsa.select.default: select_by_sorting,
     tsa.compress.default: compress_aten,
     tsa.attend.default: attend_aten,
+    tsa.attend_lse.default: attend_lse_aten,
     tsa.decompress.default: decompress_aten,
+    tsa.merge_floor.default: merge_floor_aten,
     tsa.spans.default: spans_aten,
     tsa.padded_attention.default: padded_attention_aten,
 }

@@ -235,7 +235,7 @@ def diagonal(
         b_weights, b_keep, b_max, b_sum = diagonal_tile(b_query, b_key, b_max, b_sum, start_m, start, scale_log2)
         b_value = load_rows(value.pointer, value.stride, start, count, True, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)
         b_acc = add_values(b_acc, b_keep, b_weights, b_value)
-    return b_acc, b_sum
+    return b_acc, b_max, b_sum
 
 
 def block_dim(size: int) -> int:

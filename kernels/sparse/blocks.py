@@ -117,7 +117,7 @@ def _blocks_kernel(
         b_query, b_acc, b_max, b_sum, key, value, p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK, steps,
         scale_log2, BLOCK, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N, LAG,
     )  # fmt: skip
-    b_acc, b_sum = diagonal(
+    b_acc, b_max, b_sum = diagonal(
         b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)

@@ -176,7 +176,7 @@ def _attend_kernel(
         b_query, b_acc, b_max, b_sum, column_key, column_value, p_columns + line * width, p_table, before,
         start_own + BLOCK, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N,
     )  # fmt: skip
-    b_acc, b_sum = diagonal(
+    b_acc, b_max, b_sum = diagonal(
         b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
