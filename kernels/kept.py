@@ -12,28 +12,37 @@ from fractions import Fraction
 from typing import Any
 
 
+def kept_candidates(
+    candidates: Any,
+    share: Fraction | float,
+    min_tokens: int,
+    minimum: Callable[[Any, Any], Any] = min,
+    maximum: Callable[[Any, Any], Any] = max,
+) -> Any:
+    """How many of the candidates are kept, given their share; without the window.
+
+    Args:
+        candidates: an integer, or whatever has an integer's operators.
+        share: 0 to 1; of a keep ratio its exact `fraction`.
+        minimum, maximum: of two such numbers, where `min` and `max` cannot tell.
+    """
+    numerator, denominator = share.as_integer_ratio()
+    kept = (candidates * numerator + (denominator - 1)) // denominator
+    return minimum(candidates, maximum(kept, min_tokens))
+
+
 def kept_of_share(
     length: Any,
     window: int,
     share: Fraction | float,
     min_tokens: int,
     capacity: int | None = None,
-    *,
     minimum: Callable[[Any, Any], Any] = min,
     maximum: Callable[[Any, Any], Any] = max,
 ) -> Any:
-    """The tokens that are kept of `length`, given the share of the candidates.
-
-    Args:
-        length: an integer, or whatever has an integer's operators.
-        share: 0 to 1; of a keep ratio its exact `fraction`.
-        minimum, maximum: of a length and an integer, where `min` and `max` cannot tell.
-    """
-    numerator, denominator = share.as_integer_ratio()
+    """How many tokens of a length are kept, the window included."""
     window = minimum(window, length)
-    candidates = length - window
-    kept = (candidates * numerator + (denominator - 1)) // denominator
-    kept = minimum(candidates, maximum(kept, min_tokens)) + window
+    kept = kept_candidates(length - window, share, min_tokens, minimum, maximum) + window
     return kept if capacity is None else minimum(kept, capacity)
 
 

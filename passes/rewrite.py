@@ -22,9 +22,11 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
 from tsa_compile.config import KeepRatio, TSAConfig
+from tsa_compile.kernels.kept import kept_of_share
 from tsa_compile.passes.base import Pass, PassResult, SitePlan
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import fake, insert, known, size
@@ -81,19 +83,15 @@ def _group_mean(graph: Graph, site: AttentionSite, scores: Node) -> Node:
 
 def _capacity(graph: Graph, config: TSAConfig, length: int | Node) -> int | Node:
     """The static or symbolic size of the compressed rows."""
-    arithmetic = _ShapeArithmetic(graph)
-    capacity: Any = length
+    extent = Proxy(length, _Inserting(graph)) if isinstance(length, Node) else length
     if isinstance(config.budget, KeepRatio):
         share = config.budget.fraction
-        window = arithmetic.minimum(config.window, length)
-        candidates = arithmetic.call(operator.sub, length, window)
-        scaled = arithmetic.call(operator.mul, candidates, share.numerator)
-        kept = arithmetic.call(
-            operator.floordiv, arithmetic.call(operator.add, scaled, share.denominator - 1), share.denominator
+        extent = kept_of_share(
+            extent, config.window, share, config.min_tokens, config.capacity, minimum=_minimum, maximum=_maximum
         )
-        kept = arithmetic.minimum(candidates, arithmetic.maximum(kept, config.min_tokens))
-        capacity = arithmetic.call(operator.add, kept, window)
-    return capacity if config.capacity is None else arithmetic.minimum(capacity, config.capacity)
+    elif config.capacity is not None:
+        extent = _minimum(extent, config.capacity)
+    return extent.node if isinstance(extent, Proxy) else extent
 
 
 def _count(graph: Graph, config: TSAConfig, scores: Node, padding: Node | None, capacity: int | Node) -> Node | None:
@@ -110,28 +108,27 @@ def _count(graph: Graph, config: TSAConfig, scores: Node, padding: Node | None, 
     return count
 
 
-class _ShapeArithmetic:
-    """Integer arithmetic that stays Python where all operands are, and becomes nodes where one is symbolic.
+class _Inserting(GraphAppendingTracer):
+    """Makes arithmetic on a proxy of a node into nodes with fake values."""
 
-    What the range of lengths decides is decided here: a sum of minima is more than a later reader could bound.
-    """
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        return insert(self.graph, target, *args)
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
 
-    def call(self, function: Any, *operands: int | Node) -> Any:
-        if any(isinstance(operand, Node) for operand in operands):
-            return insert(self.graph, function, *operands)
-        return function(*operands)
+# What the range of lengths decides is decided here: a sum of minima is more than a later reader could bound.
+def _minimum(left: Any, right: Any) -> Any:
+    smaller, larger = _fake(left), _fake(right)
+    if known(smaller <= larger):
+        return left
+    return right if known(larger <= smaller) else torch.sym_min(left, right)
 
-    def minimum(self, left: int | Node, right: int | Node) -> Any:
-        smaller, larger = fake(left), fake(right)
-        if known(smaller <= larger):
-            return left
-        return right if known(larger <= smaller) else self.call(torch.sym_min, left, right)
 
-    def maximum(self, left: int | Node, right: int | Node) -> Any:
-        larger, smaller = fake(left), fake(right)
-        if known(larger >= smaller):
-            return left
-        return right if known(smaller >= larger) else self.call(torch.sym_max, left, right)
+def _maximum(left: Any, right: Any) -> Any:
+    larger, smaller = _fake(left), _fake(right)
+    if known(larger >= smaller):
+        return left
+    return right if known(smaller >= larger) else torch.sym_max(left, right)
+
+
+def _fake(extent: Any) -> Any:
+    return fake(extent.node) if isinstance(extent, Proxy) else extent

@@ -7,7 +7,7 @@ Where a layer changes its input little, little is lost with the tokens that its 
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import math
 import operator
 import os
@@ -23,19 +23,21 @@ from torch import Tensor, nn
 from tsa_compile.config import Coverage, TSAConfig, check_int
 from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, read_prompts
 from tsa_compile.errors import ConfigError, TSAWarning
-from tsa_compile.files import load, new_figure, reading, save_figure, write
+from tsa_compile.files import new_figure, save_figure
 from tsa_compile.fingerprint import Fingerprint, text_config, unwrapped
-from tsa_compile.progress import bar
-
-FORMAT = "tsa_compile.calibration/1"
+from tsa_compile.progress import Progress, bar
+from tsa_compile.saved import Saved
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Saved):
     """The drift of each decoder layer of one model, and which of them are sparse at `delta`.
 
     `dataclasses.replace(calibration, delta=0.25)` asks for other layers without measuring again.
     """
+
+    FORMAT = "tsa_compile.calibration/1"
+    KIND, WRITER, REMEDY = "a calibration", "Calibration.save", "calibrate again"
 
     layers: tuple[str, ...]
     """Module names, first layer first."""
@@ -105,42 +107,19 @@ class Calibration:
             for name, drift, rank in zip(self.layers, self.drift, self.ranks, strict=True)
         ]
         return {
-            "format": FORMAT, "delta": self.delta, "sparse_layers": list(self.sparse_layers), "layers": layers,
+            "format": self.FORMAT, "delta": self.delta, "sparse_layers": list(self.sparse_layers), "layers": layers,
             "tokens": self.tokens, "prompts": self.prompts, "fingerprint": self.fingerprint.to_dict(),
         }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Reads what `to_dict` wrote. Ranks and sparse layers are computed again from drift and delta.
-
-        Raises:
-            ConfigError: something is missing or not allowed.
-        """
-        with reading(values, FORMAT, "write it with Calibration.save", "calibrate again"):
-            return cls(
-                layers=tuple(str(layer["name"]) for layer in values["layers"]),
-                drift=tuple(float(layer["drift"]) for layer in values["layers"]),
-                delta=values["delta"], tokens=int(values["tokens"]), prompts=int(values["prompts"]),
-                fingerprint=Fingerprint.from_dict(values["fingerprint"]),
-            )  # fmt: skip
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes this calibration as JSON.
-
-        Raises:
-            ConfigError: no file can be written there.
-            WriteError: it could not be written whole; what was there is as it was.
-        """
-        write(path, json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads what `save` wrote.
-
-        Raises:
-            ConfigError: the file cannot be read, or is no calibration.
-        """
-        return load(path, "a calibration", "pass a file that Calibration.save wrote", cls.from_dict)
+    def _read(cls, values: Mapping[str, Any]) -> Calibration:
+        """Ranks and sparse layers are computed again from drift and delta."""
+        return cls(
+            layers=tuple(str(layer["name"]) for layer in values["layers"]),
+            drift=tuple(float(layer["drift"]) for layer in values["layers"]),
+            delta=values["delta"], tokens=int(values["tokens"]), prompts=int(values["prompts"]),
+            fingerprint=Fingerprint.from_dict(values["fingerprint"]),
+        )  # fmt: skip
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the drift of each layer, the sparse ones in another colour; the path's suffix is the image's format.
@@ -201,13 +180,17 @@ def calibrate(
                 if meter is None:
                     meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
                     hooks.enter_context(meter.watching())
-                step = (place + 1 - taken) / len(meter.stack.layers)  # the bar moves with every layer
-                meter.passed = lambda passed, taken=taken, step=step: show("prompts", taken + passed * step, total)
+                meter.passed = functools.partial(_step, show, taken, place + 1 - taken, total)
                 meter.run(ids, mask)
             count, taken = count + len(ids), place + 1
     assert meter is not None  # read_prompts refuses to give none
     names, layers = meter.stack.names, meter.stack.layers
     return Calibration(names, meter.drift, delta, meter.tokens, count, Fingerprint.of(model, layers))
+
+
+def _step(show: Progress, taken: int, prompts: int, total: int | None, share: float) -> None:
+    """A batch of so many prompts, of which a share of the layers is done."""
+    show("prompts", taken + prompts * share, total)
 
 
 @contextlib.contextmanager

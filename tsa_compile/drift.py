@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,10 +153,10 @@ def call(runner: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
 class DriftMeter:
     """Sums up each layer's drift over the tokens of the batches that run inside `watching`."""
 
-    def __init__(self, stack: LayerStack, passed: Callable[[int], None] = lambda layers: None) -> None:
+    def __init__(self, stack: LayerStack, passed: Callable[[float], None] = lambda share: None) -> None:
         self.stack = stack
         self.passed = passed
-        """Called after each layer with the number of layers that the batch has passed."""
+        """Called after each layer with the share of the layers that the batch has passed."""
         self._sums: list[Tensor | None] = [None] * len(stack.layers)
         self.tokens = 0
         """That were counted so far."""
@@ -198,7 +198,7 @@ class DriftMeter:
             assert hidden is not None and made is not None  # as found by `find_layers`
             found, total = drift_sum(hidden, made, self._valid), self._sums[index]
             self._sums[index] = found if total is None else total + found
-            self.passed(index + 1)
+            self.passed((index + 1) / len(self._sums))
 
         return after
 
@@ -289,9 +289,10 @@ def batches(prompts: Iterable[tuple[int, Tensor]], size: int) -> Iterator[tuple[
     rest = iter(prompts)
     while group := list(itertools.islice(rest, size)):
         rows = [ids for _, ids in group]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        yield group[-1][0], ids, _mask(rows) if len({len(row) for row in rows}) > 1 else None
+        padded = len({len(row) for row in rows}) > 1
+        mask = _padded([torch.ones_like(row) for row in rows]) if padded else None
+        yield group[-1][0], _padded(rows), mask
 
 
-def _mask(rows: Sequence[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+def _padded(rows: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)

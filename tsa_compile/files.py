@@ -14,16 +14,15 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from tsa_compile.errors import ConfigError, WriteError
 
 StrPath = str | os.PathLike[str]
-Parsed = TypeVar("Parsed")
 
 _PREFIX = ".tsa-"
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -151,32 +150,6 @@ def save_figure(figure: Any, path: StrPath, **options: Any) -> None:
             figure.savefig(beside, **options)
         except ValueError as error:
             raise ConfigError(f"{str(path)!r} cannot be written ({error}): choose another name, as figure.png") from error
-
-
-def load(path: StrPath, what: str, advice: str, parse: Callable[[Any], Parsed]) -> Parsed:
-    """What `parse` makes of a JSON file that should be `what`.
-
-    Raises:
-        ConfigError: it cannot be read, or `parse` refuses what it holds; the message names the file.
-    """
-    values = read_json(path, advice)
-    try:
-        return parse(values)
-    except ConfigError as error:
-        raise ConfigError(f"{str(path)!r} is not {what}: {error}") from error
-
-
-@contextmanager
-def reading(values: Any, form: str, advice: str, remedy: str) -> Iterator[None]:
-    """Inside, saved values are read: ConfigError where the format is another, or something is missing or not what it was."""
-    found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
-    if found != form:
-        raise ConfigError(f"found format {found!r}, expected {form!r}: {advice}")
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else error
-        raise ConfigError(f"a value is not what was saved ({why}): {remedy}") from error
 
 
 def read_json(path: StrPath, advice: str) -> Any:

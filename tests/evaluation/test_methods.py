@@ -6,7 +6,7 @@ import torch
 from tsa_compile.backend import tsa_backend
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
-from tsa_compile.evaluation.methods import STANDARD, parse, standard
+from tsa_compile.evaluation.methods import STANDARD, parse
 from tsa_compile.evaluation.probe import Probe, Selection
 from tsa_compile.kernels import reference
 from tsa_compile.testing import count_ops
@@ -148,7 +148,7 @@ def test_methods_ask_for_their_budget_and_layers():
     narrow = parse("rescue-keep-0.5@8")
     assert narrow.config(4096, selected) == keep.replace(window=8) and narrow.probe().rescue
     assert not early.probe().shuffle and not random.probe().rescue and parse("rescue-keep-0.5").probe().rescue
-    assert [method.name for method in standard()] == list(STANDARD) and STANDARD[0] == "dense"
+    assert [parse(name).name for name in STANDARD] == list(STANDARD) and STANDARD[0] == "dense"
 
 
 @pytest.mark.parametrize(

@@ -61,17 +61,13 @@ def calibrate(
         chosen = _prompts(source, file, random, tokens, count)
     with output.working(f"Loading {source.name}"):
         loaded = source.load(tokens, batch)
-    found = _measure(loaded, chosen, delta, batch)
+    from tsa_compile.calibration import calibrate as measure
+
+    found = measure(loaded, chosen, delta, batch_size=batch, progress=output.stderr().is_terminal)
     if source.folder is None:
         output.say("note", "the weights are random: this shows how calibration runs, not which layers a trained model has")
     out.draw(found.plot)
     out.show(_table(found, out.out), found.to_dict())
-
-
-def _measure(model: Any, chosen: Any, delta: float, batch: int) -> Calibration:
-    from tsa_compile.calibration import calibrate as measure
-
-    return measure(model, chosen, delta, batch_size=batch, progress=output.stderr().is_terminal)
 
 
 def _prompts(source: Source, file: Path | None, random: int | None, length: int, count: int | None) -> Any:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import FigureOptions, ModelOptions, check_calibration, command
+from tsa_compile.commands.options import FigureOptions, ModelOptions, chosen_layers, command
 from tsa_compile.config import Coverage
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    from tsa_compile.commands.loading import Source
-    from tsa_compile.evaluation.results import Study
+    pass
 
 
 class Question(StrEnum):
@@ -96,23 +95,21 @@ def evaluate(
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         request = (_ON_CPU if source.device.type == "cpu" else {}) | request
-        chosen = _layers(sparse_layers, source)
-        source.check(max(request.get("lengths", [16384])), 1)
+        chosen, calibration = (None, None) if sparse_layers is None else chosen_layers(sparse_layers, source)
+        layers = None if chosen is None else [layer for layer in chosen if isinstance(layer, int)]
+        if chosen is not None and len(chosen) != len(layers or ()):
+            raise ConfigError(f"--sparse-layers {sparse_layers}: eval takes indices, as 4-7, or a calibration's JSON file")
     with output.working(f"Loading {source.name}"):
         loaded = source.load(max(request.get("lengths", [16384])))
     if source.folder is None:
         output.say("note", "the weights are random: this shows that the study runs; its accuracies mean nothing")
-    if hasattr(chosen, "check"):
-        chosen.check(loaded)
-    study = _study(loaded, getattr(chosen, "sparse_layers", chosen), resume, request)
-    out.draw(study.figure)
-    out.show(str(study), study.to_dict())
-
-
-def _study(model: Any, layers: Any, resume: Path | None, request: dict[str, Any]) -> Study:
+    if calibration is not None:
+        calibration.check(loaded)
     from tsa_compile.evaluation.study import evaluate as run
 
-    return run(model, layers=layers, resume=resume, progress=output.stderr().is_terminal, **request)
+    study = run(loaded, layers=layers, resume=resume, progress=output.stderr().is_terminal, **request)
+    out.draw(study.figure)
+    out.show(str(study), study.to_dict())
 
 
 def _methods(methods: str | None, budget: str | None) -> list[str]:
@@ -123,12 +120,3 @@ def _methods(methods: str | None, budget: str | None) -> list[str]:
         return texts.names(methods)
     found = texts.budget(budget or "")
     return ["dense", f"coverage-{found.tau:g}" if isinstance(found, Coverage) else f"keep-{found.ratio:g}"]
-
-
-def _layers(text: str | None, source: Source) -> Any:
-    """Indices, a calibration that knows them, or None for the upper half."""
-    chosen = None if text is None else texts.layers(text)
-    check_calibration(chosen, source)
-    if isinstance(chosen, tuple) and not all(isinstance(layer, int) for layer in chosen):
-        raise ConfigError(f"--sparse-layers {text}: eval takes indices, as 4-7, or a calibration's JSON file")
-    return chosen

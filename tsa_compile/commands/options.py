@@ -20,11 +20,12 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import MOST_LAYERS, TSAConfig
+from tsa_compile.config import MOST_LAYERS, Layers, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
+    from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
 
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
@@ -82,7 +83,7 @@ class ModelOptions:
             texts.check_folder(self.folder)  # before PyTorch is imported
         from tsa_compile.commands.loading import source
 
-        return source(self.folder, self.shape, self.layers, self.device, self.dtype, self.trust_remote_code)
+        return source(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,7 @@ class SparseOptions:
         if self.budget is not None:
             changes["budget"] = texts.budget(self.budget)
         if self.sparse_layers is not None:
-            chosen = texts.layers(self.sparse_layers)
-            changes["layers"] = getattr(chosen, "sparse_layers", chosen)
-            check_calibration(chosen, source)
+            changes["layers"], _ = chosen_layers(self.sparse_layers, source)
         config = base.replace(**changes)
         _check_layers(config, source)
         if config.kernel != attend.AUTO:
@@ -159,13 +158,21 @@ def _read_config(path: Path) -> TSAConfig:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-def check_calibration(chosen: Any, source: Source) -> None:
-    """Raises ConfigError where chosen layers come from the calibration of a model with another number of layers."""
-    layers = getattr(chosen, "layers", None)
-    if layers is not None and len(layers) != source.layers:
+def chosen_layers(text: str, source: Source) -> tuple[Layers | None, Calibration | None]:
+    """The layers that a text names, and the calibration that chose them, if one did.
+
+    Raises:
+        ConfigError: it names none, or the calibration is of a model with another number of layers.
+    """
+    found = texts.layers(text)
+    if found is None or isinstance(found, tuple):
+        return found, None
+    if len(found.layers) != source.layers:
+        count = len(found.layers)
         raise ConfigError(
-            f"the calibration is of a model with {len(layers)} layers, {source.name} has {source.layers}: calibrate this one"
+            f"the calibration is of a model with {count} layers, {source.name} has {source.layers}: calibrate this one"
         )
+    return found.sparse_layers, found
 
 
 def _check_layers(config: TSAConfig, source: Source) -> None:

@@ -48,4 +48,5 @@ def _shape(row: SiteRow, config: TSAConfig) -> SiteShape | None:
     sizes = (row.query[1], row.key[1], row.query[3], row.value[3])
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
-    return SiteShape.configured(config, row.query[0], *map(int, sizes), itemsize=dtype.itemsize)
+    heads, kv_heads, head_dim, value_head_dim = map(int, sizes)
+    return SiteShape.configured(config, row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize)

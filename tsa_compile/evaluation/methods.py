@@ -107,11 +107,6 @@ def parse(name: str) -> Method:
     return Method(name, budget, control, None if window is None else TSAConfig(window=int(window)).window)
 
 
-def standard() -> tuple[Method, ...]:
-    """The methods of the study, the most useful first."""
-    return tuple(map(parse, STANDARD))
-
-
 def compiled(model: nn.Module, config: TSAConfig) -> Callable[[Tensor, int | Tensor], Any]:
     """The model under a configuration, for inputs of one shape: of tokens [B, L], and of the positions that need logits.
 

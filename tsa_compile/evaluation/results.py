@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,14 +10,16 @@ from typing import Any
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import figure, tables
 from tsa_compile.evaluation.outcomes import Cell, LayerRow, Outcomes, Timing
-from tsa_compile.files import load, reading, write
-
-FORMAT = "tsa_compile.study/1"
+from tsa_compile.saved import Saved
 
 
 @dataclass(frozen=True)
-class Study(Outcomes):
+class Study(Outcomes, Saved):
     """Outcomes that grow, are shown as tables and figures, and are kept as JSON."""
+
+    FORMAT = "tsa_compile.study/1"
+    KIND, WRITER, REMEDY = "a study", "a study", "run the study again"
+    FOLDERS = True
 
     def with_cell(self, cell: Cell) -> Study:
         """A copy with one more cell."""
@@ -63,40 +64,16 @@ class Study(Outcomes):
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of `from_dict`."""
         return {
-            "format": FORMAT, "conditions": dict(self.conditions), "notes": dict(self.notes),
+            "format": self.FORMAT, "conditions": dict(self.conditions), "notes": dict(self.notes),
             "cells": [{**asdict(cell), "right": _pack(cell.right)} for cell in self.cells],
             "times": [asdict(time) for time in self.times],
         }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Study:
-        """Reads what `to_dict` wrote.
-
-        Raises:
-            ConfigError: something is missing or of another form.
-        """
-        with reading(values, FORMAT, "pass a file that a study wrote", "run the study again"):
-            cells = tuple(_cell(cell) for cell in values["cells"])
-            times = tuple(Timing(**time) for time in values["times"])
-            return cls(dict(values["conditions"]), cells, times, dict(values["notes"]))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes this study as JSON, whole or not at all: a run that is stopped while it writes loses nothing.
-
-        Raises:
-            ConfigError: no file can be written there.
-            WriteError: it could not be written whole; what was there is as it was.
-        """
-        write(path, json.dumps(self.to_dict(), indent=1) + "\n", folders=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Study:
-        """Reads what `save` wrote.
-
-        Raises:
-            ConfigError: the file cannot be read, or is no study.
-        """
-        return load(path, "a study", "pass a file that a study wrote", cls.from_dict)
+    def _read(cls, values: Mapping[str, Any]) -> Study:
+        cells = tuple(_cell(cell) for cell in values["cells"])
+        times = tuple(Timing(**time) for time in values["times"])
+        return cls(dict(values["conditions"]), cells, times, dict(values["notes"]))
 
 
 def _cell(values: Mapping[str, Any]) -> Cell:

@@ -87,14 +87,8 @@ def goal_table(study: Outcomes, keep: float = 0.7, points: float = 1.0) -> str:
             worst = max(losses, key=lambda task: losses[task])
             within = sum(loss <= points for loss in losses.values())
             proven = "yes" if 100 * whole.low >= -points else "no"
-            row = [
-                f"{length:,}",
-                method,
-                _percent(kept(cells)),
-                f"{within} of {len(losses)}",
-                f"{worst} ({-losses[worst]:+.1f})",
-            ]
-            rows.append([*row, _difference(whole), proven])
+            row = [f"{length:,}", method, _percent(kept(cells)), f"{within} of {len(losses)}"]
+            rows.append([*row, f"{worst} ({-losses[worst]:+.1f})", _difference(whole), proven])
     header = ["length", "method", "kept", f"tasks within {points:g} point", "worst task", "all [95%]", "interval within"]
     return _markdown(header, rows) if rows else ""
 

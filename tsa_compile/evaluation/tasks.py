@@ -156,6 +156,14 @@ def _ask(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return question.flatten(1), labels.flatten(1)
 
 
+def _ask_on(key: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """QUERY key answer answer ..., each predicting the next."""
+    question = torch.cat((torch.full_like(key, QUERY), key, answers), 1)
+    labels = torch.full_like(question, IGNORED)
+    labels[:, 1:-1] = answers
+    return question, labels
+
+
 def _recall(draw: _Draw, pairs: int, asked: int) -> _Planted:
     """Pairs of different keys; the values of some are asked in random order."""
     keys, values = draw.tokens(pairs, KEYS), draw.tokens(pairs, VALUES)
@@ -165,22 +173,18 @@ def _recall(draw: _Draw, pairs: int, asked: int) -> _Planted:
 
 
 def _several_values(draw: _Draw, values_asked: int = 4, others: int = 4) -> _Planted:
-    """One key with several values among pairs of other keys: QUERY key value1 value2 ..., each predicting the next."""
+    """One key with several values among pairs of other keys."""
     pairs = values_asked + others
     keys, values = draw.tokens(pairs, KEYS), draw.tokens(pairs, VALUES)
     chosen = draw.distinct(values_asked, pairs).sort().values
     key = keys.gather(1, chosen[:, :1])
     needed = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, chosen, True)
     keys = torch.where(needed, key, keys)
-    answers = values.gather(1, chosen)
-    question = torch.cat((torch.full_like(key, QUERY), key, answers), 1)
-    labels = torch.full_like(question, IGNORED)
-    labels[:, 1:-1] = answers
-    return _Planted(keys, values, needed, question, labels)
+    return _Planted(keys, values, needed, *_ask_on(key, values.gather(1, chosen)))
 
 
 def _chains(draw: _Draw, chains: int = _CHAINS) -> _Planted:
-    """Chains of `chains` variables; the last of one is asked: QUERY d c b a value, each predicting what it reads."""
+    """Chains of `chains` variables; the last of one is asked: QUERY d c b a value."""
     names = draw.tokens(chains * chains, KEYS).view(-1, chains, chains)
     values = draw.tokens(chains, VALUES)
     sources = torch.cat((values[:, :, None], names[:, :, :-1]), 2)
@@ -190,10 +194,7 @@ def _chains(draw: _Draw, chains: int = _CHAINS) -> _Planted:
     order = draw.distinct(chains * chains, chains * chains).view(-1, chains, chains).sort().values.flatten(1)
     keys, read, needed = (item.flatten(1).gather(1, order.argsort()) for item in (names, sources, asked))
     trace = torch.cat((names[:, 0].flip(1), values[:, :1]), 1)
-    question = torch.cat((torch.full_like(values[:, :1], QUERY), trace), 1)
-    labels = torch.full_like(question, IGNORED)
-    labels[:, 1:-1] = trace[:, 1:]
-    return _Planted(keys, read, needed, question, labels)
+    return _Planted(keys, read, needed, *_ask_on(trace[:, :1], trace[:, 1:]))
 
 
 _PLANT: dict[str, Callable[[_Draw, int], _Planted]] = {
