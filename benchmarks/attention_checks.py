@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool1d
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.compress import compress_aten
 from tsa_compile.kernels.decompress import decompress_aten
-from tsa_compile.kernels.select import select_aten
+from tsa_compile.kernels.select import select_by_sorting
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 SCORE_TOLERANCE = 1e-3
@@ -121,7 +121,7 @@ def check_select(scores: Tensor, indices: Tensor) -> float:
     Raises:
         WrongOutputError: they do not.
     """
-    return _equal(indices, select_aten(scores, None, indices.shape[2]), "select")
+    return _equal(indices, select_by_sorting(scores, None, indices.shape[2]), "select")
 
 
 def check_compress(inputs: tuple[Tensor, Tensor, Tensor], indices: Tensor, rows: tuple[Tensor, ...]) -> float:

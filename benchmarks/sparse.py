@@ -40,7 +40,7 @@ from sparse_inputs import AnyLists, mass_kept, planted_inputs, random_lists, rel
 from sparse_report import TITLES, Row, figure, report
 from torch import Tensor
 
-from tsa_compile.kernels import attend
+from tsa_compile.kernels import registry
 from tsa_compile.kernels.sparse import (
     Lists,
     VerticalSlash,
@@ -91,7 +91,7 @@ CHECKED = (
 def kernel_name(method: str) -> str:
     """The method in the registry, where the first who asks puts it."""
     name = f"benchmark: {method}"
-    if name not in attend.names():
+    if name not in registry.names():
         selector, settings = METHODS[method]
         block_sparse(name, selector, **settings)
     return name
@@ -181,7 +181,7 @@ def of_heads(positions: Tensor, inputs: Inputs) -> Tensor:
 def kept_rows(inputs: Inputs, keep: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed queries and keys, and their number, as the op hands them to a selector: rounded up, for TMA's views."""
     number = kept(inputs.length, keep)
-    rows = min(attend.get(kernel_name(next(iter(METHODS)))).round_rows(number), inputs.length)
+    rows = min(registry.get(kernel_name(next(iter(METHODS)))).round_rows(number), inputs.length)
     count = torch.tensor([number], dtype=torch.int32, device=inputs.query.device)
     query, key, _ = tsa.compress(*inputs.tensors, selection(inputs, rows, count), count)
     return query, key, count
@@ -247,7 +247,7 @@ def forms(method: str | None, inputs: Inputs, keep: float, selections: dict[str,
     found: dict[str, Form] = {}
     own = next(iter(selections.values()))
     if method is not None:
-        alone = functools.partial(attend.get(name).causal, *inputs.tensors, inputs.scale)
+        alone = functools.partial(registry.get(name).causal, *inputs.tensors, inputs.scale)
         found["all"] = (alone, functools.partial(describe_alone, method, inputs), own)
     for form, positions in selections.items():
         scalars = options(inputs.scale, keep=keep, kernel=name, shared=positions.shape[1] < inputs.query.shape[1])

@@ -21,7 +21,6 @@ from attention_report import markdown
 from attention_timing import take_turns
 from sparse_inputs import planted_inputs, random_lists
 
-from tsa_compile.kernels.flash import Tiles
 from tsa_compile.kernels.sparse import flashprefill_lists, minference_lists
 from tsa_compile.kernels.sparse.antidiagonals import Tiling
 from tsa_compile.kernels.sparse.blocks import BLOCK, blocks_triton
@@ -32,6 +31,7 @@ from tsa_compile.kernels.sparse.last_rows import Splitting
 from tsa_compile.kernels.sparse.minference import minference_triton
 from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_triton
 from tsa_compile.kernels.sparse.xattention import xattention_triton
+from tsa_compile.kernels.tiles import Tiles
 
 Candidates = Iterator[tuple[str, Callable[[], Any]]]
 BLOCK_TILES = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tsa_compile
-from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, names, register
+from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, names, register
 
 TILE = 128
 

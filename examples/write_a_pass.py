@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tsa_compile import KeepRatio, TSAConfig
-from tsa_compile.passes.fuse import fuse
+from tsa_compile.passes.call import AttentionCall
+from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.masks import MaskMeaning, infer_mask
-from tsa_compile.passes.sites import AttentionSite, find_sites
+from tsa_compile.passes.mask_info import MaskInfo
+from tsa_compile.passes.masks import infer_mask
 from tsa_compile.testing import capture_all, count_ops, evaluate_mask, run_nodes
 
 LENGTH = 300
@@ -42,13 +43,13 @@ def prompts() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def describe(site: AttentionSite, meaning: MaskMeaning) -> str:
+def describe(site: AttentionCall, meaning: MaskInfo) -> str:
     """A call in normal form, and its mask as a formula over positions: [kv - q <= 0] is one atom of it."""
     query, key = tuple(fake(site.query).shape), tuple(fake(site.key).shape)
     return f"{site.layer}: {site.form}, query {query}, key {key}\n  mask     {meaning}\n  formula  {meaning.predicate}"
 
 
-def formula_is_the_mask(graph: GraphModule, inputs: tuple[Any, ...], site: AttentionSite, meaning: MaskMeaning) -> bool:
+def formula_is_the_mask(graph: GraphModule, inputs: tuple[Any, ...], site: AttentionCall, meaning: MaskInfo) -> bool:
     """Holds the formula, evaluated at every position, against the tensor that the model builds."""
     values = run_nodes(graph, inputs)
     batch, heads, length, _ = fake(site.query).shape
@@ -60,7 +61,7 @@ def inspect(model: torch.nn.Module, inputs: dict[str, Tensor]) -> bool:
     """Prints what is known of the model's first attention call; returns whether its mask was understood rightly."""
     captured = capture_all(model, **inputs)
     graph = captured.graphs[0]
-    site = find_sites(graph)[0]
+    site = find_calls(graph)[0]
     meaning = infer_mask(site)
     right = formula_is_the_mask(graph, captured.inputs[0], site, meaning)
     print(f"{describe(site, meaning)}\n  equal to the mask that the model builds, at every position: {right}")
@@ -89,15 +90,13 @@ def share_selections(graph_module: GraphModule) -> GraphModule:
 class WithPass:
     """What compiles the rewritten graph: the pass first, then another compiler. Counts ops before and after."""
 
-    def __init__(self, config: TSAConfig) -> None:
-        self.config = config
+    def __init__(self) -> None:
         self.counts: list[dict[str, int]] = []
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.counts.append(count_ops(graph_module, "score", "select", "compress"))
         share_selections(graph_module)
         self.counts.append(count_ops(graph_module, "score", "select", "compress"))
-        fuse(graph_module, self.config)  # the steps that are still whole become one op again
         return graph_module.forward  # or torch._inductor.compile_fx.compile_fx(graph_module, list(example_inputs))
 
 
@@ -106,7 +105,7 @@ def main() -> tuple[bool, list[dict[str, int]]]:
     model, inputs = build_model(), prompts()
     understood = inspect(model, inputs)
     config = TSAConfig(layers=list(range(8)), budget=KeepRatio(0.5), window=32, min_tokens=64)
-    compiler = WithPass(config)
+    compiler = WithPass()
     torch._dynamo.reset()
     with torch.inference_mode():
         torch.compile(model, backend="tsa", options={"config": config, "compiler": compiler})(**inputs)

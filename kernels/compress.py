@@ -20,13 +20,20 @@ n = 64K of 128K, Hs = H: 2.2 to 3.0 GiB, 0.6 to 0.8 ms at 4.2 TB/s.
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("compression").
 """
 
-# mypy: disallow-incomplete-defs=False
-
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels._aten import repeat_heads, slots_below, take_rows
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.tiles import (
+    at_head,
+    count_of,
+    gather_rows,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+    stride_names,
+)
 
 FILLER_ROWS = 256
 """How many rows behind count are zeros: the widest key tile of an attention kernel, wherever it begins."""
@@ -40,21 +47,13 @@ def _copy_rows(
     DIM: tl.constexpr, DIM_POW2: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """target[slots] = source[positions] where b_real, else zeros."""
+    b_rows = gather_rows(p_source, positions * stride_row * ALIGN, b_real, 0, DIM, DIM_POW2)  # [BLOCK, DIM_POW2]
     dims = tl.arange(0, DIM_POW2)
-    b_inside = (dims < DIM)[None, :]
-    source = p_source + (positions * stride_row * ALIGN)[:, None] + dims[None, :]
-    b_rows = tl.load(source, mask=b_real[:, None] & b_inside, other=0.0)
     target = p_target + (slots.to(tl.int64) * DIM)[:, None] + dims[None, :]
-    tl.store(target, b_rows, mask=(slots < capacity)[:, None] & b_inside)
+    tl.store(target, b_rows, mask=(slots < capacity)[:, None] & (dims < DIM)[None, :])
 
 
-# Lengths and strides vary from call to call: unspecialized, so that none of their values compiles the kernel anew.
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("stride_vb", "stride_vh", "stride_vl", "stride_ib", "stride_is", "capacity"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qkv"), "stride_ib", "stride_is", "capacity"])
 def _compress_kernel(
     p_query, p_key, p_value, p_indices, p_count, p_query_out, p_key_out, p_value_out,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
@@ -67,51 +66,29 @@ def _compress_kernel(
     head = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
     item = tl.program_id(2).to(tl.int64)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
-        if start >= count + FILLER:
+    count = count_of(p_count, item, capacity)
+    if p_count is not None:  # without one, every program has rows
+        nothing = start >= count + FILLER
+        if nothing:
             return
     selection = head // HEADS_PER_SELECTION
-    kv_head = (head // HEADS_PER_KV).to(tl.int64)
+    kv_head = head // HEADS_PER_KV
     slots = start + tl.arange(0, BLOCK)
     b_real = slots < count
     p_indices += item * stride_ib + selection.to(tl.int64) * stride_is
     positions = tl.load(p_indices + slots, mask=b_real, other=0).to(tl.int64)
 
-    p_query += (item * stride_qb + head.to(tl.int64) * stride_qh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_query_out += (item * HEADS + head) * capacity * DIM
     _copy_rows(p_query, p_query_out, stride_ql, positions, slots, capacity, b_real, DIM, DIM_POW2, ALIGN)
     if head % HEADS_PER_SELECTION == 0:
         target = (item * (HEADS // HEADS_PER_SELECTION) + selection) * capacity
-        p_key += (item * stride_kb + kv_head * stride_kh) * ALIGN
+        p_key = at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN)
         p_key_out += target * DIM
         _copy_rows(p_key, p_key_out, stride_kl, positions, slots, capacity, b_real, DIM, DIM_POW2, ALIGN)
-        p_value += (item * stride_vb + kv_head * stride_vh) * ALIGN
+        p_value = at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN)
         p_value_out += target * VALUE_DIM
         _copy_rows(p_value, p_value_out, stride_vl, positions, slots, capacity, b_real, VALUE_DIM, VALUE_DIM_POW2, ALIGN)
-
-
-def row_alignment(*tensors: Tensor) -> int:
-    """Elements of 16 bytes if every row of every tensor starts that many elements from its base, else 1.
-
-    Kernels get strides in this unit and multiply by it, a constant: so the compiler sees that rows allow 16-byte
-    accesses although it knows no stride.
-    """
-    unit = 16 // tensors[0].element_size()
-    for tensor in tensors:
-        for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1]):
-            aligned = stride % unit == 0
-            if not isinstance(aligned, bool):  # of a symbolic stride, only what holds for every length
-                aligned = statically_known_true(aligned)
-            if not aligned and not (isinstance(size, int) and size <= 1):
-                return 1
-    return unit
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is dense, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def block_rows(head_dim: int, element_size: int, at_most: int = 256) -> int:
@@ -131,13 +108,12 @@ def compress_triton(
         return outputs
     value_dim = value.shape[3]
     align = row_alignment(query, key, value)
-    strides = (stride // align for tensor in (query, key, value) for stride in tensor.stride()[:3])
     block = block_rows(max(dim, value_dim), query.element_size())
     launch(
         _compress_kernel,
         (heads, cdiv(capacity, block), batch),
         (query, key, value, indices, count, *outputs),
-        (*strides, *indices.stride()[:2], capacity),
+        (*row_strides(align, query, key, value), *indices.stride()[:2], capacity),
         HEADS=heads,
         HEADS_PER_SELECTION=heads // indices.shape[1],
         HEADS_PER_KV=heads // key.shape[1],
@@ -207,28 +183,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Te
 def compress_aten(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in ATen ops alone, on any device, traceable; every filler row is zero."""
-    filler = None
-    if count is not None:
-        filler = (torch.arange(indices.shape[2], device=count.device) >= count[:, None])[:, None]
-        indices = indices.masked_fill(filler, 0)
-    return (
-        _gather_rows(query, repeat_heads(indices, query.shape[1]), filler),
-        _gather_rows(key, indices, filler),
-        _gather_rows(value, indices, filler),
-    )
+    """The same in ATen ops, on any device; every filler row is zero."""
+    real = None if count is None else slots_below(count, indices.shape[2])[..., None]
 
+    def rows(source: Tensor, chosen: Tensor) -> Tensor:
+        taken = take_rows(source, chosen)
+        return taken if real is None else torch.where(real, taken, 0.0)
 
-def repeat_heads(indices: Tensor, heads: int) -> Tensor:
-    """[B, Hs, C] -> [B, H, C], each selection for its H // Hs heads; a trace learns nothing about C, as with a view."""
-    share = heads // indices.shape[1]
-    return indices if share == 1 else indices.index_select(1, torch.arange(heads, device=indices.device) // share)
-
-
-def _gather_rows(source: Tensor, indices: Tensor, filler: Tensor | None) -> Tensor:
-    """Source [B, G, L, D], indices [B, H, C] -> [B, H, C, D], head h from h // (H / G), nothing repeated."""
-    batch, heads, _ = indices.shape
-    items = torch.arange(batch, device=source.device)[:, None, None]
-    source_heads = (torch.arange(heads, device=source.device) // (heads // source.shape[1]))[None, :, None]
-    rows = source[items, source_heads, indices.long()]
-    return rows if filler is None else rows.masked_fill(filler[..., None], 0)
+    return rows(query, repeat_heads(indices, query.shape[1])), rows(key, indices), rows(value, indices)

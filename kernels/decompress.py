@@ -15,13 +15,22 @@ With n = count and e bytes per element, B H Dv e (L + n) bytes move. At H = 32, 
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 """
 
-# mypy: disallow-incomplete-defs=False
-
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
-from tsa_compile.kernels.compress import block_rows, repeat_heads, row_alignment, rows_contiguous
+from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
+from tsa_compile.kernels.compress import block_rows
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.tiles import (
+    at_head,
+    count_of,
+    gather_rows,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+    stride_names,
+)
 
 
 @triton.jit
@@ -40,12 +49,7 @@ def _lower_bound(p_sorted, target, high, FAN: tl.constexpr):
     return low
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_cb", "stride_ch", "stride_cl", "stride_ob", "stride_oh", "stride_ol", "stride_ib", "stride_is"),
-        *("seq_len", "capacity"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("co"), "stride_ib", "stride_is", "seq_len", "capacity"])
 def _decompress_kernel(
     p_compressed, p_indices, p_count, p_output,
     stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_ib, stride_is, seq_len, capacity,
@@ -56,9 +60,7 @@ def _decompress_kernel(
     head = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
     item = tl.program_id(2).to(tl.int64)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     p_indices += item * stride_ib + (head // HEADS_PER_SELECTION).to(tl.int64) * stride_is
 
     # Distinct ascending positions: the tile's slots lie in the BLOCK slots from the first that is not before the tile.
@@ -68,14 +70,12 @@ def _decompress_kernel(
     b_match = positions[:, None] == found[None, :]
     b_slot = tl.max(tl.where(b_match, slots[None, :], -1), axis=1).to(tl.int64)
 
+    p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
+    b_rows = gather_rows(p_compressed, b_slot * stride_cl * ALIGN, b_slot >= 0, 0, DIM, DIM_POW2)  # [BLOCK, DIM_POW2]
+    p_output = at_head(p_output, stride_ob, stride_oh, item, head, ALIGN)
     dims = tl.arange(0, DIM_POW2)
-    b_inside = (dims < DIM)[None, :]
-    p_compressed += (item * stride_cb + head.to(tl.int64) * stride_ch) * ALIGN
-    source = p_compressed + (b_slot * stride_cl * ALIGN)[:, None] + dims[None, :]
-    b_rows = tl.load(source, mask=(b_slot >= 0)[:, None] & b_inside, other=0.0)
-    p_output += (item * stride_ob + head.to(tl.int64) * stride_oh) * ALIGN
     target = p_output + (positions.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
-    tl.store(target, b_rows, mask=(positions < seq_len)[:, None] & b_inside)
+    tl.store(target, b_rows, mask=(positions < seq_len)[:, None] & (dims < DIM)[None, :])
 
 
 def decompress_triton(
@@ -93,14 +93,13 @@ def decompress_triton(
         return output
     batch, heads, capacity, dim = compressed.shape
     align = row_alignment(compressed, output)
-    strides = (stride // align for tensor in (compressed, output) for stride in tensor.stride()[:3])
     # Every position is compared with every slot of its tile, so tiles stay small.
     block = block_rows(dim, compressed.element_size(), at_most=64)
     launch(
         _decompress_kernel,
         (heads, cdiv(seq_len, block), batch),
         (compressed, indices, count, output),
-        (*strides, *indices.stride()[:2], seq_len, capacity),
+        (*row_strides(align, compressed, output), *indices.stride()[:2], seq_len, capacity),
         HEADS_PER_SELECTION=heads // indices.shape[1],
         DIM=dim,
         DIM_POW2=next_power_of_2(dim),
@@ -151,12 +150,21 @@ def _check(compressed: Tensor, indices: Tensor, count: Tensor | None) -> None:
 
 
 def decompress_aten(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """The same in ATen ops alone, on any device, traceable: filler goes to one row too many, which is cut off."""
+    """The same in ATen ops, on any device. Positions read from slots: only one number for each token is scattered."""
     batch, heads, capacity, dim = compressed.shape
+    if statically_known_true(capacity == 0):  # no row to read, not even for nothing
+        return compressed.new_zeros(batch, seq_len, heads, dim).transpose(1, 2)
+    targets = indices.to(torch.int64)
     if count is not None:
-        filler = (torch.arange(capacity, device=count.device) >= count[:, None])[:, None]
-        indices = indices.masked_fill(filler, seq_len)
-    rows = repeat_heads(indices, heads)
-    output = compressed.new_zeros(batch, seq_len + 1, heads, dim).transpose(1, 2)
-    output = output.scatter(2, rows.long()[..., None].expand(-1, -1, -1, dim), compressed)
-    return output[:, :, :seq_len].transpose(1, 2).contiguous().transpose(1, 2)
+        behind = torch.arange(seq_len, seq_len + capacity, device=indices.device)
+        targets = torch.where(slots_below(count, capacity), targets, behind)
+    marks = compressed.new_zeros((batch, indices.shape[1], seq_len + capacity), dtype=torch.float32)
+    marks = marks.scatter(2, targets, torch.ones_like(targets, dtype=torch.float32))[:, :, :seq_len]
+    # As [B, L, H, Dv] from here on, the layout that is wanted.
+    kept, slots = (
+        repeat_heads(numbers, heads).transpose(1, 2).contiguous()
+        for numbers in (marks > 0, at_least(running_count(marks) - 1, 0))
+    )
+    items = torch.arange(batch, device=indices.device)[:, None, None]
+    rows = compressed[items, torch.arange(heads, device=indices.device), slots]
+    return torch.where(kept[..., None], rows, 0.0).contiguous().transpose(1, 2)

@@ -7,7 +7,7 @@
 
 It computes what the single ops compute, one after the other, and is there for what only their sum can do:
 
-- One call through torch's dispatcher instead of six, and launches without what leads to them (`_replay.remembered`): at 8K
+- One call through torch's dispatcher instead of six, and launches without what leads to them (`launch.remembered`): at 8K
   the steps take the GPU less time than six calls the host.
 - Buffers of exactly as many rows as are kept, because the count, where it lies on the device, is read before they are
   allocated; while it travels, `select` runs. Large ones exist for some heads at a time (STREAM_BYTES).
@@ -16,7 +16,7 @@ It computes what the single ops compute, one after the other, and is there for w
 - An item of which everything is kept takes plain causal attention.
 
 `sparse_attention` can be captured in a CUDA graph: the count then stays on the device, and a kernel that reads it there
-does the work (`attend.AttentionKernel.device_count`). `padded_sparse_attention` cannot, as its spans live on the host.
+does the work (`AttentionKernel.device_count`). `padded_sparse_attention` cannot, as its spans live on the host.
 
 Method: Token Sparse Attention, arXiv 2602.03216, section 3.
 """
@@ -30,14 +30,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._replay import remembered
-from tsa_compile.kernels._triton import HAS_TRITON
-from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, attend, choose
+from tsa_compile.kernels.attend import attend
 from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
+from tsa_compile.kernels.launch import HAS_TRITON, remembered
+from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
-from tsa_compile.kernels.select import select_aten, select_triton
+from tsa_compile.kernels.select import select_by_sorting, select_triton
 
 STREAM_BYTES = 2**30
 """The compressed rows of as many heads as fit in this are in memory at a time, unless the kernel asks for more."""
@@ -166,7 +166,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, op
     if kept is None:
         kept = options.limit(seq_len)
         count = budget_aten(scores, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
-    indices = select_aten(scores, count, kept)
+    indices = select_by_sorting(scores, count, kept)
     rows = compress_aten(query, key, value, indices, count)
     return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
 

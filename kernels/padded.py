@@ -25,18 +25,13 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
-from tsa_compile.kernels.attend import KernelRequest, choose
+from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count
+from tsa_compile.kernels.registry import KernelRequest, choose
+from tsa_compile.kernels.sdpa import PRIORITY
 
 _CHUNK = 256
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's spans.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -48,14 +43,7 @@ def spans(padding: Tensor) -> Tensor:
 
     An item without a valid token is (0, 0, 1). Reading the result is free: the one synchronisation is here.
     """
-    batch, seq_len = padding.shape
-    if padding.numel() == 0:
-        return torch.tensor([[0, 0, 1]], dtype=torch.int64).repeat(batch, 1)
-    valid = padding.to(torch.uint8)
-    total = padding.sum(dim=1)
-    start = valid.argmax(dim=1)
-    stop = torch.where(total > 0, seq_len - valid.flip(1).argmax(dim=1), 0)
-    return torch.stack([start, stop, (stop - start == total).long()], dim=1).cpu()
+    return spans_aten(padding).cpu()
 
 
 @spans.register_fake
@@ -70,7 +58,7 @@ def padded_attention(
     """Dense attention under (kv <= q) & padding[b, kv]. See the module's docstring."""
     items = [tuple(row) for row in spans.tolist()]
     if all(item == (0, query.shape[2], 1) for item in items):
-        return _as_rows(_causal(query, key, value, scale))
+        return as_rows(_causal(query, key, value, scale))
     output = _allocate(query, value)
     first = 0
     for (start, stop, contiguous), same in itertools.groupby(items):
@@ -91,45 +79,38 @@ def _(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor,
 
 
 def spans_aten(padding: Tensor) -> Tensor:
-    """The same in ATen ops alone, traceable, and left on the device: `padded_attention_aten` has no use for it."""
-    seq_len = padding.shape[1]
-    valid = padding.to(torch.int64)
-    total = valid.sum(dim=1)
-    start = (valid.cumsum(dim=1) == 0).sum(dim=1)
-    stop = seq_len - (valid.flip(1).cumsum(dim=1) == 0).sum(dim=1)
-    start, stop = torch.where(total > 0, start, 0), torch.where(total > 0, stop, 0)
-    return torch.stack([start, stop, (stop - start == total).long()], dim=1)
+    """The same in ATen ops, left on the device: `padded_attention_aten` has no use for it."""
+    rank = running_count(padding)
+    total = padding.sum(dim=1)
+    found = total > 0
+    start = torch.where(found, (rank == 0).sum(dim=1), 0)
+    stop = torch.where(found, (rank < total[:, None]).sum(dim=1) + 1, 0)
+    return torch.stack([start, stop, (stop - start == total).to(torch.int64)], dim=1)
 
 
 def padded_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor | None, scale: float, mean_rows: bool
 ) -> Tensor:
-    """The same in ATen ops alone, on any device, traceable: nothing is read on the host, so the spans go unused.
+    """The same in ATen ops, on any device: nothing is read on the host, so the spans go unused.
 
     Costs a bool mask [B, 1, L, L] (256 MB at 16K) and only kernels that take one.
     """
     positions = torch.arange(query.shape[2], device=query.device)
-    allowed = (positions <= positions[:, None]) & padding[:, None, None, :]
+    sees = (running_count(padding) > 0)[:, None, :, None]
+    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
+    allowed = ((positions <= positions[:, None]) & padding[:, None, None, :]) | ~sees
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
-    nowhere = (padding.cumsum(dim=1) == 0)[:, None, :, None]
+    elsewhere = torch.zeros_like(value[:, :, :1])
     if mean_rows:
-        mean = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
-        out = torch.where(nowhere, mean.repeat_interleave(query.shape[1] // key.shape[1], 1), out)
-    else:
-        out = out.masked_fill(nowhere, 0)
-    return _as_rows(out)
+        elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
+    return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
 
 
 def _allocate(query: Tensor, value: Tensor) -> Tensor:
     """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
     batch, heads, seq_len, _ = query.shape
     return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
-
-
-def _as_rows(output: Tensor) -> Tensor:
-    """The memory layout [B, L, H, Dv]: no copy where the kernel kept the layout of a query that has it."""
-    return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -180,6 +161,6 @@ def _shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | No
     query = query.unflatten(1, (-1, group)).flatten(2, 3)
     if allowed is not None:
         allowed = allowed.repeat(1, 1, group, 1)
-    with sdpa_kernel(_BACKENDS, set_priority=True):
+    with sdpa_kernel(list(PRIORITY), set_priority=True):
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
     return out.unflatten(2, (group, rows)).flatten(1, 2)

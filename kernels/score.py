@@ -36,9 +36,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels._aten import at_least, running_count, take_rows
+from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.tiles import block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 
 MAX_HEAD_DIM = 256
 SPLITS = 32
@@ -70,14 +73,6 @@ def _candidates(p_rank, b, seq_len, window, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(p_base, stride, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] at int64 or small row numbers; 0 where masked and beyond the head size."""
-    dims = tl.arange(0, BLOCK_D)
-    pointers = p_base + rows[:, None] * stride + dims[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
 def _load_window(
     p_query, p_rows, b, slots, candidates, live, window, stride_ql,
     HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -87,7 +82,7 @@ def _load_window(
         positions = tl.load(p_rows + b * window + slots, mask=live, other=0)
     else:
         positions = candidates + slots
-    return _load_rows(p_query, stride_ql, positions.to(tl.int64), live, HEAD_DIM, BLOCK_D), positions
+    return gather_rows(p_query, positions.to(tl.int64) * stride_ql, live, 0, HEAD_DIM, BLOCK_D), positions
 
 
 @triton.jit
@@ -100,7 +95,7 @@ def _accumulate(
     offsets = tl.arange(0, BLOCK_N)
     positions = start + offsets
     p_tile = p_key + tl.cast(start, tl.int64) * stride_kl
-    b_key = _load_rows(p_tile, stride_kl, offsets, positions < seq_len, HEAD_DIM, BLOCK_D)
+    b_key = gather_rows(p_tile, offsets * stride_kl, positions < seq_len, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     logits = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
     if MASKED:
         allowed = (positions[None, :] <= row_positions[:, None]) & (positions < seq_len)[None, :]
@@ -108,11 +103,7 @@ def _accumulate(
             valid = tl.load(p_padding + positions, mask=positions < seq_len, other=0) != 0
             allowed = allowed & valid[None, :]
         logits = tl.where(allowed, logits, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-    # A row that has seen no key yet has maximum -inf; -inf - (-inf) must not become NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
-    return new_max, row_sum
+    return log_sum(logits, row_max, row_sum, 1)
 
 
 @triton.jit(do_not_specialize=["seq_len", "window", "split_len"])
@@ -213,7 +204,7 @@ def _column_mean_kernel(
         columns = positions
     p_key += b * stride_kb + kv_head.to(tl.int64) * stride_kg + start.to(tl.int64) * stride_kl
     # Every candidate precedes every row of the window, so no logit is masked here; invalid keys are never stored.
-    b_key = _load_rows(p_key, stride_kl, offsets, inside, HEAD_DIM, BLOCK_D)
+    b_key = gather_rows(p_key, offsets * stride_kl, inside, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     row_tiles = tl.cdiv(window, BLOCK_M)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -273,8 +264,8 @@ def score_triton(
 ) -> Tensor:
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
     batch, heads, seq_len, head_dim = query.shape
-    query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
-    block_d = max(16, next_power_of_2(head_dim))
+    query, key = rows_contiguous(query), rows_contiguous(key)
+    block_d = block_dim(head_dim)
     stats_tile, mean_tile = _tiles(query.dtype, block_d, window)
     # A static size, for whoever traces this with a symbolic length; the splits there are lie densely in it.
     most_splits = SPLITS if split_len == 0 else max(SPLITS, next_power_of_2(cdiv(seq_len, split_len)))
@@ -294,7 +285,7 @@ def score_triton(
         rows = rank.new_empty((batch, window))
         launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (mask, rank, rows), (seq_len, window), BLOCK=1024)
 
-    strides = (*query.stride()[:3], *key.stride()[:3])
+    strides = row_strides(1, query, key)
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
     shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
@@ -380,50 +371,77 @@ def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool
 
 
 def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
-    """The same in ATen ops alone, on any device, traceable: no shape and no branch depends on data."""
-    batch, heads, seq_len, head_dim = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
-    positions = torch.arange(seq_len, device=query.device)
-    valid = torch.ones_like(positions, dtype=torch.bool)[None] if padding is None else padding
-    valid = valid.expand(batch, seq_len)
-    rank = valid.cumsum(dim=1)
-    rows = rank[:, -1:].clamp(max=window)
-    candidates = rank[:, -1:] - rows
+    """The same in ATen ops, on any device. Holds the weights of 32 rows of the window at a time: [B,H,32,L]."""
+    seq_len = query.shape[2]
     slots = torch.arange(window, device=query.device)
-    # rank rises by one at each valid token, so a sorted search finds the r-th of them.
-    row_positions = torch.searchsorted(rank, candidates + 1 + slots).clamp(max=seq_len - 1)
+    if padding is None:
+        rank = torch.arange(1, seq_len + 1, device=query.device)[None]
+        rows = (slots + (seq_len - window))[None]
+        alive = rows >= 0  # where the window is longer than the sequence
+        rows, row_count = at_least(rows, 0), alive.sum(dim=1, keepdim=True)
+        candidates = rank[:, -1:] - row_count
+    else:
+        rank = running_count(padding)
+        row_count = torch.minimum(rank[:, -1:], torch.full_like(rank[:, -1:], window))
+        candidates = rank[:, -1:] - row_count
+        rows, alive = _positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
+    total, faulty = _window_sum(query, key, padding, rows, alive, scale)
+    raw = torch.where(faulty, 0.0, total / at_least(row_count, 1)[:, None].to(total.dtype))
+    pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
+    scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
+    if padding is not None:
+        scores = torch.where(padding[:, None], scores, -math.inf)
+    return scores.to(torch.float32)
 
-    transposed_key = key.to(wide).transpose(-1, -2)
+
+def _window_sum(
+    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [B,H,L], summed over those rows [B or 1, W] of the window that are alive and not NaN.
+
+    And whether a row has a logit there, bool [B,H,L], that is NaN or +inf.
+    """
+    batch, heads, seq_len, head_dim = query.shape
+    kv_heads, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    positions = torch.arange(seq_len, device=query.device)
+    transposed_key = key.to(wide).transpose(2, 3)
     total = query.new_zeros((batch, heads, seq_len), dtype=wide)
     faulty = torch.zeros_like(total, dtype=torch.bool)
-    for first in range(0, window, 32):  # bounds the weights in memory to 32 rows
-        chunk = row_positions[:, first : first + 32]
-        picked = query.gather(2, chunk[:, None, :, None].expand(-1, heads, -1, head_dim)).to(wide)
-        logits = (scale * picked.unflatten(1, (key.shape[1], -1)).flatten(2, 3)) @ transposed_key
-        allowed = valid[:, None, :] & (positions <= chunk[:, :, None])
-        logits = logits.unflatten(2, (-1, chunk.shape[1])).flatten(1, 2)
-        logits = logits.masked_fill(~allowed[:, None], -math.inf)
+    for first in range(0, rows.shape[1], 32):
+        chunk = rows[:, None, first : first + 32]
+        picked = take_rows(query, chunk.expand(batch, heads, -1)).to(wide) * scale
+        logits = picked.reshape(batch, kv_heads, -1, head_dim) @ transposed_key
+        logits = logits.reshape(batch, heads, -1, seq_len)
+        allowed = positions <= chunk[..., None]
+        if padding is not None:
+            allowed = allowed & padding[:, None, None]
+        logits = torch.where(allowed, logits, -math.inf)
         weights = logits.softmax(dim=-1)
-        live = (slots[first : first + 32] < rows)[:, None, :, None]
         sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
-        total = total + weights.masked_fill(~(live & sound), 0.0).sum(dim=2)
-        faulty = faulty | ~(logits.amax(dim=2) < math.inf)
-
-    raw = (total / rows[:, None].clamp(min=1)).masked_fill(faulty, 0.0)
-    pooled = _pool_candidates(raw, rank, candidates, pool, packed=padding is None).masked_fill(faulty, math.nan)
-    scores = pooled.masked_fill((rank > candidates)[:, None], math.inf)
-    return scores.masked_fill(~valid[:, None], -math.inf).to(torch.float32)
+        total = total + torch.where(alive[:, None, first : first + 32, None] & sound, weights, 0.0).sum(dim=2)
+        # NaN or +inf if one of them is (or if they pass 1e37); a maximum passes NaN over in some runtimes.
+        faulty = faulty | ~(logits.sum(dim=2) < math.inf)
+    return total, faulty
 
 
-def _pool_candidates(raw: Tensor, rank: Tensor, candidates: Tensor, pool: int, packed: bool) -> Tensor:
+def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidates: Tensor, pool: int) -> Tensor:
     """Average pooling in candidate order: invalid tokens in between neither count nor take a place."""
-    seq_len = raw.shape[2]
-    order = torch.arange(seq_len, device=raw.device)
-    if not packed:
-        source = torch.searchsorted(rank, (order + 1).expand(rank.shape[0], -1).contiguous()).clamp(max=seq_len - 1)
-        raw = raw.gather(2, source[:, None].expand_as(raw))
-    raw = raw.masked_fill((order >= candidates)[:, None], 0.0)
-    pooled = torch.nn.functional.avg_pool1d(raw, pool, stride=1, padding=pool // 2)
-    if not packed:
-        pooled = pooled.gather(2, (rank - 1).clamp(min=0)[:, None].expand_as(pooled))
+    order = torch.arange(raw.shape[2], device=raw.device)
+    if padding is not None:
+        source = _positions_by_slot(padding, rank - 1, raw.shape[2])
+        raw = raw.gather(2, source[:, None].expand(raw.shape))
+    raw = torch.where((order < candidates)[:, None], raw, 0.0)
+    # As an image of one channel: TensorRT pools over two dimensions.
+    pooled = F.avg_pool2d(raw[:, None], (1, pool), stride=1, padding=(0, pool // 2))[:, 0]
+    if padding is not None:
+        pooled = pooled.gather(2, at_least(rank - 1, 0)[:, None].expand(raw.shape))
     return pooled
+
+
+def _positions_by_slot(padding: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Position of the valid token that has slot s, 0 where none has: [B,L] -> int64 [B,size]. Slots are distinct."""
+    batch, seq_len = padding.shape
+    positions = torch.arange(seq_len, device=padding.device).expand(batch, seq_len)
+    targets = torch.where(padding & (slots >= 0), slots, positions + size)
+    found = torch.zeros((batch, size + seq_len), dtype=torch.int64, device=padding.device)
+    return found.scatter(1, targets, positions)[:, :size]

@@ -31,10 +31,13 @@ Radix select as in Alabi et al., "Fast k-selection algorithms for graphics proce
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
+from tsa_compile.kernels._aten import at_least, running_count
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 STEPS = 4
 BINS = 256
@@ -237,7 +240,7 @@ def select_triton(
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """Indices [B,Hs,C] int32 of each row's best tokens, ascending; ValueError where shapes or dtypes do not fit."""
     _check(scores, count, capacity)
-    return select_aten(scores, count, capacity)
+    return select_by_sorting(scores, count, capacity)
 
 
 @select.register_kernel("cuda")
@@ -262,8 +265,8 @@ def _check(scores: Tensor, count: Tensor | None, capacity: int) -> None:
         raise ValueError(f"tsa::select: capacity is {capacity}; expected at least 0")
 
 
-def select_aten(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
-    """The same in ATen ops alone, on any device, traceable: no shape and no branch depends on data.
+def select_by_sorting(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
+    """The same in ATen ops, on any device, for any scores, in a few operators: the CPU's form.
 
     A stable sort by score puts the lower position first among equals; a second sort restores the original order.
     """
@@ -276,3 +279,55 @@ def select_aten(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     if count is not None:
         order = order.masked_fill(slots >= count[:, None, None], seq_len)
     return order.sort(dim=-1).values.clamp(max=seq_len - 1).to(torch.int32)
+
+
+def select_by_bisection(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
+    """The same, of scores none of which is negative and finite, for runtimes that cannot sort: a threshold, prefix sums.
+
+    Twice as fast as sorting on a CPU, but 200 operators, which Inductor compiles for 10 s a layer. 33 passes over the
+    scores: at L = 128K, H = 32, 33 times 16 MB.
+    """
+    batch, heads, seq_len = scores.shape
+    scores = torch.where(scores.isnan(), NAN_SCORE, scores)
+    kept = torch.full((batch,), torch.sym_min(capacity, seq_len), dtype=torch.int32, device=scores.device)
+    if count is not None:
+        kept = at_least(torch.minimum(count, kept), 0)
+    wanted = kept[:, None, None].expand(batch, heads, 1)
+    threshold = _threshold(scores, wanted)
+    above, equal = scores > threshold, scores == threshold
+    chosen = above | (equal & (running_count(equal) <= wanted - _how_many(above)))
+    positions = torch.arange(seq_len, device=scores.device)
+    rank = running_count(chosen)
+    slots = torch.where(chosen, rank - 1, positions - rank + capacity)
+    indices = torch.full((batch, heads, capacity + seq_len), seq_len - 1, dtype=torch.int32, device=scores.device)
+    indices = indices.scatter(2, slots, positions.to(torch.int32).expand(batch, heads, seq_len))
+    return indices[:, :, :capacity].contiguous()
+
+
+def _how_many(flags: Tensor) -> Tensor:
+    return flags.to(torch.int32).sum(dim=2, keepdim=True, dtype=torch.int32)
+
+
+def _threshold(scores: Tensor, wanted: Tensor) -> Tensor:
+    """The largest float32 that at least `wanted` [B,Hs,1] scores reach, exactly: the wanted-th largest score itself.
+
+    Non-negative floats order like their bits, so it is found bit by bit; and because neither ONNX (below opset 26) nor
+    TensorRT reinterprets bits, candidates are built by arithmetic: nine doublings and one comparison settle the exponent
+    (2^-126 times powers of two, each product exact; an overflow is +inf, the window's own value), 23 halvings the
+    mantissa (2^-126 * 2^e * (m + 2^-k), exact as well). That holds too where a runtime flushes denormal numbers to zero:
+    it then compares them as zeros everywhere, and they tie.
+    """
+
+    def reached(value: Tensor) -> Tensor:
+        return _how_many(scores >= value) >= wanted
+
+    start = torch.zeros_like(scores[:, :, :1])
+    unit = torch.full_like(start, 2.0**-126)
+    mantissa = torch.where(reached(unit), 1.0, 0.0).to(start.dtype)
+    for doublings in (64, 64, 64, 32, 16, 8, 4, 2, 1):  # any exponent from 0 to 255 is a sum of them, taken greedily
+        larger = unit * 2.0**doublings
+        unit = torch.where(reached(larger), larger, unit)
+    for bit in range(1, 24):
+        larger = mantissa + 2.0**-bit
+        mantissa = torch.where(reached(unit * larger), larger, mantissa)
+    return torch.where(reached(start), unit * mantissa, -math.inf)

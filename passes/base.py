@@ -12,37 +12,36 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import RewriteError, TSAWarning
+from tsa_compile.passes.aten import AtenGraph
+from tsa_compile.passes.call import AttentionCall
+from tsa_compile.passes.frame import Frame
+from tsa_compile.passes.layers import Place
 from tsa_compile.passes.layout import conform
+from tsa_compile.passes.mask_info import MaskInfo
+from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.report import Decision, Reason
 
-if TYPE_CHECKING:
-    from tsa_compile.passes.aten import AtenGraph
-    from tsa_compile.passes.frame import Frame
-    from tsa_compile.passes.layers import Place
-    from tsa_compile.passes.masks import MaskMeaning
-    from tsa_compile.passes.sites import AttentionSite
-
-__all__ = ["GraphState", "Pass", "PassResult", "SitePlan"]
+__all__ = ["CallPlan", "GraphState", "Pass", "PassResult"]
 
 
 @dataclass
-class SitePlan:
+class CallPlan:
     """What is known and decided about one site; filled in pass by pass.
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
     `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
     """
 
-    site: AttentionSite
+    site: AttentionCall
     place: Place
-    meaning: MaskMeaning | None = None
+    meaning: MaskInfo | None = None
     selected: bool = False
     padding: Node | None = None
     unplaced: bool = False
@@ -62,13 +61,20 @@ class GraphState:
 
     config: TSAConfig
     aten: AtenGraph | None = None
-    plans: list[SitePlan] = field(default_factory=list)
+    plans: list[CallPlan] = field(default_factory=list)
     detached: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     frame: Frame | None = None
+    _builder: PaddingBuilder | None = None
+
+    def builder(self, graph: Graph) -> PaddingBuilder:
+        """What writes padding and its spans into the graph, each of them once."""
+        if self._builder is None or self._builder.graph is not graph:
+            self._builder = PaddingBuilder(graph)
+        return self._builder
 
     @contextmanager
-    def attempt(self, plan: SitePlan, graph: Graph, doing: str) -> Iterator[None]:
+    def attempt(self, plan: CallPlan, graph: Graph, doing: str) -> Iterator[None]:
         """Runs a block for one site; if it raises, the graph is as before and the site stays as the model wrote it."""
         before = set(graph.nodes)
         try:
@@ -96,6 +102,13 @@ def summary(error: Exception) -> str:
 class Pass(PassBase):
     """A pass over the attention sites of a graph. Subclasses implement `call(graph_module) -> PassResult`."""
 
+    decisions: ClassVar[tuple[Decision, ...]] = ()
+    """The decisions that this pass carries out: without it such calls stay as the model wrote them."""
+    optional: ClassVar[bool] = False
+    """Whether the graph is right without this pass, so that `TSAConfig.skip_passes` may name it."""
+    matched = 0
+    """How many calls or nodes the pass has found something to do at."""
+
     def __init__(self, state: GraphState) -> None:
         self.state = state
 
@@ -103,13 +116,22 @@ class Pass(PassBase):
     def name(self) -> str:
         return type(self).__name__
 
-    def result(self, graph_module: GraphModule, modified: bool) -> PassResult:
-        """Recompiles a changed graph and wraps it as torch.fx expects."""
+    @classmethod
+    def skip(cls, state: GraphState) -> None:
+        """Notes that the pass does not run."""
+        for plan in state.plans:
+            if plan.decision in cls.decisions:
+                plan.keep(Reason.PASS_SKIPPED, f"skip_passes has {cls.__name__}")
+
+    def result(self, graph_module: GraphModule, matched: int, *, modified: bool = True) -> PassResult:
+        """What torch.fx expects of a pass that has `matched` so many calls or nodes; a changed graph is recompiled."""
+        self.matched = matched
+        modified = modified and matched > 0
         if modified:
             graph_module.recompile()
         return PassResult(graph_module, modified)
 
-    def replace(self, plan: SitePlan, new: Node) -> None:
+    def replace(self, plan: CallPlan, new: Node) -> None:
         """Lets every reader of the site's output read `new`; the old nodes are left to the clean-up."""
         old = plan.site.node
         new = conform(new, old, self.state.aten)
@@ -121,7 +143,7 @@ class Pass(PassBase):
             other.site = reading(other.site, old, new)
 
 
-def reading(site: AttentionSite, old: Node, new: Node) -> AttentionSite:
+def reading(site: AttentionCall, old: Node, new: Node) -> AttentionCall:
     """A site that read `old` directly, one layer's output as the next one's input, as it stands after the replacement."""
     operands = ("query", "key", "value", "wide_key", "wide_value")
     renewed: dict[str, Any] = {name: new for name in operands if getattr(site, name) is old}

@@ -16,38 +16,47 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tsa_compile.passes.base import Pass, PassResult, SitePlan
+from tsa_compile.passes.base import CallPlan, Pass, PassResult
+from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert
-from tsa_compile.passes.padding import spans_of
-from tsa_compile.passes.sites import AttentionSite
 from tsa_compile.report import Decision
 
 
 class CanonicalizeDense(Pass):
     """Replaces dense sites whose mask is proven causal, or causal and padding."""
 
+    decisions = (Decision.CAUSAL, Decision.PADDED)
+    optional = True
+
     def call(self, graph_module: GraphModule) -> PassResult:
-        graph, modified = graph_module.graph, False
+        graph, matched = graph_module.graph, 0
         for plan in self.state.plans:
-            if plan.decision not in (Decision.CAUSAL, Decision.PADDED) or _is_canonical(plan.site):
+            if plan.decision not in self.decisions or _is_canonical(plan.site):
                 continue
             with self.state.attempt(plan, graph, "dense rewriting"), graph.inserting_before(plan.site.node):
-                new = _causal(graph, plan.site) if plan.decision is Decision.CAUSAL else _padded(graph, plan)
+                new = _causal(graph, plan.site) if plan.decision is Decision.CAUSAL else self._padded(graph, plan)
                 self.replace(plan, new)
-                modified = True
-        return self.result(graph_module, modified)
+                matched += 1
+        return self.result(graph_module, matched)
+
+    def _padded(self, graph: Graph, plan: CallPlan) -> Node:
+        site, meaning, padding = plan.site, plan.meaning, plan.padding
+        assert meaning is not None and padding is not None
+        spans = self.state.builder(graph).spans(padding)
+        operands = (site.query, site.key, site.value, padding, spans, scale_of(site))
+        return insert(graph, torch.ops.tsa.padded_attention.default, *operands, meaning.mean_rows)
 
 
-def scale_of(site: AttentionSite) -> Any:
+def scale_of(site: AttentionCall) -> Any:
     """A site's scale as an argument: a number or a node."""
     return 1.0 / math.sqrt(fake(site.query).shape[3]) if site.scale is None else site.scale
 
 
-def _is_canonical(site: AttentionSite) -> bool:
+def _is_canonical(site: AttentionCall) -> bool:
     return site.form == "sdpa" and not site.masks and not site.peeled
 
 
-def _causal(graph: Graph, site: AttentionSite) -> Node:
+def _causal(graph: Graph, site: AttentionCall) -> Node:
     key, value = site.key, site.value
     query = fake(site.query)
     if site.peeled and query.device.type == "cuda" and query.dtype == torch.float32:
@@ -60,11 +69,3 @@ def _causal(graph: Graph, site: AttentionSite) -> Node:
     if fake(key).shape[1] != query.shape[1]:
         options["enable_gqa"] = True
     return insert(graph, call, site.query, key, value, **options)
-
-
-def _padded(graph: Graph, plan: SitePlan) -> Node:
-    site, meaning, padding = plan.site, plan.meaning, plan.padding
-    assert meaning is not None and padding is not None
-    attention = torch.ops.tsa.padded_attention.default
-    spans = spans_of(graph, padding)
-    return insert(graph, attention, site.query, site.key, site.value, padding, spans, scale_of(site), meaning.mean_rows)

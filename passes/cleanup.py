@@ -18,9 +18,11 @@ from tsa_compile.passes.graph import readers
 class RemoveDeadMasks(Pass):
     """Erases the replaced calls and, transitively, the pure nodes that nobody reads any more."""
 
+    optional = True
+
     def call(self, graph_module: GraphModule) -> PassResult:
         candidates = dict.fromkeys(self.state.detached)
-        pending, removed = list(candidates), False
+        pending, removed = list(candidates), 0
         while pending:
             node = pending.pop()
             if node._erased or readers(node) or not self._may_go(node):
@@ -29,7 +31,7 @@ class RemoveDeadMasks(Pass):
                 graph_module.graph.erase_node(check)
             pending.extend(node.all_input_nodes)
             graph_module.graph.erase_node(node)
-            removed = True
+            removed += 1
         self.state.detached.clear()
         return self.result(graph_module, removed)
 

@@ -22,9 +22,9 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.aten import AtenGraph, users
+from tsa_compile.passes.call import MaskTerm, RecordedCall
 from tsa_compile.passes.graph import fake, known, same_shape
-from tsa_compile.passes.operators import arguments, aten, functional
-from tsa_compile.passes.sites import MaskTerm, RecordedCall, without_copies
+from tsa_compile.passes.operators import arguments, aten, functional, without_copies
 from tsa_compile.report import Reason
 
 _CASTS = (

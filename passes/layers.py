@@ -18,16 +18,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Layers, TSAConfig, is_named, upper_half
+from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import Frame
 from tsa_compile.report import Reason
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.sites import AttentionSite
 
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
 _AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")
@@ -117,7 +114,7 @@ def _starred(name: str, positions: Iterable[int]) -> str:
     return ".".join(parts)
 
 
-def placed(site: AttentionSite, place: Place) -> AttentionSite:
+def placed(site: AttentionCall, place: Place) -> AttentionCall:
     """A site with the name and the number of its place."""
     return replace(site, layer=place.names[0], container=place.stack, layer_index=place.number)
 
@@ -136,7 +133,7 @@ def is_model(graph_module: GraphModule, frame: Frame | None) -> bool:
     return complete and is_whole(graph_module) and frame.begins and not frame.part
 
 
-def places_of(sites: list[AttentionSite], graph_module: GraphModule, frame: Frame | None) -> list[Place]:
+def places_of(sites: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> list[Place]:
     """The place of each call."""
     return _Stacks(sites, graph_module, frame).places()
 
@@ -144,7 +141,7 @@ def places_of(sites: list[AttentionSite], graph_module: GraphModule, frame: Fram
 class _Stacks:
     """The calls of a graph beside the modules that its frame holds: which number of a name is the layer's."""
 
-    def __init__(self, sites: list[AttentionSite], graph_module: GraphModule, frame: Frame | None) -> None:
+    def __init__(self, sites: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> None:
         self.sites, self.graph_module, self.frame = sites, graph_module, frame
         self.names = [self._name(site.node) for site in sites]
         held = set(frame.kinds) if frame is not None else set()
@@ -172,7 +169,7 @@ class _Stacks:
                 return name
         return module_name(node)
 
-    def _place(self, site: AttentionSite, name: str) -> Place:
+    def _place(self, site: AttentionCall, name: str) -> Place:
         names = tuple(dict.fromkeys([unwrapped(name) or site.node.name, *aliases(name), *aliases(module_name(site.node))]))
         position, doubt = self._position(name)
         if position is None:

@@ -4,7 +4,7 @@
              count   = tsa.budget(scores, tau, None, min_tokens)                          [B]
              ...
              o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]
-    after    "aten"    matmul, softmax, avg_pool1d, sort, index, scaled_dot_product_attention, scatter, ...
+    after    "aten"    matmul, softmax, avg_pool2d, sort, index, scaled_dot_product_attention, scatter, ...
              "triton"  tsa_triton.score, ...: the same steps as triton_ops, which a compiler opens into our kernels (CUDA)
 
 No shape depends on data before, and none does afterwards: lengths and batch stay as symbolic as they were, the count stays
@@ -18,8 +18,7 @@ The program is traced anew by `ExportedProgram.run_decompositions`, so that its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import sympy
 import torch
@@ -28,44 +27,16 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.errors import ConfigError, KernelError, RewriteError
-from tsa_compile.kernels import traced
-from tsa_compile.kernels._triton import HAS_TRITON
-from tsa_compile.kernels.attend import attend_aten, get
-from tsa_compile.kernels.budget import budget_aten
-from tsa_compile.kernels.compress import compress_aten
-from tsa_compile.kernels.decompress import decompress_aten
-from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
-from tsa_compile.kernels.portable import CAUSAL_KERNELS
-from tsa_compile.kernels.score import score_aten
-from tsa_compile.kernels.select import select_aten
+from tsa_compile.errors import ConfigError, RewriteError
+from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS, why_not
+from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.passes.graph import argument, fake, fake_mode
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
 
 Form = Literal["aten", "triton"]
-FORMS: tuple[Form, ...] = ("aten", "triton")
 
 tsa = torch.ops.tsa
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
-    return attend_aten(query, key, value, count, scale)
-
-
-_ATEN: dict[Any, Callable[..., Any]] = {
-    tsa.score.default: score_aten,
-    tsa.budget.default: budget_aten,
-    tsa.select.default: select_aten,
-    tsa.compress.default: compress_aten,
-    tsa.attend.default: _attend,
-    tsa.decompress.default: decompress_aten,
-    tsa.spans.default: spans_aten,
-    tsa.padded_attention.default: padded_attention_aten,
-}
-
-# The ATen forms, but for the steps that have kernels.
-_TRITON = {**_ATEN, **{getattr(tsa, name).default: op for name, op in traced.OPS.items()}}
 
 
 def lower_program(program: ExportedProgram, form: Form | None = "aten") -> ExportedProgram:
@@ -77,8 +48,9 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
     """
     if form is None:
         return program.run_decompositions({})
-    if form not in FORMS:
-        raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {', '.join(map(repr, FORMS))}, or None")
+    if form not in get_args(Form):
+        allowed = ", ".join(map(repr, get_args(Form)))
+        raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {allowed}, or None")
     if form == "triton":
         _require_cuda(program)
     check_kernels(program, f"lower={form!r}", "keep the ops with lower=None")
@@ -89,7 +61,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
 def _lowered(program: ExportedProgram, form: Form) -> ExportedProgram:
     mode = fake_mode(program.graph)
     environment = None if mode is None else mode.shape_env
-    table = _ATEN if form == "aten" else _TRITON
+    table = FORMS[form]
     if environment is None:
         return program.run_decompositions(table)
     # A guard on a symbol also narrows its range, by which the guard would then always hold.
@@ -115,20 +87,13 @@ def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:
         if node.target is not tsa.attend.default:
             continue
         name: Any = argument(node, 5, "kernel")
-        if name not in CAUSAL_KERNELS:
+        why = why_not(name)
+        if why is not None:
             raise ConfigError(
-                f"{layer_of(node)}: kernel={name!r} has no form for {form}: {_about(name)}, and it is called through "
+                f"{layer_of(node)}: kernel={name!r} has no form for {form}: {why}, and it is called through "
                 f"Python, which the exported program does without; use one of {', '.join(map(repr, CAUSAL_KERNELS))}, or "
                 f"{otherwise}"
             )
-
-
-def _about(name: str) -> str:
-    """Why plain causal attention does not stand for a kernel."""
-    try:
-        return "it is no part of this package" if get(name).exact else "it leaves attention out, as its selector says"
-    except KernelError:
-        return "it is not registered here"
 
 
 def layer_of(node: Node) -> str:

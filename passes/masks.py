@@ -1,7 +1,7 @@
 """What a mask means, inferred from the graph that builds it.
 
     before   arange, <=, &, x[b, kv], expand, where ...  ->  [B, 1, L, L] tensor   (nobody knows what it says)
-    after    MaskMeaning(kind=CAUSAL_PADDING, padding=attention_mask[b, kv] != 0)
+    after    MaskInfo(kind=CAUSAL_PADDING, padding=attention_mask[b, kv] != 0)
 
 The mask is evaluated at the symbolic position (b, h, q, kv) (`symbolic.py`), which gives a formula of what is allowed
 (`predicate.py`). Its conjunctive normal form is then read clause by clause: `kv <= q` makes it causal, clauses without q
@@ -10,70 +10,48 @@ and h are padding, `kv > q - W` is a sliding window. Whatever is left unread mak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 from sympy.logic.inference import satisfiable
-from torch.fx import Node
+from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.passes import symbolic_indexing, symbolic_ops, symbolic_views
+from tsa_compile.passes.base import Pass, PassResult
+from tsa_compile.passes.call import AttentionCall, MaskTerm
 from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.mask_info import MaskInfo, MaskKind
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
 from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Opaque, as_number, exact, round_constant
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.sites import AttentionSite, MaskTerm
 
 _RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
 _LOWEST = exact(torch.finfo(torch.bfloat16).min)
 
 
-class MaskKind(StrEnum):
-    """The meanings that a rewrite can tell apart; only the causal ones are rewritten."""
+class InferMasks(Pass):
+    """Infers what each site's mask means; sites that share a mask share the work."""
 
-    NONE = "none"
-    CAUSAL = "causal"
-    CAUSAL_PADDING = "causal+padding"
-    PADDING = "padding"
-    SLIDING_WINDOW = "sliding window"
-    CHUNKED = "chunked"
-    PACKED = "packed"
-    OPAQUE = "opaque"
-
-
-@dataclass(frozen=True)
-class MaskMeaning:
-    """What a mask was proven to say.
-
-    Attributes:
-        predicate: which (b, h, q, kv) are allowed, a formula over `atoms`; None if opaque.
-        padding: the part of the predicate in (b, kv) alone; None if every key is valid.
-        leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
-        mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
-        nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.
-        detail: for a person: the window's size, or why the mask is opaque.
-    """
-
-    kind: MaskKind
-    predicate: Boolean | None = None
-    padding: Boolean | None = None
-    atoms: dict[sympy.Symbol, Atom] = field(default_factory=dict)
-    leaves: dict[str, Node] = field(default_factory=dict)
-    mean_rows: bool = False
-    nan_rows: bool = False
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind} ({self.detail})" if self.detail else str(self.kind)
+    def call(self, graph_module: GraphModule) -> PassResult:
+        shared: dict[Any, Any] = {}
+        for plan in self.state.plans:
+            site = plan.site
+            if site.problem is not None:
+                continue
+            with self.state.attempt(plan, graph_module.graph, "mask inference"):
+                shapes = (tuple(fake(site.query).shape), fake(site.key).shape[2])
+                key = (site.form, site.masks, str(site.is_causal), str(shapes))
+                if key not in shared:
+                    shared[key] = infer_mask(site)
+                plan.meaning = held(shared[key], site)
+        return self.result(graph_module, len(shared), modified=False)
 
 
-def infer_mask(site: AttentionSite) -> MaskMeaning:
+def infer_mask(site: AttentionCall) -> MaskInfo:
     """The meaning of everything that masks a site: `is_causal` and each mask term."""
     query, key = fake(site.query), fake(site.key)
     sizes = {B: query.shape[0], H: query.shape[1], Q: query.shape[2], KV: key.shape[2]}
@@ -88,22 +66,22 @@ def infer_mask(site: AttentionSite) -> MaskMeaning:
                 values |= {round_constant(old + new, term.dtype) for old in hidden for new in values}
             allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
     except (Opaque, NotUnderstood, RecursionError) as reason:
-        return MaskMeaning(MaskKind.OPAQUE, detail=str(reason) or "it is built in too many steps")
+        return MaskInfo(MaskKind.OPAQUE, detail=str(reason) or "it is built in too many steps")
     if site.is_causal is True:  # upper-left alignment
         allowed = sympy.And(allowed, atoms.le(KV, Q))
     elif site.is_causal is not False:
-        return MaskMeaning(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
+        return MaskInfo(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
     meaning = _classify(allowed, atoms, evaluator, hidden, level)
     return replace(meaning, nan_rows=site.form == "eager" and -sympy.oo in hidden)
 
 
-def held(meaning: MaskMeaning, site: AttentionSite) -> MaskMeaning:
+def held(meaning: MaskInfo, site: AttentionCall) -> MaskInfo:
     """A meaning that a site can use: what its padding reads must still be in the graph where the site stands."""
     if meaning.kind is not MaskKind.CAUSAL_PADDING:
         return meaning
     for name, value in meaning.leaves.items():
         if site.aten.source(value, site.node) is None:
-            return MaskMeaning(MaskKind.OPAQUE, detail=f"its padding reads {name}, which has been written to since")
+            return MaskInfo(MaskKind.OPAQUE, detail=f"its padding reads {name}, which has been written to since")
     return meaning
 
 
@@ -157,10 +135,10 @@ def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
     return value
 
 
-def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], level: bool) -> MaskMeaning:
+def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], level: bool) -> MaskInfo:
     """Reads a formula. `hidden` are the values of hidden scores; `level` says that a score adds nothing to them."""
     if len(allowed.free_symbols) > MAX_ATOMS:
-        return MaskMeaning(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
+        return MaskInfo(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
     normal = sympy.to_cnf(sympy.simplify_logic(allowed, form="cnf"))
     reading = _Reading(atoms.table)
     for clause in sympy.And.make_args(normal):
@@ -175,7 +153,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
             kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskMeaning(kind, normal, padding, atoms.table, leaves, mean_rows, detail=detail)
+    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, detail=detail)
 
 
 def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:

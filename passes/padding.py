@@ -1,6 +1,6 @@
 """From a proven padding predicate back to a tensor: `attention_mask[b, kv] != 0` becomes a bool tensor [B, L].
 
-before   MaskMeaning.padding, a formula in (b, kv) over elements of the graph's tensors
+before   MaskInfo.padding, a formula in (b, kv) over elements of the graph's tensors
 after    getitem, ne, and ... on small tensors: no query dimension, so nothing of size L x L
 """
 
@@ -9,23 +9,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.base import Pass, PassResult
+from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, is_erased, known, size
+from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.predicate import KV, Atom, B
-from tsa_compile.report import Decision
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.masks import MaskMeaning
-    from tsa_compile.passes.sites import AttentionSite
 
 
 def unwritable(
@@ -98,23 +94,6 @@ def _is_plain_index(index: sympy.Expr) -> bool:
     return bool(index.is_Integer or any(offset.is_Integer and offset >= 0 for offset in offsets))
 
 
-class EmitPadding(Pass):
-    """Writes the padding of every call that is to be rewritten, once for all calls that share it, before the first."""
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        graph = graph_module.graph
-        builder = PaddingBuilder(graph)
-        for plan in self.state.plans:
-            meaning = plan.meaning
-            if plan.decision is Decision.UNCHANGED or meaning is None or meaning.padding is None:
-                continue
-            with self.state.attempt(plan, graph, "writing its padding"), graph.inserting_before(plan.site.node):
-                plan.padding = builder.padding(plan.site, meaning)
-        emitted = [plan.padding for plan in self.state.plans if plan.padding is not None]
-        self.state.detached.extend(emitted)  # they go where no rewrite reads them after all
-        return self.result(graph_module, bool(emitted))
-
-
 class PaddingBuilder:
     """Emits the padding tensor of sites, once for all that share a predicate over the same values."""
 
@@ -122,7 +101,7 @@ class PaddingBuilder:
         self.graph = graph
         self._padding: dict[Any, Node] = {}
 
-    def padding(self, site: AttentionSite, meaning: MaskMeaning) -> Node | None:
+    def padding(self, site: AttentionCall, meaning: MaskInfo) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a site; None if all are. Must be called in front of the site."""
         if meaning.padding is None:
             return None
@@ -131,15 +110,14 @@ class PaddingBuilder:
             self._padding[key] = _Emitter(self.graph, site, meaning).emit()
         return self._padding[key]
 
-
-def spans_of(graph: Graph, padding: Node) -> Node:
-    """The valid range of each item, computed once behind the padding that it is of."""
-    spans = torch.ops.tsa.spans.default
-    for reader in padding.users:
-        if reader.target is spans:
-            return reader
-    with graph.inserting_after(padding):
-        return insert(graph, spans, padding)
+    def spans(self, padding: Node) -> Node:
+        """The valid range of each item, computed once behind the padding that it is of."""
+        spans = torch.ops.tsa.spans.default
+        for reader in padding.users:
+            if reader.target is spans:
+                return reader
+        with self.graph.inserting_after(padding):
+            return insert(self.graph, spans, padding)
 
 
 def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:
@@ -147,7 +125,7 @@ def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, site: AttentionSite, meaning: MaskMeaning) -> None:
+    def __init__(self, graph: Graph, site: AttentionCall, meaning: MaskInfo) -> None:
         self.graph = graph
         self.meaning = meaning
         self.site = site

@@ -1,7 +1,7 @@
 """Which sites become sparse, which dense ones get cheaper without any approximation, and why the others stay.
 
     before   sites with the meaning of their masks
-    after    the same graph; each SitePlan has a decision, a reason code and a kernel
+    after    the same graph; each CallPlan has a decision, a reason code and a kernel
 
 The order of the questions is the order of the reason codes: is the call of a known form, needs no gradient, has no
 dropout, attends to itself; is its mask causal; is its layer selected; can the kernels take it; is it long enough, which on
@@ -23,16 +23,15 @@ from tsa_compile.costs.breakeven import shortest
 from tsa_compile.costs.calls import SiteShape
 from tsa_compile.costs.devices import for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
-from tsa_compile.kernels.attend import AUTO, KernelRequest, choose
 from tsa_compile.kernels.kept import never_dropped
+from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
 from tsa_compile.kernels.score import MAX_HEAD_DIM
-from tsa_compile.passes.aten import is_input, record
-from tsa_compile.passes.base import Pass, PassResult, SitePlan
-from tsa_compile.passes.frame import frame_of, in_marked_range, splits_heads
+from tsa_compile.passes.aten import is_input
+from tsa_compile.passes.base import CallPlan, Pass, PassResult
+from tsa_compile.passes.frame import in_marked_range, splits_heads
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.layers import not_found, placed, places_of, select_layers
-from tsa_compile.passes.masks import MaskKind, MaskMeaning, held, infer_mask
-from tsa_compile.passes.sites import sites_of
+from tsa_compile.passes.layers import not_found, select_layers
+from tsa_compile.passes.mask_info import MaskInfo, MaskKind
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
@@ -50,36 +49,7 @@ _MASK_REASONS = {
 _said: WeakKeyDictionary[torch.nn.Module, set[Layers | None]] = WeakKeyDictionary()
 
 
-class FindSites(Pass):
-    """Reads every attention call into its normal form, and finds its place among the model's layers."""
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        self.state.aten, self.state.frame = record(graph_module), frame_of(graph_module)
-        sites = sites_of(self.state.aten)
-        places = places_of(sites, graph_module, self.state.frame)
-        self.state.plans = [SitePlan(placed(site, place), place) for site, place in zip(sites, places, strict=True)]
-        return self.result(graph_module, modified=False)
-
-
-class InferMasks(Pass):
-    """Infers what each site's mask means; sites that share a mask share the work."""
-
-    def call(self, graph_module: GraphModule) -> PassResult:
-        shared: dict[Any, Any] = {}
-        for plan in self.state.plans:
-            site = plan.site
-            if site.problem is not None:
-                continue
-            with self.state.attempt(plan, graph_module.graph, "mask inference"):
-                shapes = (tuple(fake(site.query).shape), fake(site.key).shape[2])
-                key = (site.form, site.masks, str(site.is_causal), str(shapes))
-                if key not in shared:
-                    shared[key] = infer_mask(site)
-                plan.meaning = held(shared[key], site)
-        return self.result(graph_module, modified=False)
-
-
-class PlanSites(Pass):
+class PlanCalls(Pass):
     """Decides about every site; changes nothing in the graph."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -95,7 +65,8 @@ class PlanSites(Pass):
         self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
         if isinstance(self.state.config.budget, Coverage) and self.state.config.budget.tau > 0:
             self._refuse_split_heads(graph_module)
-        return self.result(graph_module, modified=False)
+        planned = sum(plan.decision is not Decision.UNCHANGED for plan in self.state.plans)
+        return self.result(graph_module, planned, modified=False)
 
     def _refuse_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
@@ -120,7 +91,7 @@ class PlanSites(Pass):
             said.add(self.state.config.layers)
             warnings.warn(text, TSAWarning, stacklevel=2)
 
-    def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
+    def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
         if obstacle is not None:
             return plan.keep(*obstacle)
@@ -144,7 +115,7 @@ class PlanSites(Pass):
         return None
 
 
-def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
+def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     """Why a site must stay exactly as the model wrote it."""
     site = plan.site
     if site.problem is not None:
@@ -167,7 +138,7 @@ def _obstacle(plan: SitePlan) -> tuple[Reason, str] | None:
     return None if reason is None else (reason, _found_in_mask(plan, plan.meaning))
 
 
-def is_cached_prefill(plan: SitePlan) -> bool:
+def is_cached_prefill(plan: CallPlan) -> bool:
     """Whether several queries look at more keys than their own, and not as in cross-attention, which masks by key alone."""
     query, key = fake(plan.site.query), fake(plan.site.key)
     if query.dim() != 4 or known(query.shape[2] == 1) or known(query.shape[2] >= key.shape[2]):
@@ -179,7 +150,7 @@ def is_cached_prefill(plan: SitePlan) -> bool:
     return by_query and plan.meaning.kind not in (MaskKind.NONE, MaskKind.PADDING)
 
 
-def _found_in_mask(plan: SitePlan, meaning: MaskMeaning) -> str:
+def _found_in_mask(plan: CallPlan, meaning: MaskInfo) -> str:
     """What a report says of a mask that cannot be rewritten: where it comes from, if that is what is to be changed."""
     if meaning.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.site.masks):
         return "the mask is an input of this graph: it was built outside"
@@ -218,7 +189,7 @@ def _is_positive(scale: Any) -> bool:
     return bool(value > 0)
 
 
-def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
+def _sparse_obstacle(plan: CallPlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
     """Why a site whose layer is selected stays dense all the same."""
     reason, detail = _kernel_obstacle(plan)
     if reason is not None:
@@ -229,7 +200,7 @@ def _sparse_obstacle(plan: SitePlan, config: TSAConfig, sparse_layers: float) ->
     return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
-def _kernel_obstacle(plan: SitePlan) -> tuple[Reason | None, str]:
+def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
     """Why no kernel of the registry can be asked to run a site."""
     query, value = fake(plan.site.query), fake(plan.site.value)
     if query.device.type not in _DEVICES:
@@ -284,7 +255,7 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, 
     return None, ""
 
 
-def _kernel(plan: SitePlan, config: TSAConfig) -> str:
+def _kernel(plan: CallPlan, config: TSAConfig) -> str:
     """The kernel that will run at a site: the one configured for it, else the fastest that fits."""
     query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])

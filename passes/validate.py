@@ -8,7 +8,7 @@ short: every number in the graph that equals the length becomes a small one. A c
 it, PASS_FAILED, with the case in the report. A call that cannot be run in this way (its mask depends on half of the model,
 say) has been proven all the same.
 
-Calls that are computed alike, node by node, are computed once. `TSAConfig(validate=False)` switches this pass off.
+Calls that are computed alike, node by node, are computed once. `TSAConfig(skip_passes=["Validate"])` switches this pass off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.base import Pass, PassResult, SitePlan
+from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, map_leaves
 from tsa_compile.passes.operators import aten
 from tsa_compile.report import Decision
@@ -48,18 +48,18 @@ class Skipped(Exception):
 class Validate(Pass):
     """Computes each accepted call by its own nodes and by its normal form; changes nothing."""
 
+    optional = True
+
     def call(self, graph_module: GraphModule) -> PassResult:
-        if not self.state.config.validate:
-            return self.result(graph_module, modified=False)
         seen: set[Any] = set()
         for plan in self.state.plans:
             if plan.decision is Decision.UNCHANGED:
                 continue
             with self.state.attempt(plan, graph_module.graph, "validation"):
                 self._validate(graph_module, plan, seen)
-        return self.result(graph_module, modified=False)
+        return self.result(graph_module, len(seen), modified=False)
 
-    def _validate(self, graph_module: GraphModule, plan: SitePlan, seen: set[Any]) -> None:
+    def _validate(self, graph_module: GraphModule, plan: CallPlan, seen: set[Any]) -> None:
         try:
             case = Case(graph_module, plan)
             signature = case.signature()
@@ -89,7 +89,7 @@ class Case:
         Skipped: it needs too much of the model.
     """
 
-    def __init__(self, graph_module: GraphModule, plan: SitePlan) -> None:
+    def __init__(self, graph_module: GraphModule, plan: CallPlan) -> None:
         self.module, self.plan, self.site = graph_module, plan, plan.site
         self.operands = (self.site.query, self.site.key, self.site.value)
         self.operand_of = {self.site.aten.values.get(operand): operand for operand in self.operands}

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.masks import MaskKind
+from tsa_compile.passes.mask_info import MaskKind
 from tsa_compile.report import Decision
 
 
@@ -32,4 +32,4 @@ class Verify(Pass):
         for reader in readers:
             if "tsa" in str(reader.target):
                 raise RewriteError(f"{reader.name!r} reads a mask that was proven away")
-        return self.result(graph_module, modified=False)
+        return self.result(graph_module, len(changed), modified=False)

@@ -18,7 +18,7 @@ from tsa_compile import (
     reports,
     tsa_backend,
 )
-from tsa_compile.kernels import attend, reference
+from tsa_compile.kernels import reference, registry
 from tsa_compile.testing import count_ops, widest_elements
 
 from .support import Attention, Stack, difference, heads, mixed_padding, oracle, tiny, tokens
@@ -137,9 +137,9 @@ def test_a_registered_kernel_by_name():
 
     def run(query, key, value, scale):
         calls.append(query.shape)
-        return attend.get("sdpa").run(query, key, value, scale)
+        return registry.get("sdpa").run(query, key, value, scale)
 
-    attend.register(attend.AttentionKernel("test kernel", run, lambda request: None, priority=-1))
+    registry.register(registry.AttentionKernel("test kernel", run, lambda request: None, priority=-1))
     try:
         inputs = heads()
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_registered_kernel_by_name():
         assert difference(out, half_of(*inputs)) < ATOL
         assert calls and reports()[-1].rows[0].kernel == "test kernel"
     finally:
-        attend.unregister("test kernel")
+        registry.unregister("test kernel")
 
 
 def test_a_kernel_that_does_not_fit_leaves_the_layer_dense():

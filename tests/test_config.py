@@ -24,7 +24,7 @@ INVALID = {
     "min_length": [0, -1, 2.0, "8", True],
     "kernel": ["", None, 3],
     "dense_kernel": ["", 3, True],
-    "validate": [None, 0, "no"],
+    "skip_passes": [None, "Validate", [1]],
     "strict": [None, 1, "yes"],
     "compiler": ["", None, 3],
 }  # fmt: skip
@@ -157,7 +157,7 @@ configs = st.builds(
     capacity=st.none() | st.integers(10_000),
     min_length=st.none() | st.integers(1),
     kernel=names,
-    validate=st.booleans(),
+    skip_passes=st.lists(st.sampled_from(["Validate", "Decompose"]), unique=True),
     strict=st.booleans(),
     compiler=names,
 )

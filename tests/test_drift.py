@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tsa_compile import ConfigError
-from tsa_compile.calibrate import calibrate
+from tsa_compile.calibration import calibrate
 from tsa_compile.drift import drift_sum, find_layers
 
 from .support import DECODERS, VOCAB, mixed_padding, tiny, tokens

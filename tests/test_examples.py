@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from tsa_compile import Decision
-from tsa_compile.kernels import attend
+from tsa_compile.kernels import registry
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -48,7 +48,7 @@ def test_custom_kernel_computes_what_the_built_in_one_does():
     try:
         assert example.main() < 1e-5
     finally:
-        attend.unregister("tiled")
+        registry.unregister("tiled")
 
 
 def test_write_a_pass_understands_the_mask_and_halves_the_selections():

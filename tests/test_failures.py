@@ -7,7 +7,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWarning, explain, reports
 from tsa_compile.passes import canonicalize, rewrite
 from tsa_compile.passes.cleanup import RemoveDeadMasks
-from tsa_compile.passes.plan import InferMasks, PlanSites
+from tsa_compile.passes.plan import InferMasks, PlanCalls
 from tsa_compile.passes.verify import Verify
 from tsa_compile.testing import count_ops
 
@@ -113,7 +113,7 @@ def test_a_failure_at_the_first_site_leaves_the_next_ones_whole(monkeypatch):
     assert present(graph)["score"] == 1
 
 
-@pytest.mark.parametrize("kind", [InferMasks, PlanSites, RemoveDeadMasks, Verify], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [InferMasks, PlanCalls, RemoveDeadMasks, Verify], ids=lambda kind: kind.__name__)
 def test_a_whole_pass_fails(monkeypatch, kind):
     """The graph is compiled as the model wrote it, whatever earlier passes had done to it."""
     failing(monkeypatch, kind, "call")

@@ -12,7 +12,7 @@ import torch
 import tsa_compile.backend
 from tsa_compile import Coverage, Reason, TSAConfig
 from tsa_compile.config import OPTIONS
-from tsa_compile.kernels import attend
+from tsa_compile.kernels import registry
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -63,8 +63,8 @@ def test_python_blocks_run_and_print_what_the_readme_shows(without_inductor):
                 assert lines(output.getvalue()) == lines(text), "the README's example report is out of date"
                 shown.append(position)
     finally:
-        for name in {"mine", "fourth"} & {*attend.names()}:
-            attend.unregister(name)
+        for name in {"mine", "fourth"} & {*registry.names()}:
+            registry.unregister(name)
     assert len(shown) == 1
 
 

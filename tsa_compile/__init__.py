@@ -9,18 +9,16 @@ print(tsa_compile.explain(model, input_ids=ids))
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tsa_compile.backend import tsa_backend
-    from tsa_compile.calibrate import Calibration, calibrate, preset
+    from tsa_compile.calibration import Calibration, calibrate, preset
     from tsa_compile.config import Coverage, KeepRatio, TSAConfig
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
-    from tsa_compile.explain import explain
+    from tsa_compile.explanation import explain
     from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow, clear_reports, reports
 
 __version__ = "0.1.0"
@@ -52,28 +50,17 @@ __all__ = [
 # Where each name lives. It is imported when it is asked for, so that `tsa-compile --help` need not wait for torch.
 _HOMES = {
     "backend": ("tsa_backend",),
-    "calibrate": ("Calibration", "calibrate", "preset"),
+    "calibration": ("Calibration", "calibrate", "preset"),
     "config": ("Coverage", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
-    "explain": ("explain",),
+    "explanation": ("explain",),
     "costs.predict": ("Prediction", "predict"),
     "report": ("Decision", "Reason", "RewriteReport", "SiteRow", "clear_reports", "reports"),
 }
-# What is an attribute of the package without being imported by name.
-_MODULES = (*_HOMES, "costs", "kernels", "passes", "pipeline")
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-
-
-class _Face(ModuleType):
-    """The package, in which a function keeps its name from the module that is called the same, as with `explain`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME_OF and isinstance(value, ModuleType):
-            return  # Python's import system binds a submodule in its package
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face
+# What is an attribute of the package without being imported by name. No module is called as one of the names above: Python
+# binds an imported module in its package, where it would take the name's place.
+_MODULES = (*_HOMES, "costs", "kernels", "passes", "pipeline")
 
 
 def __dir__() -> list[str]:

@@ -19,24 +19,17 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.handover import keep_out_of_packages, take_over
+from tsa_compile.kernels.sdpa import PRIORITY
 from tsa_compile.passes.base import summary
-from tsa_compile.pipeline import COMPILED, PASSES, run_passes
+from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.report import Decision, Reason, RewriteReport, record
 
 Compiled = Callable[..., Any]
-
-# cuDNN is the fastest dense kernel on Hopper, and which one a plain SDPA call picks differs between versions.
-_DENSE_PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def tsa_backend(
@@ -65,8 +58,8 @@ def tsa_backend(
     compiler = resolve_compiler(config, mode)
     keep_out_of_packages(graph_module)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    # A callable is somebody's own pass, which wants to see the steps; it may fuse them afterwards (passes/fuse.py).
-    report = run_passes(graph_module, config, COMPILED if isinstance(config.compiler, str) else PASSES)
+    # A callable is somebody's own pass, which wants to see the steps, unless it says that it does not (skip_passes).
+    report = run_passes(graph_module, config, WHOLE if isinstance(config.compiler, str) else PASSES)
     try:
         with _dense_kernels():
             compiled = compiler(graph_module, list(example_inputs))
@@ -123,7 +116,10 @@ def _mode_options(mode: str) -> dict[str, Any]:
 
 
 def _dense_kernels() -> AbstractContextManager[Any]:
-    """Which kernel a dense SDPA call becomes is decided while it is traced, so the order is set around tracing."""
+    """Which kernel a dense SDPA call becomes is decided while it is traced, so the order is set around tracing.
+
+    Which one a plain call picks differs between versions of torch.
+    """
     if not torch.cuda.is_available():
         return nullcontext()
-    return sdpa_kernel(_DENSE_PRIORITY, set_priority=True)
+    return sdpa_kernel(list(PRIORITY), set_priority=True)

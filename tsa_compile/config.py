@@ -127,10 +127,11 @@ class TSAConfig:
         kernel: attention kernel over the kept rows: "auto" or a registered name.
         dense_kernel: attention kernel over all tokens in the causal layers that are not sparse, by its registered name; a
             block-sparse one makes them approximate as well. None: dense attention, exactly as the model wrote it.
-        validate: while compiling, compute each call that is rewritten, and what it was read as, on small random inputs; one
-            that differs is left as it is.
         strict: raise where a rewrite that was asked for is not made, instead of warning.
-        compiler: what compiles the rewritten graph: a Dynamo backend's name or a callable ``(gm, inputs)``.
+        compiler: what compiles the rewritten graph: a Dynamo backend's name, or a callable ``(gm, inputs)``, which is given
+            the single steps of sparse attention.
+        skip_passes: passes of `pipeline.py` that are left out, by name, to look for a fault or to spare their time:
+            "Validate", "RewriteSparse", "CanonicalizeDense", "Decompose", "RemoveDeadMasks".
     """
 
     budget: Budget = field(default_factory=Coverage)
@@ -143,9 +144,9 @@ class TSAConfig:
     min_length: int | None = None
     kernel: str = "auto"
     dense_kernel: str | None = None
-    validate: bool = True
     strict: bool = False
     compiler: Compiler = "inductor"
+    skip_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))
@@ -164,9 +165,9 @@ class TSAConfig:
             raise _reject("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
         if self.dense_kernel is not None and (not isinstance(self.dense_kernel, str) or not self.dense_kernel):
             raise _reject("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
-        for name in ("validate", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise _reject(name, getattr(self, name), "True or False")
+        if not isinstance(self.strict, bool):
+            raise _reject("strict", self.strict, "True or False")
+        object.__setattr__(self, "skip_passes", _names("skip_passes", self.skip_passes))
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise _reject("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
 
@@ -202,6 +203,7 @@ class TSAConfig:
         """
         values = {name: getattr(self, name) for name in OPTIONS}
         values["budget"] = _budget_dict(self.budget)
+        values["skip_passes"] = list(self.skip_passes)
         values["layers"] = None if self.layers is None else list(self.layers)
         if not isinstance(self.compiler, str):
             values["compiler"] = getattr(self.compiler, "__qualname__", type(self.compiler).__qualname__)
@@ -252,6 +254,12 @@ def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"{name!r} is not an option{hint}: the options are {', '.join(known)}")
+
+
+def _names(option: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise _reject(option, value, "a list of names")
 
 
 def _budget(value: object) -> Budget:

@@ -64,6 +64,27 @@ def replacing(path: StrPath, *, folders: bool = False) -> Iterator[Path]:
                 os.replace(file, target.parent / file.name)
 
 
+def writable(path: StrPath, *suffixes: str) -> Path:
+    """Holds an output path against the disk before anything long is begun.
+
+    Raises:
+        ConfigError: no file can be written there, or its name does not end in one of `suffixes`.
+    """
+    target = Path(path)
+    folder = target.parent
+    if target.is_dir():
+        problem = "it is a folder: name a file in it"
+    elif suffixes and target.suffix not in suffixes:
+        problem = f"its name must end in {' or '.join(suffixes)}"
+    elif not folder.is_dir():
+        problem = f"there is no folder {str(folder)!r}: create it, or name another"
+    elif not os.access(path if is_special(path) else folder, os.W_OK):  # files are written beside, and renamed
+        problem = "there is no permission: choose another path"
+    else:
+        return target
+    raise ConfigError(f"{str(path)!r} cannot be written: {problem}")
+
+
 def is_special(path: StrPath) -> bool:
     """A device or a pipe, which holds nothing that could be lost and cannot be replaced."""
     return os.path.exists(path) and not os.path.isfile(path)

@@ -1,36 +1,32 @@
 """The passes, in order. This is the one place that knows it.
 
-    FindSites           every attention call, in normal form                    passes/sites.py, eager.py
-    InferMasks          what each mask means                                    passes/masks.py
-    PlanSites           sparse, dense without a mask, or untouched, and why     passes/plan.py
-    EmitPadding         which tokens are valid, once for calls that share it    passes/padding.py
-    Validate            each call and its normal form, on small random inputs   passes/validate.py
-    RewriteSparse       score, budget, select, compress, attend, decompress     passes/rewrite.py
-    CanonicalizeDense   is_causal, or causal and padding; no repeated heads     passes/canonicalize.py
-    FuseSparse          the steps of a site as one op (compiled graphs only)    passes/fuse.py
-    RemoveDeadMasks     what only the replaced calls read                       passes/cleanup.py
-    Verify              what must hold afterwards                               passes/verify.py
-
-A pass that raises leaves the graph as the model wrote it, with a warning; with `strict=True` it raises.
+A pass that raises leaves the graph as the model wrote it, with a warning; with `strict=True` it raises. What each pass found
+and how long it took is logged, and with debug output the graph after it: `TORCH_LOGS="+tsa_compile.pipeline"`.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+import time
 import warnings
+from collections.abc import Callable
 
+from torch._dynamo.utils import lazy_format_graph_code
 from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, score, select, sparse
-from tsa_compile.passes.base import GraphState, Pass, SitePlan, summary
+from tsa_compile.kernels import attend, budget, compress, decompress, fused, padded, registry, score, select, sparse
+from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
-from tsa_compile.passes.fuse import FuseSparse
+from tsa_compile.passes.decompose import Decompose
+from tsa_compile.passes.emit_padding import EmitPadding
+from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.padding import EmitPadding
-from tsa_compile.passes.plan import FindSites, InferMasks, PlanSites, is_cached_prefill
+from tsa_compile.passes.masks import InferMasks
+from tsa_compile.passes.plan import PlanCalls, is_cached_prefill
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
@@ -40,38 +36,59 @@ from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
 OPS = (score, budget, select, compress, attend, decompress, padded, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
-    FindSites,
-    InferMasks,
-    PlanSites,
-    EmitPadding,
-    Validate,
-    RewriteSparse,
-    CanonicalizeDense,
-    RemoveDeadMasks,
-    Verify,
+    FindCalls,  #          find.py           every attention call, in the normal form of call.py
+    InferMasks,  #         masks.py          what each mask means
+    PlanCalls,  #          plan.py           sparse, dense without a mask, or untouched, and why
+    EmitPadding,  #        emit_padding.py   which tokens are valid, once for calls that share it
+    Validate,  #           validate.py       each call and its normal form, on small random inputs
+    RewriteSparse,  #      rewrite.py        one op for each sparse call
+    CanonicalizeDense,  #  canonicalize.py   is_causal, or causal and padding; no repeated heads
+    Decompose,  #          decompose.py      the op opened into score, budget, select, compress, attend, decompress
+    RemoveDeadMasks,  #    cleanup.py        what only the replaced calls read
+    Verify,  #             verify.py         what must hold afterwards
 )
-COMPILED: tuple[type[Pass], ...] = (*PASSES[:-2], FuseSparse, *PASSES[-2:])
+WHOLE: tuple[type[Pass], ...] = tuple(kind for kind in PASSES if kind is not Decompose)
+"""What a graph goes through that runs where Python does: it calls one op for each sparse call."""
+
+_log = logging.getLogger(__name__)
 
 
-def run_passes(graph_module: GraphModule, config: TSAConfig, passes: tuple[type[Pass], ...] = PASSES) -> RewriteReport:
+def run_passes(
+    graph_module: GraphModule,
+    config: TSAConfig,
+    passes: tuple[type[Pass], ...] = PASSES,
+    *,
+    after: Callable[[Pass, GraphModule], None] | None = None,
+) -> RewriteReport:
     """Rewrites a graph in place and reports on every attention call in it.
 
     Args:
         graph_module: traced by Dynamo or torch.export, with fake values in its nodes' metadata.
-        passes: PASSES leave the steps of sparse attention apart, to be read and exported; COMPILED fuse them.
+        passes: PASSES open sparse attention into its steps, to be read and exported; WHOLE leave it one op a call.
+        after: called with each pass and the graph when the pass is through: to step from one to the next.
 
     Raises:
-        ConfigError, KernelError: the configuration names a layer or a kernel that does not exist.
+        ConfigError, KernelError: the configuration names a layer, a kernel or a pass that does not exist.
         RewriteError: a pass failed and `config.strict` is set.
     """
+    optional = [kind.__name__ for kind in PASSES if kind.optional]
+    for name in config.skip_passes:
+        if name not in optional:
+            raise ConfigError(
+                f"skip_passes={name!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
+            )
     for name in (config.kernel, config.dense_kernel):
-        if name not in (attend.AUTO, None):
-            attend.get(name)
+        if name not in (registry.AUTO, None):
+            registry.get(name)
     state = GraphState(config)
     original = copy.deepcopy(graph_module.graph)
+    _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))
     for kind in passes:
         try:
-            kind(state)(graph_module)
+            if kind.__name__ in config.skip_passes:
+                kind.skip(state)
+                continue
+            _run(kind(state), graph_module, after)
         except ConfigError:
             raise
         except Exception as error:
@@ -83,6 +100,17 @@ def run_passes(graph_module: GraphModule, config: TSAConfig, passes: tuple[type[
             break
     _announce_misses(state)
     return make_report(state)
+
+
+def _run(step: Pass, graph_module: GraphModule, after: Callable[[Pass, GraphModule], None] | None) -> None:
+    """One pass; what it did is logged."""
+    began = time.perf_counter()
+    modified = step(graph_module).modified
+    _log.info("%s: %d matched, %.1f ms", step.name, step.matched, 1e3 * (time.perf_counter() - began))
+    if modified:
+        _log.debug("%s", lazy_format_graph_code(f"after {step.name}", graph_module))
+    if after is not None:
+        after(step, graph_module)
 
 
 def _restore(graph_module: GraphModule, original: Graph, state: GraphState, message: str) -> None:
@@ -102,7 +130,7 @@ def make_report(state: GraphState) -> RewriteReport:
     )
 
 
-def _row(index: int, plan: SitePlan) -> SiteRow:
+def _row(index: int, plan: CallPlan) -> SiteRow:
     site = plan.site
     shapes = [_shape(fake(node)) for node in (site.query, site.key, site.value)]
     dtype = str(getattr(fake(site.query), "dtype", "")).removeprefix("torch.")
@@ -142,7 +170,7 @@ def _announce_misses(state: GraphState) -> None:
         warnings.warn(text, TSAWarning, stacklevel=2)
 
 
-def _is_miss(plan: SitePlan) -> bool:
+def _is_miss(plan: CallPlan) -> bool:
     """Whether a call was or may have been asked to be sparse, and is of the kind that becomes so; a decode step is not."""
     if not (plan.selected or plan.unplaced):
         return False

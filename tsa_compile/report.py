@@ -55,6 +55,7 @@ class Reason(StrEnum):
     DEVICE = "DEVICE"
     KERNEL = "KERNEL"
     UNSUPPORTED_FORM = "UNSUPPORTED_FORM"
+    PASS_SKIPPED = "PASS_SKIPPED"
     PASS_FAILED = "PASS_FAILED"
 
     @property
@@ -93,6 +94,7 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.DEVICE: "The device is not supported.",
     Reason.KERNEL: "No registered attention kernel fits the call.",
     Reason.UNSUPPORTED_FORM: "The call was recognised as attention, but not in a form that can be rewritten.",
+    Reason.PASS_SKIPPED: "The pass that would rewrite the call is switched off.",
     Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
 }
 
@@ -108,6 +110,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
     Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
+    Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",
     Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",
 }
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.models import causal_model, require_transformers
 from tsa_compile.errors import ConfigError, RewriteError, TSAError
-from tsa_compile.explain import explain
+from tsa_compile.explanation import explain
 from tsa_compile.passes.base import summary
 from tsa_compile.report import RewriteReport
 

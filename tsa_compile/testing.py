@@ -1,7 +1,7 @@
 """Oracles and graph assertions, for this project's tests and for anyone who writes a pass.
 
 graph = capture(model, ids, attention_mask=mask)      what torch.compile hands to a backend
-site, = find_sites(graph)
+site, = find_calls(graph)
 values = run_nodes(graph, inputs, site)               every node's real value, and what stands in front of the call
 allowed = evaluate_mask(infer_mask(site), values)     the inferred predicate, dense: compare it with the real mask
 print(graph_text(graph))                              one line a node, for golden tests
@@ -18,11 +18,11 @@ from sympy.core.function import AppliedUndef
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import remember_frame
 from tsa_compile.passes.graph import fake, op_name
-from tsa_compile.passes.masks import MaskMeaning
+from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.predicate import KV, B, H, Q
-from tsa_compile.passes.sites import AttentionSite
 
 
 class Captured:
@@ -63,7 +63,7 @@ def capture(function: Any, *args: Any, **options: Any) -> GraphModule:
     return graphs[0]
 
 
-def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...], site: AttentionSite | None = None) -> dict[str, Any]:
+def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...], site: AttentionCall | None = None) -> dict[str, Any]:
     """Runs a graph node by node; the value of each, when it had run, by the node's name.
 
     With a site, its operands are as they stand in front of it, and so is what recorded operators gave (its mask, what a
@@ -95,7 +95,7 @@ def _copied(value: Any) -> Any:
 
 
 def evaluate_mask(
-    meaning: MaskMeaning,
+    meaning: MaskInfo,
     sizes: tuple[int, int, int, int],
     values: Mapping[str, Any],
     symbols: Mapping[str, int] | None = None,
@@ -113,7 +113,7 @@ def evaluate_mask(
     return _truth(meaning.predicate, meaning, environment, values).expand(sizes)
 
 
-def _truth(formula: Any, meaning: MaskMeaning, environment: dict[Any, Any], values: Mapping[str, Any]) -> Tensor:
+def _truth(formula: Any, meaning: MaskInfo, environment: dict[Any, Any], values: Mapping[str, Any]) -> Tensor:
     if formula in (sympy.true, sympy.false):
         return torch.tensor(bool(formula))
     if isinstance(formula, sympy.Not):

@@ -34,7 +34,7 @@ from typing import Any
 from torch import Tensor
 
 from tsa_compile.kernels import flash
-from tsa_compile.kernels.attend import AttentionKernel, KernelRequest, register
+from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, register
 from tsa_compile.kernels.sparse.blocks import block_sparse_attention
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_lists
 from tsa_compile.kernels.sparse.flexprefill import flexprefill_lists

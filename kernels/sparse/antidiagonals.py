@@ -19,8 +19,6 @@ sums have .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFL
 tiles that run together are neighbours (`_place`).
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -29,10 +27,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, tl, triton
-from tsa_compile.kernels.compress import row_alignment
-from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _tma_fits
-from tsa_compile.kernels.sparse.last_rows import _rows_of
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
+from tsa_compile.kernels.tiles import (
+    aligned_rows,
+    at_head,
+    block_dim,
+    count_of,
+    gather_rows,
+    on_hopper,
+    positive_scale,
+    row_alignment,
+    row_strides,
+    stride_names,
+    tma_fits,
+)
 
 
 class Sums(NamedTuple):
@@ -127,14 +135,9 @@ def _corner(stride_b, stride_h, stride_l, item, head, STRIDE: tl.constexpr, ALIG
     return (offset // group).to(tl.int32), (offset % group).to(tl.int32) * ALIGN
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("capacity", "blocks", "tiles_across", "heads", "heads_per_kv"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qk"), "capacity", "blocks", "tiles_across", "heads", "heads_per_kv"])
 def _whole_kernel(
-    p_count, p_sums, p_peaks, desc_query, desc_key, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    p_sums, p_peaks, p_count, desc_query, desc_key, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     capacity, blocks, tiles_across, heads, heads_per_kv, scale_log2,
     STRIDE: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, TOGETHER: tl.constexpr,
@@ -142,7 +145,7 @@ def _whole_kernel(
     """One program: of the whole tiles of an item, head after head, every num_programs-th."""
     PER_UNIT: tl.constexpr = COLUMNS // ROWS
     item = tl.program_id(1)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     units = tl.maximum(count, 0) // (STRIDE * COLUMNS)
     tiles = PER_UNIT * (units * (units + 1) // 2)
     for place in tl.range(tl.program_id(0), tiles * heads, tl.num_programs(0)):
@@ -172,17 +175,10 @@ def _load_groups(
 ):  # fmt: skip
     """Row `step` of each group from `first` on, [GROUPS, DIMS] of its dimensions; zeros behind the count."""
     rows = (first + tl.arange(0, GROUPS)) * STRIDE + step
-    dims = start_d + tl.arange(0, DIMS)
-    pointers = p_rows + (rows.to(tl.int64) * stride_row)[:, None] + dims[None, :]
-    return tl.load(pointers, mask=(rows < count)[:, None] & (dims < DIM)[None, :], other=0.0)
+    return gather_rows(p_rows, rows.to(tl.int64) * stride_row, rows < count, start_d, DIM, DIMS)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("capacity", "blocks", "tiles_across", "heads_per_kv"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qk"), "capacity", "blocks", "tiles_across", "heads_per_kv"])
 def _rest_kernel(
     p_query, p_key, p_count, p_sums, p_peaks,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, blocks, tiles_across, heads_per_kv,
@@ -191,17 +187,16 @@ def _rest_kernel(
 ):  # fmt: skip
     """One program: one tile of x, of the rows after the whole units if there are any."""
     head, item = tl.program_id(1), tl.program_id(2)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     start_m, start_n = tl.program_id(0) // tiles_across * ROWS, tl.program_id(0) % tiles_across * COLUMNS
     if AFTER_WHOLE:
         start_m += tl.maximum(count, 0) // (STRIDE * COLUMNS) * COLUMNS
     if (start_m * STRIDE >= count) | (start_n >= start_m + ROWS):
         return
-    far_item, far_head = item.to(tl.int64), head.to(tl.int64)
-    p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
-    p_key += (far_item * stride_kb + (head // heads_per_kv).to(tl.int64) * stride_kh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    p_key = at_head(p_key, stride_kb, stride_kh, item, head // heads_per_kv, ALIGN)
     far_query, far_key = stride_ql * ALIGN, stride_kl * ALIGN
-    first_row = (far_item * tl.num_programs(1) + far_head) * (BLOCK // STRIDE) * blocks
+    first_row = (item.to(tl.int64) * tl.num_programs(1) + head.to(tl.int64)) * (BLOCK // STRIDE) * blocks
     b_x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for part in tl.range(0, STRIDE * (BLOCK_D // DIMS)):
         step, start_d = part // (BLOCK_D // DIMS), part % (BLOCK_D // DIMS) * DIMS
@@ -219,17 +214,15 @@ def sums_triton(
     stride: int, block: int, tiling: Tiling | None = None,
 ) -> Sums:  # fmt: skip
     """Launches the kernels; also runs on CPU tensors in the Triton interpreter. See the module's docstring."""
-    query, key = _aligned_rows(query), _aligned_rows(key)
-    if scale < 0:  # the kernels take the maximum of scale * x to be scale times the maximum
-        query, scale = -query, -scale
+    query, key = aligned_rows(query), aligned_rows(key)
+    query, scale_log2 = positive_scale(query, scale / stride)
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
     tiling = _tiling(query, key, stride, tiling)
     found = _room(query, stride, block, tiling)
     if found.sums.numel() == 0:
         return found
     align, blocks, tiles_across = row_alignment(query, key), found.sums.shape[3], found.peaks.shape[3]
-    strides = [s // align for tensor in (query, key) for s in tensor.stride()[:3]]
-    scale_log2 = max(scale, 1e-30) / stride * math.log2(math.e)  # 0 times the mask's -inf would be NaN
+    strides, shape = row_strides(align, query, key), (capacity, blocks, tiles_across)
     constants = {
         "STRIDE": stride, "DIM": dim, "ALIGN": align, "BLOCK": block, "ROWS": tiling.rows, "COLUMNS": tiling.columns,
         "DIMS": tiling.dims, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages,
@@ -237,16 +230,18 @@ def sums_triton(
     size = cdiv(capacity, stride)
     if tiling.use_tma and size >= tiling.columns:
         views = (_groups(query, stride, tiling.rows, tiling.dims), _groups(key, stride, tiling.columns, tiling.dims))
-        _whole_kernel[(_processors(query.device), batch)](
-            count, *found[:2], *views, *strides, capacity, blocks, tiles_across, heads, heads // kv_heads, scale_log2,
-            TOGETHER=tiling.units, **constants,
+        launch(
+            _whole_kernel, (_processors(query.device), batch), (*found[:2], count),
+            (*strides, *shape, heads, heads // kv_heads, scale_log2),
+            descriptors=views, TOGETHER=tiling.units, **constants,
         )  # fmt: skip
     if tiling.use_tma and count is None and capacity % (stride * tiling.columns) == 0:
         return found
     row_tiles = tiling.columns // tiling.rows if tiling.use_tma else cdiv(size, tiling.rows)
-    _rest_kernel[(row_tiles * tiles_across, heads, batch)](
-        query, key, count, *found[:2], *strides, capacity, blocks, tiles_across, heads // kv_heads, scale_log2,
-        BLOCK_D=_block_dim(dim), AFTER_WHOLE=tiling.use_tma, **constants,
+    launch(
+        _rest_kernel, (row_tiles * tiles_across, heads, batch), (query, key, count, *found[:2]),
+        (*strides, *shape, heads // kv_heads, scale_log2),
+        BLOCK_D=block_dim(dim), AFTER_WHOLE=tiling.use_tma, **constants,
     )  # fmt: skip
     return found
 
@@ -270,15 +265,14 @@ def _tiling(query: Tensor, key: Tensor, stride: int, tiling: Tiling | None) -> T
     if tiling is None and query.dtype == torch.float32:
         tiling = Tiling(32, 32, 32, 4, 1)
     elif tiling is None:
-        hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
-        tiling = Tiling(128, 256, 64, 8, 3, use_tma=True) if hopper else Tiling(128, 128, 32, 8, 2)
-    return tiling._replace(dims=min(tiling.dims, _block_dim(query.shape[3])), use_tma=tiling.use_tma and use_tma)
+        tiling = Tiling(128, 256, 64, 8, 3, use_tma=True) if use_tma and on_hopper(query) else Tiling(128, 128, 32, 8, 2)
+    return tiling._replace(dims=min(tiling.dims, block_dim(query.shape[3])), use_tma=tiling.use_tma and use_tma)
 
 
 def _groups_fit(tensor: Tensor, stride: int) -> bool:
     """Whether `_groups` has a view of the tensor: a head's groups of rows are whole rows of it, or a range of columns."""
     (batch, heads, capacity, dim), (stride_b, stride_h, stride_l) = tensor.shape, tensor.stride()[:3]
-    if capacity < stride or dim != _block_dim(dim) or not _tma_fits(tensor):
+    if capacity < stride or dim != block_dim(dim) or not tma_fits(tensor):
         return False  # columns behind the head size are no zeros, but the next head's
     group = stride * stride_l
     whole_items = batch == 1 or stride_b % group == 0

@@ -22,32 +22,31 @@ a density of 10 %: 14 TFLOP.
 Method: FlashAttention-2, arXiv 2307.08691, over lists of blocks as FlexAttention's, arXiv 2412.05496.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
-from tsa_compile.kernels.compress import row_alignment
-from tsa_compile.kernels.flash import (
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
+from tsa_compile.kernels.tiles import (
+    Rows,
     Tiles,
-    _add_values,
-    _aligned_rows,
-    _block_dim,
-    _descriptor,
-    _diagonal,
-    _load_rows,
-    _load_tile,
-    _scores,
-    _store_rows,
-    _tiles,
-    _tma_fits,
-    _weigh,
+    add_tile,
+    aligned_rows,
+    at_head,
+    attend_tile,
+    count_of,
+    descriptors,
+    diagonal,
+    load_rows,
+    positive_scale,
+    row_alignment,
+    row_strides,
+    store_rows,
+    stride_names,
+    tile_options,
+    tiles_for,
 )
 
 BLOCK = 128
@@ -63,91 +62,66 @@ def _step_start(p_list, step, listed, origin, own, UNIT: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _listed_tiles(
-    b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-    p_list, listed, origin, own, steps, scale_log2, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
+def listed_tiles(
+    b_query, b_acc, b_max, b_sum, key, value, p_list, listed, origin, own, steps, scale_log2, UNIT: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    LAG: tl.constexpr,
 ):  # fmt: skip
-    """All tiles before the diagonal's, every key of which every row sees. LAG as in flash._full_tiles.
+    """All tiles before the diagonal's, every key of which every row sees.
 
     The diagonal's tiles would be prefetched in this loop; but a branch in it costs more than that wins: 3 % at 128K.
     """
     before = _step_start(p_list, 0, listed, origin, own, UNIT, BLOCK, BLOCK_N)
-    b_keep = tl.full([BLOCK_M], 1.0, tl.float32)
-    b_weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_keep = tl.full([b_query.shape[0]], 1.0, tl.float32)
+    b_weights = tl.zeros([b_query.shape[0], BLOCK_N], tl.float32)
     for step in tl.range(0, steps):
         start = _step_start(p_list, step, listed, origin, own, UNIT, BLOCK, BLOCK_N)
-        b_key = _load_tile(desc_key, p_key, stride_kl, item, kv_head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
-        b_scores = _scores(b_query, b_key)
-        if not LAG:
-            b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
-        # With LAG the first step adds 0 times the first tile.
-        value_start = before if LAG else start
-        b_value = _load_tile(
-            desc_value, p_value, stride_vl, item, kv_head, value_start, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
-        )
-        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
-        if LAG:
-            b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
+        b_acc, b_keep, b_weights, b_max, b_sum = attend_tile(
+            b_query, b_acc, b_keep, b_weights, b_max, b_sum, key, value, start, before, scale_log2,
+            DIM, VALUE_DIM, ALIGN, BLOCK_N, LAG,
+        )  # fmt: skip
         before = start
     if LAG and steps > 0:
-        b_value = _load_tile(
-            desc_value, p_value, stride_vl, item, kv_head, before, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
-        )
-        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
+        b_acc = add_tile(b_acc, b_keep, b_weights, value, before, VALUE_DIM, ALIGN, BLOCK_N)
     return b_acc, b_max, b_sum
 
 
-# Lengths and strides vary from call to call: unspecialized, so that none of their values compiles the kernel anew.
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("stride_vb", "stride_vh", "stride_vl", "stride_ob", "stride_oh", "stride_ol"),
-        *("capacity", "heads", "heads_per_kv", "query_blocks", "slots"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qkvo"), "capacity", "heads", "heads_per_kv", "query_blocks", "slots"])
 def _blocks_kernel(
     p_query, p_key, p_value, p_out, p_count, p_indices, p_order, p_listed, desc_key, desc_value,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, capacity, heads, heads_per_kv, query_blocks, slots, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of a query block of one head."""
     place = tl.program_id(0) // (BLOCK // BLOCK_M)
     row = tl.load(p_order + place)
     listed = tl.load(p_listed + place)
     own, head, item = row % query_blocks, row // query_blocks % heads, row // query_blocks // heads
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     start_m = (own + 1) * BLOCK - (tl.program_id(0) % (BLOCK // BLOCK_M) + 1) * BLOCK_M
     if start_m >= count:
         return
 
     kv_head = head // heads_per_kv
-    far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
-    p_key += (far_item * stride_kb + far_kv_head * stride_kh) * ALIGN
-    p_value += (far_item * stride_vb + far_kv_head * stride_vh) * ALIGN
-    b_query = _load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    key = Rows(desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = Rows(desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     steps = listed * (BLOCK // BLOCK_N) + (start_m - own * BLOCK) // BLOCK_N
-    b_acc, b_max, b_sum = _listed_tiles(
-        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK, steps, scale_log2,
-        BLOCK, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
+    b_acc, b_max, b_sum = listed_tiles(
+        b_query, b_acc, b_max, b_sum, key, value, p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK, steps,
+        scale_log2, BLOCK, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N, LAG,
     )  # fmt: skip
-    b_acc, b_sum = _diagonal(
-        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        start_m, count, scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N, USE_TMA,
-    )  # fmt: skip
-
-    p_out += (far_item * stride_ob + far_head * stride_oh) * ALIGN
-    _store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
+    b_acc, b_sum = diagonal(
+        b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
+    )
+    p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
+    store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
 
 
 LONG = 4
@@ -201,9 +175,10 @@ def longest_first(kv_num_blocks: Tensor, kv_indices: Tensor, *, chunk: int = 204
     """
     batch, heads, blocks = kv_num_blocks.shape
     order = kv_num_blocks.new_empty(2, kv_num_blocks.numel())
-    _order_kernel[(batch * heads,)](
-        kv_num_blocks, kv_indices, order[0], order[1], blocks, kv_indices.shape[3], LONG=LONG, CHUNK=chunk, num_warps=8
-    )
+    launch(
+        _order_kernel, (batch * heads,), (kv_num_blocks, kv_indices, *order), (blocks, kv_indices.shape[3]),
+        LONG=LONG, CHUNK=chunk, num_warps=8,
+    )  # fmt: skip
     return order
 
 
@@ -224,72 +199,31 @@ def blocks_triton(
     tiles: block_n divides block_m, and block_m divides `block`.
     """
     _check(query, kv_num_blocks, kv_indices, block)
-    query, key, value = _aligned_rows(query), _aligned_rows(key), _aligned_rows(value)
+    query, key, value = aligned_rows(query), aligned_rows(key), aligned_rows(value)
     out = query.new_empty(*query.shape[:3], value.shape[3])
     if out.numel() == 0:
         return out
-    if scale < 0:  # the kernel takes the maximum of scale * score to be scale times the maximum
-        query, scale = -query, -scale
-    use_tma = _tma_fits(key) and _tma_fits(value)
-    if tiles is None:
-        hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
-        tiles = _tiles(query.dtype, _block_dim(max(query.shape[3], value.shape[3])), hopper)
-    # A scale of 0 becomes a small one: 0 times the mask's -inf would be NaN.
-    tiles = tiles._replace(use_tma=tiles.use_tma and use_tma)
-    lists = (kv_num_blocks.contiguous(), kv_indices.contiguous())
-    _launch(query, key, value, out, count, lists, max(scale, 1e-30), block, tiles)
-    return out
-
-
-def _launch(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, count: Tensor | None,
-    lists: tuple[Tensor, Tensor], scale: float, block: int, tiles: Tiles,
-) -> None:  # fmt: skip
-    batch, heads, capacity, dim = query.shape
-    value_dim = value.shape[3]
-    align = row_alignment(query, key, value, out)
-    query_blocks = triton.cdiv(capacity, block)
-    _blocks_kernel[(batch * heads * query_blocks * (block // tiles.block_m),)](
-        query,
-        key,
-        value,
-        out,
-        None if count is None else count.contiguous(),
-        lists[1],
-        *longest_first(*lists),
-        _descriptor(key, tiles.block_n) if tiles.use_tma else None,
-        _descriptor(value, tiles.block_n) if tiles.use_tma else None,
-        *(stride // align for tensor in (query, key, value, out) for stride in tensor.stride()[:3]),
-        capacity,
-        heads,
-        heads // key.shape[1],
-        query_blocks,
-        lists[1].shape[3],
-        scale * math.log2(math.e),
-        DIM=dim,
-        BLOCK_D=_block_dim(dim),
-        VALUE_DIM=value_dim,
-        BLOCK_DV=_block_dim(value_dim),
-        ALIGN=align,
+    query, scale_log2 = positive_scale(query, scale)
+    tiles = tiles_for(query, key, value, tiles=tiles)
+    kv_num_blocks, kv_indices = kv_num_blocks.contiguous(), kv_indices.contiguous()
+    (batch, heads, capacity, _), align = query.shape, row_alignment(query, key, value, out)
+    query_blocks = cdiv(capacity, block)
+    launch(
+        _blocks_kernel,
+        (batch * heads * query_blocks * (block // tiles.block_m),),
+        (
+            *(query, key, value, out, None if count is None else count.contiguous(), kv_indices),
+            *longest_first(kv_num_blocks, kv_indices),
+        ),
+        (
+            *row_strides(align, query, key, value, out),
+            *(capacity, heads, heads // key.shape[1], query_blocks, kv_indices.shape[3], scale_log2),
+        ),
+        descriptors=descriptors(tiles, key, value),
+        **tile_options(tiles, key, value, align),
         BLOCK=block,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        USE_TMA=tiles.use_tma,
-        LAG=tiles.lag,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
-
-
-def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, kv_num_blocks: Tensor, kv_indices: Tensor,
-    count: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """By the Triton kernel on CUDA, else by SDPA with a mask. ValueError where shapes do not fit."""
-    if not (query.is_cuda and HAS_TRITON):
-        return blocks_aten(query, key, value, scale, kv_num_blocks, kv_indices, count)
-    with torch.cuda.device_of(query):
-        return blocks_triton(query, key, value, scale, kv_num_blocks, kv_indices, count)
+    return out
 
 
 def _check(query: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block: int) -> None:
@@ -329,3 +263,6 @@ def blocks_aten(
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return (out if count is None else out.masked_fill(filler, 0)).contiguous()
+
+
+block_sparse_attention = by_device(blocks_triton, blocks_aten)

@@ -21,8 +21,6 @@ of an H200's time if all heads are query-aware, half as much if none is.
 Radix select as in Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 2012, by weight.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -30,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, launch, tl, triton
-from tsa_compile.kernels.sparse.last_rows import _rows_of
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
+from tsa_compile.kernels.tiles import count_of
 
 STEPS, DIGITS = 8, 16
 
@@ -71,13 +69,13 @@ def _found(p_state, step, share, used, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _threshold(p_state, line, share, used, SPLITS: tl.constexpr):
+def threshold_of(p_state, line, share, used, SPLITS: tl.constexpr):
     """The threshold's bits after all launches, and the sum that is wanted."""
     return _found(p_state + line * (2 * (SPLITS + 1) * _DIGITS), _STEPS, share, used, SPLITS)
 
 
 @triton.jit
-def _fewest(p_sums, bits, wanted, count, CHUNK: tl.constexpr):
+def fewest(p_sums, bits, wanted, count, CHUNK: tl.constexpr):
     """How many of a line's numbers hold the sum that is wanted, given the bits of the smallest of them."""
     b_above = tl.zeros([CHUNK], tl.int32)
     b_equal = tl.zeros([CHUNK], tl.int32)
@@ -105,7 +103,7 @@ def _digit_kernel(
     split, line, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head, kind = line // 3, line % 3
     heads = tl.num_programs(1) // 3
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     row = (item * heads + head).to(tl.int64)
     if count <= 0:
         return
@@ -143,7 +141,7 @@ def _digit_kernel(
 def search(
     sums: Tensor, pairs: Tensor, aware: Tensor, count: Tensor | None, share: float, block: int, cut: Search
 ) -> Tensor:
-    """Launches the eight steps; the state, from which `_threshold` reads what they found.
+    """Launches the eight steps; the state, from which `threshold_of` reads what they found.
 
     Args:
         sums: float32 [B, H, 2, C], read before the count.

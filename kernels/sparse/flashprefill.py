@@ -22,8 +22,6 @@ rows. There the heads of a group share a list, of 128 / (H / Hk) positions by as
 128 positions, as in the first version. Nor is there its correction for the blocks left out.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -31,57 +29,62 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
-from tsa_compile.kernels.compress import row_alignment
-from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _load_rows
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
-from tsa_compile.kernels.sparse.lists import CHUNK, Lists, _write_list, empty_lists, forced, lists_of, real_blocks
+from tsa_compile.kernels.sparse.lists import CHUNK, Lists, empty_lists, forced, lists_of, real_blocks, write_list
+from tsa_compile.kernels.tiles import (
+    aligned_rows,
+    at_head,
+    block_dim,
+    count_of,
+    load_rows,
+    row_alignment,
+    row_strides,
+    scores,
+    stride_names,
+)
 
 ALPHA, SINKS, WINDOW, LAST = 0.1, 2, 4, 2
 
 
-@triton.jit(do_not_specialize=["stride_kb", "stride_kh", "stride_kl", "capacity", "blocks"])
+@triton.jit(do_not_specialize=[*stride_names("k"), "capacity", "blocks"])
 def _mean_kernel(
     p_key, p_count, p_mean, stride_kb, stride_kh, stride_kl, capacity, blocks,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The mean of one block of keys; nothing behind the count."""
     block, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     if block * BLOCK >= count:
         return
-    p_key += (item.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh) * ALIGN
-    b_key = _load_rows(p_key, stride_kl, block * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
+    p_key = at_head(p_key, stride_kb, stride_kh, item, head, ALIGN)
+    b_key = load_rows(p_key, stride_kl, block * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
     b_mean = tl.sum(b_key.to(tl.float32), axis=0) / tl.minimum(count - block * BLOCK, BLOCK).to(tl.float32)
     dims = tl.arange(0, BLOCK_D)
     p_mean += ((item * tl.num_programs(1) + head).to(tl.int64) * blocks + block) * DIM
     tl.store(p_mean + dims, b_mean.to(p_mean.dtype.element_ty), mask=dims < DIM)
 
 
-@triton.jit(do_not_specialize=["stride_qb", "stride_qh", "stride_ql", "capacity", "blocks", "heads_per_kv", "last"])
+@triton.jit(do_not_specialize=[*stride_names("q"), "capacity", "blocks", "heads_per_kv", "last"])
 def _energy_kernel(
     p_query, p_mean, p_count, p_energy, stride_qb, stride_qh, stride_ql, capacity, blocks, heads_per_kv, last, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The energies of one block of queries, those that see most first; none for the last blocks, which see all."""
     head, item = tl.program_id(1), tl.program_id(2)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     own = tl.cdiv(count, BLOCK) - 1 - last - tl.program_id(0)
     if own < 0:
         return
     heads = tl.num_programs(1)
-    p_query += (item.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_mean += (item * (heads // heads_per_kv) + head // heads_per_kv).to(tl.int64) * blocks * DIM
     p_energy += ((item * heads + head).to(tl.int64) * blocks + own) * blocks
-    b_query = _load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
     b_real = (own * BLOCK + tl.arange(0, BLOCK) < count)[None, :]
     for start in tl.range(0, own + 1, BLOCK_N):
-        b_mean = _load_rows(p_mean, DIM // ALIGN, start, own + 1, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
-        b_scores = tl.dot(b_mean, tl.trans(b_query), input_precision="ieee") * scale_log2
+        b_mean = load_rows(p_mean, DIM // ALIGN, start, own + 1, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
+        b_scores = scores(b_mean, b_query) * scale_log2
         b_scores = tl.where(b_real, b_scores, float("-inf"))
         b_max = tl.max(b_scores, axis=1)
         b_energy = tl.log2(tl.sum(tl.exp2(b_scores - b_max[:, None]), axis=1)) + b_max
@@ -97,9 +100,7 @@ def _choose_kernel(
     """The list of one block of queries."""
     own, item = tl.program_id(0), tl.program_id(2)
     row = (item * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * blocks + own
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     real = tl.cdiv(count, BLOCK)
     if own >= real:
         tl.store(p_num + row, 0)
@@ -111,17 +112,17 @@ def _choose_kernel(
         b_best = tl.maximum(b_best, tl.load(p_energy + row * blocks + keys, mask=keys <= own, other=float("-inf")))
     threshold = tl.max(b_best, axis=0) + log2_alpha
     sinks = tl.where(full, blocks, sinks)
-    _write_list(p_energy + row * blocks, p_indices + row * blocks, p_num + row, own, threshold, sinks, window, CHUNK)
+    write_list(p_energy + row * blocks, p_indices + row * blocks, p_num + row, own, threshold, sinks, window, CHUNK)
 
 
 def block_means(key: Tensor, count: Tensor | None, block: int) -> Tensor:
     """The mean key of each block, [B, Hk, Q, D]; those behind the count are left unwritten."""
     batch, heads, capacity, dim = key.shape
-    blocks, align = triton.cdiv(capacity, block), row_alignment(key)
+    blocks, align = cdiv(capacity, block), row_alignment(key)
     mean = key.new_empty(batch, heads, blocks, dim)
-    _mean_kernel[(blocks, heads, batch)](
-        key, count, mean, *(s // align for s in key.stride()[:3]), capacity, blocks,
-        DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, BLOCK=block, num_warps=4,
+    launch(
+        _mean_kernel, (blocks, heads, batch), (key, count, mean), (*row_strides(align, key), capacity, blocks),
+        DIM=dim, BLOCK_D=block_dim(dim), ALIGN=align, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return mean
 
@@ -146,9 +147,9 @@ def flashprefill_triton(
 
     block_n, num_warps, num_stages: how `_energy` is cut. chunk: see lists.CHUNK.
     """
-    query, key = _aligned_rows(query), _aligned_rows(key)
+    query, key = aligned_rows(query), aligned_rows(key)
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
-    blocks = triton.cdiv(capacity, block)
+    blocks = cdiv(capacity, block)
     lists = empty_lists(batch, heads, blocks, query.device)
     if lists.kv_num_blocks.numel() == 0:
         return lists
@@ -156,31 +157,21 @@ def flashprefill_triton(
     mean = block_means(key, count, block)
     energy = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=query.device)
     align = row_alignment(query, mean)
-    _energy_kernel[(blocks, heads, batch)](
-        query, mean, count, energy, *(s // align for s in query.stride()[:3]), capacity, blocks, heads // kv_heads, last,
-        scale * math.log2(math.e), DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, BLOCK=block, BLOCK_N=block_n,
+    launch(
+        _energy_kernel, (blocks, heads, batch), (query, mean, count, energy),
+        (*row_strides(align, query), capacity, blocks, heads // kv_heads, last, scale * math.log2(math.e)),
+        DIM=dim, BLOCK_D=block_dim(dim), ALIGN=align, BLOCK=block, BLOCK_N=block_n,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    _choose_kernel[(blocks, heads, batch)](
-        energy, count, *lists, capacity, blocks, sinks, max(window, 1), last, _log2(alpha),
-        BLOCK=block, CHUNK=chunk, num_warps=4,
+    launch(
+        _choose_kernel, (blocks, heads, batch), (energy, count, *lists),
+        (capacity, blocks, sinks, max(window, 1), last, _log2(alpha)), BLOCK=block, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return lists
 
 
 def _log2(alpha: float) -> float:
     return math.log2(alpha) if alpha > 0 else -math.inf
-
-
-def flashprefill_lists(
-    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
-    alpha: float = ALPHA, sinks: int = SINKS, window: int = WINDOW, last: int = LAST,
-) -> Lists:  # fmt: skip
-    """The lists, by the Triton kernels on CUDA. See the module's docstring."""
-    if not (query.is_cuda and HAS_TRITON):
-        return flashprefill_aten(query, key, scale, count, alpha=alpha, sinks=sinks, window=window, last=last)
-    with torch.cuda.device_of(query):
-        return flashprefill_triton(query, key, scale, count, alpha=alpha, sinks=sinks, window=window, last=last)
 
 
 def flashprefill_aten(
@@ -207,3 +198,6 @@ def flashprefill_aten(
     energy = energy.masked_fill(~candidates, -math.inf)
     best = energy.amax(dim=3, keepdim=True)
     return lists_of(candidates & ((energy >= best + _log2(alpha) * math.log(2)) | kept))
+
+
+flashprefill_lists = by_device(flashprefill_triton, flashprefill_aten)

@@ -38,8 +38,6 @@ heads keep the least V and S. Of P the fewest that reach gamma are chosen, as in
 short; and bands start at multiples of 128 from the main diagonal also where n is no multiple.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -47,14 +45,22 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
-from tsa_compile.kernels.compress import row_alignment
-from tsa_compile.kernels.flash import _aligned_rows, _block_dim, _load_rows
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
-from tsa_compile.kernels.sparse.fewest import Search, _fewest, _threshold, search, splits_used, threshold_aten
+from tsa_compile.kernels.sparse.fewest import Search, fewest, search, splits_used, threshold_aten, threshold_of
 from tsa_compile.kernels.sparse.flashprefill import block_means
-from tsa_compile.kernels.sparse.last_rows import Splitting, _load_part, _rows_of, last_rows_sums, last_rows_sums_aten
-from tsa_compile.kernels.sparse.lists import CHUNK, Lists, empty_lists, forced, lists_of, real_blocks
+from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten, load_part
+from tsa_compile.kernels.sparse.lists import CHUNK, Lists, append, empty_lists, forced, lists_of, real_blocks
+from tsa_compile.kernels.tiles import (
+    aligned_rows,
+    at_head,
+    block_dim,
+    count_of,
+    load_rows,
+    row_alignment,
+    row_strides,
+    stride_names,
+)
 
 GAMMA, TAU, MIN_BUDGET = 0.95, 0.1, 1024
 MEANS = 64
@@ -68,7 +74,7 @@ def _mean_logits(
 ):  # fmt: skip
     """Writes the logits to base 2 of one mean query and the mean keys before `stop`; returns their norm."""
     for start in range(0, stop, MEANS):
-        b_keys = _load_rows(p_mean, DIM // ALIGN, start, stop, True, MEANS, DIM, BLOCK_D, ALIGN).to(tl.float32)
+        b_keys = load_rows(p_mean, DIM // ALIGN, start, stop, True, MEANS, DIM, BLOCK_D, ALIGN).to(tl.float32)
         b_logits = tl.sum(b_keys * b_mean[None, :], axis=1) * scale_log2
         keys = start + tl.arange(0, MEANS)
         tl.store(p_logits + keys, b_logits, mask=keys < stop)
@@ -94,7 +100,7 @@ def _divergence(p, q):
     return (of_p + of_q) * 0.5
 
 
-@triton.jit(do_not_specialize=["stride_qb", "stride_qh", "stride_ql", "capacity", "blocks", "heads_per_kv"])
+@triton.jit(do_not_specialize=[*stride_names("q"), "capacity", "blocks", "heads_per_kv"])
 def _judge_kernel(
     p_query, p_mean, p_bands, p_count, p_aware, p_pooled,
     stride_qb, stride_qh, stride_ql, capacity, blocks, heads_per_kv, tau, scale_log2,
@@ -105,16 +111,16 @@ def _judge_kernel(
     head, item = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(0)
     row = (item * heads + head).to(tl.int64)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     if count <= 0:
         tl.store(p_aware + row, 0)
         return
     rows = tl.minimum(count, BLOCK).to(tl.float32)
-    p_query += (item.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_mean += (item * (heads // heads_per_kv) + head // heads_per_kv).to(tl.int64) * blocks * DIM
     p_bands += row * 2 * blocks
     p_pooled += row * blocks
-    b_query = _load_part(p_query, stride_ql, count - BLOCK, count, 0, BLOCK, DIM, BLOCK_D, ALIGN)
+    b_query = load_part(p_query, stride_ql, count - BLOCK, count, 0, BLOCK, DIM, BLOCK_D, ALIGN)
     b_mean = tl.sum(b_query.to(tl.float32), axis=0) / rows
     real = tl.cdiv(count, BLOCK)
     norm = _mean_logits(b_mean, p_mean, p_pooled, real, scale_log2, DIM, BLOCK_D, ALIGN, MEANS, CHUNK)
@@ -128,7 +134,7 @@ def _judge_kernel(
     tl.store(p_aware + row, (tl.sqrt(nats) < tau).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["stride_qb", "stride_qh", "stride_ql", "capacity", "blocks", "heads_per_kv"])
+@triton.jit(do_not_specialize=[*stride_names("q"), "capacity", "blocks", "heads_per_kv"])
 def _pairs_kernel(
     p_query, p_mean, p_count, p_aware, p_pairs,
     stride_qb, stride_qh, stride_ql, capacity, blocks, heads_per_kv, scale_log2,
@@ -139,16 +145,16 @@ def _pairs_kernel(
     head, item = tl.program_id(0), tl.program_id(2)
     heads = tl.num_programs(0)
     row = (item * heads + head).to(tl.int64)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     own = tl.cdiv(count, BLOCK) - 1 - tl.program_id(1)
     if own < 0:
         return
     if tl.load(p_aware + row) == 0:
         return
-    p_query += (item.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_mean += (item * (heads // heads_per_kv) + head // heads_per_kv).to(tl.int64) * blocks * DIM
     p_pairs += (row * blocks + own) * blocks
-    b_query = _load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
     b_mean = tl.sum(b_query.to(tl.float32), axis=0) / tl.minimum(count - own * BLOCK, BLOCK).to(tl.float32)
     norm = _mean_logits(b_mean, p_mean, p_pairs, own + 1, scale_log2, DIM, BLOCK_D, ALIGN, MEANS, CHUNK)
     for start in range(0, own + 1, CHUNK):
@@ -201,11 +207,11 @@ def _budget_kernel(
     """V or S of a head, as a flag for each block or band; and the smallest P that is chosen."""
     kind, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (item * tl.num_programs(1) + head).to(tl.int64)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     if count <= 0:
         return
     aware = tl.load(p_aware + row)
-    bits, wanted = _threshold(p_state, row * 3 + tl.where(aware != 0, 2, kind), gamma, used, SPLITS)
+    bits, wanted = threshold_of(p_state, row * 3 + tl.where(aware != 0, 2, kind), gamma, used, SPLITS)
     tl.store(p_smallest + row, bits.to(tl.float32, bitcast=True), mask=kind == 0)
     p_sums += (row * 2 + kind) * capacity
     p_bands += (row * 2 + kind) * blocks
@@ -216,7 +222,7 @@ def _budget_kernel(
     real = tl.cdiv(count, BLOCK)
     budget = least
     if aware == 0:
-        budget = tl.maximum(least, _fewest(p_sums, bits, wanted, count, LINE) // BLOCK + 1)
+        budget = tl.maximum(least, fewest(p_sums, bits, wanted, count, LINE) // BLOCK + 1)
     budget = tl.minimum(budget, real)
 
     threshold = _least_of_the_heaviest(p_bands, real, budget, CHUNK)
@@ -242,7 +248,7 @@ def _list_kernel(
     own, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = (item * tl.num_programs(1) + head).to(tl.int64)
     row = line * blocks + own
-    if own * BLOCK >= _rows_of(p_count, item, capacity):
+    if own * BLOCK >= count_of(p_count, item, capacity):
         tl.store(p_num + row, 0)
         return
     p_chosen += line * 2 * blocks
@@ -256,9 +262,7 @@ def _list_kernel(
         # A P is no NaN, so that without a threshold, which is one, none is chosen.
         b_pairs = tl.load(p_pairs + row * blocks + keys, mask=keys < seen, other=-1.0)
         kept = inside & ((kept != 0) | (b_pairs >= smallest))
-        ranks = tl.cumsum(kept.to(tl.int32), axis=0)
-        tl.store(p_indices + row * blocks + found + ranks - 1, keys, mask=kept)
-        found += tl.sum(kept.to(tl.int32), axis=0)
+        found = append(p_indices + row * blocks, found, keys, kept)
     tl.store(p_num + row, found)
 
 
@@ -281,9 +285,9 @@ def flexprefill_triton(
 
     splitting, cut, means: how last_rows.py, fewest.py and `_pairs` are cut. chunk: see lists.CHUNK.
     """
-    query, key = _aligned_rows(query), _aligned_rows(key)
+    query, key = aligned_rows(query), aligned_rows(key)
     (batch, heads, capacity, dim), heads_per_kv = query.shape, query.shape[1] // key.shape[1]
-    lists = empty_lists(batch, heads, triton.cdiv(capacity, block), query.device)
+    lists = empty_lists(batch, heads, cdiv(capacity, block), query.device)
     if lists.kv_num_blocks.numel() == 0:
         return lists
     blocks = lists.kv_num_blocks.shape[2]
@@ -291,28 +295,31 @@ def flexprefill_triton(
     mean = block_means(key, count, block)
     sums, bands = last_rows_sums(query, key, scale, count, block, splitting or Splitting())
     align = row_alignment(query, mean)
-    strides, scale_log2 = [s // align for s in query.stride()[:3]], scale * math.log2(math.e)
-    sizes = {"DIM": dim, "BLOCK_D": _block_dim(dim), "ALIGN": align, "BLOCK": block, "MEANS": means, "CHUNK": chunk}
+    strides, scale_log2 = row_strides(align, query), scale * math.log2(math.e)
+    sizes = {"DIM": dim, "BLOCK_D": block_dim(dim), "ALIGN": align, "BLOCK": block, "MEANS": means, "CHUNK": chunk}
     aware = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
-    _judge_kernel[(heads, batch)](
-        query, mean, bands, count, aware, bands.new_empty(batch, heads, blocks), *strides, capacity, blocks, heads_per_kv,
-        tau, scale_log2, **sizes, num_warps=8,
+    numbers = (*strides, capacity, blocks, heads_per_kv)
+    launch(
+        _judge_kernel, (heads, batch), (query, mean, bands, count, aware, bands.new_empty(batch, heads, blocks)),
+        (*numbers, tau, scale_log2), **sizes, num_warps=8,
     )  # fmt: skip
     pairs = sums.new_empty(batch, heads, blocks, blocks)
-    _pairs_kernel[(heads, blocks, batch)](
-        query, mean, count, aware, pairs, *strides, capacity, blocks, heads_per_kv, scale_log2, **sizes, num_warps=8,
+    launch(
+        _pairs_kernel, (heads, blocks, batch), (query, mean, count, aware, pairs), (*numbers, scale_log2),
+        **sizes, num_warps=8,
     )  # fmt: skip
     cut = cut or Search()
     state = search(sums, pairs, aware, count, gamma, block, cut)
     smallest = sums.new_empty(batch, heads)
     chosen = aware.new_empty(batch, heads, 2, blocks, dtype=torch.int8)
-    _budget_kernel[(2, heads, batch)](
-        sums, bands, aware, count, state, smallest, chosen,
-        capacity, blocks, least_budget(min_budget, block), splits_used(capacity, blocks, cut), gamma,
+    launch(
+        _budget_kernel, (2, heads, batch), (sums, bands, aware, count, state, smallest, chosen),
+        (capacity, blocks, least_budget(min_budget, block), splits_used(capacity, blocks, cut), gamma),
         BLOCK=block, SPLITS=cut.splits, LINE=4 * chunk, CHUNK=chunk, num_warps=8,
     )  # fmt: skip
-    _list_kernel[(blocks, heads, batch)](
-        pairs, aware, smallest, chosen, count, *lists, capacity, blocks, BLOCK=block, CHUNK=chunk, num_warps=4,
+    launch(
+        _list_kernel, (blocks, heads, batch), (pairs, aware, smallest, chosen, count, *lists), (capacity, blocks),
+        BLOCK=block, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return lists
 
@@ -320,17 +327,6 @@ def flexprefill_triton(
 def least_budget(min_budget: int, block: int) -> int:
     """The smallest number of blocks in V and in S: at least the one that is always chosen."""
     return max(1, -(-min_budget // block))
-
-
-def flexprefill_lists(
-    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
-    gamma: float = GAMMA, tau: float = TAU, min_budget: int = MIN_BUDGET,
-) -> Lists:  # fmt: skip
-    """The lists, by the Triton kernels on CUDA. See the module's docstring."""
-    if not (query.is_cuda and HAS_TRITON):
-        return flexprefill_aten(query, key, scale, count, gamma=gamma, tau=tau, min_budget=min_budget)
-    with torch.cuda.device_of(query):
-        return flexprefill_triton(query, key, scale, count, gamma=gamma, tau=tau, min_budget=min_budget)
 
 
 def flexprefill_aten(
@@ -373,6 +369,9 @@ def flexprefill_aten(
     columns, diagonals = (ranks < budget).unbind(2)
     offsets = (places[:, None] - places).clamp(min=0)
     return lists_of(candidates & (columns[:, :, None] | diagonals[:, :, offsets] | aware_mask))
+
+
+flexprefill_lists = by_device(flexprefill_triton, flexprefill_aten)
 
 
 def _aware(logits: Tensor, bands: Tensor, real: Tensor, rows: Tensor, block: int, tau: float) -> Tensor:

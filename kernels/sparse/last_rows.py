@@ -25,8 +25,6 @@ side. At H = 32, G = 8, D = 128, n = 128K: 137 GFLOP, 0.54 G exponentials, 0.27 
 bound by the softmax and by the turning through shared memory; sums have 34 MB.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
@@ -35,9 +33,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import cdiv, tl, triton
-from tsa_compile.kernels.compress import row_alignment
-from tsa_compile.kernels.flash import _block_dim
+from tsa_compile.kernels.launch import cdiv, launch, tl, triton
+from tsa_compile.kernels.tiles import (
+    at_head,
+    block_dim,
+    count_of,
+    gather_rows,
+    log_sum,
+    row_alignment,
+    row_strides,
+    stride_names,
+)
 
 
 class Splitting(NamedTuple):
@@ -54,23 +60,13 @@ class Splitting(NamedTuple):
 
 
 @triton.jit
-def _rows_of(p_count, item, capacity):
-    """How many rows of an item are real."""
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
-    return count
-
-
-@triton.jit
-def _load_part(
+def load_part(
     p_rows, stride_row, start, count, start_d,
     ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows [ROWS, DIMS] from `start`, which may be negative; zeros where there is no row, and beyond the head size."""
-    rows, dims = start + tl.arange(0, ROWS), start_d + tl.arange(0, DIMS)
-    pointers = p_rows + (rows.to(tl.int64) * stride_row * ALIGN)[:, None] + dims[None, :]
-    return tl.load(pointers, mask=((rows >= 0) & (rows < count))[:, None] & (dims < DIM)[None, :], other=0.0)
+    rows = start + tl.arange(0, ROWS)
+    return gather_rows(p_rows, rows.to(tl.int64) * stride_row * ALIGN, (rows >= 0) & (rows < count), start_d, DIM, DIMS)
 
 
 @triton.jit
@@ -82,13 +78,13 @@ def _logits(
     """Logits to base 2 of the last rows and the tile of keys at `start`, and which of them count."""
     first = count - BLOCK
     if DIMS == BLOCK_D:
-        b_key = _load_part(p_key, stride_kl, start, count, 0, COLUMNS, DIM, DIMS, ALIGN)
+        b_key = load_part(p_key, stride_kl, start, count, 0, COLUMNS, DIM, DIMS, ALIGN)
         b_logits = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
     else:
         b_logits = tl.zeros([BLOCK, COLUMNS], tl.float32)
         for start_d in tl.range(0, BLOCK_D, DIMS):
-            b_part = _load_part(p_query, stride_ql, first, count, start_d, BLOCK, DIM, DIMS, ALIGN)
-            b_key = _load_part(p_key, stride_kl, start, count, start_d, COLUMNS, DIM, DIMS, ALIGN)
+            b_part = load_part(p_query, stride_ql, first, count, start_d, BLOCK, DIM, DIMS, ALIGN)
+            b_key = load_part(p_key, stride_kl, start, count, start_d, COLUMNS, DIM, DIMS, ALIGN)
             b_logits = tl.dot(b_part, tl.trans(b_key), b_logits, input_precision="ieee")
     rows, columns = first + tl.arange(0, BLOCK), start + tl.arange(0, COLUMNS)
     return b_logits * scale_log2, (rows >= 0)[:, None] & (columns[None, :] <= rows[:, None])
@@ -97,15 +93,10 @@ def _logits(
 @triton.jit
 def _last_rows(p_query, stride_ql, count, DIM: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """The first DIMS dimensions of the last rows: all of them, where a step takes all."""
-    return _load_part(p_query, stride_ql, count - BLOCK, count, 0, BLOCK, DIM, DIMS, ALIGN)
+    return load_part(p_query, stride_ql, count - BLOCK, count, 0, BLOCK, DIM, DIMS, ALIGN)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("capacity", "heads_per_kv", "span"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qk"), "capacity", "heads_per_kv", "span"])
 def _norm_kernel(
     p_query, p_key, p_count, p_norm,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, heads_per_kv, span, scale_log2,
@@ -114,11 +105,11 @@ def _norm_kernel(
 ):  # fmt: skip
     """What each row sums up to over one split; -inf where it sees none of it."""
     head, split, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     if split * span * BLOCK >= count:
         return
-    p_query += (item.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh) * ALIGN
-    p_key += (item.to(tl.int64) * stride_kb + (head // heads_per_kv).to(tl.int64) * stride_kh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    p_key = at_head(p_key, stride_kb, stride_kh, item, head // heads_per_kv, ALIGN)
     b_query = _last_rows(p_query, stride_ql, count, DIM, DIMS, ALIGN, BLOCK)
     b_max = tl.full([BLOCK], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -128,10 +119,7 @@ def _norm_kernel(
             DIM, BLOCK_D, DIMS, ALIGN, BLOCK, COLUMNS,
         )  # fmt: skip
         b_logits = tl.where(b_seen, b_logits, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1))
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), axis=1)
-        b_max = b_new_max
+        b_max, b_sum = log_sum(b_logits, b_max, b_sum, 1)
     b_norm = tl.where(b_max == float("-inf"), b_max, b_max + tl.log2(tl.maximum(b_sum, 1.0)))
     row = (item * tl.num_programs(0) + head).to(tl.int64) * tl.num_programs(1) + split
     tl.store(p_norm + row * BLOCK + tl.arange(0, BLOCK), b_norm)
@@ -146,19 +134,11 @@ def _norm_of_all(p_norm, splits, BLOCK: tl.constexpr):
     for start in range(0, splits, 16):
         parts = start + tl.arange(0, 16)
         b_norm = tl.load(p_norm + parts[:, None] * BLOCK + rows, mask=(parts < splits)[:, None], other=float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_norm, axis=0))
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_norm - b_shift), axis=0)
-        b_max = b_new_max
+        b_max, b_sum = log_sum(b_norm, b_max, b_sum, 0)
     return tl.where(b_max == float("-inf"), 0.0, b_max + tl.log2(tl.maximum(b_sum, 1.0)))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("capacity", "heads_per_kv", "span", "blocks"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qk"), "capacity", "heads_per_kv", "span", "blocks"])
 def _sums_kernel(
     p_query, p_key, p_count, p_norm, p_sums, p_bands,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, capacity, heads_per_kv, span, blocks, scale_log2,
@@ -167,15 +147,15 @@ def _sums_kernel(
 ):  # fmt: skip
     """The columns of one split, and as many diagonals."""
     head, split, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     if split * span * BLOCK >= count:
         return
     row = (item * tl.num_programs(0) + head).to(tl.int64)
     p_norm += row * tl.num_programs(1) * BLOCK
     p_sums += row * 2 * capacity
     p_bands += row * 2 * blocks
-    p_query += (item.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh) * ALIGN
-    p_key += (item.to(tl.int64) * stride_kb + (head // heads_per_kv).to(tl.int64) * stride_kh) * ALIGN
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    p_key = at_head(p_key, stride_kb, stride_kh, item, head // heads_per_kv, ALIGN)
     b_norm = _norm_of_all(p_norm, tl.cdiv(count, span * BLOCK), BLOCK)
     b_query = _last_rows(p_query, stride_ql, count, DIM, DIMS, ALIGN, BLOCK)
     places = tl.arange(0, COLUMNS)
@@ -207,27 +187,24 @@ def _sums_kernel(
 def last_rows_sums(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None, block: int, splitting: Splitting
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernels on rows as `_aligned_rows` leaves them: sums and bands as in the module's docstring."""
+    """Launches the kernels on rows as `aligned_rows` leaves them: sums and bands as in the module's docstring."""
     (batch, heads, capacity, dim), kv_heads = query.shape, key.shape[1]
-    blocks, block_d, align = cdiv(capacity, block), _block_dim(dim), row_alignment(query, key)
+    blocks, block_d, align = cdiv(capacity, block), block_dim(dim), row_alignment(query, key)
     dims = min(splitting.dims, block_d, 32 if query.dtype == torch.float32 else block_d)
     splits = cdiv(blocks, splitting.span)
     sums = torch.empty(batch, heads, 2, capacity, dtype=torch.float32, device=query.device)
     bands, norm = sums.new_empty(batch, heads, 2, blocks), sums.new_empty(batch, heads, splits, block)
-    strides = [s // align for tensor in (query, key) for s in tensor.stride()[:3]]
+    strides = row_strides(align, query, key)
     columns = min(splitting.columns, block)
     if block // columns not in (1, 2) or block % columns:
         raise ValueError(f"last rows: tiles of {columns} keys do not fit blocks of {block}; expected one or two to a block")
     cut = {"num_warps": splitting.num_warps, "num_stages": splitting.num_stages}
     sizes = {"DIM": dim, "BLOCK_D": block_d, "DIMS": dims, "ALIGN": align, "BLOCK": block, "COLUMNS": columns}
     scale_log2 = scale * math.log2(math.e)
-    _norm_kernel[(heads, splits, batch)](
-        query, key, count, norm, *strides, capacity, heads // kv_heads, splitting.span, scale_log2, **sizes, **cut
-    )
-    _sums_kernel[(heads, splits, batch)](
-        query, key, count, norm, sums, bands,
-        *strides, capacity, heads // kv_heads, splitting.span, blocks, scale_log2, **sizes, **cut,
-    )  # fmt: skip
+    numbers = (*strides, capacity, heads // kv_heads, splitting.span)
+    grid = (heads, splits, batch)
+    launch(_norm_kernel, grid, (query, key, count, norm), (*numbers, scale_log2), **sizes, **cut)
+    launch(_sums_kernel, grid, (query, key, count, norm, sums, bands), (*numbers, blocks, scale_log2), **sizes, **cut)
     return sums, bands
 
 

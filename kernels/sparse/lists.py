@@ -9,8 +9,6 @@ query blocks behind the count, which are empty, are left unwritten. A list takes
 128K and 32 heads, 1.1 GB for four times as many heads or twice the length.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels.launch import tl, triton
 
 CHUNK = 1024
 """Blocks of a row that a program looks at together."""
@@ -37,7 +35,15 @@ Selector = Callable[..., Lists]
 
 
 @triton.jit
-def _write_list(p_scores, p_list, p_num, own, threshold, sinks, window, CHUNK: tl.constexpr):
+def append(p_list, found, b_blocks, b_kept):
+    """Writes the blocks [CHUNK] that are kept behind the `found` first of a list; how long it is then."""
+    ranks = tl.cumsum(b_kept.to(tl.int32), axis=0)
+    tl.store(p_list + found + ranks - 1, b_blocks, mask=b_kept)
+    return found + tl.sum(b_kept.to(tl.int32), axis=0)
+
+
+@triton.jit
+def write_list(p_scores, p_list, p_num, own, threshold, sinks, window, CHUNK: tl.constexpr):
     """The list of query block `own`."""
     found = tl.zeros([], tl.int32)
     for start in range(0, own + 1, CHUNK):
@@ -45,9 +51,7 @@ def _write_list(p_scores, p_list, p_num, own, threshold, sinks, window, CHUNK: t
         inside = blocks <= own
         b_scores = tl.load(p_scores + blocks, mask=inside, other=float("-inf"))
         kept = inside & ((b_scores >= threshold) | (blocks < sinks) | (blocks > own - window))
-        ranks = tl.cumsum(kept.to(tl.int32), axis=0)
-        tl.store(p_list + found + ranks - 1, blocks, mask=kept)
-        found += tl.sum(kept.to(tl.int32), axis=0)
+        found = append(p_list, found, blocks, kept)
     tl.store(p_num, found)
 
 

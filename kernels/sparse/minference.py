@@ -27,8 +27,6 @@ diagonals. There fewer than 100 diagonals are any of the nearest 100; here they 
 StreamingLLM, arXiv 2309.17453, with MInference's defaults: 128 sinks and a window of 3968.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import functools
@@ -38,11 +36,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
-from tsa_compile.kernels.flash import _aligned_rows
-from tsa_compile.kernels.select import select_aten, select_triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
+from tsa_compile.kernels.select import select_by_sorting, select_triton
 from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten
 from tsa_compile.kernels.sparse.vertical_slash import BLOCK, NONE, VerticalSlash
+from tsa_compile.kernels.tiles import aligned_rows, count_of
 
 VERTICAL, SLASH = 1000, 6096
 SINKS, NEAR, LAST = 30, 100, 64
@@ -60,9 +58,7 @@ _NONE = tl.constexpr(NONE)
 def _cover_kernel(p_chosen, p_wanted, p_count, p_starts, capacity, width, slots, BLOCK: tl.constexpr):
     """The tiles of one head, from the nearest diagonal on."""
     line = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + tl.program_id(1)), capacity)
+    count = count_of(p_count, tl.program_id(1), capacity)
     number = tl.load(p_wanted + line * 2 + 1)
     p_diagonals = p_chosen + (line * 2 + 1) * width
     p_starts += line * slots
@@ -139,8 +135,10 @@ def minference_triton(
     vertical: Numbers = VERTICAL, slash: Numbers = SLASH, a_shape: Sequence[bool] | None = None,
     sinks: int = SINKS, near: int = NEAR, last: int = LAST, block: int = BLOCK, splitting: Splitting = SPLITTING,
 ) -> VerticalSlash:  # fmt: skip
-    """Launch the kernels; also runs on CPU tensors in the Triton interpreter. See minference_lists.
+    """Launch the kernels; also runs on CPU tensors in the Triton interpreter. See the module's docstring.
 
+    vertical, slash: how many columns and diagonals, for all heads or for each; ValueError for another number of heads.
+    a_shape: for each head, whether it takes the first columns and the nearest diagonals; None if no head does.
     sinks, near: how many columns and diagonals are forced. last: how many rows are asked. splitting: see last_rows.py.
     """
     if query.numel() == 0:
@@ -148,30 +146,15 @@ def minference_triton(
     batch, heads, capacity, _ = query.shape
     count = None if count is None else count.contiguous()
     wanted, rooms = _wanted(query, count, vertical, slash, sinks, near)
-    sums, _ = last_rows_sums(_aligned_rows(query), _aligned_rows(key), scale, count, last, splitting)
+    sums, _ = last_rows_sums(aligned_rows(query), aligned_rows(key), scale, count, last, splitting)
     sums = _mark(sums, count, a_shape, sinks, near)
     chosen = select_triton(sums.view(-1, 1, capacity), wanted.view(-1), max(rooms)).view(batch, heads, 2, -1)
     starts = torch.empty(batch, heads, cdiv(capacity, block), dtype=torch.int32, device=query.device)
-    _cover_kernel[(heads, batch)](
-        chosen, wanted, count, starts, capacity, chosen.shape[3], starts.shape[2], BLOCK=block, num_warps=1
-    )
+    launch(
+        _cover_kernel, (heads, batch), (chosen, wanted, count, starts), (capacity, chosen.shape[3], starts.shape[2]),
+        BLOCK=block, num_warps=1,
+    )  # fmt: skip
     return VerticalSlash(starts, chosen[:, :, 0, : rooms[0]].contiguous())
-
-
-def minference_lists(
-    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
-    vertical: Numbers = VERTICAL, slash: Numbers = SLASH, a_shape: Sequence[bool] | None = None,
-) -> VerticalSlash:  # fmt: skip
-    """The lists, by the Triton kernels on CUDA. See the module's docstring.
-
-    Args:
-        vertical, slash: how many columns and diagonals, for all heads or for each. ValueError for another number of heads.
-        a_shape: for each head, whether it takes the first columns and the nearest diagonals; None if no head does.
-    """
-    if not (query.is_cuda and HAS_TRITON):
-        return minference_aten(query, key, scale, count, vertical=vertical, slash=slash, a_shape=a_shape)
-    with torch.cuda.device_of(query):
-        return minference_triton(query, key, scale, count, vertical=vertical, slash=slash, a_shape=a_shape)
 
 
 def minference_aten(
@@ -190,7 +173,7 @@ def minference_aten(
     query, key = (t.masked_fill(filler, 0).to(wide) for t in (query, key))
     sums = last_rows_sums_aten(query, key.repeat_interleave(heads // key.shape[1], 1), scale, rows, last)
     sums = _mark(sums.to(torch.float32), count, a_shape, sinks, near)
-    chosen = select_aten(sums.view(-1, 1, capacity), wanted.view(-1), max(rooms)).view(batch, heads, 2, -1)
+    chosen = select_by_sorting(sums.view(-1, 1, capacity), wanted.view(-1), max(rooms)).view(batch, heads, 2, -1)
     behind = torch.arange(chosen.shape[3], device=device) >= wanted[:, :, 1:]
     diagonals = torch.nn.functional.pad(chosen[:, :, 1].masked_fill(behind, NONE), (0, 1), value=NONE)
     start, starts = torch.zeros_like(chosen[:, :, 0, :1]), []
@@ -201,11 +184,14 @@ def minference_aten(
     return VerticalSlash(torch.cat(starts, dim=2), chosen[:, :, 0, : rooms[0]].contiguous())
 
 
+minference_lists = by_device(minference_triton, minference_aten)
+
+
 def a_shape_lists(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *,
     sinks: Numbers = A_SHAPE_SINKS, window: Numbers = A_SHAPE_WINDOW, block: int = BLOCK,
 ) -> VerticalSlash:  # fmt: skip
-    """For each row the first `sinks` keys and at least the last `window`, on any device; numbers as in minference_lists."""
+    """For each row the first `sinks` keys and at least the last `window`, on any device; numbers as in minference_triton."""
     batch, heads, capacity, _ = query.shape
     (sinks_of, room), (window_of, _) = (_per_head(numbers, heads, capacity, query.device) for numbers in (sinks, window))
     starts = torch.arange(0, cdiv(capacity, block) * block, block, dtype=torch.int32, device=query.device)

@@ -28,35 +28,39 @@ Method: the vertical-slash kernel of MInference, arXiv 2407.02490. It lists tile
 farthest diagonal on; from the nearest on, it takes as many, and they can be shared.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, cdiv, tl, triton
-from tsa_compile.kernels.compress import row_alignment
-from tsa_compile.kernels.flash import (
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
+from tsa_compile.kernels.sparse.blocks import listed_tiles
+from tsa_compile.kernels.tiles import (
+    Rows,
     Tiles,
-    _add_values,
-    _aligned_rows,
-    _block_dim,
-    _descriptor,
-    _diagonal,
-    _load_rows,
-    _load_tile,
-    _scores,
-    _store_rows,
-    _tiles,
-    _tma_fits,
-    _weigh,
+    add_tile,
+    add_values,
+    aligned_rows,
+    at_head,
+    block_dim,
+    count_of,
+    descriptors,
+    diagonal,
+    gather_rows,
+    load_rows,
+    load_tile,
+    positive_scale,
+    row_alignment,
+    row_strides,
+    store_rows,
+    stride_names,
+    tile_options,
+    tiles_for,
+    weigh_seen,
 )
-from tsa_compile.kernels.sparse.blocks import _listed_tiles
 
 BLOCK = 64
 """Queries that share their tiles, and keys of a tile."""
@@ -82,125 +86,101 @@ def _gather_kernel(
     """out[b, h, n] = rows[b, g, columns[b, h, n]]; zeros for columns that are not there."""
     head, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     line = item * tl.num_programs(1) + head
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     slots = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b_columns = tl.load(p_columns + line * width + slots, mask=slots < width, other=capacity)
+    p_rows = at_head(p_rows, stride_b, stride_h, item, head // heads_per_kv, ALIGN)
+    b_rows = gather_rows(p_rows, b_columns.to(tl.int64) * stride_l * ALIGN, b_columns < count, 0, DIM, BLOCK_D)
     dims = tl.arange(0, BLOCK_D)
-    p_rows += (item * stride_b + (head // heads_per_kv).to(tl.int64) * stride_h) * ALIGN
-    pointers = p_rows + (b_columns.to(tl.int64) * stride_l * ALIGN)[:, None] + dims[None, :]
-    b_rows = tl.load(pointers, mask=(b_columns < count)[:, None] & (dims < DIM)[None, :], other=0.0)
     p_out += (line * tl.num_programs(0) * ROWS + slots)[:, None] * DIM
     tl.store(p_out + dims[None, :], b_rows, mask=(dims < DIM)[None, :])
 
 
 @triton.jit
 def _edge_tile(
-    b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, stop, scale_log2,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+    b_query, b_acc, b_max, b_sum, key, value, stop, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The keys [0, stop), what is left of the tile that key 0 cuts off."""
     for start in tl.range(0, stop, BLOCK_N, num_stages=1):
-        b_key = _load_rows(p_key, stride_kl, start, stop, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
+        b_key = load_rows(key.pointer, key.stride, start, stop, True, BLOCK_N, DIM, b_query.shape[1], ALIGN)
         b_seen = (start + tl.arange(0, BLOCK_N) < stop)[None, :]
-        b_scores = tl.where(b_seen, _scores(b_query, b_key), float("-inf"))
-        b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
-        b_value = _load_rows(p_value, stride_vl, start, stop, True, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)
-        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
+        b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
+        b_value = load_rows(value.pointer, value.stride, start, stop, True, BLOCK_N, VALUE_DIM, b_acc.shape[1], ALIGN)
+        b_acc = add_values(b_acc, b_keep, b_weights, b_value)
     return b_acc, b_max, b_sum
 
 
 @triton.jit
 def _column_tiles(
-    b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, item, head, p_columns, p_table, before, end,
-    scale_log2, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    b_query, b_acc, b_max, b_sum, key, value, p_columns, p_table, before, end, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The first `before` columns, all before the queries' own block, but for those that lie in a tile."""
     for start in tl.range(0, before, BLOCK_N):
-        b_key = _load_tile(desc_key, p_key, DIM // ALIGN, item, head, start, USE_TMA, BLOCK_N, DIM, BLOCK_D, ALIGN)
+        b_key = load_tile(key, start, BLOCK_N, DIM, b_query.shape[1], ALIGN)
         slots = start + tl.arange(0, BLOCK_N)
         distance = end - 1 - tl.load(p_columns + slots, mask=slots < before, other=0)
         # A tile that holds this distance starts in the same stretch or in the one before it.
         near = distance - tl.load(p_table + distance // BLOCK)
         far = distance - tl.load(p_table + distance // BLOCK - 1)
         b_new = (slots < before) & ((near < 0) | (near >= BLOCK)) & ((far < 0) | (far >= BLOCK))
-        b_scores = tl.where(b_new[None, :], _scores(b_query, b_key), float("-inf"))
-        b_weights, b_keep, b_max, b_sum = _weigh(b_scores, b_max, b_sum, scale_log2)
-        b_value = _load_tile(
-            desc_value, p_value, VALUE_DIM // ALIGN, item, head, start, USE_TMA, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN
-        )
-        b_acc = _add_values(b_acc, b_keep, b_weights, b_value)
+        b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_new[None, :], b_max, b_sum, scale_log2)
+        b_acc = add_tile(b_acc, b_keep, b_weights, value, start, VALUE_DIM, ALIGN, BLOCK_N)
     return b_acc, b_max, b_sum
 
 
-# Lengths and strides vary from call to call: unspecialized, so that none of their values compiles the kernel anew.
-@triton.jit(
-    do_not_specialize=[
-        *("stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl"),
-        *("stride_vb", "stride_vh", "stride_vl", "stride_ob", "stride_oh", "stride_ol"),
-        *("capacity", "heads_per_kv", "query_blocks", "slots", "width", "room"),
-    ]
-)
+@triton.jit(do_not_specialize=[*stride_names("qkvo"), "capacity", "heads_per_kv", "query_blocks", "slots", "width", "room"])
 def _attend_kernel(
     p_query, p_key, p_value, p_out, p_count, p_starts, p_columns, p_table, p_tiles, p_before, p_column_key, p_column_value,
     desc_key, desc_value, desc_column_key, desc_column_value,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, capacity, heads_per_kv, query_blocks, slots, width, room, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, LAG: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of a block of one head, those that see most first."""
     head, item = tl.program_id(1), tl.program_id(2)
-    count = capacity
-    if p_count is not None:
-        count = tl.minimum(tl.load(p_count + item), capacity)
+    count = count_of(p_count, item, capacity)
     own = tl.cdiv(count, BLOCK) - 1 - tl.program_id(0) // (BLOCK // BLOCK_M)
     start_own = own * BLOCK
     start_m = start_own + BLOCK - (tl.program_id(0) % (BLOCK // BLOCK_M) + 1) * BLOCK_M
     if (own < 0) | (start_m >= count):
         return
     kv_head = head // heads_per_kv
-    far_item, far_head, far_kv_head = item.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    line = far_item * tl.num_programs(1) + far_head
-    p_query += (far_item * stride_qb + far_head * stride_qh) * ALIGN
-    p_key += (far_item * stride_kb + far_kv_head * stride_kh) * ALIGN
-    p_value += (far_item * stride_vb + far_kv_head * stride_vh) * ALIGN
+    line = item.to(tl.int64) * tl.num_programs(1) + head.to(tl.int64)
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    key = Rows(desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = Rows(desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    column_key = Rows(desc_column_key, p_column_key + line * room * DIM, DIM // ALIGN, item, head)
+    column_value = Rows(desc_column_value, p_column_value + line * room * VALUE_DIM, VALUE_DIM // ALIGN, item, head)
     p_table += line * (query_blocks + 1)
     tiles = tl.load(p_tiles + line * query_blocks + own) - 1
     before = tl.load(p_before + line * query_blocks + own)
     cut = tl.load(p_table + own)
     stop = tl.where(cut > start_own, start_own + BLOCK - cut, 0)
 
-    b_query = _load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     steps = tiles * (BLOCK // BLOCK_N) + (start_m - start_own) // BLOCK_N
-    b_acc, b_max, b_sum = _listed_tiles(  # by their distance: back from the queries' own
-        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        p_starts + line * slots + 1, tiles, start_own, start_own, steps, scale_log2,
-        -1, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_M, BLOCK_N, USE_TMA, LAG,
+    b_acc, b_max, b_sum = listed_tiles(  # by their distance: back from the queries' own
+        b_query, b_acc, b_max, b_sum, key, value, p_starts + line * slots + 1, tiles, start_own, start_own, steps,
+        scale_log2, -1, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N, LAG,
     )  # fmt: skip
     b_acc, b_max, b_sum = _edge_tile(
-        b_query, b_acc, b_max, b_sum, p_key, p_value, stride_kl, stride_vl, stop, scale_log2,
-        DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_N,
-    )  # fmt: skip
+        b_query, b_acc, b_max, b_sum, key, value, stop, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
+    )
     b_acc, b_max, b_sum = _column_tiles(
-        b_query, b_acc, b_max, b_sum, desc_column_key, desc_column_value,
-        p_column_key + line * room * DIM, p_column_value + line * room * VALUE_DIM, item, head,
-        p_columns + line * width, p_table, before, start_own + BLOCK, scale_log2,
-        DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK, BLOCK_N, USE_TMA,
+        b_query, b_acc, b_max, b_sum, column_key, column_value, p_columns + line * width, p_table, before,
+        start_own + BLOCK, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N,
     )  # fmt: skip
-    b_acc, b_sum = _diagonal(
-        b_query, b_acc, b_max, b_sum, desc_key, desc_value, p_key, p_value, stride_kl, stride_vl, item, kv_head,
-        start_m, count, scale_log2, DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_M, BLOCK_N, USE_TMA,
-    )  # fmt: skip
-
-    p_out += (far_item * stride_ob + far_head * stride_oh) * ALIGN
-    _store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
+    b_acc, b_sum = diagonal(
+        b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
+    )
+    p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
+    store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
 
 
 def start_table(starts: Tensor, blocks: int, block: int = BLOCK) -> Tensor:
@@ -229,9 +209,10 @@ def _column_rows(rows: Tensor, columns: Tensor, count: Tensor | None, room: int)
     (batch, heads, width), (capacity, dim), align = columns.shape, rows.shape[2:], row_alignment(rows)
     out = rows.new_empty(batch, heads, room, dim)
     if out.numel() > 0:
-        _gather_kernel[(room // 16, heads, batch)](
-            rows, columns, count, out, *(s // align for s in rows.stride()[:3]), capacity, width, heads // rows.shape[1],
-            DIM=dim, BLOCK_D=_block_dim(dim), ALIGN=align, ROWS=16, num_warps=4,
+        launch(
+            _gather_kernel, (room // 16, heads, batch), (rows, columns, count, out),
+            (*row_strides(align, rows), capacity, width, heads // rows.shape[1]),
+            DIM=dim, BLOCK_D=block_dim(dim), ALIGN=align, ROWS=16, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -245,23 +226,32 @@ def vertical_slash_triton(
     tiles: block_n divides block_m, and block_m divides `block`.
     """
     _check(query, starts, columns)
-    query, key, value = _aligned_rows(query), _aligned_rows(key), _aligned_rows(value)
+    query, key, value = aligned_rows(query), aligned_rows(key), aligned_rows(value)
     out = query.new_empty(*query.shape[:3], value.shape[3])
     if out.numel() == 0:
         return out
-    if scale < 0:  # the kernel takes the maximum of scale * score to be scale times the maximum
-        query, scale = -query, -scale
+    query, scale_log2 = positive_scale(query, scale)
     lists = VerticalSlash(starts.contiguous(), columns.contiguous())
     count = None if count is None else count.contiguous()
+    (batch, heads, capacity, _), blocks = query.shape, cdiv(query.shape[2], block)
     room = cdiv(max(columns.shape[2], 1), 128) * 128
     dense = tuple(_column_rows(rows, lists.columns, count, room) for rows in (key, value))
-    use_tma = all(_tma_fits(rows) for rows in (key, value, *dense))
-    if tiles is None:
-        hopper = use_tma and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0)
-        tiles = _fitting(_tiles(query.dtype, _block_dim(max(query.shape[3], value.shape[3])), hopper), block)
-    # A scale of 0 becomes a small one: 0 times the mask's -inf would be NaN.
-    tiles = tiles._replace(use_tma=tiles.use_tma and use_tma)
-    _launch(query, key, value, out, count, lists, dense, max(scale, 1e-30), block, tiles)
+    chosen = tiles_for(query, key, value, *dense, tiles=tiles)
+    tiles = chosen if tiles is not None else _fitting(chosen, block)
+    align = row_alignment(query, key, value, out, *dense)
+    table, bounds = start_table(lists.starts, blocks, block), _bounds(lists, blocks, block)
+    launch(
+        _attend_kernel,
+        (blocks * (block // tiles.block_m), heads, batch),
+        (query, key, value, out, count, *lists, table, *bounds, *dense),
+        (
+            *row_strides(align, query, key, value, out),
+            *(capacity, heads // key.shape[1], blocks, starts.shape[2], columns.shape[2], room, scale_log2),
+        ),
+        descriptors=descriptors(tiles, key, value, *dense),
+        **tile_options(tiles, key, value, align),
+        BLOCK=block,
+    )
     return out
 
 
@@ -269,26 +259,6 @@ def _fitting(tiles: Tiles, block: int) -> Tiles:
     """The same tiles with at most `block` rows, and as many rows a warp as before."""
     shrunk = max(tiles.block_m // block, 1)
     return tiles._replace(block_m=tiles.block_m // shrunk, num_warps=max(tiles.num_warps // shrunk, 4))
-
-
-def _launch(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, count: Tensor | None, lists: VerticalSlash,
-    dense: tuple[Tensor, ...], scale: float, block: int, tiles: Tiles,
-) -> None:  # fmt: skip
-    batch, heads, capacity, dim = query.shape
-    value_dim, blocks = value.shape[3], cdiv(capacity, block)
-    align = row_alignment(query, key, value, out, *dense)
-    described = (_descriptor(t, tiles.block_n) if tiles.use_tma else None for t in (key, value, *dense))
-    _attend_kernel[(blocks * (block // tiles.block_m), heads, batch)](
-        query, key, value, out, count, *lists, start_table(lists.starts, blocks, block), *_bounds(lists, blocks, block),
-        *dense, *described,
-        *(stride // align for tensor in (query, key, value, out) for stride in tensor.stride()[:3]),
-        capacity, heads // key.shape[1], blocks, lists.starts.shape[2], lists.columns.shape[2], dense[0].shape[2],
-        scale * math.log2(math.e),
-        DIM=dim, BLOCK_D=_block_dim(dim), VALUE_DIM=value_dim, BLOCK_DV=_block_dim(value_dim), ALIGN=align,
-        BLOCK=block, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, USE_TMA=tiles.use_tma, LAG=tiles.lag,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
 
 
 def _check(query: Tensor, starts: Tensor, columns: Tensor) -> None:
@@ -299,16 +269,6 @@ def _check(query: Tensor, starts: Tensor, columns: Tensor) -> None:
         )
     if starts.dtype != torch.int32 or columns.dtype != torch.int32:
         raise ValueError(f"vertical-slash attention: lists are {starts.dtype}, {columns.dtype}; expected int32")
-
-
-def vertical_slash_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor, columns: Tensor, count: Tensor | None = None
-) -> Tensor:
-    """By the Triton kernels on CUDA, else by SDPA with a mask. ValueError where shapes do not fit."""
-    if not (query.is_cuda and HAS_TRITON):
-        return vertical_slash_aten(query, key, value, scale, starts, columns, count)
-    with torch.cuda.device_of(query):
-        return vertical_slash_triton(query, key, value, scale, starts, columns, count)
 
 
 def vertical_slash_mask(lists: VerticalSlash, capacity: int, rows: Tensor | None = None, block: int = BLOCK) -> Tensor:
@@ -339,6 +299,9 @@ def vertical_slash_aten(
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return (out if count is None else out.masked_fill(filler, 0)).contiguous()
+
+
+vertical_slash_attention = by_device(vertical_slash_triton, vertical_slash_aten)
 
 
 def vertical_slash_density(lists: VerticalSlash, capacity: int, block: int = BLOCK) -> Tensor:

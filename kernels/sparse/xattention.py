@@ -23,20 +23,17 @@ at stride 8 twice that; `_choose` reads .5 GB.
 XAttention, arXiv 2503.16428, with the defaults of its published code: stride 16, mass .9.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from tsa_compile.kernels._triton import HAS_TRITON, tl, triton
+from tsa_compile.kernels.launch import by_device, launch, tl, triton
 from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, sums_triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
-from tsa_compile.kernels.sparse.last_rows import _rows_of
-from tsa_compile.kernels.sparse.lists import Lists, _write_list, empty_lists, forced, lists_of, real_blocks
+from tsa_compile.kernels.sparse.lists import Lists, empty_lists, forced, lists_of, real_blocks, write_list
+from tsa_compile.kernels.tiles import count_of
 
 STRIDE, MASS = 16, 0.9
 MOST_BLOCKS = 4096
@@ -113,7 +110,7 @@ def _choose_kernel(
     PER_BLOCK: tl.constexpr = BLOCK // STRIDE
     own, item = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(2)
     row = (item * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * blocks + own
-    count = _rows_of(p_count, item, capacity)
+    count = count_of(p_count, item, capacity)
     if own * BLOCK >= count:
         tl.store(p_num + row, 0)
         return
@@ -133,7 +130,7 @@ def _choose_kernel(
         bit = bit >> 1
     # If the two blocks that are always chosen hold the mass, the threshold is a NaN, which no block reaches.
     reach = threshold.to(tl.float32, bitcast=True)
-    _write_list(p_sums, p_indices + row * blocks, p_num + row, own, reach, 1, 1, CHUNK)
+    write_list(p_sums, p_indices + row * blocks, p_num + row, own, reach, 1, 1, CHUNK)
 
 
 def xattention_triton(
@@ -161,21 +158,12 @@ def xattention_triton(
     if chunk is None:  # of few sizes, as each is another kernel
         chunk = 1024 if blocks <= 1024 else MOST_BLOCKS
     part = max(span, min(chunk, 2048 * stride // block))
-    _choose_kernel[(blocks, heads, batch)](
-        sums, peaks, count, *lists, query.shape[2], blocks, peaks.shape[3], mass, STRIDE=stride, BLOCK=block, SPAN=span,
-        PART=part, CHUNK=chunk, ONCE=blocks <= chunk, num_warps=max(1, chunk // 2048),
+    launch(
+        _choose_kernel, (blocks, heads, batch), (sums, peaks, count, *lists), (query.shape[2], blocks, peaks.shape[3], mass),
+        STRIDE=stride, BLOCK=block, SPAN=span, PART=part, CHUNK=chunk, ONCE=blocks <= chunk,
+        num_warps=max(1, chunk // 2048),
     )  # fmt: skip
     return lists
-
-
-def xattention_lists(
-    query: Tensor, key: Tensor, scale: float, count: Tensor | None = None, *, stride: int = STRIDE, mass: float = MASS
-) -> Lists:
-    """The lists, by the Triton kernels on CUDA. See the module's docstring."""
-    if not (query.is_cuda and HAS_TRITON):
-        return xattention_aten(query, key, scale, count, stride=stride, mass=mass)
-    with torch.cuda.device_of(query):
-        return xattention_triton(query, key, scale, count, stride=stride, mass=mass)
 
 
 def xattention_aten(
@@ -194,3 +182,6 @@ def xattention_aten(
     needed = held + others.cumsum(dim=3) - others < mass * (held + others.sum(dim=3, keepdim=True))
     smallest = others.masked_fill(~needed, math.inf).amin(dim=3, keepdim=True)
     return lists_of(candidates & ((sums >= smallest) | always))
+
+
+xattention_lists = by_device(xattention_triton, xattention_aten)

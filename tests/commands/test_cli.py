@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from tsa_compile import RewriteReport, TSAConfig, shapes
-from tsa_compile.calibrate import Calibration
+from tsa_compile.calibration import Calibration
 from tsa_compile.cli import COMMANDS
 from tsa_compile.commands import errors, export, output
 from tsa_compile.commands.loading import Source
@@ -60,12 +60,12 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_the_face_is_lazy_and_its_names_are_what_they_say():
-    """Also where a module was imported first that is called as one of its functions."""
+    """Also where their modules were imported first."""
     source = """
         import sys, types, tsa_compile
         lazy = "torch" not in sys.modules
-        import tsa_compile.explain, tsa_compile.calibrate, tsa_compile.costs.predict
-        from tsa_compile.explain import explain
+        import tsa_compile.explanation, tsa_compile.calibration, tsa_compile.costs.predict
+        from tsa_compile.explanation import explain
         found = {name: getattr(tsa_compile, name) for name in tsa_compile.__all__}
         modules = [name for name, value in found.items() if isinstance(value, types.ModuleType)]
         print(lazy, modules, found["explain"] is explain, set(found) <= set(dir(tsa_compile)), tsa_compile.report.__name__)
@@ -219,7 +219,7 @@ def test_the_example_of_an_export_has_a_length_that_is_no_size_of_the_model():
 
 @pytest.mark.parametrize(("seed", "warnings"), [(0, 0), (1, 1)])
 def test_a_calibration_of_other_weights_warns_where_weights_are(seed, warnings, calibration, report, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_module("tsa_compile.explain"), "explain", lambda model, **inputs: report)
+    monkeypatch.setattr(import_module("tsa_compile.explanation"), "explain", lambda model, **inputs: report)
     shapes.build(shapes.model_config("tiny", layers=2), seed=seed).save_pretrained(tmp_path)
     found = run("explain", str(tmp_path), *QUICK, "--sparse-layers", str(calibration), "--weights", "--json")
     assert found.exit_code == 0 and json.loads(found.stdout)

@@ -11,7 +11,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.score import score_aten
+from tsa_compile.passes.lower import lower_program
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -247,11 +247,7 @@ def test_an_exact_kernel_needs_no_name(tmp_path):
 
 
 def test_a_lowered_program_is_refused(tmp_path):
-    class Scores(torch.nn.Module):
-        def forward(self, query, key):
-            return score_aten(query, key, None, 0.25, 8, 7)
-
-    lowered = torch.export.export(Scores(), (torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)))
+    lowered = lower_program(program_of(Model()))
     with pytest.raises(ConfigError, match="lower=None"):
         tsa_onnx.save(lowered, tmp_path / "model.onnx")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tsa_compile.kernels.attend import names, register, unregister
+from tsa_compile.kernels.registry import names, register, unregister
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

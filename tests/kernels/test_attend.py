@@ -6,19 +6,10 @@ import pytest
 import torch
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels import attend as registry
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.attend import (
-    AttentionKernel,
-    KernelRequest,
-    attend,
-    attend_aten,
-    choose,
-    get,
-    names,
-    register,
-    unregister,
-)
+from tsa_compile.kernels.attend import attend, attend_aten
+from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose, get, names, register, unregister
+from tsa_compile.kernels.sdpa import plan_rows
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 REQUEST = KernelRequest("cpu", torch.float32, 64, 64, 8, 2)
@@ -62,10 +53,10 @@ def test_aten_form_equals_the_op(device):
     for tensor in inputs:
         tensor[1, :, 5:] = 0
     count = torch.tensor([33, 5], dtype=torch.int32, device=device)
-    out = attend_aten(*inputs, count, 0.2)
+    out = attend_aten(*inputs, count, 0.2, "auto")
     assert out.is_contiguous() and (out[1, :, 5:] == 0).all()
     torch.testing.assert_close(out[1, :, :5], attend(*inputs, count, 0.2, "auto")[1, :, :5])
-    torch.testing.assert_close(attend_aten(*inputs, None, 0.2), attend(*inputs, None, 0.2, "auto"))
+    torch.testing.assert_close(attend_aten(*inputs, None, 0.2, "auto"), attend(*inputs, None, 0.2, "auto"))
 
 
 def test_what_does_not_fit_is_refused():
@@ -234,8 +225,8 @@ def test_rounded_rows_are_cut_to_the_capacity_and_not_returned(own_kernel):
 
 
 def test_plan_grid_is_coarse_and_close():
-    grid = {registry._plan_rows(n) for n in range(1, 131073, 7)}
-    assert all(n <= registry._plan_rows(n) <= max(n + 255, n * 33 / 32) for n in range(1, 131073, 7))
+    grid = {plan_rows(n) for n in range(1, 131073, 7)}
+    assert all(n <= plan_rows(n) <= max(n + 255, n * 33 / 32) for n in range(1, 131073, 7))
     assert len(grid) < 350 and all(n % 256 == 0 for n in grid)
 
 

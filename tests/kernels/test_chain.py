@@ -245,7 +245,7 @@ def test_aten_forms_export_with_a_dynamic_length():
     class Layer(torch.nn.Module):
         def forward(self, query, key, value, indices, count):
             rows = compress_aten(query, key, value, indices, count)
-            return decompress_aten(attend_aten(*rows, count, SCALE), indices, count, query.shape[2])
+            return decompress_aten(attend_aten(*rows, count, SCALE, "auto"), indices, count, query.shape[2])
 
     def example(seq_len):
         inputs = make(2, 2, 2, seq_len)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.compress import compress, compress_aten, compress_triton, row_alignment
+from tsa_compile.kernels.compress import compress, compress_aten, compress_triton
+from tsa_compile.kernels.tiles import row_alignment
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

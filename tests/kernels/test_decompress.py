@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels._triton import tl, triton
 from tsa_compile.kernels.decompress import _lower_bound, decompress, decompress_aten, decompress_triton
+from tsa_compile.kernels.launch import tl, triton
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.attend import KernelRequest
-from tsa_compile.kernels.flash import Tiles, _descriptor, _flash_kernel, _tiles, _tma_fits, flash_triton, run, supports
+from tsa_compile.kernels.flash import _flash_kernel, flash_triton, run, supports
+from tsa_compile.kernels.registry import KernelRequest
+from tsa_compile.kernels.tiles import Tiles, choose_tiles, descriptor, tma_fits
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SENTINEL = 77.0
@@ -145,27 +146,27 @@ def test_nothing_to_do(triton_device):
 
 def test_tma_fits_where_steps_are_of_16_bytes():
     def fits(layout, dim=32, dtype=torch.float16):
-        return _tma_fits(tensor(2, 2, 20, dim, layout, dtype, "cpu"))
+        return tma_fits(tensor(2, 2, 20, dim, layout, dtype, "cpu"))
 
     assert fits("BHCD") and fits("BCHD") and fits("packed") and fits("BHCD", 36, torch.float32)
     assert not fits("odd") and not fits("shared") and not fits("BHCD", 36)
-    assert not _tma_fits(torch.zeros(2 * 20 * 32 + 1, dtype=torch.float16)[1:].view(1, 2, 20, 32))
+    assert not tma_fits(torch.zeros(2 * 20 * 32 + 1, dtype=torch.float16)[1:].view(1, 2, 20, 32))
 
 
 def test_descriptor_of_dimensions_of_one_element():
     pytest.importorskip("triton")
     one = torch.zeros(1000, dtype=torch.float16).as_strided((1, 1, 20, 40), (7, 3, 40, 1))
-    assert _tma_fits(one)
-    descriptor = _descriptor(one, 16)
-    assert descriptor.block_shape == [1, 1, 16, 64]
-    assert all(stride % 8 == 0 for stride in descriptor.strides[:3])
+    assert tma_fits(one)
+    view = descriptor(one, 16)
+    assert view.block_shape == [1, 1, 16, 64]
+    assert all(stride % 8 == 0 for stride in view.strides[:3])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("hopper", [False, True])
 def test_every_default_has_whole_diagonals(dtype, hopper):
     for block_d in (16, 32, 64, 128, 256):
-        tiles = _tiles(dtype, block_d, hopper)
+        tiles = choose_tiles(dtype, block_d, hopper)
         assert tiles.block_m % tiles.block_n == 0
 
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.kernels import attend, fused, reference
-from tsa_compile.kernels.attend import AttentionKernel
+from tsa_compile.kernels import fused, reference, registry
 from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_triton
 from tsa_compile.kernels.padded import spans
+from tsa_compile.kernels.registry import AttentionKernel
 
 from .test_chain import close, make
 from .test_score import damaged
@@ -133,7 +133,7 @@ def test_a_kernel_says_how_much_it_is_handed_at_a_time(triton_device, monkeypatc
 
     def run(query, key, value, scale):
         seen.append(query.shape[1])
-        return attend.get("sdpa").causal(query, key, value, scale)
+        return registry.get("sdpa").causal(query, key, value, scale)
 
     own_kernel(AttentionKernel("streamed", run, lambda request: None, priority=-50, stream_bytes=limit))
     inputs = make(1, 4, 2, L, 32, 32, device=triton_device)
@@ -167,7 +167,7 @@ def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_k
 
     def run(query, key, value, scale, count=None):
         seen.append((query.shape[2], None if count is None else count.tolist()))
-        return attend.get("sdpa").causal(query, key, value, scale)
+        return registry.get("sdpa").causal(query, key, value, scale)
 
     inputs = make(2, 2, 2, L, 32, 48, device=triton_device)
     plain = sparse_triton(*inputs, HALF)

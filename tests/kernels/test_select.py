@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tsa_compile.config import ceil_fraction
 from tsa_compile.kernels import reference
 from tsa_compile.kernels.budget import budget, budget_aten, coverage_triton
-from tsa_compile.kernels.select import select, select_aten, select_triton
+from tsa_compile.kernels.select import select, select_by_sorting, select_triton
 
 # The interpreter computes with numpy, which warns of conversions in lanes that are masked later.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -110,17 +110,17 @@ def test_select_kernel_as_it_is_launched(triton_device, poisoned_empty, seq_len)
     scores = make_scores("padded", batch=1, heads=1, seq_len=seq_len, device=triton_device)
     count = counts([seq_len // 5], triton_device)
     indices = select_triton(scores, count, seq_len // 3)
-    assert torch.equal(indices, select_aten(scores, count, seq_len // 3))
+    assert torch.equal(indices, select_by_sorting(scores, count, seq_len // 3))
     assert torch.equal(indices, select_triton(scores, count, seq_len // 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [[120, 7], [0, 1], [301, 150], None])
-def test_select_aten_form_equals_reference(device, kind, count):
+def test_select_by_sorting_form_equals_reference(device, kind, count):
     scores = make_scores(kind, device=device)
     count = None if count is None else counts(count, device)
     for capacity in (310, 300, 130, 1):
-        assert torch.equal(select_aten(scores, count, capacity), reference.select(scores, count, capacity))
+        assert torch.equal(select_by_sorting(scores, count, capacity), reference.select(scores, count, capacity))
 
 
 @pytest.mark.parametrize("path", [ROW, SPLIT])
@@ -256,12 +256,12 @@ def test_real_sizes(poisoned_empty, kind):
     count = budget(scores, 0.02, None, 1024)
     assert_budget(count, scores, 0.02, 1024)
     indices = select(scores, count, 70001)
-    assert torch.equal(indices, select_aten(scores, count, 70001))
+    assert torch.equal(indices, select_by_sorting(scores, count, 70001))
     for path in ({"splits": 8, "block": 4096}, {"splits": 32, "block": 4096, "warps": 16}):
         assert torch.equal(select_triton(scores, count, 70001, **path), indices)
     for short in (8192, 16384):
         head = scores[..., -8001:].contiguous()
-        assert torch.equal(select_triton(head, count, 9000, short=short), select_aten(head, count, 9000))
+        assert torch.equal(select_triton(head, count, 9000, short=short), select_by_sorting(head, count, 9000))
     assert torch.equal(budget(scores, 0.02, None, 1024), count)
     assert torch.equal(select(scores, count, 70001), indices)
 
@@ -299,7 +299,7 @@ def test_a_captured_chain_replays_with_another_count(seq_len):
     scores.copy_(other)
     graph.replay()
     assert torch.equal(count, budget(other, 0.1, None, 20))
-    assert torch.equal(indices, select_aten(other, count, seq_len))
+    assert torch.equal(indices, select_by_sorting(other, count, seq_len))
 
 
 @pytest.mark.gpu

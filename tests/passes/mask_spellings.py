@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.passes.masks import MaskKind, infer_mask
-from tsa_compile.passes.sites import find_sites
+from tsa_compile.passes.find import find_calls
+from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.masks import infer_mask
 from tsa_compile.testing import capture_all, evaluate_mask, graph_text, run_nodes
 
 BATCH, HEADS, LENGTH = 2, 3, 8
@@ -33,7 +34,7 @@ class Inferred:
 
         captured = capture_all(attention, query, key, pad, *extra, dynamic=dynamic)
         (self.graph_module,) = captured.graphs
-        (self.site,) = find_sites(self.graph_module)
+        (self.site,) = find_calls(self.graph_module)
         self.meaning = infer_mask(self.site)
         self.values = run_nodes(self.graph_module, captured.inputs[0], self.site)
         self.symbols = {

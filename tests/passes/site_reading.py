@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tsa_compile.passes.sites import find_sites
+from tsa_compile.passes.find import find_calls
 from tsa_compile.testing import capture_all, run_nodes
 
 B, H, G, L, D = 2, 4, 2, 6, 8
@@ -41,11 +41,11 @@ def read(function, *args, dynamic=None, export=False):
         graph = program.graph_module
         state = [program.state_dict.get(name) for name in program.graph_signature.inputs_to_parameters.values()]
         constants = [program.constants[name] for name in program.graph_signature.inputs_to_lifted_tensor_constants.values()]
-        sites = find_sites(graph)
+        sites = find_calls(graph)
         return graph, sites, run_nodes(graph, (*state, *constants, *args), next(iter(sites), None))
     captured = capture_all(function, *args, dynamic=dynamic)
     (graph,) = captured.graphs
-    sites = find_sites(graph)
+    sites = find_calls(graph)
     return graph, sites, run_nodes(graph, captured.inputs[0], next(iter(sites), None))
 
 

@@ -6,8 +6,8 @@ import torch
 from tsa_compile import tsa_backend
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
-from tsa_compile.kernels import attend
-from tsa_compile.pipeline import COMPILED, PASSES, run_passes
+from tsa_compile.kernels import registry
+from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.report import Decision, Reason, reports
 from tsa_compile.testing import capture_all, count_ops
 
@@ -25,11 +25,11 @@ def calls():
 
     def run(query, key, value, scale):
         shapes.append(tuple(query.shape))
-        return attend.get("sdpa").run(query, key, value, scale)
+        return registry.get("sdpa").run(query, key, value, scale)
 
-    attend.register(attend.AttentionKernel("mine", run, lambda request: None, priority=-1))
+    registry.register(registry.AttentionKernel("mine", run, lambda request: None, priority=-1))
     yield shapes
-    attend.unregister("mine")
+    registry.unregister("mine")
 
 
 def graph_of(function, *arguments, passes):
@@ -38,7 +38,7 @@ def graph_of(function, *arguments, passes):
     return captured.graphs[0], report.rows[0], captured.inputs[0]
 
 
-@pytest.mark.parametrize("passes", [PASSES, COMPILED], ids=["steps", "fused"])
+@pytest.mark.parametrize("passes", [PASSES, WHOLE], ids=["steps", "whole"])
 def test_without_padding_it_is_one_call(calls, passes):
     graph, row, arguments = graph_of(causal_attention, *inputs(), passes=passes)
     assert (row.decision, row.reason, row.kernel) == (Decision.KERNEL, Reason.LAYER_NOT_SELECTED, "mine")
@@ -47,7 +47,7 @@ def test_without_padding_it_is_one_call(calls, passes):
     assert calls == [(2, 4, 12, 8)]
 
 
-@pytest.mark.parametrize("passes", [PASSES, COMPILED], ids=["steps", "fused"])
+@pytest.mark.parametrize("passes", [PASSES, WHOLE], ids=["steps", "whole"])
 def test_with_padding_only_the_valid_tokens_are_attended_to(calls, passes):
     graph, row, arguments = graph_of(padded_attention, *inputs(), padding(), passes=passes)
     assert (row.decision, row.kernel) == (Decision.KERNEL, "mine")
@@ -95,7 +95,7 @@ def test_a_selected_layer_that_is_too_short_gets_it_too(calls):
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
 def test_a_kernel_that_does_not_fit_leaves_the_layer_exact():
     captured = capture_all(causal_attention, *inputs())
-    (row,) = run_passes(captured.graphs[0], TSAConfig(layers=(), dense_kernel="cudnn"), COMPILED).rows  # on a CPU
+    (row,) = run_passes(captured.graphs[0], TSAConfig(layers=(), dense_kernel="cudnn"), WHOLE).rows  # on a CPU
     assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.KERNEL)
     torch.testing.assert_close(captured.graphs[0](*captured.inputs[0])[0], causal_attention(*inputs()))
 

@@ -8,7 +8,7 @@ from torch import nn
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import TSAWarning
 from tsa_compile.passes.layers import layer_name, unwrapped
-from tsa_compile.passes.plan import FindSites
+from tsa_compile.passes.plan import FindCalls
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Reason, reports
 from tsa_compile.testing import capture, capture_all
@@ -398,5 +398,5 @@ def test_finding_places_takes_little_time_in_large_models():
     from tsa_compile.passes.base import GraphState
 
     state, start = GraphState(CONFIG), perf_counter()
-    FindSites(state)(graph)
+    FindCalls(state)(graph)
     assert len(state.plans) == 64 and perf_counter() - start < 2

@@ -5,8 +5,8 @@ import torch
 
 from tsa_compile import ConfigError, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
-from tsa_compile.kernels.attend import AttentionKernel, names, register, unregister
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, spans, spans_aten
+from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
 from tsa_compile.passes.lower import lower_program
 from tsa_compile.testing import count_ops
 
@@ -95,8 +95,8 @@ def test_an_answer_that_does_not_hold_for_all_lengths_is_refused(monkeypatch):
         return torch.zeros(*scores.shape[:2], capacity, dtype=torch.int32)
 
     from tsa_compile import RewriteError
-    from tsa_compile.passes import lower
+    from tsa_compile.kernels.forms import FORMS
 
-    monkeypatch.setitem(lower._ATEN, torch.ops.tsa.select.default, specialised)
+    monkeypatch.setitem(FORMS["aten"], torch.ops.tsa.select.default, specialised)
     with pytest.raises(RewriteError, match="would hold for some lengths alone"):
         lower_program(export())

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.errors import RewriteError
+from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.masks import held, infer_mask
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.passes.predicate import KV, Atoms, B, Q
-from tsa_compile.passes.sites import find_sites
 from tsa_compile.testing import capture_all, run_nodes
 
 from .mask_spellings import (
@@ -68,7 +68,7 @@ class TestCausal:
             return F.scaled_dot_product_attention(query, query, query, is_causal=True)
 
         (graph,) = capture_all(attention, torch.randn(1, 2, 4, 8)).graphs
-        assert infer_mask(find_sites(graph)[0]).kind is CAUSAL
+        assert infer_mask(find_calls(graph)[0]).kind is CAUSAL
 
     def test_no_mask_is_none(self):
         expect(NONE, lambda n, m, pad: None)
@@ -142,7 +142,7 @@ class TestPadding:
 
         (graph,) = capture_all(attention, torch.randn(BATCH, HEADS, LENGTH, 8), padding_mask(LENGTH)).graphs
         builder, nodes = PaddingBuilder(graph.graph), set()
-        for site in find_sites(graph):
+        for site in find_calls(graph):
             with graph.graph.inserting_before(site.node):
                 nodes.add(builder.padding(site, infer_mask(site)))
         assert len(nodes) == 1

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.kernels import reference
+from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.masks import MaskKind, infer_mask
+from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.masks import infer_mask
 from tsa_compile.passes.padding import PaddingBuilder
-from tsa_compile.passes.sites import find_sites
 from tsa_compile.testing import evaluate_mask, run_nodes
 
 from .mask_programs import HALF, HEADS, HIDDEN, Pieces, draw_padding
@@ -202,7 +203,7 @@ def check(seed, symbolic):
     """One case; returns what the mask was said to be."""
     masks = Masks(seed, symbolic)
     graph_module, _ = masks.build()
-    (site,) = find_sites(graph_module)
+    (site,) = find_calls(graph_module)
     assert site.problem is None
     meaning = infer_mask(site)
     if meaning.kind is MaskKind.OPAQUE:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
-from tsa_compile.passes.masks import MaskKind, infer_mask
+from tsa_compile.passes.find import find_calls
+from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.masks import infer_mask
 from tsa_compile.passes.padding import PaddingBuilder
-from tsa_compile.passes.sites import find_sites
 from tsa_compile.testing import capture_all, evaluate_mask, run_nodes
 
 from ..support import mixed_padding, tiny, tokens
@@ -69,7 +70,7 @@ def capture(model, length=LENGTH, dynamic=None, **inputs):
         inputs.setdefault("input_ids", tokens(BATCH, length))
     captured = capture_all(model, dynamic=dynamic, **inputs)
     (graph,) = captured.graphs
-    return graph, find_sites(graph), run_nodes(graph, captured.inputs[0])
+    return graph, find_calls(graph), run_nodes(graph, captured.inputs[0])
 
 
 def real_mask(site, values):
@@ -199,5 +200,5 @@ def test_exported(name, case):
     inputs = {"input_ids": tokens(BATCH, LENGTH), **CASES[case]}
     with torch.no_grad():
         graph = torch.export.export(model, (), inputs, strict=False).graph_module
-    kinds = [infer_mask(site).kind for site in find_sites(graph)]
+    kinds = [infer_mask(site).kind for site in find_calls(graph)]
     assert kinds == [MaskKind.SLIDING_WINDOW if window else KINDS[case] for window in windows]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile import Decision, Reason, RewriteError, TSAConfig, TSAWarning, tsa_backend
-from tsa_compile.passes.masks import MaskMeaning
+from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.symbolic import RULES
 from tsa_compile.report import reports
 
@@ -71,7 +71,7 @@ class TestWrongReadings:
         assert "differ" in row.detail
 
     def test_a_lost_padding_is_found(self, function, length, monkeypatch):
-        monkeypatch.setattr(MaskMeaning, "padding", property(lambda self: None, lambda self, value: None), raising=False)
+        monkeypatch.setattr(MaskInfo, "padding", property(lambda self: None, lambda self, value: None), raising=False)
         with pytest.warns(TSAWarning, match="validation failed"):
             assert run(function, length=length).reason is Reason.PASS_FAILED
 
@@ -81,7 +81,7 @@ class TestWrongReadings:
         assert isinstance(raised.value.__cause__ or raised.value, RewriteError) or "RewriteError" in str(raised.value)
 
     def test_it_can_be_switched_off(self, function, length, wrong_comparison):
-        assert run(function, length=length, config=EXACT.replace(validate=False)).decision is Decision.PADDED
+        assert run(function, length=length, config=EXACT.replace(skip_passes=["Validate"])).decision is Decision.PADDED
 
     def test_right_readings_pass(self, function, length, caplog):
         with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):

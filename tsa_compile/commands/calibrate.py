@@ -12,7 +12,7 @@ from tsa_compile.commands.options import Batch, FigureOptions, Length, ModelOpti
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrate import Calibration
+    from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
 
 _RANDOM = 2  # with random weights more prompts say nothing more
@@ -61,7 +61,7 @@ def calibrate(
         chosen = _prompts(source, file, random, tokens, count)
     with output.working(f"Loading {source.name}"):
         loaded = source.load(tokens, batch)
-    from tsa_compile.calibrate import calibrate as measure
+    from tsa_compile.calibration import calibrate as measure
 
     found = measure(loaded, chosen, delta, batch_size=batch, progress=output.stderr().is_terminal)
     if source.folder is None:

@@ -12,6 +12,7 @@ from tsa_compile.commands import output, texts
 from tsa_compile.commands.options import FigureOptions, ModelOptions, chosen_layers, command
 from tsa_compile.config import Coverage
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import writable
 
 if TYPE_CHECKING:
     pass
@@ -89,7 +90,8 @@ def evaluate(
     request |= {"samples": samples} if samples else {}
     request["question"] = ("last", "early") if question is Question.BOTH else str(question)
     out.check()
-    output.writable(resume)
+    if resume is not None:
+        writable(resume)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         request = (_ON_CPU if source.device.type == "cpu" else {}) | request

@@ -91,7 +91,7 @@ def _report(source: Source, config: TSAConfig, length: int, batch: int) -> Rewri
 def _with_weights(source: Source, sparse: SparseOptions, config: TSAConfig, length: int, batch: int) -> RewriteReport:
     import torch
 
-    from tsa_compile.explain import explain as explain_model
+    from tsa_compile.explanation import explain as explain_model
     from tsa_compile.shapes import prompts
 
     model = source.load(length, batch)

@@ -11,6 +11,7 @@ import typer
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, command
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import stream, writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -103,8 +104,7 @@ def _target(out: Path | None, kind: Format, check: bool) -> Path:
         raise ConfigError(f"no file given: pass --out model{SUFFIXES[kind][0]}")
     if check and kind is not Format.ONNX:
         raise ConfigError(f"--check goes with --format onnx, found {kind}: TensorRT's tables speak of ONNX operators")
-    output.writable(out, *SUFFIXES[kind])
-    return out
+    return writable(out, *SUFFIXES[kind])
 
 
 def _example_length(source: Source, low: int, high: int) -> int:
@@ -139,7 +139,6 @@ def _save(program: Any, kind: Format, target: Path) -> None:
     import torch
 
     from tsa_compile.export import aoti, onnx, tensorrt
-    from tsa_compile.files import stream
 
     if kind is Format.AOTI:
         aoti.save(program, target)

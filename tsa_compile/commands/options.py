@@ -22,9 +22,10 @@ from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
 from tsa_compile.config import MOST_LAYERS, Layers, TSAConfig
 from tsa_compile.errors import ConfigError
+from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrate import Calibration
+    from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
 
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
@@ -128,7 +129,7 @@ class SparseOptions:
         Raises:
             ConfigError, KernelError: a value, file, layer or kernel that is not allowed or not there.
         """
-        from tsa_compile.kernels import attend
+        from tsa_compile.kernels import registry
 
         base = TSAConfig() if self.config is None else _read_config(self.config)
         given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
@@ -139,8 +140,8 @@ class SparseOptions:
             changes["layers"], _ = chosen_layers(self.sparse_layers, source)
         config = base.replace(**changes)
         _check_layers(config, source)
-        if config.kernel != attend.AUTO:
-            attend.get(config.kernel)
+        if config.kernel != registry.AUTO:
+            registry.get(config.kernel)
         return config
 
     def check_model(self, model: Any) -> None:
@@ -201,7 +202,8 @@ class OutputOptions(ResultOptions):
 
     def check(self) -> None:
         """Raises ConfigError if `--out` cannot be written."""
-        output.writable(self.out)
+        if self.out is not None:
+            writable(self.out)
 
     def show(self, text: str, data: Any) -> None:
         """Writes a result, to the file first."""
@@ -221,7 +223,8 @@ class FigureOptions(OutputOptions):
     def check(self) -> None:
         """Raises ConfigError if `--out` or `--figure` cannot be written."""
         super().check()
-        output.writable(self.figure, ".png", ".svg", ".pdf")
+        if self.figure is not None:
+            writable(self.figure, ".png", ".svg", ".pdf")
 
     def draw(self, plot: Callable[[Path], None]) -> None:
         """Lets `plot` draw the figure, if one was asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,7 +13,6 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from tsa_compile import files
-from tsa_compile.errors import ConfigError
 from tsa_compile.progress import Progress, bar
 
 _PLAIN: dict[str, Any] = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -56,28 +54,6 @@ def write(data: Any, path: Path) -> None:
     """JSON into a file."""
     files.write(path, json.dumps(data, indent=2) + "\n")
     say("note", f"wrote {path}")
-
-
-def writable(path: Path | None, *suffixes: str) -> Path | None:
-    """Holds an output path against the disk before anything long is begun.
-
-    Raises:
-        ConfigError: no file can be written there, or its name does not end in one of `suffixes`.
-    """
-    if path is None:
-        return None
-    folder = path.parent
-    if path.is_dir():
-        problem = "it is a folder: name a file in it"
-    elif suffixes and path.suffix not in suffixes:
-        problem = f"its name must end in {' or '.join(suffixes)}"
-    elif not folder.is_dir():
-        problem = f"there is no folder {str(folder)!r}: create it, or name another"
-    elif not os.access(path if files.is_special(path) else folder, os.W_OK):  # files are written beside, and renamed
-        problem = "there is no permission: choose another path"
-    else:
-        return path
-    raise ConfigError(f"{str(path)!r} cannot be written: {problem}")
 
 
 @contextmanager

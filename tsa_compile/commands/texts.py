@@ -18,7 +18,7 @@ from tsa_compile.config import MOST_LAYERS, Budget, Coverage, KeepRatio, Layers
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrate import Calibration
+    from tsa_compile.calibration import Calibration
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -74,7 +74,7 @@ def layers(text: str) -> Layers | Calibration | None:
     Raises:
         ConfigError: neither, or a file that is no calibration.
     """
-    from tsa_compile.calibrate import PRESETS, Calibration
+    from tsa_compile.calibration import PRESETS, Calibration
 
     text = text.strip()
     if text == "upper":

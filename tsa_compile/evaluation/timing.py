@@ -26,7 +26,6 @@ from tsa_compile.evaluation.methods import Method, compiled, parse
 from tsa_compile.evaluation.outcomes import Timing, kept
 from tsa_compile.evaluation.results import Study
 from tsa_compile.evaluation.tasks import generate
-from tsa_compile.passes.fuse import fuse
 
 _ATTENTION = (
     torch.nn.functional.scaled_dot_product_attention, torch.ops.tsa.padded_attention.default,
@@ -53,7 +52,6 @@ class AttentionTimer:
         self.ms, self.sites = [], []
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        fuse(graph_module, self.config)
         interpreter = _Timed(graph_module, self)
 
         def run(*inputs: Any) -> Any:
@@ -131,7 +129,7 @@ def _attention(
     """All layers' attention, the mean over one batch of every task."""
     config = method.config(length, layers)
     timer = AttentionTimer(config, repeats)
-    call = compiled(model, config.replace(compiler=timer))
+    call = compiled(model, config.replace(compiler=timer, skip_passes=["Decompose"]))
     totals = []
     for place, task in enumerate(study.names("task")):
         tokens = _tokens(model, task, length, batch)

@@ -91,6 +91,15 @@ CONSTANT_INPUTS: dict[str, tuple[int, str]] = {
 }
 """Inputs whose value must be known when the engine is built."""
 
+ONE_OUTPUT = frozenset({"Attention", "AveragePool", "LayerNormalization", "LpPool", "MaxPool"})
+"""Operators of which the first output alone is supported."""
+
+NO_ATTRIBUTES = {
+    "Attention": ("softcap", "qk_matmul_output_mode"),
+    "Constant": ("sparse_value", "value_string", "value_strings"),
+}
+"""Attributes that may be neither given nor, where they have a default, other than 0."""
+
 DATA_DEPENDENT = {"NonZero": "NonZero", "NonMaxSuppression": "NMS"}
 """Operators whose output's shape depends on data, so that no optimisation profile bounds it; their pages of DOCS."""
 

@@ -15,7 +15,6 @@ A number is a fixed size; a symbol with its range is one size wherever it stands
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,10 @@ from torch.export import ExportedProgram
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.errors import ConfigError
 from tsa_compile.export._toolchain import require_compiler, toolchain
-from tsa_compile.files import stream
+from tsa_compile.export.program import bounds
+from tsa_compile.files import StrPath, stream, writable
 from tsa_compile.passes.base import summary
+from tsa_compile.passes.graph import fake
 from tsa_compile.passes.lower import default_form, device_of, is_lowered, lower_program
 from tsa_compile.passes.minima import simplified_minima
 
@@ -36,7 +37,7 @@ INPUTS_KEY = "tsa_inputs"
 LIBRARIES = "aot_inductor.custom_op_libs"  # Inductor's option for what to link as well
 
 
-def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_options: Any) -> str:
+def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> str:
     """Compiles a program into a package.
 
     Args:
@@ -52,7 +53,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
             does not have.
         WriteError: the package could not be written whole, as on a full disk; what was at `path` is as it was.
     """
-    target = _writable(path)
+    target = writable(path, SUFFIX)
     require_compiler()
     known = torch._inductor.config.get_config_copy()
     for option in inductor_options:
@@ -69,7 +70,7 @@ def save(program: ExportedProgram, path: str | os.PathLike[str], **inductor_opti
     return str(target)
 
 
-def load(path: str | os.PathLike[str]) -> Package:
+def load(path: StrPath) -> Package:
     """A package that `save` wrote, as a function of the program's inputs.
 
     Raises:
@@ -112,26 +113,17 @@ class Package:
 def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:
     """Name, dtype, device and shape of each tensor that a program takes, in JSON's types."""
     names = set(program.graph_signature.user_inputs)
-    described = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
-            described.append(
-                {
-                    "name": node.name,
-                    "dtype": str(value.dtype).removeprefix("torch."),
-                    "device": value.device.type,
-                    "shape": [_extent(program, extent) for extent in value.shape],
-                }
-            )
-    return described
-
-
-def _extent(program: ExportedProgram, extent: int | torch.SymInt) -> int | list[Any]:
-    if isinstance(extent, int):
-        return extent
-    ranges = program.range_constraints[extent.node.expr]
-    return [str(extent), int(ranges.lower), int(ranges.upper)]
+    inputs = ((node.name, fake(node)) for node in program.graph.find_nodes(op="placeholder") if node.name in names)
+    return [
+        {
+            "name": name,
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "device": value.device.type,
+            "shape": [size if isinstance(size, int) else [str(size), *bounds(program, size)] for size in value.shape],
+        }
+        for name, value in inputs
+        if isinstance(value, Tensor)
+    ]
 
 
 def check_inputs(expected: list[dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,13 +160,3 @@ def _check_input(entry: dict[str, Any], value: Tensor, sizes: dict[str, int]) ->
             )
         if sizes.setdefault(symbol, size) != size:
             raise ConfigError(f"input {name!r} is {found}: dimension {dim} must be {sizes[symbol]}, as in another input")
-
-
-def _writable(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.suffix != SUFFIX:
-        raise ConfigError(f"path={str(path)!r} is not allowed: a package's name ends in {SUFFIX}")
-    folder = target.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or target.is_dir():
-        raise ConfigError(f"path={str(path)!r} cannot be written: {str(folder)!r} must be a folder that can be written to")
-    return target

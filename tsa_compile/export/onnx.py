@@ -4,11 +4,11 @@
     save(program, "model.onnx", domain="tsa")    tsa::Score, tsa::Select, ...: for a runtime with kernels of its own
 
 `program` comes from `export_program(model, inputs, config, lower=None)`, which keeps the tsa ops in the graph. Standard
-operators are those of kernels/portable.py: no TopK, no sort, no NonZero, no shape that depends on data. Every selected
-row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand: KeepRatio, or
-a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers over all L:
-a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C] logits in
-float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
+operators are those of the form "standard" (kernels/forms.py): no TopK, no sort, no NonZero, no shape that depends on data.
+Every selected row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand:
+KeepRatio, or a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers
+over all L: a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C]
+logits in float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
 
 Batch and length stay dynamic, named "batch" and "length"; the ranges that the program was exported for are written to
 the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no place for them.
@@ -17,10 +17,8 @@ the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no pla
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,27 +27,23 @@ from torch.fx import Node
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
-from tsa_compile.files import replacing
-from tsa_compile.kernels import portable
+from tsa_compile.files import StrPath, replacing, writable
+from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import check_kernels, layer_of
-from tsa_compile.pipeline import OPS as _REGISTERED
 
 if TYPE_CHECKING:
     import onnx
-
-assert _REGISTERED  # importing the kernels made torch.ops.tsa.*
 
 OPSETS = (23, 24)
 DOMAIN = "tsa"
 DOMAIN_VERSION = 1
 
 tsa = torch.ops.tsa
+_LOWERED = {"aten.avg_pool2d.default", "aten.sort.stable"}
 
 
-def save(
-    program: ExportedProgram, path: str | os.PathLike[str], *, opset: int = OPSETS[0], domain: str | None = None
-) -> None:
+def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], domain: str | None = None) -> None:
     """Writes a program as an ONNX model, checked by onnx.checker. Weights beyond 2 GB go to a file beside it.
 
     Args:
@@ -90,39 +84,26 @@ def require(*modules: str, extra: str = "onnx") -> list[Any]:
         ) from error
 
 
-def writable(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    """The path, once it is clear that a file can be written there; ConfigError otherwise."""
-    target = Path(path)
-    if target.suffix not in suffixes:
-        raise ConfigError(f"path={str(path)!r} is not allowed: it must end in {' or '.join(suffixes)}")
-    folder = target.parent
-    if not folder.is_dir():
-        raise ConfigError(f"path={str(path)!r} cannot be written: there is no folder {str(folder)!r}")
-    if target.is_dir() or not os.access(folder, os.W_OK):  # the file is written beside, and renamed
-        raise ConfigError(f"path={str(path)!r} cannot be written: no permission, or it is a folder")
-    return target
-
-
-def to_portable(program: ExportedProgram, others: Mapping[Any, Callable[..., Any]] | None = None) -> ExportedProgram:
-    """The program in standard operators, or `others` for some; ConfigError where a layer has no such form. See `save`."""
+def to_portable(program: ExportedProgram) -> ExportedProgram:
+    """The program in standard operators; ConfigError where a layer has no such form. See `save`."""
     _check_form(program)
     check_kernels(program, "standard operators", f'export with domain="{DOMAIN}" for a runtime that has this kernel')
     for node in program.graph.nodes:
-        if node.target is tsa.select.default and tsa.attend.default not in (others or {}) and _is_unbounded(node):
+        if node.target is tsa.select.default and _is_unbounded(node):
             raise ConfigError(
                 f"{layer_of(node)}: a Coverage budget decides at run time how many tokens are kept, and standard "
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    forms = {getattr(tsa, name).default: form for name, form in portable.OPS.items()}
-    return program.run_decompositions({**forms, **(others or {})})
+    return program.run_decompositions(FORMS["standard"])
 
 
 def _check_form(program: ExportedProgram) -> None:
     """Ops that only a compiled graph has, or that an earlier lowering opened."""
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    foreign = sorted(name for name in targets if name.startswith("tsa.") and name.split(".")[1] not in portable.OPS)
-    lowered = not any(name.startswith("tsa.") for name in targets) and "aten.searchsorted.Tensor" in targets
+    foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in map(str, FORMS["standard"]))
+    # The ATen forms of score and select have these.
+    lowered = not any(name.startswith("tsa.") for name in targets) and targets >= _LOWERED
     if foreign or lowered:
         found = f"holds {', '.join(foreign)}" if foreign else "was lowered to ATen operators"
         raise ConfigError(f"the program {found}; pass one from export_program(model, inputs, config, lower=None)")
@@ -173,7 +154,7 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     schemas()
     _check_form(program)
     # What spans tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
-    program = program.run_decompositions({tsa.spans.default: portable.spans})
+    program = program.run_decompositions({tsa.spans.default: FORMS["standard"][tsa.spans.default]})
     return _export(program, opset, {getattr(tsa, name).default: form for name, form in _translations().items()})
 
 
@@ -204,7 +185,7 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "Score",
         "query T [B,H,L,D], key T [B,G,L,D], padding? bool [B,L]",
         "scores float [B,H,L]",
-        "scale float, window int, pool int",
+        "pool int, scale float, window int",
         "Mean attention of the last `window` valid queries to each earlier token, pooled over `pool` neighbours. +inf "
         "marks the window's tokens, -inf invalid ones.",
     ),
@@ -212,7 +193,7 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "Budget",
         "scores float [B,S,L]",
         "count int32 [B]",
-        "coverage? float, keep_numerator? int, keep_denominator? int, min_tokens int",
+        "coverage? float, keep_denominator? int, keep_numerator? int, min_tokens int",
         "Tokens to keep, the window included: all but the lightest that carry `coverage` of the mass, or "
         "ceil(candidates * keep_numerator / keep_denominator) candidates; at least min_tokens of them.",
     ),
@@ -235,7 +216,7 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "Attend",
         "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
         "rows T [B,H,C,Dv]",
-        "scale float, kernel? string",
+        "kernel? string, scale float",
         "Causal attention over the first `count` rows; what follows them is unspecified. `kernel` names a method that "
         "leaves part of it out, or one of the user's own; without it attention is exact.",
     ),
@@ -250,22 +231,20 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "PaddedAttention",
         "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
         "output T [B,H,L,Dv]",
-        "scale float, mean_rows int",
+        "mean_rows int, scale float",
         "Dense attention under (kv <= q) and padding[b,kv]. A row that may look nowhere is 0, or with mean_rows the mean "
         "of value.",
     ),
 )
-_TYPES = {"T": "T", "float": "tensor(float)", "bool": "tensor(bool)"}
-_TYPES.update({name: f"tensor({name})" for name in ("int32", "int64")})
 
 
 def schemas() -> list[onnx.defs.OpSchema]:
-    """The schemas of the domain "tsa", registered with onnx: what a runtime's plugins implement."""
+    """The schemas of the domain "tsa", registered with onnx: what a runtime's kernels implement."""
     onnx = require("onnx")[0]
     found = []
-    for name, *_ in _SCHEMAS:
+    for name, *rest in _SCHEMAS:
         if not onnx.defs.has(name, DOMAIN):
-            onnx.defs.register_schema(_schema(onnx, name))
+            onnx.defs.register_schema(_schema(onnx.defs.OpSchema, name, *rest))
         found.append(onnx.defs.get_schema(name, DOMAIN_VERSION, DOMAIN))
     return found
 
@@ -273,61 +252,39 @@ def schemas() -> list[onnx.defs.OpSchema]:
 def schema_table() -> str:
     """The schemas as a Markdown table: a row an operator; "?" marks what may be left out."""
     lines = ["| operator | inputs | outputs | attributes | computes |", "|---|---|---|---|---|"]
-    for schema in schemas():
-        sides = [
-            [
-                _entry(
-                    each.name, each.option == each.option.Optional, each.type_str.removeprefix("tensor("), each.description
-                )
-                for each in side
-            ]
-            for side in (schema.inputs, schema.outputs)
-        ]
-        attributes = [
-            _entry(name, not attribute.required, attribute.type.name.lower())
-            for name, attribute in sorted(schema.attributes.items())
-        ]
-        cells = [", ".join(cell) for cell in (*sides, attributes)]
-        lines.append(f"| `{schema.name}` | {' | '.join(cells)} | {' '.join(schema.doc.split())} |")
+    lines += [f"| `{name}` | {' | '.join(rest)} |" for name, *rest in _SCHEMAS]
     return "\n".join(lines)
 
 
-def _entry(name: str, optional: bool, kind: str, shape: str = "") -> str:
-    kind = kind.removeprefix("tensor(").removesuffix(")")
-    return f"{name}{'?' if optional else ''} {kind} {shape}".strip()
-
-
-def _schema(onnx: Any, name: str) -> Any:
-    kind = onnx.defs.OpSchema
-    _, inputs, outputs, attributes, doc = next(row for row in _SCHEMAS if row[0] == name)
-
-    def parameter(given: str, option: Any, type_: str, shape: str) -> Any:
-        return kind.FormalParameter(given, _TYPES[type_], shape, param_option=option)
-
-    def attribute(given: str, option: Any, type_: str, _: str) -> Any:
-        required = option is kind.FormalParameterOption.Single
-        return kind.Attribute(given, getattr(kind.AttrType, type_.upper()), required=required)
-
-    def read(text: str, make: Callable[..., Any]) -> list[Any]:
-        made = []
-        for item in text.split(", ") if text else []:
-            given, type_, shape = (*item.split(" "), "")[:3]
-            option = kind.FormalParameterOption.Optional if given.endswith("?") else kind.FormalParameterOption.Single
-            made.append(make(given.rstrip("?"), option, type_, shape))
-        return made
+def _schema(kind: Any, name: str, inputs: str, outputs: str, attributes: str, doc: str) -> Any:
+    def parameters(text: str) -> list[Any]:
+        option = {True: kind.FormalParameterOption.Optional, False: kind.FormalParameterOption.Single}
+        return [
+            kind.FormalParameter(given, type_ if type_ == "T" else f"tensor({type_})", shape, param_option=option[optional])
+            for given, type_, shape, optional in _entries(text)
+        ]
 
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
-    generic = [("T", floats, "The model's floating-point type.")] if " T " in inputs else []
     return kind(
         name,
         DOMAIN,
         DOMAIN_VERSION,
         doc=doc,
-        inputs=read(inputs, parameter),
-        outputs=read(outputs, parameter),
-        type_constraints=generic,
-        attributes=read(attributes, attribute),
+        inputs=parameters(inputs),
+        outputs=parameters(outputs),
+        type_constraints=[("T", floats, "The model's floating-point type.")] if " T " in inputs else [],
+        attributes=[
+            kind.Attribute(given, getattr(kind.AttrType, type_.upper()), required=not optional)
+            for given, type_, _, optional in _entries(attributes)
+        ],
     )
+
+
+def _entries(text: str) -> Iterator[tuple[str, str, str, bool]]:
+    """(name, type, shape, whether it may be left out) of each of "padding? bool [B,L], scale float"."""
+    for entry in filter(None, text.split(", ")):
+        name, type_, *shape = entry.split()
+        yield name.rstrip("?"), type_, "".join(shape), name.endswith("?")
 
 
 def _translations() -> dict[str, Callable[..., Any]]:
@@ -350,7 +307,7 @@ def _translations() -> dict[str, Callable[..., Any]]:
         return ops.CompressRows(query, key, value, indices, count)
 
     def attend(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
-        named = {} if kernel in portable.CAUSAL_KERNELS else {"kernel": kernel}
+        named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
         return ops.Attend(query, key, value, count, scale=scale, **named)
 
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]

@@ -27,11 +27,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.calls import SiteShape
 from tsa_compile.errors import ConfigError, RewriteError
-from tsa_compile.passes.base import PassResult, SitePlan, summary
+from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
-from tsa_compile.passes.plan import PlanSites, all_kept_below, minimum_length
+from tsa_compile.passes.plan import PlanCalls, all_kept_below, minimum_length
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import Reason, record
 
@@ -125,6 +125,14 @@ def _free_sizes(program: ExportedProgram) -> set[str]:
     return free
 
 
+def bounds(program: ExportedProgram, size: int | torch.SymInt) -> tuple[int, int]:
+    """The smallest and the largest value that a size of a program's inputs may have."""
+    if isinstance(size, int):
+        return size, size
+    extents = program.range_constraints[size.node.expr]
+    return int(extents.lower), int(extents.upper)
+
+
 class _Example:
     """Example inputs, and which of their dimensions are the length and the batch."""
 
@@ -204,8 +212,8 @@ def _without_cache(model: torch.nn.Module) -> Iterator[None]:
             found.use_cache = True
 
 
-class PlanExported(PlanSites):
-    """PlanSites for a graph without a second version: no guard can send another length elsewhere.
+class PlanExported(PlanCalls):
+    """PlanCalls for a graph without a second version: no guard can send another length elsewhere.
 
     before   length s in [shortest, longest], a minimum in between        torch.compile: a guard, and two graphs
     after    sparse, where all shorter lengths keep every token anyway;   else a ConfigError
@@ -227,7 +235,7 @@ class PlanExported(PlanSites):
         if text is not None:
             raise ConfigError(text)
 
-    def _decide(self, plan: SitePlan, selected: Reason | None, sparse_layers: float) -> None:
+    def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         config = self.state.config
         length = fake(plan.site.query).shape[2]
         if selected is None and isinstance(length, torch.SymInt):
@@ -237,7 +245,7 @@ class PlanExported(PlanSites):
         finally:
             self.state.config = config
 
-    def _settled(self, plan: SitePlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
+    def _settled(self, plan: CallPlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
         """A configuration with which no comparison of the length needs a guard."""
         config, site = self.state.config, plan.site
         query, key, value = (fake(node) for node in (site.query, site.key, site.value))
@@ -252,7 +260,7 @@ class PlanExported(PlanSites):
         return config.replace(min_length=1)
 
 
-_EXPORTED = tuple(PlanExported if step is PlanSites else step for step in PASSES)
+_EXPORTED = tuple(PlanExported if step is PlanCalls else step for step in PASSES)
 
 
 def _write_constants(program: ExportedProgram) -> None:

@@ -7,15 +7,15 @@
 `check` holds a model against NVIDIA's documentation (_trt_support.py: versions and addresses): operators, the types of
 their data, restrictions, limits. It runs without TensorRT and proves no more than the documentation says.
 
-`save` is written against the sources of torch-tensorrt 2.14 and has not been run with it: neither TensorRT nor its
-Python package could be installed where it was written. What it hands to
-them (PTX, launches, shapes, ranges) is tested.
+`save` hands the standard form of kernels/portable.py to torch-tensorrt. It is written against the sources of torch-tensorrt
+2.14 and has not been run with it, as TensorRT could not be installed where it was written. What it hands over is tested.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.errors import ConfigError
 from tsa_compile.export import _trt_support as support
-from tsa_compile.export.onnx import require, to_portable, writable
-from tsa_compile.files import replacing, write
+from tsa_compile.export.onnx import require, to_portable
+from tsa_compile.export.program import bounds
+from tsa_compile.files import StrPath, replacing, writable, write
 from tsa_compile.passes.base import summary
 from tsa_compile.passes.graph import fake
 
@@ -38,24 +39,26 @@ FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"
 _OPTIONS = {"attn_bias_is_causal": False, "assume_dynamic_shape_support": True, "min_block_size": 1}
 
 
-def save(program: ExportedProgram, path: str | os.PathLike[str], *, plugins: bool = True, **options: Any) -> None:
+def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
     """Builds an engine with torch-tensorrt on the current GPU and writes it. Not yet run: see the module's docstring.
 
     Args:
         program: from `export_program(..., lower=None)`, with its weights on the GPU.
         path: ".engine" for TensorRT's own runtime; ".ts" (C++ and Python) or ".pt2" (Python) for torch-tensorrt's.
-        plugins: score tokens, gather, attend to and scatter rows by Triton kernels, embedded as PTX; otherwise, and where
-            this TensorRT takes no such plugins (with a warning), by standard operators like the other steps.
         options: of `torch_tensorrt.dynamo.compile`. An engine is tuned for the longest inputs of the program's ranges.
 
     Raises:
-        ConfigError: a path or program that is not allowed; without plugins also a coverage without a capacity.
+        ConfigError: a path, option or program that is not allowed; a coverage without a capacity.
         WriteError: the file could not be written whole, as on a full disk; what was at `path` is as it was.
         ImportError: torch-tensorrt is missing.
     """
     target = writable(path, *FORMATS)
     torch_tensorrt = require("torch_tensorrt", extra="tensorrt")[0]
-    lowered = _with_plugins(program) if plugins else to_portable(program)
+    known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
+    for option in options:
+        if option not in known:  # torch-tensorrt takes any, and ignores it
+            raise ConfigError(f"{option!r} is not an option of torch_tensorrt.dynamo.compile")
+    lowered = to_portable(program)
     args, kwargs = example_ranges(lowered, torch_tensorrt.Input)
     options = {**_OPTIONS, **options}
     if target.suffix == ".engine":
@@ -76,25 +79,6 @@ def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, tar
     )
 
 
-def _with_plugins(program: ExportedProgram) -> ExportedProgram:
-    """The program with plugins registered for it, or without where there are none to be had."""
-    from tsa_compile.export._trt_describe import register
-    from tsa_compile.export._trt_plugins import PluginForms
-
-    forms = PluginForms()
-    try:
-        lowered = to_portable(program, forms.table())
-        major, minor = torch.cuda.get_device_capability()
-        kernels, trtp = require("torch_tensorrt.kernels", "tensorrt.plugin", extra="tensorrt")
-        for plugin in forms.used.values():
-            register(plugin, 10 * major + minor, kernels, trtp)
-    except (ImportError, RuntimeError) as error:  # torch-tensorrt's own; KernelError is one as well
-        text = f"no TensorRT plugins ({error}): all steps are standard operators"
-        warnings.warn(text, TSAWarning, stacklevel=3)
-        return to_portable(program)
-    return lowered
-
-
 def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[Any, Any]:
     """The program's (args, kwargs) with `make(min_shape=, opt_shape=, max_shape=, dtype=)` for every tensor."""
     nodes = {node.name: fake(node) for node in program.graph.nodes if node.op == "placeholder"}
@@ -106,17 +90,10 @@ def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[
         if not isinstance(value, torch.Tensor):
             values.append(getattr(spec.arg, "value", value))
             continue
-        low, high = (tuple(_bounds(program, extent)[end] for extent in value.shape) for end in (0, 1))
+        low, high = (tuple(bounds(program, extent)[end] for extent in value.shape) for end in (0, 1))
         values.append(make(min_shape=low, opt_shape=high, max_shape=high, dtype=value.dtype))
     args, kwargs = tree_unflatten(values, program.call_spec.in_spec)
     return args, kwargs
-
-
-def _bounds(program: ExportedProgram, extent: int | torch.SymInt) -> tuple[int, int]:
-    if isinstance(extent, int):
-        return extent, extent
-    extents = program.range_constraints[extent.node.expr]
-    return int(extents.lower), int(extents.upper)
 
 
 @dataclass(frozen=True)
@@ -159,6 +136,10 @@ class _Graph:
             for attribute in node.attribute if node.op_type == "Constant" else ():
                 self.constants[node.output[0]] = attribute.t if attribute.name == "value" else attribute
 
+    def rank(self, name: str, default: int) -> int:
+        """How many dimensions a value has; `default` where that is unknown."""
+        return len(self.shapes[name]) if name in self.shapes else default
+
     def value(self, name: str) -> Any:
         """A constant's value as an array; None if it is none, or not a tensor."""
         constant = self.constants.get(name)
@@ -185,7 +166,7 @@ def check(model: Any) -> list[Finding]:
     return findings
 
 
-def _read(onnx: Any, path: str | os.PathLike[str]) -> Any:
+def _read(onnx: Any, path: StrPath) -> Any:
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own, which has a name in no package that must be there
@@ -218,38 +199,42 @@ def _refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
     """Why a node would be refused."""
     operator = node.op_type
     if node.domain not in ("", "ai.onnx"):
-        yield (
-            f"a custom operator: the parser looks for a plugin named {operator!r}, whatever the domain",
-            support.PARSER,
-            True,
-        )
+        reason = f"a custom operator: the parser looks for a plugin named {operator!r}, whatever the domain"
+        yield reason, support.PARSER, True
         return
     if operator not in support.TYPES:
         listed = "listed as not supported" if operator in support.UNSUPPORTED else "not among the documented operators"
         yield listed, support.OPERATORS, True
         return
-    yield from _type_refusals(node, graph)
-    constant = support.CONSTANT_INPUTS.get(operator)
-    if constant is not None and _input(node, constant[0]) and _input(node, constant[0]) not in graph.constants:
-        yield f"{constant[1]} is computed; it must be known when the engine is built", support.OPERATORS, True
+    for reason in (*_type_refusals(node, graph), *_form_refusals(node, graph), *_own_refusals(node, graph)):
+        yield reason, support.OPERATORS, True
     if operator in support.DATA_DEPENDENT:
         page = f"{support.DOCS}{support.DATA_DEPENDENT[operator]}.html"
         yield "the shape of its output depends on data: no profile bounds it", page, True
     if operator in support.UNCHECKED:
         yield support.UNCHECKED[operator], support.OPERATORS, False
-    if operator in _RULES:
-        for reason in _RULES[operator](node, graph):
-            yield reason, support.OPERATORS, True
     yield from _size_refusals(node, graph)
 
 
-def _type_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
+def _type_refusals(node: Any, graph: _Graph) -> Iterator[str]:
     kind, position = support.DATA.get(node.op_type, ("input", 0))
     values = node.input if kind == "input" else node.output
     found = graph.types.get(values[position], "") if position < len(values) else ""
     allowed = support.TYPES[node.op_type]
     if found and {"DOUBLE": "FP32"}.get(found, found) not in allowed:
-        yield f"data of type {found}; the parser takes {', '.join(sorted(allowed))}", support.OPERATORS, True
+        yield f"data of type {found}; the parser takes {', '.join(sorted(allowed))}"
+
+
+def _form_refusals(node: Any, graph: _Graph) -> Iterator[str]:
+    """What an operator may not have, whatever its values."""
+    position, name = support.CONSTANT_INPUTS.get(node.op_type, (0, ""))
+    if name and _input(node, position) and _input(node, position) not in graph.constants:
+        yield f"{name} is computed; it must be known when the engine is built"
+    if node.op_type in support.ONE_OUTPUT and any(node.output[1:]):
+        yield "only the first output is supported"
+    for attribute in support.NO_ATTRIBUTES.get(node.op_type, ()):
+        if _attribute(graph, node, attribute, 0):
+            yield f"the attribute {attribute} is not supported"
 
 
 def _size_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
@@ -258,16 +243,35 @@ def _size_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
         shape = graph.shapes.get(name, [])
         if len(shape) > support.MAX_RANK:
             yield f"{name} has {len(shape)} dimensions; at most {support.MAX_RANK} are allowed", support.DIMS, True
-        elements = 1
-        for extent in shape:
-            elements *= extent if isinstance(extent, int) else 1  # a symbolic extent is at least 1
+        elements = math.prod(extent for extent in shape if isinstance(extent, int))  # a symbolic extent is at least 1
         if page is not None and elements > support.MAX_ELEMENTS:
             reason = f"{name} has {elements} elements; at most {support.MAX_ELEMENTS} are allowed"
             yield reason, f"{support.DOCS}{page}.html", True
 
 
+def _own_refusals(node: Any, graph: _Graph) -> Iterator[str]:
+    """Restrictions of a single operator."""
+    operator, rank = node.op_type, graph.rank(_input(node, 0), 4)
+    reduction = _attribute(graph, node, "reduction", b"none")
+    positions = graph.types.get(_input(node, 3)) or "INT64"
+    if operator == "TopK":
+        yield from _topk(node, graph)
+    elif operator == "Attention":
+        yield from _attention(node, graph)
+    elif operator == "ScatterND" and reduction != b"none":
+        yield f"the reduction {reduction.decode()!r} is not supported"
+    elif operator == "RotaryEmbedding" and positions != "INT64":
+        yield f"position_ids is {positions}; it must be INT64"
+    elif operator == "GridSample" and rank != 4:
+        yield "the input must have 4 dimensions"
+    elif operator in ("AveragePool", "MaxPool") and rank not in (4, 5):
+        yield f"pools over {rank - 2} dimensions; 2 or 3 are supported"
+    if operator in ("AveragePool", "MaxPool", "LpPool") and set(_attribute(graph, node, "dilations", [])) - {1}:
+        yield "dilations must be 1"
+
+
 def _topk(node: Any, graph: _Graph) -> Iterator[str]:
-    if _attribute(node, "sorted", 1) != 1:
+    if _attribute(graph, node, "sorted", 1) != 1:
         yield "sorted is 0; it must be 1"
     k = graph.value(_input(node, 1))
     if k is None:
@@ -282,76 +286,17 @@ def _attention(node: Any, graph: _Graph) -> Iterator[str]:
         given = _input(node, position)
         if given and position > 3:
             yield f"the input {name} is not supported"
-        elif given and len(graph.shapes.get(given, [None] * 4)) != 4:
-            yield f"{name} has {len(graph.shapes[given])} dimensions; it must have 4"
-    if any(node.output[1:]):
-        yield "only the first output is supported"
-    for name in ("softcap", "qk_matmul_output_mode"):
-        if _attribute(node, name, 0):
-            yield f"the attribute {name} is not supported"
-
-
-def _pooling(node: Any, graph: _Graph) -> Iterator[str]:
-    rank = len(graph.shapes.get(_input(node, 0), [None] * 4))
-    if rank not in (4, 5) and node.op_type != "LpPool":
-        yield f"pools over {rank - 2} dimensions; 2 or 3 are supported"
-    if any(extent != 1 for extent in _attribute(node, "dilations", [])):
-        yield "dilations must be 1"
-    if any(node.output[1:]):
-        yield "the output Indices is not supported"
-
-
-def _constant(node: Any, graph: _Graph) -> Iterator[str]:
-    for attribute in node.attribute:
-        if attribute.name in ("sparse_value", "value_string", "value_strings"):
-            yield f"the attribute {attribute.name} is not supported"
-
-
-def _scatter_nd(node: Any, graph: _Graph) -> Iterator[str]:
-    if _attribute(node, "reduction", b"none") != b"none":
-        yield f"the reduction {_attribute(node, 'reduction', b'').decode()!r} is not supported"
-
-
-def _grid_sample(node: Any, graph: _Graph) -> Iterator[str]:
-    if len(graph.shapes.get(_input(node, 0), [None] * 4)) != 4:
-        yield "the input must have 4 dimensions"
-
-
-def _layer_normalization(node: Any, graph: _Graph) -> Iterator[str]:
-    if any(node.output[1:]):
-        yield "only the first output is supported"
-
-
-def _rotary_embedding(node: Any, graph: _Graph) -> Iterator[str]:
-    positions = _input(node, 3)
-    if positions and graph.types.get(positions, "INT64") != "INT64":
-        yield f"position_ids is {graph.types[positions]}; it must be INT64"
-
-
-_RULES: dict[str, Callable[[Any, _Graph], Iterator[str]]] = {
-    "TopK": _topk,
-    "Attention": _attention,
-    "AveragePool": _pooling,
-    "MaxPool": _pooling,
-    "LpPool": _pooling,
-    "Constant": _constant,
-    "ScatterND": _scatter_nd,
-    "GridSample": _grid_sample,
-    "LayerNormalization": _layer_normalization,
-    "RotaryEmbedding": _rotary_embedding,
-}
+        elif given and graph.rank(given, 4) != 4:
+            yield f"{name} has {graph.rank(given, 4)} dimensions; it must have 4"
 
 
 def _input(node: Any, position: int) -> str:
     return node.input[position] if position < len(node.input) else ""
 
 
-def _attribute(node: Any, name: str, default: Any) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            kinds = {1: attribute.f, 2: attribute.i, 3: attribute.s, 7: list(attribute.ints)}
-            return kinds.get(attribute.type, default)
-    return default
+def _attribute(graph: _Graph, node: Any, name: str, default: Any) -> Any:
+    found = (attribute for attribute in node.attribute if attribute.name == name)
+    return next(map(graph.onnx.helper.get_attribute_value, found), default)
 
 
 _TYPE_NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}

@@ -3,23 +3,23 @@
 import pytest
 
 from tsa_compile import pipeline
-from tsa_compile.kernels import attend
+from tsa_compile.kernels import registry
 
 assert pipeline.OPS
-_before = attend.names()
+_before = registry.names()
 
 from tsa_compile.kernels import sparse  # noqa: E402
 
 assert sparse.PRIORITY < 0
-_added = [attend.get(name) for name in attend.names() if name not in _before]
+_added = [registry.get(name) for name in registry.names() if name not in _before]
 for _kernel in _added:
-    attend.unregister(_kernel.name)
+    registry.unregister(_kernel.name)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def registered_kernels():
     for kernel in _added:
-        attend.register(kernel)
+        registry.register(kernel)
     yield
     for kernel in _added:
-        attend.unregister(kernel.name)
+        registry.unregister(kernel.name)

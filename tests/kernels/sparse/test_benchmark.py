@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tsa_compile.kernels import attend
+from tsa_compile.kernels import registry
 from tsa_compile.kernels.sparse import lists_of
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
@@ -22,13 +22,13 @@ LENGTH = 1500
 def load(monkeypatch):
     """Imports a benchmark as its neighbours do: by name, from the folder."""
     monkeypatch.syspath_prepend(FOLDER)
-    modules, kernels = set(sys.modules), set(attend.names())
+    modules, kernels = set(sys.modules), set(registry.names())
     yield importlib.import_module
     for name in set(sys.modules) - modules:
         if name.startswith(("attention", "sparse")):
             del sys.modules[name]
-    for name in set(attend.names()) - kernels:
-        attend.unregister(name)
+    for name in set(registry.names()) - kernels:
+        registry.unregister(name)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def sparse(load, monkeypatch):
     turns = functools.partial(load("attention_timing").take_turns, at_most=5, burst=lambda calls, first, count: 1.0)
     monkeypatch.setattr(module, "take_turns", turns)
     monkeypatch.setattr(
-        module, "dense_call", lambda inputs: lambda: attend.attend(*inputs.tensors, None, inputs.scale, "sdpa")
+        module, "dense_call", lambda inputs: lambda: registry.get("sdpa").causal(*inputs.tensors, inputs.scale)
     )
     monkeypatch.setattr(load("attention_methods"), "compiled_flex", lambda: plain_flex)
     return module

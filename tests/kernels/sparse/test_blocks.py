@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.flash import Tiles
 from tsa_compile.kernels.sparse.blocks import (
     _blocks_kernel,
     block_sparse_attention,
@@ -13,6 +12,7 @@ from tsa_compile.kernels.sparse.blocks import (
     blocks_triton,
     longest_first,
 )
+from tsa_compile.kernels.tiles import Tiles
 
 BLOCK = 32
 HALVES = Tiles(16, 16, 4, 2)

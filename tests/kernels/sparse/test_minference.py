@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tsa_compile.kernels import attend, fused, reference, reference_sparse
-from tsa_compile.kernels.flash import Tiles
+from tsa_compile.kernels import attend, fused, reference, reference_sparse, registry
 from tsa_compile.kernels.sparse import block_sparse
 from tsa_compile.kernels.sparse.last_rows import Splitting
 from tsa_compile.kernels.sparse.minference import a_shape_lists, minference_aten, minference_lists, minference_triton
@@ -19,6 +18,7 @@ from tsa_compile.kernels.sparse.vertical_slash import (
     vertical_slash_mask,
     vertical_slash_triton,
 )
+from tsa_compile.kernels.tiles import Tiles
 
 from .support import counted, make, poisoned
 
@@ -179,13 +179,13 @@ def test_density_counts_what_is_computed():
 def narrow():
     """MInference with few columns and diagonals, as a registered kernel."""
     yield block_sparse("narrow", minference_lists, **NARROW)
-    attend.unregister("narrow")
+    registry.unregister("narrow")
 
 
 def test_registered(narrow):
     inputs, count = tensors(200, 2, 4, 2, 16, 16), torch.tensor([200, 77], dtype=torch.int32)
     for name in ("minference", "a_shape"):
-        assert not attend.get(name).exact and attend.get(name).device_count
+        assert not registry.get(name).exact and registry.get(name).device_count
         # With the defaults both are dense at this length.
         out = attend.attend(*inputs, count, 0.25, name)
         torch.testing.assert_close(out, reference.attend(*inputs, count, 0.25))
@@ -231,7 +231,7 @@ def test_on_the_gpu(dim):
 def test_captured_graph_replays_with_another_count_and_compiles_nothing():
     inputs, count = tensors(3000, 1, 8, 2, 128, 128, torch.bfloat16, "cuda"), counted([3000], "cuda")
     kernel = block_sparse("narrow", minference_lists, vertical=[50] * 8, slash=200)
-    attend.unregister("narrow")
+    registry.unregister("narrow")
     kernel.causal(*inputs, 0.1, count)
     compiled = sum(len(cache[0]) for cache in _attend_kernel.device_caches.values())
     torch.cuda.synchronize()

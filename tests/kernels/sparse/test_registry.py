@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels import attend, fused, reference  # noqa: F401, fused registers its op
-from tsa_compile.kernels.attend import KernelRequest, choose, unregister
+from tsa_compile.kernels import attend, fused, reference, registry  # noqa: F401, fused registers its op
+from tsa_compile.kernels.registry import KernelRequest, choose, unregister
 from tsa_compile.kernels.sparse import block_sparse, flashprefill_lists, flexprefill_lists, lists_of, xattention_lists
 
 NAMES = ("flashprefill", "xattention", "flexprefill")
@@ -93,7 +93,7 @@ def test_composed_with_token_selection(registered, name):
 def test_captured_with_a_count_on_the_device(name):
     inputs = make(3000, torch.bfloat16, "cuda", 8, 2, 128)
     count = torch.tensor([3000, 3000], dtype=torch.int32, device="cuda")
-    kernel = attend.get(name)
+    kernel = registry.get(name)
     kernel.causal(*inputs, 0.1, count)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference_sparse
-from tsa_compile.kernels._triton import tl, triton
+from tsa_compile.kernels.launch import tl, triton
 from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _strided_logits, _tiling, sums_triton
 from tsa_compile.kernels.sparse.lists import density
 from tsa_compile.kernels.sparse.xattention import xattention_aten, xattention_lists, xattention_triton

@@ -1,4 +1,4 @@
-"""`AttentionSite`, the one normal form of an attention call, and how each form of it is read.
+"""Every attention call of a graph, read into its normal form (call.py), however it was spelled.
 
     aten.scaled_dot_product_attention.default(q, k, v, m, ...)      however it was spelled                  form "sdpa"
     matmul(softmax(matmul(q, k.mT) * scale + m), v)                 written out, see eager.py               form "eager"
@@ -13,105 +13,41 @@ where the call stands. Reading changes nothing. A call that cannot be read is st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tsa_compile.passes.aten import AtenGraph, record, unknown
+from tsa_compile.passes.base import CallPlan, Pass, PassResult
+from tsa_compile.passes.call import AttentionCall, MaskTerm, Problem, RecordedCall
+from tsa_compile.passes.eager import WrittenOut
+from tsa_compile.passes.frame import frame_of
 from tsa_compile.passes.graph import fake, known, same_shape
-from tsa_compile.passes.layers import layer_name
-from tsa_compile.passes.operators import arguments, aten, is_attention
+from tsa_compile.passes.layers import layer_name, placed, places_of
+from tsa_compile.passes.operators import arguments, aten, is_attention, without_copies
 from tsa_compile.report import Reason
 
-Form = Literal["sdpa", "eager", "other"]
-Problem = tuple[Reason, str]
+
+class FindCalls(Pass):
+    """Reads every attention call into its normal form, and finds its place among the model's layers."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        self.state.aten, self.state.frame = record(graph_module), frame_of(graph_module)
+        sites = calls_of(self.state.aten)
+        places = places_of(sites, graph_module, self.state.frame)
+        self.state.plans = [CallPlan(placed(site, place), place) for site, place in zip(sites, places, strict=True)]
+        return self.result(graph_module, len(sites), modified=False)
 
 
-@dataclass(frozen=True)
-class MaskTerm:
-    """One thing that masks scores [B, H, Lq, Lk].
-
-    Attributes:
-        mask: a recorded tensor that broadcasts to the scores.
-        role: "keep" (True lets through), "drop" (True hides), "bias" (added to the scores).
-        fill: what a hidden score becomes, for "keep" and "drop".
-        dtype: the floating-point type in which hidden scores are written.
-    """
-
-    mask: Node
-    role: Literal["keep", "drop", "bias"]
-    fill: float = float("-inf")
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionSite:
-    """An attention call in normal form: query [B,H,Lq,D], key [B,G,Lk,D], value [B,G,Lk,Dv], H % G == 0.
-
-    Attributes:
-        node: the graph's node whose output is the attention output [B,H,Lq,Dv].
-        aten: the recorded operators of the graph, in which the masks are.
-        form: the form it was read from.
-        query, key, value: nodes of the graph.
-        scale: the factor of the scores, a number or a node of the graph; None means 1/sqrt(D).
-        layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
-        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where no number is known to be the layer's.
-        wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
-        problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
-    """
-
-    node: Node
-    aten: AtenGraph
-    form: Form
-    query: Any
-    key: Any
-    value: Any
-    masks: tuple[MaskTerm, ...] = ()
-    is_causal: Any = False
-    scale: Any = None
-    dropout: Any = 0.0
-    layer: str = ""
-    layer_index: int | None = None
-    container: str = ""
-    problem: Problem | None = None
-    wide_key: Node | None = None
-    wide_value: Node | None = None
-
-    @property
-    def peeled(self) -> bool:
-        """Whether key and value were repeated to H heads in front of the call."""
-        return self.wide_key is not None and self.wide_key is not self.key
-
-
-@dataclass(frozen=True)
-class RecordedCall:
-    """An attention call as it was read: everything but `output`'s place in the graph. Operands are recorded values."""
-
-    output: Node
-    form: Form
-    query: Any = None
-    key: Any = None
-    value: Any = None
-    masks: tuple[MaskTerm, ...] = ()
-    is_causal: Any = False
-    scale: Any = None
-    dropout: Any = 0.0
-    grouped: bool = False
-    problem: Problem | None = None
-
-
-def find_sites(graph_module: GraphModule) -> list[AttentionSite]:
+def find_calls(graph_module: GraphModule) -> list[AttentionCall]:
     """Every attention call of a graph, in execution order."""
-    return sites_of(record(graph_module))
+    return calls_of(record(graph_module))
 
 
-def sites_of(graph: AtenGraph) -> list[AttentionSite]:
+def calls_of(graph: AtenGraph) -> list[AttentionCall]:
     """Every attention call among recorded operators, in execution order. Never raises: a call that fails has a problem."""
-    from tsa_compile.passes.eager import WrittenOut  # reads into this module's normal form
-
     written_out = WrittenOut(graph)
     sites = []
     for call in list(graph.calls.nodes):
@@ -150,7 +86,7 @@ def read_other(call: Node) -> RecordedCall | None:
     )
 
 
-def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionSite:
+def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
     """A site from a call: repeated heads are peeled, the layer is named, shapes are checked, operands are located."""
     node, problem = _place(graph, call)
     query, key, value = call.query, call.key, call.value
@@ -166,7 +102,7 @@ def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionSite:
         problem = _kind_problem(node, *located)
     layer, container, layer_index = layer_name(node)
     shown = [place if place is not None else recorded for place, recorded in zip(located, (query, key, value), strict=True)]
-    return AttentionSite(
+    return AttentionCall(
         node=node, aten=graph, form=call.form, query=shown[0], key=shown[1], value=shown[2], masks=call.masks,
         is_causal=call.is_causal, scale=scale, dropout=call.dropout, layer=layer, layer_index=layer_index,
         container=container, problem=problem, wide_key=wide_key, wide_value=wide_value,
@@ -183,13 +119,13 @@ def _place(graph: AtenGraph, call: RecordedCall) -> tuple[Node, Problem | None]:
     return origin, call.problem or (Reason.UNSUPPORTED_FORM, f"it is inside {name}")
 
 
-def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionSite | None:
+def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionCall | None:
     """The site of a call whose reading failed; None if it looks like no attention at all."""
     origin = call.meta["origin"]
     if not (is_attention(call.target) or "softmax" in str(call.target)):
         return None
     layer, container, layer_index = layer_name(origin)
-    return AttentionSite(
+    return AttentionCall(
         origin, graph, "other", None, None, None, layer=layer, layer_index=layer_index, container=container,
         problem=(Reason.PASS_FAILED, why),
     )  # fmt: skip
@@ -248,15 +184,7 @@ def _kind_problem(output: Node, query: Any, key: Any, value: Any) -> Problem | N
     return None
 
 
-_COPIES = (aten.contiguous.default, aten.clone.default)
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
-
-
-def without_copies(node: Any) -> Any:
-    """The value behind copies that change nothing but the layout."""
-    while isinstance(node, Node) and node.target in _COPIES:
-        node = node.args[0]
-    return node
 
 
 def peel_repeated_heads(node: Node) -> Node:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.sites import find_sites
 from tsa_compile.report import Reason
 from tsa_compile.testing import capture_all
 
@@ -91,7 +91,7 @@ class TestSDPA:
     def test_a_call_that_cannot_run_has_a_row(self):
         graph, (site,), _ = read(lambda q, k, v: sdpa(q, k, v, is_causal=True), *inputs())
         site.node.kwargs = {"is_causal": next(iter(graph.graph.nodes))}
-        (site,) = find_sites(graph)
+        (site,) = find_calls(graph)
         assert site.problem is not None and site.problem[0] is Reason.UNSUPPORTED_FORM
 
 
@@ -237,7 +237,7 @@ class TestLayers:
     """A site is named after the module that it was traced from, the same by either tracer."""
 
     def names(self, graph):
-        return [(site.layer, site.container, site.layer_index) for site in find_sites(graph)]
+        return [(site.layer, site.container, site.layer_index) for site in find_calls(graph)]
 
     EXPECTED = (
         ("encoder.0.attention", "encoder.*.attention", 0),

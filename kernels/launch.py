@@ -1,4 +1,14 @@
-"""Functions of launches, remembered: the same call again costs the host its launches, and one allocation for each result.
+"""Launching: Triton where it is installed, one way to launch a kernel, and functions of launches remembered.
+
+    launch(kernel, grid, tensors, numbers, **constants)      kernel[grid](*tensors, *numbers, **constants), for less
+    remembered(function)(*arguments)                         function(*arguments), the second time by its launches alone
+
+Every kernel file imports `triton` and `tl` from here, so that the package (and its CPU implementations) also import on
+platforms without Triton. Kernels decorated by the stand-in can be defined but not launched: `HAS_TRITON` says which.
+
+`launch` is the only way in which this package launches a kernel. Triton examines and binds every argument anew each time,
+about half of the 15 to 30 us that a launch costs the host; so compiled kernels are kept by all that they depend on. Where a
+compiler traces, the kernel goes into its graph instead.
 
 Around its launches a function computes strides, alignments and tile sizes, allocates, and looks compiled kernels up: for the
 six of a sparse layer .15 to .5 ms of the host's time, while 8K tokens take the GPU .45 ms. All of this follows from the
@@ -10,9 +20,9 @@ It is as if the function ran, or else the function runs. A signature is not reme
 - calls any operator that is neither an allocation, empty or of zeros, nor a view: its result would be missing,
 - launches on memory that several arguments share, other than on an argument itself: which of them is meant?
 - returns a part of an argument or of another result,
-- launches nothing, or by an interpreter.
+- launches nothing, by an interpreter, or with TMA descriptors, which hold addresses.
 
-A function may not branch on data, on globals that change, or launch in any other way than by `_triton.launch`.
+A function may not branch on data, on globals that change, or launch in any other way than by `launch`.
 """
 
 from __future__ import annotations
@@ -21,15 +31,39 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+try:
+    import triton
+    import triton.language as tl
 
-_REMEMBERED = 1024
+    HAS_TRITON = True
+except ImportError:
+
+    class _Missing:
+        """Stands for `triton`: its decorators leave the function as it is, anything else names what is missing."""
+
+        def jit(self, fn: Any = None, **_: Any) -> Any:
+            return fn if fn is not None else lambda inner: inner
+
+        def __getattr__(self, name: str) -> Any:
+            raise ImportError(f"triton.{name} needs Triton, which is not installed: install it, or stay on the CPU")
+
+    triton = _Missing()
+    tl = SimpleNamespace(constexpr=lambda value: value)
+    HAS_TRITON = False
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Found = TypeVar("Found")
+
+_REMEMBERED = 4096
+"""How many compiled kernels, and signatures of a function, are kept: every length is one."""
 _ALIGNMENT = 512
 """Bytes between temporaries, as the caching allocator has it: a kernel compiled for aligned addresses finds such."""
 
@@ -81,6 +115,76 @@ class _Notes(TorchDispatchMode):
     def add(self, runner: Callable[..., Any], tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> None:
         """A launch: `runner(*addresses, *numbers, stream=stream)` repeats it."""
         self.launches.append((runner, tensors, numbers))
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """Rounded up. `triton.cdiv` also works in kernels, for which it costs the host 5 us a call."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number of at least 1; as `triton.next_power_of_2`, but fast."""
+    return 1 << (number - 1).bit_length()
+
+
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    *,
+    descriptors: tuple[Any, ...] = (),
+    **options: Any,
+) -> None:
+    """Launches a kernel on the current stream of the current device. See the module's docstring.
+
+    Args:
+        tensors, descriptors, numbers: the kernel's parameters in order, but for the constants. The first is a tensor.
+        descriptors: of tensors for TMA, or None. They are made anew for each launch, which therefore is Triton's own.
+        options: the constants, and num_warps and num_stages.
+    """
+    arguments = (*tensors, *descriptors)
+    if type(tensors[0]) is not Tensor:  # fake or functional: a compiler traces, and takes the kernel into its graph
+        torch.library.wrap_triton(kernel)[grid](*arguments, *numbers, **options)
+        return
+    notes = watching()
+    tma = any(descriptor is not None for descriptor in descriptors)
+    # Not for the interpreter's functions, nor for AMD, where Triton specializes on the extent of memory as well.
+    if tma or torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
+        if notes is not None:
+            notes.replayable = False
+        kernel[grid](*arguments, *numbers, **options)
+        return
+    pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in arguments]
+    key = (id(kernel), torch.cuda.current_device(), numbers, *pointers, *options.values())
+    found = _compiled.get(key)
+    if found is None:
+        if len(_compiled) >= _REMEMBERED:  # every length is an entry, though not a compilation
+            _compiled.clear()
+        constants = tuple(options[name] for name in kernel.arg_names[len(arguments) + len(numbers) :])
+        compiled = kernel[grid](*arguments, *numbers, **options)
+        _compiled[key] = (compiled, constants)
+    else:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*arguments, *numbers, *constants)
+    if notes is not None:
+        notes.add(compiled[(*grid, 1, 1)[:3]], arguments, (*numbers, *constants))
+
+
+def by_device(by_triton: Callable[..., Found], by_aten: Callable[..., Found]) -> Callable[..., Found]:
+    """The first function where its first argument is on a GPU and Triton is installed, else the second."""
+
+    @functools.wraps(by_aten)
+    def call(first: Tensor, *arguments: Any, **options: Any) -> Found:
+        if not (first.is_cuda and HAS_TRITON):
+            return by_aten(first, *arguments, **options)
+        with torch.cuda.device_of(first):
+            return by_triton(first, *arguments, **options)
+
+    return call
 
 
 @dataclass(frozen=True)

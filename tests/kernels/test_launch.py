@@ -1,4 +1,4 @@
-"""Remembered functions: a replay computes what the function would, and what cannot be replayed runs.
+"""Remembered functions of launches: a replay computes what the function would, and what cannot be replayed runs.
 
 A launch here is a Python function that computes on addresses, as a kernel would.
 """
@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsa_compile.kernels import _replay, fused
-from tsa_compile.kernels._replay import remembered, watching
+from tsa_compile.kernels import fused
+from tsa_compile.kernels import launch as launching
 from tsa_compile.kernels.fused import Options, sparse_triton
+from tsa_compile.kernels.launch import remembered, watching
 
 
 def add_scaled(target, source, factor, size, stream):
@@ -206,7 +207,7 @@ def test_after_an_error_nobody_watches():
 
 
 def test_not_more_is_remembered_than_fits(monkeypatch):
-    monkeypatch.setattr(_replay, "_REMEMBERED", 2)
+    monkeypatch.setattr(launching, "_REMEMBERED", 2)
     counted = Counted(plus)
     for size in (1, 2, 3, 3, 1):
         counted.call(torch.ones(size), torch.ones(size))
@@ -229,6 +230,6 @@ def test_sparse_attention_is_replayed(budget, length):
         found = sparse_triton(query, key, value, options)
         for step in (*steps, fused._compressed, fused._decompressed):
             assert step.programs and None not in step.programs.values()
-        with _replay._Notes():  # who watches sees the functions themselves run
+        with launching._Notes():  # who watches sees the functions themselves run
             expected = sparse_triton(query, key, value, options)
         assert torch.equal(found, expected)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, TSAConfig, TSAWarning
-from tsa_compile.calibrate import PRESETS, Calibration, calibrate, preset
+from tsa_compile.calibration import PRESETS, Calibration, calibrate, preset
 from tsa_compile.fingerprint import Fingerprint
 
 from .support import tiny, tokens

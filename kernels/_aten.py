@@ -1,0 +1,49 @@
+"""What the ops' ATen forms are written in: one form an op for the CPU, AOTInductor, ONNX and TensorRT.
+
+An ATen form is traceable with symbolic batch and length, and nothing in it becomes a TopK, a sort, a NonZero, an unfold, a
+bit operation or a shape that depends on data. TensorRT 10 and 11 set the limits (their ONNX parser's operators.md): TopK
+takes k < 3840, CumSum and Clip floating point alone, pooling two dimensions or three. Every scatter has distinct targets:
+what must not be written goes to places of its own behind the part that is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def running_count(flags: Tensor) -> Tensor:
+    """How many flags of the last dimension are set up to and with each: int64.
+
+    TensorRT cumulates floats alone; float32 is exact up to 2^24 tokens.
+    """
+    return flags.to(torch.float32).cumsum(dim=-1).to(torch.int64)
+
+
+def at_least(numbers: Tensor, least: int) -> Tensor:
+    """The larger of integers and `least`: clamp would be ONNX's Clip, which TensorRT has for floating point alone."""
+    return torch.maximum(numbers, torch.full_like(numbers, least))
+
+
+def slots_below(count: Tensor, capacity: int) -> Tensor:
+    """The slots that are real: bool [B, 1, C]."""
+    return (torch.arange(capacity, dtype=torch.int32, device=count.device) < count[:, None])[:, None]
+
+
+def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[B, Hs, ...] -> [B, H, ...], each for its H // Hs heads; a trace learns nothing about sizes, as with a view."""
+    share = heads // tensor.shape[1]
+    return tensor if share == 1 else tensor.index_select(1, torch.arange(heads, device=tensor.device) // share)
+
+
+def take_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """Source [B, G, L, D] of any strides, rows [B, H, C] -> [B, H, C, D], head h from h // (H / G), nothing repeated."""
+    batch, heads, _ = rows.shape
+    items = torch.arange(batch, device=source.device)[:, None, None]
+    source_heads = (torch.arange(heads, device=source.device) // (heads // source.shape[1]))[None, :, None]
+    return source[items, source_heads, rows.to(torch.int64)]
+
+
+def as_rows(output: Tensor) -> Tensor:
+    """[B, H, L, Dv] in the memory layout [B, L, H, Dv]: no copy where it has that already."""
+    return output.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,120 @@
+"""What stands for each op where a graph is opened: one table for each form.
+
+    "aten"       ATen operators: AOTInductor packages for CPUs
+    "standard"   the same without a sort: what ONNX exports in standard operators and TensorRT engines are made of
+    "triton"     triton_ops around our launchers, which AOTInductor compiles into a package for CUDA; ATen for the rest
+
+    torch.ops.tsa_triton.<op>(...) = torch.ops.tsa.<op>(...)       same arguments, shapes, dtypes and strides
+
+Functions of an op's arguments by its handle, as `ExportedProgram.run_decompositions` takes them. The ops themselves are
+opaque to a compiler, and so need Python when they run. A triton_op is a plain function of tensors and launches
+(`_triton.launch` hands a launch to whoever traces it). It may decide nothing by a length, which is symbolic while it is
+traced, and read nothing on the host. Therefore, in "triton":
+
+- select splits every row unless all lengths of the range are short;
+- attend takes a count from the device, by the kernel of flash.py, without TMA, whose descriptors hold addresses; with count
+  None (KeepRatio without padding) it is SDPA, by the fastest kernel that torch has;
+- padded dense attention is causal attention over the valid tokens, moved together: no L x L mask, and zeros where the other
+  op computes what pad tokens see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from tsa_compile.errors import KernelError
+from tsa_compile.kernels.attend import attend_aten
+from tsa_compile.kernels.budget import budget_aten, budget_cuda
+from tsa_compile.kernels.compress import compress_aten, compress_triton
+from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
+from tsa_compile.kernels.flash import flash_triton
+from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
+from tsa_compile.kernels.registry import get
+from tsa_compile.kernels.score import score_aten, score_cuda
+from tsa_compile.kernels.select import select_by_bisection, select_by_sorting, select_triton
+
+CAUSAL_KERNELS = ("auto", "sdpa", "flash", "cudnn", "triton")
+"""The attention kernels that every form of attend stands for: those of this package, which compute causal attention."""
+
+_SHORT = 8192
+
+
+def why_not(kernel: str) -> str | None:
+    """Why plain causal attention does not stand for an attention kernel; None where it does."""
+    if kernel in CAUSAL_KERNELS:
+        return None
+    try:
+        return "it is no part of this package" if get(kernel).exact else "it leaves attention out, as its selector says"
+    except KernelError:
+        return "it is not registered here"
+
+
+def _select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
+    short = _SHORT if statically_known_true(scores.shape[2] <= _SHORT) else 0
+    return select_triton(scores, count, capacity, short=short)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: float, kernel: str) -> Tensor:
+    return flash_triton(query, key, value, scale, count)
+
+
+_LAUNCHERS = {
+    "score": score_cuda,
+    "budget": budget_cuda,
+    "select": _select,
+    "compress": compress_triton,
+    "attend": _flash,
+    "decompress": decompress_triton,
+}
+for _name, _launcher in _LAUNCHERS.items():
+    _schema = str(getattr(torch.ops.tsa, _name).default._schema).removeprefix(f"tsa::{_name}")
+    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={}, schema=_schema)
+
+tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+    form = attend_aten if count is None else _triton.attend.default
+    return form(query, key, value, count, scale, kernel)
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor | None, scale: float, mean_rows: bool
+) -> Tensor:
+    """As tsa::padded_attention at valid tokens; zero at pad tokens."""
+    batch, seq_len = padding.shape
+    order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices.to(torch.int32)  # valid tokens first, as they are
+    indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
+    count = padding.sum(dim=1, dtype=torch.int32)
+    rows = _triton.compress.default(query, key, value, indices, count)
+    return _triton.decompress.default(_attend(*rows, count, scale, "triton"), indices, count, seq_len)
+
+
+Table = dict[Any, Callable[..., Any]]
+
+_ATEN: Table = {
+    tsa.score.default: score_aten,
+    tsa.budget.default: budget_aten,
+    tsa.select.default: select_by_sorting,
+    tsa.compress.default: compress_aten,
+    tsa.attend.default: attend_aten,
+    tsa.decompress.default: decompress_aten,
+    tsa.spans.default: spans_aten,
+    tsa.padded_attention.default: padded_attention_aten,
+}
+
+FORMS: dict[str, Table] = {
+    "aten": _ATEN,
+    "standard": {**_ATEN, tsa.select.default: select_by_bisection},
+    "triton": {
+        **_ATEN,
+        **{getattr(tsa, name).default: getattr(_triton, name).default for name in _LAUNCHERS},
+        tsa.attend.default: _attend,
+        tsa.padded_attention.default: _padded_attention,
+    },
+}

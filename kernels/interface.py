@@ -1,0 +1,75 @@
+"""What an attention kernel is, and what it is asked: plain data, which the kernels' own files and the registry share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What a kernel is asked to run: what may decide whether it can; no lengths, which vary from call to call."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    value_head_dim: int
+    heads: int
+    kv_heads: int
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, e.g. (9, 0) for Hopper; None off CUDA."""
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> KernelRequest:
+        """The request that these [B, heads, rows, head_dim] tensors make."""
+        capability = _capability(query.device) if query.is_cuda else None
+        heads, kv_heads = query.shape[1], key.shape[1]
+        return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], heads, kv_heads, capability)
+
+    def with_kv_heads(self, kv_heads: int) -> KernelRequest:
+        """The same with another number of key and value heads."""
+        return dataclasses.replace(self, kv_heads=kv_heads)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _exact_rows(rows: int) -> int:
+    return rows
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """A causal attention kernel and what is known about it.
+
+    run: `(query, key, value, scale) -> out`, causal over all rows given, query head h reading key head h // (H / Hk).
+        The inputs may be views of longer buffers (last stride 1). With `device_count` it is called with a fifth
+        argument, `count` (int32 [B] on the device, or None), must not synchronise, and returns all C rows.
+    supports: None if the request fits, else a sentence that says why not.
+    priority: "auto" takes the fitting kernel of the highest; the built-in ones have 30, 20, 0 and -10.
+    round_rows: the rows to hand over for a count that the host knows, at least as many; for kernels that are planned anew
+        for every shape, or, with `device_count`, that read some numbers of rows faster.
+    exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
+    stream_bytes: compressed rows of how many heads it is handed at a time, in bytes; None: fused.STREAM_BYTES. More suits a
+        kernel of which a call has a cost of its own.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    supports: Callable[[KernelRequest], str | None]
+    priority: int
+    device_count: bool = False
+    round_rows: Callable[[int], int] = _exact_rows
+    exact: bool = True
+    stream_bytes: int | None = None
+
+    def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None) -> Tensor:
+        """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows."""
+        return self.run(query, key, value, scale, *([count] if self.device_count else []))

@@ -1,0 +1,93 @@
+"""The attention kernels by name, and which of them runs.
+
+Adding a kernel takes one `register` call and nothing in this package changes:
+
+    from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, register
+
+    def supports(request: KernelRequest) -> str | None:
+        if request.device_type != "cuda":
+            return "runs on CUDA devices only"
+        if request.head_dim != request.value_head_dim:
+            return "needs value heads of the same size as query heads"
+        return None
+
+    def run(query, key, value, scale):  # causal over all rows given; key and value may have fewer heads than query
+        rows = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return flash_attn_func(*rows, softmax_scale=scale, causal=True).transpose(1, 2)
+
+    register(AttentionKernel("flash3", run, supports, priority=50))
+
+From then on `TSAConfig(kernel="flash3")` asks for it by name, and "auto" takes it where it fits and nothing of a higher
+priority does.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from tsa_compile.errors import KernelError
+from tsa_compile.kernels import flash, sdpa
+from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+
+__all__ = ["AUTO", "AttentionKernel", "KernelRequest", "choose", "get", "names", "register", "unregister"]
+
+AUTO = "auto"
+
+_registry: dict[str, AttentionKernel] = {}
+
+
+def register(kernel: AttentionKernel) -> AttentionKernel:
+    """Add a kernel under its name; KernelError if the name is taken or is "auto"."""
+    if kernel.name == AUTO or kernel.name in _registry:
+        taken = ", ".join((AUTO, *names()))
+        raise KernelError(f"cannot register attention kernel {kernel.name!r}: the names {taken} are taken")
+    _registry[kernel.name] = kernel
+    choose.cache_clear()
+    return kernel
+
+
+def unregister(name: str) -> None:
+    """Remove a kernel; KernelError if there is none of that name."""
+    get(name)
+    del _registry[name]
+    choose.cache_clear()
+
+
+def get(name: str) -> AttentionKernel:
+    """The kernel of that name; KernelError if there is none."""
+    if name not in _registry:
+        raise KernelError(f"unknown attention kernel {name!r}; registered: {', '.join(names())} (or {AUTO!r})")
+    return _registry[name]
+
+
+def names() -> tuple[str, ...]:
+    """The registered names, the one "auto" tries first in front."""
+    return tuple(k.name for k in sorted(_registry.values(), key=lambda k: -k.priority))
+
+
+@functools.lru_cache(maxsize=256)
+def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = False) -> AttentionKernel:
+    """The kernel to run for a request.
+
+    With "auto" the fitting exact one of the highest priority; with `device_count`, one that reads the count on the device
+    if any fits. With a name that kernel, or KernelError if it does not fit or does not exist.
+    """
+    if name != AUTO:
+        kernel = get(name)
+        reason = kernel.supports(request)
+        if reason is not None:
+            raise KernelError(f"attention kernel {name!r} cannot run {request}: {reason}")
+        return kernel
+    exact = [kernel for kernel in _registry.values() if kernel.exact]
+    candidates = sorted(exact, key=lambda k: (device_count and k.device_count, k.priority), reverse=True)
+    refusals = []
+    for kernel in candidates:
+        reason = kernel.supports(request)
+        if reason is None:
+            return kernel
+        refusals.append(f"{kernel.name}: {reason}")
+    raise KernelError(f"no attention kernel can run {request}: {'; '.join(refusals)}")
+
+
+for _kernel in (sdpa.CUDNN, sdpa.FLASH, sdpa.SDPA, flash.KERNEL):
+    register(_kernel)

@@ -1,0 +1,100 @@
+"""Torch's own attention as attention kernels: cuDNN's, FlashAttention-2 and whatever SDPA takes.
+
+    run(query [B, H, C, D], key [B, Hk, C, D], value [B, Hk, C, Dv], scale) -> causal attention over all rows, [B, H, C, Dv]
+
+Which of them fits a request torch is asked, as versions and devices differ.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.backends import cuda as cuda_backends
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+
+PRIORITY = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+"""Torch's kernels, the fastest on Hopper first; later ones are what single calls fall back to."""
+
+_CUDNN_ROWS = 128
+"""Below, SDPA is asked which kernel takes the rows: cuDNN takes no single one."""
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, backends: tuple[SDPBackend, ...]) -> Tensor:
+    """Causal SDPA by the first of `backends` that takes these very tensors."""
+    gqa = query.shape[1] != key.shape[1]
+    with sdpa_kernel(list(backends), set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal cuDNN attention: its operator itself where it surely fits, as `sdpa_kernel` costs the host 30 to 60 us."""
+    if query.shape[2] < _CUDNN_ROWS or query.shape[1] != key.shape[1] or not query.is_cuda:
+        return _sdpa(query, key, value, scale, PRIORITY)
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    return attention(query, key, value, None, False, 0.0, True, False, scale=scale)[0]
+
+
+def _run_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    group = query.shape[1] // key.shape[1]
+    if query.is_cuda and group > 1:
+        # Of the kernels left on CUDA only the one that builds L x L shares key heads: repeating them costs less.
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(backend: SDPBackend, request: KernelRequest) -> str | None:
+    """Why torch's SDPA backend cannot take a request."""
+    if request.device_type != "cuda":
+        return f"runs on CUDA devices only, not on {request.device_type}"
+    ask = {
+        SDPBackend.CUDNN_ATTENTION: cuda_backends.can_use_cudnn_attention,
+        SDPBackend.FLASH_ATTENTION: cuda_backends.can_use_flash_attention,
+    }[backend]
+    # Compilers ask while they trace, under a fake mode in which nothing real could be allocated.
+    with unset_fake_temporarily(), sdpa_kernel(backend):
+        query, key, value = (
+            torch.empty(1, heads, 256, size, dtype=request.dtype, device="cuda")
+            for heads, size in (
+                (request.heads, request.head_dim),
+                (request.kv_heads, request.head_dim),
+                (request.kv_heads, request.value_head_dim),
+            )
+        )
+        gqa = request.heads != request.kv_heads
+        fits = ask(cuda_backends.SDPAParams(query, key, value, None, 0.0, True, gqa))
+    return None if fits else f"torch {torch.__version__} refuses it ({ask.__name__})"
+
+
+def plan_rows(rows: int) -> int:
+    """At most 1/32 more rows, from a grid of few: cuDNN builds a plan of tens of milliseconds for every new shape."""
+    step = max(256, (1 << (rows - 1).bit_length()) // 64)
+    return -(-rows // step) * step
+
+
+CUDNN = AttentionKernel(
+    "cudnn",
+    run=_cudnn,
+    supports=functools.partial(_refusal, SDPBackend.CUDNN_ATTENTION),
+    priority=30,
+    round_rows=plan_rows,
+)
+FLASH = AttentionKernel(
+    "flash",
+    run=functools.partial(_sdpa, backends=PRIORITY[1:]),
+    supports=functools.partial(_refusal, SDPBackend.FLASH_ATTENTION),
+    priority=20,
+)
+SDPA = AttentionKernel("sdpa", run=_run_plain, supports=lambda request: None, priority=0)

@@ -1,0 +1,91 @@
+"""`AttentionCall`, the one normal form of an attention call, into which `find.py` reads every spelling of it.
+
+softmax(scale * query key^T, where the masks allow) value          query [B,H,Lq,D], key [B,G,Lk,D], value [B,G,Lk,Dv]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+from tsa_compile.passes.aten import AtenGraph
+from tsa_compile.report import Reason
+
+Form = Literal["sdpa", "eager", "other"]
+Problem = tuple[Reason, str]
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One thing that masks scores [B, H, Lq, Lk].
+
+    Attributes:
+        mask: a recorded tensor that broadcasts to the scores.
+        role: "keep" (True lets through), "drop" (True hides), "bias" (added to the scores).
+        fill: what a hidden score becomes, for "keep" and "drop".
+        dtype: the floating-point type in which hidden scores are written.
+    """
+
+    mask: Node
+    role: Literal["keep", "drop", "bias"]
+    fill: float = float("-inf")
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """An attention call in normal form: query [B,H,Lq,D], key [B,G,Lk,D], value [B,G,Lk,Dv], H % G == 0.
+
+    Attributes:
+        node: the graph's node whose output is the attention output [B,H,Lq,Dv].
+        aten: the recorded operators of the graph, in which the masks are.
+        form: the form it was read from.
+        query, key, value: nodes of the graph.
+        scale: the factor of the scores, a number or a node of the graph; None means 1/sqrt(D).
+        layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
+        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where no number is known to be the layer's.
+        wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
+        problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
+    """
+
+    node: Node
+    aten: AtenGraph
+    form: Form
+    query: Any
+    key: Any
+    value: Any
+    masks: tuple[MaskTerm, ...] = ()
+    is_causal: Any = False
+    scale: Any = None
+    dropout: Any = 0.0
+    layer: str = ""
+    layer_index: int | None = None
+    container: str = ""
+    problem: Problem | None = None
+    wide_key: Node | None = None
+    wide_value: Node | None = None
+
+    @property
+    def peeled(self) -> bool:
+        """Whether key and value were repeated to H heads in front of the call."""
+        return self.wide_key is not None and self.wide_key is not self.key
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """An attention call as it was read: everything but `output`'s place in the graph. Operands are recorded values."""
+
+    output: Node
+    form: Form
+    query: Any = None
+    key: Any = None
+    value: Any = None
+    masks: tuple[MaskTerm, ...] = ()
+    is_causal: Any = False
+    scale: Any = None
+    dropout: Any = 0.0
+    grouped: bool = False
+    problem: Problem | None = None

@@ -1,0 +1,148 @@
+"""Opens the one op of a sparse call into its steps, for who looks into them or runs where there is no Python.
+
+    before   o = tsa.sparse_attention(q, k, v, scale, window, pool, ...)                  without padding
+             o = tsa.padded_sparse_attention(q, k, v, padding, spans, scale, ...)         with padding [B, L]
+    after    scores  = tsa.score(q, k, padding, scale, window, pool)                      [B, H, L] float32
+             count   = tsa.budget(scores, coverage, keep_ratio, min_tokens)               [B] int32, on the device
+             indices = tsa.select(scores, count, C)                                       [B, H, C] int32, ascending
+             q^, k^, v^ = tsa.compress(q, k, v, indices, count)                           [B, H, C, D]
+             o^      = tsa.attend(q^, k^, v^, count, scale, kernel)                       [B, H, C, Dv]
+             o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]
+
+C is L, the capacity, or, for a keep ratio, an expression in L: no shape depends on data. A keep ratio without padding
+needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L].
+
+Exported programs are opened, and what a callable `compiler` is given. Nothing is put together again: whoever wants the one
+op switches the pass off, `TSAConfig(skip_passes=["Decompose"])`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from tsa_compile.config import KeepRatio
+from tsa_compile.kernels.kept import kept_of_share
+from tsa_compile.passes.base import Pass, PassResult
+from tsa_compile.passes.graph import fake, insert, known, size
+from tsa_compile.passes.operators import arguments
+
+tsa = torch.ops.tsa
+
+
+class Decompose(Pass):
+    """Replaces each whole op by its steps."""
+
+    optional = True
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph = graph_module.graph
+        whole = (tsa.sparse_attention.default, tsa.padded_sparse_attention.default)
+        found = [node for node in graph.nodes if node.target in whole]
+        for node in found:
+            with graph.inserting_before(node):
+                last = _open(graph, _SparseCall.of(node))
+            last.meta = dict(node.meta)
+            node.replace_all_uses_with(last)
+            read = node.all_input_nodes
+            graph.erase_node(node)
+            self.state.detached.extend(source for source in read if not source.users)  # the spans, if nobody else has them
+        return self.result(graph_module, len(found))
+
+
+@dataclass(frozen=True)
+class _SparseCall:
+    """The arguments of a whole op, by the names of their schema."""
+
+    query: Node
+    key: Node
+    value: Node
+    scale: Any
+    window: int
+    pool: int
+    coverage: float | None
+    keep_ratio: float | None
+    min_tokens: int
+    capacity: int | None
+    shared: bool
+    kernel: str
+    padding: Node | None = None
+    spans: Node | None = None
+
+    @classmethod
+    def of(cls, node: Node) -> _SparseCall:
+        names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]  # an overload
+        return cls(**dict(zip(names, arguments(node), strict=True)))
+
+
+def _open(graph: Graph, call: _SparseCall) -> Node:
+    length = size(graph, call.query, 2)
+    scores = insert(graph, tsa.score.default, call.query, call.key, call.padding, call.scale, call.window, call.pool)
+    if call.shared:
+        scores = _group_mean(graph, call, scores)
+    capacity = _capacity(graph, call, length)
+    count = _count(graph, call, scores, capacity)
+    indices = insert(graph, tsa.select.default, scores, count, capacity)
+    rows = insert(graph, tsa.compress.default, call.query, call.key, call.value, indices, count)
+    query, key, value = (insert(graph, operator.getitem, rows, i) for i in range(3))
+    compressed = insert(graph, tsa.attend.default, query, key, value, count, call.scale, call.kernel)
+    return insert(graph, tsa.decompress.default, compressed, indices, count, length)
+
+
+def _group_mean(graph: Graph, call: _SparseCall, scores: Node) -> Node:
+    """[B, H, L] -> [B, G, L]; +inf (the window) and -inf (padding) are the same for all heads and stay."""
+    groups = fake(call.key).shape[1]
+    grouped = insert(graph, "unflatten", scores, 1, (groups, -1))
+    return insert(graph, "mean", grouped, 2)
+
+
+def _capacity(graph: Graph, call: _SparseCall, length: int | Node) -> int | Node:
+    """The static or symbolic size of the compressed rows."""
+    extent = Proxy(length, _Inserting(graph)) if isinstance(length, Node) else length
+    if call.keep_ratio is not None:
+        share = KeepRatio(call.keep_ratio).fraction
+        extent = kept_of_share(
+            extent, call.window, share, call.min_tokens, call.capacity, minimum=_minimum, maximum=_maximum
+        )
+    elif call.capacity is not None:
+        extent = _minimum(extent, call.capacity)
+    return extent.node if isinstance(extent, Proxy) else extent
+
+
+def _count(graph: Graph, call: _SparseCall, scores: Node, capacity: int | Node) -> Node | None:
+    """How many slots are real, per batch item; None if all are, which a keep ratio without padding knows beforehand."""
+    if call.keep_ratio is not None and call.padding is None:
+        return None
+    count = insert(graph, tsa.budget.default, scores, call.coverage, call.keep_ratio, call.min_tokens)
+    return count if call.capacity is None else insert(graph, torch.clamp, count, max=capacity)
+
+
+class _Inserting(GraphAppendingTracer):
+    """Makes arithmetic on a proxy of a node into nodes with fake values."""
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        return insert(self.graph, target, *args)
+
+
+# What the range of lengths decides is decided here: a sum of minima is more than a later reader could bound.
+def _minimum(left: Any, right: Any) -> Any:
+    smaller, larger = _fake(left), _fake(right)
+    if known(smaller <= larger):
+        return left
+    return right if known(larger <= smaller) else torch.sym_min(left, right)
+
+
+def _maximum(left: Any, right: Any) -> Any:
+    larger, smaller = _fake(left), _fake(right)
+    if known(larger >= smaller):
+        return left
+    return right if known(smaller >= larger) else torch.sym_max(left, right)
+
+
+def _fake(extent: Any) -> Any:
+    return fake(extent.node) if isinstance(extent, Proxy) else extent

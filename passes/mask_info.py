@@ -1,0 +1,51 @@
+"""`MaskInfo`: what a mask was proven to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import sympy
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from tsa_compile.passes.predicate import Atom
+
+
+class MaskKind(StrEnum):
+    """The meanings that a rewrite can tell apart; only the causal ones are rewritten."""
+
+    NONE = "none"
+    CAUSAL = "causal"
+    CAUSAL_PADDING = "causal+padding"
+    PADDING = "padding"
+    SLIDING_WINDOW = "sliding window"
+    CHUNKED = "chunked"
+    PACKED = "packed"
+    OPAQUE = "opaque"
+
+
+@dataclass(frozen=True)
+class MaskInfo:
+    """What a mask was proven to say.
+
+    Attributes:
+        predicate: which (b, h, q, kv) are allowed, a formula over `atoms`; None if opaque.
+        padding: the part of the predicate in (b, kv) alone; None if every key is valid.
+        leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
+        mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
+        nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.
+        detail: for a person: the window's size, or why the mask is opaque.
+    """
+
+    kind: MaskKind
+    predicate: Boolean | None = None
+    padding: Boolean | None = None
+    atoms: dict[sympy.Symbol, Atom] = field(default_factory=dict)
+    leaves: dict[str, Node] = field(default_factory=dict)
+    mean_rows: bool = False
+    nan_rows: bool = False
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})" if self.detail else str(self.kind)
