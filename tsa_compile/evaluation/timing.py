@@ -79,8 +79,13 @@ class _Timed(Interpreter):
 
 def _milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """The mean time of a call among `repeats` in a row, after one that warms up."""
+
+    def run() -> None:
+        for _ in range(repeats):
+            call()
+
     call()
-    return elapsed_ms(lambda: [call() for _ in range(repeats)], device) / repeats
+    return elapsed_ms(run, device) / repeats
 
 
 def add_times(
