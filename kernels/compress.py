@@ -20,8 +20,6 @@ n = 64K of 128K, Hs = H: 2.2 to 3.0 GiB, 0.6 to 0.8 ms at 4.2 TB/s.
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("compression").
 """
 
-# mypy: disallow-incomplete-defs=False
-
 import torch
 from torch import Tensor
 

@@ -15,8 +15,6 @@ With n = count and e bytes per element, B H Dv e (L + n) bytes move. At H = 32, 
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 """
 
-# mypy: disallow-incomplete-defs=False
-
 import torch
 from torch import Tensor
 

@@ -23,8 +23,6 @@ H = 32, D = Dv = 128, n = 64K: 35 TFLOP.
 Method: FlashAttention-2, arXiv 2307.08691; the lag is FlashAttention-3's pipelining within a warpgroup, arXiv 2407.08608.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

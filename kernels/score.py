@@ -33,7 +33,7 @@ split over the keys Flash-Decoding.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -286,7 +286,7 @@ def score_triton(
     strides = row_strides(1, query, key)
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
-    shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    shape: dict[str, Any] = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
     launch(_row_stats_kernel, (heads * row_tiles, splits, batch),
         (query, key, mask, rank, rows, partial),
         (*strides, scale_log2, seq_len, window, split_len, heads, group), **shape, **stats_tile.options(),
@@ -314,7 +314,7 @@ class _Tile(NamedTuple):
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """Launch arguments."""
         return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 

@@ -19,12 +19,10 @@ sums have .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFL
 tiles that run together are neighbours (`_place`).
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -225,7 +223,7 @@ def sums_triton(
         return found
     align, blocks, tiles_across = row_alignment(query, key), found.sums.shape[3], found.peaks.shape[3]
     strides, shape = row_strides(align, query, key), (capacity, blocks, tiles_across)
-    constants = {
+    constants: dict[str, Any] = {
         "STRIDE": stride, "DIM": dim, "ALIGN": align, "BLOCK": block, "ROWS": tiling.rows, "COLUMNS": tiling.columns,
         "DIMS": tiling.dims, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages,
     }  # fmt: skip

@@ -22,8 +22,6 @@ a density of 10 %: 14 TFLOP.
 Method: FlashAttention-2, arXiv 2307.08691, over lists of blocks as FlexAttention's, arXiv 2412.05496.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

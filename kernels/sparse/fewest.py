@@ -21,8 +21,6 @@ of an H200's time if all heads are query-aware, half as much if none is.
 Radix select as in Alabi et al., "Fast k-selection algorithms for graphics processing units", JEA 2012, by weight.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 from typing import NamedTuple

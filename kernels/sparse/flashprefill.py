@@ -22,8 +22,6 @@ rows. There the heads of a group share a list, of 128 / (H / Hk) positions by as
 128 positions, as in the first version. Nor is there its correction for the blocks left out.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math

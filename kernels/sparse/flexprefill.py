@@ -38,11 +38,10 @@ heads keep the least V and S. Of P the fewest that reach gamma are chosen, as in
 short; and bands start at multiples of 128 from the main diagonal also where n is no multiple.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -298,7 +297,9 @@ def flexprefill_triton(
     sums, bands = last_rows_sums(query, key, scale, count, block, splitting or Splitting())
     align = row_alignment(query, mean)
     strides, scale_log2 = row_strides(align, query), scale * math.log2(math.e)
-    sizes = {"DIM": dim, "BLOCK_D": block_dim(dim), "ALIGN": align, "BLOCK": block, "MEANS": means, "CHUNK": chunk}
+    sizes: dict[str, Any] = {
+        "DIM": dim, "BLOCK_D": block_dim(dim), "ALIGN": align, "BLOCK": block, "MEANS": means, "CHUNK": chunk
+    }  # fmt: skip
     aware = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
     numbers = (*strides, capacity, blocks, heads_per_kv)
     launch(

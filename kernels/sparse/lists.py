@@ -9,8 +9,6 @@ query blocks behind the count, which are empty, are left unwritten. A list takes
 128K and 32 heads, 1.1 GB for four times as many heads or twice the length.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 from collections.abc import Callable

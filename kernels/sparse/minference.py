@@ -27,8 +27,6 @@ diagonals. There fewer than 100 diagonals are any of the nearest 100; here they 
 StreamingLLM, arXiv 2309.17453, with MInference's defaults: 128 sinks and a window of 3968.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import functools

@@ -28,8 +28,6 @@ Method: the vertical-slash kernel of MInference, arXiv 2407.02490. It lists tile
 farthest diagonal on; from the nearest on, it takes as many, and they can be shared.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -23,8 +23,6 @@ at stride 8 twice that; `_choose` reads .5 GB.
 XAttention, arXiv 2503.16428, with the defaults of its published code: stride 16, mass .9.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
