@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import PRIORITY
 
@@ -65,7 +66,7 @@ def padded_attention(
     items = [tuple(row) for row in spans.tolist()]
     if all(item == (0, query.shape[2], 1) for item in items):
         return _as_rows(_causal(query, key, value, scale))
-    output = _allocate(query, value)
+    output = empty_output(query, query.shape[2], value.shape[3])
     first = 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
@@ -81,7 +82,7 @@ def padded_attention(
 
 @padded_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool) -> Tensor:
-    return _allocate(query, value)
+    return empty_output(query, query.shape[2], value.shape[3])
 
 
 def spans_aten(padding: Tensor) -> Tensor:
@@ -113,12 +114,6 @@ def padded_attention_aten(
     else:
         out = out.masked_fill(nowhere, 0)
     return _as_rows(out)
-
-
-def _allocate(query: Tensor, value: Tensor) -> Tensor:
-    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
-    batch, heads, seq_len, _ = query.shape
-    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
 
 
 def _as_rows(output: Tensor) -> Tensor:
