@@ -93,6 +93,22 @@ def test_imports_run_one_way(path):
     assert list(faults(source, module_name(path), is_package=path.name == "__init__.py")) == []
 
 
+def in_circles(room):
+    """The modules of a room that import each other, directly or not, also where types alone are wanted."""
+    names = {module_name(path): path for path in FILES if path.is_relative_to(ROOMS[room])}
+    wanted = {}
+    for name, path in names.items():
+        found = {node for _, node in imports(ast.parse(path.read_text(encoding="utf-8")), name.rpartition(".")[0])}
+        wanted[name] = {node if node in names else node.rpartition(".")[0] for node in found} & set(names) - {name}
+    while free := {name for name, others in wanted.items() if not others & set(wanted)}:
+        wanted = {name: others for name, others in wanted.items() if name not in free}
+    return set(wanted)
+
+
+def test_kernels_import_nothing_in_circles():
+    assert in_circles("kernels") == set()
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
