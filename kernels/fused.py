@@ -33,7 +33,7 @@ from torch import Tensor
 from tsa_compile.kernels.attend import attend
 from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
 from tsa_compile.kernels.compress import compress_aten, compress_triton
-from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
+from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -68,10 +68,18 @@ class Options:
 
 
 def _op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
-    """Registers an op. The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120."""
+    """Registers an op of query, key, value and others.
+
+    The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120.
+    """
     name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(name, ("cpu", "cuda"), function)
+    torch.library.register_fake(name, lambda query, key, value, *_, **__: _output(query, value))
+
+
+def _output(query: Tensor, value: Tensor) -> Tensor:
+    return empty_output(query, query.shape[2], value.shape[3])
 
 
 def sparse_attention(
@@ -87,14 +95,6 @@ def sparse_attention(
 
 
 _op(sparse_attention)
-
-
-@torch.library.register_fake("tsa::sparse_attention")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
-    keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-) -> Tensor:  # fmt: skip
-    return _allocate(query, value)
 
 
 def padded_sparse_attention(
@@ -113,25 +113,11 @@ def padded_sparse_attention(
 _op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
 
 
-@torch.library.register_fake("tsa::padded_sparse_attention")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, window: int, pool: int,
-    coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-) -> Tensor:  # fmt: skip
-    return _allocate(query, value)
-
-
-def _allocate(query: Tensor, value: Tensor) -> Tensor:
-    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
-    batch, heads, seq_len, _ = query.shape
-    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
-
-
 def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """Without padding; also runs on CPU tensors in the Triton interpreter."""
     if options.kept(query.shape[2]) == query.shape[2]:
         return _dense(query, key, value, options)
-    output = _allocate(query, value)
+    output = _output(query, value)
     _sparse(output, query, key, value, None, options)
     return output
 
@@ -144,7 +130,7 @@ def padded_sparse_triton(
     items = [tuple(row) for row in spans.tolist()]
     if all(item == (0, seq_len, 1) for item in items):
         return sparse_triton(query, key, value, options)
-    output, first = _allocate(query, value), 0
+    output, first = _output(query, value), 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
         first = group.stop

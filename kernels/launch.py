@@ -59,6 +59,8 @@ except ImportError:
     HAS_TRITON = False
 
 
+__all__ = ["HAS_TRITON", "by_device", "cdiv", "launch", "next_power_of_2", "remembered", "tl", "triton", "watching"]
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Found = TypeVar("Found")
 

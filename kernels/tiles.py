@@ -9,8 +9,6 @@ Attention is FlashAttention-2's (arXiv 2307.08691): of each row the running maxi
 `b_sum` of its weights, and the weighted values `b_acc` [BLOCK_M, BLOCK_DV].
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import math
