@@ -56,10 +56,10 @@ class RewriteSparse(Pass):
         site, graph = plan.site, graph_module.graph
         options = (scale_of(site), config.window, config.pool, *_budget(config), config.min_tokens, config.capacity)
         shared = config.granularity == "group"
-        operands = (site.query, site.key, site.value)
+        operands = [site.query, site.key, site.value]
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options, shared, config.kernel)
-        operands = (*operands, plan.padding, self.state.builder(graph).spans(plan.padding))
+        operands += [plan.padding, self.state.builder(graph).spans(plan.padding)]
         return insert(graph, tsa.padded_sparse_attention.default, *operands, *options, shared, config.kernel)
 
 

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from torch._dynamo.utils import lazy_format_graph_code
+from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]  # torch does not list it
 from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
@@ -72,10 +72,10 @@ def run_passes(
         RewriteError: a pass failed and `config.strict` is set.
     """
     optional = [kind.__name__ for kind in PASSES if kind.optional]
-    for name in config.skip_passes:
-        if name not in optional:
+    for skipped in config.skip_passes:
+        if skipped not in optional:
             raise ConfigError(
-                f"skip_passes={name!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
+                f"skip_passes={skipped!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
             )
     for name in (config.kernel, config.dense_kernel):
         if name not in (registry.AUTO, None):
@@ -105,9 +105,9 @@ def run_passes(
 def _run(step: Pass, graph_module: GraphModule, after: Callable[[Pass, GraphModule], None] | None) -> None:
     """One pass; what it did is logged."""
     began = time.perf_counter()
-    modified = step(graph_module).modified
+    result = step(graph_module)
     _log.info("%s: %d matched, %.1f ms", step.name, step.matched, 1e3 * (time.perf_counter() - began))
-    if modified:
+    if result is not None and result.modified:
         _log.debug("%s", lazy_format_graph_code(f"after {step.name}", graph_module))
     if after is not None:
         after(step, graph_module)
