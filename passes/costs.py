@@ -36,7 +36,7 @@ STEP = 256  # break-even lengths are rounded up to multiples: the figures behind
 MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
 WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
 LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
-ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/sdpa.py), at most
+ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
