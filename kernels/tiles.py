@@ -190,7 +190,7 @@ def attend_tile(
     values are left over (`add_tile`).
     """
     b_key = load_tile(key, start, BLOCK_N, DIM, b_query.shape[1], ALIGN)  # [BLOCK_N, BLOCK_D]
-    b_scores = scores(b_query, b_key)
+    b_scores = scores(b_query, b_key)  # [BLOCK_M, BLOCK_N]
     if not LAG:
         b_weights, b_keep, b_max, b_sum = weigh(b_scores, b_max, b_sum, scale_log2)
     b_acc = add_tile(b_acc, b_keep, b_weights, value, value_start if LAG else start, VALUE_DIM, ALIGN, BLOCK_N)
@@ -223,8 +223,8 @@ def diagonal(
         whole = stop == start_m + BLOCK_M
         if whole:
             for start in tl.range(start_m, start_m + BLOCK_M, BLOCK_N, num_stages=1):
-                b_key = load_tile(key, start, BLOCK_N, DIM, BLOCK_D, ALIGN)
-                b_value = load_tile(value, start, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)
+                b_key = load_tile(key, start, BLOCK_N, DIM, BLOCK_D, ALIGN)  # [BLOCK_N, BLOCK_D]
+                b_value = load_tile(value, start, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)  # [BLOCK_N, BLOCK_DV]
                 b_weights, b_keep, b_max, b_sum = diagonal_tile(b_query, b_key, b_max, b_sum, start_m, start, scale_log2)
                 b_acc = add_values(b_acc, b_keep, b_weights, b_value)
             stop = start_m

@@ -155,7 +155,7 @@ def _pairs_kernel(
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_mean += (item * (heads // heads_per_kv) + head // heads_per_kv).to(tl.int64) * blocks * DIM
     p_pairs += (row * blocks + own) * blocks
-    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)  # [BLOCK, BLOCK_D]
     b_mean = tl.sum(b_query.to(tl.float32), axis=0) / tl.minimum(count - own * BLOCK, BLOCK).to(tl.float32)
     norm = _mean_logits(b_mean, p_mean, p_pairs, own + 1, scale_log2, DIM, BLOCK_D, ALIGN, MEANS, CHUNK)
     for start in range(0, own + 1, CHUNK):

@@ -169,7 +169,7 @@ def _sums_kernel(
             b_query, p_query, p_key, stride_ql, stride_kl, start, count, scale_log2,
             DIM, BLOCK_D, DIMS, ALIGN, BLOCK, COLUMNS,
         )  # fmt: skip
-        b_weights = tl.where(b_seen, tl.exp2(b_logits - b_norm[:, None]), 0.0)
+        b_weights = tl.where(b_seen, tl.exp2(b_logits - b_norm[:, None]), 0.0)  # [BLOCK, COLUMNS]
         b_turned = tl.gather(b_weights, b_turns % COLUMNS, 1)
         b_diagonals = tl.sum(tl.where(b_further == 0, b_turned, 0.0), axis=0) + b_next
         b_next = tl.sum(tl.where(b_further == 1, b_turned, 0.0), axis=0) + b_after

@@ -160,7 +160,7 @@ def _attend_kernel(
     cut = tl.load(p_table + own)
     stop = tl.where(cut > start_own, start_own + BLOCK - cut, 0)
 
-    b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
