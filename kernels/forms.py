@@ -62,7 +62,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: floa
     return flash_triton(query, key, value, scale, count)
 
 
-_LAUNCHERS = {
+_LAUNCHERS: dict[str, Callable[..., Any]] = {
     "score": score_cuda,
     "budget": budget_cuda,
     "select": _select,
@@ -78,8 +78,9 @@ tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
-    form = attend_aten if count is None else _triton.attend.default
-    return form(query, key, value, count, scale, kernel)
+    if count is None:
+        return attend_aten(query, key, value, None, scale, kernel)
+    return _triton.attend.default(query, key, value, count, scale, kernel)
 
 
 def _padded_attention(
@@ -91,7 +92,8 @@ def _padded_attention(
     indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
     count = padding.sum(dim=1, dtype=torch.int32)
     rows = _triton.compress.default(query, key, value, indices, count)
-    return _triton.decompress.default(_attend(*rows, count, scale, "triton"), indices, count, seq_len)
+    out = _triton.attend.default(*rows, count, scale, "triton")
+    return _triton.decompress.default(out, indices, count, seq_len)
 
 
 Table = dict[Any, Callable[..., Any]]
