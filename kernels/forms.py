@@ -79,8 +79,9 @@ tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
-    form: Callable[..., Tensor] = attend_aten if count is None else _triton.attend.default
-    return form(query, key, value, count, scale, kernel)
+    if count is None:
+        return attend_aten(query, key, value, None, scale, kernel)
+    return _triton.attend.default(query, key, value, count, scale, kernel)
 
 
 def _padded_attention(
@@ -92,7 +93,8 @@ def _padded_attention(
     indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
     count = padding.sum(dim=1, dtype=torch.int32)
     rows = _triton.compress.default(query, key, value, indices, count)
-    return _triton.decompress.default(_attend(rows[0], rows[1], rows[2], count, scale, "triton"), indices, count, seq_len)
+    out = _triton.attend.default(*rows, count, scale, "triton")
+    return _triton.decompress.default(out, indices, count, seq_len)
 
 
 Table = dict[Any, Callable[..., Any]]

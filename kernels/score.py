@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, running_count, take_rows
+from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
 from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 
@@ -374,7 +374,7 @@ def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
         rank = running_count(padding)
         row_count = torch.minimum(rank[:, -1:], torch.full_like(rank[:, -1:], window))
         candidates = rank[:, -1:] - row_count
-        rows, alive = _positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
+        rows, alive = positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
     total, faulty = _window_sum(query, key, padding, rows, alive, scale)
     raw = torch.where(faulty, 0.0, total / at_least(row_count, 1)[:, None].to(total.dtype))
     pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
@@ -391,7 +391,7 @@ def _window_sum(
 
     And whether a row has a logit there, bool [B,H,L], that is NaN or +inf.
     """
-    batch, heads, seq_len, head_dim = query.shape
+    batch, heads, seq_len, _ = query.shape
     kv_heads, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
     positions = torch.arange(seq_len, device=query.device)
     transposed_key = key.to(wide).transpose(2, 3)
@@ -400,8 +400,8 @@ def _window_sum(
     for first in range(0, rows.shape[1], 32):
         chunk = rows[:, None, first : first + 32]
         picked = take_rows(query, chunk.expand(batch, heads, -1)).to(wide) * scale
-        logits = picked.reshape(batch, kv_heads, -1, head_dim) @ transposed_key
-        logits = logits.reshape(batch, heads, -1, seq_len)
+        logits = picked.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ transposed_key
+        logits = logits.unflatten(2, (-1, chunk.shape[2])).flatten(1, 2)
         allowed = positions <= chunk[..., None]
         if padding is not None:
             allowed = allowed & padding[:, None, None]
@@ -418,7 +418,7 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     """Average pooling in candidate order: invalid tokens in between neither count nor take a place."""
     order = torch.arange(raw.shape[2], device=raw.device)
     if padding is not None:
-        source = _positions_by_slot(padding, rank - 1, raw.shape[2])
+        source = positions_by_slot(padding, rank - 1, raw.shape[2])
         raw = raw.gather(2, source[:, None].expand(raw.shape))
     raw = torch.where((order < candidates)[:, None], raw, 0.0)
     # As an image of one channel: TensorRT pools over two dimensions.
@@ -426,12 +426,3 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     if padding is not None:
         pooled = pooled.gather(2, at_least(rank - 1, 0)[:, None].expand(raw.shape))
     return pooled
-
-
-def _positions_by_slot(padding: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Position of the valid token that has slot s, 0 where none has: [B,L] -> int64 [B,size]. Slots are distinct."""
-    batch, seq_len = padding.shape
-    positions = torch.arange(seq_len, device=padding.device).expand(batch, seq_len)
-    targets = torch.where(padding & (slots >= 0), slots, positions + size)
-    found = torch.zeros((batch, size + seq_len), dtype=torch.int64, device=padding.device)
-    return found.scatter(1, targets, positions)[:, :size]

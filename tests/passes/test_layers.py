@@ -7,8 +7,8 @@ from torch import nn
 
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import TSAWarning
-from tsa_compile.passes.layers import layer_name, unwrapped
 from tsa_compile.passes.find import FindCalls
+from tsa_compile.passes.layers import layer_name, unwrapped
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Reason, reports
 from tsa_compile.testing import capture, capture_all

@@ -36,8 +36,13 @@ from tsa_compile.passes.graph import fake
 
 FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"}
 # Without these torch-tensorrt takes the mask of dense padded layers for a causal one, and leaves operators with sizes
-# that vary to torch.
-_OPTIONS = {"attn_bias_is_causal": False, "assume_dynamic_shape_support": True, "min_block_size": 1}
+# that vary to torch; the masses of a budget are float64, which TensorRT has not.
+_OPTIONS = {
+    "attn_bias_is_causal": False,
+    "assume_dynamic_shape_support": True,
+    "min_block_size": 1,
+    "truncate_double": True,
+}
 
 
 def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
