@@ -63,17 +63,20 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: floa
     return flash_triton(query, key, value, scale, count)
 
 
+def _decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    return decompress_triton(compressed, indices, count, seq_len)
+
+
 _LAUNCHERS: dict[str, Callable[..., Any]] = {
     "score": score_cuda,
     "budget": budget_cuda,
     "select": _select,
     "compress": compress_triton,
     "attend": _flash,
-    "decompress": decompress_triton,
+    "decompress": _decompress,
 }
 for _name, _launcher in _LAUNCHERS.items():
-    _schema = str(getattr(torch.ops.tsa, _name).default._schema).removeprefix(f"tsa::{_name}")
-    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={}, schema=_schema)
+    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={})
 
 tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
 
