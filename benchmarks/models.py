@@ -201,7 +201,7 @@ def is_wrong(row: dict[str, Any]) -> bool:
 def summarise(rows: list[dict[str, Any]]) -> dict[str, int]:
     """How many architectures of each kind there are."""
     ran = [row for row in rows if all(mode in row for mode in MODES)]
-    gains = [row for row in ran if set(row["exact"]["decisions"]) & {"causal", "causal+padding"}]
+    gains = [row for row in ran if set(row["exact"]["decisions"]) & {"dense", "dense (padding)"}]
     return {
         "architectures": len(rows), "ran": len(ran), "wrong": sum(map(is_wrong, rows)), "exact gain": len(gains),
         "can be sparse": sum("sparse" in row["sparse"]["decisions"] for row in ran),

@@ -43,28 +43,28 @@ def prompts() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def describe(site: AttentionCall, meaning: MaskInfo) -> str:
+def describe(call: AttentionCall, info: MaskInfo) -> str:
     """A call in normal form, and its mask as a formula over positions: [kv - q <= 0] is one atom of it."""
-    query, key = tuple(fake(site.query).shape), tuple(fake(site.key).shape)
-    return f"{site.layer}: {site.form}, query {query}, key {key}\n  mask     {meaning}\n  formula  {meaning.predicate}"
+    query, key = tuple(fake(call.query).shape), tuple(fake(call.key).shape)
+    return f"{call.layer}: {call.form}, query {query}, key {key}\n  mask     {info}\n  formula  {info.predicate}"
 
 
-def formula_is_the_mask(graph: GraphModule, inputs: tuple[Any, ...], site: AttentionCall, meaning: MaskInfo) -> bool:
+def formula_is_the_mask(graph: GraphModule, inputs: tuple[Any, ...], call: AttentionCall, info: MaskInfo) -> bool:
     """Holds the formula, evaluated at every position, against the tensor that the model builds."""
     values = run_nodes(graph, inputs)
-    batch, heads, length, _ = fake(site.query).shape
-    formula = evaluate_mask(meaning, (batch, heads, length, length), values)
-    return torch.equal(formula, values[site.masks[0].mask.name].expand_as(formula))
+    batch, heads, length, _ = fake(call.query).shape
+    formula = evaluate_mask(info, (batch, heads, length, length), values)
+    return torch.equal(formula, values[call.masks[0].mask.name].expand_as(formula))
 
 
 def inspect(model: torch.nn.Module, inputs: dict[str, Tensor]) -> bool:
     """Prints what is known of the model's first attention call; returns whether its mask was understood rightly."""
     captured = capture_all(model, **inputs)
     graph = captured.graphs[0]
-    site = find_calls(graph)[0]
-    meaning = infer_mask(site)
-    right = formula_is_the_mask(graph, captured.inputs[0], site, meaning)
-    print(f"{describe(site, meaning)}\n  equal to the mask that the model builds, at every position: {right}")
+    call = find_calls(graph)[0]
+    info = infer_mask(call)
+    right = formula_is_the_mask(graph, captured.inputs[0], call, info)
+    print(f"{describe(call, info)}\n  equal to the mask that the model builds, at every position: {right}")
     return right
 
 

@@ -25,6 +25,15 @@ def at_least(numbers: Tensor, least: int) -> Tensor:
     return torch.maximum(numbers, torch.full_like(numbers, least))
 
 
+def positions_by_slot(padding: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Position of the valid token that has slot s, 0 where none has: [B,L] -> int64 [B,size]. Slots are distinct."""
+    batch, seq_len = padding.shape
+    positions = torch.arange(seq_len, device=padding.device).expand(batch, seq_len)
+    targets = torch.where(padding & (slots >= 0), slots, positions + size)
+    found = torch.zeros((batch, size + seq_len), dtype=torch.int64, device=padding.device)
+    return found.scatter(1, targets, positions)[:, :size]
+
+
 def slots_below(count: Tensor, capacity: int) -> Tensor:
     """The slots that are real: bool [B, 1, C]."""
     return (torch.arange(capacity, dtype=torch.int32, device=count.device) < count[:, None])[:, None]
@@ -47,12 +56,3 @@ def take_rows(source: Tensor, rows: Tensor) -> Tensor:
 def as_rows(output: Tensor) -> Tensor:
     """[B, H, L, Dv] in the memory layout [B, L, H, Dv]: no copy where it has that already."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def positions_by_slot(padding: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Position of the valid token that has slot s, 0 where none has: [B,L] -> int64 [B,size]. Slots are distinct."""
-    batch, seq_len = padding.shape
-    positions = torch.arange(seq_len, device=padding.device).expand(batch, seq_len)
-    targets = torch.where(padding & (slots >= 0), slots, positions + size)
-    found = torch.zeros((batch, size + seq_len), dtype=torch.int64, device=padding.device)
-    return found.scatter(1, targets, positions)[:, :size]

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._aten import at_least
-from tsa_compile.kernels.kept import kept_of_share, never_dropped
+from tsa_compile.kernels.kept import kept_candidates, kept_of_share, never_dropped
 from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
@@ -221,13 +221,11 @@ def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None
     first = scores[:, 0]
     is_candidate = first.abs() != math.inf
     candidates = is_candidate.sum(dim=1)
-    keep = candidates
     if keep_ratio is not None:
-        ratio = KeepRatio(keep_ratio).fraction
-        keep = torch.floor_divide(candidates * ratio.numerator + (ratio.denominator - 1), ratio.denominator)
-    elif coverage:
-        keep = candidates - _dropped(scores, is_candidate, coverage)
-    keep = torch.minimum(at_least(keep, min_tokens), candidates)
+        keep = kept_candidates(candidates, KeepRatio(keep_ratio).fraction, min_tokens, torch.minimum, at_least)
+    else:
+        keep = candidates - _dropped(scores, is_candidate, coverage) if coverage else candidates
+        keep = torch.minimum(candidates, at_least(keep, min_tokens))
     return (keep + (first == math.inf).sum(dim=1)).to(torch.int32)
 
 

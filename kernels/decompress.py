@@ -88,7 +88,7 @@ def decompress_triton(
     """
     compressed, indices = rows_contiguous(compressed), rows_contiguous(indices)
     if output is None:
-        output = _allocate(compressed, seq_len)
+        output = empty_output(compressed, seq_len, compressed.shape[3])
     if output.numel() == 0:
         return output
     batch, heads, capacity, dim = compressed.shape
@@ -111,10 +111,10 @@ def decompress_triton(
     return output
 
 
-def _allocate(compressed: Tensor, seq_len: int) -> Tensor:
-    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
-    batch, heads, _, dim = compressed.shape
-    return compressed.new_empty(batch, seq_len, heads, dim).transpose(1, 2)
+def empty_output(heads_of: Tensor, seq_len: int, dim: int) -> Tensor:
+    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer, for the items and heads of a tensor."""
+    batch, heads = heads_of.shape[:2]
+    return heads_of.new_empty(batch, seq_len, heads, dim).transpose(1, 2)
 
 
 @torch.library.custom_op("tsa::decompress", mutates_args=())
@@ -135,7 +135,7 @@ def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -
 
 @decompress.register_fake
 def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    return _allocate(compressed, seq_len)
+    return empty_output(compressed, seq_len, compressed.shape[3])
 
 
 def _check(compressed: Tensor, indices: Tensor, count: Tensor | None) -> None:

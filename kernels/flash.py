@@ -31,7 +31,6 @@ from torch import Tensor
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
-    Rows,
     Tiles,
     add_tile,
     aligned_rows,
@@ -91,10 +90,10 @@ def _flash_kernel(
     start_m = block * BLOCK_M
     kv_head = head // heads_per_kv
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
-    key = Rows(desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
-    value = Rows(desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
 
-    b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)

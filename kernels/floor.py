@@ -28,10 +28,8 @@ Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unse
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import (
@@ -43,9 +41,11 @@ from tsa_compile.kernels._aten import (
     slots_below,
     take_rows,
 )
+from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
-    Rows,
+    POINTER,
+    STRIDE,
     Tiles,
     add_values,
     at_head,
@@ -102,9 +102,9 @@ def _add_keys(
         behind = ranks[:, None] - key_ranks[None, :]
         b_seen = b_seen & (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :]) & b_real[None, :]
     far = keys.to(tl.int64)
-    b_key = gather_rows(key.pointer, far * key.stride * ALIGN, b_real, 0, DIM, b_query.shape[1])  # [KEYS, BLOCK_D]
+    b_key = gather_rows(key[POINTER], far * key[STRIDE] * ALIGN, b_real, 0, DIM, b_query.shape[1])  # [KEYS, BLOCK_D]
     b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
-    b_value = gather_rows(value.pointer, far * value.stride * ALIGN, b_real, 0, VALUE_DIM, b_acc.shape[1])
+    b_value = gather_rows(value[POINTER], far * value[STRIDE] * ALIGN, b_real, 0, VALUE_DIM, b_acc.shape[1])
     return add_values(b_acc, b_keep, b_weights, b_value), b_max, b_sum
 
 
@@ -173,8 +173,8 @@ def _floor_kernel(
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     b_query = gather_rows(p_query, far * stride_ql * ALIGN, b_real, 0, DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     kv_head = head // heads_per_kv
-    key = Rows(None, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
-    value = Rows(None, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    key = (None, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = (None, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
     b_acc, b_max, b_sum = _near(
         b_query, key, value, p_slots, p_order, first, ranks, slots == 0, valid, window, sinks, scale_log2,
         DIM, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_N,
@@ -211,7 +211,7 @@ def merge_floor_triton(
     batch, heads, seq_len, dim = query.shape
     selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
     if output is None:
-        output = _allocate(query, value)
+        output = empty_output(query, query.shape[2], value.shape[3])
     if output.numel() == 0:
         return output
     order, valid = (None, None) if padding is None else _order(padding)
@@ -271,8 +271,8 @@ def merge_floor_aten(
         value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
     near, near_lse = _near_aten(query, key, value, slots, valid, scale, window, sinks)
     slots = repeat_heads(slots, heads)
-    chosen = slots >= 0
-    picked = at_least(slots, 0)
+    chosen = slots > 0
+    picked = at_least(slots - 1, 0)
     far = take_rows(compressed, picked).to(near.dtype)
     far_lse = torch.where(chosen, lse.to(near.dtype).gather(2, picked.to(torch.int64)), -math.inf)
     top = torch.maximum(near_lse, far_lse)
@@ -286,14 +286,14 @@ def merge_floor_aten(
 
 
 def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """The slot of each position, -1 where it has none: int32 [B, Hs, L]."""
+    """One more than the slot of each position, 0 where it has none: int32 [B, Hs, L]."""
     batch, selections, capacity = indices.shape
     slots = torch.arange(capacity, dtype=torch.int32, device=indices.device)
     targets = indices.to(torch.int64)
     if count is not None:
         targets = torch.where(slots_below(count, capacity), targets, slots + seq_len)
-    found = torch.full((batch, selections, seq_len + capacity), -1, dtype=torch.int32, device=indices.device)
-    return found.scatter(2, targets, slots.expand(batch, selections, capacity))[:, :, :seq_len]
+    found = torch.zeros((batch, selections, seq_len + capacity), dtype=torch.int32, device=indices.device)
+    return found.scatter(2, targets, (slots + 1).expand(batch, selections, capacity))[:, :, :seq_len]
 
 
 def _near_aten(
@@ -301,64 +301,45 @@ def _near_aten(
 ) -> tuple[Tensor, Tensor]:
     """Attention over N(i), without selected keys in selected rows, where ranks are positions: [B, H, L, Dv]; log-sum-exp.
 
-    A row that sees nothing has a log-sum-exp of -1e30.
+    A row that sees nothing has a log-sum-exp of -1e30. Blocks of all heads and items are numbered through, N of them, and
+    gathered by index: a reshape of the length would ask whether it is a multiple of the window, and hold for some alone.
     """
-    batch, heads, seq_len, dim = query.shape
+    batch, heads, seq_len = query.shape[:3]
     groups, selections, wide = key.shape[1], slots.shape[1], torch.promote_types(query.dtype, torch.float32)
     blocks = seq_len // window + 1
-    behind = blocks * window - seq_len  # at least one row, whatever the length
-
-    def banded(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-        """Of [.., L, n] the two blocks that a block of rows sees [.., blocks, 2 window, n]; the sinks [.., 1, s, n]."""
-        x = F.pad(x, (0, 0, window, behind + sinks), value=fill)
-        own, before = (x[:, :, at : at + blocks * window].unflatten(2, (blocks, window)) for at in (window, 0))
-        return torch.cat((before, own), 3), x[:, :, None, window : window + sinks]
-
-    rows = F.pad(query.to(wide) * scale, (0, 0, 0, behind))
-    rows = rows.reshape(batch, groups, heads // groups, blocks, window, dim)
-    keys, sink_keys = (x[:, :, None].to(wide) for x in banded(key, 0.0))
-    logits = torch.cat((rows @ keys.transpose(-1, -2), rows @ sink_keys.transpose(-1, -2)), -1)
-    seen = _seen(slots, valid, banded, blocks, window, sinks, behind)
-    seen = repeat_heads(seen.expand(batch, selections, -1, -1, -1), heads)
-    logits = torch.where(seen.reshape(logits.shape), logits, -math.inf)
+    number = torch.arange(batch * heads * blocks, device=query.device)[:, None]  # [N, 1]
+    line = torch.div(number, blocks, rounding_mode="floor")
+    item, head = torch.div(line, heads, rounding_mode="floor"), line % heads
+    group, selection = (torch.div(head, heads // x, rounding_mode="floor") for x in (groups, selections))
+    first = (number - line * blocks) * window
+    row = first + torch.arange(window, device=query.device)  # [N, window]
+    band = first - window + torch.arange(2 * window, device=query.device)
+    front = torch.arange(sinks, device=query.device) + first * 0
+    rank, keys = row[..., None], torch.cat((band, front), 1)[:, None]  # [N, window, 1], [N, 1, 2 window + sinks]
+    near = (band[:, None] >= 0) & (band[:, None] <= rank) & ((rank - band[:, None] < window) | (band[:, None] < sinks))
+    seen = torch.cat((near, (front < first - window)[:, None] & (rank >= 0)), 2)
+    last = valid[item[:, 0], 0, 0][:, None, None]
+    seen = seen & (keys < last) & (rank < last)
+    row, keys = (torch.minimum(at_least(x, 0), torch.full_like(x, seq_len - 1)) for x in (row, keys[:, 0]))
+    seen = seen & ((slots[item, selection, row] == 0)[..., None] | (slots[item, selection, keys] == 0)[:, None])
+    logits = scale * query[item, head, row].to(wide) @ key[item, group, keys].to(wide).transpose(1, 2)
+    logits = torch.where(seen, logits, -math.inf)
     top = torch.maximum(logits.amax(-1, keepdim=True), torch.full_like(logits[..., :1], _LOWEST_LOGIT))
     weights = (logits - top).exp()
-    values, sink_values = (x[:, :, None].to(wide) for x in banded(value, 0.0))
     total = weights.sum(-1, keepdim=True)
-    output = weights[..., : 2 * window] @ values + weights[..., 2 * window :] @ sink_values
-    output = output / torch.where(total > 0, total, 1.0)
-    lse = torch.where(total > 0, top + total.log(), _LOWEST_LOGIT)
-    shape = (batch, heads, blocks * window)
-    return output.reshape(*shape, value.shape[3])[:, :, :seq_len], lse.reshape(shape)[:, :, :seq_len]
-
-
-def _seen(slots: Tensor, valid: Tensor, banded: Any, blocks: int, window: int, sinks: int, behind: int) -> Tensor:
-    """Which keys of its band, and which sinks in front of that, a row sees: bool [B, Hs, blocks, window, 2 window + s]."""
-    chosen = (slots >= 0)[..., None]
-    near_chosen, sink_chosen = (x[..., 0] for x in banded(chosen.to(torch.int8), 0.0))
-    row_chosen = F.pad(chosen[..., 0].to(torch.int8), (0, behind)).unflatten(2, (blocks, window))
-    first = (torch.arange(blocks, device=slots.device) * window)[:, None, None]
-    row = first + torch.arange(window, device=slots.device)[:, None]  # [blocks, window, 1]
-    key = first - window + torch.arange(2 * window, device=slots.device)  # [blocks, 1, 2 window]
-    sink = torch.arange(sinks, device=slots.device)
-    near = (key >= 0) & (key <= row) & ((row - key < window) | (key < sinks))
-    seen = torch.cat((near, (sink < first - window).expand(-1, window, -1)), -1)
-    ranks = torch.cat((key, sink.expand(key.shape[0], 1, -1)), -1)
-    seen = seen & (ranks < valid[..., None, None]) & (row < valid[..., None, None])
-    far_chosen = torch.cat((near_chosen, sink_chosen.expand(-1, -1, near_chosen.shape[2], -1)), -1)
-    return seen & ~((row_chosen[..., None] > 0) & (far_chosen[..., None, :] > 0))
+    output = weights @ value[item, group, keys].to(wide) / torch.where(total > 0, total, 1.0)
+    lse = torch.where(total > 0, top + total.log(), _LOWEST_LOGIT)[..., 0]
+    position = torch.arange(seq_len, device=query.device)
+    lines = torch.arange(batch, device=query.device)[:, None, None] * heads
+    lines = (lines + torch.arange(heads, device=query.device)[:, None]) * blocks
+    place = lines + torch.div(position, window, rounding_mode="floor"), position % window  # [B, H, L], [L]
+    return output[place], lse[place]
 
 
 def _order(padding: Tensor) -> tuple[Tensor, Tensor]:
     """Every item's positions, the valid ones first, ascending: int32 [B, L]; and how many are valid: int32 [B]."""
     order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices
     return order.to(torch.int32), padding.sum(dim=1, dtype=torch.int32)
-
-
-def _allocate(query: Tensor, value: Tensor) -> Tensor:
-    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
-    batch, heads, seq_len, _ = query.shape
-    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
 
 
 @torch.library.custom_op("tsa::merge_floor", mutates_args=())
@@ -390,7 +371,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
     padding: Tensor | None, scale: float, window: int, sinks: int,
 ) -> Tensor:  # fmt: skip
-    return _allocate(query, value)
+    return empty_output(query, query.shape[2], value.shape[3])
 
 
 def merge_floor_by_heads(
@@ -398,12 +379,12 @@ def merge_floor_by_heads(
     padding: Tensor | None, scale: float, window: int, sinks: int,
 ) -> Tensor:  # fmt: skip
     """The ATen form for one key head at a time, so that the logits of all heads are not in memory at once."""
-    output, groups = _allocate(query, value), key.shape[1]
+    output, groups = empty_output(query, query.shape[2], value.shape[3]), key.shape[1]
     for g in range(groups):
         tensors = (query, key, value, compressed, lse, indices)
-        parts = (x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in tensors)
-        share = slice(g * query.shape[1] // groups, (g + 1) * query.shape[1] // groups)
-        output[:, share] = merge_floor_aten(*parts, count, padding, scale, window, sinks)
+        parts = [x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in (output, *tensors)]
+        q, k, v, rows, sums, chosen = parts[1:]
+        parts[0].copy_(merge_floor_aten(q, k, v, rows, sums, chosen, count, padding, scale, window, sinks))
     return output
 
 

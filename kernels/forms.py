@@ -64,6 +64,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: floa
     return flash_triton(query, key, value, scale, count)
 
 
+def _decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    return decompress_triton(compressed, indices, count, seq_len)
+
+
 def _flash_lse(
     query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
@@ -71,26 +75,34 @@ def _flash_lse(
     return flash_triton(query, key, value, scale, count, lse=lse), lse
 
 
-_LAUNCHERS = {
+def _merge_floor(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    rows = (query, key, value, compressed, lse, indices, count, padding)
+    return merge_floor_triton(*rows, scale, window, sinks)
+
+
+_LAUNCHERS: dict[str, Callable[..., Any]] = {
     "score": score_cuda,
     "budget": budget_cuda,
     "select": _select,
     "compress": compress_triton,
     "attend": _flash,
     "attend_lse": _flash_lse,
-    "decompress": decompress_triton,
-    "merge_floor": merge_floor_triton,
+    "decompress": _decompress,
+    "merge_floor": _merge_floor,
 }
 for _name, _launcher in _LAUNCHERS.items():
-    _schema = str(getattr(torch.ops.tsa, _name).default._schema).removeprefix(f"tsa::{_name}")
-    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={}, schema=_schema)
+    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={})
 
 tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
-    form = attend_aten if count is None else _triton.attend.default
-    return form(query, key, value, count, scale, kernel)
+    if count is None:
+        return attend_aten(query, key, value, None, scale, kernel)
+    return _triton.attend.default(query, key, value, count, scale, kernel)
 
 
 def _padded_attention(
@@ -102,7 +114,8 @@ def _padded_attention(
     indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
     count = padding.sum(dim=1, dtype=torch.int32)
     rows = _triton.compress.default(query, key, value, indices, count)
-    return _triton.decompress.default(_attend(*rows, count, scale, "triton"), indices, count, seq_len)
+    out = _triton.attend.default(*rows, count, scale, "triton")
+    return _triton.decompress.default(out, indices, count, seq_len)
 
 
 Table = dict[Any, Callable[..., Any]]

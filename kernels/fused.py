@@ -34,7 +34,7 @@ from torch import Tensor
 from tsa_compile.kernels.attend import attend, attend_lse
 from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
 from tsa_compile.kernels.compress import compress_aten, compress_triton
-from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
+from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
@@ -72,10 +72,18 @@ class Options:
 
 
 def _op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
-    """Registers an op. The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120."""
+    """Registers an op of query, key, value and others.
+
+    The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120.
+    """
     name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(name, ("cpu", "cuda"), function)
+    torch.library.register_fake(name, lambda query, key, value, *_, **__: _output(query, value))
+
+
+def _output(query: Tensor, value: Tensor) -> Tensor:
+    return empty_output(query, query.shape[2], value.shape[3])
 
 
 def sparse_attention(
@@ -94,15 +102,6 @@ def sparse_attention(
 
 
 _op(sparse_attention)
-
-
-@torch.library.register_fake("tsa::sparse_attention")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
-    keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0,
-) -> Tensor:  # fmt: skip
-    return _allocate(query, value)
 
 
 def padded_sparse_attention(
@@ -124,26 +123,11 @@ def padded_sparse_attention(
 _op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
 
 
-@torch.library.register_fake("tsa::padded_sparse_attention")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, window: int, pool: int,
-    coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0,
-) -> Tensor:  # fmt: skip
-    return _allocate(query, value)
-
-
-def _allocate(query: Tensor, value: Tensor) -> Tensor:
-    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
-    batch, heads, seq_len, _ = query.shape
-    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
-
-
 def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """Without padding; also runs on CPU tensors in the Triton interpreter."""
     if options.kept(query.shape[2]) == query.shape[2]:
         return _dense(query, key, value, options)
-    output = _allocate(query, value)
+    output = _output(query, value)
     _sparse(output, query, key, value, None, options)
     return output
 
@@ -156,7 +140,7 @@ def padded_sparse_triton(
     items = [tuple(row) for row in spans.tolist()]
     if all(item == (0, seq_len, 1) for item in items):
         return sparse_triton(query, key, value, options)
-    output, first = _allocate(query, value), 0
+    output, first = _output(query, value), 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
         first = group.stop
@@ -182,9 +166,9 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, op
     rows = compress_aten(query, key, value, indices, count)
     if options.floor_window is None:
         return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
-    compressed = attend_lse(*rows, count, options.scale, options.kernel)
+    out, lse = attend_lse(*rows, count, options.scale, options.kernel)
     near = (options.scale, options.floor_window, options.floor_sinks)
-    return merge_floor_by_heads(query, key, value, *compressed, indices, count, padding, *near)
+    return merge_floor_by_heads(query, key, value, out, lse, indices, count, padding, *near)
 
 
 def _grouped(scores: Tensor, key: Tensor, options: Options) -> Tensor:
@@ -309,10 +293,10 @@ def _attend(
             shares = (slice(first * t.shape[1] // groups, (first + step) * t.shape[1] // groups) for t in tensors)
             tensors = [tensor[:, share] for tensor, share in zip(tensors, shares, strict=True)]
         target, query_part, key_part, value_part, chosen = tensors
-        rows = _compressed(query_part, key_part, value_part, chosen, count)
+        kept = _compressed(query_part, key_part, value_part, chosen, count)
         if options.floor_window is None:
-            _decompressed(kernel.causal(*rows, options.scale, count), chosen, count, seq_len, target)
+            _decompressed(kernel.causal(*kept, options.scale, count), chosen, count, seq_len, target)
             continue
-        compressed = kernel.causal_lse(*rows, options.scale, count)
+        out, lse = kernel.causal_lse(*kept, options.scale, count)
         near = (options.scale, options.floor_window, options.floor_sinks)
-        _merged(query_part, key_part, value_part, *compressed, chosen, count, padding, *near, target)
+        _merged(query_part, key_part, value_part, out, lse, chosen, count, padding, *near, target)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count
+from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import PRIORITY
 
@@ -59,7 +60,7 @@ def padded_attention(
     items = [tuple(row) for row in spans.tolist()]
     if all(item == (0, query.shape[2], 1) for item in items):
         return as_rows(_causal(query, key, value, scale))
-    output = _allocate(query, value)
+    output = empty_output(query, query.shape[2], value.shape[3])
     first = 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
@@ -75,7 +76,7 @@ def padded_attention(
 
 @padded_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool) -> Tensor:
-    return _allocate(query, value)
+    return empty_output(query, query.shape[2], value.shape[3])
 
 
 def spans_aten(padding: Tensor) -> Tensor:
@@ -105,12 +106,6 @@ def padded_attention_aten(
     if mean_rows:
         elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
     return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
-
-
-def _allocate(query: Tensor, value: Tensor) -> Tensor:
-    """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer."""
-    batch, heads, seq_len, _ = query.shape
-    return query.new_empty(batch, seq_len, heads, value.shape[3]).transpose(1, 2)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -33,7 +33,7 @@ split over the keys Flash-Decoding.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
 from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
-from tsa_compile.kernels.tiles import block_dim, gather_rows, log_sum, row_strides, rows_contiguous
+from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 
 MAX_HEAD_DIM = 256
 SPLITS = 32
@@ -70,6 +70,18 @@ def _candidates(p_rank, b, seq_len, window, HAS_PADDING: tl.constexpr):
         valid_tokens = seq_len
     rows = tl.minimum(valid_tokens, window)
     return valid_tokens - rows, rows
+
+
+@triton.jit
+def _columns(p_padding, p_rank, b, positions, seq_len, HAS_PADDING: tl.constexpr):
+    """Whether positions are valid, and how many valid ones come before each."""
+    valid = positions < seq_len
+    columns = positions
+    if HAS_PADDING:
+        inside = valid
+        valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
+        columns = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0) - 1
+    return valid, columns
 
 
 @triton.jit
@@ -196,12 +208,7 @@ def _column_mean_kernel(
     offsets = tl.arange(0, BLOCK_N)
     positions = start + offsets
     inside = positions < seq_len
-    if HAS_PADDING:
-        valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
-        columns = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0) - 1
-    else:
-        valid = inside
-        columns = positions
+    valid, columns = _columns(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
     p_key += b * stride_kb + kv_head.to(tl.int64) * stride_kg + start.to(tl.int64) * stride_kl
     # Every candidate precedes every row of the window, so no logit is masked here; invalid keys are never stored.
     b_key = gather_rows(p_key, offsets * stride_kl, inside, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -241,12 +248,7 @@ def _pool_kernel(
     candidates, _ = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < seq_len
-    if HAS_PADDING:
-        valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
-        columns = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0) - 1
-    else:
-        valid = inside
-        columns = positions
+    valid, columns = _columns(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
     total = tl.zeros([BLOCK], tl.float32)
     for shift in tl.static_range(POOL):
         neighbours = columns + shift - POOL // 2
@@ -266,12 +268,12 @@ def score_triton(
     batch, heads, seq_len, head_dim = query.shape
     query, key = rows_contiguous(query), rows_contiguous(key)
     block_d = block_dim(head_dim)
-    stats_tile, mean_tile = _tiles(query.dtype, block_d, window)
+    tiles = _tiles(query.dtype, block_d, window)
     # A static size, for whoever traces this with a symbolic length; the splits there are lie densely in it.
     most_splits = SPLITS if split_len == 0 else max(SPLITS, next_power_of_2(cdiv(seq_len, split_len)))
-    per_split = cdiv(split_len or torch.sym_max(MIN_SPLIT, cdiv(seq_len, SPLITS)), stats_tile.keys)
-    split_len = per_split * stats_tile.keys
-    splits, row_tiles = cdiv(seq_len, split_len), cdiv(window, stats_tile.rows)
+    per_split = cdiv(split_len or torch.sym_max(MIN_SPLIT, cdiv(seq_len, SPLITS)), tiles.block_n)
+    split_len = per_split * tiles.block_n
+    splits, row_tiles = cdiv(seq_len, split_len), cdiv(window, tiles.block_m)
     scores = query.new_empty((batch, heads, seq_len), dtype=torch.float32)
     raw = torch.empty_like(scores)
     partial = scores.new_empty((batch, heads, most_splits, window))
@@ -288,18 +290,21 @@ def score_triton(
     strides = row_strides(1, query, key)
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
-    shape = {"HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    options: dict[str, Any] = {
+        "HAS_PADDING": has_padding, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    }  # fmt: skip
     launch(_row_stats_kernel, (heads * row_tiles, splits, batch),
         (query, key, mask, rank, rows, partial),
-        (*strides, scale_log2, seq_len, window, split_len, heads, group), **shape, **stats_tile.options(),
+        (*strides, scale_log2, seq_len, window, split_len, heads, group), **options,
     )  # fmt: skip
     launch(_combine_kernel, (cdiv(window, 64), batch * heads),
         (partial, rank, row_lse), (seq_len, window, heads, splits),
         HAS_PADDING=has_padding, BLOCK_S=most_splits, BLOCK_M=64,
     )  # fmt: skip
-    launch(_column_mean_kernel, (cdiv(seq_len, mean_tile.keys), key.shape[1], batch),
+    launch(_column_mean_kernel, (cdiv(seq_len, tiles.block_n), key.shape[1], batch),
         (query, key, mask, rank, rows, row_lse, raw),
-        (*strides, scale_log2, seq_len, window, heads, group), **shape, **mean_tile.options(),
+        (*strides, scale_log2, seq_len, window, heads, group), **options,
     )  # fmt: skip
     launch(
         _pool_kernel, (cdiv(seq_len, 1024), batch * heads),
@@ -308,28 +313,13 @@ def score_triton(
     return scores
 
 
-class _Tile(NamedTuple):
-    """How a kernel cuts the window's rows and the keys, and what it runs on."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        """Launch arguments."""
-        return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages}
-
-
-def _tiles(dtype: torch.dtype, block_d: int, window: int) -> tuple[_Tile, _Tile]:
-    """For _row_stats and _column_mean: what fits into registers and shared memory."""
+def _tiles(dtype: torch.dtype, block_d: int, window: int) -> Tiles:
+    """Rows of the window and keys, for _row_stats and _column_mean: what fits into registers and shared memory."""
     rows = max(16, next_power_of_2(window))
     if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
-        tile = _Tile(min(rows, 32), 64, 8, 2)
-        return tile, tile
+        return Tiles(min(rows, 32), 64, 8, 2)
     # Four warps leave room for two programs on a multiprocessor: one multiplies while the other exponentiates.
-    tile = _Tile(min(rows, 128), 128, 4, 2) if block_d <= 128 else _Tile(min(rows, 64), 128, 8 if rows >= 64 else 4, 2)
-    return tile, tile
+    return Tiles(min(rows, 128), 128, 4, 2) if block_d <= 128 else Tiles(min(rows, 64), 128, 8 if rows >= 64 else 4, 2)
 
 
 def score_cuda(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
@@ -401,7 +391,7 @@ def _window_sum(
 
     And whether a row has a logit there, bool [B,H,L], that is NaN or +inf.
     """
-    batch, heads, seq_len, head_dim = query.shape
+    batch, heads, seq_len, _ = query.shape
     kv_heads, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
     positions = torch.arange(seq_len, device=query.device)
     transposed_key = key.to(wide).transpose(2, 3)
@@ -410,8 +400,8 @@ def _window_sum(
     for first in range(0, rows.shape[1], 32):
         chunk = rows[:, None, first : first + 32]
         picked = take_rows(query, chunk.expand(batch, heads, -1)).to(wide) * scale
-        logits = picked.reshape(batch, kv_heads, -1, head_dim) @ transposed_key
-        logits = logits.reshape(batch, heads, -1, seq_len)
+        logits = picked.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ transposed_key
+        logits = logits.unflatten(2, (-1, chunk.shape[2])).flatten(1, 2)
         allowed = positions <= chunk[..., None]
         if padding is not None:
             allowed = allowed & padding[:, None, None]

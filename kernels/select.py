@@ -32,6 +32,7 @@ Radix select as in Alabi et al., "Fast k-selection algorithms for graphics proce
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,10 @@ _NAN_SCORE = tl.constexpr(NAN_SCORE)
 
 
 @triton.jit
-def _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT: tl.constexpr):
+def _kept(p_count, row, heads, seq_len, capacity):
     """How many tokens of the row are wanted."""
     kept = tl.minimum(capacity, seq_len)
-    if HAS_COUNT:
+    if p_count is not None:
         kept = tl.maximum(tl.minimum(kept, tl.load(p_count + row // heads)), 0)
     return kept
 
@@ -100,13 +101,11 @@ def _write_filler(p_indices, first, stride, seq_len, capacity, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["seq_len", "capacity"])
-def _row_kernel(
-    p_scores, p_count, p_indices, heads, seq_len, capacity, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _row_kernel(p_scores, p_count, p_indices, heads, seq_len, capacity, BLOCK: tl.constexpr):
     """A whole row of at most BLOCK tokens."""
     row = tl.program_id(0).to(tl.int64)
     p_indices += row * capacity
-    kept = _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT)
+    kept = _kept(p_count, row, heads, seq_len, capacity)
     positions = tl.arange(0, BLOCK)
     keys = _load_keys(p_scores + row * seq_len, positions, seq_len)
 
@@ -149,7 +148,7 @@ def _descend(p_state, kept, STEP: tl.constexpr, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["seq_len", "capacity", "span"])
 def _histogram_kernel(
     p_scores, p_count, p_state, heads, seq_len, capacity, span,
-    HAS_COUNT: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many tokens of the split have which digit, among those whose earlier digits are the threshold's."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -157,7 +156,7 @@ def _histogram_kernel(
     digits = tl.zeros([], tl.uint32)
     above = tl.zeros([SPLITS], tl.int32)
     if STEP > 0:
-        kept = _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT)
+        kept = _kept(p_count, row, heads, seq_len, capacity)
         digits, above, _ = _descend(p_state, kept, STEP, SPLITS)
 
     histogram = tl.zeros([_BINS], tl.int32)
@@ -182,12 +181,12 @@ def _histogram_kernel(
 @triton.jit(do_not_specialize=["seq_len", "capacity", "span"])
 def _write_kernel(
     p_scores, p_count, p_state, p_indices, heads, seq_len, capacity, span,
-    HAS_COUNT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The chosen tokens of the split, and its share of the filler."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_indices += row * capacity
-    kept = _kept(p_count, row, heads, seq_len, capacity, HAS_COUNT)
+    kept = _kept(p_count, row, heads, seq_len, capacity)
     threshold, above, equal = _descend(p_state + row * (2 * (SPLITS + 1) * _BINS), kept, _STEPS, SPLITS)
     missing = kept - tl.sum(above, axis=0)
     before = tl.arange(0, SPLITS) < split
@@ -215,21 +214,20 @@ def select_triton(
     `short` and `block` are powers of two from 32 to 2^14, `splits` one up to 64. `short=0` splits every row.
     """
     batch, heads, seq_len = scores.shape
-    rows, has_count = batch * heads, count is not None
+    rows = batch * heads
     scores = scores.contiguous()
     indices = torch.empty((batch, heads, capacity), dtype=torch.int32, device=scores.device)
-    count = count if has_count else indices
     if seq_len <= short:
         launch(_row_kernel, (rows,),
             (scores, count, indices), (heads, seq_len, capacity),
-            HAS_COUNT=has_count, BLOCK=short, num_warps=min(max(short // 512, 1), 32),
+            BLOCK=short, num_warps=min(max(short // 512, 1), 32),
         )  # fmt: skip
         return indices
 
     span = cdiv(seq_len, splits * block) * block
     grid = (rows, cdiv(seq_len, span))
     state = torch.empty((rows, 2, splits + 1, BINS), dtype=torch.int32, device=scores.device)
-    options = {"HAS_COUNT": has_count, "SPLITS": splits, "BLOCK": block, "num_warps": warps}
+    options: dict[str, Any] = {"SPLITS": splits, "BLOCK": block, "num_warps": warps}
     for step in range(STEPS):
         launch(_histogram_kernel, grid, (scores, count, state), (heads, seq_len, capacity, span), STEP=step, **options)
     launch(_write_kernel, grid, (scores, count, state, indices), (heads, seq_len, capacity, span), **options)

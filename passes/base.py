@@ -1,7 +1,7 @@
-"""What a pass is: a `torch.fx` PassBase over a shared state, which touches one attention site at a time.
+"""What a pass is: a `torch.fx` PassBase over a shared state, which touches one attention call at a time.
 
-The state carries the configuration, the sites that were found, and what was decided about each. A pass that fails on one
-site leaves no trace of its attempt in the graph: `attempt` removes the nodes it had inserted, marks the site, and either
+The state carries the configuration, the calls that were found, and what was decided about each. A pass that fails on one
+call leaves no trace of its attempt in the graph: `attempt` removes the nodes it had inserted, marks the call, and either
 warns or, with `strict=True`, raises.
 """
 
@@ -33,15 +33,15 @@ __all__ = ["CallPlan", "GraphState", "Pass", "PassResult"]
 
 @dataclass
 class CallPlan:
-    """What is known and decided about one site; filled in pass by pass.
+    """What is known and decided about one call; filled in pass by pass.
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
     `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
     """
 
-    site: AttentionCall
+    call: AttentionCall
     place: Place
-    meaning: MaskInfo | None = None
+    mask: MaskInfo | None = None
     selected: bool = False
     padding: Node | None = None
     unplaced: bool = False
@@ -51,7 +51,7 @@ class CallPlan:
     detail: str = ""
 
     def keep(self, reason: Reason, detail: str = "") -> None:
-        """Leaves the site as the model wrote it, and says why."""
+        """Leaves the call as the model wrote it, and says why."""
         self.decision, self.reason, self.detail = Decision.UNCHANGED, reason, detail
 
 
@@ -75,7 +75,7 @@ class GraphState:
 
     @contextmanager
     def attempt(self, plan: CallPlan, graph: Graph, doing: str) -> Iterator[None]:
-        """Runs a block for one site; if it raises, the graph is as before and the site stays as the model wrote it."""
+        """Runs a block for one call; if it raises, the graph is as before and the call stays as the model wrote it."""
         before = set(graph.nodes)
         try:
             yield
@@ -84,10 +84,10 @@ class GraphState:
                 if node not in before:
                     graph.erase_node(node)
             cause = summary(error)
-            message = f"{doing} failed at {plan.site.layer!r}: {cause}"
+            message = f"{doing} failed at {plan.call.layer!r}: {cause}"
             if self.config.strict:
                 raise RewriteError(
-                    f"{message}. The site was left as the model wrote it until here (strict=True)."
+                    f"{message}. The call was left as the model wrote it until here (strict=True)."
                 ) from error
             warnings.warn(f"{message}. It stays as the model wrote it.", TSAWarning, stacklevel=2)
             plan.keep(Reason.PASS_FAILED, cause)
@@ -100,7 +100,7 @@ def summary(error: Exception) -> str:
 
 
 class Pass(PassBase):
-    """A pass over the attention sites of a graph. Subclasses implement `call(graph_module) -> PassResult`."""
+    """A pass over the attention calls of a graph. Subclasses implement `call(graph_module) -> PassResult`."""
 
     decisions: ClassVar[tuple[Decision, ...]] = ()
     """The decisions that this pass carries out: without it such calls stay as the model wrote them."""
@@ -132,19 +132,19 @@ class Pass(PassBase):
         return PassResult(graph_module, modified)
 
     def replace(self, plan: CallPlan, new: Node) -> None:
-        """Lets every reader of the site's output read `new`; the old nodes are left to the clean-up."""
-        old = plan.site.node
+        """Lets every reader of the call's output read `new`; the old nodes are left to the clean-up."""
+        old = plan.call.node
         new = conform(new, old, self.state.aten)
         value = new.meta["example_value"]
         new.meta = {**old.meta, **{"val" if "val" in old.meta else "example_value": value}}
         old.replace_all_uses_with(new)
         self.state.detached.append(old)
         for other in self.state.plans:
-            other.site = reading(other.site, old, new)
+            other.call = reading(other.call, old, new)
 
 
-def reading(site: AttentionCall, old: Node, new: Node) -> AttentionCall:
-    """A site that read `old` directly, one layer's output as the next one's input, as it stands after the replacement."""
+def reading(call: AttentionCall, old: Node, new: Node) -> AttentionCall:
+    """A call that read `old` directly, one layer's output as the next one's input, as it stands after the replacement."""
     operands = ("query", "key", "value", "wide_key", "wide_value")
-    renewed: dict[str, Any] = {name: new for name in operands if getattr(site, name) is old}
-    return dataclasses.replace(site, **renewed) if renewed else site
+    renewed: dict[str, Any] = {name: new for name in operands if getattr(call, name) is old}
+    return dataclasses.replace(call, **renewed) if renewed else call

@@ -9,7 +9,7 @@
 
 Between the two products only what is named here may stand, and what provably changes nothing: copies, casts to types that
 hold all that the query's type does, and views that leave the last two dimensions. Every step must be read by the next one
-alone. Anything else that weighs by a softmax over a product is a site with reason UNSUPPORTED_FORM.
+alone. Anything else that weighs by a softmax over a product is a call with reason UNSUPPORTED_FORM.
 """
 
 from __future__ import annotations

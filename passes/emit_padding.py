@@ -19,11 +19,11 @@ class EmitPadding(Pass):
         graph = graph_module.graph
         builder = self.state.builder(graph)
         for plan in self.state.plans:
-            meaning = plan.meaning
-            if plan.decision is Decision.UNCHANGED or meaning is None or meaning.padding is None:
+            info = plan.mask
+            if plan.decision is Decision.UNCHANGED or info is None or info.padding is None:
                 continue
-            with self.state.attempt(plan, graph, "writing its padding"), graph.inserting_before(plan.site.node):
-                plan.padding = builder.padding(plan.site, meaning)
+            with self.state.attempt(plan, graph, "writing its padding"), graph.inserting_before(plan.call.node):
+                plan.padding = builder.padding(plan.call, info)
         emitted = [plan.padding for plan in self.state.plans if plan.padding is not None]
         self.state.detached.extend(emitted)  # they go where no rewrite reads them after all
         return self.result(graph_module, len(emitted))

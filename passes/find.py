@@ -7,7 +7,7 @@
     all with k and v [B, G, L, D] as they were before being repeated to H heads (repeat_kv is peeled)
 
 What is read are the recorded operators of a graph (aten.py); operands are the graph's own nodes that hold their values
-where the call stands. Reading changes nothing. A call that cannot be read is still a site, with `problem` saying why.
+where the call stands. Reading changes nothing. A call that cannot be read is still a call, with `problem` saying why.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class FindCalls(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         self.state.aten, self.state.frame = record(graph_module), frame_of(graph_module)
-        sites = calls_of(self.state.aten)
-        places = places_of(sites, graph_module, self.state.frame)
-        self.state.plans = [CallPlan(placed(site, place), place) for site, place in zip(sites, places, strict=True)]
-        return self.result(graph_module, len(sites), modified=False)
+        calls = calls_of(self.state.aten)
+        places = places_of(calls, graph_module, self.state.frame)
+        self.state.plans = [CallPlan(placed(call, place), place) for call, place in zip(calls, places, strict=True)]
+        return self.result(graph_module, len(calls), modified=False)
 
 
 def find_calls(graph_module: GraphModule) -> list[AttentionCall]:
@@ -49,16 +49,16 @@ def find_calls(graph_module: GraphModule) -> list[AttentionCall]:
 def calls_of(graph: AtenGraph) -> list[AttentionCall]:
     """Every attention call among recorded operators, in execution order. Never raises: a call that fails has a problem."""
     written_out = WrittenOut(graph)
-    sites = []
-    for call in list(graph.calls.nodes):
+    calls = []
+    for node in list(graph.calls.nodes):
         try:
-            read = read_sdpa(call) or written_out.read(call) or read_other(call)
-            site = None if read is None else normal_form(graph, read)
+            read = read_sdpa(node) or written_out.read(node) or read_other(node)
+            call = None if read is None else normal_form(graph, read)
         except Exception as error:  # noqa: BLE001  # one call that cannot be read must not hide the others
-            site = _unreadable(graph, call, f"reading it failed: {type(error).__name__}: {error}")
-        if site is not None:
-            sites.append(site)
-    return sites
+            call = _unreadable(graph, node, f"reading it failed: {type(error).__name__}: {error}")
+        if call is not None:
+            calls.append(call)
+    return calls
 
 
 def read_sdpa(call: Node) -> RecordedCall | None:
@@ -87,7 +87,7 @@ def read_other(call: Node) -> RecordedCall | None:
 
 
 def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
-    """A site from a call: repeated heads are peeled, the layer is named, shapes are checked, operands are located."""
+    """A call in normal form: repeated heads are peeled, the layer is named, shapes are checked, operands are located."""
     node, problem = _place(graph, call)
     query, key, value = call.query, call.key, call.value
     problem = problem or _shape_problem(query, key, value, call.grouped)
@@ -120,7 +120,7 @@ def _place(graph: AtenGraph, call: RecordedCall) -> tuple[Node, Problem | None]:
 
 
 def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionCall | None:
-    """The site of a call whose reading failed; None if it looks like no attention at all."""
+    """What stands for a call whose reading failed; None if it looks like no attention at all."""
     origin = call.meta["origin"]
     if not (is_attention(call.target) or "softmax" in str(call.target)):
         return None

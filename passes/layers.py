@@ -114,9 +114,9 @@ def _starred(name: str, positions: Iterable[int]) -> str:
     return ".".join(parts)
 
 
-def placed(site: AttentionCall, place: Place) -> AttentionCall:
-    """A site with the name and the number of its place."""
-    return replace(site, layer=place.names[0], container=place.stack, layer_index=place.number)
+def placed(call: AttentionCall, place: Place) -> AttentionCall:
+    """A call with the name and the number of its place."""
+    return replace(call, layer=place.names[0], container=place.stack, layer_index=place.number)
 
 
 def is_whole(graph_module: GraphModule) -> bool:
@@ -133,22 +133,22 @@ def is_model(graph_module: GraphModule, frame: Frame | None) -> bool:
     return complete and is_whole(graph_module) and frame.begins and not frame.part
 
 
-def places_of(sites: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> list[Place]:
+def places_of(calls: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> list[Place]:
     """The place of each call."""
-    return _Stacks(sites, graph_module, frame).places()
+    return _Stacks(calls, graph_module, frame).places()
 
 
 class _Stacks:
     """The calls of a graph beside the modules that its frame holds: which number of a name is the layer's."""
 
-    def __init__(self, sites: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> None:
-        self.sites, self.graph_module, self.frame = sites, graph_module, frame
-        self.names = [self._name(site.node) for site in sites]
+    def __init__(self, calls: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> None:
+        self.calls, self.graph_module, self.frame = calls, graph_module, frame
+        self.names = [self._name(call.node) for call in calls]
         held = set(frame.kinds) if frame is not None else set()
         self.numbers = _numbers_by_container(held or {self._name(node) for node in graph_module.graph.nodes})
         applications: dict[str, set[str]] = {}
-        for site, name in zip(sites, self.names, strict=True):
-            applications.setdefault(name, set()).add(str(site.node.meta.get("nn_module_stack")))
+        for call, name in zip(calls, self.names, strict=True):
+            applications.setdefault(name, set()).add(str(call.node.meta.get("nn_module_stack")))
         self.repeated = {name for name, found in applications.items() if len(found) > 1}
 
     def places(self) -> list[Place]:
@@ -156,8 +156,8 @@ class _Stacks:
         shown = [unwrapped(name) for name in self.names]
         if not any(shown) and is_model(self.graph_module, self.frame):
             doubt = "it is in no numbered module"
-            return [Place((site.node.name,), number, doubt=doubt) for number, site in enumerate(self.sites)]
-        return [self._place(site, name) for site, name in zip(self.sites, self.names, strict=True)]
+            return [Place((call.node.name,), number, doubt=doubt) for number, call in enumerate(self.calls)]
+        return [self._place(call, name) for call, name in zip(self.calls, self.names, strict=True)]
 
     def _name(self, node: Node) -> str:
         if self.frame is not None:
@@ -169,8 +169,8 @@ class _Stacks:
                 return name
         return module_name(node)
 
-    def _place(self, site: AttentionCall, name: str) -> Place:
-        names = tuple(dict.fromkeys([unwrapped(name) or site.node.name, *aliases(name), *aliases(module_name(site.node))]))
+    def _place(self, call: AttentionCall, name: str) -> Place:
+        names = tuple(dict.fromkeys([unwrapped(name) or call.node.name, *aliases(name), *aliases(module_name(call.node))]))
         position, doubt = self._position(name)
         if position is None:
             above = self.frame.siblings if self.frame is not None else ()

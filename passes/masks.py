@@ -34,32 +34,32 @@ _LOWEST = exact(torch.finfo(torch.bfloat16).min)
 
 
 class InferMasks(Pass):
-    """Infers what each site's mask means; sites that share a mask share the work."""
+    """Infers what each call's mask means; calls that share a mask share the work."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         shared: dict[Any, Any] = {}
         for plan in self.state.plans:
-            site = plan.site
-            if site.problem is not None:
+            call = plan.call
+            if call.problem is not None:
                 continue
             with self.state.attempt(plan, graph_module.graph, "mask inference"):
-                shapes = (tuple(fake(site.query).shape), fake(site.key).shape[2])
-                key = (site.form, site.masks, str(site.is_causal), str(shapes))
+                shapes = (tuple(fake(call.query).shape), fake(call.key).shape[2])
+                key = (call.form, call.masks, str(call.is_causal), str(shapes))
                 if key not in shared:
-                    shared[key] = infer_mask(site)
-                plan.meaning = held(shared[key], site)
+                    shared[key] = infer_mask(call)
+                plan.mask = held(shared[key], call)
         return self.result(graph_module, len(shared), modified=False)
 
 
-def infer_mask(site: AttentionCall) -> MaskInfo:
-    """The meaning of everything that masks a site: `is_causal` and each mask term."""
-    query, key = fake(site.query), fake(site.key)
+def infer_mask(call: AttentionCall) -> MaskInfo:
+    """The meaning of everything that masks a call: `is_causal` and each mask term."""
+    query, key = fake(call.query), fake(call.key)
     sizes = {B: query.shape[0], H: query.shape[1], Q: query.shape[2], KV: key.shape[2]}
     atoms = Atoms({symbol: _as_expr(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
     evaluator = Evaluator(atoms)
     try:
         allowed, hidden, level = sympy.true, set[sympy.Expr](), True
-        for term in reversed(site.masks):  # as they are applied
+        for term in reversed(call.masks):  # as they are applied
             term_allowed, values = _allowed(evaluator, term)
             if term.role == "bias":  # what two masks hide gets both values
                 level = level and all(value <= _LOWEST for value in values)
@@ -67,22 +67,22 @@ def infer_mask(site: AttentionCall) -> MaskInfo:
             allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
     except (Opaque, NotUnderstood, RecursionError) as reason:
         return MaskInfo(MaskKind.OPAQUE, detail=str(reason) or "it is built in too many steps")
-    if site.is_causal is True:  # upper-left alignment
+    if call.is_causal is True:  # upper-left alignment
         allowed = sympy.And(allowed, atoms.le(KV, Q))
-    elif site.is_causal is not False:
+    elif call.is_causal is not False:
         return MaskInfo(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
-    meaning = _classify(allowed, atoms, evaluator, hidden, level)
-    return replace(meaning, nan_rows=site.form == "eager" and -sympy.oo in hidden)
+    info = _classify(allowed, atoms, evaluator, hidden, level)
+    return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden)
 
 
-def held(meaning: MaskInfo, site: AttentionCall) -> MaskInfo:
-    """A meaning that a site can use: what its padding reads must still be in the graph where the site stands."""
-    if meaning.kind is not MaskKind.CAUSAL_PADDING:
-        return meaning
-    for name, value in meaning.leaves.items():
-        if site.aten.source(value, site.node) is None:
+def held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
+    """What a mask means to a call: what its padding reads must still be in the graph where the call stands."""
+    if info.kind is not MaskKind.CAUSAL_PADDING:
+        return info
+    for name, value in info.leaves.items():
+        if call.aten.source(value, call.node) is None:
             return MaskInfo(MaskKind.OPAQUE, detail=f"its padding reads {name}, which has been written to since")
-    return meaning
+    return info
 
 
 def _as_expr(extent: Any) -> sympy.Expr:

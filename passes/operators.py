@@ -103,11 +103,11 @@ def functional(func: Any) -> Any:
     return getattr(packet, func._overloadname, func) if packet is not None else func
 
 
-_COPIES = (aten.contiguous.default, aten.clone.default)
+_LAYOUT_COPIES = (aten.contiguous.default, aten.clone.default)
 
 
 def without_copies(node: Any) -> Any:
     """The value behind copies that change nothing but the layout."""
-    while isinstance(node, Node) and node.target in _COPIES:
+    while isinstance(node, Node) and node.target in _LAYOUT_COPIES:
         node = node.args[0]
     return node

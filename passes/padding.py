@@ -95,19 +95,19 @@ def _is_plain_index(index: sympy.Expr) -> bool:
 
 
 class PaddingBuilder:
-    """Emits the padding tensor of sites, once for all that share a predicate over the same values."""
+    """Emits the padding tensor of calls, once for all that share a predicate over the same values."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._padding: dict[Any, Node] = {}
 
-    def padding(self, site: AttentionCall, meaning: MaskInfo) -> Node | None:
-        """The bool tensor [B, L] of valid tokens for a site; None if all are. Must be called in front of the site."""
-        if meaning.padding is None:
+    def padding(self, call: AttentionCall, info: MaskInfo) -> Node | None:
+        """The bool tensor [B, L] of valid tokens for a call; None if all are. Must be called in front of the call."""
+        if info.padding is None:
             return None
-        key = (meaning.padding, tuple(sorted(meaning.leaves.items())), tuple(map(str, fake(site.key).shape)))
+        key = (info.padding, tuple(sorted(info.leaves.items())), tuple(map(str, fake(call.key).shape)))
         if key not in self._padding or is_erased(self._padding[key]):
-            self._padding[key] = _Emitter(self.graph, site, meaning).emit()
+            self._padding[key] = _Emitter(self.graph, call, info).emit()
         return self._padding[key]
 
     def spans(self, padding: Node) -> Node:
@@ -125,15 +125,15 @@ def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, site: AttentionCall, meaning: MaskInfo) -> None:
+    def __init__(self, graph: Graph, call: AttentionCall, info: MaskInfo) -> None:
         self.graph = graph
-        self.meaning = meaning
-        self.site = site
-        self.key = site.key
+        self.mask = info
+        self.call = call
+        self.key = call.key
 
     def emit(self) -> Node:
-        assert self.meaning.padding is not None
-        node = self._formula(self.meaning.padding)
+        assert self.mask.padding is not None
+        node = self._formula(self.mask.padding)
         return insert(self.graph, "expand", node, self._extent(0), self._extent(2))
 
     def _extent(self, dim: int) -> int | Node:
@@ -147,7 +147,7 @@ class _Emitter:
             parts = [self._formula(part) for part in sorted(formula.args, key=str)]
             return reduce(lambda left, right: insert(self.graph, join, left, right), parts)
         if formula.is_Symbol:
-            return self._atom(self.meaning.atoms[formula])
+            return self._atom(self.mask.atoms[formula])
         raise RewriteError(f"the padding predicate {formula} cannot be written as a tensor")
 
     def _atom(self, atom: Any) -> Node:
@@ -196,7 +196,7 @@ class _Emitter:
 
     def _element(self, call: AppliedUndef) -> Node:
         """`x(b, 0, kv)` as `x[:, 0, :]`: [B, L], or [1, L] and [B, 1] where b or kv does not occur."""
-        leaf = self.site.aten.source(self.meaning.leaves[call.func.__name__], self.site.node)
+        leaf = self.call.aten.source(self.mask.leaves[call.func.__name__], self.call.node)
         if leaf is None:
             raise RewriteError(f"the padding reads {call.func.__name__}, which the graph holds no longer")
         axes = [B if argument.has(B) else KV for argument in call.args if argument.has(B, KV)]

@@ -1,6 +1,6 @@
-"""Which sites become sparse, which dense ones get cheaper without any approximation, and why the others stay.
+"""Which calls become sparse, which dense ones get cheaper without any approximation, and why the others stay.
 
-    before   sites with the meaning of their masks
+    before   calls with the meaning of their masks
     after    the same graph; each CallPlan has a decision, a reason code and a kernel
 
 The order of the questions is the order of the reason codes: is the call of a known form, needs no gradient, has no
@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, Layers, TSAConfig
 from tsa_compile.costs.breakeven import shortest
-from tsa_compile.costs.calls import SiteShape
+from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.kept import never_dropped
@@ -50,7 +50,7 @@ _said: WeakKeyDictionary[torch.nn.Module, set[Layers | None]] = WeakKeyDictionar
 
 
 class PlanCalls(Pass):
-    """Decides about every site; changes nothing in the graph."""
+    """Decides about every call; changes nothing in the graph."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         places = [plan.place for plan in self.state.plans]
@@ -70,7 +70,7 @@ class PlanCalls(Pass):
 
     def _refuse_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
-        sparse = [plan.site.layer for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        sparse = [plan.call.layer for plan in self.state.plans if plan.decision is Decision.SPARSE]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
         if found is not None:
             raise ConfigError(
@@ -95,8 +95,8 @@ class PlanCalls(Pass):
         obstacle = _obstacle(plan)
         if obstacle is not None:
             return plan.keep(*obstacle)
-        assert plan.meaning is not None
-        plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
+        assert plan.mask is not None
+        plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
             reason, detail = _sparse_obstacle(plan, self.state.config, sparse_layers)
@@ -105,59 +105,59 @@ class PlanCalls(Pass):
         elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None:
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
-        if plan.decision is Decision.PADDED and plan.meaning.nan_rows:
+        if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
             return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
         try:
             plan.kernel = _kernel(plan, self.state.config)
-        except KernelError as error:  # a kernel that was asked for by name and does not fit this site
-            plan.decision = Decision.PADDED if plan.meaning.padding is not None else Decision.CAUSAL
+        except KernelError as error:  # a kernel that was asked for by name and does not fit this call
+            plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
         return None
 
 
 def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
-    """Why a site must stay exactly as the model wrote it."""
-    site = plan.site
-    if site.problem is not None:
-        return site.problem
-    query, key, value = (fake(node) for node in (site.query, site.key, site.value))
+    """Why a call must stay exactly as the model wrote it."""
+    call = plan.call
+    if call.problem is not None:
+        return call.problem
+    query, key, value = (fake(node) for node in (call.query, call.key, call.value))
     if query.requires_grad or key.requires_grad or value.requires_grad:
         return Reason.NEEDS_GRAD, ""
-    if not isinstance(site.dropout, (int, float)) or site.dropout != 0:
-        return Reason.DROPOUT, f"dropout {site.dropout}"
-    if not _is_positive(site.scale):
+    if not isinstance(call.dropout, (int, float)) or call.dropout != 0:
+        return Reason.DROPOUT, f"dropout {call.dropout}"
+    if not _is_positive(call.scale):
         return (
             Reason.UNSUPPORTED_FORM,
-            f"the scale is {fake(site.scale)}, not positive, as causal kernels need it",
+            f"the scale is {fake(call.scale)}, not positive, as causal kernels need it",
         )
     if not known(query.shape[2] == key.shape[2]):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
-    assert plan.meaning is not None
-    reason = _MASK_REASONS.get(plan.meaning.kind)
-    return None if reason is None else (reason, _found_in_mask(plan, plan.meaning))
+    assert plan.mask is not None
+    reason = _MASK_REASONS.get(plan.mask.kind)
+    return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
 
 
 def is_cached_prefill(plan: CallPlan) -> bool:
     """Whether several queries look at more keys than their own, and not as in cross-attention, which masks by key alone."""
-    query, key = fake(plan.site.query), fake(plan.site.key)
+    query, key = fake(plan.call.query), fake(plan.call.key)
     if query.dim() != 4 or known(query.shape[2] == 1) or known(query.shape[2] >= key.shape[2]):
         return False
-    if plan.meaning is None or plan.site.is_causal is True:
+    if plan.mask is None or plan.call.is_causal is True:
         return True
-    masks = [fake(term.mask) for term in plan.site.masks]
+    masks = [fake(term.mask) for term in plan.call.masks]
     by_query = any(mask.dim() > 1 and not known(mask.shape[-2] == 1) for mask in masks)
-    return by_query and plan.meaning.kind not in (MaskKind.NONE, MaskKind.PADDING)
+    return by_query and plan.mask.kind not in (MaskKind.NONE, MaskKind.PADDING)
 
 
-def _found_in_mask(plan: CallPlan, meaning: MaskInfo) -> str:
+def _found_in_mask(plan: CallPlan, info: MaskInfo) -> str:
     """What a report says of a mask that cannot be rewritten: where it comes from, if that is what is to be changed."""
-    if meaning.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.site.masks):
+    if info.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.call.masks):
         return "the mask is an input of this graph: it was built outside"
-    if meaning.kind is MaskKind.PACKED:
-        behind = sorted({name for leaf in meaning.leaves.values() for name in _inputs_behind(leaf)})
-        return f"computed from {', '.join(behind)}" if behind else meaning.detail
-    return meaning.detail
+    if info.kind is MaskKind.PACKED:
+        behind = sorted({name for leaf in info.leaves.values() for name in _inputs_behind(leaf)})
+        return f"computed from {', '.join(behind)}" if behind else info.detail
+    return info.detail
 
 
 def _is_given(mask: Node) -> bool:
@@ -190,19 +190,19 @@ def _is_positive(scale: Any) -> bool:
 
 
 def _sparse_obstacle(plan: CallPlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
-    """Why a site whose layer is selected stays dense all the same."""
+    """Why a call whose layer is selected stays dense all the same."""
     reason, detail = _kernel_obstacle(plan)
     if reason is not None:
         return reason, detail
-    query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
-    shape = SiteShape.of(query, key, value, config)
+    query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
+    shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers)
     return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
 def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
-    """Why no kernel of the registry can be asked to run a site."""
-    query, value = fake(plan.site.query), fake(plan.site.value)
+    """Why no kernel of the registry can be asked to run a call."""
+    query, value = fake(plan.call.query), fake(plan.call.value)
     if query.device.type not in _DEVICES:
         return Reason.DEVICE, f"on {query.device.type}"
     if query.dtype not in _DTYPES:
@@ -216,7 +216,7 @@ def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
 
 
 def minimum_length(
-    config: TSAConfig, device: torch.device, shape: SiteShape, sparse_layers: float = 0.5
+    config: TSAConfig, device: torch.device, shape: CallShape, sparse_layers: float = 0.5
 ) -> tuple[int | None, str]:
     """The shortest length that is compressed, and what happens there; None if no length gains."""
     costs = for_device(device) if device.type == "cuda" and config.min_length is None else None
@@ -256,8 +256,8 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, 
 
 
 def _kernel(plan: CallPlan, config: TSAConfig) -> str:
-    """The kernel that will run at a site: the one configured for it, else the fastest that fits."""
-    query, key, value = (fake(node) for node in (plan.site.query, plan.site.key, plan.site.value))
+    """The kernel that will run at a call: the one configured for it, else the fastest that fits."""
+    query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"

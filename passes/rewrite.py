@@ -35,7 +35,7 @@ class RewriteSparse(Pass):
         for plan in self.state.plans:
             if plan.decision not in self.decisions:
                 continue
-            with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.site.node):
+            with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.call.node):
                 self.replace(plan, self._attention(graph_module, plan))
                 matched += 1
         return self.result(graph_module, matched)
@@ -45,22 +45,22 @@ class RewriteSparse(Pass):
         if plan.decision is Decision.SPARSE:
             return self._sparse(graph_module, plan, config)
         if plan.padding is None:
-            site = plan.site
-            rows = (site.query, site.key, site.value)
-            return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(site), plan.kernel)
+            call = plan.call
+            rows = (call.query, call.key, call.value)
+            return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
         # Heads that all keep the valid tokens can share them.
         whole = config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=plan.kernel)
         return self._sparse(graph_module, plan, whole)
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
-        site, graph = plan.site, graph_module.graph
-        options = (scale_of(site), config.window, config.pool, *_budget(config), config.min_tokens, config.capacity)
+        call, graph = plan.call, graph_module.graph
+        options = (scale_of(call), config.window, config.pool, *_budget(config), config.min_tokens, config.capacity)
         shared = config.granularity == "group"
         floor = () if config.floor is None else (config.floor.window, config.floor.sinks)
-        operands = (site.query, site.key, site.value)
+        operands = [call.query, call.key, call.value]
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
-        operands = (*operands, plan.padding, self.state.builder(graph).spans(plan.padding))
+        operands += [plan.padding, self.state.builder(graph).spans(plan.padding)]
         return insert(graph, tsa.padded_sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
 
 

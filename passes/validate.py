@@ -64,7 +64,7 @@ class Validate(Pass):
             case = Case(graph_module, plan)
             signature = case.signature()
         except Skipped as why:
-            _log.debug("%s is not validated: %s", plan.site.layer, why)
+            _log.debug("%s is not validated: %s", plan.call.layer, why)
             return
         if signature in seen:
             return
@@ -73,7 +73,7 @@ class Validate(Pass):
             try:
                 difference = case.difference(trial)
             except Exception as error:  # noqa: BLE001  # the model's own code on inputs that it may not be made for
-                _log.debug("%s is not validated in trial %d: %s", plan.site.layer, trial, error)
+                _log.debug("%s is not validated in trial %d: %s", plan.call.layer, trial, error)
                 continue
             if difference is not None:
                 raise RewriteError(f"the call and what it was read as differ: {difference}")
@@ -90,10 +90,10 @@ class Case:
     """
 
     def __init__(self, graph_module: GraphModule, plan: CallPlan) -> None:
-        self.module, self.plan, self.site = graph_module, plan, plan.site
-        self.operands = (self.site.query, self.site.key, self.site.value)
-        self.operand_of = {self.site.aten.values.get(operand): operand for operand in self.operands}
-        self.upstream = any(map(self.site.aten.writers, self.operands))  # the model in front of them is run as well
+        self.module, self.plan, self.call = graph_module, plan, plan.call
+        self.operands = (self.call.query, self.call.key, self.call.value)
+        self.operand_of = {self.call.aten.values.get(operand): operand for operand in self.operands}
+        self.upstream = any(map(self.call.aten.writers, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
         self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
         if self.upstream and self.sizes.shortened:  # its other sizes may equal the length, too
@@ -101,13 +101,13 @@ class Case:
 
     def _needed(self) -> list[Node]:
         """The nodes behind the call and its padding, in order, with whatever writes to them on the way."""
-        aten, order = self.site.aten, {node: i for i, node in enumerate(self.module.graph.nodes)}
-        ends = [end for end in (self.site.node, self.plan.padding, self.site.scale) if isinstance(end, Node)]
+        aten, order = self.call.aten, {node: i for i, node in enumerate(self.module.graph.nodes)}
+        ends = [end for end in (self.call.node, self.plan.padding, self.call.scale) if isinstance(end, Node)]
         needed: set[Node] = set()
         pending = [*ends, *self.operands]
         while pending:
             node = pending.pop()
-            if node in needed or order[node] > order[self.site.node]:
+            if node in needed or order[node] > order[self.call.node]:
                 continue
             needed.add(node)
             if len(needed) > _MOST_NODES:
@@ -129,16 +129,16 @@ class Case:
             for node in self.nodes
         ]
         ends = [places.get(end, -1) if isinstance(end, Node) else str(end) for end in (*self.operands, self.plan.padding)]
-        return tuple(lines), tuple(ends), str(self.site.scale), self.site.is_causal
+        return tuple(lines), tuple(ends), str(self.call.scale), self.call.is_causal
 
     def _is_given(self, node: Node) -> bool:
         return self._operand(node) is not None or node.op in ("placeholder", "get_attr") or _is_number(fake(node))
 
     def _operand(self, node: Node) -> Node | None:
         """The operand of the call that a node holds: it may have been computed twice."""
-        value = self.site.aten.values.get(node)
+        value = self.call.aten.values.get(node)
         operand = self.operand_of.get(value) if isinstance(value, Node) else None
-        return operand if operand is not None and not self.site.aten.writers(node) else None
+        return operand if operand is not None and not self.call.aten.writers(node) else None
 
     def difference(self, trial: int) -> str | None:
         """The largest difference of the call and its normal form, as a sentence; None if they agree."""
@@ -146,13 +146,13 @@ class Case:
         with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial)
             env: dict[Node, Any] = {}
-            for node in self.nodes[: self.nodes.index(self.site.node)]:
+            for node in self.nodes[: self.nodes.index(self.call.node)]:
                 env[node] = self._run(node, env, generator, trial)
             operands = [env[operand].clone() for operand in self.operands]
             padding = None if self.plan.padding is None else env[self.plan.padding].clone()
-            scale = operands[0].shape[3] ** -0.5 if self.site.scale is None else self.site.scale
+            scale = operands[0].shape[3] ** -0.5 if self.call.scale is None else self.call.scale
             normal, rows = self._normal_form(operands, padding, float(env[scale] if isinstance(scale, Node) else scale))
-            original = self._run(self.site.node, env, generator, trial)
+            original = self._run(self.call.node, env, generator, trial)
         return _compare(original.reshape(normal.shape), normal, rows, trial, self.sizes)
 
     def _run(self, node: Node, env: dict[Node, Any], generator: torch.Generator, trial: int) -> Any:
@@ -172,7 +172,7 @@ class Case:
         result = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
         if isinstance(result, Tensor) and result.numel() > _MOST_ELEMENTS:
             raise Skipped(f"{node.name} is too large")
-        if getattr(self.site.aten.values.get(node), "target", None) in _UNINITIALISED:
+        if getattr(self.call.aten.values.get(node), "target", None) in _UNINITIALISED:
             result.zero_()  # what this memory held before is nothing that an operand is made of
         return result
 
@@ -194,15 +194,15 @@ class Case:
         """What the call was read as, and which rows to compare: all but those that are NaN in written-out attention."""
         query, key, value = (operand.double() for operand in operands)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        length, meaning = query.shape[2], self.plan.meaning
+        length, info = query.shape[2], self.plan.mask
         allowed = torch.ones(length, length, dtype=torch.bool).tril()
         if padding is not None:
             allowed = allowed & padding[:, None, None, :]
         scores = (query @ key.mT * scale).masked_fill(~allowed, float("-inf"))
         some = allowed.any(-1, keepdim=True).expand(*query.shape[:3], 1)
-        empty = value.mean(2, keepdim=True) if meaning is not None and meaning.mean_rows else torch.zeros(())
+        empty = value.mean(2, keepdim=True) if info is not None and info.mean_rows else torch.zeros(())
         output = torch.where(some, torch.nan_to_num(scores.softmax(-1)) @ value, empty)
-        rows = some if meaning is not None and meaning.nan_rows else torch.ones_like(some)
+        rows = some if info is not None and info.nan_rows else torch.ones_like(some)
         return output, rows
 
 

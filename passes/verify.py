@@ -22,12 +22,12 @@ class Verify(Pass):
         nodes = set(graph_module.graph.nodes)
         changed = [plan for plan in self.state.plans if plan.decision is not Decision.UNCHANGED]
         for plan in changed:
-            if plan.meaning is None or plan.meaning.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
-                raise RewriteError(f"{plan.site.layer!r} was rewritten, but its mask is {plan.meaning}")
-            kept = plan.site.form == "sdpa" and not plan.site.masks and plan.decision is Decision.CAUSAL
-            if not kept and plan.site.node in nodes and plan.site.node.users:
-                raise RewriteError(f"{plan.site.layer!r} was rewritten, but {plan.site.node.name!r} is still read")
-        masks = {plan.site.aten.holder(term.mask) for plan in changed for term in plan.site.masks}
+            if plan.mask is None or plan.mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+                raise RewriteError(f"{plan.call.layer!r} was rewritten, but its mask is {plan.mask}")
+            kept = plan.call.form == "sdpa" and not plan.call.masks and plan.decision is Decision.DENSE
+            if not kept and plan.call.node in nodes and plan.call.node.users:
+                raise RewriteError(f"{plan.call.layer!r} was rewritten, but {plan.call.node.name!r} is still read")
+        masks = {plan.call.aten.holder(term.mask) for plan in changed for term in plan.call.masks}
         readers = {reader for mask in masks if mask is not None for reader in mask.users if reader in nodes}
         for reader in readers:
             if "tsa" in str(reader.target):

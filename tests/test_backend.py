@@ -71,7 +71,7 @@ def test_defaults_leave_short_sequences_alone():
         assert difference(logits, model(ids).logits) < ATOL
     (report,) = reports()
     assert [row.reason for row in report] == [Reason.LAYER_NOT_SELECTED, Reason.TOO_SHORT, Reason.TOO_SHORT]
-    assert report.causal == 3
+    assert report.dense == 3
     assert report.config["compiler"] == "inductor"
 
 
@@ -89,7 +89,7 @@ def test_upper_half_by_default():
     with torch.no_grad():
         compiled(model)(tokens(2, 40))
     (report,) = reports()
-    assert [row.layer_index for row in report.sparse_sites] == [2, 3]
+    assert [row.layer_index for row in report.sparse_calls] == [2, 3]
     assert [row.layer for row in report] == [f"model.layers.{i}.self_attn" for i in range(4)]
 
 
@@ -107,7 +107,7 @@ def test_upper_half_by_default():
 def test_layers(layers, sparse):
     with torch.no_grad():
         compiled(tiny("llama"), layers=layers)(tokens(2, 40))
-    assert [row.layer_index for row in reports()[-1].sparse_sites] == sparse
+    assert [row.layer_index for row in reports()[-1].sparse_calls] == sparse
 
 
 def test_group_granularity():
@@ -240,7 +240,7 @@ def test_the_report_of_a_model():
     with torch.no_grad():
         compiled(tiny("llama"), layers=[1])(tokens(3, 50), attention_mask=mixed_padding(50))
     (report,) = reports()
-    assert (report.sparse, report.causal, report.padded, report.unchanged) == (1, 0, 2, 0)
+    assert (report.sparse, report.dense, report.dense_padded, report.unchanged) == (1, 0, 2, 0)
     row = report.rows[1]
     assert (row.index, row.layer, row.layer_index) == (1, "model.layers.1.self_attn", 1)
     assert (row.query, row.key, row.value) == ((3, 4, 50, 32), (3, 2, 50, 32), (3, 2, 50, 32))
@@ -382,7 +382,7 @@ def test_named_layers_in_several_graphs(layers):
             call = half_of if layer in (1, 3) else Attention()
             query = call(query, key, value)
     assert difference(out, query) < ATOL
-    assert [row.layer_index for report in reports() for row in report.sparse_sites] == [1, 3]
+    assert [row.layer_index for report in reports() for row in report.sparse_calls] == [1, 3]
 
 
 def broken_in_a_layer():

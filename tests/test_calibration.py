@@ -69,7 +69,7 @@ class TestRanks:
         model = tiny("llama", num_hidden_layers=2)
         found = measured(model, tokens(1, 40))
         report = explain(model, input_ids=tokens(1, 40), config=found.config(window=4, min_tokens=4))
-        assert tuple(row.layer_index for row in report.sparse_sites) == found.sparse_layers
+        assert tuple(row.layer_index for row in report.sparse_calls) == found.sparse_layers
 
 
 class TestFiles:

@@ -39,7 +39,7 @@ def test_quickstart_compares_exact_and_sparse_with_the_plain_model(monkeypatch):
     assert ratio.kept == pytest.approx((80 + 32) / 192)  # ceil(0.5 * 160) candidates and the window
     for sparse in (ratio, coverage):
         assert 0 < sparse.kept < 1
-        assert [row.decision for row in sparse.report] == [Decision.PADDED, Decision.SPARSE]
+        assert [row.decision for row in sparse.report] == [Decision.DENSE_PADDED, Decision.SPARSE]
         assert quickstart.difference(sparse.logits, plain.logits) > 1e-4
 
 

@@ -21,7 +21,7 @@ def test_rows_and_reasons(form):
     model = tiny("gemma3", form)
     report = explain(model, input_ids=tokens(3, 40), attention_mask=mixed_padding(40), config=CONFIG)
     assert [(row.decision, row.reason) for row in report] == [
-        (Decision.PADDED, Reason.LAYER_NOT_SELECTED),
+        (Decision.DENSE_PADDED, Reason.LAYER_NOT_SELECTED),
         (Decision.UNCHANGED, Reason.SLIDING_WINDOW),
         (Decision.SPARSE, Reason.SPARSE),
     ]
@@ -57,7 +57,7 @@ def test_it_explains_inference_whatever_the_mode():
 def test_several_graphs_become_one_report():
     report = explain(Stack(breaks=(0, 1)), *heads(), config=CONFIG.replace(layers=[1, 3]))
     assert [row.index for row in report] == [0, 1, 2, 3]
-    assert [row.layer_index for row in report.sparse_sites] == [1, 3]
+    assert [row.layer_index for row in report.sparse_calls] == [1, 3]
     assert any("3 graphs" in note for note in report.notes)
 
 

@@ -1,4 +1,4 @@
-"""Failures stay visible and harmless: a warning that names the site, the model's own graph, an error under `strict`."""
+"""Failures stay visible and harmless: a warning that names the call, the model's own graph, an error under `strict`."""
 
 import pytest
 import torch
@@ -58,8 +58,8 @@ def present(graph_module):
 
 @pytest.mark.parametrize("form", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["_count", "_five_steps"])
-def test_one_site_fails_in_the_sparse_rewriting(monkeypatch, name, form):
-    """The second of two sites: the first stays sparse, the failed one is the model's, and no node is left behind."""
+def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, name, form):
+    """The second of two calls: the first stays sparse, the failed one is the model's, and no node is left behind."""
     failing(monkeypatch, rewrite, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.2\.self_attn.*planted"):
         logits, wanted, graph = run(tiny("llama", form))
@@ -74,7 +74,7 @@ def test_one_site_fails_in_the_sparse_rewriting(monkeypatch, name, form):
 
 
 @pytest.mark.parametrize("name", ["_padded", "scale_of"])
-def test_one_site_fails_in_the_dense_rewriting(monkeypatch, name):
+def test_one_call_fails_in_the_dense_rewriting(monkeypatch, name):
     failing(monkeypatch, canonicalize, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.1\.self_attn.*planted"):
         logits, wanted, graph = run(tiny("llama"), layers=[])
@@ -84,7 +84,7 @@ def test_one_site_fails_in_the_dense_rewriting(monkeypatch, name):
 
 
 def test_the_only_user_of_a_shared_node_fails(monkeypatch):
-    """The padding tensor made for a failed site must not be used by a later one, nor stay in the graph."""
+    """The padding tensor made for a failed call must not be used by a later one, nor stay in the graph."""
     failing(monkeypatch, rewrite, "_five_steps", at=0)
     monkeypatch.setattr(canonicalize, "_padded", lambda *args: 1 / 0)
     with pytest.warns(TSAWarning, match="planted"):
@@ -93,8 +93,8 @@ def test_the_only_user_of_a_shared_node_fails(monkeypatch):
     assert present(graph) == {SDPA: 3}
 
 
-def test_a_failure_at_the_first_site_leaves_the_next_ones_whole(monkeypatch):
-    """Sites share the padding tensor; the one that made it fails, the next needs it again."""
+def test_a_failure_at_the_first_call_leaves_the_next_ones_whole(monkeypatch):
+    """Calls share the padding tensor; the one that made it fails, the next needs it again."""
     calls = []
     original = rewrite._five_steps
 
@@ -128,7 +128,7 @@ def test_a_whole_pass_fails(monkeypatch, kind):
 @pytest.mark.parametrize(
     "owner, name",
     [(rewrite, "_count"), (canonicalize, "_padded"), (RemoveDeadMasks, "call"), (Verify, "call")],
-    ids=["sparse site", "dense site", "clean-up", "verification"],
+    ids=["sparse call", "dense call", "clean-up", "verification"],
 )
 def test_strict_raises(monkeypatch, owner, name):
     failing(monkeypatch, owner, name)
@@ -177,7 +177,7 @@ def masked(mask):
 OPAQUE = torch.ones(40, 40, dtype=torch.bool).tril()
 
 
-def test_no_sparse_site_warns_with_the_reason():
+def test_no_sparse_call_warns_with_the_reason():
     with torch.no_grad(), pytest.warns(TSAWarning, match="MASK_OPAQUE: The meaning of the mask could not be proven"):
         model = Attention(is_causal=False)
         out = torch.compile(model, backend="tsa", options={"config": CONFIG, "layers": [0]})(*masked(OPAQUE))

@@ -13,7 +13,6 @@ PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile
 LEVELS = {"errors": 0, "config": 0, "report": 0, "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
 TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
-CIRCLES_FOR_NOW = ()
 FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 
 
@@ -79,8 +78,7 @@ def circle(sources, packages=()):
     for module, source in sources.items():
         package = module if module in packages else module.rpartition(".")[0]
         names = [name for _, name in imports(ast.parse(source), package)]
-        found = {name if name in sources else name.rpartition(".")[0] for name in names} & set(sources) - {module}
-        graph[module] = {other for other in found if not any({module, other} <= group for group in CIRCLES_FOR_NOW)}
+        graph[module] = {name if name in sources else name.rpartition(".")[0] for name in names} & set(sources) - {module}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -67,7 +67,7 @@ def windowed(name):
 
 def expected_rows(name, sparse=(), padded=False):
     """(layer, decision, reason) of each row."""
-    dense = Decision.PADDED if padded else Decision.CAUSAL
+    dense = Decision.DENSE_PADDED if padded else Decision.DENSE
     rows = []
     for layer in range(3):
         if layer in windowed(name):
@@ -152,7 +152,7 @@ def test_inductor_runs_the_exact_graph_of_mixed_windows():
     model = tiny("gemma3")
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=False)
     logits, report = run(model, EXACT.replace(compiler="inductor"), **inputs)
-    assert (report.padded, report.unchanged) == (2, 1)
+    assert (report.dense_padded, report.unchanged) == (2, 1)
     assert difference(logits, plain(model, **inputs)) < ATOL
 
 

@@ -13,10 +13,10 @@ from tsa_compile.report import (
     EXPLANATIONS,
     MAX_REPORTS,
     REMEDIES,
+    CallRow,
     Decision,
     Reason,
     RewriteReport,
-    SiteRow,
     clear_reports,
     record,
     reports,
@@ -27,9 +27,9 @@ def row(index=0, **changes):
     values = dict(
         index=index, layer=f"model.layers.{index}.self_attn", layer_index=index, query=(1, 32, "s0", 128),
         key=(1, 8, "s0", 128), value=(1, 8, "s0", 128), dtype="bfloat16", form="sdpa", mask="causal",
-        decision=Decision.CAUSAL, reason=Reason.LAYER_NOT_SELECTED, kernel="cudnn",
+        decision=Decision.DENSE, reason=Reason.LAYER_NOT_SELECTED, kernel="cudnn",
     )  # fmt: skip
-    return SiteRow(**(values | changes))
+    return CallRow(**(values | changes))
 
 
 def sparse(index):
@@ -66,7 +66,7 @@ class TestReasons:
 
     def test_codes_are_their_own_text(self):
         assert all(str(reason) == reason.name for reason in Reason)
-        assert Decision("causal+padding") is Decision.PADDED
+        assert Decision("dense (padding)") is Decision.DENSE_PADDED
 
 
 class TestCounts:
@@ -75,15 +75,15 @@ class TestCounts:
             sparse(3),
             sparse(4),
             row(0),
-            row(1, decision=Decision.PADDED),
+            row(1, decision=Decision.DENSE_PADDED),
             row(2, decision=Decision.UNCHANGED, reason=Reason.MASK_OPAQUE),
         ]
     )
 
     def test_by_decision(self):
         report = self.report
-        assert (report.sparse, report.causal, report.padded, report.unchanged) == (2, 1, 1, 1)
-        assert [row.index for row in report.sparse_sites] == [3, 4]
+        assert (report.sparse, report.dense, report.dense_padded, report.unchanged) == (2, 1, 1, 1)
+        assert [row.index for row in report.sparse_calls] == [3, 4]
 
     def test_as_a_sequence(self):
         assert len(self.report) == 5
@@ -117,8 +117,8 @@ def test_rows_and_reports_are_frozen():
 
 text = st.text(max_size=12)
 shapes = st.lists(st.integers(0, 1 << 40) | text, max_size=5).map(tuple)
-site_rows = st.builds(
-    SiteRow,
+call_rows = st.builds(
+    CallRow,
     index=st.integers(0), layer=text, layer_index=st.none() | st.integers(0, 99), query=shapes, key=shapes,
     value=shapes, dtype=text, form=text, mask=text, decision=st.sampled_from(Decision),
     reason=st.sampled_from(Reason), kernel=text, detail=text, expected_dense_ms=st.none() | st.floats(0, 1e9),
@@ -126,7 +126,7 @@ site_rows = st.builds(
 )  # fmt: skip
 any_reports = st.builds(
     RewriteReport,
-    rows=st.lists(site_rows, max_size=6),
+    rows=st.lists(call_rows, max_size=6),
     config=st.dictionaries(text, st.none() | st.integers() | text | st.lists(st.integers())),
     notes=st.lists(text, max_size=3),
     expected=st.just({}) | st.fixed_dictionaries({"device": text, "break_even": st.none() | st.integers(1)}),

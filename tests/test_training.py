@@ -104,7 +104,7 @@ def test_the_mode_may_change_from_call_to_call():
             logits = fast(ids).logits
         assert logits.requires_grad == grad
         assert difference(logits, plain(ids).logits) < ATOL
-    assert [report.causal for report in reports()] == [3, 0]
+    assert [report.dense for report in reports()] == [3, 0]
 
 
 def test_dropout_stays_the_models():

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
-    from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow, clear_reports, reports
+    from tsa_compile.report import CallRow, Decision, Reason, RewriteReport, clear_reports, reports
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "CallRow",
     "ConfigError",
     "Coverage",
     "Decision",
@@ -35,7 +36,6 @@ __all__ = [
     "Reason",
     "RewriteError",
     "RewriteReport",
-    "SiteRow",
     "TSAConfig",
     "TSAError",
     "TSAWarning",
@@ -56,7 +56,7 @@ _HOMES = {
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explanation": ("explain",),
     "costs.predict": ("Prediction", "predict"),
-    "report": ("Decision", "Reason", "RewriteReport", "SiteRow", "clear_reports", "reports"),
+    "report": ("Decision", "Reason", "RewriteReport", "CallRow", "clear_reports", "reports"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # What is an attribute of the package without being imported by name. No module is called as one of the names above: Python

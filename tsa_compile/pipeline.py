@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from torch._dynamo.utils import lazy_format_graph_code
+from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]  # torch does not list it
 from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
@@ -30,7 +30,7 @@ from tsa_compile.passes.plan import PlanCalls, is_cached_prefill
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
-from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
+from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
 OPS = (score, budget, select, compress, attend, decompress, floor, padded, fused, sparse)
@@ -72,10 +72,10 @@ def run_passes(
         RewriteError: a pass failed and `config.strict` is set.
     """
     optional = [kind.__name__ for kind in PASSES if kind.optional]
-    for name in config.skip_passes:
-        if name not in optional:
+    for skipped in config.skip_passes:
+        if skipped not in optional:
             raise ConfigError(
-                f"skip_passes={name!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
+                f"skip_passes={skipped!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
             )
     for name in (config.kernel, config.dense_kernel):
         if name not in (registry.AUTO, None):
@@ -105,9 +105,9 @@ def run_passes(
 def _run(step: Pass, graph_module: GraphModule, after: Callable[[Pass, GraphModule], None] | None) -> None:
     """One pass; what it did is logged."""
     began = time.perf_counter()
-    modified = step(graph_module).modified
+    result = step(graph_module)
     _log.info("%s: %d matched, %.1f ms", step.name, step.matched, 1e3 * (time.perf_counter() - began))
-    if modified:
+    if result is not None and result.modified:
         _log.debug("%s", lazy_format_graph_code(f"after {step.name}", graph_module))
     if after is not None:
         after(step, graph_module)
@@ -130,14 +130,14 @@ def make_report(state: GraphState) -> RewriteReport:
     )
 
 
-def _row(index: int, plan: CallPlan) -> SiteRow:
-    site = plan.site
-    shapes = [_shape(fake(node)) for node in (site.query, site.key, site.value)]
-    dtype = str(getattr(fake(site.query), "dtype", "")).removeprefix("torch.")
-    mask = "causal" if plan.meaning is None and site.is_causal is True else str(plan.meaning or "not read")
-    return SiteRow(
-        index=index, layer=site.layer, layer_index=site.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
-        dtype=dtype, form=site.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
+def _row(index: int, plan: CallPlan) -> CallRow:
+    call = plan.call
+    shapes = [_shape(fake(node)) for node in (call.query, call.key, call.value)]
+    dtype = str(getattr(fake(call.query), "dtype", "")).removeprefix("torch.")
+    mask = "causal" if plan.mask is None and call.is_causal is True else str(plan.mask or "not read")
+    return CallRow(
+        index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
+        dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def _shape(value: object) -> tuple[int | str, ...]:
     return tuple(extent if isinstance(extent, int) else str(extent) for extent in getattr(value, "shape", ()))
 
 
-# A site that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
+# A call that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
 _NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CAUSAL)
 
@@ -154,14 +154,14 @@ _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CA
 def _announce_misses(state: GraphState) -> None:
     """No rewrite is silent: layers were asked to be sparse, the graph has causal attention, and none became sparse.
 
-    With `strict=True` a single selected site that was not understood is an error.
+    With `strict=True` a single selected call that was not understood is an error.
     """
     plans, config = state.plans, state.config
     if config.layers == ():
         return
     missed = [plan for plan in plans if plan.selected and plan.reason in _NOT_UNDERSTOOD]
     if config.strict and missed:
-        said = "; ".join(f"{plan.site.layer}: {plan.reason} ({plan.detail})" for plan in missed)
+        said = "; ".join(f"{plan.call.layer}: {plan.reason} ({plan.detail})" for plan in missed)
         raise RewriteError(f"not sparse although asked for, because not understood: {said} (strict=True)")
     reasons = {plan.reason: plan.detail for plan in reversed(plans) if _is_miss(plan)}
     if reasons and all(plan.decision is not Decision.SPARSE for plan in plans):

@@ -24,11 +24,11 @@ MAX_REPORTS = 256
 
 
 class Decision(StrEnum):
-    """What became of an attention call. `CAUSAL`, `PADDED` and `UNCHANGED` compute exactly what the model wrote."""
+    """What became of an attention call. `DENSE`, `DENSE_PADDED` and `UNCHANGED` compute exactly what the model wrote."""
 
     SPARSE = "sparse"
-    CAUSAL = "causal"  # dense, its mask removed: is_causal
-    PADDED = "causal+padding"  # dense, its L x L mask replaced by the padding mask behind it
+    DENSE = "dense"  # dense, its mask removed: is_causal
+    DENSE_PADDED = "dense (padding)"  # dense, its L x L mask replaced by the padding mask behind it
     KERNEL = "kernel"  # all tokens, by the kernel that `dense_kernel` names: as exact as that kernel is
     UNCHANGED = "unchanged"
 
@@ -116,7 +116,7 @@ REMEDIES: dict[Reason, str] = {
 
 
 @dataclass(frozen=True)
-class SiteRow:
+class CallRow:
     """One attention call.
 
     Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
@@ -164,7 +164,7 @@ class RewriteReport:
     become sparse there (None: from no length on).
     """
 
-    rows: tuple[SiteRow, ...]
+    rows: tuple[CallRow, ...]
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
     torch_version: str = str(torch.__version__)
@@ -180,7 +180,7 @@ class RewriteReport:
     def __bool__(self) -> bool:
         return True  # a report without attention calls is still a report
 
-    def __iter__(self) -> Iterator[SiteRow]:
+    def __iter__(self) -> Iterator[CallRow]:
         return iter(self.rows)
 
     def count(self, decision: Decision) -> int:
@@ -193,14 +193,14 @@ class RewriteReport:
         return self.count(Decision.SPARSE)
 
     @property
-    def causal(self) -> int:
+    def dense(self) -> int:
         """Dense calls whose mask was proven causal and removed."""
-        return self.count(Decision.CAUSAL)
+        return self.count(Decision.DENSE)
 
     @property
-    def padded(self) -> int:
+    def dense_padded(self) -> int:
         """Dense calls whose mask was proven causal and padding, and replaced by the padding mask."""
-        return self.count(Decision.PADDED)
+        return self.count(Decision.DENSE_PADDED)
 
     @property
     def unchanged(self) -> int:
@@ -208,7 +208,7 @@ class RewriteReport:
         return self.count(Decision.UNCHANGED)
 
     @property
-    def sparse_sites(self) -> tuple[SiteRow, ...]:
+    def sparse_calls(self) -> tuple[CallRow, ...]:
         """The rows of the sparse calls."""
         return tuple(row for row in self.rows if row.decision is Decision.SPARSE)
 
@@ -233,8 +233,8 @@ class RewriteReport:
             return "no attention calls found"
         parts = [
             (self.sparse, "sparse"),
-            (self.causal, "dense with the mask removed"),
-            (self.padded, "dense with padding and no L x L mask"),
+            (self.dense, "dense with the mask removed"),
+            (self.dense_padded, "dense with padding and no L x L mask"),
             (self.count(Decision.KERNEL), "over all tokens by the configured kernel"),
             (self.unchanged, "unchanged"),
         ]
@@ -257,7 +257,7 @@ class RewriteReport:
     def from_json(cls, text: str | Mapping[str, Any]) -> RewriteReport:
         """Reads what `to_json` or `to_dict` wrote."""
         values = json.loads(text) if isinstance(text, str) else text
-        return cls(**{**values, "rows": tuple(SiteRow(**row) for row in values["rows"])})
+        return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
 
     def __str__(self) -> str:
         return render(self)
@@ -291,7 +291,7 @@ def _expectation(report: RewriteReport) -> list[str]:
     return [f"expected on {report.expected.get('device', '?')}: {', '.join(said)}"] if said else []
 
 
-def _table(rows: tuple[SiteRow, ...]) -> str:
+def _table(rows: tuple[CallRow, ...]) -> str:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
@@ -314,18 +314,18 @@ def as_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
-def _collapse(rows: tuple[SiteRow, ...]) -> list[list[SiteRow]]:
+def _collapse(rows: tuple[CallRow, ...]) -> list[list[CallRow]]:
     """Neighbouring rows that differ in the layer's number alone, together."""
     return [list(group) for _, group in groupby(rows, key=_likeness)]
 
 
-def _likeness(row: SiteRow) -> tuple[object, ...]:
+def _likeness(row: CallRow) -> tuple[object, ...]:
     stem = _split(row)
     rest = tuple(getattr(row, f.name) for f in fields(row) if f.name not in ("index", "layer", "layer_index"))
     return (stem[0], stem[2], *rest)
 
 
-def _split(row: SiteRow) -> tuple[str, str, str]:
+def _split(row: CallRow) -> tuple[str, str, str]:
     """A layer name around its number: ("model.layers.", "15", ".self_attn"); without a number, ("name", "", "")."""
     found = list(re.finditer(r"\d+", row.layer))
     own = [match for match in found if row.layer_index is not None and int(match[0]) == row.layer_index]
@@ -335,14 +335,14 @@ def _split(row: SiteRow) -> tuple[str, str, str]:
     return row.layer[: match.start()], match[0], row.layer[match.end() :]
 
 
-def _cells(group: list[SiteRow]) -> list[str]:
+def _cells(group: list[CallRow]) -> list[str]:
     row = group[0]
     shapes = [f"[{', '.join(map(str, shape))}]" for shape in (row.query, row.key, row.value)]
     cells = [_name(group), f"x{len(group)}", *shapes, row.dtype, row.form, row.mask]
     return [*cells, str(row.decision), str(row.reason), row.kernel]
 
 
-def _times(row: SiteRow) -> list[str]:
+def _times(row: CallRow) -> list[str]:
     dense, now = row.expected_dense_ms, row.expected_ms
     if dense is None or not now:
         return ["", ""]
@@ -354,7 +354,7 @@ def number(ms: float) -> str:
     return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
 
 
-def _name(group: list[SiteRow]) -> str:
+def _name(group: list[CallRow]) -> str:
     """The name with the group's numbers, as in model.layers.0..15.self_attn; gaps are kept: 0..3,5."""
     before, first, after = _split(group[0])
     if not first:

@@ -1,9 +1,9 @@
 """Oracles and graph assertions, for this project's tests and for anyone who writes a pass.
 
 graph = capture(model, ids, attention_mask=mask)      what torch.compile hands to a backend
-site, = find_calls(graph)
-values = run_nodes(graph, inputs, site)               every node's real value, and what stands in front of the call
-allowed = evaluate_mask(infer_mask(site), values)     the inferred predicate, dense: compare it with the real mask
+call, = find_calls(graph)
+values = run_nodes(graph, inputs, call)               every node's real value, and what stands in front of the call
+allowed = evaluate_mask(infer_mask(call), values)     the inferred predicate, dense: compare it with the real mask
 print(graph_text(graph))                              one line a node, for golden tests
 """
 
@@ -63,22 +63,22 @@ def capture(function: Any, *args: Any, **options: Any) -> GraphModule:
     return graphs[0]
 
 
-def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...], site: AttentionCall | None = None) -> dict[str, Any]:
+def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...], call: AttentionCall | None = None) -> dict[str, Any]:
     """Runs a graph node by node; the value of each, when it had run, by the node's name.
 
-    With a site, its operands are as they stand in front of it, and so is what recorded operators gave (its mask, what a
+    With a call, its operands are as they stand in front of it, and so is what recorded operators gave (its mask, what a
     predicate reads), by their names, wherever the graph still holds it there.
     """
     values: dict[str, Any] = {}
 
     class Recorder(Interpreter):
         def run_node(self, n: Node) -> Any:
-            if site is not None and n is site.node:
-                for recorded in site.aten.calls.nodes:
-                    source = site.aten.source(recorded, n) if recorded.op == "call_function" else None
+            if call is not None and n is call.node:
+                for recorded in call.aten.calls.nodes:
+                    source = call.aten.source(recorded, n) if recorded.op == "call_function" else None
                     if source is not None:
                         values[recorded.name] = _copied(self.env[source])
-                for operand in filter(self.env.__contains__, (site.query, site.key, site.value)):
+                for operand in filter(self.env.__contains__, (call.query, call.key, call.value)):
                     values[operand.name] = _copied(self.env.get(operand))
             result = super().run_node(n)
             values.setdefault(n.name, _copied(result))
@@ -95,7 +95,7 @@ def _copied(value: Any) -> Any:
 
 
 def evaluate_mask(
-    meaning: MaskInfo,
+    info: MaskInfo,
     sizes: tuple[int, int, int, int],
     values: Mapping[str, Any],
     symbols: Mapping[str, int] | None = None,
@@ -106,22 +106,22 @@ def evaluate_mask(
         values: the real value of each node that stands in the predicate, by name (`run_nodes`).
         symbols: the value of each shape symbol, by name.
     """
-    assert meaning.predicate is not None, "an opaque mask has no predicate"
+    assert info.predicate is not None, "an opaque mask has no predicate"
     grids = torch.meshgrid(*(torch.arange(extent) for extent in sizes), indexing="ij")
     environment: dict[Any, Any] = dict(zip((B, H, Q, KV), grids, strict=True))
     environment.update({symbol: torch.tensor(value) for symbol, value in (symbols or {}).items()})
-    return _truth(meaning.predicate, meaning, environment, values).expand(sizes)
+    return _truth(info.predicate, info, environment, values).expand(sizes)
 
 
-def _truth(formula: Any, meaning: MaskInfo, environment: dict[Any, Any], values: Mapping[str, Any]) -> Tensor:
+def _truth(formula: Any, info: MaskInfo, environment: dict[Any, Any], values: Mapping[str, Any]) -> Tensor:
     if formula in (sympy.true, sympy.false):
         return torch.tensor(bool(formula))
     if isinstance(formula, sympy.Not):
-        return ~_truth(formula.args[0], meaning, environment, values)
+        return ~_truth(formula.args[0], info, environment, values)
     if isinstance(formula, (sympy.And, sympy.Or)):
-        parts = torch.broadcast_tensors(*(_truth(part, meaning, environment, values) for part in formula.args))
+        parts = torch.broadcast_tensors(*(_truth(part, info, environment, values) for part in formula.args))
         return torch.stack(parts).all(0) if isinstance(formula, sympy.And) else torch.stack(parts).any(0)
-    atom = meaning.atoms[formula]
+    atom = info.atoms[formula]
     if atom.kind == "opaque":
         relations = {sympy.Le: torch.le, sympy.Lt: torch.lt, sympy.Eq: torch.eq}
         for kind, call in relations.items():

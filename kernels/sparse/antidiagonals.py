@@ -22,7 +22,7 @@ tiles that run together are neighbours (`_place`).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -223,7 +223,7 @@ def sums_triton(
         return found
     align, blocks, tiles_across = row_alignment(query, key), found.sums.shape[3], found.peaks.shape[3]
     strides, shape = row_strides(align, query, key), (capacity, blocks, tiles_across)
-    constants = {
+    constants: dict[str, Any] = {
         "STRIDE": stride, "DIM": dim, "ALIGN": align, "BLOCK": block, "ROWS": tiling.rows, "COLUMNS": tiling.columns,
         "DIMS": tiling.dims, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages,
     }  # fmt: skip

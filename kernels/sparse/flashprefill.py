@@ -80,11 +80,11 @@ def _energy_kernel(
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_mean += (item * (heads // heads_per_kv) + head // heads_per_kv).to(tl.int64) * blocks * DIM
     p_energy += ((item * heads + head).to(tl.int64) * blocks + own) * blocks
-    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)  # [BLOCK, BLOCK_D]
     b_real = (own * BLOCK + tl.arange(0, BLOCK) < count)[None, :]
     for start in tl.range(0, own + 1, BLOCK_N):
         b_mean = load_rows(p_mean, DIM // ALIGN, start, own + 1, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
-        b_scores = scores(b_mean, b_query) * scale_log2
+        b_scores = scores(b_mean, b_query) * scale_log2  # [BLOCK_N, BLOCK]
         b_scores = tl.where(b_real, b_scores, float("-inf"))
         b_max = tl.max(b_scores, axis=1)
         b_energy = tl.log2(tl.sum(tl.exp2(b_scores - b_max[:, None]), axis=1)) + b_max

@@ -41,6 +41,7 @@ short; and bands start at multiples of 128 from the main diagonal also where n i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ def _pairs_kernel(
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
     p_mean += (item * (heads // heads_per_kv) + head // heads_per_kv).to(tl.int64) * blocks * DIM
     p_pairs += (row * blocks + own) * blocks
-    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)
+    b_query = load_rows(p_query, stride_ql, own * BLOCK, count, True, BLOCK, DIM, BLOCK_D, ALIGN)  # [BLOCK, BLOCK_D]
     b_mean = tl.sum(b_query.to(tl.float32), axis=0) / tl.minimum(count - own * BLOCK, BLOCK).to(tl.float32)
     norm = _mean_logits(b_mean, p_mean, p_pairs, own + 1, scale_log2, DIM, BLOCK_D, ALIGN, MEANS, CHUNK)
     for start in range(0, own + 1, CHUNK):
@@ -286,7 +287,7 @@ def flexprefill_triton(
     splitting, cut, means: how last_rows.py, fewest.py and `_pairs` are cut. chunk: see lists.CHUNK.
     """
     query, key = aligned_rows(query), aligned_rows(key)
-    (batch, heads, capacity, dim), heads_per_kv = query.shape, query.shape[1] // key.shape[1]
+    batch, heads, capacity, _ = query.shape
     lists = empty_lists(batch, heads, cdiv(capacity, block), query.device)
     if lists.kv_num_blocks.numel() == 0:
         return lists
@@ -294,20 +295,7 @@ def flexprefill_triton(
     count = None if count is None else count.contiguous()
     mean = block_means(key, count, block)
     sums, bands = last_rows_sums(query, key, scale, count, block, splitting or Splitting())
-    align = row_alignment(query, mean)
-    strides, scale_log2 = row_strides(align, query), scale * math.log2(math.e)
-    sizes = {"DIM": dim, "BLOCK_D": block_dim(dim), "ALIGN": align, "BLOCK": block, "MEANS": means, "CHUNK": chunk}
-    aware = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
-    numbers = (*strides, capacity, blocks, heads_per_kv)
-    launch(
-        _judge_kernel, (heads, batch), (query, mean, bands, count, aware, bands.new_empty(batch, heads, blocks)),
-        (*numbers, tau, scale_log2), **sizes, num_warps=8,
-    )  # fmt: skip
-    pairs = sums.new_empty(batch, heads, blocks, blocks)
-    launch(
-        _pairs_kernel, (heads, blocks, batch), (query, mean, count, aware, pairs), (*numbers, scale_log2),
-        **sizes, num_warps=8,
-    )  # fmt: skip
+    aware, pairs = _judged(query, mean, bands, count, scale, tau, {"BLOCK": block, "MEANS": means, "CHUNK": chunk})
     cut = cut or Search()
     state = search(sums, pairs, aware, count, gamma, block, cut)
     smallest = sums.new_empty(batch, heads)
@@ -322,6 +310,21 @@ def flexprefill_triton(
         BLOCK=block, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return lists
+
+
+def _judged(
+    query: Tensor, mean: Tensor, bands: Tensor, count: Tensor | None, scale: float, tau: float, cut: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Which heads are query-aware, int32 [B, H], and their P [B, H, Q, Q]."""
+    (batch, heads, capacity, dim), blocks = query.shape, bands.shape[3]
+    aware = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
+    pairs, pooled = bands.new_empty(batch, heads, blocks, blocks), bands.new_empty(batch, heads, blocks)
+    align, scale_log2 = row_alignment(query, mean), scale * math.log2(math.e)
+    numbers = (*row_strides(align, query), capacity, blocks, heads // mean.shape[1])
+    options = {"DIM": dim, "BLOCK_D": block_dim(dim), "ALIGN": align, **cut, "num_warps": 8}
+    launch(_judge_kernel, (heads, batch), (query, mean, bands, count, aware, pooled), (*numbers, tau, scale_log2), **options)
+    launch(_pairs_kernel, (heads, blocks, batch), (query, mean, count, aware, pairs), (*numbers, scale_log2), **options)
+    return aware, pairs
 
 
 def least_budget(min_budget: int, block: int) -> int:

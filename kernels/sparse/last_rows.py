@@ -28,7 +28,7 @@ bound by the softmax and by the turning through shared memory; sums have 34 MB.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def _sums_kernel(
             b_query, p_query, p_key, stride_ql, stride_kl, start, count, scale_log2,
             DIM, BLOCK_D, DIMS, ALIGN, BLOCK, COLUMNS,
         )  # fmt: skip
-        b_weights = tl.where(b_seen, tl.exp2(b_logits - b_norm[:, None]), 0.0)
+        b_weights = tl.where(b_seen, tl.exp2(b_logits - b_norm[:, None]), 0.0)  # [BLOCK, COLUMNS]
         b_turned = tl.gather(b_weights, b_turns % COLUMNS, 1)
         b_diagonals = tl.sum(tl.where(b_further == 0, b_turned, 0.0), axis=0) + b_next
         b_next = tl.sum(tl.where(b_further == 1, b_turned, 0.0), axis=0) + b_after
@@ -198,13 +198,15 @@ def last_rows_sums(
     columns = min(splitting.columns, block)
     if block // columns not in (1, 2) or block % columns:
         raise ValueError(f"last rows: tiles of {columns} keys do not fit blocks of {block}; expected one or two to a block")
-    cut = {"num_warps": splitting.num_warps, "num_stages": splitting.num_stages}
-    sizes = {"DIM": dim, "BLOCK_D": block_d, "DIMS": dims, "ALIGN": align, "BLOCK": block, "COLUMNS": columns}
+    options: dict[str, Any] = {
+        "DIM": dim, "BLOCK_D": block_d, "DIMS": dims, "ALIGN": align, "BLOCK": block, "COLUMNS": columns,
+        "num_warps": splitting.num_warps, "num_stages": splitting.num_stages,
+    }  # fmt: skip
     scale_log2 = scale * math.log2(math.e)
     numbers = (*strides, capacity, heads // kv_heads, splitting.span)
     grid = (heads, splits, batch)
-    launch(_norm_kernel, grid, (query, key, count, norm), (*numbers, scale_log2), **sizes, **cut)
-    launch(_sums_kernel, grid, (query, key, count, norm, sums, bands), (*numbers, blocks, scale_log2), **sizes, **cut)
+    launch(_norm_kernel, grid, (query, key, count, norm), (*numbers, scale_log2), **options)
+    launch(_sums_kernel, grid, (query, key, count, norm, sums, bands), (*numbers, blocks, scale_log2), **options)
     return sums, bands
 
 

@@ -17,8 +17,8 @@ from tsa_compile.costs.breakeven import LONGEST, MARGIN, break_even, expected_sh
 from tsa_compile.costs.calls import (
     KEPT,
     LENGTH,
+    CallShape,
     RestShape,
-    SiteShape,
     dense_ms,
     dense_work,
     rest_work,
@@ -29,7 +29,7 @@ from tsa_compile.costs.calls import (
 from tsa_compile.costs.devices import H100, H200, for_device
 
 K = 1024
-LLAMA = SiteShape(1, 32, 8, 128, 128, itemsize=2, window=128, counted=False)
+LLAMA = CallShape(1, 32, 8, 128, 128, itemsize=2, window=128, counted=False)
 COUNTED = dataclasses.replace(LLAMA, counted=True)
 AHEAD = dataclasses.replace(H200, host_ms=0.0)
 """An H200 whose host is always ahead: what the GPU's work alone decides."""
@@ -49,11 +49,11 @@ ATTENTION = list(DENSE.items()) + [
 ]
 
 
-def steps(site, length, keep):
-    return {name: float(w.ms.subs({LENGTH: length, KEPT: keep})) for name, w in sparse_work(site, H200).items()}
+def steps(call, length, keep):
+    return {name: float(w.ms.subs({LENGTH: length, KEPT: keep})) for name, w in sparse_work(call, H200).items()}
 
 
-def fit_attention(site, times):
+def fit_attention(call, times):
     """Measured (rows, ms) of attention -> attention_tflops, attention_half_length, attention_ms.
 
     Least squares of t0 + a n + b n^2 in relative errors; times at a lowered clock do not belong here.
@@ -61,8 +61,8 @@ def fit_attention(site, times):
     rows, ms = (torch.tensor(column, dtype=torch.float64) for column in zip(*times, strict=True))
     terms = torch.stack([torch.ones_like(rows), rows, rows**2], dim=1) / ms[:, None]
     launch, linear, square = torch.linalg.lstsq(terms, torch.ones_like(ms)[:, None]).solution.flatten().tolist()
-    width = site.head_dim + site.value_head_dim
-    per_pair = site.batch * site.heads * width * slowness(width, H200.attention_exponential)
+    width = call.head_dim + call.value_head_dim
+    per_pair = call.batch * call.heads * width * slowness(width, H200.attention_exponential)
     return per_pair / square / 1e9, linear / square, launch
 
 
@@ -80,8 +80,8 @@ def test_the_h200s_attention_is_the_fit_of_the_measured_times():
 # ms of dense cuDNN at 32K tokens for other head sizes: narrower heads make as many exponentials.
 @pytest.mark.parametrize(("heads", "head_dim", "ms"), [(32, 64, 9.49), (16, 256, 12.7), (64, 128, 27.4)])
 def test_other_heads_take_what_was_measured(heads, head_dim, ms):
-    site = dataclasses.replace(LLAMA, heads=heads, head_dim=head_dim, value_head_dim=head_dim)
-    assert dense_ms(site, H200)(32 * K) == pytest.approx(ms, rel=0.1)
+    call = dataclasses.replace(LLAMA, heads=heads, head_dim=head_dim, value_head_dim=head_dim)
+    assert dense_ms(call, H200)(32 * K) == pytest.approx(ms, rel=0.1)
 
 
 def test_long_runs_are_slower_than_the_curve():
@@ -107,8 +107,8 @@ def test_a_head_multiplies_one_token_of_each_item():
 
 
 def test_a_fit_finds_the_figures_that_made_the_times():
-    site = SiteShape(2, 16, 4, 256, 64, itemsize=4, window=16)
-    fitted = fit_attention(site, [(rows, dense_ms(site, H200)(rows)) for rows in (1000, 2000, 7000, 50_000)])
+    call = CallShape(2, 16, 4, 256, 64, itemsize=4, window=16)
+    fitted = fit_attention(call, [(rows, dense_ms(call, H200)(rows)) for rows in (1000, 2000, 7000, 50_000)])
     assert fitted == pytest.approx((H200.attention_tflops, H200.attention_half_length, H200.attention_ms))
 
 
@@ -202,13 +202,13 @@ def test_a_larger_coverage_keeps_no_more_and_never_more_than_equal_scores_would(
     assert expected_share(Coverage(large), length) <= largest_share(Coverage(large)) + 1e-12
 
 
-# From which length a site gains.
+# From which length a call gains.
 
 
-def length_of(budget, site=LLAMA, device=AHEAD, sparse_layers=0.5, **options):
-    config = TSAConfig(budget=budget, window=site.window, **options)
-    site = dataclasses.replace(site, counted=site.counted or isinstance(budget, Coverage))
-    return break_even(device, site, config, sparse_layers)
+def length_of(budget, call=LLAMA, device=AHEAD, sparse_layers=0.5, **options):
+    config = TSAConfig(budget=budget, window=call.window, **options)
+    call = dataclasses.replace(call, counted=call.counted or isinstance(budget, Coverage))
+    return break_even(device, call, config, sparse_layers)
 
 
 # Narrow, wide and many heads, batches, float32, tiny models: near misses of the shape that was measured.
@@ -222,31 +222,31 @@ SITES = [
     dataclasses.replace(LLAMA, itemsize=4),
     dataclasses.replace(LLAMA, grouped=True),
     dataclasses.replace(LLAMA, kv_heads=32, value_head_dim=96),
-    SiteShape(1, 4, 2, 32, 32, itemsize=4, window=4),
+    CallShape(1, 4, 2, 32, 32, itemsize=4, window=4),
 ]
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("call", SITES)
 @pytest.mark.parametrize("budget", [KeepRatio(0.5), KeepRatio(0.9), Coverage(0.005), Coverage(0.3)])
-def test_every_length_from_the_break_even_on_gains_and_the_one_before_does_not(site, budget):
-    config = TSAConfig(budget=budget, window=site.window)
-    minimum = break_even(H200, site, config)
+def test_every_length_from_the_break_even_on_gains_and_the_one_before_does_not(call, budget):
+    config = TSAConfig(budget=budget, window=call.window)
+    minimum = break_even(H200, call, config)
     assert minimum is not None and minimum % breakeven.STEP == 0
-    assert not gains(H200, site, config, minimum - breakeven.STEP)
+    assert not gains(H200, call, config, minimum - breakeven.STEP)
     for length in {*range(minimum, minimum + 4 * K, 131), *(int(minimum * 1.07**step) for step in range(60))}:
-        assert gains(H200, site, config, length), length
+        assert gains(H200, call, config, length), length
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_the_more_is_kept_the_longer_it_must_be(site):
-    lengths = [length_of(KeepRatio(keep), site) or math.inf for keep in (0.1, 0.3, 0.5, 0.675, 0.9, 0.95)]
+@pytest.mark.parametrize("call", SITES)
+def test_the_more_is_kept_the_longer_it_must_be(call):
+    lengths = [length_of(KeepRatio(keep), call) or math.inf for keep in (0.1, 0.3, 0.5, 0.675, 0.9, 0.95)]
     assert lengths == sorted(lengths)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("call", SITES)
 @pytest.mark.parametrize("budget", [KeepRatio(1), KeepRatio(0.999), Coverage(0)])
-def test_what_keeps_all_or_nearly_all_never_gains(site, budget):
-    assert length_of(budget, site) is None
+def test_what_keeps_all_or_nearly_all_never_gains(call, budget):
+    assert length_of(budget, call) is None
 
 
 def test_what_costs_more_gains_later_and_what_saves_more_sooner():

@@ -16,7 +16,7 @@ from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, Mistra
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig, explain
 from tsa_compile.costs.breakeven import shortest
-from tsa_compile.costs.calls import KEPT, LENGTH, SiteShape
+from tsa_compile.costs.calls import KEPT, LENGTH, CallShape
 from tsa_compile.costs.devices import H100, H200, costs_of
 from tsa_compile.costs.models import FULL, anatomy
 from tsa_compile.costs.predict import predict
@@ -294,13 +294,13 @@ class TestLayers:
 
     def test_the_same_lengths_as_the_compiler(self, monkeypatch):
         monkeypatch.setattr(plan, "for_device", lambda device: H200)
-        shape = SiteShape(1, 32, 8, 128, 128, itemsize=2, window=128)
+        shape = CallShape(1, 32, 8, 128, 128, itemsize=2, window=128)
         for budget in (KeepRatio(0.5), KeepRatio(1), Coverage(0.005), Coverage(0.3)):
             for options in ({}, {"min_length": 77}, {"min_tokens": 50_000}):
                 config = TSAConfig(budget=budget, **options)
-                site = dataclasses.replace(shape, counted=isinstance(budget, Coverage))
-                planned, _ = plan.minimum_length(config, torch.device("cuda"), site, 0.25)
-                assert shortest(config, H200, site, 0.25) == planned
+                call = dataclasses.replace(shape, counted=isinstance(budget, Coverage))
+                planned, _ = plan.minimum_length(config, torch.device("cuda"), call, 0.25)
+                assert shortest(config, H200, call, 0.25) == planned
 
     def test_what_is_kept_may_be_known(self):
         expected, known = (predict(None, SMALL, 64 * K, "h200", kept=kept) for kept in (None, 0.25))

@@ -265,7 +265,7 @@ def test_every_layer_goes_through_the_compiler(checkpoint, ids, shift, padded, e
         inputs["attention_mask"][0, :9] = 0
     config, decision = sparse_config(), Decision.SPARSE
     if exact:
-        config, decision = TSAConfig(layers=[]), Decision.PADDED
+        config, decision = TSAConfig(layers=[]), Decision.DENSE_PADDED
     report = explain(checkpoint.build_model(shift, **TINY).eval(), config=config, **inputs)
     assert [row.decision for row in report] == [decision] * 2
     assert not report.notes  # one graph: no break

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsa_compile.costs.calls import SiteShape
+from tsa_compile.costs.calls import CallShape
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.outcomes import Cell, LayerRow, Timing
 from tsa_compile.evaluation.results import Study
@@ -161,9 +161,9 @@ def test_attention_is_timed_in_the_models_own_graph(monkeypatch):
         done=lambda study: seen.append(len(study.times)),
     )  # fmt: skip
     assert [(time.method, time.length) for time in study.times] == [("dense", 256), ("keep-0.5", 256)] and seen == [1, 2]
-    assert [[sparse for _, sparse in timer.sites] for timer in timers] == [[False, False], [False, True]]
-    shape = SiteShape(1, 4, 2, 8, 8, 4, 128, counted=False)
-    assert timers[1].sites[1][0] == shape
+    assert [[sparse for _, sparse in timer.calls] for timer in timers] == [[False, False], [False, True]]
+    shape = CallShape(1, 4, 2, 8, 8, 4, 128, counted=False)
+    assert timers[1].calls[1][0] == shape
     assert all(len(timer.ms) == 2 and min(timer.ms) > 0 for timer in timers)
     assert study.times[1].attention_ms == pytest.approx(sum(timers[1].ms), abs=1e-4)
     assert study.times[0].prefill_ms > 0 and study.times[1].prefill_ms is None

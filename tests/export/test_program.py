@@ -57,7 +57,7 @@ def test_equals_the_compiled_model(case, tmp_path):
     program = export_program(
         model, model_inputs(40, padded), config, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES, lower=lower
     )
-    dense = Decision.PADDED if padded else Decision.CAUSAL
+    dense = Decision.DENSE_PADDED if padded else Decision.DENSE
     assert [row.decision for row in reports()[-1]] == [dense, Decision.SPARSE]
     assert count_ops(program.graph_module, "score") == {"score": 0 if lower else 1}
     if lower is None or not padded:
@@ -128,7 +128,7 @@ def test_sizes_stay_free_where_sdpa_is_traced_by_its_plain_form(monkeypatch):
     """As on CUDA. In C++ that form reads symbolic sizes as numbers."""
     monkeypatch.setattr("tsa_compile.export.program._unaligned_masks", lambda: sdpa_kernel(SDPBackend.MATH))
     program = export_program(Masked().eval(), heads(length=40), HALF, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES)
-    assert [row.decision for row in reports()[-1]] == [Decision.CAUSAL, Decision.SPARSE]
+    assert [row.decision for row in reports()[-1]] == [Decision.DENSE, Decision.SPARSE]
     assert program.module()(*heads(batch=3, length=64)).shape == (3, 4, 64, 16)
 
 
@@ -159,7 +159,7 @@ def decisions(config, lengths=(100, 200)):
 def test_one_decision_for_the_whole_range():
     assert decisions(HALF) == [Decision.SPARSE]
     assert decisions(HALF.replace(min_length=100)) == [Decision.SPARSE]
-    assert decisions(HALF.replace(min_length=201)) == [Decision.CAUSAL]
+    assert decisions(HALF.replace(min_length=201)) == [Decision.DENSE]
     # up to 155 tokens nothing can be dropped, so that sparse and dense are the same there
     assert decisions(HALF.replace(min_tokens=150)) == [Decision.SPARSE]
     program = export_attention(HALF.replace(min_tokens=150))

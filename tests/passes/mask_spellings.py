@@ -19,7 +19,7 @@ NONE, CAUSAL, CAUSAL_PADDING, PADDING, SLIDING, CHUNKED, PACKED, OPAQUE = (
 
 
 class Inferred:
-    """A traced attention call with one mask: its graph, its site, what the mask was said to mean, all real values."""
+    """A traced attention call with one mask: its graph, its call, what the mask was said to mean, all real values."""
 
     def __init__(self, build, *, length=LENGTH, keys=None, dtype=torch.float32, pad=None, dynamic=None, mark=None, extra=()):
         query = torch.randn(BATCH, HEADS, length, 8, dtype=dtype)
@@ -34,9 +34,9 @@ class Inferred:
 
         captured = capture_all(attention, query, key, pad, *extra, dynamic=dynamic)
         (self.graph_module,) = captured.graphs
-        (self.site,) = find_calls(self.graph_module)
-        self.meaning = infer_mask(self.site)
-        self.values = run_nodes(self.graph_module, captured.inputs[0], self.site)
+        (self.call,) = find_calls(self.graph_module)
+        self.mask = infer_mask(self.call)
+        self.values = run_nodes(self.graph_module, captured.inputs[0], self.call)
         self.symbols = {
             str(symbolic): extent
             for node in self.graph_module.graph.nodes
@@ -47,15 +47,15 @@ class Inferred:
     @property
     def allowed(self):
         """The mask that the model really builds."""
-        query, key = (self.values[node.name] for node in (self.site.query, self.site.key))
+        query, key = (self.values[node.name] for node in (self.call.query, self.call.key))
         mask = torch.ones(1, dtype=torch.bool)
-        for term in self.site.masks:
+        for term in self.call.masks:
             real = self.values[term.mask.name]
             mask = mask & (real if real.dtype == torch.bool else real == 0)
         return mask.expand(*query.shape[:3], key.shape[2])
 
     def inferred(self):
-        return evaluate_mask(self.meaning, tuple(self.allowed.shape), self.values, self.symbols)
+        return evaluate_mask(self.mask, tuple(self.allowed.shape), self.values, self.symbols)
 
 
 def padding_mask(length):
@@ -77,7 +77,7 @@ def causal(n, m):
 def expect(kind, build, **options):
     """Infers a mask's meaning, checks its kind, and checks whatever it says against the real mask."""
     result = Inferred(build, **options)
-    assert result.meaning.kind is kind, f"{result.meaning}\n{graph_text(result.graph_module)}"
+    assert result.mask.kind is kind, f"{result.mask}\n{graph_text(result.graph_module)}"
     if kind is not OPAQUE:
         assert torch.equal(result.inferred(), result.allowed)
     triangle = torch.ones(result.allowed.shape[2:], dtype=torch.bool).tril()

@@ -96,7 +96,7 @@ def test_a_selected_layer_that_is_too_short_gets_it_too(calls):
 def test_a_kernel_that_does_not_fit_leaves_the_layer_exact():
     captured = capture_all(causal_attention, *inputs())
     (row,) = run_passes(captured.graphs[0], TSAConfig(layers=(), dense_kernel="cudnn"), WHOLE).rows  # on a CPU
-    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.KERNEL)
+    assert (row.decision, row.reason) == (Decision.DENSE, Reason.KERNEL)
     torch.testing.assert_close(captured.graphs[0](*captured.inputs[0])[0], causal_attention(*inputs()))
 
 

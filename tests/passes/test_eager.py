@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tsa_compile.report import Reason
 
-from .site_reading import B, D, G, H, L, attention_of, bias, expect, inputs, lowest, read, repeat_kv, triangle
+from .call_reading import B, D, G, H, L, attention_of, bias, expect, inputs, lowest, read, repeat_kv, triangle
 
 
 def scores(q, k):
@@ -114,10 +114,10 @@ class TestEager:
     @pytest.mark.parametrize("name", EAGER_NEAR_MISSES)
     def test_near_miss(self, name):
         """Attention with a reason why it stays; or none at all where the weights are no plain softmax over the keys."""
-        _, sites, _ = read(EAGER_NEAR_MISSES[name], *inputs())
-        assert len(sites) == (0 if name in NO_ATTENTION else 1)
-        for site in sites:
-            assert site.problem is not None and site.problem[0] is Reason.UNSUPPORTED_FORM
+        _, calls, _ = read(EAGER_NEAR_MISSES[name], *inputs())
+        assert len(calls) == (0 if name in NO_ATTENTION else 1)
+        for call in calls:
+            assert call.problem is not None and call.problem[0] is Reason.UNSUPPORTED_FORM
 
     @pytest.mark.parametrize("name", ["added mask", "masked_fill", "where", "dropout in evaluation"])
     def test_exported(self, name):
@@ -131,8 +131,8 @@ class TestEager:
         def attention(q, k, v):
             return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + bias()).softmax(-1) @ v
 
-        site = expect(attention, *inputs(), form="eager", dynamic=True)
-        assert isinstance(site.scale, (float, torch.fx.Node))
+        call = expect(attention, *inputs(), form="eager", dynamic=True)
+        assert isinstance(call.scale, (float, torch.fx.Node))
 
     def test_repeated_heads_are_peeled(self):
         def attention(q, k, v):
@@ -145,8 +145,8 @@ class TestEager:
         def attention(q, k, v):
             return F.dropout(scores(q, k).softmax(-1), 0.5) @ v
 
-        _, (site,), _ = read(attention, *inputs())
-        assert site.dropout == 0.5
+        _, (call,), _ = read(attention, *inputs())
+        assert call.dropout == 0.5
 
     @pytest.mark.parametrize("target", range(3), ids=["query", "key", "value"])
     def test_operand_is_written_to_in_between(self, target):
@@ -156,21 +156,21 @@ class TestEager:
             (q, k, v)[target].mul_(2)
             return weights @ v
 
-        _, (site,), values = read(attention, *inputs())
-        if site.problem is None:
-            torch.testing.assert_close(attention_of(site, values), values[site.node.name])
+        _, (call,), values = read(attention, *inputs())
+        if call.problem is None:
+            torch.testing.assert_close(attention_of(call, values), values[call.node.name])
 
     def test_dropped_twice(self):
         def attention(q, k, v):
             return F.dropout(F.dropout(scores(q, k).softmax(-1), 0.5), 0.0, False) @ v
 
-        _, (site,), _ = read(attention, *inputs())
-        assert site.dropout == 0.5
+        _, (call,), _ = read(attention, *inputs())
+        assert call.dropout == 0.5
 
     def test_three_dimensions_are_not_rewritten(self):
         q, k, v = (x.flatten(0, 1) for x in inputs())
-        _, (site,), _ = read(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v)
-        assert site.problem is not None and site.problem[0] is Reason.UNSUPPORTED_FORM
+        _, (call,), _ = read(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v)
+        assert call.problem is not None and call.problem[0] is Reason.UNSUPPORTED_FORM
 
-    def test_two_products_without_softmax_are_no_site(self):
+    def test_two_products_without_softmax_are_no_call(self):
         assert read(lambda q, k, v: (q @ k.mT) @ v, *inputs())[1] == []

@@ -15,7 +15,7 @@ from tsa_compile.passes.graph import fake
 from tsa_compile.report import Reason
 from tsa_compile.testing import capture_all
 
-from .site_reading import B, D, G, H, L, bias, expect, inputs, read, repeat_kv, sdpa, triangle
+from .call_reading import B, D, G, H, L, bias, expect, inputs, read, repeat_kv, sdpa, triangle
 
 SDPA_SPELLINGS = {
     "plain": lambda q, k, v: sdpa(q, k, v),
@@ -40,8 +40,8 @@ class TestSDPA:
 
     @pytest.mark.parametrize("name", ["positional", "keywords", "keyword is_causal", "scale"])
     def test_exported(self, name):
-        site = expect(SDPA_SPELLINGS[name], *inputs(), form="sdpa", export=True)
-        assert isinstance(site.node.target, torch._ops.OpOverload)
+        call = expect(SDPA_SPELLINGS[name], *inputs(), form="sdpa", export=True)
+        assert isinstance(call.node.target, torch._ops.OpOverload)
 
     def test_scale_of_a_symbolic_width(self):
         """torch guards on the number that SDPA is handed."""
@@ -56,20 +56,20 @@ class TestSDPA:
             expect(lambda q, k, v, mask=mask: sdpa(q, k, v, attn_mask=mask), *inputs(), form="sdpa")
 
     def test_grouped(self):
-        site = expect(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), *inputs(kv_heads=G), form="sdpa")
-        assert fake(site.key).shape[1] == G
+        call = expect(lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True), *inputs(kv_heads=G), form="sdpa")
+        assert fake(call.key).shape[1] == G
 
     def test_one_head_for_all_queries_by_broadcasting(self):
         """Falcon's multi-query attention: a group of all heads."""
-        site = expect(lambda q, k, v: sdpa(q, k, v, is_causal=True), *inputs(kv_heads=1), form="sdpa")
-        assert fake(site.key).shape[1] == 1
+        call = expect(lambda q, k, v: sdpa(q, k, v, is_causal=True), *inputs(kv_heads=1), form="sdpa")
+        assert fake(call.key).shape[1] == 1
 
     def test_other_lengths(self):
         expect(lambda q, k, v: sdpa(q, k, v), *inputs(keys=L + 3), form="sdpa")
 
     def test_dropout_is_kept(self):
-        _, (site,), _ = read(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), *inputs())
-        assert site.dropout == 0.5
+        _, (call,), _ = read(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), *inputs())
+        assert call.dropout == 0.5
 
     @pytest.mark.parametrize(
         "shapes, reason",
@@ -85,14 +85,14 @@ class TestSDPA:
         ids=["three dimensions", "five dimensions", "batch", "key head", "value head", "query head", "batch and heads"],
     )
     def test_what_cannot_be_rewritten_has_a_reason(self, shapes, reason):
-        _, (site,), _ = read(sdpa, *(torch.randn(shape) for shape in shapes))
-        assert site.problem is not None and site.problem[0] is reason
+        _, (call,), _ = read(sdpa, *(torch.randn(shape) for shape in shapes))
+        assert call.problem is not None and call.problem[0] is reason
 
     def test_a_call_that_cannot_run_has_a_row(self):
-        graph, (site,), _ = read(lambda q, k, v: sdpa(q, k, v, is_causal=True), *inputs())
-        site.node.kwargs = {"is_causal": next(iter(graph.graph.nodes))}
-        (site,) = find_calls(graph)
-        assert site.problem is not None and site.problem[0] is Reason.UNSUPPORTED_FORM
+        graph, (call,), _ = read(lambda q, k, v: sdpa(q, k, v, is_causal=True), *inputs())
+        call.node.kwargs = {"is_causal": next(iter(graph.graph.nodes))}
+        (call,) = find_calls(graph)
+        assert call.problem is not None and call.problem[0] is Reason.UNSUPPORTED_FORM
 
 
 def expanded(x, before, after):
@@ -133,17 +133,17 @@ class TestRepeatedHeads:
         def attention(q, k, v):
             return sdpa(q, REPEATS[name](k), REPEATS[name](v), is_causal=True)
 
-        site = expect(attention, *inputs(kv_heads=G), form="sdpa", peeled=True)
-        assert fake(site.key).shape == fake(site.value).shape == (B, G, L, D)
-        assert fake(site.wide_key).shape == (B, H, L, D)
+        call = expect(attention, *inputs(kv_heads=G), form="sdpa", peeled=True)
+        assert fake(call.key).shape == fake(call.value).shape == (B, G, L, D)
+        assert fake(call.wide_key).shape == (B, H, L, D)
 
     @pytest.mark.parametrize("name", NOT_REPEATS)
     def test_near_miss(self, name):
         def attention(q, k, v):
             return sdpa(q, NOT_REPEATS[name](k), NOT_REPEATS[name](v), is_causal=True)
 
-        site = expect(attention, *inputs(kv_heads=G), form="sdpa")
-        assert fake(site.key).shape == (B, H, L, D)
+        call = expect(attention, *inputs(kv_heads=G), form="sdpa")
+        assert fake(call.key).shape == (B, H, L, D)
 
     @pytest.mark.parametrize("name", ["repeat_kv", "repeat_interleave"])
     def test_exported(self, name):
@@ -159,15 +159,15 @@ class TestRepeatedHeads:
         x = inputs(kv_heads=G)[1]
         torch._dynamo.mark_dynamic(x, 0)
         torch._dynamo.mark_dynamic(x, 2)
-        site = expect(attention, x, form="sdpa", peeled=True)
-        assert isinstance(fake(site.key).shape[2], torch.SymInt)
+        call = expect(attention, x, form="sdpa", peeled=True)
+        assert isinstance(fake(call.key).shape[2], torch.SymInt)
 
     def test_repeated_once_more_by_the_call(self):
         def attention(q, k, v):
             return sdpa(q, repeat_kv(k, 2), repeat_kv(v, 2), is_causal=True, enable_gqa=True)
 
-        site = expect(attention, *inputs(heads=8, kv_heads=G), form="sdpa", peeled=True)
-        assert fake(site.key).shape[1] == G
+        call = expect(attention, *inputs(heads=8, kv_heads=G), form="sdpa", peeled=True)
+        assert fake(call.key).shape[1] == G
 
     def test_key_alone(self):
         q, narrow, _ = inputs(kv_heads=G)
@@ -234,10 +234,10 @@ def passed_on(function):
 
 
 class TestLayers:
-    """A site is named after the module that it was traced from, the same by either tracer."""
+    """A call is named after the module that it was traced from, the same by either tracer."""
 
     def names(self, graph):
-        return [(site.layer, site.container, site.layer_index) for site in find_calls(graph)]
+        return [(call.layer, call.container, call.layer_index) for call in find_calls(graph)]
 
     EXPECTED = (
         ("encoder.0.attention", "encoder.*.attention", 0),
@@ -280,5 +280,5 @@ class TestLayers:
         assert self.names(graph) == [(f"{i}.attention", "*.attention", i) for i in range(3)]
 
     def test_outside_any_module(self):
-        _, (site,), _ = read(lambda q, k, v: sdpa(q, k, v), *inputs())
-        assert site.layer == site.node.name and site.layer_index is None
+        _, (call,), _ = read(lambda q, k, v: sdpa(q, k, v), *inputs())
+        assert call.layer == call.node.name and call.layer_index is None

@@ -512,7 +512,7 @@ def test_a_near_miss_beside_a_match():
         return merge_heads(shifted(q, k, v, pad)) + padded_attention(q, k, v, pad)
 
     rewritten = Rewritten(both, *inputs(), padding(), config=EXACT)
-    assert [row.decision for row in rewritten.report] == [Decision.UNCHANGED, Decision.PADDED]
+    assert [row.decision for row in rewritten.report] == [Decision.UNCHANGED, Decision.DENSE_PADDED]
     rewritten.check_same()
 
 

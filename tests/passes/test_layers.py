@@ -7,8 +7,8 @@ from torch import nn
 
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import TSAWarning
+from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.layers import layer_name, unwrapped
-from tsa_compile.passes.plan import FindCalls
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Reason, reports
 from tsa_compile.testing import capture, capture_all
@@ -388,7 +388,7 @@ def test_graphs_that_nobody_remembers_the_frame_of():
     """What the graph itself shows: calls that are told apart by one number."""
     graph = capture(Stack(pairs(4), both), hidden())
     graph.meta.clear()
-    assert [row.layer for row in run_passes(graph, CONFIG).sparse_sites] == ["layers.2.0", "layers.3.0"]
+    assert [row.layer for row in run_passes(graph, CONFIG).sparse_calls] == ["layers.2.0", "layers.3.0"]
 
 
 def test_finding_places_takes_little_time_in_large_models():

@@ -60,7 +60,7 @@ class TestCausal:
     def test_symbolic_lengths(self, name):
         match, (kind, miss) = CAUSAL_SPELLINGS[name]
         result = expect(CAUSAL, match, dynamic=True)
-        assert isinstance(result.site.query.meta["example_value"].shape[2], torch.SymInt)
+        assert isinstance(result.call.query.meta["example_value"].shape[2], torch.SymInt)
         expect(kind, miss, dynamic=True)
 
     def test_is_causal_needs_no_mask(self):
@@ -142,17 +142,17 @@ class TestPadding:
 
         (graph,) = capture_all(attention, torch.randn(BATCH, HEADS, LENGTH, 8), padding_mask(LENGTH)).graphs
         builder, nodes = PaddingBuilder(graph.graph), set()
-        for site in find_calls(graph):
-            with graph.graph.inserting_before(site.node):
-                nodes.add(builder.padding(site, infer_mask(site)))
+        for call in find_calls(graph):
+            with graph.graph.inserting_before(call.node):
+                nodes.add(builder.padding(call, infer_mask(call)))
         assert len(nodes) == 1
 
     def check_tensor(self, result, is_causal=True):
         """The emitted tensor [B, L] says exactly what the mask says about keys, and no emitted node is wider."""
         graph = result.graph_module.graph
         before = set(graph.nodes)
-        with graph.inserting_before(result.site.node):
-            node = PaddingBuilder(graph).padding(result.site, result.meaning)
+        with graph.inserting_before(result.call.node):
+            node = PaddingBuilder(graph).padding(result.call, result.mask)
         inputs = [result.values[placeholder.name] for placeholder in graph.nodes if placeholder.op == "placeholder"]
         values = run_nodes(result.graph_module, tuple(inputs))
         padding = values[node.name]
@@ -174,7 +174,7 @@ class TestOtherShapes:
             return (kv <= q) & (q - kv < 4)
 
         result = expect(SLIDING, build, dynamic=dynamic)
-        assert "3" in result.meaning.detail
+        assert "3" in result.mask.detail
 
     def test_a_window_wider_than_any_length_is_causal(self):
         def build(n, m, pad):
@@ -335,9 +335,9 @@ class TestWrites:
 
         result = expect(CAUSAL_PADDING, build, pad=padding_mask(LENGTH))
         builder = PaddingBuilder(result.graph_module.graph)
-        with result.graph_module.graph.inserting_before(result.site.node), pytest.raises(RewriteError):
-            builder.padding(result.site, result.meaning)
-        assert held(result.meaning, result.site).kind is OPAQUE
+        with result.graph_module.graph.inserting_before(result.call.node), pytest.raises(RewriteError):
+            builder.padding(result.call, result.mask)
+        assert held(result.mask, result.call).kind is OPAQUE
 
     def test_a_write_elsewhere_does_not_matter(self):
         def build(n, m, pad):
@@ -368,7 +368,7 @@ class TestRowsWithoutKeys:
     """A padded row before the first valid key: zeros, the mean of all values, or neither."""
 
     def mean_rows(self, build, **options):
-        return expect(CAUSAL_PADDING, build, **options).meaning.mean_rows
+        return expect(CAUSAL_PADDING, build, **options).mask.mean_rows
 
     @staticmethod
     def padded(n, m, pad):

@@ -203,45 +203,45 @@ def check(seed, symbolic):
     """One case; returns what the mask was said to be."""
     masks = Masks(seed, symbolic)
     graph_module, _ = masks.build()
-    (site,) = find_calls(graph_module)
-    assert site.problem is None
-    meaning = infer_mask(site)
-    if meaning.kind is MaskKind.OPAQUE:
-        return meaning
+    (call,) = find_calls(graph_module)
+    assert call.problem is None
+    info = infer_mask(call)
+    if info.kind is MaskKind.OPAQUE:
+        return info
     padding = None
-    if meaning.padding is not None:
-        with graph_module.graph.inserting_before(site.node):
-            padding = PaddingBuilder(graph_module.graph).padding(site, meaning)
+    if info.padding is not None:
+        with graph_module.graph.inserting_before(call.node):
+            padding = PaddingBuilder(graph_module.graph).padding(call, info)
     sizes = [masks.p.traced] * 3 + ([(3, 11), (2, 5)] if symbolic else [])
     for batch, length in sizes:
         inputs = masks.p.draw(batch, length)
-        values = run_nodes(graph_module, inputs, site)
-        hold_against(meaning, site, values, site.masks[0].mask.name, padding, shape_symbols(graph_module, inputs))
-    return meaning
+        values = run_nodes(graph_module, inputs, call)
+        hold_against(info, call, values, call.masks[0].mask.name, padding, shape_symbols(graph_module, inputs))
+    return info
 
 
-def hold_against(meaning, site, values, mask, padding, symbols):
+def hold_against(info, call, values, mask, padding, symbols):
     """The meaning of a mask against the real one, and against what attention makes of it."""
-    query, key, value = (values[node.name] for node in (site.query, site.key, site.value))
+    query, key, value = (values[node.name] for node in (call.query, call.key, call.value))
     real = values[mask].expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     allowed = real if real.dtype == torch.bool else real == 0
     if real.dtype != torch.bool:
         assert (real[~allowed] <= HIDDEN[real.dtype]).all(), "a score is shifted, not hidden"
-    inferred = evaluate_mask(meaning, tuple(real.shape), values, symbols)
+    inferred = evaluate_mask(info, tuple(real.shape), values, symbols)
     assert torch.equal(inferred, allowed)
     valid = None if padding is None else values[padding.name]
     triangle = torch.ones(real.shape[2:], dtype=torch.bool).tril().expand_as(allowed)
-    if meaning.kind is MaskKind.NONE:
+    if info.kind is MaskKind.NONE:
         assert allowed.all()
-    elif meaning.kind is MaskKind.PADDING:
+    elif info.kind is MaskKind.PADDING:
         assert torch.equal(allowed, valid[:, None, None].expand_as(allowed))
-    elif meaning.kind is MaskKind.CAUSAL:
+    elif info.kind is MaskKind.CAUSAL:
         assert valid is None
         assert torch.equal(allowed, triangle)
-    elif meaning.kind is MaskKind.CAUSAL_PADDING:
+    elif info.kind is MaskKind.CAUSAL_PADDING:
         assert torch.equal(allowed, triangle & valid[:, None, None])
-        expected = reference.padded_attention(query, key, value, valid, query.shape[3] ** -0.5, meaning.mean_rows)
-        actual = values[site.node.name]
+        expected = reference.padded_attention(query, key, value, valid, query.shape[3] ** -0.5, info.mean_rows)
+        actual = values[call.node.name]
         tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(query.dtype, 1e-4)
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 

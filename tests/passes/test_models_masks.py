@@ -65,7 +65,7 @@ DYNAMIC = [
 
 
 def capture(model, length=LENGTH, dynamic=None, **inputs):
-    """The graph of a call, its sites, and every node's real value."""
+    """The graph of a call, its calls, and every node's real value."""
     if "pixel_values" not in inputs:
         inputs.setdefault("input_ids", tokens(BATCH, length))
     captured = capture_all(model, dynamic=dynamic, **inputs)
@@ -73,13 +73,13 @@ def capture(model, length=LENGTH, dynamic=None, **inputs):
     return graph, find_calls(graph), run_nodes(graph, captured.inputs[0])
 
 
-def real_mask(site, values):
-    """What the model lets through at a site: bool [B, H, Lq, Lk]."""
-    query, key = (values[node.name] for node in (site.query, site.key))
+def real_mask(call, values):
+    """What the model lets through at a call: bool [B, H, Lq, Lk]."""
+    query, key = (values[node.name] for node in (call.query, call.key))
     allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
-    if site.is_causal is True:
+    if call.is_causal is True:
         allowed = allowed.tril()
-    for term in site.masks:
+    for term in call.masks:
         mask = values[term.mask.name]
         allowed = allowed & (mask == 0 if term.role in ("bias", "drop") else mask != 0)
     return allowed.expand(*query.shape[:3], key.shape[2])
@@ -97,35 +97,35 @@ def symbols_of(graph, values):
     return found
 
 
-def hold_against(graph, site, values):
-    """Infers a site's mask and compares it, and the padding tensor that is made of it, with the real one."""
-    meaning, real = infer_mask(site), real_mask(site, values)
-    assert meaning.predicate is not None, f"{site.layer}: {meaning}"
-    inferred = evaluate_mask(meaning, tuple(real.shape), values, symbols_of(graph, values))
+def hold_against(graph, call, values):
+    """Infers a call's mask and compares it, and the padding tensor that is made of it, with the real one."""
+    info, real = infer_mask(call), real_mask(call, values)
+    assert info.predicate is not None, f"{call.layer}: {info}"
+    inferred = evaluate_mask(info, tuple(real.shape), values, symbols_of(graph, values))
     assert torch.equal(inferred, real)
-    if meaning.kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+    if info.kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
         padding = torch.ones(real.shape[0], real.shape[3], dtype=torch.bool)
-        if meaning.padding is not None:
-            padding = emitted(graph, site, meaning, values)
+        if info.padding is not None:
+            padding = emitted(graph, call, info, values)
         assert torch.equal(real, padding[:, None, None].expand_as(real).tril())
-    return meaning
+    return info
 
 
-def emitted(graph, site, meaning, values):
-    with graph.graph.inserting_before(site.node):
-        node = PaddingBuilder(graph.graph).padding(site, meaning)
+def emitted(graph, call, info, values):
+    with graph.graph.inserting_before(call.node):
+        node = PaddingBuilder(graph.graph).padding(call, info)
     inputs = tuple(values[node.name] for node in graph.graph.nodes if node.op == "placeholder")
     return run_nodes(graph, inputs)[node.name]
 
 
 def check(name, form, case, dynamic=None):
     changes, windows = MODELS[name]
-    graph, sites, values = capture(tiny(name, form, **changes), dynamic=dynamic, **CASES[case])
-    assert [site.problem for site in sites] == [None] * len(windows)
-    for site, window in zip(sites, windows, strict=True):
-        assert site.form == form
-        meaning = hold_against(graph, site, values)
-        assert meaning.kind is (MaskKind.SLIDING_WINDOW if window else KINDS[case])
+    graph, calls, values = capture(tiny(name, form, **changes), dynamic=dynamic, **CASES[case])
+    assert [call.problem for call in calls] == [None] * len(windows)
+    for call, window in zip(calls, windows, strict=True):
+        assert call.form == form
+        info = hold_against(graph, call, values)
+        assert info.kind is (MaskKind.SLIDING_WINDOW if window else KINDS[case])
 
 
 @pytest.mark.parametrize("name, form, case", sorted(set(COVERING)), ids=str)
@@ -140,15 +140,15 @@ def test_symbolic_lengths(name, form, case):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_window_as_long_as_the_sequence_is_causal(name):
-    graph, sites, values = capture(tiny(name, **MODELS[name][0]), length=16, use_cache=False)
-    assert {hold_against(graph, site, values).kind for site in sites} == {MaskKind.CAUSAL}
+    graph, calls, values = capture(tiny(name, **MODELS[name][0]), length=16, use_cache=False)
+    assert {hold_against(graph, call, values).kind for call in calls} == {MaskKind.CAUSAL}
 
 
 @pytest.mark.parametrize("form", ["sdpa", "eager"])
 def test_packed_sequences(form):
     positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(BATCH, -1)
-    graph, (site,), values = capture(tiny("llama", form, **SHORT), position_ids=positions, use_cache=False)
-    assert hold_against(graph, site, values).kind is MaskKind.PACKED
+    graph, (call,), values = capture(tiny("llama", form, **SHORT), position_ids=positions, use_cache=False)
+    assert hold_against(graph, call, values).kind is MaskKind.PACKED
 
 
 @pytest.mark.parametrize("form", ["sdpa", "eager"])
@@ -159,11 +159,11 @@ def test_after_a_prefill(form, new):
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(BATCH, LENGTH), past_key_values=cache)
-    _, (site,), values = capture(model, length=new, past_key_values=cache, use_cache=True)
-    real, meaning = real_mask(site, values), infer_mask(site)
+    _, (call,), values = capture(model, length=new, past_key_values=cache, use_cache=True)
+    real, info = real_mask(call, values), infer_mask(call)
     assert real.shape[2:] == (new, LENGTH + new)
-    assert meaning.kind is not MaskKind.CAUSAL
-    if meaning.kind is MaskKind.NONE:
+    assert info.kind is not MaskKind.CAUSAL
+    if info.kind is MaskKind.NONE:
         assert real.all()
 
 
@@ -188,9 +188,9 @@ def encoder(kind, form):
     ids=["bert", "bert-padded", "vit"],
 )
 def test_encoders(kind, inputs, expected, form):
-    graph, (site,), values = capture(encoder(kind, form), **inputs)
-    assert site.form == form
-    assert hold_against(graph, site, values).kind is expected
+    graph, (call,), values = capture(encoder(kind, form), **inputs)
+    assert call.form == form
+    assert hold_against(graph, call, values).kind is expected
 
 
 @pytest.mark.parametrize("name, case", [("llama", "plain"), ("llama", "padded"), ("gemma3", "padded")])
@@ -200,5 +200,5 @@ def test_exported(name, case):
     inputs = {"input_ids": tokens(BATCH, LENGTH), **CASES[case]}
     with torch.no_grad():
         graph = torch.export.export(model, (), inputs, strict=False).graph_module
-    kinds = [infer_mask(site).kind for site in find_calls(graph)]
+    kinds = [infer_mask(call).kind for call in find_calls(graph)]
     assert kinds == [MaskKind.SLIDING_WINDOW if window else KINDS[case] for window in windows]

@@ -1,4 +1,4 @@
-"""Which sites are planned sparse, which dense, and with which reason code."""
+"""Which calls are planned sparse, which dense, and with which reason code."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.costs import breakeven
 from tsa_compile.costs.breakeven import break_even, expected_share
-from tsa_compile.costs.calls import SiteShape
+from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import H200
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.passes import plan
@@ -60,7 +60,7 @@ def sparse_layers(module, config):
 def test_a_symbolic_head_size_stays_dense():
     """A kernel cannot be asked about a head size that is not known."""
     (row,) = rows(Stack(1), SPARSE, dynamic=True)
-    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.HEAD_DIM)
+    assert (row.decision, row.reason) == (Decision.DENSE, Reason.HEAD_DIM)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (2, [1]), (3, [1, 2]), (4, [2, 3]), (5, [2, 3, 4])])
@@ -84,7 +84,7 @@ def test_a_layer_that_does_not_exist_is_said_with_those_that_do(layers):
 
 
 def test_no_layers_means_exact():
-    assert {row.decision for row in rows(Stack(2), SPARSE.replace(layers=[]))} == {Decision.CAUSAL}
+    assert {row.decision for row in rows(Stack(2), SPARSE.replace(layers=[]))} == {Decision.DENSE}
 
 
 def test_part_of_a_model_leaves_the_default_layers_unknown():
@@ -98,13 +98,13 @@ def test_part_of_a_model_leaves_the_default_layers_unknown():
     with pytest.warns(match="LAYER_COUNT_UNKNOWN"):
         report = run_passes(first, SPARSE)
     assert {row.reason for row in report} == {Reason.LAYER_COUNT_UNKNOWN}
-    assert [row.layer_index for row in run_passes(second, SPARSE).sparse_sites] == [2, 3]
+    assert [row.layer_index for row in run_passes(second, SPARSE).sparse_calls] == [2, 3]
 
 
 def test_a_layer_compiled_by_itself_does_not_know_where_it_stands():
     with pytest.warns(match="LAYER_COUNT_UNKNOWN"):
         (row,) = rows(Layer(), SPARSE)
-    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.LAYER_COUNT_UNKNOWN)
+    assert (row.decision, row.reason) == (Decision.DENSE, Reason.LAYER_COUNT_UNKNOWN)
     (row,) = rows(Layer(), SPARSE.replace(layers=["*"]))
     assert row.decision is Decision.SPARSE
 
@@ -117,8 +117,8 @@ def test_explicit_layers_of_another_graph_are_no_error():
             return self.layers[1](hidden)
 
     first, second = capture_all(Broken(2), torch.randn(1, 32, 32)).graphs
-    assert not run_passes(first, SPARSE.replace(layers=[1])).sparse_sites
-    assert [row.layer_index for row in run_passes(second, SPARSE.replace(layers=[1])).sparse_sites] == [1]
+    assert not run_passes(first, SPARSE.replace(layers=[1])).sparse_calls
+    assert [row.layer_index for row in run_passes(second, SPARSE.replace(layers=[1])).sparse_calls] == [1]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_explicit_layers_of_another_graph_are_no_error():
 def test_the_length_decides(config, length, reason):
     (row,) = rows(Stack(1), config, length=length)
     assert row.reason is reason
-    assert row.decision is (Decision.SPARSE if reason is Reason.SPARSE else Decision.CAUSAL)
+    assert row.decision is (Decision.SPARSE if reason is Reason.SPARSE else Decision.DENSE)
 
 
 @pytest.mark.filterwarnings("ignore:no attention call")
@@ -265,7 +265,7 @@ class TestTensorParallel:
 
     def test_exact_mode_is_not(self):
         chosen = rows(self.Parallel(2), SPARSE.replace(budget=Coverage(0.1), layers=[]))
-        assert {row.decision for row in chosen} == {Decision.CAUSAL}
+        assert {row.decision for row in chosen} == {Decision.DENSE}
 
 
 def test_autocast_inside_the_call_is_seen():
@@ -284,18 +284,18 @@ def test_an_unknown_kernel_is_an_error_and_names_the_known_ones():
 
 
 @pytest.mark.filterwarnings("ignore:no attention call")
-def test_a_kernel_that_does_not_fit_leaves_the_site_dense():
+def test_a_kernel_that_does_not_fit_leaves_the_call_dense():
     (row,) = rows(Stack(1), SPARSE.replace(kernel="cudnn"))  # on a CPU
-    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.KERNEL)
+    assert (row.decision, row.reason) == (Decision.DENSE, Reason.KERNEL)
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-LLAMA = SiteShape(batch=1, heads=32, kv_heads=8, head_dim=128, value_head_dim=128, itemsize=2, window=128)
+LLAMA = CallShape(batch=1, heads=32, kv_heads=8, head_dim=128, value_head_dim=128, itemsize=2, window=128)
 
 
 @pytest.fixture
 def on_an_h200(monkeypatch):
-    """Sites of graphs on the CPU are planned as if they were on an H200."""
+    """Calls of graphs on the CPU are planned as if they were on an H200."""
 
     def planned(config, device, *shape):
         return minimum_length(config, CUDA, *shape)
@@ -310,7 +310,7 @@ def test_on_a_cpu_the_minimum_is_where_something_can_be_dropped():
     assert minimum_length(TSAConfig(min_length=7), CPU, LLAMA)[0] == 7
 
 
-def test_on_a_gpu_it_is_also_where_the_site_gains(on_an_h200, monkeypatch):
+def test_on_a_gpu_it_is_also_where_the_call_gains(on_an_h200, monkeypatch):
     config = TSAConfig(budget=KeepRatio(0.5))
     minimum, why = minimum_length(config, CUDA, LLAMA)
     assert minimum == break_even(H200, LLAMA, config) > 1024 + 128 + 1
@@ -328,22 +328,22 @@ def test_a_budget_that_keeps_everything_has_no_minimum_on_a_gpu(on_an_h200, budg
 
 
 @pytest.mark.filterwarnings("ignore:no attention call")
-def test_a_site_below_its_break_even_length_says_the_numbers(on_an_h200):
+def test_a_call_below_its_break_even_length_says_the_numbers(on_an_h200):
     config = TSAConfig(budget=KeepRatio(0.5), layers=[0])
-    shape = SiteShape(1, 32, 32, 16, 16, itemsize=2, window=128, counted=False)
+    shape = CallShape(1, 32, 32, 16, 16, itemsize=2, window=128, counted=False)
     minimum = break_even(H200, shape, config, sparse_layers=1.0)
     stack, call = Stack(1, heads=32), {"width": 32 * 16, "dtype": torch.bfloat16}
     (short,), (enough,) = (rows(stack, config, length=length, **call) for length in (minimum - 1, minimum))
-    assert (short.decision, short.reason) == (Decision.CAUSAL, Reason.TOO_SHORT)
+    assert (short.decision, short.reason) == (Decision.DENSE, Reason.TOO_SHORT)
     assert {str(minimum - 1), str(minimum), "H200"} <= set(short.detail.replace(",", "").split())
     assert (enough.decision, enough.reason) == (Decision.SPARSE, Reason.SPARSE)
 
 
 @pytest.mark.filterwarnings("ignore:no attention call")
 @pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
-def test_a_site_that_never_gains_stays_dense(on_an_h200, budget):
+def test_a_call_that_never_gains_stays_dense(on_an_h200, budget):
     (row,) = rows(Stack(1), SPARSE.replace(budget=budget))
-    assert (row.decision, row.reason) == (Decision.CAUSAL, Reason.TOO_SHORT)
+    assert (row.decision, row.reason) == (Decision.DENSE, Reason.TOO_SHORT)
     (row,) = rows(Stack(1), SPARSE.replace(budget=budget, min_length=1))
     assert row.decision is Decision.SPARSE
 
@@ -351,7 +351,7 @@ def test_a_site_that_never_gains_stays_dense(on_an_h200, budget):
 @pytest.mark.parametrize(("layers", "share"), [(None, 0.5), ([3], 0.25), ([0, 1, 2, 3], 1.0)])
 def test_the_share_of_sparse_layers_is_counted(on_an_h200, monkeypatch, layers, share):
     asked = []
-    monkeypatch.setattr(breakeven, "break_even", lambda costs, site, config, sparse_layers: asked.append(sparse_layers) or 1)
+    monkeypatch.setattr(breakeven, "break_even", lambda costs, call, config, sparse_layers: asked.append(sparse_layers) or 1)
     assert len(sparse_layers(Stack(4), SPARSE.replace(layers=layers))) == 4 * share == 4 * asked[0]
 
 
@@ -368,7 +368,7 @@ def test_a_symbolic_length_is_guarded_once_at_the_break_even_length(on_an_h200, 
         with torch.no_grad():
             compiled(hidden)
         decisions.append([[row.decision for row in report] for report in reports()])
-    sparse, dense = [Decision.SPARSE] * 3, [Decision.CAUSAL] * 3
+    sparse, dense = [Decision.SPARSE] * 3, [Decision.DENSE] * 3
     assert decisions == [[sparse]] * 3 + [[sparse, dense]] * 3
 
 
@@ -410,10 +410,10 @@ class TestRangesThatTheUserMarked:
         assert row.reason is reason
 
 
-def test_shapes_of_sites_are_read_from_their_tensors():
+def test_shapes_of_calls_are_read_from_their_tensors():
     query, key, value = (torch.empty(2, heads, 8, size, dtype=torch.bfloat16) for heads, size in ((4, 8), (2, 8), (2, 6)))
     config = TSAConfig(budget=KeepRatio(0.5), window=4)
-    assert SiteShape.of(query, key, value, config) == SiteShape(2, 4, 2, 8, 6, 2, 4, grouped=False, counted=False)
-    assert SiteShape.of(query, key, value, config.replace(granularity="group")).selections == 2
-    assert SiteShape.of(query, key, value, config.replace(budget=Coverage())).counted
+    assert CallShape.of(query, key, value, config) == CallShape(2, 4, 2, 8, 6, 2, 4, grouped=False, counted=False)
+    assert CallShape.of(query, key, value, config.replace(granularity="group")).selections == 2
+    assert CallShape.of(query, key, value, config.replace(budget=Coverage())).counted
     assert expected_share(config.budget, 8) == 0.5

@@ -86,6 +86,6 @@ def test_all_layers_share_one_padding_mask():
             )
             config = TSAConfig(layers=layers, budget=KeepRatio(0.5), window=4, min_tokens=4, min_length=1)
             report = run_passes(captured.graphs[0], config, WHOLE)
-            assert len(report.sparse_sites) == 1
+            assert len(report.sparse_calls) == 1
             wanted = {"spans": 1, "padded_attention": 1, "padded_sparse_attention": 1}
             assert count_ops(captured.graphs[0], *wanted) == wanted

@@ -81,11 +81,11 @@ class TestWrongReadings:
         assert isinstance(raised.value.__cause__ or raised.value, RewriteError) or "RewriteError" in str(raised.value)
 
     def test_it_can_be_switched_off(self, function, length, wrong_comparison):
-        assert run(function, length=length, config=EXACT.replace(skip_passes=["Validate"])).decision is Decision.PADDED
+        assert run(function, length=length, config=EXACT.replace(skip_passes=["Validate"])).decision is Decision.DENSE_PADDED
 
     def test_right_readings_pass(self, function, length, caplog):
         with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
-            assert run(function, length=length).decision is Decision.PADDED
+            assert run(function, length=length).decision is Decision.DENSE_PADDED
         assert not skipped(caplog)
 
 
@@ -107,7 +107,7 @@ def test_written_operands_are_computed_with_what_writes_them(caplog):
         return attention(q, k, v, pad)
 
     with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
-        assert run(function).decision is Decision.PADDED
+        assert run(function).decision is Decision.DENSE_PADDED
     assert not skipped(caplog)
 
 

@@ -10,11 +10,11 @@ import math
 from fractions import Fraction
 
 from tsa_compile.config import Budget, KeepRatio, TSAConfig
-from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.kernels.kept import kept_of_share, never_dropped
 
-LONGEST = 2**20  # tokens; a site that does not gain here never does
+LONGEST = 2**20  # tokens; a call that does not gain here never does
 STEP = 256  # break-even lengths are rounded up to multiples: the figures behind them are no finer
 MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
 WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
@@ -45,48 +45,48 @@ def largest_share(budget: Budget) -> float | Fraction:
 
 
 def kept_share(config: TSAConfig, length: int, share: float | Fraction) -> float:
-    """The share of all tokens that a site keeps, given that of the candidates: the window and the minimum included."""
+    """The share of all tokens that a call keeps, given that of the candidates: the window and the minimum included."""
     return kept_of_share(length, config.window, share, config.min_tokens, config.capacity) / length
 
 
 def expected_kept(config: TSAConfig, length: int) -> float:
-    """The share of all tokens that a site is expected to keep."""
+    """The share of all tokens that a call is expected to keep."""
     return kept_share(config, length, expected_share(config.budget, length))
 
 
-def gains(costs: DeviceCosts, site: SiteShape, config: TSAConfig, length: int, sparse_layers: float = 0.5) -> bool:
-    """Whether a site of this length is faster sparse, and safe to make sparse.
+def gains(costs: DeviceCosts, call: CallShape, config: TSAConfig, length: int, sparse_layers: float = 0.5) -> bool:
+    """Whether a call of this length is faster sparse, and safe to make sparse.
 
     The expected time must be below the dense one by `MARGIN`. And where Coverage finds next to nothing to drop, the steps
     around attention are spent in vain, and where the host does not run ahead, the GPU waits for it: each may slow the model,
     of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
     """
-    dense, sparse = dense_ms(site, costs)(length), sparse_ms(site, costs)
+    dense, sparse = dense_ms(call, costs)(length), sparse_ms(call, costs)
     expected = sparse(length, expected_kept(config, length))
     worst = sparse(length, kept_share(config, length, largest_share(config.budget)))
-    weights = LAYER_WEIGHTS * (site.heads * site.head_dim) ** 2
-    layer = dense + 2 * site.batch * length * weights / (costs.matmul_tflops * 1e9)
+    weights = LAYER_WEIGHTS * (call.heads * call.head_dim) ** 2
+    layer = dense + 2 * call.batch * length * weights / (costs.matmul_tflops * 1e9)
     loss = max(worst, costs.host_ms) - dense
     return expected <= (1 - MARGIN) * dense and sparse_layers * loss <= WORST_LOSS * layer
 
 
-def break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float = 0.5) -> int | None:
-    """The shortest length from which a site gains, here and at every longer one; None if it never does.
+def break_even(costs: DeviceCosts, call: CallShape, config: TSAConfig, sparse_layers: float = 0.5) -> int | None:
+    """The shortest length from which a call gains, here and at every longer one; None if it never does.
 
     Args:
         sparse_layers: the share of the model's layers that are sparse.
     """
     # Only what matters: a config may hold a compiler that cannot be hashed.
     relevant = TSAConfig(budget=config.budget, window=config.window, min_tokens=config.min_tokens, capacity=config.capacity)
-    return _break_even(costs, site, relevant, sparse_layers)
+    return _break_even(costs, call, relevant, sparse_layers)
 
 
 @functools.lru_cache(maxsize=1024)
-def _break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_layers: float) -> int | None:
-    """From above by eighths of an octave, since a site gains from there on; then by bisection."""
+def _break_even(costs: DeviceCosts, call: CallShape, config: TSAConfig, sparse_layers: float) -> int | None:
+    """From above by eighths of an octave, since a call gains from there on; then by bisection."""
 
     def gaining(steps: int) -> bool:
-        return gains(costs, site, config, steps * STEP, sparse_layers)
+        return gains(costs, call, config, steps * STEP, sparse_layers)
 
     high = LONGEST // STEP
     if not gaining(high):
@@ -102,7 +102,7 @@ def _break_even(costs: DeviceCosts, site: SiteShape, config: TSAConfig, sparse_l
     return high * STEP
 
 
-def shortest(config: TSAConfig, costs: DeviceCosts | None, site: SiteShape, sparse_layers: float = 0.5) -> int | None:
+def shortest(config: TSAConfig, costs: DeviceCosts | None, call: CallShape, sparse_layers: float = 0.5) -> int | None:
     """The shortest length that is compressed: what the user says, else from where tokens can be dropped and that pays.
 
     Args:
@@ -116,5 +116,5 @@ def shortest(config: TSAConfig, costs: DeviceCosts | None, site: SiteShape, spar
     droppable = never_dropped(config.window, config.min_tokens) + 1
     if costs is None:
         return droppable
-    gaining = break_even(costs, site, config, sparse_layers)
+    gaining = break_even(costs, call, config, sparse_layers)
     return None if gaining is None else max(gaining, droppable)

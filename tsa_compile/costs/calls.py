@@ -5,12 +5,12 @@
     rest(L)      = a layer's projections and MLP, and what is between them
 
 FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them).
-Everything else is a number: B, H, G, D, Dv, bytes per element and the window come from a `SiteShape`; rates come from
+Everything else is a number: B, H, G, D, Dv, bytes per element and the window come from a `CallShape`; rates come from
 devices.py, the only place with measured figures. Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at
 n = h (the half length) twice what its causal pairs are worth: short rows do not fill the GPU, diagonal tiles are half empty.
 The rate is that of D = Dv = 128; a pair's exponential takes as long whatever the head size, so narrower heads are slower.
 
-What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `SiteShape`
+What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `CallShape`
 and, for devices, devices.py. Not foreseen are padded batches of very unequal items (the dense path skips their padding too),
 padding with holes, and a kernel asked for by name that is slower than the dense one.
 """
@@ -35,7 +35,7 @@ MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
 
 @dataclass(frozen=True)
-class SiteShape:
+class CallShape:
     """What the costs of one attention call depend on besides its length."""
 
     batch: int
@@ -59,7 +59,7 @@ class SiteShape:
     @classmethod
     def configured(
         cls, config: TSAConfig, batch: Any, heads: int, kv_heads: int, head_dim: int, value_head_dim: int, itemsize: int
-    ) -> SiteShape:
+    ) -> CallShape:
         """A call of these sizes as the configuration makes it sparse. A symbolic batch is 1.
 
         Launches weigh most there, and the graph that is compiled for one batch size serves the others.
@@ -70,7 +70,7 @@ class SiteShape:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig) -> SiteShape:
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig) -> CallShape:
         """The call on these [B,H,L,D], [B,G,L,D], [B,G,L,Dv]."""
         batch, heads, _, head_dim = query.shape
         kv_heads = key.shape[1] if isinstance(key.shape[1], int) else heads
@@ -93,14 +93,14 @@ class Work:
 NOTHING = Work(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
 
-def attention_work(site: SiteShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int) -> Work:
+def attention_work(call: CallShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int) -> Work:
     """Causal attention over [B,H,rows,D], with key and value at `kv_heads` heads. Its bytes hide behind its FLOPs."""
-    width = site.head_dim + site.value_head_dim
-    per_pair = site.batch * site.heads * width  # 2 FLOPs, for half of the pairs
+    width = call.head_dim + call.value_head_dim
+    per_pair = call.batch * call.heads * width  # 2 FLOPs, for half of the pairs
     pairs = rows * (rows + costs.attention_half_length)
     running = per_pair * slowness(width, costs.attention_exponential) * pairs / (costs.attention_tflops * 1e9)
     slower = costs.attention_slowdown * sympy.Max(0, running - costs.attention_sustained_ms)
-    moved = site.batch * (site.heads + kv_heads) * width * site.itemsize * rows
+    moved = call.batch * (call.heads + kv_heads) * width * call.itemsize * rows
     return Work(per_pair * rows**2, moved, costs.attention_ms + running + slower)
 
 
@@ -110,15 +110,15 @@ def slowness(width: int, exponential: float) -> float:
 
 
 @functools.lru_cache(maxsize=512)
-def dense_work(site: SiteShape, costs: DeviceCosts) -> Work:
+def dense_work(call: CallShape, costs: DeviceCosts) -> Work:
     """The call as the model wrote it, by the fastest dense kernel."""
-    return attention_work(site, costs, LENGTH, site.kv_heads)
+    return attention_work(call, costs, LENGTH, call.kv_heads)
 
 
-def sparse_work(site: SiteShape, costs: DeviceCosts) -> dict[str, Work]:
+def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
     """The sparse path by steps, of which "launches" is what it takes at any length."""
-    batch, heads, size = site.batch, site.heads, site.itemsize
-    kept, selections, zero = KEPT * LENGTH, site.selections, sympy.Integer(0)
+    batch, heads, size = call.batch, call.heads, call.itemsize
+    kept, selections, zero = KEPT * LENGTH, call.selections, sympy.Integer(0)
 
     def moved(count: sympy.Expr, rate: float, flops: sympy.Expr = zero) -> Work:
         return Work(flops, count, count / (rate * 1e9) + flops / (costs.score_tflops * 1e9))
@@ -126,37 +126,37 @@ def sparse_work(site: SiteShape, costs: DeviceCosts) -> dict[str, Work]:
     indices = 4 * batch * selections * kept
     # Key is read twice and the products are made twice, since the weights are too many to keep; the scores are written,
     # read for pooling and written again.
-    products = 4 * batch * heads * max(site.head_dim, SCORED_DIM) * site.window * LENGTH
-    scored = (2 * site.kv_heads * site.head_dim * size + 12 * heads) * batch * LENGTH
+    products = 4 * batch * heads * max(call.head_dim, SCORED_DIM) * call.window * LENGTH
+    scored = (2 * call.kv_heads * call.head_dim * size + 12 * heads) * batch * LENGTH
     # A row of key and value is read from memory once, for however many heads of its group.
-    pair = site.head_dim + site.value_head_dim
-    pair_in = LENGTH * sympy.Min(1, KEPT * (heads // site.kv_heads)) * site.kv_heads * pair
-    gathered = 2 * kept * heads * site.head_dim + pair_in + kept * selections * pair
-    scattered = batch * heads * site.value_head_dim * size * (LENGTH + kept)
+    pair = call.head_dim + call.value_head_dim
+    pair_in = LENGTH * sympy.Min(1, KEPT * (heads // call.kv_heads)) * call.kv_heads * pair
+    gathered = 2 * kept * heads * call.head_dim + pair_in + kept * selections * pair
+    scattered = batch * heads * call.value_head_dim * size * (LENGTH + kept)
     return {
-        "launches": Work(zero, zero, sympy.Float(costs.sparse_ms + (costs.count_ms if site.counted else 0.0))),
+        "launches": Work(zero, zero, sympy.Float(costs.sparse_ms + (costs.count_ms if call.counted else 0.0))),
         "score": moved(scored, costs.bandwidth_tbs, products),
-        "budget": moved(batch * (4 * heads + 12) * LENGTH if site.counted else zero, costs.bandwidth_tbs),
+        "budget": moved(batch * (4 * heads + 12) * LENGTH if call.counted else zero, costs.bandwidth_tbs),
         "select": moved(4 * batch * heads * (5 * LENGTH + kept), costs.select_tbs),
         "compress": moved(batch * size * gathered + indices, costs.bandwidth_tbs),
-        "attend": _attend_work(site, costs),
+        "attend": _attend_work(call, costs),
         "decompress": moved(scattered + indices, costs.bandwidth_tbs),
     }
 
 
 @functools.lru_cache(maxsize=512)
-def sparse_path(site: SiteShape, costs: DeviceCosts) -> Work:
+def sparse_path(call: CallShape, costs: DeviceCosts) -> Work:
     """All steps of the sparse path together."""
-    return added(sparse_work(site, costs).values())
+    return added(sparse_work(call, costs).values())
 
 
-def _attend_work(site: SiteShape, costs: DeviceCosts) -> Work:
+def _attend_work(call: CallShape, costs: DeviceCosts) -> Work:
     """Attention over the kept rows; with a count, at worst one call per item, on as many more rows as are rounded up."""
-    exact = attention_work(site, costs, KEPT * LENGTH, site.selections)
-    if not site.counted:
+    exact = attention_work(call, costs, KEPT * LENGTH, call.selections)
+    if not call.counted:
         return exact
-    rounded = attention_work(site, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), site.selections)
-    return replace(exact, ms=rounded.ms + (site.batch - 1) * costs.attention_ms)
+    rounded = attention_work(call, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), call.selections)
+    return replace(exact, ms=rounded.ms + (call.batch - 1) * costs.attention_ms)
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,11 @@ def _function(expression: sympy.Expr) -> Callable[[float, float], float]:
     return sympy.lambdify((LENGTH, KEPT), expression, "math")
 
 
-def dense_ms(site: SiteShape, costs: DeviceCosts) -> Callable[[float], float]:
+def dense_ms(call: CallShape, costs: DeviceCosts) -> Callable[[float], float]:
     """Milliseconds of the dense call, of its length."""
-    return dense_work(site, costs).ms_at
+    return dense_work(call, costs).ms_at
 
 
-def sparse_ms(site: SiteShape, costs: DeviceCosts) -> Callable[[float, float], float]:
+def sparse_ms(call: CallShape, costs: DeviceCosts) -> Callable[[float, float], float]:
     """Milliseconds of the whole sparse path, of the length and the kept share."""
-    return sparse_path(site, costs).ms_at
+    return sparse_path(call, costs).ms_at

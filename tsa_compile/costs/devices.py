@@ -40,7 +40,7 @@ class DeviceCosts:
     count_ms: float
     """The same of the count: `budget`'s kernels, and the host that waits for it."""
     host_ms: float
-    """What a slow host takes to launch the sparse path: what a site takes where the host does not run ahead."""
+    """What a slow host takes to launch the sparse path: what a call takes where the host does not run ahead."""
 
     def scaled(self, name: str, *, attention: float = 1.0, compute: float = 1.0, bandwidth: float = 1.0) -> DeviceCosts:
         """Another device of which only ratios of rates are known; launches take what they take here."""

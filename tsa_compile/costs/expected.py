@@ -9,9 +9,9 @@ import torch
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, shortest
-from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import DeviceCosts, costs_of
-from tsa_compile.report import Decision, Reason, RewriteReport, SiteRow
+from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
 
 
 def with_expectations(
@@ -31,7 +31,7 @@ def with_expectations(
     return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
 
 
-def _with_times(row: SiteRow, config: TSAConfig, costs: DeviceCosts) -> SiteRow:
+def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
@@ -40,8 +40,8 @@ def _with_times(row: SiteRow, config: TSAConfig, costs: DeviceCosts) -> SiteRow:
     return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)
 
 
-def _shape(row: SiteRow, config: TSAConfig) -> SiteShape | None:
-    """The sizes of a call, as `SiteShape.of` reads them from tensors; None where they are symbolic."""
+def _shape(row: CallRow, config: TSAConfig) -> CallShape | None:
+    """The sizes of a call, as `CallShape.of` reads them from tensors; None where they are symbolic."""
     dtype = getattr(torch, row.dtype, None)
     if not (len(row.query) == len(row.key) == len(row.value) == 4 and isinstance(dtype, torch.dtype)):
         return None
@@ -49,4 +49,4 @@ def _shape(row: SiteRow, config: TSAConfig) -> SiteShape | None:
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
     heads, kv_heads, head_dim, value_head_dim = map(int, sizes)
-    return SiteShape.configured(config, row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize)
+    return CallShape.configured(config, row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize)

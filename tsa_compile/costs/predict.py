@@ -25,7 +25,7 @@ from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig, check_int, is_named, upper_half
 from tsa_compile.costs.breakeven import expected_kept, shortest
-from tsa_compile.costs.calls import NOTHING, RestShape, SiteShape, Work, added, dense_work, rest_work, sparse_path
+from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, dense_work, rest_work, sparse_path
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
@@ -225,7 +225,7 @@ def _predict(
     share = len(selected) / len(model.layers)
     itemsize = model.dtype.itemsize
     shapes = [
-        SiteShape.configured(config, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
+        CallShape.configured(config, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
         for layer in model.layers
     ]
     sparse_kept = expected_kept(config, length) if kept is None else float(kept)

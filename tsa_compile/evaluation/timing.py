@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tsa_compile.backend import _dense_kernels
 from tsa_compile.bench import elapsed_ms
 from tsa_compile.config import TSAConfig
-from tsa_compile.costs.calls import SiteShape, dense_ms, sparse_ms
+from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import for_device
 from tsa_compile.evaluation.methods import Method, compiled, parse
 from tsa_compile.evaluation.outcomes import Timing, kept
@@ -39,17 +39,17 @@ class AttentionTimer:
 
     Attributes:
         ms: milliseconds of each attention call since the last `clear`, means over `repeats`.
-        sites: the shape of each of these calls, and whether it is sparse.
+        calls: the shape of each of these calls, and whether it is sparse.
     """
 
     def __init__(self, config: TSAConfig, repeats: int = 10) -> None:
         self.config, self.repeats = config, repeats
         self.ms: list[float] = []
-        self.sites: list[tuple[SiteShape, bool]] = []
+        self.calls: list[tuple[CallShape, bool]] = []
 
     def clear(self) -> None:
         """Forgets what was timed: the first run compiles kernels."""
-        self.ms, self.sites = [], []
+        self.ms, self.calls = [], []
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         interpreter = _Timed(graph_module, self)
@@ -70,8 +70,8 @@ class _Timed(Interpreter):
         if n.target in _ATTENTION:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             query, key, value = args[:3]
-            shape = SiteShape.of(query, key, value, self.timer.config)
-            self.timer.sites.append((shape, n.target is torch.ops.tsa.sparse_attention.default))
+            shape = CallShape.of(query, key, value, self.timer.config)
+            self.timer.calls.append((shape, n.target is torch.ops.tsa.sparse_attention.default))
             call = functools.partial(self.call_function, n.target, args, kwargs)
             self.timer.ms.append(_milliseconds(call, query.device, self.timer.repeats))
         return super().run_node(n)
@@ -79,8 +79,13 @@ class _Timed(Interpreter):
 
 def _milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """The mean time of a call among `repeats` in a row, after one that warms up."""
+
+    def run() -> None:
+        for _ in range(repeats):
+            call()
+
     call()
-    return elapsed_ms(lambda: [call() for _ in range(repeats)], device) / repeats
+    return elapsed_ms(run, device) / repeats
 
 
 def add_times(
@@ -138,18 +143,18 @@ def _attention(
     device = next(model.parameters()).device
     return Timing(
         method=method.name, length=length, batch=batch, attention_ms=round(statistics.fmean(totals), 4), prefill_ms=None,
-        predicted_ms=_predicted(timer.sites, device, length, keep), keep=keep,
+        predicted_ms=_predicted(timer.calls, device, length, keep), keep=keep,
     )  # fmt: skip
 
 
-def _predicted(sites: list[tuple[SiteShape, bool]], device: torch.device, length: int, keep: float) -> float | None:
+def _predicted(calls: list[tuple[CallShape, bool]], device: torch.device, length: int, keep: float) -> float | None:
     """The cost model's attention time for the share that was really kept; it knows CUDA devices only."""
     if device.type != "cuda":
         return None
     costs = for_device(device)
     total = 0.0
-    for site, sparse in sites:
-        total += sparse_ms(site, costs)(length, keep) if sparse else dense_ms(site, costs)(length)
+    for call, sparse in calls:
+        total += sparse_ms(call, costs)(length, keep) if sparse else dense_ms(call, costs)(length)
     return round(float(total), 4)
 
 

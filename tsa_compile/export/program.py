@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tsa_compile.config import TSAConfig
-from tsa_compile.costs.calls import SiteShape
+from tsa_compile.costs.calls import CallShape
 from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.graph import fake, known
@@ -237,7 +237,7 @@ class PlanExported(PlanCalls):
 
     def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         config = self.state.config
-        length = fake(plan.site.query).shape[2]
+        length = fake(plan.call.query).shape[2]
         if selected is None and isinstance(length, torch.SymInt):
             self.state.config = self._settled(plan, length, sparse_layers)
         try:
@@ -247,16 +247,16 @@ class PlanExported(PlanCalls):
 
     def _settled(self, plan: CallPlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
         """A configuration with which no comparison of the length needs a guard."""
-        config, site = self.state.config, plan.site
-        query, key, value = (fake(node) for node in (site.query, site.key, site.value))
+        config, call = self.state.config, plan.call
+        query, key, value = (fake(node) for node in (call.query, call.key, call.value))
         widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         if not all(isinstance(width, int) for width in widths):
             return config  # refused for that
-        minimum, why = minimum_length(config, query.device, SiteShape.of(query, key, value, config), sparse_layers)
+        minimum, why = minimum_length(config, query.device, CallShape.of(query, key, value, config), sparse_layers)
         if minimum is None or known(length >= minimum) or known(length < minimum):
             return config
         if minimum > all_kept_below(config):
-            self.straddling.append(f"{site.layer} compresses from {minimum} on, {why}")
+            self.straddling.append(f"{call.layer} compresses from {minimum} on, {why}")
         return config.replace(min_length=1)
 
 

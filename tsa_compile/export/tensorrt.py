@@ -7,8 +7,9 @@
 `check` holds a model against NVIDIA's documentation (_trt_support.py: versions and addresses): operators, the types of
 their data, restrictions, limits. It runs without TensorRT and proves no more than the documentation says.
 
-`save` hands the standard form of kernels/portable.py to torch-tensorrt. It is written against the sources of torch-tensorrt
-2.14 and has not been run with it, as TensorRT could not be installed where it was written. What it hands over is tested.
+`save` hands to torch-tensorrt what ONNX files in standard operators are made of. It is written against the sources of
+torch-tensorrt 2.14 and has not been run with it, as TensorRT could not be installed where it was written. What it hands over
+is tested.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ from tsa_compile.passes.graph import fake
 
 FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"}
 # Without these torch-tensorrt takes the mask of dense padded layers for a causal one, and leaves operators with sizes
-# that vary to torch.
-_OPTIONS = {"attn_bias_is_causal": False, "assume_dynamic_shape_support": True, "min_block_size": 1}
+# that vary to torch; the masses of a budget are float64, which TensorRT has not.
+_OPTIONS = {
+    "attn_bias_is_causal": False,
+    "assume_dynamic_shape_support": True,
+    "min_block_size": 1,
+    "truncate_double": True,
+}
 
 
 def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:

@@ -35,18 +35,18 @@ def bias(n=L):
 
 
 def read(function, *args, dynamic=None, export=False):
-    """The graph of a call, its sites and every node's real value."""
+    """The graph of a call, its calls and every node's real value."""
     if export:
         program = torch.export.export(Wrapped(function), args, strict=False)
         graph = program.graph_module
         state = [program.state_dict.get(name) for name in program.graph_signature.inputs_to_parameters.values()]
         constants = [program.constants[name] for name in program.graph_signature.inputs_to_lifted_tensor_constants.values()]
-        sites = find_calls(graph)
-        return graph, sites, run_nodes(graph, (*state, *constants, *args), next(iter(sites), None))
+        calls = find_calls(graph)
+        return graph, calls, run_nodes(graph, (*state, *constants, *args), next(iter(calls), None))
     captured = capture_all(function, *args, dynamic=dynamic)
     (graph,) = captured.graphs
-    sites = find_calls(graph)
-    return graph, sites, run_nodes(graph, captured.inputs[0], next(iter(sites), None))
+    calls = find_calls(graph)
+    return graph, calls, run_nodes(graph, captured.inputs[0], next(iter(calls), None))
 
 
 class Wrapped(nn.Module):
@@ -58,33 +58,33 @@ class Wrapped(nn.Module):
         return self.function(*args)
 
 
-def attention_of(site, values):
-    """softmax(scale * q k^T, masked) v from a site's normal form."""
-    query, key, value = (values[node.name] for node in (site.query, site.key, site.value))
+def attention_of(call, values):
+    """softmax(scale * q k^T, masked) v from a call's normal form."""
+    query, key, value = (values[node.name] for node in (call.query, call.key, call.value))
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scale = values.get(getattr(site.scale, "name", None), site.scale)
+    scale = values.get(getattr(call.scale, "name", None), call.scale)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    for term in reversed(site.masks):
+    for term in reversed(call.masks):
         mask = values[term.mask.name]
         if term.role == "bias":
             scores = scores + mask
         else:
             scores = scores.masked_fill(~mask if term.role == "keep" else mask, term.fill)
-    if site.is_causal is True:
+    if call.is_causal is True:
         scores = scores.masked_fill(~triangle(scores.shape[-1])[: scores.shape[-2]], -math.inf)
     return scores.softmax(-1) @ value
 
 
 def expect(function, *args, form, peeled=False, **options):
-    """One site without a problem, in which the call's whole meaning is found."""
-    _, sites, values = read(function, *args, **options)
-    (site,) = sites
-    assert site.problem is None, site.problem
-    assert site.form == form
-    assert site.peeled is peeled
-    output = values[site.node.name]
-    torch.testing.assert_close(attention_of(site, values).reshape(output.shape), output)
-    return site
+    """One call without a problem, in which the call's whole meaning is found."""
+    _, calls, values = read(function, *args, **options)
+    (call,) = calls
+    assert call.problem is None, call.problem
+    assert call.form == form
+    assert call.peeled is peeled
+    output = values[call.node.name]
+    torch.testing.assert_close(attention_of(call, values).reshape(output.shape), output)
+    return call
 
 
 def repeat_kv(x, n):
