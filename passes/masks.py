@@ -27,7 +27,7 @@ from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.mask_info import MaskInfo, MaskKind
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
-from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Opaque, as_number, exact, round_constant
+from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Unsupported, as_number, exact, round_constant
 
 _RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
 _LOWEST = exact(torch.finfo(torch.bfloat16).min)
@@ -65,7 +65,7 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
                 level = level and all(value <= _LOWEST for value in values)
                 values |= {round_constant(old + new, term.dtype) for old in hidden for new in values}
             allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
-    except (Opaque, NotUnderstood, RecursionError) as reason:
+    except (Unsupported, NotUnderstood, RecursionError) as reason:
         return MaskInfo(MaskKind.OPAQUE, detail=str(reason) or "it is built in too many steps")
     if call.is_causal is True:  # upper-left alignment
         allowed = sympy.And(allowed, atoms.le(KV, Q))
@@ -126,12 +126,12 @@ def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
     """
     value = exact(number) if isinstance(number, float) else number
     if not value.is_number:
-        raise Opaque(f"adds {value}, which is not constant")
+        raise Unsupported(f"adds {value}, which is not constant")
     value = round_constant(value, dtype)
     if value == -sympy.oo:
         return -sympy.oo
     if value > _LOWEST:
-        raise Opaque(f"adds {value}, which need not hide a score")
+        raise Unsupported(f"adds {value}, which need not hide a score")
     return value
 
 

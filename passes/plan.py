@@ -91,6 +91,10 @@ class PlanCalls(Pass):
             said.add(self.state.config.layers)
             warnings.warn(text, TSAWarning, stacklevel=2)
 
+    def _settled(self, plan: CallPlan, sparse_layers: float) -> TSAConfig:
+        """The configuration by which the length of a call is judged; of `sparse_layers`, the share of them."""
+        return self.state.config
+
     def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
         if obstacle is not None:
@@ -99,7 +103,7 @@ class PlanCalls(Pass):
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
-            reason, detail = _sparse_obstacle(plan, self.state.config, sparse_layers)
+            reason, detail = _sparse_obstacle(plan, self._settled(plan, sparse_layers), sparse_layers)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None:

@@ -40,7 +40,7 @@ _MAX_STEPS = 2000  # operators looked at for one mask
 _WIDEST = 2**31  # no dimension that attention goes over is longer
 
 
-class Opaque(Exception):
+class Unsupported(Exception):
     """The mask cannot be understood at all; the message says which node and why."""
 
 
@@ -89,7 +89,7 @@ class Evaluator:
             return constant(node)
         value = fake(node)
         if not isinstance(value, torch.Tensor):
-            raise Opaque(f"{node.name} is no tensor")
+            raise Unsupported(f"{node.name} is no tensor")
         key = (node, index)
         if key not in self._cache:
             self._cache[key] = self._evaluate(node, value, index)

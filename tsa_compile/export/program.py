@@ -33,7 +33,7 @@ from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.plan import PlanCalls, all_kept_below, minimum_length
 from tsa_compile.pipeline import PASSES, run_passes
-from tsa_compile.report import Reason, record
+from tsa_compile.report import record
 
 Range = tuple[int, int]
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -235,19 +235,12 @@ class PlanExported(PlanCalls):
         if text is not None:
             raise ConfigError(text)
 
-    def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
-        config = self.state.config
-        length = fake(plan.call.query).shape[2]
-        if selected is None and isinstance(length, torch.SymInt):
-            self.state.config = self._settled(plan, length, sparse_layers)
-        try:
-            super()._decide(plan, selected, sparse_layers)
-        finally:
-            self.state.config = config
-
-    def _settled(self, plan: CallPlan, length: torch.SymInt, sparse_layers: float) -> TSAConfig:
+    def _settled(self, plan: CallPlan, sparse_layers: float) -> TSAConfig:
         """A configuration with which no comparison of the length needs a guard."""
         config, call = self.state.config, plan.call
+        length = fake(call.query).shape[2]
+        if not isinstance(length, torch.SymInt):
+            return config
         query, key, value = (fake(node) for node in (call.query, call.key, call.value))
         widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         if not all(isinstance(width, int) for width in widths):
