@@ -1,14 +1,13 @@
-"""What launching costs: the fused op with and without remembered launches, by compiled kernels and by Triton's own launch.
+"""What launching costs: the fused op with its launches replayed (`remembered` in kernels/launch.py), and without.
 
     python benchmarks/launch.py                     8K tokens, half of them kept, Llama-3.1-8B's heads in bfloat16
     python benchmarks/launch.py --lengths 2048 8192 --keep 0.5
 
-    replay     functions of launches are remembered and replayed (`remembered` in kernels/launch.py), or run each time
-    compiled   `launch` keeps compiled kernels and launches them itself, or hands each launch to Triton's `kernel[grid]`
+The variants and dense cuDNN take turns in one run. `ms` is from call to call, back to back; `host us` is what a call keeps
+the host, with nothing waited for. Outputs must be equal.
 
-A replay launches compiled kernels however they were launched when it was noted; so where all functions replay, `compiled`
-can only gain at the first call with a length. The variants and dense cuDNN take turns in one run. `ms` is from call to call,
-back to back; `host us` is what a call keeps the host, with nothing waited for. Outputs must be equal.
+A third variant was measured in November 2026 and given up: compiled kernels kept by all that they depend on, and launched
+without Triton's own launch. Replayed it was as fast (.44 of dense either way, H100), and without replay .57 to .70.
 """
 
 from __future__ import annotations
@@ -27,32 +26,18 @@ from attention_report import markdown
 from attention_timing import take_turns
 from torch.nn.attention import SDPBackend
 
-from tsa_compile.kernels import budget, compress, decompress, fused, score, select
-from tsa_compile.kernels.launch import launch, remembered, watching
+from tsa_compile.kernels import fused
+from tsa_compile.kernels.launch import remembered
 
 Call = Callable[[], Any]
 Patches = list[tuple[Any, str, Any]]
 STEPS = ("_best", "_scored", "_selected", "_compressed", "_decompressed")
-FILES = (score, budget, select, compress, decompress)
 
 
-def by_triton(
-    kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], numbers: tuple[Any, ...], **options: Any
-) -> None:  # fmt: skip
-    """`launch` without compiled kernels of its own."""
-    compiled = kernel[grid](*tensors, *numbers, **options)
-    notes = watching()
-    if notes is not None:
-        constants = (options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
-        notes.add(compiled[(*grid, 1, 1)[:3]], tensors, (*numbers, *constants))
-
-
-def patches(replay: bool, compiled: bool) -> Patches:
+def patches(replay: bool) -> Patches:
     """What a variant puts where; nothing is remembered yet."""
     functions = [getattr(fused, name).__wrapped__ for name in STEPS]
-    steps = [remembered(function) if replay else function for function in functions]
-    launches = [(file, "launch", launch if compiled else by_triton) for file in FILES]
-    return [*((fused, name, step) for name, step in zip(STEPS, steps, strict=True)), *launches]
+    return [(fused, name, remembered(step) if replay else step) for name, step in zip(STEPS, functions, strict=True)]
 
 
 @contextlib.contextmanager
@@ -96,13 +81,11 @@ def measure(inputs: Inputs, keep: float) -> list[list[str]]:
     expected = op()
     variants: dict[str, Patches] = {"dense cuDNN": []}
     calls = {"dense cuDNN": dense(inputs, SDPBackend.CUDNN_ATTENTION).call}
-    for replay in (True, False):
-        for compiled in (True, False):
-            name = f"{'replayed' if replay else 'run each time'}, {'compiled kernels' if compiled else 'kernel[grid]'}"
-            variants[name] = patches(replay, compiled)
-            calls[name] = within(op, variants[name])
-            if not torch.equal(calls[name](), expected):
-                raise AssertionError(f"{name}: another output")
+    for name, replay in (("replayed", True), ("run each time", False)):
+        variants[name] = patches(replay)
+        calls[name] = within(op, variants[name])
+        if not torch.equal(calls[name](), expected):
+            raise AssertionError(f"{name}: another output")
     times = take_turns({name: [call] for name, call in calls.items()}, seconds=3.0)
     base, lines = times["dense cuDNN"].ms, []
     for name, places in variants.items():

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import slots_below
+from tsa_compile.kernels._aten import repeat_heads, slots_below
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 
 
@@ -45,6 +45,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scal
     if len(set(counts)) == 1 and min(chosen.round_rows(counts[0]), capacity) == capacity == counts[0]:
         return chosen.run(query, key, value, scale).contiguous()
     return _attend_counts(chosen, query, key, value, counts, scale)
+
+
+@torch.library.custom_op("tsa::attend_lse", mutates_args=())
+def attend_lse(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, and the log-sum-exp of each row's scaled logits, natural: [B,H,C,Dv], float32 [B,H,C]."""
+    _check(query, key, value, count)
+    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    device_count = count is not None and capturing
+    chosen = choose(KernelRequest.of(query, key, value), kernel, device_count=device_count, lse=True)
+    out, lse = chosen.causal_lse(query, key, value, scale, count)  # rows from the count on are in no real row's way
+    return out.contiguous(), lse.contiguous()
+
+
+@attend_lse.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def attend_lse_aten(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """The same in ATen ops, for any exact kernel; holds [B, H, C, C] logits."""
+    wide, heads = torch.promote_types(query.dtype, torch.float32), query.shape[1]
+    key, value = (repeat_heads(tensor, heads).to(wide) for tensor in (key, value))
+    slots = torch.arange(query.shape[2], device=query.device)
+    logits = torch.where(slots <= slots[:, None], scale * query.to(wide) @ key.transpose(2, 3), float("-inf"))
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value / total).to(query.dtype), (top + total.log())[..., 0].to(torch.float32)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> None:

@@ -31,7 +31,6 @@ from torch import Tensor
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
-    Rows,
     Tiles,
     add_tile,
     aligned_rows,
@@ -74,7 +73,7 @@ def _full_tiles(
 
 @triton.jit(do_not_specialize=[*stride_names("qkvo"), "capacity", "heads_per_kv"])
 def _flash_kernel(
-    p_query, p_key, p_value, p_out, p_count, desc_key, desc_value,
+    p_query, p_key, p_value, p_out, p_lse, p_count, desc_key, desc_value,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, capacity, heads_per_kv, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
@@ -91,8 +90,8 @@ def _flash_kernel(
     start_m = block * BLOCK_M
     kv_head = head // heads_per_kv
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
-    key = Rows(desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
-    value = Rows(desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
 
     b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -101,11 +100,16 @@ def _flash_kernel(
     b_acc, b_max, b_sum = _full_tiles(
         b_query, b_acc, b_max, b_sum, key, value, start_m, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, LAG
     )
-    b_acc, b_sum = diagonal(
+    b_acc, b_max, b_sum = diagonal(
         b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
     store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
+    if p_lse is not None:
+        rows = start_m + tl.arange(0, BLOCK_M)
+        heads = tl.num_programs(0 if HEADS_INNER else 1)
+        p_lse += (item.to(tl.int64) * heads + head) * capacity + rows
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=rows < count)  # ln 2
 
 
 def flash_triton(
@@ -116,11 +120,13 @@ def flash_triton(
     count: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """Launch the kernel; also runs on CPU tensors in the Triton interpreter. See the module's docstring.
 
     out: where to write, [B, H, C, Dv] of any strides with the last 1; by default a new contiguous tensor.
+    lse: where to write the log-sum-exp of each row's scaled logits, natural: float32 [B, H, C], contiguous.
     """
     query, key, value = aligned_rows(query), aligned_rows(key), aligned_rows(value)
     if out is None:
@@ -135,7 +141,7 @@ def flash_triton(
     launch(
         _flash_kernel,
         (heads, blocks, batch) if tiles.heads_inner else (blocks, heads, batch),
-        (query, key, value, out, None if count is None else count.contiguous()),
+        (query, key, value, out, lse, None if count is None else count.contiguous()),
         (*row_strides(align, query, key, value, out), capacity, heads // key.shape[1], scale_log2),
         descriptors=descriptors(tiles, key, value),
         **tile_options(tiles, key, value, align),
@@ -148,6 +154,13 @@ def run(query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor |
     """The kernel as `attend` calls it."""
     with torch.cuda.device_of(query):
         return flash_triton(query, key, value, scale, count)
+
+
+def run_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `run`, with the log-sum-exp of each row."""
+    with torch.cuda.device_of(query):
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        return flash_triton(query, key, value, scale, count, lse=lse), lse
 
 
 def supports(request: KernelRequest) -> str | None:
@@ -166,4 +179,4 @@ def supports(request: KernelRequest) -> str | None:
 
 
 # Behind the others, which are faster where the host knows the count; what "auto" captures in a CUDA graph.
-KERNEL = AttentionKernel("triton", run=run, supports=supports, priority=-10, device_count=True)
+KERNEL = AttentionKernel("triton", run=run, run_lse=run_lse, supports=supports, priority=-10, device_count=True)

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.errors import KernelError
-from tsa_compile.kernels.attend import attend_aten
+from tsa_compile.kernels.attend import attend_aten, attend_lse_aten
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.flash import flash_triton
+from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
 from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -63,17 +64,37 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: floa
     return flash_triton(query, key, value, scale, count)
 
 
+def _decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    return decompress_triton(compressed, indices, count, seq_len)
+
+
+def _flash_lse(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return flash_triton(query, key, value, scale, count, lse=lse), lse
+
+
+def _merge_floor(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    rows = (query, key, value, compressed, lse, indices, count, padding)
+    return merge_floor_triton(*rows, scale, window, sinks)
+
+
 _LAUNCHERS: dict[str, Callable[..., Any]] = {
     "score": score_cuda,
     "budget": budget_cuda,
     "select": _select,
     "compress": compress_triton,
     "attend": _flash,
-    "decompress": decompress_triton,
+    "attend_lse": _flash_lse,
+    "decompress": _decompress,
+    "merge_floor": _merge_floor,
 }
 for _name, _launcher in _LAUNCHERS.items():
-    _schema = str(getattr(torch.ops.tsa, _name).default._schema).removeprefix(f"tsa::{_name}")
-    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={}, schema=_schema)
+    torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={})
 
 tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
 
@@ -105,7 +126,9 @@ _ATEN: Table = {
     tsa.select.default: select_by_sorting,
     tsa.compress.default: compress_aten,
     tsa.attend.default: attend_aten,
+    tsa.attend_lse.default: attend_lse_aten,
     tsa.decompress.default: decompress_aten,
+    tsa.merge_floor.default: merge_floor_aten,
     tsa.spans.default: spans_aten,
     tsa.padded_attention.default: padded_attention_aten,
 }

@@ -14,6 +14,7 @@ It computes what the single ops compute, one after the other, and is there for w
 - With padding, each item is cut to its span of valid tokens, which `spans` has told the host once for all layers: so the
   mask of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
 - An item of which everything is kept takes plain causal attention.
+- With `floor_window` every row also sees its neighbourhood and the sinks (floor.py); without, rows that are not kept are 0.
 
 `sparse_attention` can be captured in a CUDA graph: the count then stays on the device, and a kernel that reads it there
 does the work (`AttentionKernel.device_count`). `padded_sparse_attention` cannot, as its spans live on the host.
@@ -30,10 +31,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels.attend import attend
+from tsa_compile.kernels.attend import attend, attend_lse
 from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
+from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -56,6 +58,8 @@ class Options:
     capacity: int | None
     shared: bool
     kernel: str
+    floor_window: int | None = None
+    floor_sinks: int = 0
 
     def kept(self, valid: int) -> int | None:
         """How many of an item's valid tokens are kept, if that follows from their number alone."""
@@ -85,9 +89,12 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
     keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
+    floor_window: int | None = None, floor_sinks: int = 0,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
-    options = Options(scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel)
+    options = Options(
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
+    )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, None, options)
     with torch.cuda.device_of(query):
@@ -100,9 +107,12 @@ _op(sparse_attention)
 def padded_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, window: int, pool: int,
     coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
+    floor_window: int | None = None, floor_sinks: int = 0,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention with padding; `spans` [B, 3] as `tsa::spans` makes them of it. Pad rows are 0."""
-    options = Options(scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel)
+    options = Options(
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
+    )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, options)
     with torch.cuda.device_of(query):
@@ -154,7 +164,11 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, op
         count = budget_aten(scores, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
     indices = select_by_sorting(scores, count, kept)
     rows = compress_aten(query, key, value, indices, count)
-    return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
+    if options.floor_window is None:
+        return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
+    out, lse = attend_lse(*rows, count, options.scale, options.kernel)
+    near = (options.scale, options.floor_window, options.floor_sinks)
+    return merge_floor_by_heads(query, key, value, out, lse, indices, count, padding, *near)
 
 
 def _grouped(scores: Tensor, key: Tensor, options: Options) -> Tensor:
@@ -165,7 +179,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_
     """The kernel for the compressed rows, which have a key head for every selection."""
     request = KernelRequest.of(query, key, value)
     return choose(request.with_kv_heads(key.shape[1] if options.shared else query.shape[1]), options.kernel,
-                  device_count=device_count)  # fmt: skip
+                  device_count=device_count, lse=options.floor_window is not None)  # fmt: skip
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -198,14 +212,14 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
         if kernel.device_count:  # of the rows it is given, it computes no more than the count
             rows = min(kernel.round_rows(kept), seq_len)
             count = None if rows == kept else torch.full(query.shape[:1], kept, dtype=torch.int32, device=query.device)
-        return _attend(output, query, key, value, _best(query, key, count, options, rows), count, kernel, options.scale)
+        return _attend(output, query, key, value, _best(query, key, count, options, rows), count, padding, kernel, options)
     limit = options.limit(seq_len)
     scores, count = _scored(query, key, padding, options)
     count = count.clamp_(max=limit) if limit < seq_len else count
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     kernel = _kernel(query, key, value, options, device_count=capturing)
     if capturing or kernel.device_count:
-        return _attend(output, query, key, value, _selected(scores, count, limit), count, kernel, options.scale)
+        return _attend(output, query, key, value, _selected(scores, count, limit), count, padding, kernel, options)
     on_host = _Fetched(count)
     indices = _selected(scores, count, limit)  # while the count travels
     counts = on_host.get()
@@ -216,7 +230,8 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
             continue
         chosen = indices[items, :, : min(kernel.round_rows(n), limit)]
         # With the count even where it equals the rows: kernels without it are other kernels, to be compiled on some day.
-        _attend(output[items], query[items], key[items], value[items], chosen, count[items], kernel, options.scale)
+        apart = None if padding is None else padding[items]
+        _attend(output[items], query[items], key[items], value[items], chosen, count[items], apart, kernel, options)
     return None
 
 
@@ -241,6 +256,7 @@ def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options
 _selected = remembered(select_triton)
 _compressed = remembered(compress_triton)
 _decompressed = remembered(decompress_triton)
+_merged = remembered(merge_floor_triton)
 
 
 class _Fetched:
@@ -263,7 +279,7 @@ class _Fetched:
 
 def _attend(
     output: Tensor, query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None,
-    kernel: AttentionKernel, scale: float,
+    padding: Tensor | None, kernel: AttentionKernel, options: Options,
 ) -> None:  # fmt: skip
     """Compresses, attends and decompresses, some groups of heads at a time."""
     heads, groups, seq_len = query.shape[1], key.shape[1], query.shape[2]
@@ -277,5 +293,10 @@ def _attend(
             shares = (slice(first * t.shape[1] // groups, (first + step) * t.shape[1] // groups) for t in tensors)
             tensors = [tensor[:, share] for tensor, share in zip(tensors, shares, strict=True)]
         target, query_part, key_part, value_part, chosen = tensors
-        out = kernel.causal(*_compressed(query_part, key_part, value_part, chosen, count), scale, count)
-        _decompressed(out, chosen, count, seq_len, target)
+        kept = _compressed(query_part, key_part, value_part, chosen, count)
+        if options.floor_window is None:
+            _decompressed(kernel.causal(*kept, options.scale, count), chosen, count, seq_len, target)
+            continue
+        out, lse = kernel.causal_lse(*kept, options.scale, count)
+        near = (options.scale, options.floor_window, options.floor_sinks)
+        _merged(query_part, key_part, value_part, out, lse, chosen, count, padding, *near, target)

@@ -57,6 +57,8 @@ class AttentionKernel:
     round_rows: the rows to hand over for a count that the host knows, at least as many; for kernels that are planned anew
         for every shape, or, with `device_count`, that read some numbers of rows faster.
     exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
+    run_lse: as `run`, and returns the log-sum-exp of each row's scaled logits as well, natural, float32 [B, H, rows]; None:
+        the kernel does not give it, and is refused under a floor (floor.py), which needs it.
     stream_bytes: compressed rows of how many heads it is handed at a time, in bytes; None: fused.STREAM_BYTES. More suits a
         kernel of which a call has a cost of its own.
     """
@@ -69,7 +71,15 @@ class AttentionKernel:
     round_rows: Callable[[int], int] = _exact_rows
     exact: bool = True
     stream_bytes: int | None = None
+    run_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None) -> Tensor:
         """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows."""
         return self.run(query, key, value, scale, *([count] if self.device_count else []))
+
+    def causal_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `causal`, with the log-sum-exp of each row."""
+        assert self.run_lse is not None, f"{self.name} was chosen under a floor"
+        return self.run_lse(query, key, value, scale, *([count] if self.device_count else []))

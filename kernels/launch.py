@@ -1,19 +1,18 @@
 """Launching: Triton where it is installed, one way to launch a kernel, and functions of launches remembered.
 
-    launch(kernel, grid, tensors, numbers, **constants)      kernel[grid](*tensors, *numbers, **constants), for less
+    launch(kernel, grid, tensors, numbers, **constants)      kernel[grid](*tensors, *numbers, **constants)
     remembered(function)(*arguments)                         function(*arguments), the second time by its launches alone
 
 Every kernel file imports `triton` and `tl` from here, so that the package (and its CPU implementations) also import on
 platforms without Triton. Kernels decorated by the stand-in can be defined but not launched: `HAS_TRITON` says which.
 
-`launch` is the only way in which this package launches a kernel. Triton examines and binds every argument anew each time,
-about half of the 15 to 30 us that a launch costs the host; so compiled kernels are kept by all that they depend on. Where a
-compiler traces, the kernel goes into its graph instead.
+`launch` is the only way in which this package launches a kernel; where a compiler traces, the kernel goes into its graph.
 
-Around its launches a function computes strides, alignments and tile sizes, allocates, and looks compiled kernels up: for the
-six of a sparse layer .15 to .5 ms of the host's time, while 8K tokens take the GPU .45 ms. All of this follows from the
-arguments' shapes, strides, dtypes and alignment and from the numbers among them. So `remembered` watches a function once for
-each such signature, notes what it allocates and launches, and then replays the notes on other arguments.
+A launch costs the host 15 to 30 us, as Triton examines and binds every argument anew, and around its launches a function
+computes strides, alignments and tile sizes and allocates: for the six of a sparse layer .15 to .5 ms of the host's time,
+while 8K tokens take the GPU .45 ms. All of this follows from the arguments' shapes, strides, dtypes and alignment and from
+the numbers among them. So `remembered` watches a function once for each such signature, notes what it allocates and
+launches, and then replays the notes on other arguments.
 
 It is as if the function ran, or else the function runs. A signature is not remembered if the function
 
@@ -65,7 +64,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Found = TypeVar("Found")
 
 _REMEMBERED = 4096
-"""How many compiled kernels, and signatures of a function, are kept: every length is one."""
+"""How many signatures of a function are kept: every length is one."""
 _ALIGNMENT = 512
 """Bytes between temporaries, as the caching allocator has it: a kernel compiled for aligned addresses finds such."""
 
@@ -129,9 +128,6 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-
-
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -160,18 +156,8 @@ def launch(
             notes.replayable = False
         kernel[grid](*arguments, *numbers, **options)
         return
-    pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in arguments]
-    key = (id(kernel), torch.cuda.current_device(), numbers, *pointers, *options.values())
-    found = _compiled.get(key)
-    if found is None:
-        if len(_compiled) >= _REMEMBERED:  # every length is an entry, though not a compilation
-            _compiled.clear()
-        constants = tuple(options[name] for name in kernel.arg_names[len(arguments) + len(numbers) :])
-        compiled = kernel[grid](*arguments, *numbers, **options)
-        _compiled[key] = (compiled, constants)
-    else:
-        compiled, constants = found
-        compiled[(*grid, 1, 1)[:3]](*arguments, *numbers, *constants)
+    constants = tuple(options[name] for name in kernel.arg_names[len(arguments) + len(numbers) :])
+    compiled = kernel[grid](*arguments, *numbers, **options)
     if notes is not None:
         notes.add(compiled[(*grid, 1, 1)[:3]], arguments, (*numbers, *constants))
 

@@ -9,6 +9,7 @@ the kernels use masks. Nothing here is fast, and nothing shares code with the im
     compress          the selected rows of query, key and value                [B,H,C,D] [B,Hs,C,D] [B,Hs,C,Dv]
     attend            causal attention over them                               [B,H,C,Dv]
     decompress        the output rows back in their places, zeros elsewhere    [B,H,L,Dv]
+    floor_mask        what each row sees where there is a floor                [B,H,L,L]
 
 B batch, H query heads over G key/value heads, L length, C capacity, Hs = H, or G when a group shares its selection.
 Arithmetic is float32 for half-precision inputs and float64 for float64 inputs: feed float64 for ground truth.
@@ -165,6 +166,54 @@ def decompress(out: Tensor, indices: Tensor, count: Tensor | None, seq_len: int)
     return full
 
 
+def is_selected(indices: Tensor, count: Tensor, heads: int, seq_len: int) -> Tensor:
+    """The selection of each head as flags: bool [B,H,L]."""
+    batch, selections, _ = indices.shape
+    selected = torch.zeros(batch, heads, seq_len, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            selected[b, h, indices[b, h * selections // heads, : int(count[b])].long()] = True
+    return selected
+
+
+def floor_mask(padding: Tensor | None, selected: Tensor, window: int, sinks: int) -> Tensor:
+    """A(i), what each row sees: bool [B,H,L,L] of the selected tokens, bool [B,H,L]; nothing in rows of invalid tokens."""
+    batch, heads, seq_len = selected.shape
+    mask = torch.zeros(batch, heads, seq_len, seq_len, dtype=torch.bool)
+    for b in range(batch):
+        valid = valid_positions(padding, b, seq_len).tolist()
+        for h in range(heads):
+            for rank, i in enumerate(valid):
+                for other, j in enumerate(valid[: rank + 1]):
+                    near = rank - other < window or other < sinks
+                    mask[b, h, i, j] = near or bool(selected[b, h, i] and selected[b, h, j])
+    return mask
+
+
+def attention_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Dense attention under any mask [B,H,L,L]; a row that may look nowhere is 0: [B,H,L,Dv]."""
+    batch, heads, _, _ = query.shape
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    for b in range(batch):
+        for h in range(heads):
+            kv = h * key.shape[1] // heads
+            out[b, h] = _attention(query[b, h], key[b, kv], value[b, kv], mask[b, h].to(query.device), scale)
+    return out
+
+
+def log_sum_exp(query: Tensor, key: Tensor, count: Tensor | None, scale: float) -> Tensor:
+    """Of the causal logits of each compressed row, natural: [B,H,C,D], [B,Hk,C,D] -> [B,H,C]; then zeros."""
+    batch, heads, capacity, _ = query.shape
+    out = torch.zeros(batch, heads, capacity, dtype=_wide(query).dtype, device=query.device)
+    for b in range(batch):
+        kept = capacity if count is None else int(count[b])
+        for h in range(heads):
+            logits = scale * _wide(query[b, h, :kept]) @ _wide(key[b, h * key.shape[1] // heads, :kept]).T
+            for i in range(kept):
+                out[b, h, i] = logits[i, : i + 1].logsumexp(dim=0)
+    return out
+
+
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False
 ) -> Tensor:
@@ -201,8 +250,13 @@ def token_sparse_attention(
     min_tokens: int = 1024,
     granularity: str = "head",
     capacity: int | None = None,
+    floor_window: int | None = None,
+    floor_sinks: int = 0,
 ) -> Tensor:
-    """The whole layer: [B,H,L,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,L,Dv]. A keep ratio, where given, replaces coverage."""
+    """The whole layer: [B,H,L,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,L,Dv]. A keep ratio, where given, replaces coverage.
+
+    With `floor_window` it is dense attention under A(i), `floor_mask`; without, rows that are not selected are 0.
+    """
     seq_len, head_dim = query.shape[2:]
     scale = head_dim**-0.5 if scale is None else scale
     capacity = seq_len if capacity is None else capacity
@@ -211,6 +265,9 @@ def token_sparse_attention(
         scores = group_scores(scores, key.shape[1])
     count = budget(scores, None if keep_ratio is not None else coverage, keep_ratio, min_tokens).clamp(max=capacity)
     indices = select(scores, count, capacity)
+    if floor_window is not None:
+        mask = floor_mask(padding, is_selected(indices, count, query.shape[1], seq_len), floor_window, floor_sinks)
+        return attention_under(mask, query, key, value, scale)
     rows = compress(query, key, value, indices, count)
     return decompress(attend(*rows, count, scale), indices, count, seq_len)
 

@@ -66,15 +66,16 @@ def names() -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = False) -> AttentionKernel:
+def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = False, lse: bool = False) -> AttentionKernel:
     """The kernel to run for a request.
 
     With "auto" the fitting exact one of the highest priority; with `device_count`, one that reads the count on the device
-    if any fits. With a name that kernel, or KernelError if it does not fit or does not exist.
+    if any fits. With `lse` one that gives the log-sum-exp. With a name that kernel, or KernelError if it does not fit or
+    does not exist.
     """
     if name != AUTO:
         kernel = get(name)
-        reason = kernel.supports(request)
+        reason = _refusal(kernel, request, lse)
         if reason is not None:
             raise KernelError(f"attention kernel {name!r} cannot run {request}: {reason}")
         return kernel
@@ -82,11 +83,17 @@ def choose(request: KernelRequest, name: str = AUTO, *, device_count: bool = Fal
     candidates = sorted(exact, key=lambda k: (device_count and k.device_count, k.priority), reverse=True)
     refusals = []
     for kernel in candidates:
-        reason = kernel.supports(request)
+        reason = _refusal(kernel, request, lse)
         if reason is None:
             return kernel
         refusals.append(f"{kernel.name}: {reason}")
     raise KernelError(f"no attention kernel can run {request}: {'; '.join(refusals)}")
+
+
+def _refusal(kernel: AttentionKernel, request: KernelRequest, lse: bool) -> str | None:
+    if lse and kernel.run_lse is None:
+        return "it gives no log-sum-exp, which the floor is merged by: register it with run_lse, or set floor=None"
+    return kernel.supports(request)
 
 
 for _kernel in (sdpa.CUDNN, sdpa.FLASH, sdpa.SDPA, flash.KERNEL):

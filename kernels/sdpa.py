@@ -26,6 +26,8 @@ PRIORITY = (
 )
 """Torch's kernels, the fastest on Hopper first; later ones are what single calls fall back to."""
 
+_ROWS = 512
+"""How many rows of logits are written out at a time."""
 _CUDNN_ROWS = 128
 """Below, SDPA is asked which kernel takes the rows: cuDNN takes no single one."""
 
@@ -43,6 +45,47 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return _sdpa(query, key, value, scale, PRIORITY)
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     return attention(query, key, value, None, False, 0.0, True, False, scale=scale)[0]
+
+
+def _cudnn_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """With the log-sum-exp, which cuDNN's operator gives [B, H, rows, 1]."""
+    if query.shape[2] < _CUDNN_ROWS or not query.is_cuda:
+        return written_out_lse(query, key, value, scale)
+    key, value = (_repeated(tensor, query) for tensor in (key, value))
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    out, lse = attention(query, key, value, None, True, 0.0, True, False, scale=scale)[:2]
+    return out, lse.reshape(query.shape[:3])
+
+
+def _flash_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """With the log-sum-exp, from FlashAttention-2's operator, which takes heads of a multiple of 8 alone."""
+    if query.shape[3] % 8 != 0 or query.shape[3] != value.shape[3]:
+        return written_out_lse(query, key, value, scale)
+    key, value = (_repeated(tensor, query) for tensor in (key, value))
+    attention = torch.ops.aten._scaled_dot_product_flash_attention.default
+    out, lse = attention(query, key, value, 0.0, True, False, scale=scale)[:2]
+    return out, lse[:, :, : query.shape[2]]
+
+
+def written_out_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention and its log-sum-exp by products, some rows at a time: for CPUs, and what no kernel takes."""
+    wide, rows = torch.promote_types(query.dtype, torch.float32), query.shape[2]
+    key, value = (_repeated(tensor, query).to(wide) for tensor in (key, value))
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=wide)
+    for first in range(0, rows, _ROWS):
+        last = min(first + _ROWS, rows)
+        logits = scale * query[:, :, first:last].to(wide) @ key[:, :, :last].mT
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(first + 1), float("-inf"))
+        lse[:, :, first:last] = logits.logsumexp(-1)
+        out[:, :, first:last] = (logits.softmax(-1) @ value[:, :, :last]).to(out.dtype)
+    return out, lse.float()
+
+
+def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
+    """Key or value with as many heads as the query."""
+    group = query.shape[1] // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, 1)
 
 
 def _run_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -87,6 +130,7 @@ def plan_rows(rows: int) -> int:
 CUDNN = AttentionKernel(
     "cudnn",
     run=_cudnn,
+    run_lse=_cudnn_lse,
     supports=functools.partial(_refusal, SDPBackend.CUDNN_ATTENTION),
     priority=30,
     round_rows=plan_rows,
@@ -94,7 +138,8 @@ CUDNN = AttentionKernel(
 FLASH = AttentionKernel(
     "flash",
     run=functools.partial(_sdpa, backends=PRIORITY[1:]),
+    run_lse=_flash_lse,
     supports=functools.partial(_refusal, SDPBackend.FLASH_ATTENTION),
     priority=20,
 )
-SDPA = AttentionKernel("sdpa", run=_run_plain, supports=lambda request: None, priority=0)
+SDPA = AttentionKernel("sdpa", run=_run_plain, run_lse=written_out_lse, supports=lambda request: None, priority=0)

@@ -3,7 +3,7 @@
 A head's rows are [L, D] with a dense last dimension, padded to BLOCK_D. Kernels get strides in units of ALIGN elements and
 multiply by it, a constant: so the compiler sees that rows allow 16-byte accesses although it knows no stride. Strides stay
 single arguments of the kernels: Triton specializes on the numbers in a tuple whatever `do_not_specialize` says, which would
-compile a kernel anew for a new length, and Inductor takes no tuples into its graphs. Inside they travel as `Rows`.
+compile a kernel anew for a new length, and Inductor takes no tuples into its graphs. Inside they travel together, as tuples.
 
 Attention is FlashAttention-2's (arXiv 2307.08691): of each row the running maximum `b_max` of its scores to base 2, the sum
 `b_sum` of its weights, and the weighted values `b_acc` [BLOCK_M, BLOCK_DV].
@@ -20,18 +20,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels.launch import next_power_of_2, tl, triton
 
-
-class Rows(NamedTuple):
-    """Where a kernel finds the rows of a head."""
-
-    descriptor: Any
-    """TMA's view of all heads, or None."""
-    pointer: Any
-    """The head's first row."""
-    stride: Any
-    """From row to row, in units of ALIGN."""
-    item: Any
-    head: Any
+# Where a kernel finds the rows of a head: TMA's view of all heads or None, the head's first row, the stride from row to row
+# in units of ALIGN, the item, the head. No class: Inductor copies a kernel's functions and constants into packages alone.
+DESCRIPTOR, POINTER, STRIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ITEM, HEAD = tl.constexpr(3), tl.constexpr(4)
 
 
 class Tiles(NamedTuple):
@@ -99,10 +91,10 @@ def load_rows(
 @triton.jit
 def load_tile(rows, start, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
     """A tile [ROWS, BLOCK_D] of real rows: by TMA where there is a descriptor, else by pointers."""
-    if rows.descriptor is not None:
-        return tl.reshape(rows.descriptor.load([rows.item, rows.head, start, 0]), [ROWS, BLOCK_D])
+    if rows[DESCRIPTOR] is not None:
+        return tl.reshape(rows[DESCRIPTOR].load([rows[ITEM], rows[HEAD], start, 0]), [ROWS, BLOCK_D])
     else:
-        return load_rows(rows.pointer, rows.stride, start, 0, False, ROWS, DIM, BLOCK_D, ALIGN)
+        return load_rows(rows[POINTER], rows[STRIDE], start, 0, False, ROWS, DIM, BLOCK_D, ALIGN)
 
 
 @triton.jit
@@ -219,7 +211,7 @@ def diagonal(
     BLOCK_D: tl.constexpr = b_query.shape[1]
     BLOCK_DV: tl.constexpr = b_acc.shape[1]
     stop = tl.minimum(start_m + BLOCK_M, count)
-    if key.descriptor is not None:
+    if key[DESCRIPTOR] is not None:
         whole = stop == start_m + BLOCK_M
         if whole:
             for start in tl.range(start_m, start_m + BLOCK_M, BLOCK_N, num_stages=1):
@@ -229,11 +221,11 @@ def diagonal(
                 b_acc = add_values(b_acc, b_keep, b_weights, b_value)
             stop = start_m
     for start in tl.range(start_m, stop, BLOCK_N):
-        b_key = load_rows(key.pointer, key.stride, start, count, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
+        b_key = load_rows(key[POINTER], key[STRIDE], start, count, True, BLOCK_N, DIM, BLOCK_D, ALIGN)
         b_weights, b_keep, b_max, b_sum = diagonal_tile(b_query, b_key, b_max, b_sum, start_m, start, scale_log2)
-        b_value = load_rows(value.pointer, value.stride, start, count, True, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)
+        b_value = load_rows(value[POINTER], value[STRIDE], start, count, True, BLOCK_N, VALUE_DIM, BLOCK_DV, ALIGN)
         b_acc = add_values(b_acc, b_keep, b_weights, b_value)
-    return b_acc, b_sum
+    return b_acc, b_max, b_sum
 
 
 def block_dim(size: int) -> int:

@@ -9,6 +9,10 @@
              o^      = tsa.attend(q^, k^, v^, count, scale, kernel)                       [B, H, C, Dv]
              o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]
 
+    with a floor, instead of the last two steps
+             o^, lse = tsa.attend_lse(q^, k^, v^, count, scale, kernel)                   [B, H, C, Dv], [B, H, C]
+             o       = tsa.merge_floor(q, k, v, o^, lse, indices, count, padding, scale, window, sinks)
+
 C is L, the capacity, or, for a keep ratio, an expression in L: no shape depends on data. A keep ratio without padding
 needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L].
 
@@ -71,6 +75,8 @@ class _SparseCall:
     capacity: int | None
     shared: bool
     kernel: str
+    floor_window: int | None
+    floor_sinks: int
     padding: Node | None = None
     spans: Node | None = None
 
@@ -90,6 +96,11 @@ def _open(graph: Graph, call: _SparseCall) -> Node:
     indices = insert(graph, tsa.select.default, scores, count, capacity)
     rows = insert(graph, tsa.compress.default, call.query, call.key, call.value, indices, count)
     query, key, value = (insert(graph, operator.getitem, rows, i) for i in range(3))
+    if call.floor_window is not None:
+        attended = insert(graph, tsa.attend_lse.default, query, key, value, count, call.scale, call.kernel)
+        compressed, lse = (insert(graph, operator.getitem, attended, i) for i in range(2))
+        operands = (call.query, call.key, call.value, compressed, lse, indices, count, call.padding, call.scale)
+        return insert(graph, tsa.merge_floor.default, *operands, call.floor_window, call.floor_sinks)
     compressed = insert(graph, tsa.attend.default, query, key, value, count, call.scale, call.kernel)
     return insert(graph, tsa.decompress.default, compressed, indices, count, length)
 

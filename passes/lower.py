@@ -84,7 +84,7 @@ def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:
         ConfigError: another one is named, as block-sparse kernels and those that users register are.
     """
     for node in program.graph.nodes:
-        if node.target is not tsa.attend.default:
+        if node.target not in (tsa.attend.default, tsa.attend_lse.default):
             continue
         name: Any = argument(node, 5, "kernel")
         why = why_not(name)

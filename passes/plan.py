@@ -262,4 +262,5 @@ def _kernel(plan: CallPlan, config: TSAConfig) -> str:
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(plan.decision)
-    return choose(KernelRequest.of(query, key, value), configured or AUTO).name
+    lse = plan.decision is Decision.SPARSE and config.floor is not None
+    return choose(KernelRequest.of(query, key, value), configured or AUTO, lse=lse).name

@@ -49,18 +49,19 @@ class RewriteSparse(Pass):
             rows = (call.query, call.key, call.value)
             return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
         # Heads that all keep the valid tokens can share them.
-        whole = config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", kernel=plan.kernel)
+        whole = config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=plan.kernel)
         return self._sparse(graph_module, plan, whole)
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
         call, graph = plan.call, graph_module.graph
         options = (scale_of(call), config.window, config.pool, *_budget(config), config.min_tokens, config.capacity)
         shared = config.granularity == "group"
+        floor = () if config.floor is None else (config.floor.window, config.floor.sinks)
         operands = [call.query, call.key, call.value]
         if plan.padding is None:
-            return insert(graph, tsa.sparse_attention.default, *operands, *options, shared, config.kernel)
+            return insert(graph, tsa.sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
         operands += [plan.padding, self.state.builder(graph).spans(plan.padding)]
-        return insert(graph, tsa.padded_sparse_attention.default, *operands, *options, shared, config.kernel)
+        return insert(graph, tsa.padded_sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
 
 
 def _budget(config: TSAConfig) -> tuple[float | None, float | None]:

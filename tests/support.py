@@ -181,7 +181,7 @@ def heads(batch=2, query_heads=4, kv_heads=2, length=40, head_dim=16, rows_first
 
 def without_interpreter(source):
     """What Python `source` prints in a process of its own: the suite runs Triton's interpreter, whose kernels nothing
-    can compile. `-P` keeps the working directory, a checkout without the rooms inside the package, off its path."""
+    can compile. `-P` keeps the working directory off its path: a checkout, where passes lie beside the package."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-c", textwrap.dedent(source)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ from tsa_compile import (
     ConfigError,
     Coverage,
     Decision,
+    Floor,
     KeepRatio,
     Reason,
     RewriteReport,
@@ -56,6 +57,23 @@ def test_both_spellings_of_the_backend(backend):
     with torch.no_grad():
         out = compiled(Attention(), backend, layers=[0])(*inputs)
     assert difference(out, half_of(*inputs)) < ATOL
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_floor_leaves_no_valid_row_blind(padded):
+    model, ids = tiny("llama"), tokens(2, 60)
+    mask = mixed_padding(60, (0, 11)) if padded else torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    config = HALF.replace(layers=["*"], budget=KeepRatio(0.1), min_tokens=0)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        blind = compiled(model, config=config)(**inputs).logits
+        whole = compiled(model, config=config.replace(floor=Floor(60, 0)))(**inputs).logits
+        near = compiled(model, config=config.replace(floor=Floor(20, 2)))(**inputs).logits
+    valid = mask.bool()
+    assert difference(whole[valid], wanted[valid]) < ATOL  # a window of the whole length is dense attention
+    assert difference(near[valid], wanted[valid]) < 0.5 * difference(blind[valid], wanted[valid])
+    assert [row.decision for row in reports()[-1]] == [Decision.SPARSE] * 3
 
 
 def test_entry_point_is_listed():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsa_compile.config import OPTIONS, Coverage, KeepRatio, TSAConfig
+from tsa_compile.config import OPTIONS, Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
 
 INVALID = {
@@ -19,6 +19,7 @@ INVALID = {
     "layers": [
         3, "model.layers.3", [1, "a"], [-1], [1.0], [True], [""], [None], [[1]], {1: 2}, range(10**12), range(10**12, 0, -1),
     ],
+    "floor": [3, True, (256, 16), {"width": 3}, {"window": 8, "sinks": 1, "more": 0}],
     "granularity": ["heads", "", None, 1, ["head"]],
     "capacity": [0, -1, 2.0, "8", True],
     "min_length": [0, -1, 2.0, "8", True],
@@ -57,9 +58,15 @@ def test_coverage_outside_zero_to_one(tau):
         Coverage(tau)
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan"), "1", None, True])
+@pytest.mark.parametrize(("window", "sinks"), [(0, 1), (-1, 1), (8, -1), (8.0, 1), (True, 1), (8, None), (None, 1)])
+def test_a_floor_of_no_tokens(window, sinks):
+    with pytest.raises(ConfigError, match=r"floor\.(window|sinks)=.* must be an integer >= [01]"):
+        Floor(window, sinks)
+
+
+@pytest.mark.parametrize("ratio", [-0.5, 1.01, float("nan"), "1", None, True])
 def test_keep_ratio_outside_zero_to_one(ratio):
-    with pytest.raises(ConfigError, match=r"KeepRatio\.ratio=.*\(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"KeepRatio\.ratio=.*\[0, 1\]"):
         KeepRatio(ratio)
 
 
@@ -144,7 +151,7 @@ def test_replace_validates():
 
 
 unit = st.floats(0, 1, exclude_max=True)
-budgets = st.builds(Coverage, unit) | st.builds(KeepRatio, st.floats(0, 1, exclude_min=True))
+budgets = st.builds(Coverage, unit) | st.builds(KeepRatio, st.floats(0, 1))
 names = st.text(min_size=1, max_size=8)
 configs = st.builds(
     TSAConfig,
@@ -152,6 +159,7 @@ configs = st.builds(
     window=st.integers(1, 4096),
     pool=st.integers(0, 20).map(lambda n: 2 * n + 1),
     min_tokens=st.integers(0, 4096),
+    floor=st.none() | st.builds(Floor, st.integers(1, 999), st.integers(0, 99)),
     layers=st.none() | st.lists(st.integers(0, 99)) | st.lists(names),
     granularity=st.sampled_from(["head", "group"]),
     capacity=st.none() | st.integers(10_000),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tsa_compile.backend import tsa_backend
     from tsa_compile.calibration import Calibration, calibrate, preset
-    from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+    from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
@@ -29,6 +29,7 @@ __all__ = [
     "ConfigError",
     "Coverage",
     "Decision",
+    "Floor",
     "KeepRatio",
     "KernelError",
     "Prediction",
@@ -51,7 +52,7 @@ __all__ = [
 _HOMES = {
     "backend": ("tsa_backend",),
     "calibration": ("Calibration", "calibrate", "preset"),
-    "config": ("Coverage", "KeepRatio", "TSAConfig"),
+    "config": ("Coverage", "Floor", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explanation": ("explain",),
     "costs.predict": ("Prediction", "predict"),

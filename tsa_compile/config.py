@@ -70,15 +70,15 @@ class Coverage:
 class KeepRatio:
     """Keep the fraction `ratio` of the candidates, whatever their scores: the budget is a static shape expression.
 
-    `ratio` lies in (0, 1]; 1 keeps every token.
+    `ratio` lies in [0, 1]; 1 keeps every token, 0 the window and `min_tokens`.
     """
 
     ratio: float
 
     def __post_init__(self) -> None:
-        allowed = "a number in (0, 1]"
+        allowed = "a number in [0, 1]"
         ratio = _number("KeepRatio.ratio", self.ratio, allowed)
-        if not 0.0 < ratio <= 1.0:
+        if not 0.0 <= ratio <= 1.0:
             raise _reject("KeepRatio.ratio", self.ratio, allowed)
         object.__setattr__(self, "ratio", ratio)
 
@@ -105,6 +105,22 @@ def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
     return Fraction(a * d + 1, b * d)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """Every row sees its neighbourhood: the last `window` tokens up to itself, and the item's first `sinks` tokens.
+
+    A selected row sees the selected tokens as well, in one softmax. Without a floor rows that are not selected become 0, as
+    published, which costs a pretrained model most of what it should find (docs/semantics.md).
+    """
+
+    window: int = 256
+    sinks: int = 16
+
+    def __post_init__(self) -> None:
+        check_int("floor.window", self.window, 1)
+        check_int("floor.sinks", self.sinks, 0)
+
+
 Budget = Coverage | KeepRatio
 Compiler = str | Callable[..., Any]
 Layers = tuple[int, ...] | tuple[str, ...]
@@ -117,6 +133,7 @@ class TSAConfig:
     Attributes:
         budget: how many tokens a layer keeps: `Coverage(tau)` or `KeepRatio(ratio)`.
         window: the last tokens, always kept, whose attention scores all others.
+        floor: what every row sees besides the selected tokens, `Floor(window, sinks)`; None: nothing, as published.
         pool: width of the average pooling over the scores; odd.
         min_tokens: at least this many tokens are kept besides the window.
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
@@ -136,6 +153,7 @@ class TSAConfig:
 
     budget: Budget = field(default_factory=Coverage)
     window: int = 128
+    floor: Floor | None = None
     pool: int = 7
     min_tokens: int = 1024
     layers: Layers | None = None
@@ -150,6 +168,7 @@ class TSAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))
+        object.__setattr__(self, "floor", _floor(self.floor))
         object.__setattr__(self, "layers", _layers(self.layers))
         check_int("window", self.window, 1)
         check_int("min_tokens", self.min_tokens, 0)
@@ -203,6 +222,7 @@ class TSAConfig:
         """
         values = {name: getattr(self, name) for name in OPTIONS}
         values["budget"] = _budget_dict(self.budget)
+        values["floor"] = None if self.floor is None else dataclasses.asdict(self.floor)
         values["skip_passes"] = list(self.skip_passes)
         values["layers"] = None if self.layers is None else list(self.layers)
         if not isinstance(self.compiler, str):
@@ -274,6 +294,15 @@ def _budget(value: object) -> Budget:
         if kind == "keep_ratio":
             return KeepRatio(number)
     raise _reject("budget", value, allowed)
+
+
+def _floor(value: object) -> Floor | None:
+    """A floor, also from its JSON form ``{"window": 256, "sinks": 16}``."""
+    if value is None or isinstance(value, Floor):
+        return value
+    if isinstance(value, Mapping) and set(value) <= {"window", "sinks"}:
+        return Floor(**value)
+    raise _reject("floor", value, 'Floor(window, sinks), in JSON {"window": ..., "sinks": ...}, or None')
 
 
 def _budget_dict(budget: Budget) -> dict[str, float]:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
-    Rows,
     Tiles,
     add_tile,
     aligned_rows,
@@ -106,8 +105,8 @@ def _blocks_kernel(
 
     kv_head = head // heads_per_kv
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
-    key = Rows(desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
-    value = Rows(desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
     b_query = load_rows(p_query, stride_ql, start_m, count, True, BLOCK_M, DIM, BLOCK_D, ALIGN)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -117,7 +116,7 @@ def _blocks_kernel(
         b_query, b_acc, b_max, b_sum, key, value, p_indices + row.to(tl.int64) * slots, listed, 0, own * BLOCK, steps,
         scale_log2, BLOCK, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N, LAG,
     )  # fmt: skip
-    b_acc, b_sum = diagonal(
+    b_acc, b_max, b_sum = diagonal(
         b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)

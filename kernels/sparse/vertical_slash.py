@@ -39,7 +39,8 @@ from torch import Tensor
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.blocks import listed_tiles
 from tsa_compile.kernels.tiles import (
-    Rows,
+    POINTER,
+    STRIDE,
     Tiles,
     add_tile,
     add_values,
@@ -103,10 +104,10 @@ def _edge_tile(
 ):  # fmt: skip
     """The keys [0, stop), what is left of the tile that key 0 cuts off."""
     for start in tl.range(0, stop, BLOCK_N, num_stages=1):
-        b_key = load_rows(key.pointer, key.stride, start, stop, True, BLOCK_N, DIM, b_query.shape[1], ALIGN)
+        b_key = load_rows(key[POINTER], key[STRIDE], start, stop, True, BLOCK_N, DIM, b_query.shape[1], ALIGN)
         b_seen = (start + tl.arange(0, BLOCK_N) < stop)[None, :]
         b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
-        b_value = load_rows(value.pointer, value.stride, start, stop, True, BLOCK_N, VALUE_DIM, b_acc.shape[1], ALIGN)
+        b_value = load_rows(value[POINTER], value[STRIDE], start, stop, True, BLOCK_N, VALUE_DIM, b_acc.shape[1], ALIGN)
         b_acc = add_values(b_acc, b_keep, b_weights, b_value)
     return b_acc, b_max, b_sum
 
@@ -150,10 +151,10 @@ def _attend_kernel(
     kv_head = head // heads_per_kv
     line = item.to(tl.int64) * tl.num_programs(1) + head.to(tl.int64)
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
-    key = Rows(desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
-    value = Rows(desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
-    column_key = Rows(desc_column_key, p_column_key + line * room * DIM, DIM // ALIGN, item, head)
-    column_value = Rows(desc_column_value, p_column_value + line * room * VALUE_DIM, VALUE_DIM // ALIGN, item, head)
+    key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    column_key = (desc_column_key, p_column_key + line * room * DIM, DIM // ALIGN, item, head)
+    column_value = (desc_column_value, p_column_value + line * room * VALUE_DIM, VALUE_DIM // ALIGN, item, head)
     p_table += line * (query_blocks + 1)
     tiles = tl.load(p_tiles + line * query_blocks + own) - 1
     before = tl.load(p_before + line * query_blocks + own)
@@ -176,7 +177,7 @@ def _attend_kernel(
         b_query, b_acc, b_max, b_sum, column_key, column_value, p_columns + line * width, p_table, before,
         start_own + BLOCK, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK, BLOCK_N,
     )  # fmt: skip
-    b_acc, b_sum = diagonal(
+    b_acc, b_max, b_sum = diagonal(
         b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.costs import breakeven
 from tsa_compile.costs.breakeven import LONGEST, MARGIN, break_even, expected_share, gains, kept_share, largest_share
 from tsa_compile.costs.calls import (
@@ -370,3 +370,12 @@ def test_lengths_are_found_at_any_scale():
     assert found[0] == breakeven.STEP
     assert all(one < other for one, other in itertools.pairwise(found))
     assert length_of(KeepRatio(0.5), device=instant, min_tokens=LONGEST) is None
+
+
+# One H100, torch 2.11: medians of the whole kernel with its launches, at keep .08 and .5.
+@pytest.mark.parametrize(("length", "ms"), [(8 * K, 0.37), (32 * K, 1.19), (128 * K, 4.2)])
+def test_the_floor_takes_what_was_measured(length, ms):
+    floor = dataclasses.replace(LLAMA, floor=272)
+    assert sparse_work(floor, H100)["decompress"].ms_at(length, 0.5) == pytest.approx(ms, rel=0.1)
+    assert sparse_ms(floor, H100)(length, 0.5) > sparse_ms(LLAMA, H100)(length, 0.5)
+    assert CallShape.configured(TSAConfig(floor=Floor(250, 22)), 1, 32, 8, 128, 128, 2).floor == 272

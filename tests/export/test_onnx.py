@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
@@ -24,6 +24,7 @@ SINGLE = CONFIG.replace(layers=[0])
 CASES = {
     "padded model": (CONFIG, True, True),
     "plain": (SINGLE, False, False),
+    "floor": (SINGLE.replace(floor=Floor(8, 3)), True, False),
     "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, False),
 }
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tsa_compile import ConfigError, Coverage, Decision, KeepRatio, RewriteError, TSAConfig, clear_reports, reports
+from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, RewriteError, TSAConfig, clear_reports, reports
 from tsa_compile.export import export_program
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
@@ -44,6 +44,7 @@ CASES = {
     "llama": ("llama", "sdpa", SMALL.replace(budget=Coverage(0.2)), True, "aten"),
     "mistral-written-out": ("mistral", "eager", HALF, True, "aten"),
     "qwen2-groups": ("qwen2", "sdpa", HALF.replace(granularity="group"), False, "aten"),
+    "llama-floor": ("llama", "sdpa", HALF.replace(floor=Floor(8, 2)), True, "aten"),
     "llama-written-out-ops": ("llama", "eager", SMALL.replace(budget=Coverage(0.2), capacity=30), True, None),
 }
 

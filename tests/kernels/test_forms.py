@@ -16,6 +16,7 @@ from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.kernels.padded import padded_attention, spans
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting
 
+from ..support import without_interpreter
 from .support import FAULTS, damaged, qkv
 
 tsa = torch.ops.tsa
@@ -196,3 +197,29 @@ def test_padded_attention_at_valid_tokens(device):
     actual = TRITON["padded_attention"](query, key, value, padding, None, SCALE, True)
     torch.testing.assert_close(actual, expected.masked_fill(~padding[:, None, :, None], 0), rtol=1e-4, atol=1e-4)
     assert actual.stride() == expected.stride()
+
+
+def test_inductor_finds_all_that_a_kernel_names():
+    """It copies a kernel's functions and constants into a CUDA package, and leaves everything else out, classes too."""
+    printed = without_interpreter(
+        """
+        import ast, builtins
+        from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as closure
+        from tsa_compile.kernels import budget, compress, decompress, flash, score, select
+        from tsa_compile.kernels.launch import triton
+
+        for module in (budget, compress, decompress, flash, score, select):
+            for name, kernel in vars(module).items():
+                if not isinstance(kernel, triton.JITFunction) or not name.endswith("_kernel"):
+                    continue
+                tree = ast.parse(closure(kernel))
+                names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+                known = {"tl", "triton", *vars(builtins)}
+                known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+                known |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+                known |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+                print(name, *sorted({node.id for node in names} - known))
+        """
+    )
+    lines = printed.splitlines()
+    assert len(lines) >= 10 and all(" " not in line for line in lines)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsa_compile.errors import KernelError
 from tsa_compile.kernels import fused, reference, registry
 from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_triton
 from tsa_compile.kernels.padded import spans
@@ -64,6 +65,10 @@ OPTIONS = {
     "capacity": dataclasses.replace(COVER, capacity=12),
     "capacity_of_a_ratio": dataclasses.replace(HALF, capacity=12),
     "few_tokens": dataclasses.replace(COVER, min_tokens=100),
+    "floor": dataclasses.replace(HALF, keep_ratio=0.2, floor_window=6, floor_sinks=2),
+    "floor_coverage": dataclasses.replace(COVER, coverage=0.3, floor_window=6, floor_sinks=2),
+    "floor_group": dataclasses.replace(COVER, coverage=0.3, shared=True, floor_window=9, floor_sinks=1),
+    "floor_keep_all": dataclasses.replace(HALF, keep_ratio=1.0, floor_window=6, floor_sinks=2),
 }
 
 
@@ -81,7 +86,7 @@ def test_op_equals_the_reference_layer(device, padding, options):
     close(out.cpu(), expected(*inputs, padding, options))
 
 
-@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity"])
+@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity", "floor", "floor_coverage", "floor_group"])
 @pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
 def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty, padding, name):
     inputs = qkv(3, 4, 2, L, 32, 32, device=triton_device)
@@ -93,10 +98,17 @@ def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty,
     close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
 
 
-@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity"])
-@pytest.mark.parametrize("padding", [None, sided, holes], ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
-@pytest.mark.parametrize("fault", ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"])
-def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_empty, padding, name, fault):
+# Every fault meets every budget and every padding, and every budget meets every padding; test_score has all faults alone.
+BUDGETS, SIDES = ["keep_ratio", "coverage", "group", "capacity"], [None, sided, holes]
+FAULTS = ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "padding"),
+    [(name, fault, SIDES[(b + f) % 3]) for b, name in enumerate(BUDGETS) for f, fault in enumerate(FAULTS)],
+    ids=lambda value: value if isinstance(value, str) else "unpadded" if value is None else value.__name__,
+)
+def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_empty, name, fault, padding):
     query, key, value = qkv(3, 4, 2, L, 32, 32, device=triton_device)
     query, key = damaged(fault, query, key, window=4)
     # Of fewer than 16 rows torch's kernel for CPUs makes 0 where all logits of one are NaN.
@@ -115,12 +127,15 @@ def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_e
         close(got.cpu(), want, equal_nan=True)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("limit", [1, 40_000, 10**9])
-def test_heads_stream_through_small_buffers(triton_device, monkeypatch, shared, limit):
+# Every pair of values of the three.
+@pytest.mark.parametrize(
+    ("limit", "shared", "floor"),
+    [(1, False, None), (1, True, 7), (40_000, False, 7), (40_000, True, None), (10**9, False, None), (10**9, True, 7)],
+)
+def test_heads_stream_through_small_buffers(triton_device, monkeypatch, limit, shared, floor):
     monkeypatch.setattr(fused, "STREAM_BYTES", limit)
     inputs = qkv(2, 6, 3, L, 32, 16, device=triton_device)
-    options = dataclasses.replace(COVER, shared=shared)
+    options = dataclasses.replace(COVER, shared=shared, floor_window=floor)
     close(sparse_triton(*inputs, options).cpu(), expected(*inputs, None, options))
 
 
@@ -158,6 +173,8 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.tsa.sparse_attention, (*inputs, *scalars))
     padding = sided().to(device)
     torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
+    floor = dataclasses.astuple(OPTIONS["floor_coverage"])
+    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *floor))
 
 
 def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_kernel):
@@ -214,3 +231,12 @@ def test_a_known_count_needs_no_synchronisation():
         torch.ops.tsa.padded_sparse_attention(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_kernel_without_a_log_sum_exp_is_refused_under_a_floor(device, own_kernel):
+    own_kernel(AttentionKernel("mute", lambda *rows: rows[0], lambda request: None, priority=99))
+    inputs = qkv(1, 4, 2, L, 32, 32, device=device)
+    options = dataclasses.replace(HALF, floor_window=6)
+    close(torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(options)), expected(*inputs, None, options))
+    with pytest.raises(KernelError, match=r"'mute' cannot run .*: it gives no log-sum-exp"):
+        torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(dataclasses.replace(options, kernel="mute")))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.config import Coverage, KeepRatio
+from tsa_compile.config import Coverage, Floor, KeepRatio
 from tsa_compile.passes.base import GraphState
 from tsa_compile.passes.decompose import Decompose
 from tsa_compile.pipeline import WHOLE, run_passes
@@ -24,15 +24,16 @@ def rewritten(function, *arguments, config):
     return captured.graphs[0], captured.inputs[0]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     budget=st.sampled_from([Coverage(0.3), Coverage(0), KeepRatio(0.4), KeepRatio(1.0)]),
     capacity=st.sampled_from([None, 7]),
     granularity=st.sampled_from(["head", "group"]),
+    floor=st.sampled_from([None, Floor(2, 1)]),
     padded=st.booleans(),
 )
-def test_the_steps_compute_what_the_op_does(budget, capacity, granularity, padded):
-    config = SPARSE.replace(budget=budget, capacity=capacity, granularity=granularity)
+def test_the_steps_compute_what_the_op_does(budget, capacity, granularity, floor, padded):
+    config = SPARSE.replace(budget=budget, capacity=capacity, granularity=granularity, floor=floor)
     function, mask = (padded_attention, (padding(),)) if padded else (causal_attention, ())
     graph, given_ = rewritten(function, *inputs(), *mask, config=config)
     wanted = graph(*given_)[0]
@@ -41,7 +42,8 @@ def test_the_steps_compute_what_the_op_does(budget, capacity, granularity, padde
     graph.graph.lint()
     torch.testing.assert_close(graph(*given_)[0], wanted)
     counted = isinstance(budget, Coverage) or padded
-    assert count_ops(graph, *STEPS) == {step: int(step != "budget" or counted) for step in STEPS}
+    steps = (*STEPS[:4], "attend_lse", "merge_floor") if floor else STEPS
+    assert count_ops(graph, *steps) == {step: int(step != "budget" or counted) for step in steps}
 
 
 def test_what_the_op_stood_for_keeps_its_metadata():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
-from tsa_compile.config import Coverage, KeepRatio
+from tsa_compile.config import Coverage, Floor, KeepRatio
 from tsa_compile.kernels import reference
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Decision, Reason
@@ -224,7 +224,41 @@ class TestSparse:
         valid = None if pad is None else pad.bool()
         expected = reference.token_sparse_attention(q, k, v, valid, window=3, pool=3, min_tokens=2, **settings)
         torch.testing.assert_close(actual, merge_heads(expected))
-        assert (expected == 0).all(-1).any(), "nothing was dropped"
+        if "floor_window" not in settings:
+            assert (expected == 0).all(-1).any(), "nothing was dropped"
+
+    def test_floor(self):
+        config = SPARSE.replace(budget=KeepRatio(0.5), floor=Floor(2, 1))
+        rewritten = Rewritten(padded_attention, *inputs(), padding(), config=config)
+        assert_expected_inline(
+            graph_text(rewritten.after),
+            """\
+l_q_: float32[2, 4, 12, 8]
+l_pad_: int64[2, 12]
+l_k_: float32[2, 2, 12, 8]
+l_v_: float32[2, 2, 12, 8]
+eq: bool[2, 12] = eq(l_pad_, 0)
+logical_not: bool[2, 12] = not(eq)
+expand: bool[2, 12] = expand(logical_not, 2, 12)
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, expand, 0.353553, 3, 3)
+budget_default: int32[2] = budget(score_default, None, 0.5, 2)
+select_default: int32[2, 4, 8] = select(score_default, budget_default, 8)
+compress_default: tuple = compress(l_q_, l_k_, l_v_, select_default, budget_default)
+getitem_3: float32[2, 4, 8, 8] = getitem(compress_default, 0)
+getitem_4: float32[2, 4, 8, 8] = getitem(compress_default, 1)
+getitem_5: float32[2, 4, 8, 8] = getitem(compress_default, 2)
+attend_lse_default: tuple = attend_lse(getitem_3, getitem_4, getitem_5, budget_default, 0.353553, auto)
+getitem_6: float32[2, 4, 8, 8] = getitem(attend_lse_default, 0)
+getitem_7: float32[2, 4, 8] = getitem(attend_lse_default, 1)
+merge_floor_default: float32[2, 4, 12, 8] = merge_floor(l_q_, l_k_, l_v_, getitem_6, getitem_7, select_default, budget_default, expand, 0.353553, 2, 1)
+transpose: float32[2, 12, 4, 8] = transpose(merge_floor_default, 1, 2)
+reshape: float32[2, 12, 32] = reshape(transpose, 2, -1, 32)
+return (reshape)""",
+        )
+        near = {"floor_window": 2, "floor_sinks": 1}
+        self.check_against_reference(rewritten, *inputs(), padding(), keep_ratio=0.5, **near)
+        rewritten = Rewritten(causal_attention, *inputs(), config=config.replace(budget=Coverage(0.3), granularity="group"))
+        self.check_against_reference(rewritten, *inputs(), coverage=0.3, granularity="group", **near)
 
     def test_keep_ratio(self):
         config = SPARSE.replace(budget=KeepRatio(0.5))

@@ -1,7 +1,7 @@
 """What one attention call costs, dense and sparse, and what the rest of its layer does.
 
     dense(L)     = attention over L rows
-    sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress
+    sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress, or the floor
     rest(L)      = a layer's projections and MLP, and what is between them
 
 FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them).
@@ -31,6 +31,9 @@ from tsa_compile.costs.devices import DeviceCosts
 LENGTH, KEPT = sympy.symbols("L s", positive=True)
 ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
+FLOOR_RATE = sympy.Rational(36, 100)  # of dense attention's: a program of the floor's kernel has few tiles
+FLOOR_MS = sympy.Rational(15, 100)  # its launches
+FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
 
@@ -50,6 +53,8 @@ class CallShape:
     """Whether the heads of a group select together. `score` and `select` are charged per query head all the same."""
     counted: bool = True
     """Whether the number of kept rows is known on the device only, as with Coverage."""
+    floor: int = 0
+    """How many tokens every row sees besides the selected ones: window and sinks. 0: none, and no floor."""
 
     @property
     def selections(self) -> int:
@@ -67,6 +72,7 @@ class CallShape:
         return cls(
             batch if isinstance(batch, int) else 1, heads, kv_heads, head_dim, value_head_dim, itemsize, config.window,
             grouped=config.granularity == "group", counted=isinstance(config.budget, Coverage),
+            floor=0 if config.floor is None else config.floor.window + config.floor.sinks,
         )  # fmt: skip
 
     @classmethod
@@ -140,8 +146,17 @@ def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
         "select": moved(4 * batch * heads * (5 * LENGTH + kept), costs.select_tbs),
         "compress": moved(batch * size * gathered + indices, costs.bandwidth_tbs),
         "attend": _attend_work(call, costs),
-        "decompress": moved(scattered + indices, costs.bandwidth_tbs),
+        "decompress": moved(scattered + indices, costs.bandwidth_tbs) if not call.floor else _floor_work(call, costs),
     }
+
+
+def _floor_work(call: CallShape, costs: DeviceCosts) -> Work:
+    """The kernel that writes every row with its floor: its bytes hide behind its FLOPs."""
+    width = call.head_dim + call.value_head_dim
+    flops = 2 * call.batch * call.heads * width * LENGTH * (call.floor + FLOOR_TILES)
+    rows = call.heads * (width + KEPT * call.value_head_dim) + call.kv_heads * width
+    ms = flops * slowness(width, costs.attention_exponential) / (FLOOR_RATE * costs.attention_tflops * 1e9)
+    return Work(flops, call.batch * rows * call.itemsize * LENGTH, FLOOR_MS + ms)
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,0 +1,408 @@
+"""The floor: every row sees its neighbourhood, and a selected row sees the selected tokens as well, in one softmax.
+
+    N(i)   = valid j <= i with rank(i) - rank(j) < window  or  rank(j) < sinks            what every row sees
+    A(i)   = N(i), and for a selected row also the selected tokens up to i
+    out[i] = sum_{j in A(i)} softmax_j(scale * <query[i], key[j]>) value[j]
+
+    rank(t) is the number of valid tokens before t in its item, so that padding changes nothing. Given the attention over the
+    selected tokens alone, o^ and its log-sum-exp l^, and (o', l') over N(i) without the selected tokens of a selected row,
+
+    out[i] = (exp(l^) o^ + exp(l') o') / (exp(l^) + exp(l'))                               nothing is counted twice
+
+    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides but for the last, 1
+    compressed [B, H, C, Dv] with lse float32 [B, H, C], natural logarithms, of the rows `indices` int32 [B, Hs, C],
+    ascending up to `count` int32 [B] (None: all C); padding bool [B, L] (True = valid) or None
+    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]; rows of invalid tokens are 0
+
+One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M
+keys and the sinks, adds the compressed row where there is one, and writes every row once. Nothing of size L x window
+exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read.
+
+At H = 32, D = Dv = 128, L = 128K, window 256, sinks 16, tiles of 64 rows and 64 keys: 4 H L (256 + 64 + 64) D = 0.8 TFLOP;
+query and output 2 GiB, the compressed rows at most 1 GiB more, keys and values from L2: 0.8 ms at 4 TB/s, 1.6 ms at
+500 TFLOP/s.
+
+Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unselected rows keep them is this project's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._aten import (
+    as_rows,
+    at_least,
+    positions_by_slot,
+    repeat_heads,
+    running_count,
+    slots_below,
+    take_rows,
+)
+from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
+from tsa_compile.kernels.tiles import (
+    POINTER,
+    STRIDE,
+    Tiles,
+    add_values,
+    at_head,
+    block_dim,
+    count_of,
+    gather_rows,
+    positive_scale,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+    stride_names,
+    weigh_seen,
+)
+
+_LOWEST_LOGIT = -1e30
+"""Below every logit, and finite: a difference of two of them is no NaN."""
+_LOWEST = tl.constexpr(_LOWEST_LOGIT)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit(do_not_specialize=["stride_ib", "stride_is", "seq_len", "capacity"])
+def _slots_kernel(p_indices, p_count, p_slots, stride_ib, stride_is, seq_len, capacity, BLOCK: tl.constexpr):
+    """slots[b, s, indices[b, s, j]] = j + 1 for j < count[b]."""
+    selection, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    real = slots < count_of(p_count, item, capacity)
+    positions = tl.load(p_indices + item * stride_ib + selection * stride_is + slots, mask=real, other=0)
+    tl.store(p_slots + (item * tl.num_programs(1) + selection) * seq_len + positions, slots + 1, mask=real)
+
+
+@triton.jit
+def _at_ranks(p_order, first, valid, ROWS: tl.constexpr):
+    """The ranks [ROWS] from `first` on, the positions of their tokens, and which are valid."""
+    ranks = first + tl.arange(0, ROWS)
+    positions = ranks
+    if p_order is not None:
+        positions = tl.load(p_order + ranks, mask=ranks < valid, other=0)
+    return ranks, positions, ranks < valid
+
+
+@triton.jit
+def _add_keys(
+    b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, KEYS: tl.constexpr, INSIDE: tl.constexpr,
+):  # fmt: skip
+    """The keys of the ranks [start, start + KEYS) join the sums of FlashAttention-2.
+
+    INSIDE: they are in the window of every row.
+    b_free: which rows see selected keys as well, as they are not selected themselves.
+    """
+    key_ranks, keys, b_real = _at_ranks(p_order, start, valid, KEYS)  # [KEYS]
+    b_seen = b_free[:, None] | (tl.load(p_slots + keys, mask=b_real, other=0) == 0)[None, :]  # [BLOCK_M, KEYS]
+    if not INSIDE:
+        behind = ranks[:, None] - key_ranks[None, :]
+        b_seen = b_seen & (behind >= 0) & ((behind < window) | (key_ranks < sinks)[None, :]) & b_real[None, :]
+    far = keys.to(tl.int64)
+    b_key = gather_rows(key[POINTER], far * key[STRIDE] * ALIGN, b_real, 0, DIM, b_query.shape[1])  # [KEYS, BLOCK_D]
+    b_weights, b_keep, b_max, b_sum = weigh_seen(b_query, b_key, b_seen, b_max, b_sum, scale_log2)
+    b_value = gather_rows(value[POINTER], far * value[STRIDE] * ALIGN, b_real, 0, VALUE_DIM, b_acc.shape[1])
+    return add_values(b_acc, b_keep, b_weights, b_value), b_max, b_sum
+
+
+@triton.jit
+def _near(
+    b_query, key, value, p_slots, p_order, first, ranks, b_free, valid, window, sinks, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention over the sinks and the band, without selected keys in selected rows.
+
+    The keys [band, inner) are in the window of some rows, [inner, first) in that of all, and then come the rows' own.
+    """
+    BLOCK_M: tl.constexpr = b_query.shape[0]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    band = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+    inner = tl.minimum(tl.cdiv(tl.maximum(first + BLOCK_M - window, band), BLOCK_N) * BLOCK_N, first)
+    for start in tl.range(0, tl.minimum(sinks, band), 16):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, tl.minimum(valid, band),
+            window, sinks, scale_log2, DIM, VALUE_DIM, ALIGN, 16, False,
+        )  # fmt: skip
+    for start in tl.range(band, inner, BLOCK_N):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks,
+            scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, False,
+        )  # fmt: skip
+    for start in tl.range(inner, first, BLOCK_N):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks,
+            scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, True,
+        )  # fmt: skip
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, valid), BLOCK_N):
+        b_acc, b_max, b_sum = _add_keys(
+            b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, start, ranks, b_free, valid, window, sinks,
+            scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, False,
+        )  # fmt: skip
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(
+    do_not_specialize=[*stride_names("qkvco"), "stride_lb", "stride_lh", "seq_len", "heads_per_kv", "window", "sinks"]
+)
+def _floor_kernel(
+    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_out,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_lb, stride_lh,
+    seq_len, heads_per_kv, window, sinks, scale_log2,
+    HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the rows of BLOCK_M ranks of one head."""
+    scale_log2 = tl.cast(scale_log2, tl.float32)
+    head, item = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_M
+    valid = count_of(p_valid, item, seq_len)
+    selections = tl.num_programs(0) // HEADS_PER_SELECTION
+    p_slots += (item * selections + head // HEADS_PER_SELECTION) * seq_len
+    if p_order is not None:
+        p_order += item * seq_len
+    ranks, positions, b_real = _at_ranks(p_order, first, seq_len, BLOCK_M)  # [BLOCK_M]
+    b_inside, b_real = b_real, ranks < valid
+    far = positions.to(tl.int64)
+    slots = tl.load(p_slots + positions, mask=b_real, other=0)
+    p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
+    b_query = gather_rows(p_query, far * stride_ql * ALIGN, b_real, 0, DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    kv_head = head // heads_per_kv
+    key = (None, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
+    value = (None, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
+    b_acc, b_max, b_sum = _near(
+        b_query, key, value, p_slots, p_order, first, ranks, slots == 0, valid, window, sinks, scale_log2,
+        DIM, VALUE_DIM, BLOCK_DV, ALIGN, BLOCK_N,
+    )  # fmt: skip
+
+    b_chosen = slots > 0
+    p_lse += item * stride_lb + head.to(tl.int64) * stride_lh
+    b_lse = tl.load(p_lse + slots - 1, mask=b_chosen, other=float("-inf")) * _LOG2_E
+    p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
+    offsets = (slots - 1).to(tl.int64) * stride_cl * ALIGN
+    b_rows = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+    b_top = tl.maximum(b_max, b_lse)
+    b_near, b_far = tl.exp2(b_max - b_top), tl.exp2(b_lse - b_top)
+    b_total = tl.where(b_real, b_sum * b_near + b_far, 1.0)
+    b_out = (b_acc * b_near[:, None] + b_rows * b_far[:, None]) / b_total[:, None]
+    b_out = tl.where(b_real[:, None], b_out, 0.0).to(p_out.dtype.element_ty)
+    dims = tl.arange(0, BLOCK_DV)
+    p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
+    pointers = p_out + (far * stride_ol * ALIGN)[:, None] + dims[None, :]
+    tl.store(pointers, b_out, mask=b_inside[:, None] & (dims < VALUE_DIM)[None, :])
+
+
+def merge_floor_triton(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int, output: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels; also runs on CPU tensors in the Triton interpreter.
+
+    Args:
+        output: where to write, [B, H, L, Dv] with a dense last dimension: a part of a larger tensor, for example.
+    """
+    query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
+    query, scale_log2 = positive_scale(query, scale)
+    batch, heads, seq_len, dim = query.shape
+    selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
+    if output is None:
+        output = empty_output(query, query.shape[2], value.shape[3])
+    if output.numel() == 0:
+        return output
+    order, valid = (None, None) if padding is None else _order(padding)
+    slots = query.new_zeros((batch, selections, seq_len), dtype=torch.int32)  # one more than the slot; 0 where there is none
+    if capacity > 0:
+        grid, numbers = (cdiv(capacity, 1024), selections, batch), (*indices.stride()[:2], seq_len, capacity)
+        launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)
+    align = row_alignment(query, key, value, compressed, output)
+    tiles = _tiles(query.dtype, block_dim(max(dim, value_dim)))
+    launch(
+        _floor_kernel,
+        (heads, cdiv(seq_len, tiles.block_m), batch),
+        (query, key, value, compressed, lse, slots, order, valid, output),
+        (
+            *row_strides(align, query, key, value, compressed, output), *lse.stride()[:2],
+            seq_len, heads // key.shape[1], window, sinks, scale_log2,
+        ),
+        HEADS_PER_SELECTION=heads // selections,
+        DIM=dim,
+        BLOCK_D=block_dim(dim),
+        VALUE_DIM=value_dim,
+        BLOCK_DV=block_dim(value_dim),
+        ALIGN=align,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return output
+
+
+def _tiles(dtype: torch.dtype, block_d: int) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(16, 16, 4, 1) if block_d > 128 else Tiles(32, 16 if block_d > 64 else 32, 4, 1)
+    return Tiles(64, 32, 4, 2) if block_d > 128 else Tiles(64, 64, 4, 2)
+
+
+def merge_floor_aten(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    """The same in ATen ops, on any device: rows in blocks of `window`, each over its own and the block before it.
+
+    Holds [B, H, L, 2 window + sinks] logits.
+    """
+    heads, seq_len = query.shape[1:3]
+    slots = _slots_aten(indices, count, seq_len)
+    if padding is None:
+        valid, rank = torch.full_like(slots[:, :1, :1], seq_len), None
+    else:
+        rank = running_count(padding) - 1
+        valid = (rank[:, None, -1:] + 1).to(slots.dtype)
+        source = positions_by_slot(padding, rank, seq_len)[:, None]
+        query, key, value = (take_rows(x, source.expand(-1, x.shape[1], -1)) for x in (query, key, value))
+        slots = slots.gather(2, source.expand(-1, slots.shape[1], -1))
+        real = torch.arange(seq_len, device=padding.device) < valid[:, 0]
+        value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
+    near, near_lse = _near_aten(query, key, value, slots, valid, scale, window, sinks)
+    slots = repeat_heads(slots, heads)
+    chosen = slots > 0
+    picked = at_least(slots - 1, 0)
+    far = take_rows(compressed, picked).to(near.dtype)
+    far_lse = torch.where(chosen, lse.to(near.dtype).gather(2, picked.to(torch.int64)), -math.inf)
+    top = torch.maximum(near_lse, far_lse)
+    near_share, far_share = (near_lse - top).exp()[..., None], (far_lse - top).exp()[..., None]
+    far = torch.where(chosen[..., None], far, 0.0)
+    output = (near * near_share + far * far_share) / (near_share + far_share)
+    if padding is not None and rank is not None:
+        places = at_least(rank, 0)[:, None].expand(-1, heads, -1)
+        output = torch.where(padding[:, None, :, None], take_rows(output, places), 0.0)
+    return as_rows(output.to(value.dtype))
+
+
+def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
+    """One more than the slot of each position, 0 where it has none: int32 [B, Hs, L]."""
+    batch, selections, capacity = indices.shape
+    slots = torch.arange(capacity, dtype=torch.int32, device=indices.device)
+    targets = indices.to(torch.int64)
+    if count is not None:
+        targets = torch.where(slots_below(count, capacity), targets, slots + seq_len)
+    found = torch.zeros((batch, selections, seq_len + capacity), dtype=torch.int32, device=indices.device)
+    return found.scatter(2, targets, (slots + 1).expand(batch, selections, capacity))[:, :, :seq_len]
+
+
+def _near_aten(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, valid: Tensor, scale: float, window: int, sinks: int
+) -> tuple[Tensor, Tensor]:
+    """Attention over N(i), without selected keys in selected rows, where ranks are positions: [B, H, L, Dv]; log-sum-exp.
+
+    A row that sees nothing has a log-sum-exp of -1e30. Blocks of all heads and items are numbered through, N of them, and
+    gathered by index: a reshape of the length would ask whether it is a multiple of the window, and hold for some alone.
+    """
+    batch, heads, seq_len = query.shape[:3]
+    groups, selections, wide = key.shape[1], slots.shape[1], torch.promote_types(query.dtype, torch.float32)
+    blocks = seq_len // window + 1
+    number = torch.arange(batch * heads * blocks, device=query.device)[:, None]  # [N, 1]
+    line = torch.div(number, blocks, rounding_mode="floor")
+    item, head = torch.div(line, heads, rounding_mode="floor"), line % heads
+    group, selection = (torch.div(head, heads // x, rounding_mode="floor") for x in (groups, selections))
+    first = (number - line * blocks) * window
+    row = first + torch.arange(window, device=query.device)  # [N, window]
+    band = first - window + torch.arange(2 * window, device=query.device)
+    front = torch.arange(sinks, device=query.device) + first * 0
+    rank, keys = row[..., None], torch.cat((band, front), 1)[:, None]  # [N, window, 1], [N, 1, 2 window + sinks]
+    near = (band[:, None] >= 0) & (band[:, None] <= rank) & ((rank - band[:, None] < window) | (band[:, None] < sinks))
+    seen = torch.cat((near, (front < first - window)[:, None] & (rank >= 0)), 2)
+    last = valid[item[:, 0], 0, 0][:, None, None]
+    seen = seen & (keys < last) & (rank < last)
+    row, keys = (torch.minimum(at_least(x, 0), torch.full_like(x, seq_len - 1)) for x in (row, keys[:, 0]))
+    seen = seen & ((slots[item, selection, row] == 0)[..., None] | (slots[item, selection, keys] == 0)[:, None])
+    logits = scale * query[item, head, row].to(wide) @ key[item, group, keys].to(wide).transpose(1, 2)
+    logits = torch.where(seen, logits, -math.inf)
+    top = torch.maximum(logits.amax(-1, keepdim=True), torch.full_like(logits[..., :1], _LOWEST_LOGIT))
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    output = weights @ value[item, group, keys].to(wide) / torch.where(total > 0, total, 1.0)
+    lse = torch.where(total > 0, top + total.log(), _LOWEST_LOGIT)[..., 0]
+    position = torch.arange(seq_len, device=query.device)
+    lines = torch.arange(batch, device=query.device)[:, None, None] * heads
+    lines = (lines + torch.arange(heads, device=query.device)[:, None]) * blocks
+    place = lines + torch.div(position, window, rounding_mode="floor"), position % window  # [B, H, L], [L]
+    return output[place], lse[place]
+
+
+def _order(padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Every item's positions, the valid ones first, ascending: int32 [B, L]; and how many are valid: int32 [B]."""
+    order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices
+    return order.to(torch.int32), padding.sum(dim=1, dtype=torch.int32)
+
+
+@torch.library.custom_op("tsa::merge_floor", mutates_args=())
+def merge_floor(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    """Every row in its place, with its floor; ValueError where shapes do not fit. See the module's docstring."""
+    tensors = (query, key, value, compressed, lse, indices, count, padding)
+    _check(*tensors, window, sinks)
+    return merge_floor_by_heads(*tensors, scale, window, sinks)
+
+
+@merge_floor.register_kernel("cuda")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    tensors = (query, key, value, compressed, lse, indices, count, padding)
+    _check(*tensors, window, sinks)
+    if not HAS_TRITON:
+        return merge_floor_by_heads(*tensors, scale, window, sinks)
+    with torch.cuda.device_of(query):
+        return merge_floor_triton(*tensors, scale, window, sinks)
+
+
+@merge_floor.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    return empty_output(query, query.shape[2], value.shape[3])
+
+
+def merge_floor_by_heads(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, scale: float, window: int, sinks: int,
+) -> Tensor:  # fmt: skip
+    """The ATen form for one key head at a time, so that the logits of all heads are not in memory at once."""
+    output, groups = empty_output(query, query.shape[2], value.shape[3]), key.shape[1]
+    for g in range(groups):
+        tensors = (query, key, value, compressed, lse, indices)
+        parts = [x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in (output, *tensors)]
+        q, k, v, rows, sums, chosen = parts[1:]
+        parts[0].copy_(merge_floor_aten(q, k, v, rows, sums, chosen, count, padding, scale, window, sinks))
+    return output
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
+    padding: Tensor | None, window: int, sinks: int,
+) -> None:  # fmt: skip
+    batch, heads, seq_len, _ = query.shape
+    capacity = compressed.shape[2]
+    fits = compressed.shape[:2] == (batch, heads) and compressed.shape[3] == value.shape[3]
+    fits = fits and lse.shape == compressed.shape[:3] and indices.shape == (batch, indices.shape[1], capacity)
+    if not fits or heads % indices.shape[1] != 0 or heads % key.shape[1] != 0:
+        raise ValueError(
+            f"tsa::merge_floor: rows {tuple(compressed.shape)}, log-sum-exp {tuple(lse.shape)} and indices "
+            f"{tuple(indices.shape)} do not fit query {tuple(query.shape)} and value {tuple(value.shape)}; expected "
+            "[B,H,C,Dv], [B,H,C] and [B,Hs,C] with H a multiple of Hs"
+        )
+    if (count is not None and count.shape != (batch,)) or (padding is not None and padding.shape != (batch, seq_len)):
+        raise ValueError(f"tsa::merge_floor: expected count {(batch,)} and padding {(batch, seq_len)}")
+    if window < 1 or sinks < 0:
+        raise ValueError(f"tsa::merge_floor: window {window} and sinks {sinks}; expected at least 1 and 0")
