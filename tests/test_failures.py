@@ -7,7 +7,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWarning, explain, reports
 from tsa_compile.passes import canonicalize, rewrite
 from tsa_compile.passes.cleanup import RemoveDeadMasks
-from tsa_compile.passes.plan import InferMasks, PlanCalls
+from tsa_compile.passes.masks import InferMasks
+from tsa_compile.passes.plan import PlanCalls
 from tsa_compile.passes.verify import Verify
 from tsa_compile.testing import count_ops
 

@@ -92,7 +92,7 @@ def test_long_runs_are_slower_than_the_curve():
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_layer_of_llama_without_attention_takes_what_was_measured(batch):
-    """347 ms a layer at 128K in an exact prefill (benchmarks/results/prefill.json), of which attention takes 249 to 256."""
+    """347 ms a layer at 128K in an exact prefill of an H200, of which attention takes 249 to 256."""
     rest = RestShape(batch, None, active=218_103_808, weights=218_112_000, elements=86_016, itemsize=2)
     work = rest_work(rest, H200)
     assert float(work.ms.subs(LENGTH, 128 * K)) == pytest.approx(batch * (346.5 - 253), rel=0.1)

@@ -13,11 +13,10 @@ from tsa_compile import ConfigError
 from tsa_compile.export import aoti, export_program
 
 from ..support import Attention, difference, heads
+from .support import QUICK
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "aoti_cpp"
 TOLERANCE = 1e-5
-# Code for a test to run a few times is not worth optimising.
-QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 def imported(path):

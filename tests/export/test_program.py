@@ -14,8 +14,8 @@ from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
 from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
+from .support import SMALL
 
-SMALL = TSAConfig(window=4, min_tokens=3, layers=(1,))
 HALF = SMALL.replace(budget=KeepRatio(0.5))
 LENGTHS, BATCHES = (16, 200), (1, 8)
 ATOL = 1e-5

@@ -11,8 +11,7 @@ from tsa_compile import ConfigError
 from tsa_compile.export import _toolchain, aoti, export_program
 
 from ..support import Attention, difference, heads
-from .test_aoti import QUICK
-from .test_triton import SMALL
+from .support import QUICK, SMALL
 
 
 def test_cuda_headers_are_found_or_named(tmp_path, monkeypatch):

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from tsa_compile import ConfigError, Coverage, KeepRatio, TSAConfig
+from tsa_compile import ConfigError, Coverage, KeepRatio
 from tsa_compile.export import aoti, export_program
 
 from ..support import Attention, difference, heads, mixed_padding, tiny, tokens, without_interpreter
-
-SMALL = TSAConfig(window=4, min_tokens=3, layers=(1,))
+from .support import SMALL
 
 TRACE = """
 import sys, torch, triton

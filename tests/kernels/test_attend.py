@@ -1,6 +1,7 @@
 """tsa::attend and the registry of attention kernels."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,14 +12,12 @@ from tsa_compile.kernels.attend import attend, attend_aten
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose, get, names, register, unregister
 from tsa_compile.kernels.sdpa import plan_rows
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+from .support import TOLERANCE, qkv
+
 REQUEST = KernelRequest("cpu", torch.float32, 64, 64, 8, 2)
 
 
-def make(batch=2, heads=4, kv_heads=2, capacity=33, dim=32, value_dim=32, dtype=torch.float32, device="cpu"):
-    torch.manual_seed(0)
-    sizes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
-    return tuple(torch.randn(batch, h, capacity, d, device=device).to(dtype) for h, d in sizes)
+operands = functools.partial(qkv, seq_len=33, layout="BHLD")
 
 
 def check(inputs, counts, kernel="auto"):
@@ -36,20 +35,20 @@ def check(inputs, counts, kernel="auto"):
 
 @pytest.mark.parametrize("counts", [None, [33, 33], [20, 20], [33, 5], [0, 7], [0, 0], [1, 32]])
 def test_equals_reference(device, counts):
-    check(make(device=device), counts)
+    check(operands(device=device), counts)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (1, 1)])
 @pytest.mark.parametrize("dim, value_dim", [(32, 32), (80, 80), (96, 48), (64, 128), (256, 256)])
 def test_dtypes_sharing_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
-    inputs = make(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
+    inputs = operands(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
     check(inputs, [33, 12, 1])
     check(inputs, None)
 
 
 def test_aten_form_equals_the_op(device):
-    inputs = make(device=device)
+    inputs = operands(device=device)
     for tensor in inputs:
         tensor[1, :, 5:] = 0
     count = torch.tensor([33, 5], dtype=torch.int32, device=device)
@@ -60,7 +59,7 @@ def test_aten_form_equals_the_op(device):
 
 
 def test_what_does_not_fit_is_refused():
-    query, key, value = make()
+    query, key, value = operands()
     with pytest.raises(ValueError, match=r"value \(2, 2, 32, 32\)"):
         attend(query, key, value[:, :, 1:], None, 0.2, "auto")
     with pytest.raises(ValueError, match=r"count \(1,\)"):
@@ -69,12 +68,12 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("capacity", [1, 2, 300])
 def test_lengths(device, capacity):
-    check(make(1, capacity=capacity, device=device), [capacity])
-    check(make(1, capacity=capacity, device=device), [capacity // 2])
+    check(operands(1, seq_len=capacity, device=device), [capacity])
+    check(operands(1, seq_len=capacity, device=device), [capacity // 2])
 
 
 def test_a_count_beyond_the_capacity_is_the_capacity(device):
-    inputs = make(1, device=device)
+    inputs = operands(1, device=device)
     count = torch.tensor([50], dtype=torch.int32, device=device)
     assert torch.equal(attend(*inputs, count, 0.2, "auto"), attend(*inputs, None, 0.2, "auto"))
 
@@ -82,7 +81,7 @@ def test_a_count_beyond_the_capacity_is_the_capacity(device):
 @pytest.mark.parametrize("counts", [[20, 20], [33, 5]])
 def test_filler_does_not_reach_real_rows(counts):
     """On the CPU filler may be anything; on CUDA compress writes zeros behind count, see compress.FILLER_ROWS."""
-    inputs = make()
+    inputs = operands()
     for tensor in inputs:
         for b, n in enumerate(counts):
             tensor[b, :, n:] = float("nan")
@@ -93,7 +92,7 @@ def test_filler_does_not_reach_real_rows(counts):
 
 def test_zeros_behind_count_shield_real_rows(device):
     """What compress guarantees is enough: 256 rows of zeros, then poison, even where all rows are computed."""
-    inputs = make(1, capacity=700, device=device)
+    inputs = operands(1, seq_len=700, device=device)
     for tensor in inputs:
         tensor[:, :, 300:556] = 0
         tensor[:, :, 556:] = float("nan")
@@ -105,7 +104,7 @@ def test_zeros_behind_count_shield_real_rows(device):
 
 @pytest.mark.parametrize("with_count", [True, False])
 def test_opcheck(device, with_count):
-    inputs = make(value_dim=48, device=device)
+    inputs = operands(value_dim=48, device=device)
     count = torch.tensor([33, 33], dtype=torch.int32, device=device)
     torch.library.opcheck(attend, (*inputs, count if with_count else None, 0.2, "auto"))
 
@@ -131,7 +130,7 @@ def test_unknown_name_lists_the_known_ones():
     with pytest.raises(KernelError, match=r"'cuddn'.*cudnn, flash, sdpa"):
         choose(REQUEST, "cuddn")
     with pytest.raises(KernelError, match="cudnn, flash, sdpa"):
-        attend(*make(), None, 0.2, "cuddn")
+        attend(*operands(), None, 0.2, "cuddn")
 
 
 def test_a_named_kernel_that_does_not_fit_says_why():
@@ -165,12 +164,12 @@ def test_a_third_party_kernel_is_found_by_name_and_by_auto(own_kernel):
         return None if request.head_dim == 32 else "takes heads of 32 only"
 
     own_kernel(AttentionKernel("theirs", run, supports, priority=99))
-    check(make(), [33, 5], kernel="theirs")
-    check(make(), [33, 5], kernel="auto")
+    check(operands(), [33, 5], kernel="theirs")
+    check(operands(), [33, 5], kernel="auto")
     assert calls == [33, 5] * 2
     assert choose(REQUEST).name == "sdpa"
     with pytest.raises(KernelError, match="heads of 32 only"):
-        check(make(dim=64), None, kernel="theirs")
+        check(operands(dim=64), None, kernel="theirs")
 
 
 def test_output_in_another_layout_is_made_contiguous(own_kernel):
@@ -179,7 +178,7 @@ def test_output_in_another_layout_is_made_contiguous(own_kernel):
 
     own_kernel(AttentionKernel("rows", run, lambda request: None, priority=-1))
     for counts in (None, [33, 33], [20, 4]):
-        check(make(), counts, kernel="rows")
+        check(operands(), counts, kernel="rows")
 
 
 def test_contiguous_output_is_not_copied(own_kernel):
@@ -191,7 +190,7 @@ def test_contiguous_output_is_not_copied(own_kernel):
 
     own_kernel(AttentionKernel("kept", run, lambda request: None, priority=-1))
     for count in (None, torch.tensor([33, 33], dtype=torch.int32)):
-        assert attend(*make(), count, 0.2, "kept").data_ptr() == results[-1].data_ptr()
+        assert attend(*operands(), count, 0.2, "kept").data_ptr() == results[-1].data_ptr()
 
 
 def test_a_kernel_that_reads_the_count_on_the_device_gets_it(own_kernel):
@@ -203,7 +202,7 @@ def test_a_kernel_that_reads_the_count_on_the_device_gets_it(own_kernel):
 
     own_kernel(AttentionKernel("device", run, lambda request: None, priority=-1, device_count=True))
     count = torch.tensor([20, 4], dtype=torch.int32)
-    inputs = make()
+    inputs = operands()
     torch.testing.assert_close(attend(*inputs, count, 0.2, "device")[1, :, :4], plain(*inputs, 0.2)[1, :, :4])
     attend(*inputs, None, 0.2, "device")
     assert seen[0] is not None and seen[1] is None
@@ -219,8 +218,8 @@ def test_rounded_rows_are_cut_to_the_capacity_and_not_returned(own_kernel):
         return plain(query, key, value, scale)
 
     own_kernel(AttentionKernel("coarse", run, lambda r: None, priority=-1, round_rows=lambda n: -(-n // 16) * 16))
-    check(make(), [20, 33], kernel="coarse")
-    check(make(), [3, 3], kernel="coarse")
+    check(operands(), [20, 33], kernel="coarse")
+    check(operands(), [3, 3], kernel="coarse")
     assert calls == [32, 33, 16]
 
 
@@ -237,7 +236,7 @@ def test_inductor_compiles_it_for_every_length(device):
 
     compiled = torch.compile(attention, dynamic=True, fullgraph=True)
     for capacity in (33, 20):
-        inputs = make(capacity=capacity, device=device)
+        inputs = operands(seq_len=capacity, device=device)
         count = torch.tensor([20, 20], dtype=torch.int32, device=device)
         torch.testing.assert_close(compiled(*inputs, count)[:, :, :20], attention(*inputs, count)[:, :, :20])
 
@@ -246,7 +245,7 @@ def test_inductor_compiles_it_for_every_length(device):
 @pytest.mark.parametrize("name", ["cudnn", "flash", "sdpa"])
 def test_each_builtin_kernel(name):
     for dtype in (torch.float16, torch.bfloat16):
-        inputs = make(2, 8, 2, 1000, 128, 128, dtype, "cuda")
+        inputs = operands(2, 8, 2, seq_len=1000, dim=128, dtype=dtype, device="cuda")
         for tensor in inputs:  # as compress leaves them
             tensor[1, :, 411:667] = 0
         check(inputs, [1000, 411], kernel=name)
@@ -257,13 +256,13 @@ def test_each_builtin_kernel(name):
 def test_auto_is_cudnn_on_hopper():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("measured on Hopper only")
-    assert choose(KernelRequest.of(*make(dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda"))).name == "cudnn"
-    assert choose(KernelRequest.of(*make(device="cuda"))).name == "sdpa", "float32 is for neither cudnn nor flash"
+    assert choose(KernelRequest.of(*operands(dim=128, dtype=torch.bfloat16, device="cuda"))).name == "cudnn"
+    assert choose(KernelRequest.of(*operands(device="cuda"))).name == "sdpa", "float32 is for neither cudnn nor flash"
 
 
 @pytest.mark.gpu
 def test_captured_graph_replays_with_another_count():
-    inputs = make(2, 8, 2, 700, 64, 64, torch.bfloat16, "cuda")
+    inputs = operands(2, 8, 2, seq_len=700, dim=64, dtype=torch.bfloat16, device="cuda")
     count = torch.tensor([300, 700], dtype=torch.int32, device="cuda")
     attend(*inputs, None, 0.2, "auto")
     torch.cuda.synchronize()

@@ -13,18 +13,9 @@ from tsa_compile.kernels.decompress import decompress, decompress_aten
 from tsa_compile.kernels.score import score
 from tsa_compile.kernels.select import select
 
-from .test_score import FAULTS, damaged, make_padding
+from .support import FAULTS, TOLERANCE, close, damaged, make_padding, qkv
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SCALE = 0.25
-
-
-def make(batch, kv_heads, group, seq_len, dim=32, value_dim=32, dtype=torch.float32, device="cpu", seed=0):
-    """query, key and value as a model has them: transposed [B, L, heads, D] buffers."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (kv_heads * group, dim), (kv_heads, dim), (kv_heads, value_dim)
-    tensors = (torch.randn(batch, seq_len, heads, size, generator=generator) for heads, size in sizes)
-    return tuple(t.to(device, dtype).transpose(1, 2) for t in tensors)
 
 
 def chain(
@@ -68,20 +59,16 @@ def restricted(query, key, value, indices, count):
     return logits.softmax(-1).nan_to_num(0.0) @ value
 
 
-def close(got, expected, dtype=torch.float32, equal_nan=False):
-    tolerance = TOLERANCE[dtype]  # relative as well: bfloat16 keeps 8 bits of a value of any size
-    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=equal_nan)
-
-
-shapes = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 3),
-        "kv_heads": st.integers(1, 2),
-        "group": st.integers(1, 3),
-        "seq_len": st.integers(1, 40),
-        "seed": st.integers(0, 2**16),
-    }
-)
+shapes = st.builds(
+    lambda batch, kv_heads, group, seq_len, seed: {
+        "batch": batch, "heads": kv_heads * group, "kv_heads": kv_heads, "seq_len": seq_len, "seed": seed,
+    },
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    seq_len=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
 budgets = st.one_of(
     st.fixed_dictionaries({"keep_ratio": st.sampled_from([0.1, 0.3, 0.5, 0.675, 1.0])}),
     st.fixed_dictionaries({"coverage": st.sampled_from([0.0, 0.05, 0.2, 0.5])}),
@@ -108,7 +95,7 @@ def spans_of_items(draw, batch, seq_len):
 @settings(deadline=None, max_examples=60)
 @given(shapes, budgets, options)
 def test_selected_rows_are_attention_among_themselves_and_others_zero(shape, budget_, option):
-    inputs = make(**shape)
+    inputs = qkv(**shape)
     out, indices, count = chain(*inputs, **budget_, **option)
     close(out, restricted(*inputs, indices, count))
     for b, n in enumerate(count.tolist()):
@@ -122,7 +109,7 @@ def test_selected_rows_are_attention_among_themselves_and_others_zero(shape, bud
 @settings(deadline=None, max_examples=30)
 @given(shapes, options)
 def test_keep_all_is_dense_attention(shape, option):
-    inputs = make(**shape)
+    inputs = qkv(**shape)
     out, _, count = chain(*inputs, coverage=0.0, **option)
     assert count.tolist() == [shape["seq_len"]] * shape["batch"]
     close(out, reference.padded_attention(*(t.double() for t in inputs), None, SCALE))
@@ -131,7 +118,7 @@ def test_keep_all_is_dense_attention(shape, option):
 @settings(deadline=None, max_examples=40)
 @given(st.data(), shapes, budgets, options)
 def test_a_batch_equals_its_items_unpadded_and_alone(data, shape, budget_, option):
-    inputs = make(**shape)
+    inputs = qkv(**shape)
     padding = data.draw(spans_of_items(shape["batch"], shape["seq_len"]))
     out, _, count = chain(*inputs, padding, **budget_, **option)
     for b, valid in enumerate(padding):
@@ -147,7 +134,7 @@ def test_a_batch_equals_its_items_unpadded_and_alone(data, shape, budget_, optio
 @settings(deadline=None, max_examples=20)
 @given(shapes, budgets, options)
 def test_the_same_inputs_give_the_same_bits(shape, budget_, option):
-    inputs = make(**shape)
+    inputs = qkv(**shape)
     first, second = (chain(*inputs, **budget_, **option) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -156,7 +143,7 @@ def test_the_same_inputs_give_the_same_bits(shape, budget_, option):
 @pytest.mark.parametrize("budget_", [{"keep_ratio": 0.5}, {"coverage": 0.1}, {"coverage": 0.0}])
 @pytest.mark.parametrize("capacity", [None, 30, 9])
 def test_equals_the_reference_layer(budget_, granularity, capacity):
-    inputs = make(2, 2, 2, 50, 80, 96)
+    inputs = qkv(2, 4, 2, 50, 80, 96)
     padding = torch.ones(2, 50, dtype=torch.bool)
     padding[1, :11] = False
     given_ = {"window": 4, "min_tokens": 3, "granularity": granularity, "capacity": capacity}
@@ -175,7 +162,7 @@ def test_what_a_nan_key_does_to_dense_attention_shows_in_the_kept_rows(kind, bud
 
     It is never the first row here, which sees nothing else: torch's kernel for CPUs makes 0 of that, sparse or dense.
     """
-    query, key, value = make(2, 2, 2, 40)
+    query, key, value = qkv(2, 4, 2, 40)
     padding = make_padding(kind, 2, 40)
     sound = chain(query, key, value, padding, **budget_, granularity=granularity)
     key[1, 0, places] = float("nan")
@@ -199,7 +186,7 @@ def test_what_a_nan_key_does_to_dense_attention_shows_in_the_kept_rows(kind, bud
 @pytest.mark.parametrize("budget_", [{"keep_ratio": 0.5}, {"coverage": 0.1}])
 @pytest.mark.parametrize("granularity", ["head", "group"])
 def test_equals_the_reference_layer_with_faulty_numbers(fault, kind, budget_, granularity):
-    query, key, value = make(2, 2, 2, 50)
+    query, key, value = qkv(2, 4, 2, 50)
     query, key = damaged(fault, query, key, window=8)
     padding = make_padding(kind, 2, 50)
     options_ = {"window": 8, "min_tokens": 12, "granularity": granularity}
@@ -218,7 +205,7 @@ def test_equals_the_reference_layer_with_faulty_numbers(fault, kind, budget_, gr
 @pytest.mark.parametrize("granularity", ["head", "group"])
 def test_dtypes_and_head_sizes(device, dtype, dim, value_dim, granularity):
     """The selection is the ops' own, so that rounding in a score cannot fail the comparison of the outputs."""
-    inputs = make(3, 2, 2, 45, dim, value_dim, dtype, device)
+    inputs = qkv(3, 4, 2, 45, dim, value_dim, dtype, device)
     padding = torch.ones(3, 45, dtype=torch.bool, device=device)
     padding[0, :20] = False
     padding[2, 41:] = False
@@ -236,7 +223,7 @@ def test_one_compilation_serves_every_length(device, budget_):
     torch._dynamo.reset()
     compiled = torch.compile(layer, dynamic=True, fullgraph=True)
     for seq_len in (40, 61, 33):
-        inputs = make(2, 2, 2, seq_len, device=device)
+        inputs = qkv(2, 4, 2, seq_len, device=device)
         with torch.compiler.set_stance("default" if seq_len == 40 else "fail_on_recompile"):
             torch.testing.assert_close(compiled(*inputs), layer(*inputs))
 
@@ -248,7 +235,7 @@ def test_aten_forms_export_with_a_dynamic_length():
             return decompress_aten(attend_aten(*rows, count, SCALE, "auto"), indices, count, query.shape[2])
 
     def example(seq_len):
-        inputs = make(2, 2, 2, seq_len)
+        inputs = qkv(2, 4, 2, seq_len)
         _, indices, count = chain(*inputs, keep_ratio=0.5)
         return *inputs, indices, count
 
@@ -263,7 +250,7 @@ def test_aten_forms_export_with_a_dynamic_length():
 
 @pytest.mark.gpu
 def test_captured_chain_replays_with_other_data_and_another_count():
-    inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
+    inputs = qkv(2, 8, 2, 3000, 64, 64, torch.bfloat16, "cuda")
     options_ = {"coverage": 0.1, "window": 128, "min_tokens": 64}
     chain(*inputs, **options_)
     torch.cuda.synchronize()
@@ -272,7 +259,7 @@ def test_captured_chain_replays_with_other_data_and_another_count():
         out, indices, count = chain(*inputs, **options_)
     counts = set()
     for seed in range(3):
-        for tensor, fresh in zip(inputs, make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda", seed)):
+        for tensor, fresh in zip(inputs, qkv(2, 8, 2, 3000, 64, 64, torch.bfloat16, "cuda", seed=seed)):
             tensor.copy_(fresh * (seed + 1))
         graph.replay()
         counts.add(tuple(count.tolist()))
@@ -282,7 +269,7 @@ def test_captured_chain_replays_with_other_data_and_another_count():
 
 @pytest.mark.gpu
 def test_only_attend_looks_at_the_count():
-    inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
+    inputs = qkv(2, 8, 2, 3000, 64, 64, torch.bfloat16, "cuda")
     options_ = {"coverage": 0.1, "window": 128, "min_tokens": 64}
     _, indices, count = chain(*inputs, **options_)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,5 +1,7 @@
 """tsa::compress: gathered rows equal the reference's, from any layout, at any sharing of heads."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,33 +9,9 @@ from tsa_compile.kernels import reference
 from tsa_compile.kernels.compress import compress, compress_aten, compress_triton
 from tsa_compile.kernels.tiles import row_alignment
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+from .support import FLOATS, choose_tokens, qkv
 
-
-def make(batch=2, heads=4, kv_heads=2, seq_len=37, dim=32, value_dim=32, dtype=torch.float32, device="cpu", layout="BLHD"):
-    """query, key and value as a model has them: [B, L, H, D] buffers transposed, or plain [B, H, L, D]."""
-
-    def tensor(heads, dim):
-        if layout == "BHLD":
-            return torch.randn(batch, heads, seq_len, dim, device=device).to(dtype)
-        if layout == "packed":  # a slice of one projection's output, as in Phi-3
-            packed = torch.randn(batch, seq_len, heads + 1, dim, device=device).to(dtype)
-            return packed[:, :, 1:].transpose(1, 2)
-        if layout == "strided":  # the last dimension is not dense
-            return torch.randn(batch, heads, dim, seq_len, device=device).to(dtype).transpose(2, 3)
-        return torch.randn(batch, seq_len, heads, dim, device=device).to(dtype).transpose(1, 2)
-
-    torch.manual_seed(0)
-    return tensor(heads, dim), tensor(kv_heads, dim), tensor(kv_heads, value_dim)
-
-
-def choose_tokens(counts, selections, seq_len, capacity, device="cpu"):
-    """Random ascending indices int32 [B, Hs, C] with filler L - 1, and count int32 [B]."""
-    indices = torch.full((len(counts), selections, capacity), seq_len - 1, dtype=torch.int32)
-    for b, count in enumerate(counts):
-        for s in range(selections):
-            indices[b, s, :count] = torch.randperm(seq_len)[:count].sort().values
-    return indices.to(device), torch.tensor(counts, dtype=torch.int32, device=device)
+operands = functools.partial(qkv, seq_len=37)
 
 
 def assert_gathered(outputs, expected, counts):
@@ -47,7 +25,7 @@ def assert_gathered(outputs, expected, counts):
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD", "packed", "strided"])
 @pytest.mark.parametrize("selections", [4, 2])
 def test_kernel_equals_reference_in_every_layout(triton_device, poisoned_empty, layout, selections):
-    inputs = make(layout=layout, device=triton_device)
+    inputs = operands(layout=layout, device=triton_device)
     counts = [23, 5]
     indices, count = choose_tokens(counts, selections, 37, 30, triton_device)
     assert_gathered(compress_triton(*inputs, indices, count), reference.compress(*inputs, indices, count), counts)
@@ -56,14 +34,16 @@ def test_kernel_equals_reference_in_every_layout(triton_device, poisoned_empty, 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 80), (80, 96), (96, 48), (33, 32), (256, 128)])
 def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim, value_dim):
-    inputs = make(batch=1, heads=2, kv_heads=1, seq_len=19, dim=dim, value_dim=value_dim, dtype=dtype, device=triton_device)
+    inputs = operands(
+        batch=1, heads=2, kv_heads=1, seq_len=19, dim=dim, value_dim=value_dim, dtype=dtype, device=triton_device
+    )
     indices, count = choose_tokens([11], 2, 19, 19, triton_device)
     assert_gathered(compress_triton(*inputs, indices, count), reference.compress(*inputs, indices, count), [11])
 
 
 @pytest.mark.parametrize("counts", [[0, 1], [300, 256], [257, 700]])
 def test_rows_behind_count_are_zero_and_tiles_beyond_are_skipped(triton_device, poisoned_empty, counts):
-    inputs = make(heads=1, kv_heads=1, seq_len=701, device=triton_device)
+    inputs = operands(heads=1, kv_heads=1, seq_len=701, device=triton_device)
     indices, count = choose_tokens(counts, 1, 701, 701, triton_device)
     outputs = compress_triton(*inputs, indices, count)
     assert_gathered(outputs, reference.compress(*inputs, indices, count), counts)
@@ -72,7 +52,7 @@ def test_rows_behind_count_are_zero_and_tiles_beyond_are_skipped(triton_device, 
 
 
 def test_without_count_every_slot_is_real(triton_device, poisoned_empty):
-    inputs = make(device=triton_device)
+    inputs = operands(device=triton_device)
     indices, _ = choose_tokens([20, 20], 4, 37, 20, triton_device)
     assert_gathered(compress_triton(*inputs, indices, None), reference.compress(*inputs, indices, None), [20, 20])
 
@@ -80,7 +60,7 @@ def test_without_count_every_slot_is_real(triton_device, poisoned_empty):
 def test_filler_may_point_at_poison(triton_device, device):
     """Filler holds L - 1, and that token may be NaN where it is padding."""
     for run, where in ((compress_triton, triton_device), (compress, device)):
-        inputs = make(device=where)
+        inputs = operands(device=where)
         for tensor in inputs:
             tensor[:, :, -1] = float("nan")
         indices, count = choose_tokens([0, 0], 4, 37, 30, where)
@@ -89,7 +69,7 @@ def test_filler_may_point_at_poison(triton_device, device):
 
 def test_sliced_indices_and_heads(triton_device, poisoned_empty):
     """A group of heads at a time, as streaming needs it: every input a view."""
-    query, key, value = make(heads=8, kv_heads=4, device=triton_device)
+    query, key, value = operands(heads=8, kv_heads=4, device=triton_device)
     indices, count = choose_tokens([9, 30], 8, 37, 37, triton_device)
     part = query[:, 2:6], key[:, 1:3], value[:, 1:3], indices[:, 2:6], count
     assert_gathered(compress_triton(*part), reference.compress(*part), [9, 30])
@@ -98,7 +78,7 @@ def test_sliced_indices_and_heads(triton_device, poisoned_empty):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kv_heads, selections", [(4, 4), (2, 4), (2, 2), (1, 4), (1, 1)])
 def test_op_equals_reference(device, dtype, kv_heads, selections):
-    inputs = make(batch=3, kv_heads=kv_heads, dim=80, value_dim=96, dtype=dtype, device=device)
+    inputs = operands(batch=3, kv_heads=kv_heads, dim=80, value_dim=96, dtype=dtype, device=device)
     counts = [37, 0, 12]
     indices, count = choose_tokens(counts, selections, 37, 37, device)
     expected = reference.compress(*inputs, indices, count)
@@ -106,7 +86,7 @@ def test_op_equals_reference(device, dtype, kv_heads, selections):
 
 
 def test_aten_form_equals_reference(device):
-    inputs = make(value_dim=48, device=device)
+    inputs = operands(value_dim=48, device=device)
     indices, count = choose_tokens([20, 7], 2, 37, 30, device)
     expected = reference.compress(*inputs, indices, count)
     for got, want in zip(compress_aten(*inputs, indices, count), expected):
@@ -114,7 +94,7 @@ def test_aten_form_equals_reference(device):
 
 
 def test_what_does_not_fit_is_refused():
-    query, key, value = make()
+    query, key, value = operands()
     indices, count = choose_tokens([20, 7], 4, 37, 30)
     for wrong, message in (
         ((query, key[:, :, 1:], value, indices, count), r"key \(2, 2, 36, 32\)"),
@@ -128,7 +108,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("capacity", [0, 1])
 def test_empty_and_single_slots(device, capacity):
-    inputs = make(device=device)
+    inputs = operands(device=device)
     indices, count = choose_tokens([capacity, 0], 4, 37, capacity, device)
     assert_gathered(compress(*inputs, indices, count), reference.compress(*inputs, indices, count), [capacity, 0])
 
@@ -136,7 +116,7 @@ def test_empty_and_single_slots(device, capacity):
 @pytest.mark.parametrize("with_count", [True, False])
 @pytest.mark.parametrize("selections", [4, 2])
 def test_opcheck(device, with_count, selections):
-    inputs = make(device=device)
+    inputs = operands(device=device)
     indices, count = choose_tokens([20, 20], selections, 37, 20, device)
     torch.library.opcheck(compress, (*inputs, indices, count if with_count else None))
 
@@ -153,9 +133,7 @@ def test_a_new_length_compiles_nothing():
     from tsa_compile.kernels.compress import _compress_kernel
 
     def run(seq_len):
-        inputs = make(
-            batch=1, heads=4, kv_heads=2, seq_len=seq_len, dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda"
-        )
+        inputs = operands(batch=1, seq_len=seq_len, dim=128, dtype=torch.bfloat16, device="cuda")
         indices, count = choose_tokens([seq_len // 2], 4, seq_len, seq_len, "cuda")
         compress_triton(*inputs, indices, count)
         return sum(len(cache[0]) for cache in _compress_kernel.device_caches.values())

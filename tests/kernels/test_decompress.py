@@ -7,20 +7,15 @@ from tsa_compile.kernels import reference
 from tsa_compile.kernels.decompress import _lower_bound, decompress, decompress_aten, decompress_triton
 from tsa_compile.kernels.launch import tl, triton
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+from .support import FLOATS, choose_tokens, poison_behind, tensor
 
 
-def make(counts, heads=4, selections=4, capacity=30, seq_len=37, dim=32, dtype=torch.float32, device="cpu", poison=True):
+def make_rows(
+    counts, heads=4, selections=4, capacity=30, seq_len=37, dim=32, dtype=torch.float32, device="cpu"
+):  # fmt: skip
     """Compressed rows, NaN from count on, with random ascending indices and the count."""
-    torch.manual_seed(0)
-    rows = torch.randn(len(counts), heads, capacity, dim, device=device).to(dtype)
-    indices = torch.full((len(counts), selections, capacity), seq_len - 1, dtype=torch.int32)
-    for b, count in enumerate(counts):
-        if poison:
-            rows[b, :, count:] = float("nan")
-        for s in range(selections):
-            indices[b, s, :count] = torch.randperm(seq_len)[:count].sort().values
-    return rows, indices.to(device), torch.tensor(counts, dtype=torch.int32, device=device)
+    rows = tensor(len(counts), heads, capacity, dim, "BHLD", dtype, device)
+    return poison_behind(rows, counts), *choose_tokens(counts, selections, seq_len, capacity, device)
 
 
 def assert_scattered(got, rows, indices, count, seq_len):
@@ -34,14 +29,14 @@ def assert_scattered(got, rows, indices, count, seq_len):
 @pytest.mark.parametrize("counts", [[23, 5], [0, 30], [1, 29]])
 @pytest.mark.parametrize("selections", [4, 2, 1])
 def test_kernel_equals_reference(triton_device, poisoned_empty, counts, selections):
-    inputs = make(counts, selections=selections, device=triton_device)
+    inputs = make_rows(counts, selections=selections, device=triton_device)
     assert_scattered(decompress_triton(*inputs, 37), *inputs, 37)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [33, 48, 80, 96, 128, 256])
 def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim):
-    inputs = make([17], heads=2, selections=2, dim=dim, dtype=dtype, device=triton_device)
+    inputs = make_rows([17], heads=2, selections=2, dim=dim, dtype=dtype, device=triton_device)
     assert_scattered(decompress_triton(*inputs, 37), *inputs, 37)
 
 
@@ -50,7 +45,7 @@ def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empt
 )
 def test_search_over_long_rows(triton_device, poisoned_empty, count, capacity, seq_len):
     """More indices than the search asks for at once, on both sides of its powers."""
-    inputs = make([count], heads=1, selections=1, capacity=capacity, seq_len=seq_len, device=triton_device)
+    inputs = make_rows([count], heads=1, selections=1, capacity=capacity, seq_len=seq_len, device=triton_device)
     assert_scattered(decompress_triton(*inputs, seq_len), *inputs, seq_len)
 
 
@@ -73,7 +68,7 @@ def test_search_agrees_with_searchsorted(triton_device, size):
 @pytest.mark.parametrize("where", ["front", "back", "both"])
 def test_runs_of_neighbours(triton_device, poisoned_empty, where):
     """Tiles that are full, tiles that are empty."""
-    rows, indices, count = make([128], heads=1, selections=1, capacity=200, seq_len=320, device=triton_device)
+    rows, indices, count = make_rows([128], heads=1, selections=1, capacity=200, seq_len=320, device=triton_device)
     front, back = torch.arange(128), torch.arange(192, 320)
     chosen = {"front": front, "back": back, "both": torch.cat([front[:64], back[64:]])}[where]
     indices[0, 0, :128] = chosen.to(indices)
@@ -81,13 +76,13 @@ def test_runs_of_neighbours(triton_device, poisoned_empty, where):
 
 
 def test_without_count_every_slot_is_real(triton_device, poisoned_empty):
-    rows, indices, _ = make([30, 30], device=triton_device)
+    rows, indices, _ = make_rows([30, 30], device=triton_device)
     assert_scattered(decompress_triton(rows, indices, None, 37), rows, indices, None, 37)
 
 
 def test_any_strides(triton_device, poisoned_empty):
     """A group of heads at a time, and rows in another layout."""
-    rows, indices, count = make([9, 20], heads=8, selections=8, device=triton_device)
+    rows, indices, count = make_rows([9, 20], heads=8, selections=8, device=triton_device)
     part = rows[:, 2:6], indices[:, 2:6], count
     assert_scattered(decompress_triton(*part, 37), *part, 37)
     turned = rows.transpose(1, 2).contiguous().transpose(1, 2), indices, count
@@ -99,17 +94,17 @@ def test_any_strides(triton_device, poisoned_empty):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("selections", [4, 2, 1])
 def test_op_equals_reference(device, dtype, selections):
-    inputs = make([30, 0, 12], selections=selections, dim=80, dtype=dtype, device=device)
+    inputs = make_rows([30, 0, 12], selections=selections, dim=80, dtype=dtype, device=device)
     assert_scattered(decompress(*inputs, 37), *inputs, 37)
 
 
 def test_aten_form_equals_reference(device):
-    inputs = make([30, 3], selections=2, device=device)
+    inputs = make_rows([30, 3], selections=2, device=device)
     assert_scattered(decompress_aten(*inputs, 37), *inputs, 37)
 
 
 def test_what_does_not_fit_is_refused():
-    rows, indices, count = make([30, 3])
+    rows, indices, count = make_rows([30, 3])
     with pytest.raises(ValueError, match=r"indices \(2, 4, 29\)"):
         decompress(rows, indices[:, :, 1:], count, 37)
     with pytest.raises(ValueError, match=r"indices \(2, 3, 30\)"):
@@ -120,13 +115,13 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("capacity", [0, 1])
 def test_empty_and_single_slots(device, capacity):
-    inputs = make([capacity, 0], capacity=capacity, device=device)
+    inputs = make_rows([capacity, 0], capacity=capacity, device=device)
     assert_scattered(decompress(*inputs, 37), *inputs, 37)
 
 
 @pytest.mark.parametrize("with_count", [True, False])
 def test_opcheck(device, with_count):
-    rows, indices, count = make([30, 30], selections=2, device=device)
+    rows, indices, count = make_rows([30, 30], selections=2, device=device)
     torch.library.opcheck(decompress, (rows, indices, count if with_count else None, 37))
 
 
@@ -135,7 +130,7 @@ def test_a_new_length_compiles_nothing():
     from tsa_compile.kernels.decompress import _decompress_kernel
 
     def run(seq_len):
-        inputs = make([seq_len // 2], capacity=seq_len, seq_len=seq_len, dim=128, dtype=torch.bfloat16, device="cuda")
+        inputs = make_rows([seq_len // 2], capacity=seq_len, seq_len=seq_len, dim=128, dtype=torch.bfloat16, device="cuda")
         decompress_triton(*inputs, seq_len)
         return sum(len(cache[0]) for cache in _decompress_kernel.device_caches.values())
 

@@ -1,5 +1,7 @@
 """flash_triton: real rows equal the reference's whatever the count, the layout and the tiles; the others are not touched."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from tsa_compile.kernels.flash import _flash_kernel, flash_triton, run, supports
 from tsa_compile.kernels.registry import KernelRequest
 from tsa_compile.kernels.tiles import Tiles, choose_tiles, descriptor, tma_fits
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+from .support import TOLERANCE, poison_behind, qkv, tensor
+
 SENTINEL = 77.0
 
 PLAIN = Tiles(32, 16, 4, 2)
@@ -21,26 +24,7 @@ VARIANTS = {
 }
 
 
-def tensor(batch, heads, rows, dim, layout, dtype, device):
-    """[batch, heads, rows, dim] in memory as the layout says."""
-    if layout == "BHCD":
-        return torch.randn(batch, heads, rows, dim, device=device).to(dtype)
-    if layout == "strided":  # the last dimension is not dense
-        return torch.randn(batch, heads, dim, rows, device=device).to(dtype).transpose(2, 3)
-    if layout == "odd":  # dense rows, at odd steps
-        return torch.randn(batch, heads, rows, dim + 1, device=device).to(dtype)[..., :dim]
-    if layout == "shared":  # one head, expanded
-        return torch.randn(batch, 1, rows, dim, device=device).to(dtype).expand(-1, heads, -1, -1)
-    extra = 1 if layout == "packed" else 0  # a slice of a larger buffer
-    return torch.randn(batch, rows, heads + extra, dim, device=device).to(dtype)[:, :, extra:].transpose(1, 2)
-
-
-def make(
-    batch=2, heads=2, kv_heads=1, capacity=70, dim=32, value_dim=32, dtype=torch.float32, device="cpu", layout="BHCD"
-):  # fmt: skip
-    torch.manual_seed(0)
-    sizes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
-    return tuple(tensor(batch, h, capacity, d, layout, dtype, device) for h, d in sizes)
+operands = functools.partial(qkv, heads=2, kv_heads=1, seq_len=70, layout="BHLD")
 
 
 def check(inputs, counts, tiles=PLAIN, scale=0.2, tolerance=None):
@@ -50,7 +34,7 @@ def check(inputs, counts, tiles=PLAIN, scale=0.2, tolerance=None):
     expected = reference.attend(*(t.double() for t in inputs), count, scale)
     counts = counts or [query.shape[2]] * len(query)
     tolerance = tolerance or TOLERANCE[query.dtype]
-    inputs = tuple(poison(t, counts) for t in inputs)
+    inputs = tuple(poison_behind(t, counts) for t in inputs)
     out = query.new_full((*query.shape[:3], value.shape[3]), SENTINEL)
     assert flash_triton(*inputs, scale, count, out=out, tiles=tiles) is out
     for b, n in enumerate(counts):
@@ -59,20 +43,10 @@ def check(inputs, counts, tiles=PLAIN, scale=0.2, tolerance=None):
         assert (out[b, :, n:] == SENTINEL).all()
 
 
-def poison(tensor, counts):
-    """The same tensor in the same layout, NaN from count on; one that repeats its memory is left as it is."""
-    if 0 in tensor.stride():
-        return tensor
-    poisoned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    for b, n in enumerate(counts):
-        poisoned[b, :, n:] = float("nan")
-    return poisoned
-
-
 @pytest.mark.parametrize("tiles", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("counts", [None, [70, 33], [0, 64], [1, 69]])
 def test_equals_reference(triton_device, tiles, counts):
-    check(make(device=triton_device), counts, tiles)
+    check(operands(device=triton_device), counts, tiles)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
@@ -81,31 +55,31 @@ def test_equals_reference(triton_device, tiles, counts):
 def test_dtypes_sharing_and_head_sizes(triton_device, dtype, heads, kv_heads, dim, value_dim):
     if dtype == torch.bfloat16 and triton_device == "cpu":
         pytest.skip("the interpreter's bfloat16 products are wrong")
-    inputs = make(1, heads, kv_heads, 41, dim, value_dim, dtype, triton_device)
+    inputs = qkv(1, heads, kv_heads, 41, dim, value_dim, dtype, triton_device, "BHLD")
     check(inputs, [37], VARIANTS["all"])
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 15, 16, 17, 32, 33, 65])
 def test_lengths(triton_device, capacity):
-    inputs = make(1, 2, 2, capacity, device=triton_device)
+    inputs = operands(1, heads=2, kv_heads=2, seq_len=capacity, device=triton_device)
     check(inputs, None, VARIANTS["all"])
     check(inputs, [capacity // 2], VARIANTS["plain"])
 
 
-@pytest.mark.parametrize("layout", ["BCHD", "packed", "strided", "odd", "shared"])
+@pytest.mark.parametrize("layout", ["BLHD", "packed", "strided", "odd", "shared"])
 @pytest.mark.parametrize("tiles", [VARIANTS["plain"], VARIANTS["all"]], ids=["plain", "all"])
 def test_layouts(triton_device, layout, tiles):
-    check(make(capacity=40, device=triton_device, layout=layout), [40, 21], tiles)
+    check(operands(seq_len=40, device=triton_device, layout=layout), [40, 21], tiles)
 
 
 def test_layouts_may_differ(triton_device):
-    query, _, value = make(1, 2, 2, 40, 32, 48, device=triton_device, layout="BCHD")
-    _, key, _ = make(1, 2, 2, 40, 32, 48, device=triton_device, layout="odd")
+    query, _, value = operands(1, heads=2, kv_heads=2, seq_len=40, dim=32, value_dim=48, device=triton_device, layout="BLHD")
+    _, key, _ = operands(1, heads=2, kv_heads=2, seq_len=40, dim=32, value_dim=48, device=triton_device, layout="odd")
     check((query, key, value), [37], VARIANTS["all"])
 
 
 def test_out_of_any_layout(triton_device):
-    inputs = make(1, 2, 2, 40, device=triton_device)
+    inputs = operands(1, heads=2, kv_heads=2, seq_len=40, device=triton_device)
     out = torch.full((1, 40, 2, 32), SENTINEL, device=triton_device).transpose(1, 2)
     count = torch.tensor([33], dtype=torch.int32, device=triton_device)
     flash_triton(*inputs, 0.2, count, out=out, tiles=PLAIN)
@@ -117,18 +91,18 @@ def test_out_of_any_layout(triton_device):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 @pytest.mark.parametrize("lag", [False, True])
 def test_scales(triton_device, scale, lag):
-    check(make(1, 2, 1, 40, device=triton_device), None, PLAIN._replace(lag=lag), scale)
+    check(operands(1, heads=2, kv_heads=1, seq_len=40, device=triton_device), None, PLAIN._replace(lag=lag), scale)
 
 
 def test_large_logits(triton_device):
     """Scores whose exponentials would leave float32 on either side: the maximum is that of real scores alone."""
-    query, key, value = make(1, device=triton_device)
+    query, key, value = operands(1, device=triton_device)
     for shift in (-5.0, 5.0):
         check((torch.ones_like(query), key + shift, value), [68], VARIANTS["all"], scale=1.0, tolerance=1e-3)
 
 
 def test_counts_beyond_the_capacity_and_strided_counts(triton_device):
-    inputs = make(device=triton_device)
+    inputs = operands(device=triton_device)
     counts = torch.tensor([[99, 0], [33, 0]], dtype=torch.int32, device=triton_device)[:, 0]
     out = flash_triton(*inputs, 0.2, counts, tiles=PLAIN)
     assert torch.equal(out[0], flash_triton(*inputs, 0.2, tiles=PLAIN)[0])
@@ -136,11 +110,11 @@ def test_counts_beyond_the_capacity_and_strided_counts(triton_device):
 
 
 def test_tiles_by_default(triton_device):
-    check(make(1, 2, 1, 40, device=triton_device), [37], tiles=None)
+    check(operands(1, heads=2, kv_heads=1, seq_len=40, device=triton_device), [37], tiles=None)
 
 
 def test_nothing_to_do(triton_device):
-    query, key, value = make(0, device=triton_device)
+    query, key, value = operands(0, device=triton_device)
     assert flash_triton(query, key, value, 0.2).shape == (0, 2, 70, 32)
 
 
@@ -148,8 +122,8 @@ def test_tma_fits_where_steps_are_of_16_bytes():
     def fits(layout, dim=32, dtype=torch.float16):
         return tma_fits(tensor(2, 2, 20, dim, layout, dtype, "cpu"))
 
-    assert fits("BHCD") and fits("BCHD") and fits("packed") and fits("BHCD", 36, torch.float32)
-    assert not fits("odd") and not fits("shared") and not fits("BHCD", 36)
+    assert fits("BHLD") and fits("BLHD") and fits("packed") and fits("BHLD", 36, torch.float32)
+    assert not fits("odd") and not fits("shared") and not fits("BHLD", 36)
     assert not tma_fits(torch.zeros(2 * 20 * 32 + 1, dtype=torch.float16)[1:].view(1, 2, 20, 32))
 
 
@@ -191,10 +165,10 @@ def test_what_it_does_not_support(changes, reason):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["BHCD", "BCHD", "shared", "odd"])
+@pytest.mark.parametrize("layout", ["BHLD", "BLHD", "shared", "odd"])
 @pytest.mark.parametrize("dim, value_dim", [(128, 128), (64, 64), (80, 96), (256, 256), (192, 128)])
 def test_default_tiles(layout, dim, value_dim):
-    inputs = make(2, 4, 2, 1100, dim, value_dim, torch.bfloat16, "cuda", layout)
+    inputs = qkv(2, 4, 2, 1100, dim, value_dim, torch.bfloat16, "cuda", layout)
     check(inputs, [1100, 517], tiles=None, scale=dim**-0.5)
     check(inputs, [0, 1], tiles=None, scale=dim**-0.5)
 
@@ -206,21 +180,21 @@ def test_default_tiles(layout, dim, value_dim):
 )
 def test_large_tiles(block_n, num_stages, use_tma, lag):
     """The pipelines that only large tiles have: many steps, asynchronous products."""
-    inputs = make(1, 4, 2, 3000, 128, 128, torch.bfloat16, "cuda")
+    inputs = operands(1, heads=4, kv_heads=2, seq_len=3000, dim=128, dtype=torch.bfloat16, device="cuda")
     check(inputs, [2900], Tiles(128, block_n, 8, num_stages, use_tma, lag), scale=128**-0.5)
 
 
 @pytest.mark.gpu
 def test_the_same_every_time():
     """A race between a tile's copy and its use would show as a difference."""
-    inputs = make(1, 16, 4, 8000, 128, 128, torch.bfloat16, "cuda")
+    inputs = operands(1, heads=16, kv_heads=4, seq_len=8000, dim=128, dtype=torch.bfloat16, device="cuda")
     first = flash_triton(*inputs, 128**-0.5)
     assert all(torch.equal(first, flash_triton(*inputs, 128**-0.5)) for _ in range(10))
 
 
 @pytest.mark.gpu
 def test_captured_graph_replays_with_another_count():
-    inputs = make(2, 8, 2, 700, 64, 64, torch.bfloat16, "cuda")
+    inputs = operands(2, heads=8, kv_heads=2, seq_len=700, dim=64, dtype=torch.bfloat16, device="cuda")
     count = torch.tensor([300, 700], dtype=torch.int32, device="cuda")
     run(*inputs, 0.2, count)
     torch.cuda.synchronize()
@@ -238,7 +212,7 @@ def test_captured_graph_replays_with_another_count():
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing():
     def compiled(capacity):
-        inputs = make(1, 4, 2, capacity, 128, 128, torch.bfloat16, "cuda")
+        inputs = operands(1, heads=4, kv_heads=2, seq_len=capacity, dim=128, dtype=torch.bfloat16, device="cuda")
         flash_triton(*inputs, 0.1, torch.tensor([capacity // 2], dtype=torch.int32, device="cuda"))
         return sum(len(cache[0]) for cache in _flash_kernel.device_caches.values())
 

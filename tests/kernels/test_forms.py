@@ -17,7 +17,7 @@ from tsa_compile.kernels.padded import padded_attention, spans
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting
 
 from ..support import without_interpreter
-from .test_score import FAULTS, damaged
+from .support import FAULTS, damaged, qkv
 
 tsa = torch.ops.tsa
 SCALE = 0.25
@@ -101,13 +101,6 @@ def test_budget_where_float64_is_float32(kind, coverage, monkeypatch):
     assert (STANDARD["budget"](scores, coverage, None, 4) - want).abs().max() <= 1
 
 
-def make(batch, kv_heads, group, seq_len, dim=16, value_dim=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (kv_heads * group, dim), (kv_heads, dim), (kv_heads, value_dim)
-    tensors = (torch.randn(batch, seq_len, heads, size, generator=generator) for heads, size in sizes)
-    return tuple(tensor.transpose(1, 2) for tensor in tensors)
-
-
 def paddings(batch, seq_len):
     """None, left, right, scattered with an item that is all padding."""
     left, right = torch.ones(2, batch, seq_len, dtype=torch.bool)
@@ -121,7 +114,7 @@ def paddings(batch, seq_len):
 @pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])
 @pytest.mark.parametrize("seq_len, window", [(61, 8), (61, 40), (5, 8)])
 def test_score(padding, seq_len, window):
-    query, key, _ = make(2, 2, 2, seq_len)
+    query, key, _ = qkv(2, 4, 2, seq_len, 16, 24)
     padding = paddings(2, seq_len)[padding]
     got = STANDARD["score"](query, key, padding, 0.25, window, 7)
     torch.testing.assert_close(got, reference.score(query, key, padding, 0.25, window, 7), rtol=1e-5, atol=1e-7)
@@ -131,7 +124,7 @@ def test_score(padding, seq_len, window):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("window", [8, 40])
 def test_score_with_faulty_numbers(padding, fault, window):
-    query, key = damaged(fault, *make(2, 2, 2, 61)[:2], window=8)
+    query, key = damaged(fault, *qkv(2, 4, 2, 61, 16, 24)[:2], window=8)
     padding = paddings(2, 61)[padding]
     want = reference.score(query, key, padding, 0.25, window, 7)
     got = STANDARD["score"](query, key, padding, 0.25, window, 7)
@@ -141,7 +134,7 @@ def test_score_with_faulty_numbers(padding, fault, window):
 @pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])
 @pytest.mark.parametrize("granularity", ["head", "group"])
 def test_layer(padding, granularity):
-    query, key, value = make(2, 2, 2, 61)
+    query, key, value = qkv(2, 4, 2, 61, 16, 24)
     padding = paddings(2, 61)[padding]
     scores = STANDARD["score"](query, key, padding, 0.25, 4, 7)
     if granularity == "group":
@@ -161,7 +154,7 @@ def test_layer(padding, granularity):
 @pytest.mark.parametrize("mean_rows", [False, True])
 @pytest.mark.parametrize("padding", ["left", "right", "apart"])
 def test_padded_attention(padding, mean_rows):
-    inputs = make(2, 2, 2, 29)
+    inputs = qkv(2, 4, 2, 29, 16, 24)
     padding = paddings(2, 29)[padding]
     got = STANDARD["padded_attention"](*inputs, padding, STANDARD["spans"](padding), 0.25, mean_rows)
     expected = reference.padded_attention(*inputs, padding, 0.25, mean_rows)
@@ -169,13 +162,11 @@ def test_padded_attention(padding, mean_rows):
 
 
 def make_padded(device, length=70):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, heads, length, 16) for heads in (4, 2, 2))
     padding = torch.ones(2, length, dtype=torch.bool)
     padding[0, :9] = False
     padding[1, 20:22] = False
     padding[1, -5:] = False
-    return *(torch.randn(shape, generator=generator).to(device) for shape in shapes), padding.to(device)
+    return *qkv(seq_len=length, dim=16, device=device, layout="BHLD"), padding.to(device)
 
 
 @pytest.mark.parametrize("budget", [(0.2, None), (None, 0.5)], ids=["coverage", "keep ratio"])

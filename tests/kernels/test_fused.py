@@ -13,8 +13,7 @@ from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_trit
 from tsa_compile.kernels.padded import spans
 from tsa_compile.kernels.registry import AttentionKernel
 
-from .test_chain import close, make
-from .test_score import damaged
+from .support import close, damaged, qkv
 
 # The interpreter computes with numpy, which warns of what faulty numbers bring.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|All-NaN slice):RuntimeWarning")
@@ -76,7 +75,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
 def test_op_equals_the_reference_layer(device, padding, options):
-    inputs = make(3, 2, 2, L, 32, 48, device=device)
+    inputs = qkv(3, 4, 2, L, 32, 48, device=device)
     scalars = dataclasses.astuple(options)
     if padding is None:
         out = torch.ops.tsa.sparse_attention(*inputs, *scalars)
@@ -90,7 +89,7 @@ def test_op_equals_the_reference_layer(device, padding, options):
 @pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity", "floor", "floor_coverage", "floor_group"])
 @pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
 def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty, padding, name):
-    inputs = make(3, 2, 2, L, 32, 32, device=triton_device)
+    inputs = qkv(3, 4, 2, L, 32, 32, device=triton_device)
     if padding is None:
         out = sparse_triton(*inputs, OPTIONS[name])
     else:
@@ -99,11 +98,18 @@ def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty,
     close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
 
 
-@pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity"])
-@pytest.mark.parametrize("padding", [None, sided, holes], ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
-@pytest.mark.parametrize("fault", ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"])
-def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_empty, padding, name, fault):
-    query, key, value = make(3, 2, 2, L, 32, 32, device=triton_device)
+# Every fault meets every budget and every padding, and every budget meets every padding; test_score has all faults alone.
+BUDGETS, SIDES = ["keep_ratio", "coverage", "group", "capacity"], [None, sided, holes]
+FAULTS = ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "padding"),
+    [(name, fault, SIDES[(b + f) % 3]) for b, name in enumerate(BUDGETS) for f, fault in enumerate(FAULTS)],
+    ids=lambda value: value if isinstance(value, str) else "unpadded" if value is None else value.__name__,
+)
+def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_empty, name, fault, padding):
+    query, key, value = qkv(3, 4, 2, L, 32, 32, device=triton_device)
     query, key = damaged(fault, query, key, window=4)
     # Of fewer than 16 rows torch's kernel for CPUs makes 0 where all logits of one are NaN.
     options = dataclasses.replace(OPTIONS[name], capacity=20 if name == "capacity" else None)
@@ -121,12 +127,14 @@ def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_e
         close(got.cpu(), want, equal_nan=True)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("limit", [1, 40_000, 10**9])
-@pytest.mark.parametrize("floor", [None, 7])
-def test_heads_stream_through_small_buffers(triton_device, monkeypatch, shared, limit, floor):
+# Every pair of values of the three.
+@pytest.mark.parametrize(
+    ("limit", "shared", "floor"),
+    [(1, False, None), (1, True, 7), (40_000, False, 7), (40_000, True, None), (10**9, False, None), (10**9, True, 7)],
+)
+def test_heads_stream_through_small_buffers(triton_device, monkeypatch, limit, shared, floor):
     monkeypatch.setattr(fused, "STREAM_BYTES", limit)
-    inputs = make(2, 3, 2, L, 32, 16, device=triton_device)
+    inputs = qkv(2, 6, 3, L, 32, 16, device=triton_device)
     options = dataclasses.replace(COVER, shared=shared, floor_window=floor)
     close(sparse_triton(*inputs, options).cpu(), expected(*inputs, None, options))
 
@@ -142,7 +150,7 @@ def test_a_kernel_says_how_much_it_is_handed_at_a_time(triton_device, monkeypatc
         return registry.get("sdpa").causal(query, key, value, scale)
 
     own_kernel(AttentionKernel("streamed", run, lambda request: None, priority=-50, stream_bytes=limit))
-    inputs = make(1, 4, 2, L, 32, 32, device=triton_device)
+    inputs = qkv(1, 8, 4, L, 32, 32, device=triton_device)
     sparse_triton(*inputs, dataclasses.replace(HALF, kernel="streamed"))
     assert seen == [8 // calls] * calls
 
@@ -160,7 +168,7 @@ def test_a_count_known_beforehand_is_the_budgets(valid, window, min_tokens, rati
 
 
 def test_opcheck(device):
-    inputs = make(3, 2, 2, L, 32, 48, device=device)
+    inputs = qkv(3, 4, 2, L, 32, 48, device=device)
     scalars = dataclasses.astuple(HALF)
     torch.library.opcheck(torch.ops.tsa.sparse_attention, (*inputs, *scalars))
     padding = sided().to(device)
@@ -177,7 +185,7 @@ def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_k
         seen.append((query.shape[2], None if count is None else count.tolist()))
         return registry.get("sdpa").causal(query, key, value, scale)
 
-    inputs = make(2, 2, 2, L, 32, 48, device=triton_device)
+    inputs = qkv(2, 4, 2, L, 32, 48, device=triton_device)
     plain = sparse_triton(*inputs, HALF)
     for step, rows, count in ((1, 27, None), (16, 32, [27, 27]), (60, 50, [27, 27])):
         own_kernel(
@@ -193,7 +201,7 @@ def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_k
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
 def test_captured_op_replays_with_other_data_and_another_count(kernel):
-    inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
+    inputs = qkv(2, 8, 2, 3000, 64, 64, torch.bfloat16, "cuda")
     scalars = dataclasses.astuple(dataclasses.replace(COVER, window=128, min_tokens=64, kernel=kernel))
     torch.ops.tsa.sparse_attention(*inputs, *scalars)
     graph = torch.cuda.CUDAGraph()
@@ -201,7 +209,7 @@ def test_captured_op_replays_with_other_data_and_another_count(kernel):
         out = torch.ops.tsa.sparse_attention(*inputs, *scalars)
     kept = set()
     for seed in range(3):
-        for tensor, fresh in zip(inputs, make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda", seed)):
+        for tensor, fresh in zip(inputs, qkv(2, 8, 2, 3000, 64, 64, torch.bfloat16, "cuda", seed=seed)):
             tensor.copy_(fresh * (seed + 1))
         graph.replay()
         close(out, torch.ops.tsa.sparse_attention(*inputs, *scalars), torch.bfloat16)
@@ -211,7 +219,7 @@ def test_captured_op_replays_with_other_data_and_another_count(kernel):
 
 @pytest.mark.gpu
 def test_a_known_count_needs_no_synchronisation():
-    inputs = make(2, 2, 4, 3000, 64, 64, torch.bfloat16, "cuda")
+    inputs = qkv(2, 8, 2, 3000, 64, 64, torch.bfloat16, "cuda")
     padding = torch.ones(2, 3000, dtype=torch.bool, device="cuda")
     padding[0, :700] = False
     scalars = dataclasses.astuple(HALF)
@@ -227,7 +235,7 @@ def test_a_known_count_needs_no_synchronisation():
 
 def test_a_kernel_without_a_log_sum_exp_is_refused_under_a_floor(device, own_kernel):
     own_kernel(AttentionKernel("mute", lambda *rows: rows[0], lambda request: None, priority=99))
-    inputs = make(1, 2, 2, L, 32, 32, device=device)
+    inputs = qkv(1, 4, 2, L, 32, 32, device=device)
     options = dataclasses.replace(HALF, floor_window=6)
     close(torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(options)), expected(*inputs, None, options))
     with pytest.raises(KernelError, match=r"'mute' cannot run .*: it gives no log-sum-exp"):

@@ -1,5 +1,7 @@
 """tsa::padded_attention: every row, pad rows included, equals dense attention with the mask that it stands for."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,9 @@ import torch.nn.functional as F
 from tsa_compile.kernels import padded, reference
 from tsa_compile.kernels.padded import padded_attention, spans
 
+from .support import TOLERANCE, qkv
+
 SEQ_LEN = 41
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def mask_of(*valid):
@@ -39,12 +42,7 @@ MASKS = {
 }
 
 
-def make(batch, heads=4, kv_heads=2, dim=32, value_dim=32, dtype=torch.float32, device="cpu", seq_len=SEQ_LEN):
-    torch.manual_seed(0)
-    query = torch.randn(batch, seq_len, heads, dim, device=device).to(dtype).transpose(1, 2)
-    key = torch.randn(batch, seq_len, kv_heads, dim, device=device).to(dtype).transpose(1, 2)
-    value = torch.randn(batch, seq_len, kv_heads, value_dim, device=device).to(dtype).transpose(1, 2)
-    return query, key, value
+operands = functools.partial(qkv, seq_len=SEQ_LEN)
 
 
 def dense(query, key, value, padding, scale, mean_rows):
@@ -76,7 +74,7 @@ def check(inputs, padding, mean_rows, scale=0.2):
 @pytest.mark.parametrize("name", MASKS)
 def test_every_row_equals_the_masked_attention(device, name, mean_rows):
     padding = MASKS[name].to(device)
-    check(make(len(padding), device=device), padding, mean_rows)
+    check(operands(len(padding), device=device), padding, mean_rows)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -85,14 +83,14 @@ def test_every_row_equals_the_masked_attention(device, name, mean_rows):
 )
 def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
     padding = MASKS["mixed with holes"].to(device)
-    inputs = make(3, heads, kv_heads, dim, value_dim, dtype, device)
+    inputs = operands(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
     check(inputs, padding, mean_rows=False, scale=dim**-0.5)
     check(inputs, padding, mean_rows=True, scale=dim**-0.5)
 
 
 def test_the_oracle_agrees_with_sdpa():
     for padding in MASKS.values():
-        inputs = [t.double() for t in make(len(padding))]
+        inputs = [t.double() for t in operands(len(padding))]
         for mean_rows in (False, True):
             expected = dense(*inputs, padding, 0.2, mean_rows)
             torch.testing.assert_close(reference.padded_attention(*inputs, padding, 0.2, mean_rows), expected)
@@ -101,13 +99,13 @@ def test_the_oracle_agrees_with_sdpa():
 def test_several_chunks(device, monkeypatch):
     monkeypatch.setattr(padded, "_CHUNK", 8)
     padding = MASKS["different holes"].to(device)
-    check(make(3, device=device), padding, mean_rows=False)
-    check(make(3, device=device), padding, mean_rows=True)
+    check(operands(3, device=device), padding, mean_rows=False)
+    check(operands(3, device=device), padding, mean_rows=True)
 
 
 def test_pads_may_hold_anything_finite_and_do_not_reach_valid_rows(device):
     padding = MASKS["mixed"].to(device)
-    query, key, value = make(3, device=device)
+    query, key, value = operands(3, device=device)
     before = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
     for tensor in (key, value):
         tensor.masked_fill_(~padding[:, None, :, None], 1e4)
@@ -117,7 +115,7 @@ def test_pads_may_hold_anything_finite_and_do_not_reach_valid_rows(device):
 
 def test_a_batch_equals_its_items_alone(device):
     padding = MASKS["mixed with holes"].to(device)
-    inputs = make(3, device=device)
+    inputs = operands(3, device=device)
     together = padded_attention(*inputs, padding, spans(padding), 0.2, True)
     for b in range(3):
         alone = [t[b : b + 1] for t in inputs]
@@ -131,7 +129,7 @@ def test_all_valid_costs_one_causal_call(device, monkeypatch):
     monkeypatch.setattr(padded, "_causal", lambda *args: calls.append(args[0].shape) or causal(*args))
     monkeypatch.setattr(padded, "_shared_keys", None)
     padding = MASKS["all, twice"].to(device)
-    check(make(2, device=device), padding, mean_rows=False)
+    check(operands(2, device=device), padding, mean_rows=False)
     assert calls == [(2, 4, SEQ_LEN, 32)]
 
 
@@ -160,7 +158,7 @@ def test_spans_of_an_expanded_mask(device):
 def test_opcheck(device, name):
     padding = MASKS[name].to(device)
     torch.library.opcheck(spans, (padding,))
-    inputs = make(len(padding), value_dim=48, device=device)
+    inputs = operands(len(padding), value_dim=48, device=device)
     torch.library.opcheck(padded_attention, (*inputs, padding, spans(padding), 0.2, False))
 
 
@@ -174,5 +172,5 @@ def test_inductor_compiles_it_for_every_length(device):
     for name, batch in (("mixed", 3), ("all, twice", 2)):
         padding = MASKS[name].to(device)
         for seq_len in (SEQ_LEN, 23):
-            inputs = *make(batch, device=device, seq_len=seq_len), padding[:, :seq_len]
+            inputs = *operands(batch, device=device, seq_len=seq_len), padding[:, :seq_len]
             torch.testing.assert_close(compiled(*inputs), attention(*inputs))

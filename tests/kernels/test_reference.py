@@ -1,5 +1,6 @@
 """The reference against what it must mean: formulas written another way, and the method's invariants."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -11,15 +12,14 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tsa_compile.kernels import reference
 
+from .support import qkv
+
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 seeds = st.integers(0, 2**31)
 few = settings(max_examples=40)
 
 
-def make(seed, batch=2, heads=4, kv_heads=2, seq_len=40, dim=8, value_dim=6):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(heads, dim), (kv_heads, dim), (kv_heads, value_dim)]
-    return [torch.randn(batch, h, seq_len, d, generator=generator, dtype=torch.float64) for h, d in shapes]
+operands = functools.partial(qkv, dim=8, value_dim=6, dtype=torch.float64)
 
 
 def random_padding(seed, batch, seq_len):
@@ -41,7 +41,7 @@ def dense(query, key, value, allowed=None, scale=None):
 @few
 @given(seed=seeds, window=st.integers(1, 50), pool=st.sampled_from([1, 3, 7]), padded=st.booleans())
 def test_scores_are_pooled_column_means_of_the_attention_matrix(seed, window, pool, padded):
-    query, key, _ = make(seed)
+    query, key, _ = operands(seed=seed)
     padding = random_padding(seed, 2, 40) if padded else None
     scores = reference.score(query, key, padding, 0.3, window, pool)
     valid = torch.ones(2, 40, dtype=torch.bool) if padding is None else padding
@@ -105,7 +105,7 @@ def test_selection_of_a_worked_example():
 @few
 @given(seed=seeds, kept=st.integers(0, 40), selections=st.sampled_from([4, 2]))
 def test_any_selection_is_dense_attention_restricted_to_it(seed, kept, selections):
-    query, key, value = make(seed)
+    query, key, value = operands(seed=seed)
     count = torch.tensor([kept, 40 - kept], dtype=torch.int32)
     scores = torch.rand(2, selections, 40, generator=torch.Generator().manual_seed(seed))
     indices = reference.select(scores, count, 40)
@@ -125,7 +125,7 @@ def test_any_selection_is_dense_attention_restricted_to_it(seed, kept, selection
 @pytest.mark.parametrize("granularity", ["head", "group"])
 @pytest.mark.parametrize("options", [{"coverage": 0.0}, {"keep_ratio": 1.0}, {"min_tokens": 36}, {"window": 40}])
 def test_keeping_everything_is_dense_attention(options, granularity):
-    query, key, value = make(0)
+    query, key, value = operands()
     options = {"window": 4, "min_tokens": 0, "granularity": granularity} | options
     out = reference.token_sparse_attention(query, key, value, **options)
     torch.testing.assert_close(out, dense(query, key, value), **CLOSE)
@@ -144,7 +144,7 @@ layer_options = st.fixed_dictionaries(
 @few
 @given(seed=seeds, options=layer_options)
 def test_a_padded_batch_equals_its_items_alone_and_unpadded(seed, options):
-    query, key, value = make(seed)
+    query, key, value = operands(seed=seed)
     padding = random_padding(seed, 2, 40)
     poisoned = [t.masked_fill(~padding[:, None, :, None], math.nan) for t in (query, key, value)]
     out = reference.token_sparse_attention(*poisoned, padding, **options)
@@ -160,7 +160,7 @@ def test_a_padded_batch_equals_its_items_alone_and_unpadded(seed, options):
 @few
 @given(seed=seeds, mean_rows=st.booleans())
 def test_padded_attention_is_sdpa_under_its_mask(seed, mean_rows):
-    query, key, value = make(seed)
+    query, key, value = operands(seed=seed)
     padding = random_padding(seed, 2, 40)
     allowed = torch.ones(40, 40, dtype=torch.bool).tril() & padding[:, None, None, :]
     if mean_rows:  # as models spell it: a finite number, which a fully masked row sees everywhere
@@ -175,14 +175,14 @@ def test_padded_attention_is_sdpa_under_its_mask(seed, mean_rows):
 
 
 def test_a_capacity_below_the_count_keeps_the_best_tokens():
-    query, key, value = make(3, batch=1)
+    query, key, value = operands(1, seed=3)
     out = reference.token_sparse_attention(query, key, value, coverage=0.0, window=4, min_tokens=0, capacity=10)
     assert ((out != 0).any(dim=-1).sum(dim=-1) == 10).all()
     assert (out[:, :, -4:] != 0).any(dim=-1).all()
 
 
 def test_group_granularity_is_head_granularity_where_heads_agree():
-    query, key, value = make(1)
+    query, key, value = operands(seed=1)
     query = query[:, ::2].repeat_interleave(2, dim=1)
     options = {"coverage": 0.3, "window": 4, "min_tokens": 0}
     by_head = reference.token_sparse_attention(query, key, value, **options)

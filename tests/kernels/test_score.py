@@ -1,7 +1,5 @@
 """tsa::score: the Triton kernels and the ATen form equal the reference, infinities included."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,90 +7,16 @@ from tsa_compile.kernels import reference
 from tsa_compile.kernels.score import score, score_aten, score_triton
 from tsa_compile.kernels.select import select
 
+from .support import FAULTS, FLOATS, PADDINGS, damaged, make_padding, poison_padding, qkv
+
 # The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|All-NaN slice):RuntimeWarning")
 
 
-def make(batch=2, heads=4, kv_heads=2, seq_len=100, dim=32, dtype=torch.float32, device="cpu", layout="BLHD", sharpness=2.0):
-    """query and key as a model has them; a larger sharpness concentrates the attention."""
-
-    def tensor(heads, factor):
-        if layout == "BHLD":
-            return (factor * torch.randn(batch, heads, seq_len, dim, device=device)).to(dtype)
-        if layout == "packed":  # a slice of one projection's output, as in Phi-3
-            packed = torch.randn(batch, seq_len, heads + 1, dim, device=device)
-            return (factor * packed).to(dtype)[:, :, 1:].transpose(1, 2)
-        if layout == "strided":  # the last dimension is not dense
-            return (factor * torch.randn(batch, heads, dim, seq_len, device=device)).to(dtype).transpose(2, 3)
-        return (factor * torch.randn(batch, seq_len, heads, dim, device=device)).to(dtype).transpose(1, 2)
-
-    torch.manual_seed(0)
-    return tensor(heads, sharpness), tensor(kv_heads, 1.0)
-
-
-def make_padding(kind, batch, seq_len, device="cpu"):
-    positions = torch.arange(seq_len).expand(batch, -1)
-    if kind is None:
-        return None
-    if kind == "all valid":
-        padding = positions >= 0
-    elif kind == "left":
-        padding = positions >= torch.arange(batch)[:, None] * (seq_len // 3)
-    elif kind == "right":
-        padding = positions < seq_len - torch.arange(batch)[:, None] * (seq_len // 3)
-    elif kind == "holes":
-        padding = torch.rand(batch, seq_len, generator=torch.Generator().manual_seed(1)) < 0.7
-    elif kind == "one valid":
-        padding = positions == seq_len // 2
-    elif kind == "none valid":
-        padding = (positions >= 0) & (torch.arange(batch) > 0)[:, None]
-    return padding.to(device)
-
-
-PADDINGS = [None, "all valid", "left", "right", "holes", "one valid", "none valid"]
-
-
-def poison(tensor, padding):
-    """NaN at the invalid tokens: whoever lets one in shows it."""
-    return tensor if padding is None else tensor.masked_fill(~padding[:, None, :, None], math.nan)
-
-
-FAULTS = [
-    "NaN key", "NaN keys", "NaN key in the window", "inf key", "-inf key", "infinite number", "unseen infinite number",
-    "NaN query in the window", "NaN query before it", "inf query in the window", "one head",
-]  # fmt: skip
-
-
-def damaged(fault, query, key, window=20):
-    """Copies of query and key with a numerical fault; where one has a position, it is one quarter of the way along."""
-    query, key = query.clone(), key.clone()
-    seq_len = key.shape[2]
-    place = seq_len // 4
-    if fault == "NaN key":
-        key[:, :, place] = math.nan
-    elif fault == "NaN keys":
-        key[:, :, place : place + 30 : 4] = math.nan
-    elif fault == "NaN key in the window":
-        key[:, :, seq_len - window // 2] = math.nan
-    elif fault == "inf key":
-        key[:, :, place] = math.inf
-    elif fault == "-inf key":
-        key[:, :, place] = -math.inf
-    elif fault == "infinite number":  # logits of both signs: some rows of the window give it all, others nothing
-        key[:, :, place, 0] = math.inf
-        query[:, :, place, 0] = 1.0
-    elif fault == "unseen infinite number":
-        key[:, :, place, 0] = math.inf
-        query[:, :, seq_len - 2 * window :, 0] = -1.0
-    elif fault == "NaN query in the window":
-        query[:, :, seq_len - 2, 0] = math.nan
-    elif fault == "NaN query before it":
-        query[:, :, place] = math.nan
-    elif fault == "inf query in the window":
-        query[:, :, seq_len - 2] = math.inf
-    elif fault == "one head":
-        key[0, 0, place] = math.nan
-    return query, key
+def query_and_key(seq_len=100, sharpness=2.0, **options):
+    """query and key; a larger sharpness concentrates the attention."""
+    query, key, _ = qkv(seq_len=seq_len, **options)
+    return sharpness * query, key
 
 
 def assert_scores(got, query, key, padding, scale, window, pool, rtol=2e-5):
@@ -106,30 +30,30 @@ def assert_scores(got, query, key, padding, scale, window, pool, rtol=2e-5):
 @pytest.mark.parametrize("window", [1, 20, 40])
 def test_kernels_equal_reference_under_every_padding(triton_device, poisoned_empty, kind, window):
     padding = make_padding(kind, 2, 100, triton_device)
-    query, key = (poison(t, padding) for t in make(device=triton_device))
+    query, key = (poison_padding(t, padding) for t in query_and_key(device=triton_device))
     got = score_triton(query, key, padding, 0.2, window, 7)
     assert_scores(got, query, key, padding, 0.2, window, 7)
 
 
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD", "packed", "strided"])
 def test_kernels_equal_reference_in_every_layout(triton_device, poisoned_empty, layout):
-    query, key = make(layout=layout, device=triton_device)
+    query, key = query_and_key(layout=layout, device=triton_device)
     assert_scores(score_triton(query, key, None, 0.2, 16, 3), query, key, None, 0.2, 16, 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [32, 33, 80, 96, 256])
 def test_kernels_equal_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim):
     if triton_device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
-    query, key = make(batch=1, heads=2, kv_heads=1, dim=dim, dtype=dtype, device=triton_device)
+    query, key = query_and_key(batch=1, heads=2, kv_heads=1, dim=dim, dtype=dtype, device=triton_device)
     assert_scores(score_triton(query, key, None, 0.1, 16, 7), query, key, None, 0.1, 16, 7)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 3), (8, 2), (6, 1)])
 @pytest.mark.parametrize("seq_len, window, pool", [(1, 1, 1), (7, 20, 7), (64, 64, 3), (65, 64, 7), (200, 70, 1)])
 def test_kernels_equal_reference_at_every_length(triton_device, poisoned_empty, heads, kv_heads, seq_len, window, pool):
-    query, key = make(1, heads, kv_heads, seq_len, device=triton_device)
+    query, key = query_and_key(seq_len, batch=1, heads=heads, kv_heads=kv_heads, device=triton_device)
     got = score_triton(query, key, None, 0.2, window, pool)
     assert_scores(got, query, key, None, 0.2, window, pool)
 
@@ -137,7 +61,7 @@ def test_kernels_equal_reference_at_every_length(triton_device, poisoned_empty, 
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
 def test_kernels_equal_reference_over_several_splits(triton_device, poisoned_empty, kind):
     padding = make_padding(kind, 2, 300, triton_device)
-    query, key = (poison(t, padding) for t in make(seq_len=300, device=triton_device, sharpness=6.0))
+    query, key = (poison_padding(t, padding) for t in query_and_key(seq_len=300, device=triton_device, sharpness=6.0))
     got = score_triton(query, key, padding, 0.2, 40, 7, split_len=64)
     assert_scores(got, query, key, padding, 0.2, 40, 7)
 
@@ -145,7 +69,7 @@ def test_kernels_equal_reference_over_several_splits(triton_device, poisoned_emp
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
 def test_an_item_scores_alone_as_in_its_batch(triton_device, kind):
     padding = make_padding(kind, 2, 150, triton_device)
-    query, key = make(seq_len=150, device=triton_device)
+    query, key = query_and_key(seq_len=150, device=triton_device)
     together = score_triton(query, key, padding, 0.2, 20, 7, split_len=64)
     for b in range(2):
         item = slice(b, b + 1)
@@ -157,7 +81,7 @@ def test_an_item_scores_alone_as_in_its_batch(triton_device, kind):
 @pytest.mark.parametrize("window, pool", [(1, 1), (40, 7), (70, 5), (200, 3)])
 def test_aten_form_equals_reference(device, kind, window, pool):
     padding = make_padding(kind, 2, 100, device)
-    query, key = (poison(t, padding) for t in make(device=device))
+    query, key = (poison_padding(t, padding) for t in query_and_key(device=device))
     assert_scores(score_aten(query, key, padding, 0.2, window, pool), query, key, padding, 0.2, window, pool)
 
 
@@ -165,7 +89,7 @@ def test_aten_form_equals_reference(device, kind, window, pool):
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
 def test_kernels_equal_reference_with_faulty_numbers(triton_device, poisoned_empty, kind, fault):
     padding = make_padding(kind, 2, 100, triton_device)
-    query, key = (poison(t, padding) for t in damaged(fault, *make(device=triton_device)))
+    query, key = (poison_padding(t, padding) for t in damaged(fault, *query_and_key(device=triton_device)))
     got = score_triton(query, key, padding, 0.2, 20, 7, split_len=64)
     assert_scores(got, query, key, padding, 0.2, 20, 7)
 
@@ -175,7 +99,7 @@ def test_kernels_equal_reference_with_faulty_numbers(triton_device, poisoned_emp
 @pytest.mark.parametrize("window", [20, 40])
 def test_aten_form_equals_reference_with_faulty_numbers(device, kind, fault, window):
     padding = make_padding(kind, 2, 100, device)
-    query, key = (poison(t, padding) for t in damaged(fault, *make(device=device)))
+    query, key = (poison_padding(t, padding) for t in damaged(fault, *query_and_key(device=device)))
     assert_scores(score_aten(query, key, padding, 0.2, window, 7), query, key, padding, 0.2, window, 7)
 
 
@@ -183,7 +107,7 @@ def test_aten_form_equals_reference_with_faulty_numbers(device, kind, fault, win
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
 def test_no_fault_looks_like_the_window_or_padding(device, kind, fault):
     padding = make_padding(kind, 2, 100, device)
-    query, key = make(device=device)
+    query, key = query_and_key(device=device)
     sound = score(query, key, padding, 0.2, 20, 7)
     faulty = score(*damaged(fault, query, key), padding, 0.2, 20, 7)
     assert torch.equal(faulty.isposinf(), sound.isposinf())
@@ -192,7 +116,7 @@ def test_no_fault_looks_like_the_window_or_padding(device, kind, fault):
 
 def test_a_nan_score_says_where_the_fault_is(device):
     """One key's NaN is its own, whatever the pooling; one query's is nobody's, so that all candidates share it."""
-    query, key = make(device=device)
+    query, key = query_and_key(device=device)
     for fault, places in (("NaN key", [25]), ("NaN keys", range(25, 55, 4)), ("NaN query in the window", range(80))):
         nan = score(*damaged(fault, query, key), None, 0.2, 20, 7).isnan()
         wanted = torch.zeros(100, dtype=torch.bool, device=device)
@@ -201,17 +125,17 @@ def test_a_nan_score_says_where_the_fault_is(device):
     assert not score(*damaged("NaN key in the window", query, key), None, 0.2, 20, 7).isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", [None, "holes"])
 def test_op_equals_reference(device, dtype, kind):
     padding = make_padding(kind, 3, 100, device)
-    query, key = make(batch=3, heads=6, kv_heads=2, dim=64, dtype=dtype, device=device)
+    query, key = query_and_key(batch=3, heads=6, kv_heads=2, dim=64, dtype=dtype, device=device)
     assert_scores(score(query, key, padding, 0.1, 24, 7), query, key, padding, 0.1, 24, 7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_selected_sets_agree_with_float64_but_for_ties(device, dtype):
-    query, key = make(seq_len=400, dtype=dtype, device=device)
+    query, key = query_and_key(seq_len=400, dtype=dtype, device=device)
     wide = reference.score(query.double(), key.double(), None, 0.2, 16, 7)
     got = select(score(query, key, None, 0.2, 16, 7), None, 200)
     want = reference.select(wide, None, 200)
@@ -223,12 +147,12 @@ def test_selected_sets_agree_with_float64_but_for_ties(device, dtype):
 
 @pytest.mark.parametrize("kind", [None, "left"])
 def test_opcheck(device, kind):
-    query, key = make(device=device)
+    query, key = query_and_key(device=device)
     torch.library.opcheck(score, (query, key, make_padding(kind, 2, 100, device), 0.2, 16, 7))
 
 
 def test_what_does_not_fit_is_refused():
-    query, key = make()
+    query, key = query_and_key()
     padding = make_padding("left", 2, 100)
     for wrong, message in (
         ((query, key[:, :, 1:], None, 0.2, 16, 7), r"key \(2, 2, 99, 32\)"),
@@ -248,7 +172,10 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("heads, kv_heads, dim, window", [(8, 2, 128, 128), (4, 4, 64, 500), (4, 1, 256, 128)])
 def test_real_sizes(poisoned_empty, dtype, kind, heads, kv_heads, dim, window):
     padding = make_padding(kind, 2, 9001, "cuda")
-    query, key = (poison(t, padding) for t in make(2, heads, kv_heads, 9001, dim, dtype, "cuda", sharpness=4.0))
+    query, key = (
+        poison_padding(t, padding)
+        for t in query_and_key(9001, 4.0, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device="cuda")
+    )
     got = score(query, key, padding, dim**-0.5, window, 7)
     want = score_aten(query.double(), key.double(), padding, dim**-0.5, window, 7)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-12)
@@ -258,7 +185,7 @@ def test_real_sizes(poisoned_empty, dtype, kind, heads, kv_heads, dim, window):
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     padding = make_padding("left", 2, 1000, "cuda")
-    query, key = make(seq_len=1000, device="cuda")
+    query, key = query_and_key(seq_len=1000, device="cuda")
     score(query, key, padding, 0.2, 16, 7)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -275,7 +202,7 @@ def test_a_new_length_compiles_nothing(kind):
     kernels = [value for name, value in vars(module).items() if name.endswith("_kernel")]
 
     def run(seq_len):
-        query, key = make(seq_len=seq_len, dim=64, dtype=torch.bfloat16, device="cuda")
+        query, key = query_and_key(seq_len=seq_len, dim=64, dtype=torch.bfloat16, device="cuda")
         score(query, key, make_padding(kind, 2, seq_len, "cuda"), 0.2, 100, 7)
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 

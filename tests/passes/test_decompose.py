@@ -12,7 +12,7 @@ from tsa_compile.passes.decompose import Decompose
 from tsa_compile.pipeline import WHOLE, run_passes
 from tsa_compile.testing import capture_all, count_ops
 
-from .test_golden import SPARSE, causal_attention, inputs, padded_attention, padding
+from .support import SPARSE, causal_attention, inputs, padded_attention, padding
 
 STEPS = ("score", "budget", "select", "compress", "attend", "decompress")
 

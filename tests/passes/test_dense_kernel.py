@@ -12,7 +12,7 @@ from tsa_compile.report import Decision, Reason, reports
 from tsa_compile.testing import capture_all, count_ops
 
 from ..support import difference, mixed_padding, tiny, tokens
-from .test_golden import causal_attention, inputs, padded_attention, padding
+from .support import causal_attention, inputs, padded_attention, padding
 
 LENGTH, ATOL = 40, 2e-5
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, layers=(1,))

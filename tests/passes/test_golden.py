@@ -5,90 +5,37 @@ The expected graphs are rewritten by `EXPECTTEST_ACCEPT=1 pytest tests/passes/te
 
 # ruff: noqa: E501  (a node is a line)
 
-import copy
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch.fx import GraphModule
 
-from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
+from tsa_compile.config import Coverage, Floor, KeepRatio
 from tsa_compile.kernels import reference
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Decision, Reason
 from tsa_compile.testing import capture_all, count_ops, graph_text, widest_elements
 
+from .support import (
+    EXACT,
+    SPARSE,
+    B,
+    D,
+    H,
+    Rewritten,
+    causal,
+    causal_attention,
+    inputs,
+    merge_heads,
+    padded_attention,
+    padding,
+    repeat_kv,
+    written_out,
+)
+
 pytestmark = pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
-
-B, H, G, L, D = 2, 4, 2, 12, 8
-EXACT = TSAConfig(layers=())
-SPARSE = TSAConfig(window=3, pool=3, min_tokens=2, layers=(0,))
-
-
-def inputs(length=L, kv_heads=G):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(B, H, length, D, generator=generator)
-    return query, *(torch.randn(B, kv_heads, length, D, generator=generator) for _ in range(2))
-
-
-def padding(length=L):
-    pad = torch.ones(B, length, dtype=torch.long)
-    pad[0, :3] = 0
-    pad[1, -2:] = 0
-    return pad
-
-
-def causal(length):
-    positions = torch.arange(length)
-    return positions[None, :] <= positions[:, None]
-
-
-def repeat_kv(x):
-    return x[:, :, None].expand(B, G, H // G, -1, D).reshape(B, H, -1, D)
-
-
-def merge_heads(x):
-    """As models do; any memory layout of x will do."""
-    return x.transpose(1, 2).reshape(B, -1, H * D)
-
-
-def causal_attention(q, k, v):
-    mask = causal(q.shape[2])
-    return merge_heads(F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask))
-
-
-def padded_attention(q, k, v, pad):
-    mask = causal(q.shape[2]) & pad.bool()[:, None, None, :]
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
-
-
-def written_out(q, k, v, pad):
-    mask = causal(q.shape[2]) & pad.bool()[:, None, None, :]
-    bias = torch.where(mask, 0.0, torch.finfo(q.dtype).min)
-    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * 0.5 + bias
-    return merge_heads(torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), repeat_kv(v)))
-
-
-class Rewritten:
-    """A captured graph, run through the passes; `before` is a copy that was not."""
-
-    def __init__(self, function, *args, config, dynamic=None):
-        captured = capture_all(function, *args, dynamic=dynamic)
-        (self.after,) = captured.graphs
-        (self.inputs,) = captured.inputs
-        self.before = GraphModule(self.after, copy.deepcopy(self.after.graph))
-        self.report = run_passes(self.after, config)
-
-    def outputs(self):
-        with torch.no_grad():
-            return self.before(*self.inputs)[0], self.after(*self.inputs)[0]
-
-    def check_same(self):
-        before, after = self.outputs()
-        torch.testing.assert_close(after, before)
-        assert after.stride() == before.stride()
 
 
 class TestDense:

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from tsa_compile.config import KeepRatio, TSAConfig
-from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.pipeline import run_passes
-from tsa_compile.testing import capture, capture_all, count_ops, widest_elements
+from tsa_compile.testing import capture, capture_all, count_ops
 
 SPARSE = TSAConfig(budget=KeepRatio(1.0), window=4, min_tokens=4, layers=[0])
 EXACT = TSAConfig(layers=[])
@@ -66,40 +65,6 @@ def test_no_copy_where_strides_are_not_seen(inputs):
     assert count_ops(graph, "permute", "contiguous") == {"permute": 0, "contiguous": 0}
 
 
-def test_nothing_of_size_length_squared_is_left(inputs):
-    graph = capture(attention, *inputs)
-    assert widest_elements(graph) >= LENGTH * LENGTH * 2
-    run_passes(graph, EXACT)
-    assert count_ops(graph, "le", "scaled_dot_product_attention", "padded_attention") == {
-        "le": 0,
-        "scaled_dot_product_attention": 0,
-        "padded_attention": 1,
-    }
-    assert not any(LENGTH == extent == other for node in graph.graph.nodes for extent, other in _last_two(node))
-
-
-def _last_two(node):
-    value = node.meta.get("example_value")
-    return [tuple(value.shape[-2:])] if isinstance(value, torch.Tensor) and value.dim() >= 2 else []
-
-
-def test_what_has_an_effect_or_another_reader_stays(inputs):
-    x, padding = inputs
-
-    def function(x, padding, log):
-        mask = mask_of(x.shape[2], padding)
-        log.add_(mask.sum())
-        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-
-    captured = capture_all(function, x, padding, torch.zeros((), dtype=torch.long))
-    (graph,) = captured.graphs
-    run_passes(graph, EXACT)
-    log = torch.zeros((), dtype=torch.long)
-    graph(*[log if isinstance(value, torch.Tensor) and value.dim() == 0 else value for value in captured.inputs[0]])
-    assert log == mask_of(LENGTH, padding).sum()
-    assert count_ops(graph, "padded_attention")["padded_attention"] == 1
-
-
 @pytest.mark.parametrize("config", [EXACT, SPARSE.replace(layers=[0, 2])], ids=["exact", "mixed"])
 def test_calls_that_read_each_others_output_directly(config, inputs):
     def function(x, padding):
@@ -111,12 +76,3 @@ def test_calls_that_read_each_others_output_directly(config, inputs):
     (graph,) = captured.graphs
     assert run_passes(graph, config.replace(strict=True)).unchanged == 0
     torch.testing.assert_close(graph(*captured.inputs[0])[0], function(*inputs))
-
-
-def test_the_cleanup_looks_at_replaced_calls_only(inputs):
-    graph = capture(attention, *inputs)
-    before = [node.name for node in graph.graph.nodes]
-    from tsa_compile.passes.base import GraphState
-
-    RemoveDeadMasks(GraphState(EXACT))(graph)
-    assert [node.name for node in graph.graph.nodes] == before

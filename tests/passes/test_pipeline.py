@@ -12,7 +12,7 @@ from tsa_compile.passes.graph import fake
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.testing import capture_all, count_ops
 
-from .test_golden import EXACT, SPARSE, inputs, padded_attention, padding, written_out
+from .support import EXACT, SPARSE, inputs, padded_attention, padding, written_out
 
 OPTIONAL = [kind.__name__ for kind in PASSES if kind.optional]
 

@@ -11,7 +11,7 @@ from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.testing import capture_all, count_ops, graph_text
 
 from ..support import tiny, tokens
-from .test_golden import SPARSE, causal_attention, inputs, merge_heads, padded_attention, padding
+from .support import SPARSE, causal_attention, inputs, merge_heads, padded_attention, padding
 
 STEPS = ("score", "budget", "select", "compress", "attend", "decompress")
 

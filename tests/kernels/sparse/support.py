@@ -4,8 +4,10 @@ import torch
 
 from tsa_compile.kernels.sparse.blocks import blocks_mask
 
+from ..support import poison_behind
 
-def make(batch=2, heads=2, kv_heads=1, capacity=150, dim=16, dtype=torch.float32, device="cpu"):
+
+def query_and_key(batch=2, heads=2, kv_heads=1, capacity=150, dim=16, dtype=torch.float32, device="cpu"):
     """Query and key. Keys have much in common with their neighbours, so that their means differ."""
     torch.manual_seed(0)
     query, key = (torch.randn(batch, h, capacity, dim, device=device) for h in (heads, kv_heads))
@@ -13,17 +15,9 @@ def make(batch=2, heads=2, kv_heads=1, capacity=150, dim=16, dtype=torch.float32
     return query.to(dtype), key.to(dtype)
 
 
-def counted(counts, device="cpu"):
-    return None if counts is None else torch.tensor(counts, dtype=torch.int32, device=device)
-
-
 def poisoned(inputs, counts):
     """Copies with NaN behind the counts."""
-    inputs = tuple(t.clone() for t in inputs)
-    for b, n in enumerate(counts or []):
-        for t in inputs:
-            t[b, :, n:] = torch.nan
-    return inputs
+    return tuple(poison_behind(tensor, counts) for tensor in inputs)
 
 
 def mask_of(lists):

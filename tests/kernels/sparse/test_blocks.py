@@ -1,5 +1,7 @@
 """blocks_triton: rows before the count equal SDPA under the expanded lists, whatever the lists, tiles and counts."""
 
+import functools
+
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from tsa_compile.kernels.sparse.blocks import (
 )
 from tsa_compile.kernels.tiles import Tiles
 
+from ..support import poison_behind, qkv
+
 BLOCK = 32
 HALVES = Tiles(16, 16, 4, 2)
 VARIANTS = {
@@ -24,10 +28,7 @@ VARIANTS = {
 }
 
 
-def make(batch=2, heads=2, kv_heads=1, capacity=150, dim=16, value_dim=24, dtype=torch.float32, device="cpu"):
-    torch.manual_seed(0)
-    sizes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
-    return tuple(torch.randn(batch, h, capacity, d, device=device).to(dtype) for h, d in sizes)
+operands = functools.partial(qkv, heads=2, kv_heads=1, seq_len=150, dim=16, value_dim=24, layout="BHLD")
 
 
 def lists_of(mask):
@@ -48,17 +49,14 @@ def check(inputs, lists, counts=None, block=BLOCK, tolerance=2e-5, **options):
     query = inputs[0]
     count = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=query.device)
     expected = blocks_aten(*(t.double() for t in inputs), 0.3, *lists, count, block=block)
-    poisoned = tuple(t.clone() for t in inputs)
-    for b, n in enumerate(counts or []):
-        for t in poisoned:
-            t[b, :, n:] = torch.nan
+    poisoned = (poison_behind(t, counts) for t in inputs)
     out = blocks_triton(*poisoned, 0.3, *lists, count, block=block, **options)
     for b, n in enumerate(counts or [query.shape[2]] * len(query)):
         torch.testing.assert_close(out[b, :, :n].double(), expected[b, :, :n], rtol=tolerance, atol=tolerance)
 
 
 def test_every_block_is_dense_attention():
-    inputs = make()
+    inputs = operands()
     lists = lists_of(torch.ones(2, 2, 5, 5, dtype=torch.bool))
     count = torch.tensor([150, 70], dtype=torch.int32)
     out = blocks_aten(*inputs, 0.3, *lists, count, block=BLOCK)
@@ -74,17 +72,17 @@ def test_mask_of_lists():
 @pytest.mark.parametrize("tiles", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("counts", [[150, 33], [0, 128]])
 def test_equals_sdpa(triton_device, tiles, counts):
-    check(make(device=triton_device), random_lists(2, 2, 5, device=triton_device), counts, tiles=tiles)
+    check(operands(device=triton_device), random_lists(2, 2, 5, device=triton_device), counts, tiles=tiles)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_no_block_and_every_block(triton_device, density):
-    inputs, lists = make(1, device=triton_device), random_lists(1, 2, 5, density, triton_device)
+    inputs, lists = operands(1, device=triton_device), random_lists(1, 2, 5, density, triton_device)
     check(inputs, lists, [147], tiles=VARIANTS["lag"])
 
 
 def test_the_diagonal_may_end_the_list(triton_device):
-    inputs, (num, indices) = make(1, device=triton_device), random_lists(1, 2, 5, device=triton_device)
+    inputs, (num, indices) = operands(1, device=triton_device), random_lists(1, 2, 5, device=triton_device)
     own = torch.arange(5, dtype=torch.int32, device=triton_device).expand(1, 2, 5)
     longer = indices.scatter(3, num[..., None].long(), own[..., None])
     out = blocks_triton(*inputs, 0.3, num + 1, longer, block=BLOCK, tiles=HALVES)
@@ -93,18 +91,18 @@ def test_the_diagonal_may_end_the_list(triton_device):
 
 @pytest.mark.parametrize("capacity", [1, 31, 33])
 def test_lengths(triton_device, capacity):
-    inputs = make(1, 2, 2, capacity, device=triton_device)
+    inputs = operands(1, heads=2, kv_heads=2, seq_len=capacity, device=triton_device)
     check(inputs, random_lists(1, 2, -(-capacity // BLOCK), 1.0, triton_device), tiles=VARIANTS["lag"])
 
 
 def test_half_precision_and_narrow_lists(triton_device):
-    inputs = make(1, 4, 2, 150, 32, 32, torch.float16, triton_device)
+    inputs = operands(1, heads=4, kv_heads=2, seq_len=150, dim=32, value_dim=32, dtype=torch.float16, device=triton_device)
     num, indices = random_lists(1, 4, 5, device=triton_device)
     check(inputs, (num, indices[..., : int(num.max())]), tiles=VARIANTS["lag, tma"], tolerance=4e-3)
 
 
 def test_defaults(triton_device):
-    inputs = make(1, 1, 1, 200, device=triton_device)
+    inputs = operands(1, heads=1, kv_heads=1, seq_len=200, device=triton_device)
     check(inputs, random_lists(1, 1, 2, 1.0, triton_device), [190], block=128)
 
 
@@ -120,7 +118,7 @@ def test_long_lists_start_first(triton_device, chunk):
 
 
 def test_op_on_the_cpu_and_what_does_not_fit():
-    inputs, (num, indices) = make(1, capacity=200), random_lists(1, 2, 2)
+    inputs, (num, indices) = operands(1, seq_len=200), random_lists(1, 2, 2)
     out = block_sparse_attention(*inputs, 0.3, num, indices)
     torch.testing.assert_close(out, blocks_aten(*inputs, 0.3, num, indices))
     with pytest.raises(ValueError, match=r"expected \(1, 2, 2\)"):
@@ -132,13 +130,14 @@ def test_op_on_the_cpu_and_what_does_not_fit():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim, tiles", [(128, None), (64, None), (128, Tiles(128, 128, 8, 3, True, True))])
 def test_on_the_gpu(dim, tiles):
-    inputs = make(2, 8, 2, 3000, dim, dim, torch.bfloat16, "cuda")
+    inputs = qkv(2, 8, 2, 3000, dim, dtype=torch.bfloat16, device="cuda", layout="BHLD")
     check(inputs, random_lists(2, 8, 24, 0.3, "cuda"), [3000, 1701], block=128, tolerance=3e-2, tiles=tiles)
 
 
 @pytest.mark.gpu
 def test_captured_graph_replays_with_other_lists_and_compiles_nothing():
-    inputs, lists = make(1, 8, 2, 2000, 128, 128, torch.bfloat16, "cuda"), random_lists(1, 8, 16, 0.3, "cuda")
+    inputs = qkv(1, 8, 2, 2000, 128, dtype=torch.bfloat16, device="cuda", layout="BHLD")
+    lists = random_lists(1, 8, 16, 0.3, "cuda")
     count = torch.tensor([2000], dtype=torch.int32, device="cuda")
     blocks_triton(*inputs, 0.1, *lists, count)
     compiled = sum(len(cache[0]) for cache in _blocks_kernel.device_caches.values())

@@ -7,7 +7,8 @@ from tsa_compile.kernels import reference_sparse
 from tsa_compile.kernels.sparse.flashprefill import flashprefill_aten, flashprefill_lists, flashprefill_triton
 from tsa_compile.kernels.sparse.lists import density, lists_of
 
-from .support import counted, make, mask_of, poisoned
+from ..support import counts_of
+from .support import mask_of, poisoned, query_and_key
 
 OPTIONS = dict(alpha=0.3, sinks=1, window=1, last=1, block=16)
 
@@ -15,14 +16,14 @@ OPTIONS = dict(alpha=0.3, sinks=1, window=1, last=1, block=16)
 @pytest.mark.parametrize("counts", [None, [150, 33], [0, 128]])
 @pytest.mark.parametrize("options", [OPTIONS, {**OPTIONS, "alpha": 0.0}, {**OPTIONS, "sinks": 2, "window": 3, "last": 0}])
 def test_the_aten_version_equals_the_reference(counts, options):
-    inputs, count = make(), counted(counts)
+    inputs, count = query_and_key(), counts_of(counts)
     found = flashprefill_aten(*poisoned(inputs, counts), 0.2, count, **options)
     assert torch.equal(mask_of(found), reference_sparse.flashprefill(*inputs, 0.2, count, **options))
 
 
 @pytest.mark.parametrize("counts", [None, [150, 33], [0, 128]])
 def test_triton_equals_aten(triton_device, poisoned_empty, counts):
-    inputs, count = make(device=triton_device), counted(counts, triton_device)
+    inputs, count = query_and_key(device=triton_device), counts_of(counts, triton_device)
     expected = flashprefill_aten(*inputs, 0.2, count, **OPTIONS)
     found = flashprefill_triton(*poisoned(inputs, counts), 0.2, count, block_n=16, chunk=4, **OPTIONS)
     densities = density(expected, count, 150, 16)
@@ -31,21 +32,23 @@ def test_triton_equals_aten(triton_device, poisoned_empty, counts):
 
 
 def test_energies_beyond_float32(triton_device):
-    query, key = make(1, device=triton_device)
+    query, key = query_and_key(1, device=triton_device)
     inputs, options = (40 * query, 5 * key), {**OPTIONS, "alpha": 1e-9}
     expected = reference_sparse.flashprefill(*inputs, 0.1, None, **options)
     assert torch.equal(mask_of(flashprefill_triton(*inputs, 0.1, block_n=16, **options)), expected)
 
 
 def test_defaults_and_layout(triton_device):
-    query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in make(1, capacity=1100, device=triton_device))
+    query, key = (
+        t.transpose(1, 2).contiguous().transpose(1, 2) for t in query_and_key(1, capacity=1100, device=triton_device)
+    )
     assert torch.equal(*(mask_of(f(query, key, 1.0)) for f in (flashprefill_aten, flashprefill_triton)))
     if triton_device == "cpu":
         assert torch.equal(mask_of(flashprefill_lists(query, key, 1.0)), mask_of(flashprefill_aten(query, key, 1.0)))
 
 
 def test_nothing_to_do(triton_device):
-    query, key = make(0, device=triton_device)
+    query, key = query_and_key(0, device=triton_device)
     assert flashprefill_triton(query, key, 1.0).kv_num_blocks.shape == (0, 2, 2)
 
 
@@ -59,7 +62,7 @@ def test_lists_of_a_mask_and_their_density():
 
 @pytest.mark.gpu
 def test_on_the_gpu():
-    query, key = make(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
-    count = counted([5000, 3333], "cuda")
+    query, key = query_and_key(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
+    count = counts_of([5000, 3333], "cuda")
     found, expected = (mask_of(f(query, key, 0.3, count)) for f in (flashprefill_triton, flashprefill_aten))
     assert (found != expected).float().mean() < 1e-3  # a score may lie on the threshold

@@ -9,7 +9,8 @@ from tsa_compile.kernels.sparse.flexprefill import flexprefill_aten, flexprefill
 from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten
 from tsa_compile.kernels.sparse.lists import density
 
-from .support import counted, make, mask_of, poisoned
+from ..support import counts_of
+from .support import mask_of, poisoned, query_and_key
 
 OPTIONS = dict(gamma=0.6, tau=0.25, min_budget=16, block=16)
 SMALL = dict(splitting=Splitting(2, 16, 16, 4, 1), cut=Search(2, 128, 4), means=64)
@@ -18,7 +19,7 @@ COUNTS = [None, [150, 33], [0, 128], [1, 17]]
 
 def make_both(heads=4, kv_heads=2, device="cpu", **options):
     """Inputs whose even heads foretell their attention, with queries that hardly differ, and whose odd ones do not."""
-    query, key = make(heads=heads, kv_heads=kv_heads, device=device, **options)
+    query, key = query_and_key(heads=heads, kv_heads=kv_heads, device=device, **options)
     query[:, ::2] = 0.1 * query[:, ::2] + 0.7 * query[:, ::2, -1:]
     query[:, 1::2] *= 3
     return query, key
@@ -40,7 +41,7 @@ def aware(inputs, count, options, scale=0.3):
     [{}, {"gamma": 0.95}, {"gamma": 0.0}, {"gamma": 1.5}, {"tau": 0.0}, {"tau": 2.0}, {"min_budget": 0}, {"min_budget": 70}],
 )
 def test_the_aten_version_equals_the_reference(counts, changes):
-    inputs, count, options = make_both(), counted(counts), {**OPTIONS, **changes}
+    inputs, count, options = make_both(), counts_of(counts), {**OPTIONS, **changes}
     found = flexprefill_aten(*poisoned(inputs, counts), 0.3, count, **options)
     assert torch.equal(mask_of(found), reference_sparse.flexprefill_mask(*inputs, 0.3, count, **options))
 
@@ -55,8 +56,8 @@ def test_heads_of_both_kinds(batch, heads, kv_heads, capacity):
 
 @pytest.mark.parametrize("counts, columns", [([150, 33], 16), ([150, 31], 32), ([1, 128], 16)])
 def test_sums_along_columns_and_diagonals(triton_device, poisoned_empty, counts, columns):
-    query, key = make(heads=1, device=triton_device)
-    rows, count = torch.tensor(counts, device=triton_device), counted(counts, triton_device)
+    query, key = query_and_key(heads=1, device=triton_device)
+    rows, count = torch.tensor(counts, device=triton_device), counts_of(counts, triton_device)
     expected = last_rows_sums_aten(query.double(), key.double(), 0.3, rows, 32)
     for splitting in (Splitting(span, columns, 16, 4, 1) for span in (1, 3)):
         sums, bands = last_rows_sums(*poisoned((query, key), counts), 0.3, count, 32, splitting)
@@ -70,7 +71,7 @@ def test_sums_along_columns_and_diagonals(triton_device, poisoned_empty, counts,
 @pytest.mark.parametrize("counts, heads, kv_heads, chunk", [(None, 2, 2, 1024), ([110, 33], 2, 1, 1024), ([0, 97], 2, 1, 4)])
 def test_triton_equals_aten(triton_device, poisoned_empty, counts, heads, kv_heads, chunk):
     inputs = make_both(heads, kv_heads, batch=len(counts or [1]), capacity=110, device=triton_device)
-    count = counted(counts, triton_device)
+    count = counts_of(counts, triton_device)
     expected = flexprefill_aten(*inputs, 0.3, count, **OPTIONS)
     found = flexprefill_triton(*poisoned(inputs, counts), 0.3, count, **SMALL, **OPTIONS, chunk=chunk)
     densities = density(expected, count, 110, 16)
@@ -83,7 +84,7 @@ def test_triton_equals_aten(triton_device, poisoned_empty, counts, heads, kv_hea
 )
 def test_extremes(triton_device, poisoned_empty, changes):
     inputs, options = make_both(2, batch=1, capacity=70, device=triton_device), OPTIONS | changes
-    count = counted([67], triton_device)
+    count = counts_of([67], triton_device)
     found = flexprefill_triton(*poisoned(inputs, [67]), 0.3, count, **SMALL, **options)
     expected = reference_sparse.flexprefill_mask(*inputs, 0.3, count, **options)
     assert torch.equal(mask_of(found), expected)
@@ -114,7 +115,7 @@ def test_defaults_and_layout(triton_device, capacity):
 
 
 def test_nothing_to_do(triton_device):
-    query, key = make(0, device=triton_device)
+    query, key = query_and_key(0, device=triton_device)
     assert flexprefill_triton(query, key, 1.0).kv_num_blocks.shape == (0, 2, 2)
 
 
@@ -146,7 +147,7 @@ def test_on_the_gpu():
     query, key = make_both(8, 2, capacity=5000, dim=128, device="cuda", dtype=torch.bfloat16)
     options = {"gamma": 0.7, "tau": 0.25, "min_budget": 256}
     for counts in ([5000, 3333], [4096, 0]):
-        count = counted(counts, "cuda")
+        count = counts_of(counts, "cuda")
         inputs = poisoned((query, key), counts)
         found = flexprefill_triton(*inputs, 0.1, count, **options)
         expected = mask_of(flexprefill_aten(query, key, 0.1, count, **options))
@@ -158,7 +159,7 @@ def test_on_the_gpu():
 @pytest.mark.gpu
 def test_captured_with_a_count_on_the_device():
     inputs = make_both(8, 2, capacity=3000, dim=128, device="cuda", dtype=torch.bfloat16)
-    count = counted([3000, 3000], "cuda")
+    count = counts_of([3000, 3000], "cuda")
     flexprefill_lists(*inputs, 0.1, count, min_budget=256)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

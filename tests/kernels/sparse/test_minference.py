@@ -20,7 +20,8 @@ from tsa_compile.kernels.sparse.vertical_slash import (
 )
 from tsa_compile.kernels.tiles import Tiles
 
-from .support import counted, make, poisoned
+from ..support import counts_of
+from .support import poisoned, query_and_key
 
 SMALL = dict(sinks=3, near=6, last=16, block=16)
 CUT = {**SMALL, "splitting": Splitting(span=4, dims=16, num_warps=4)}
@@ -36,7 +37,7 @@ VARIANTS = {
 
 
 def tensors(capacity=150, batch=2, heads=2, kv_heads=1, dim=16, value_dim=24, dtype=torch.float32, device="cpu"):
-    query, key = make(batch, heads, kv_heads, capacity, dim, dtype, device)
+    query, key = query_and_key(batch, heads, kv_heads, capacity, dim, dtype, device)
     return query, key, torch.randn(batch, kv_heads, capacity, value_dim, device=device).to(dtype)
 
 
@@ -64,7 +65,7 @@ def mask_of(lists, capacity, count, block=BLOCK):
 
 def check(inputs, lists, counts=None, block=BLOCK, tolerance=2e-5, **options):
     """Filler is NaN on the way in, and what is behind the count may be anything on the way out."""
-    count = counted(counts, inputs[0].device)
+    count = counts_of(counts, inputs[0].device)
     expected = vertical_slash_aten(*(t.double() for t in inputs), 0.3, *lists, count, block=block)
     out = vertical_slash_triton(*poisoned(inputs, counts), 0.3, *lists, count, block=block, **options)
     for b, n in enumerate(counts or [inputs[0].shape[2]] * len(out)):
@@ -74,7 +75,7 @@ def check(inputs, lists, counts=None, block=BLOCK, tolerance=2e-5, **options):
 @pytest.mark.parametrize("counts", [None, [150, 33], [0, 128], [5, 1]])
 @pytest.mark.parametrize("options", [HEADS, {**HEADS, "a_shape": [False, True]}, dict(vertical=20, slash=0)])
 def test_the_aten_version_equals_the_reference(counts, options):
-    inputs, count = make(), counted(counts)
+    inputs, count = query_and_key(), counts_of(counts)
     lists = minference_aten(*poisoned(inputs, counts), 0.2, count, **options, **SMALL)
     per_head = {name: n if isinstance(n, list) else [n, n] for name, n in {"a_shape": False, **options}.items()}
     expected = reference_sparse.minference_mask(*inputs, 0.2, count, **per_head, **SMALL)
@@ -85,7 +86,7 @@ def test_the_aten_version_equals_the_reference(counts, options):
 
 @pytest.mark.parametrize("counts, a_shape", [(None, None), ([80, 33], None), ([80, 71], [False, True]), ([0, 5], None)])
 def test_triton_equals_aten(triton_device, poisoned_empty, counts, a_shape):
-    inputs, count = make(capacity=80, device=triton_device), counted(counts, triton_device)
+    inputs, count = query_and_key(capacity=80, device=triton_device), counts_of(counts, triton_device)
     expected = minference_aten(*inputs, 0.2, count, **HEADS, a_shape=a_shape, **SMALL)
     found = minference_triton(*poisoned(inputs, counts), 0.2, count, **HEADS, a_shape=a_shape, **CUT)
     assert torch.equal(mask_of(found, 80, count, 16), mask_of(expected, 80, count, 16))
@@ -105,14 +106,14 @@ def test_very_short_inputs_with_the_defaults(triton_device, capacity):
 
 @pytest.mark.parametrize("options", [dict(vertical=10**6, slash=0), dict(vertical=0, slash=[10**6, 150])])
 def test_more_than_there_are_is_dense_attention(options):
-    inputs, count = tensors(), counted([150, 70])
+    inputs, count = tensors(), counts_of([150, 70])
     lists = minference_aten(*inputs[:2], 0.3, count, **options, **SMALL)
     out = vertical_slash_aten(*inputs, 0.3, *lists, count, block=16)
     torch.testing.assert_close(out, reference.attend(*inputs, count, 0.3))
 
 
 def test_numbers_in_all_their_forms(device):
-    inputs, there = make(device=device), {"device": device, "dtype": torch.int64}
+    inputs, there = query_and_key(device=device), {"device": device, "dtype": torch.int64}
     forms = [HEADS, *({name: torch.tensor(n, **where) for name, n in HEADS.items()} for where in ({}, there))]
     masks = [mask_of(minference_aten(*inputs, 0.2, **form, **SMALL), 150, None, 16) for form in forms]
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
@@ -123,7 +124,7 @@ def test_numbers_in_all_their_forms(device):
 
 @pytest.mark.parametrize("counts", [None, [150, 33]])
 def test_a_shape_is_the_nearest_and_the_first(counts):
-    inputs, count = make(), counted(counts)
+    inputs, count = query_and_key(), counts_of(counts)
     numbers = [7, 20], [33, 60]
     found = mask_of(a_shape_lists(*inputs, 0.2, count, sinks=numbers[0], window=numbers[1], block=16), 150, count, 16)
     options = dict(vertical=numbers[0], slash=numbers[1], a_shape=[True, True])
@@ -208,7 +209,7 @@ def test_composed_with_token_selection(narrow):
 
 def test_nothing_to_do_and_what_does_not_fit(triton_device):
     for f in (minference_triton, minference_aten):
-        assert f(*make(0, device=triton_device), 1.0).starts.shape[:2] == (0, 2)
+        assert f(*query_and_key(0, device=triton_device), 1.0).starts.shape[:2] == (0, 2)
     inputs, (starts, columns) = tensors(1, 1), random_lists(1, 1)
     with pytest.raises(ValueError, match="do not fit query"):
         vertical_slash_attention(*inputs, 0.3, starts[:, :1], columns)
@@ -219,7 +220,7 @@ def test_nothing_to_do_and_what_does_not_fit(triton_device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_on_the_gpu(dim):
-    inputs, count = tensors(5000, 2, 8, 2, dim, dim, torch.bfloat16, "cuda"), counted([5000, 3333], "cuda")
+    inputs, count = tensors(5000, 2, 8, 2, dim, dim, torch.bfloat16, "cuda"), counts_of([5000, 3333], "cuda")
     options = dict(vertical=[100, 30] * 4, slash=[150, 800] * 4)
     found, expected = (f(*inputs[:2], 0.3, count, **options) for f in (minference_triton, minference_aten))
     different = mask_of(found, 5000, count, 64) != mask_of(expected, 5000, count, 64)
@@ -229,7 +230,7 @@ def test_on_the_gpu(dim):
 
 @pytest.mark.gpu
 def test_captured_graph_replays_with_another_count_and_compiles_nothing():
-    inputs, count = tensors(3000, 1, 8, 2, 128, 128, torch.bfloat16, "cuda"), counted([3000], "cuda")
+    inputs, count = tensors(3000, 1, 8, 2, 128, 128, torch.bfloat16, "cuda"), counts_of([3000], "cuda")
     kernel = block_sparse("narrow", minference_lists, vertical=[50] * 8, slash=200)
     registry.unregister("narrow")
     kernel.causal(*inputs, 0.1, count)

@@ -1,5 +1,6 @@
 """The block-sparse kernels in the registry of attend, alone and over compressed rows."""
 
+import functools
 import math
 
 import pytest
@@ -10,13 +11,12 @@ from tsa_compile.kernels import attend, fused, reference, registry  # noqa: F401
 from tsa_compile.kernels.registry import KernelRequest, choose, unregister
 from tsa_compile.kernels.sparse import block_sparse, flashprefill_lists, flexprefill_lists, lists_of, xattention_lists
 
+from ..support import qkv
+
 NAMES = ("flashprefill", "xattention", "flexprefill")
 
 
-def make(capacity=700, dtype=torch.float32, device="cpu", heads=4, kv_heads=2, dim=16):
-    torch.manual_seed(0)
-    shapes = [(2, h, capacity, dim) for h in (heads, kv_heads, kv_heads)]
-    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+operands = functools.partial(qkv, seq_len=700, dim=16, layout="BHLD")
 
 
 def every_fourth(query, key, scale, count):
@@ -56,14 +56,14 @@ def test_they_are_there_and_never_chosen_unasked():
 def test_a_variant_that_leaves_nothing_out_is_dense(registered, name, options):
     selectors = {"flashprefill": flashprefill_lists, "xattention": xattention_lists, "flexprefill": flexprefill_lists}
     registered("everything", selectors[name], **options)
-    inputs, count = make(), torch.tensor([700, 333], dtype=torch.int32)
+    inputs, count = operands(), torch.tensor([700, 333], dtype=torch.int32)
     out = attend.attend(*inputs, count, 0.25, "everything")
     torch.testing.assert_close(out, reference.attend(*inputs, count, 0.25))
 
 
 def test_a_selector_of_ones_own(registered):
     registered("fourth", every_fourth)
-    query, key, value = make()
+    query, key, value = operands()
     out = attend.attend(query, key, value, None, 0.25, "fourth")
     rows = torch.arange(700)
     seen = (rows <= rows[:, None]) & ((rows // 128 % 4 == 0) | (rows // 128 == rows[:, None] // 128))
@@ -76,7 +76,7 @@ def test_a_selector_of_ones_own(registered):
 def test_composed_with_token_selection(registered, name):
     """The fused op equals its steps, with the same selector between them."""
     registered("band", flashprefill_lists, alpha=1.0, sinks=0, window=1, last=0)
-    inputs = make(1500)
+    inputs = operands(seq_len=1500)
     scores = torch.ops.tsa.score(inputs[0], inputs[1], None, 0.25, 64, 7)
     scalars = (0.25, 64, 7, None, 0.5, 256, None, False, name)
     found = torch.ops.tsa.sparse_attention(*inputs, *scalars)
@@ -91,7 +91,7 @@ def test_composed_with_token_selection(registered, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_captured_with_a_count_on_the_device(name):
-    inputs = make(3000, torch.bfloat16, "cuda", 8, 2, 128)
+    inputs = operands(2, 8, 2, seq_len=3000, dim=128, dtype=torch.bfloat16, device="cuda")
     count = torch.tensor([3000, 3000], dtype=torch.int32, device="cuda")
     kernel = registry.get(name)
     kernel.causal(*inputs, 0.1, count)

@@ -11,7 +11,8 @@ from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _strided_lo
 from tsa_compile.kernels.sparse.lists import density
 from tsa_compile.kernels.sparse.xattention import xattention_aten, xattention_lists, xattention_triton
 
-from .support import counted, make, mask_of, poisoned
+from ..support import counts_of
+from .support import mask_of, poisoned, query_and_key
 
 # The logarithm of the weight of a block that a row does not see at all.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
@@ -28,14 +29,14 @@ TILINGS = {
 @pytest.mark.parametrize("counts", [None, [150, 33], [0, 128]])
 @pytest.mark.parametrize("options", [OPTIONS, {**OPTIONS, "stride": 4}, {**OPTIONS, "mass": 0.3}])
 def test_the_aten_version_equals_the_reference(counts, options):
-    inputs, count = make(), counted(counts)
+    inputs, count = query_and_key(), counts_of(counts)
     found = xattention_aten(*poisoned(inputs, counts), 0.5, count, **options)
     assert torch.equal(mask_of(found), reference_sparse.xattention(*inputs, 0.5, count, **options))
 
 
 @pytest.mark.parametrize("counts, tiling", [([0, 128], "plain"), ([150, 35], "wide"), ([150, 35], "tma"), (None, "tma")])
 def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
-    inputs, count = make(device=triton_device), counted(counts, triton_device)
+    inputs, count = query_and_key(device=triton_device), counts_of(counts, triton_device)
     expected = xattention_aten(*inputs, 0.5, count, **OPTIONS)
     found = xattention_triton(*poisoned(inputs, counts), 0.5, count, tiling=TILINGS[tiling], chunk=2, **OPTIONS)
     densities = density(expected, count, 150, 32)
@@ -45,7 +46,7 @@ def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
 
 def test_a_peak_far_above_other_blocks(triton_device):
     """A tile has one peak a row: of blocks far below it nothing is left, in the sums as in the softmax."""
-    query, key = (t[:, :1] for t in make(1, 1, capacity=150, device=triton_device))
+    query, key = (t[:, :1] for t in query_and_key(1, 1, capacity=150, device=triton_device))
     key = key.clone()
     key[:, :, 32:64] = query.mean(dim=2, keepdim=True).sign() * 100  # a block that takes all or nothing of a row
     expected = xattention_aten(query, key, 1.0, **OPTIONS)
@@ -54,7 +55,7 @@ def test_a_peak_far_above_other_blocks(triton_device):
 
 
 def test_few_dims_and_large_logits(triton_device):
-    query, key = make(1, capacity=100, dim=24, device=triton_device)
+    query, key = query_and_key(1, capacity=100, dim=24, device=triton_device)
     for scale in (5.0, 0.0, -2.0):
         expected = xattention_aten(query, key, scale, **OPTIONS)
         found = xattention_triton(query, key, scale, tiling=TILINGS["plain"], **OPTIONS)
@@ -82,9 +83,9 @@ def heads_inside(tensor):
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, heads_inside], ids=["BHCD", "BCHD"])
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_sums_against_peaks(triton_device, poisoned_empty, tiling, layout):
-    query, key = (layout(tensor) for tensor in make(capacity=152, device=triton_device))
+    query, key = (layout(tensor) for tensor in query_and_key(capacity=152, device=triton_device))
     assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == ("tma" in tiling)
-    assert_same_energies(query, key, counted([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
+    assert_same_energies(query, key, counts_of([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def test_places_are_the_tiles_up_to_the_diagonal(triton_device, units, per_unit,
 @pytest.mark.parametrize("near_miss", ["stride", "items", "heads", "head size", "steps"])
 def test_tiles_by_tma_need_a_matrix_of_groups(near_miss):
     """A group of rows is a row of the matrix, so heads must begin with one, or lie side by side in it."""
-    query, key = make(capacity=152)
+    query, key = query_and_key(capacity=152)
     assert _tiling(query, key, 8, TILINGS["tma"]).use_tma
     if near_miss == "stride":
         assert not _tiling(query, key, 16, TILINGS["tma"]).use_tma
@@ -129,14 +130,14 @@ def test_tiles_by_tma_need_a_matrix_of_groups(near_miss):
 
 @pytest.mark.parametrize("capacity", [1, 300])
 def test_defaults_and_layout(triton_device, capacity):
-    query, key = map(heads_inside, make(1, 1, capacity=capacity, device=triton_device))
+    query, key = map(heads_inside, query_and_key(1, 1, capacity=capacity, device=triton_device))
     assert torch.equal(*(mask_of(f(query, key, 1.0)) for f in (xattention_aten, xattention_triton)))
     if triton_device == "cpu":
         assert torch.equal(mask_of(xattention_lists(query, key, 1.0)), mask_of(xattention_aten(query, key, 1.0)))
 
 
 def test_nothing_to_do(triton_device):
-    query, key = make(0, device=triton_device)
+    query, key = query_and_key(0, device=triton_device)
     assert xattention_triton(query, key, 1.0).kv_num_blocks.shape == (0, 2, 2)
 
 
@@ -144,11 +145,11 @@ def test_nothing_to_do(triton_device):
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("layout", ["BHCD", "BCHD"])
 def test_on_the_gpu(stride, layout):
-    query, key = make(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
+    query, key = query_and_key(2, 8, 2, 5000, 128, torch.bfloat16, "cuda")
     if layout == "BCHD":
         query, key = heads_inside(query), heads_inside(key)
     for counts in ([5000, 3333], [4096, 0]):
-        count = counted(counts, "cuda")
+        count = counts_of(counts, "cuda")
         inputs = poisoned((query, key), counts)
         found = mask_of(xattention_triton(*inputs, 0.3, count, stride=stride, chunk=16))
         expected = mask_of(xattention_aten(query, key, 0.3, count, stride=stride))

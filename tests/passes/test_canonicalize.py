@@ -1,0 +1,114 @@
+"""Dense calls with a proven mask: what each is replaced by, and which calls are left as they are."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tsa_compile.passes.canonicalize import CanonicalizeDense
+from tsa_compile.passes.emit_padding import EmitPadding
+from tsa_compile.pipeline import run_passes
+from tsa_compile.report import Decision
+from tsa_compile.testing import capture_all, graph_text
+
+from .support import (
+    EXACT,
+    SPARSE,
+    D,
+    H,
+    causal,
+    causal_attention,
+    inputs,
+    merge_heads,
+    padded_attention,
+    padding,
+    passed,
+    written_out,
+)  # fmt: skip
+
+SDPA = F.scaled_dot_product_attention
+DEFAULT_SCALE = 1.0 / math.sqrt(D)
+PADDED = torch.ops.tsa.padded_attention.default
+
+
+def replacement(function, *arguments, config=EXACT):
+    """The call that stands for the only attention of a function; what the graph computes is held against it."""
+    graph, state, given = passed(CanonicalizeDense, function, *arguments, config=config)
+    torch.testing.assert_close(graph(*given)[0], function(*arguments))
+    (plan,) = state.plans
+    (new,) = (node for node in graph.graph.nodes if node.target in (SDPA, PADDED) and node.users)
+    assert plan.call.node in state.detached and not plan.call.node.users
+    return new, plan.call
+
+
+def test_a_causal_mask_becomes_a_flag_and_heads_are_not_repeated():
+    new, call = replacement(causal_attention, *inputs())
+    assert new.args == (call.query, call.key, call.value) and {node.op for node in new.args} == {"placeholder"}
+    assert new.kwargs == {"is_causal": True, "scale": DEFAULT_SCALE, "enable_gqa": True}
+
+
+def test_as_many_key_heads_as_query_heads_need_no_grouping():
+    def attention(q, k, v):
+        return merge_heads(SDPA(q, k, v, attn_mask=causal(q.shape[2]), scale=0.3))
+
+    new, _ = replacement(attention, *inputs(kv_heads=H))
+    assert new.kwargs == {"is_causal": True, "scale": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("function", "scale", "mean_rows"), [(padded_attention, DEFAULT_SCALE, False), (written_out, 0.5, True)]
+)
+def test_padding_becomes_a_mask_of_tokens(function, scale, mean_rows):
+    """A row without a key is zeros where the mask was boolean, the mean of all values where it was a finite number."""
+    new, call = replacement(function, *inputs(), padding())
+    query, key, value, valid, spans, *numbers = new.args
+    assert (query, key, value) == (call.query, call.key, call.value) and numbers == [scale, mean_rows]
+    assert spans.target is torch.ops.tsa.spans.default and spans.args == (valid,)
+    assert valid.meta["example_value"].shape == (2, 12) and valid.meta["example_value"].dtype == torch.bool
+
+
+def test_an_exported_graph_gets_recorded_operators():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return causal_attention(q, k, v)
+
+    program = torch.export.export(Module(), inputs())
+    run_passes(program.graph_module, EXACT)
+    targets = [node.target for node in program.graph_module.graph.nodes]
+    assert targets.count(torch.ops.aten.scaled_dot_product_attention.default) == 1 and SDPA not in targets
+
+
+def canonical(q, k, v):
+    return SDPA(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def shifted(q, k, v):
+    positions = torch.arange(q.shape[2])
+    return SDPA(q, k, v, attn_mask=positions <= positions[:, None] + 1, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "config", "decision"),
+    [(canonical, EXACT, Decision.DENSE), (shifted, EXACT, Decision.UNCHANGED), (causal_attention, SPARSE, Decision.SPARSE)],
+    ids=["canonical already", "another mask", "sparse"],
+)
+def test_others_are_left_alone(function, config, decision):
+    graph, state, _ = passed(EmitPadding, function, *inputs(), config=config)
+    before = graph_text(graph)
+    step = CanonicalizeDense(state)
+    assert not step(graph).modified and step.matched == 0
+    assert [plan.decision for plan in state.plans] == [decision] and graph_text(graph) == before
+
+
+def test_one_call_that_fails_leaves_the_others_rewritten(monkeypatch):
+    def two(q, k, v, pad):
+        return padded_attention(q, k, v, pad) + causal_attention(q, k, v)
+
+    captured = capture_all(two, *inputs(), padding())
+    (graph,) = captured.graphs
+    monkeypatch.setattr(CanonicalizeDense, "_padded", lambda *args: 1 / 0)
+    with pytest.warns(UserWarning, match="dense rewriting failed"):
+        report = run_passes(graph, EXACT)
+    assert [row.decision for row in report] == [Decision.UNCHANGED, Decision.DENSE]
+    torch.testing.assert_close(graph(*captured.inputs[0])[0], two(*inputs(), padding()))
