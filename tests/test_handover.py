@@ -179,6 +179,8 @@ def process(tmp_path):
     script.write_text(textwrap.dedent(PROCESS))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TORCH_CACHING_PRECOMPILE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    # In an empty cache Inductor would first try out every vector extension and compile its headers: a fifth of the time.
+    environment |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 
     def run(backend, ratio):
         command = [sys.executable, "-P", str(script), backend, str(ratio)]

@@ -1,5 +1,6 @@
 """A full disk: one line, exit code 1, and what was there before stays."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,43 +22,77 @@ WRITERS = {
 }
 
 
-@pytest.fixture
-def limited(tmp_path):
-    """A command in a process in which no file may grow beyond some bytes, on top of a file that is there."""
+FORKS = """
+import json, os, resource, signal, sys
+import torch, transformers
+from tsa_compile import export
+from tsa_compile.cli import main
 
-    def limit():
-        import resource
-        import signal
 
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+def run(arguments):
+    sys.argv[1:] = arguments
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
 
-    def run(name):
-        path = tmp_path / name
+
+def forked(arguments):
+    pipes = {stream: os.pipe() for stream in (1, 2)}
+    child = os.fork()
+    if child == 0:
+        for stream, (_, end) in pipes.items():
+            os.dup2(end, stream)
+        code = 70
+        try:
+            code = run(arguments)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    for _, end in pipes.values():
+        os.close(end)
+    said = [open(end).read() for end, _ in pipes.values()]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *said]
+
+
+print(json.dumps([forked(arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory):
+    """Each command, on top of a file that is there, in a process in which no file may grow beyond some bytes: by name, the
+    path and (exit code, stdout, stderr). One process imports torch, and each command runs in a fork of it."""
+    folder = tmp_path_factory.mktemp("full")
+    paths = {name: folder / name.replace(".", "-") / name for name in WRITERS}
+    for path in paths.values():
+        path.parent.mkdir()
         path.write_text("precious")
-        command = [sys.executable, "-P", "-c", "from tsa_compile.cli import main; main()", *WRITERS[name], str(path)]
-        environment = {
-            **os.environ,
-            "COLUMNS": "200",
-            "TERM": "dumb",
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-            "PYTHONDONTWRITEBYTECODE": "1",  # cut off at the limit, a module's bytecode would fail every later process
-        }
-        done = subprocess.run(
-            [*command, "--device", "cpu"], preexec_fn=limit, env=environment, capture_output=True, text=True, check=False
-        )
-        return path, done
-
-    return run
+    commands = [[*WRITERS[name], str(path), "--device", "cpu"] for name, path in paths.items()]
+    environment = {
+        **os.environ,
+        "COLUMNS": "200",
+        "TERM": "dumb",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",  # cut off at the limit, a module's bytecode would fail every later process
+    }
+    command = [sys.executable, "-P", "-c", FORKS, json.dumps(commands)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(WRITERS, zip(paths.values(), json.loads(done.stdout), strict=True), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_was_there_stays(name, limited):
-    path, done = limited(name)
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    last = done.stderr.splitlines()[-1]
+    path, (code, stdout, stderr) = limited[name]
+    assert (code, stdout) == (1, ""), stderr
+    last = stderr.splitlines()[-1]
     assert last.startswith("error: ") and "File too large" in last and "free some space" in last
-    assert "report it" not in last and "Traceback" not in done.stderr
+    assert "report it" not in last and "Traceback" not in stderr
     assert path.read_text() == "precious"
     assert not [file.name for file in path.parent.iterdir() if file.name.startswith(".")]
