@@ -30,7 +30,7 @@ USAGE = {
     "an unknown option": ([*TINY, "--lenght", "8"], "No such option: --lenght"),
     "no number": ([*TINY, "--window", "many"], "--window"),
     "a budget without a kind": ([*TINY, "--budget", "0.5"], "write coverage:0.005 or keep:0.5"),
-    "a budget beyond": ([*TINY, "--budget", "keep:1.5"], "a number in (0, 1]"),
+    "a budget beyond": ([*TINY, "--budget", "keep:1.5"], "a number in [0, 1]"),
     "a length that is none": ([*TINY, "--length", "8 thousand"], "is not a length"),
     "a window below 1": ([*TINY, "--window", "0"], "window=0 is not allowed"),
     "a layer that is not": ([*TINY, "--sparse-layers", "0,1,2"], "layer 2 does not exist: tiny has the layers 0 to 1"),

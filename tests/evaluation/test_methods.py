@@ -171,7 +171,7 @@ def test_an_unknown_method_is_refused(name):
         parse(name)
 
 
-@pytest.mark.parametrize("name", ["coverage-1", "keep-0", "early-keep-2", "keep-0.5@0"])
+@pytest.mark.parametrize("name", ["coverage-1", "keep-1.1", "early-keep-2", "keep-0.5@0"])
 def test_a_number_that_no_budget_allows_is_refused(name):
     with pytest.raises(ConfigError, match="is not allowed"):
         parse(name)
