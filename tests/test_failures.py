@@ -6,9 +6,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWarning, explain, reports
 from tsa_compile.passes import canonicalize, rewrite
+from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.masks import InferMasks
 from tsa_compile.passes.plan import PlanCalls
+from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.verify import Verify
 from tsa_compile.testing import count_ops
 
@@ -58,10 +60,10 @@ def present(graph_module):
 
 
 @pytest.mark.parametrize("form", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["_count", "_five_steps"])
-def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, name, form):
+@pytest.mark.parametrize(("owner", "name"), [(rewrite, "scale_of"), (RewriteSparse, "_sparse")], ids=["before", "after"])
+def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
     """The second of two calls: the first stays sparse, the failed one is the model's, and no node is left behind."""
-    failing(monkeypatch, rewrite, name, at=1)
+    failing(monkeypatch, owner, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.2\.self_attn.*planted"):
         logits, wanted, graph = run(tiny("llama", form))
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
@@ -74,9 +76,9 @@ def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, name, form):
     assert "planted" in rows[2].detail and rows[2].decision is Decision.UNCHANGED
 
 
-@pytest.mark.parametrize("name", ["_padded", "scale_of"])
-def test_one_call_fails_in_the_dense_rewriting(monkeypatch, name):
-    failing(monkeypatch, canonicalize, name, at=1)
+@pytest.mark.parametrize(("owner", "name"), [(CanonicalizeDense, "_padded"), (canonicalize, "scale_of")])
+def test_one_call_fails_in_the_dense_rewriting(monkeypatch, owner, name):
+    failing(monkeypatch, owner, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.1\.self_attn.*planted"):
         logits, wanted, graph = run(tiny("llama"), layers=[])
     assert difference(logits, wanted) < ATOL
@@ -86,8 +88,8 @@ def test_one_call_fails_in_the_dense_rewriting(monkeypatch, name):
 
 def test_the_only_user_of_a_shared_node_fails(monkeypatch):
     """The padding tensor made for a failed call must not be used by a later one, nor stay in the graph."""
-    failing(monkeypatch, rewrite, "_five_steps", at=0)
-    monkeypatch.setattr(canonicalize, "_padded", lambda *args: 1 / 0)
+    failing(monkeypatch, RewriteSparse, "_sparse", at=0)
+    monkeypatch.setattr(CanonicalizeDense, "_padded", lambda *args: 1 / 0)
     with pytest.warns(TSAWarning, match="planted"):
         logits, wanted, graph = run(tiny("llama"))
     assert torch.equal(logits, wanted)
@@ -97,7 +99,7 @@ def test_the_only_user_of_a_shared_node_fails(monkeypatch):
 def test_a_failure_at_the_first_call_leaves_the_next_ones_whole(monkeypatch):
     """Calls share the padding tensor; the one that made it fails, the next needs it again."""
     calls = []
-    original = rewrite._five_steps
+    original = RewriteSparse._sparse
 
     def first_fails(*args):
         node = original(*args)
@@ -106,7 +108,7 @@ def test_a_failure_at_the_first_call_leaves_the_next_ones_whole(monkeypatch):
             raise ZeroDivisionError("planted")
         return node
 
-    monkeypatch.setattr(rewrite, "_five_steps", first_fails)
+    monkeypatch.setattr(RewriteSparse, "_sparse", first_fails)
     with pytest.warns(TSAWarning, match=r"model\.layers\.0\.self_attn.*planted"):
         logits, wanted, graph = run(tiny("llama"))
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
@@ -128,7 +130,7 @@ def test_a_whole_pass_fails(monkeypatch, kind):
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(rewrite, "_count"), (canonicalize, "_padded"), (RemoveDeadMasks, "call"), (Verify, "call")],
+    [(RewriteSparse, "_sparse"), (CanonicalizeDense, "_padded"), (RemoveDeadMasks, "call"), (Verify, "call")],
     ids=["sparse call", "dense call", "clean-up", "verification"],
 )
 def test_strict_raises(monkeypatch, owner, name):

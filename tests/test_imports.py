@@ -185,3 +185,12 @@ def test_a_fault_is_seen(module, source):
 )
 def test_what_is_allowed_passes(module, source):
     assert list(faults(source, module)) == []
+
+
+def test_test_modules_share_helpers_not_tests():
+    """What two of them need lies in a `support.py` or another module without tests."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = (node.module or "").split(".") + [alias.name for alias in node.names if not node.module]
+                assert not any(name.startswith("test_") for name in names), f"{path.relative_to(ROOT)}: line {node.lineno}"
