@@ -30,6 +30,7 @@ from tsa_compile.kernels.budget import coverage_triton
 from tsa_compile.kernels.compress import compress_triton
 from tsa_compile.kernels.decompress import decompress_triton
 from tsa_compile.kernels.flash import flash_triton
+from tsa_compile.kernels.floor import merge_floor_triton
 from tsa_compile.kernels.padded import spans
 from tsa_compile.kernels.score import score_triton
 from tsa_compile.kernels.select import select_triton
@@ -124,7 +125,10 @@ def run(case: Case, device: str) -> None:
     indices = select_triton(scores, count, case.capacity)
     assert torch.equal(split, indices)
     rows = compress_triton(query, key, value, indices, count)
-    decompress_triton(flash_triton(*rows, SCALE, count), indices, count, case.length)
+    lse = query.new_empty(*query.shape[:2], rows[0].shape[2], dtype=torch.float32)
+    out = flash_triton(*rows, SCALE, count, lse=lse)
+    decompress_triton(out, indices, count, case.length)
+    merge_floor_triton(query, key, value, out, lse, indices, count, case.mask(device), SCALE, case.window, 5)
     run_sparse(*rows, count)
 
 
