@@ -226,6 +226,14 @@ def test_the_layer_of_a_transformers_model_is_named():
         tsa_onnx.to_portable(program)
 
 
+def test_a_floor_has_no_operators_of_the_domain_yet(programs, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"no operator for tsa\.attend_lse\.default, tsa\.merge_floor\.default, which a floor"
+    ):
+        tsa_onnx.save(programs("floor"), tmp_path / "model.onnx", domain="tsa")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("kernel", "why"),
     [("flash3", "it is not registered here"), ("xattention", "it leaves attention out, as its selector says")],

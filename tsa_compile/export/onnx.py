@@ -155,7 +155,14 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     _check_form(program)
     # What spans tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
     program = program.run_decompositions({tsa.spans.default: FORMS["standard"][tsa.spans.default]})
-    return _export(program, opset, {getattr(tsa, name).default: form for name, form in _translations().items()})
+    table = {getattr(tsa, name).default: form for name, form in _translations().items()}
+    missing = {str(node.target) for node in program.graph.nodes if node.target in FORMS["standard"]} - set(map(str, table))
+    if missing:
+        raise ConfigError(
+            f'domain="{DOMAIN}" has no operator for {", ".join(sorted(missing))}, which a floor needs: export with '
+            "domain=None (standard operators), or set floor=None"
+        )
+    return _export(program, opset, table)
 
 
 def _name_axes(exported: Any, program: ExportedProgram) -> None:
