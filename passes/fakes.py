@@ -138,7 +138,8 @@ def note_constant(node: Node, tensor: Tensor) -> None:
     """Keeps the numbers of a small constant, which are the same at every run."""
     if isinstance(tensor, FakeTensor):
         tensor = tensor.constant  # type: ignore[assignment]  # what torch.tensor(...) was made of
-    if type(tensor) is Tensor and tensor.numel() <= SMALL and tensor.device.type == "cpu":
+    wrapped = type(tensor) is Tensor and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # symbols in torch.vmap
+    if type(tensor) is Tensor and not wrapped and tensor.numel() <= SMALL and tensor.device.type == "cpu":
         with torch._C._DisableTorchDispatch():
             node.meta["constant"] = tensor.detach().clone()
 

@@ -166,6 +166,15 @@ class TestUnknown:
         added = next(node for node in graph.calls.nodes if node.target is aten.add.Tensor)
         assert graph.source(added, named(graph_module, "sub")) is None
 
+    def test_vmap_over_symbolic_sizes(self):
+        """What torch.vmap wraps has symbols for its sizes, and no numbers that a constant could be made of."""
+
+        def masked(x):
+            below = torch.arange(x.shape[1])[None] <= torch.arange(x.shape[1])[:, None]
+            return torch.vmap(lambda row: below & row)(x[:, None] > 0).float()
+
+        assert record(capture(masked, torch.randn(2, 4), dynamic=True)).problems == {}
+
     def test_vmap_hides_values(self):
         _, graph = recorded(lambda x: torch.vmap(lambda row: row + 1)(x) * 2, torch.randn(3, 4))
         assert aten.add.Tensor not in targets(graph)
