@@ -36,7 +36,7 @@ def simplified_minima() -> Iterator[None]:
     try:
         yield
     finally:
-        Min.__new__ = original  # type: ignore[method-assign]
+        Min.__new__ = original  # type: ignore[method-assign]  # as it was
 
 
 def smaller_multiple(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr | None:

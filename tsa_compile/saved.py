@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -11,7 +12,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.files import read_json, write
 
 
-class Saved:
+class Saved(ABC):
     """Base of such results. A subclass has `to_dict`, whose values name `FORMAT`, and `_read`, which takes them apart."""
 
     FORMAT: ClassVar[str]
@@ -23,13 +24,14 @@ class Saved:
     FOLDERS: ClassVar[bool] = False
     """Whether folders are made for a file."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of `from_dict`."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _read(cls, values: Mapping[str, Any]) -> Self:
-        raise NotImplementedError
+        """What `to_dict` wrote, taken apart; a KeyError, TypeError or ValueError says that it is damaged."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
