@@ -179,11 +179,11 @@ def ours(inputs: Inputs, keep: float) -> Runner:
 
 
 def ours_padded(inputs: Inputs, keep: float) -> Runner:
-    """The same with a padding mask of ones, whose spans a compiled graph reads once for all layers."""
+    """The same with a padding mask of ones, whose valid_ranges a compiled graph reads once for all layers."""
     plain, scalars = ours(inputs, keep), options(inputs.scale, keep=keep)
     padding = torch.ones(inputs.query.shape[0], inputs.length, dtype=torch.bool, device=inputs.query.device)
-    spans = tsa.spans(padding)
-    call = functools.partial(tsa.padded_sparse_attention, *inputs.tensors, padding, spans, *scalars)
+    valid_ranges = tsa.valid_ranges(padding)
+    call = functools.partial(tsa.padded_sparse_attention, *inputs.tensors, padding, valid_ranges, *scalars)
     return Runner(call, plain.selection, plain.call)
 
 

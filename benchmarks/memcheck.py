@@ -31,7 +31,7 @@ from tsa_compile.kernels.compress import compress_triton
 from tsa_compile.kernels.decompress import decompress_triton
 from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.floor import merge_floor_triton
-from tsa_compile.kernels.padded import spans
+from tsa_compile.kernels.padded import valid_ranges
 from tsa_compile.kernels.score import score_triton
 from tsa_compile.kernels.select import select_triton
 from tsa_compile.kernels.sparse.antidiagonals import Tiling
@@ -153,7 +153,7 @@ def run_fused(case: Case, device: str) -> None:
     options = (SCALE, case.window, 7, 0.1 if case.counted else None, None if case.counted else 0.5, 30, None, case.shared)
     fused.sparse_attention(query, key, value, *options, "triton")
     if mask is not None:
-        fused.padded_sparse_attention(query, key, value, mask, spans(mask), *options, "triton")
+        fused.padded_sparse_attention(query, key, value, mask, valid_ranges(mask), *options, "triton")
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
-from tsa_compile.kernels.padded import padded_attention_aten, spans_aten
+from tsa_compile.kernels.padded import padded_attention_aten, valid_ranges_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting, select_triton
@@ -106,7 +106,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, sca
 
 
 def _padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor | None, scale: float, mean_rows: bool
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool
 ) -> Tensor:
     """As tsa::padded_attention at valid tokens; zero at pad tokens."""
     batch, seq_len = padding.shape
@@ -129,7 +129,7 @@ _ATEN: Table = {
     tsa.attend_lse.default: attend_lse_aten,
     tsa.decompress.default: decompress_aten,
     tsa.merge_floor.default: merge_floor_aten,
-    tsa.spans.default: spans_aten,
+    tsa.valid_ranges.default: valid_ranges_aten,
     tsa.padded_attention.default: padded_attention_aten,
 }
 

@@ -11,13 +11,13 @@ It computes what the single ops compute, one after the other, and is there for w
   the steps take the GPU less time than six calls the host.
 - Buffers of exactly as many rows as are kept, because the count, where it lies on the device, is read before they are
   allocated; while it travels, `select` runs. Large ones exist for some heads at a time (STREAM_BYTES).
-- With padding, each item is cut to its span of valid tokens, which `spans` has told the host once for all layers: so the
-  mask of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
+- With padding, each item is cut to its valid range, which `valid_ranges` has told the host once for all layers: so the mask
+  of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
 - An item of which everything is kept takes plain causal attention.
 - With `floor_window` every row also sees its neighbourhood and the sinks (floor.py); without, rows that are not kept are 0.
 
 `sparse_attention` can be captured in a CUDA graph: the count then stays on the device, and a kernel that reads it there
-does the work (`AttentionKernel.device_count`). `padded_sparse_attention` cannot, as its spans live on the host.
+does the work (`AttentionKernel.device_count`). `padded_sparse_attention` cannot, as its valid ranges live on the host.
 
 Method: Token Sparse Attention, arXiv 2602.03216, section 3.
 """
@@ -105,21 +105,21 @@ _op(sparse_attention)
 
 
 def padded_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, window: int, pool: int,
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int, pool: int,
     coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
     floor_window: int | None = None, floor_sinks: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Token sparse attention with padding; `spans` [B, 3] as `tsa::spans` makes them of it. Pad rows are 0."""
+    """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
     options = Options(
         scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
     )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, options)
     with torch.cuda.device_of(query):
-        return padded_sparse_triton(query, key, value, padding, spans, options)
+        return padded_sparse_triton(query, key, value, padding, valid_ranges, options)
 
 
-# It looks at the spans on the host: what a CUDA graph captured would be replayed with the first batch's.
+# It looks at the valid ranges on the host: what a CUDA graph captured would be replayed with the first batch's.
 _op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
 
 
@@ -133,11 +133,11 @@ def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -
 
 
 def padded_sparse_triton(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, options: Options
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, options: Options
 ) -> Tensor:
-    """With padding: runs of items with equal spans are computed together."""
+    """With padding: runs of items with equal valid ranges are computed together."""
     seq_len = query.shape[2]
-    items = [tuple(row) for row in spans.tolist()]
+    items = [tuple(row) for row in valid_ranges.tolist()]
     if all(item == (0, seq_len, 1) for item in items):
         return sparse_triton(query, key, value, options)
     output, first = _output(query, value), 0
@@ -146,7 +146,7 @@ def padded_sparse_triton(
         first = group.stop
         parts = (output[group], query[group], key[group], value[group])
         if contiguous:
-            _fill_span(*parts, start, stop, options)
+            _fill_range(*parts, start, stop, options)
         else:
             _sparse(*parts, padding[group], options)
     return output
@@ -189,7 +189,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tenso
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fill_span(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, options: Options) -> None:
+def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, options: Options) -> None:
     """Items whose valid tokens are exactly [start, stop): unpadded ones, between rows of zeros."""
     output[:, :, :start].zero_()
     output[:, :, stop:].zero_()

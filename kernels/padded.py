@@ -9,14 +9,14 @@ A row that may look nowhere (no valid token at or before it) is 0, which is what
 `mean_rows` it is the mean of value over all L keys, which is what softmax gives where a mask added a finite
 -3.4e38 to every logit. Both are what the model computed before, pad rows included.
 
-What the padding leaves of the computation is decided from `spans`, which costs one host synchronisation for a whole
+What the padding leaves of the computation is decided from `valid_ranges`, which costs one host synchronisation for a whole
 graph, since all layers share a padding mask:
 
     all valid             one causal call, at the price of no mask at all
-    one span [s, e)       rows [s, e): causal among themselves;  rows from e: all of [s, e);  rows before s: nowhere
+    one range [s, e)       rows [s, e): causal among themselves;  rows from e: all of [s, e);  rows before s: nowhere
     valid tokens apart    chunks of query rows, each with the [rows, keys] boolean mask of its own
 
-Neighbouring items with equal spans share their calls. Key and value heads are never repeated: where a kernel takes
+Neighbouring items with equal valid ranges share their calls. Key and value heads are never repeated: where a kernel takes
 equally many heads only, a group's query heads become further rows of the same keys.
 """
 
@@ -34,30 +34,30 @@ from tsa_compile.kernels.sdpa import PRIORITY
 
 _CHUNK = 256
 
-# Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's spans.
+# Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
 _HOST = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("tsa::spans", mutates_args=(), tags=_HOST)
-def spans(padding: Tensor) -> Tensor:
+@torch.library.custom_op("tsa::valid_ranges", mutates_args=(), tags=_HOST)
+def valid_ranges(padding: Tensor) -> Tensor:
     """(start, stop, contiguous) of every item's valid tokens: bool [B, L] -> int64 [B, 3] on the CPU.
 
     An item without a valid token is (0, 0, 1). Reading the result is free: the one synchronisation is here.
     """
-    return spans_aten(padding).cpu()
+    return valid_ranges_aten(padding).cpu()
 
 
-@spans.register_fake
+@valid_ranges.register_fake
 def _(padding: Tensor) -> Tensor:
     return torch.empty(padding.shape[0], 3, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("tsa::padded_attention", mutates_args=(), tags=_HOST)
 def padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
 ) -> Tensor:
     """Dense attention under (kv <= q) & padding[b, kv]. See the module's docstring."""
-    items = [tuple(row) for row in spans.tolist()]
+    items = [tuple(row) for row in valid_ranges.tolist()]
     if all(item == (0, query.shape[2], 1) for item in items):
         return as_rows(_causal(query, key, value, scale))
     output = empty_output(query, query.shape[2], value.shape[3])
@@ -68,18 +68,20 @@ def padded_attention(
         parts = (query[group], key[group], value[group])
         _fill_masked_rows(output[group, :, :start] if stop else output[group], parts[2], mean_rows)
         if contiguous:
-            _fill_span(output[group], *parts, start, stop, scale)
+            _fill_range(output[group], *parts, start, stop, scale)
         else:
             _fill_chunks(output[group], *parts, padding[group], start, stop, scale)
     return output
 
 
 @padded_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor, scale: float, mean_rows: bool) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
+) -> Tensor:
     return empty_output(query, query.shape[2], value.shape[3])
 
 
-def spans_aten(padding: Tensor) -> Tensor:
+def valid_ranges_aten(padding: Tensor) -> Tensor:
     """The same in ATen ops, left on the device: `padded_attention_aten` has no use for it."""
     rank = running_count(padding)
     total = padding.sum(dim=1)
@@ -90,9 +92,9 @@ def spans_aten(padding: Tensor) -> Tensor:
 
 
 def padded_attention_aten(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, spans: Tensor | None, scale: float, mean_rows: bool
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool
 ) -> Tensor:
-    """The same in ATen ops, on any device: nothing is read on the host, so the spans go unused.
+    """The same in ATen ops, on any device: nothing is read on the host, so the valid ranges go unused.
 
     Costs a bool mask [B, 1, L, L] (256 MB at 16K) and only kernels that take one.
     """
@@ -123,13 +125,13 @@ def _fill_masked_rows(output: Tensor, value: Tensor, mean_rows: bool) -> None:
         output.zero_()
 
 
-def _fill_span(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scale: float) -> None:
+def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scale: float) -> None:
     """Rows from start on, where exactly the tokens [start, stop) are valid."""
     if start == stop:
         return
-    span = slice(start, stop)
-    key, value = key[:, :, span], value[:, :, span]
-    output[:, :, span] = _causal(query[:, :, span], key, value, scale)
+    valid = slice(start, stop)
+    key, value = key[:, :, valid], value[:, :, valid]
+    output[:, :, valid] = _causal(query[:, :, valid], key, value, scale)
     if stop < query.shape[2]:
         output[:, :, stop:] = _shared_keys(query[:, :, stop:], key, value, None, scale)
 

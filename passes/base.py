@@ -68,7 +68,7 @@ class GraphState:
     _builder: PaddingBuilder | None = None
 
     def builder(self, graph: Graph) -> PaddingBuilder:
-        """What writes padding and its spans into the graph, each of them once."""
+        """What writes padding and its valid ranges into the graph, each of them once."""
         if self._builder is None or self._builder.graph is not graph:
             self._builder = PaddingBuilder(graph)
         return self._builder

@@ -3,7 +3,7 @@
     before   m = <arange, <=, &, padding[b, kv], expand ...>                              [B, 1, L, L]
              o = sdpa(q, repeat(k), repeat(v), attn_mask=m)      or softmax(q @ k.mT * s + m) @ v
     after    o = sdpa(q, k, v, is_causal=True, enable_gqa=True)                           mask proven causal
-             o = tsa.padded_attention(q, k, v, padding, spans, s)                         causal and padding [B, L]
+             o = tsa.padded_attention(q, k, v, padding, valid_ranges, s)                         causal and padding [B, L]
 
 Both compute what the model computes; the clean-up then removes what built the mask.
 """
@@ -42,8 +42,8 @@ class CanonicalizeDense(Pass):
     def _padded(self, graph: Graph, plan: CallPlan) -> Node:
         call, info, padding = plan.call, plan.mask, plan.padding
         assert info is not None and padding is not None
-        spans = self.state.builder(graph).spans(padding)
-        operands = (call.query, call.key, call.value, padding, spans, scale_of(call))
+        valid_ranges = self.state.builder(graph).valid_ranges(padding)
+        operands = (call.query, call.key, call.value, padding, valid_ranges, scale_of(call))
         return insert(graph, torch.ops.tsa.padded_attention.default, *operands, info.mean_rows)
 
 

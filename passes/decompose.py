@@ -1,7 +1,7 @@
 """Opens the one op of a sparse call into its steps, for who looks into them or runs where there is no Python.
 
     before   o = tsa.sparse_attention(q, k, v, scale, window, pool, ...)                  without padding
-             o = tsa.padded_sparse_attention(q, k, v, padding, spans, scale, ...)         with padding [B, L]
+             o = tsa.padded_sparse_attention(q, k, v, padding, valid_ranges, scale, ...)         with padding [B, L]
     after    scores  = tsa.score(q, k, padding, scale, window, pool)                      [B, H, L] float32
              count   = tsa.budget(scores, coverage, keep_ratio, min_tokens)               [B] int32, on the device
              indices = tsa.select(scores, count, C)                                       [B, H, C] int32, ascending
@@ -55,7 +55,9 @@ class Decompose(Pass):
             node.replace_all_uses_with(last)
             read = node.all_input_nodes
             graph.erase_node(node)
-            self.state.detached.extend(source for source in read if not source.users)  # the spans, if nobody else has them
+            self.state.detached.extend(
+                source for source in read if not source.users
+            )  # the valid ranges, if nobody else has them
         return self.result(graph_module, len(found))
 
 
@@ -78,7 +80,7 @@ class _SparseCall:
     floor_window: int | None
     floor_sinks: int
     padding: Node | None = None
-    spans: Node | None = None
+    valid_ranges: Node | None = None
 
     @classmethod
     def of(cls, node: Node) -> _SparseCall:

@@ -110,14 +110,14 @@ class PaddingBuilder:
             self._padding[key] = _Emitter(self.graph, call, info).emit()
         return self._padding[key]
 
-    def spans(self, padding: Node) -> Node:
+    def valid_ranges(self, padding: Node) -> Node:
         """The valid range of each item, computed once behind the padding that it is of."""
-        spans = torch.ops.tsa.spans.default
+        valid_ranges = torch.ops.tsa.valid_ranges.default
         for reader in padding.users:
-            if reader.target is spans:
+            if reader.target is valid_ranges:
                 return reader
         with self.graph.inserting_after(padding):
-            return insert(self.graph, spans, padding)
+            return insert(self.graph, valid_ranges, padding)
 
 
 def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:

@@ -2,7 +2,7 @@
 
     before   o = <attention>(q [B,H,L,D], k [B,G,L,D], v [B,G,L,Dv])                      [B, H, L, Dv]
     after    o = tsa.sparse_attention(q, k, v, scale, window, pool, coverage, keep_ratio, ...)      without padding
-             o = tsa.padded_sparse_attention(q, k, v, padding [B,L], spans [B,3], scale, ...)       with padding
+             o = tsa.padded_sparse_attention(q, k, v, padding [B,L], valid_ranges [B,3], scale, ...)       with padding
 
 `decompose.py` opens the op into its steps where they are needed. A call that keeps all tokens, for the kernel that
 `dense_kernel` names, needs no steps but for padding:
@@ -60,7 +60,7 @@ class RewriteSparse(Pass):
         operands = [call.query, call.key, call.value]
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
-        operands += [plan.padding, self.state.builder(graph).spans(plan.padding)]
+        operands += [plan.padding, self.state.builder(graph).valid_ranges(plan.padding)]
         return insert(graph, tsa.padded_sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 CONFIG = TSAConfig(budget=Coverage(0), window=4, min_tokens=4, layers=[0, 2], compiler="eager")
 SDPA = "scaled_dot_product_attention"
-OPS = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention", "spans", SDPA)
+OPS = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention", "valid_ranges", SDPA)
 ATOL = 1e-5
 
 
@@ -70,7 +70,7 @@ def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
     left = {SDPA: 1} if form == "sdpa" else {}
     once = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention")
     # Spans are computed once, for the dense layer between the two.
-    assert present(graph) == {**dict.fromkeys(once, 1), "spans": 1, **left}
+    assert present(graph) == {**dict.fromkeys(once, 1), "valid_ranges": 1, **left}
     rows = reports()[-1].rows
     assert [row.reason for row in rows] == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.PASS_FAILED]
     assert "planted" in rows[2].detail and rows[2].decision is Decision.UNCHANGED
@@ -82,7 +82,7 @@ def test_one_call_fails_in_the_dense_rewriting(monkeypatch, owner, name):
     with pytest.warns(TSAWarning, match=r"model\.layers\.1\.self_attn.*planted"):
         logits, wanted, graph = run(tiny("llama"), layers=[])
     assert difference(logits, wanted) < ATOL
-    assert present(graph) == {"spans": 1, "padded_attention": 1, SDPA: 2}
+    assert present(graph) == {"valid_ranges": 1, "padded_attention": 1, SDPA: 2}
     assert reports()[-1].count(Decision.UNCHANGED) == 2
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile import Coverage, KeepRatio, TSAConfig, reports
-from tsa_compile.kernels.padded import padded_attention, spans
+from tsa_compile.kernels.padded import padded_attention, valid_ranges
 
 from .support import difference, heads, mixed_padding, oracle, tiny, tokens
 
@@ -149,7 +149,7 @@ def test_a_mask_of_ones_costs_nothing():
     length = 16384
     query, key, value = heads(1, 32, 8, length, 128, device="cuda", dtype=torch.bfloat16)
     padding = torch.ones(1, length, dtype=torch.bool, device="cuda")
-    ranges, scale = spans(padding), 128**-0.5
+    ranges, scale = valid_ranges(padding), 128**-0.5
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def causal():

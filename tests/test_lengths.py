@@ -96,7 +96,7 @@ def test_ops_compile_no_kernel_for_a_new_length(triton_compilations, case):
         if kind is None:
             return tsa.sparse_attention(*inputs, *scalars)
         padding = make_padding(kind, 2, length)
-        return tsa.padded_sparse_attention(*inputs, padding, tsa.spans(padding), *scalars)
+        return tsa.padded_sparse_attention(*inputs, padding, tsa.valid_ranges(padding), *scalars)
 
     for length in (40960, 4099, 16384):
         call(length)
@@ -200,14 +200,14 @@ def test_no_stage_waits_for_the_device(kind, budget_):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [None, "ones", "left"])
 def test_a_keep_ratio_waits_for_nothing(kind):
-    """The whole op: with padding its spans are on the host already."""
+    """The whole op: with padding its valid ranges are on the host already."""
     inputs = make_inputs(5000)
     scalars = options(KeepRatio(0.5))
     if kind is None:
         arguments, op = (*inputs, *scalars), tsa.sparse_attention
     else:
         padding = make_padding(kind, 2, 5000)
-        arguments, op = (*inputs, padding, tsa.spans(padding), *scalars), tsa.padded_sparse_attention
+        arguments, op = (*inputs, padding, tsa.valid_ranges(padding), *scalars), tsa.padded_sparse_attention
     op(*arguments)
     with no_synchronization():
         op(*arguments)

@@ -157,7 +157,7 @@ class Layer(torch.nn.Module):
         indices = tsa.select(scores, count, kept)
         rows = tsa.attend(*tsa.compress(query, key, value, indices, count), count, 0.25, "auto")
         sparse = tsa.decompress(rows, indices, count, length)
-        return sparse + tsa.padded_attention(query, key, value, padding, tsa.spans(padding), 0.25, True)
+        return sparse + tsa.padded_attention(query, key, value, padding, tsa.valid_ranges(padding), 0.25, True)
 
 
 def layer_program():

@@ -83,7 +83,7 @@ options = st.fixed_dictionaries(
 
 
 @st.composite
-def spans_of_items(draw, batch, seq_len):
+def padding_of_items(draw, batch, seq_len):
     """bool [B, L]: padding to the left, to the right or on both sides; an item may be all padding."""
     padding = torch.zeros(batch, seq_len, dtype=torch.bool)
     for row in padding:
@@ -119,7 +119,7 @@ def test_keep_all_is_dense_attention(shape, option):
 @given(st.data(), shapes, budgets, options)
 def test_a_batch_equals_its_items_unpadded_and_alone(data, shape, budget_, option):
     inputs = qkv(**shape)
-    padding = data.draw(spans_of_items(shape["batch"], shape["seq_len"]))
+    padding = data.draw(padding_of_items(shape["batch"], shape["seq_len"]))
     out, _, count = chain(*inputs, padding, **budget_, **option)
     for b, valid in enumerate(padding):
         assert (out[b][:, ~valid] == 0).all(), "pad rows are 0"

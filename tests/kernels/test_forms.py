@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tsa_compile.kernels import reference
 from tsa_compile.kernels.forms import FORMS
 from tsa_compile.kernels.launch import HAS_TRITON
-from tsa_compile.kernels.padded import padded_attention, spans
+from tsa_compile.kernels.padded import padded_attention, valid_ranges
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting
 
 from ..support import without_interpreter
@@ -156,7 +156,7 @@ def test_layer(padding, granularity):
 def test_padded_attention(padding, mean_rows):
     inputs = qkv(2, 4, 2, 29, 16, 24)
     padding = paddings(2, 29)[padding]
-    got = STANDARD["padded_attention"](*inputs, padding, STANDARD["spans"](padding), 0.25, mean_rows)
+    got = STANDARD["padded_attention"](*inputs, padding, STANDARD["valid_ranges"](padding), 0.25, mean_rows)
     expected = reference.padded_attention(*inputs, padding, 0.25, mean_rows)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -193,7 +193,7 @@ def test_the_triton_ops(device, budget, padded):
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_padded_attention_at_valid_tokens(device):
     query, key, value, padding = make_padded(device)
-    expected = padded_attention(query, key, value, padding, spans(padding), SCALE, True)
+    expected = padded_attention(query, key, value, padding, valid_ranges(padding), SCALE, True)
     actual = TRITON["padded_attention"](query, key, value, padding, None, SCALE, True)
     torch.testing.assert_close(actual, expected.masked_fill(~padding[:, None, :, None], 0), rtol=1e-4, atol=1e-4)
     assert actual.stride() == expected.stride()

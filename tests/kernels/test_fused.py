@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tsa_compile.errors import KernelError
 from tsa_compile.kernels import fused, reference, registry
 from tsa_compile.kernels.fused import Options, padded_sparse_triton, sparse_triton
-from tsa_compile.kernels.padded import spans
+from tsa_compile.kernels.padded import valid_ranges
 from tsa_compile.kernels.registry import AttentionKernel
 
 from .support import close, damaged, qkv
@@ -81,7 +81,7 @@ def test_op_equals_the_reference_layer(device, padding, options):
         out = torch.ops.tsa.sparse_attention(*inputs, *scalars)
     else:
         padding = padding()
-        out = torch.ops.tsa.padded_sparse_attention(*inputs, padding.to(device), spans(padding.to(device)), *scalars)
+        out = torch.ops.tsa.padded_sparse_attention(*inputs, padding.to(device), valid_ranges(padding.to(device)), *scalars)
     assert out.transpose(1, 2).is_contiguous()
     close(out.cpu(), expected(*inputs, padding, options))
 
@@ -94,7 +94,7 @@ def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty,
         out = sparse_triton(*inputs, OPTIONS[name])
     else:
         padding = padding()
-        out = padded_sparse_triton(*inputs, padding.to(triton_device), spans(padding), OPTIONS[name])
+        out = padded_sparse_triton(*inputs, padding.to(triton_device), valid_ranges(padding), OPTIONS[name])
     close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
 
 
@@ -118,7 +118,7 @@ def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_e
         op = torch.ops.tsa.sparse_attention(query, key, value, *dataclasses.astuple(options))
     else:
         padding = padding()
-        masks = padding.to(triton_device), spans(padding)
+        masks = padding.to(triton_device), valid_ranges(padding)
         out = padded_sparse_triton(query, key, value, *masks, options)
         op = torch.ops.tsa.padded_sparse_attention(query, key, value, *masks, *dataclasses.astuple(options))
     want = expected(query, key, value, padding, options)
@@ -172,9 +172,9 @@ def test_opcheck(device):
     scalars = dataclasses.astuple(HALF)
     torch.library.opcheck(torch.ops.tsa.sparse_attention, (*inputs, *scalars))
     padding = sided().to(device)
-    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *scalars))
+    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, valid_ranges(padding), *scalars))
     floor = dataclasses.astuple(OPTIONS["floor_coverage"])
-    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, spans(padding), *floor))
+    torch.library.opcheck(torch.ops.tsa.padded_sparse_attention, (*inputs, padding, valid_ranges(padding), *floor))
 
 
 def test_rows_are_rounded_for_a_kernel_that_reads_the_count(triton_device, own_kernel):
@@ -223,7 +223,7 @@ def test_a_known_count_needs_no_synchronisation():
     padding = torch.ones(2, 3000, dtype=torch.bool, device="cuda")
     padding[0, :700] = False
     scalars = dataclasses.astuple(HALF)
-    arguments = (*inputs, padding, spans(padding), *scalars)
+    arguments = (*inputs, padding, valid_ranges(padding), *scalars)
     torch.ops.tsa.padded_sparse_attention(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:

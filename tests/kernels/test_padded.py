@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.kernels import padded, reference
-from tsa_compile.kernels.padded import padded_attention, spans
+from tsa_compile.kernels.padded import padded_attention, valid_ranges
 
 from .support import TOLERANCE, qkv
 
@@ -58,7 +58,7 @@ def dense(query, key, value, padding, scale, mean_rows):
 
 def check(inputs, padding, mean_rows, scale=0.2):
     query, _, value = inputs
-    out = padded_attention(*inputs, padding, spans(padding), scale, mean_rows)
+    out = padded_attention(*inputs, padding, valid_ranges(padding), scale, mean_rows)
     heads = query.shape[1]
     dim = value.shape[3]
     assert out.dtype == query.dtype
@@ -106,20 +106,20 @@ def test_several_chunks(device, monkeypatch):
 def test_pads_may_hold_anything_finite_and_do_not_reach_valid_rows(device):
     padding = MASKS["mixed"].to(device)
     query, key, value = operands(3, device=device)
-    before = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
+    before = padded_attention(query, key, value, padding, valid_ranges(padding), 0.2, False)
     for tensor in (key, value):
         tensor.masked_fill_(~padding[:, None, :, None], 1e4)
-    after = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
+    after = padded_attention(query, key, value, padding, valid_ranges(padding), 0.2, False)
     assert torch.equal(before, after)
 
 
 def test_a_batch_equals_its_items_alone(device):
     padding = MASKS["mixed with holes"].to(device)
     inputs = operands(3, device=device)
-    together = padded_attention(*inputs, padding, spans(padding), 0.2, True)
+    together = padded_attention(*inputs, padding, valid_ranges(padding), 0.2, True)
     for b in range(3):
         alone = [t[b : b + 1] for t in inputs]
-        one = padded_attention(*alone, padding[b : b + 1], spans(padding[b : b + 1]), 0.2, True)
+        one = padded_attention(*alone, padding[b : b + 1], valid_ranges(padding[b : b + 1]), 0.2, True)
         torch.testing.assert_close(together[b : b + 1], one)
 
 
@@ -134,8 +134,8 @@ def test_all_valid_costs_one_causal_call(device, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_spans(device, name):
-    found = spans(MASKS[name].to(device))
+def test_valid_ranges(device, name):
+    found = valid_ranges(MASKS[name].to(device))
     assert found.dtype == torch.int64 and found.device.type == "cpu" and found.is_contiguous()
     for row, (start, stop, contiguous) in zip(MASKS[name], found.tolist()):
         positions = row.nonzero().flatten().tolist()
@@ -144,28 +144,28 @@ def test_spans(device, name):
         assert contiguous == (len(positions) == stop - start)
 
 
-def test_spans_of_empty_masks(device):
-    assert spans(torch.ones(2, 0, dtype=torch.bool, device=device)).tolist() == [[0, 0, 1]] * 2
-    assert spans(torch.ones(0, 4, dtype=torch.bool, device=device)).shape == (0, 3)
+def test_valid_ranges_of_empty_masks(device):
+    assert valid_ranges(torch.ones(2, 0, dtype=torch.bool, device=device)).tolist() == [[0, 0, 1]] * 2
+    assert valid_ranges(torch.ones(0, 4, dtype=torch.bool, device=device)).shape == (0, 3)
 
 
-def test_spans_of_an_expanded_mask(device):
+def test_valid_ranges_of_an_expanded_mask(device):
     padding = torch.ones(1, 1, dtype=torch.bool, device=device).expand(3, 5)
-    assert spans(padding).tolist() == [[0, 5, 1]] * 3
+    assert valid_ranges(padding).tolist() == [[0, 5, 1]] * 3
 
 
 @pytest.mark.parametrize("name", ["all, twice", "mixed", "mixed with holes"])
 def test_opcheck(device, name):
     padding = MASKS[name].to(device)
-    torch.library.opcheck(spans, (padding,))
+    torch.library.opcheck(valid_ranges, (padding,))
     inputs = operands(len(padding), value_dim=48, device=device)
-    torch.library.opcheck(padded_attention, (*inputs, padding, spans(padding), 0.2, False))
+    torch.library.opcheck(padded_attention, (*inputs, padding, valid_ranges(padding), 0.2, False))
 
 
 @pytest.mark.slow
 def test_inductor_compiles_it_for_every_length(device):
     def attention(query, key, value, padding):
-        out = padded_attention(query, key, value, padding, spans(padding), 0.2, False)
+        out = padded_attention(query, key, value, padding, valid_ranges(padding), 0.2, False)
         return out.transpose(1, 2).flatten(2) * 2
 
     compiled = torch.compile(attention, dynamic=True, fullgraph=True)

@@ -62,9 +62,9 @@ def test_as_many_key_heads_as_query_heads_need_no_grouping():
 def test_padding_becomes_a_mask_of_tokens(function, scale, mean_rows):
     """A row without a key is zeros where the mask was boolean, the mean of all values where it was a finite number."""
     new, call = replacement(function, *inputs(), padding())
-    query, key, value, valid, spans, *numbers = new.args
+    query, key, value, valid, valid_ranges, *numbers = new.args
     assert (query, key, value) == (call.query, call.key, call.value) and numbers == [scale, mean_rows]
-    assert spans.target is torch.ops.tsa.spans.default and spans.args == (valid,)
+    assert valid_ranges.target is torch.ops.tsa.valid_ranges.default and valid_ranges.args == (valid,)
     assert valid.meta["example_value"].shape == (2, 12) and valid.meta["example_value"].dtype == torch.bool
 
 

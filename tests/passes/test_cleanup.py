@@ -61,7 +61,7 @@ def test_an_effect_stays_when_its_value_is_not_read_any_more(effect):
 def test_without_recorded_operators_only_our_own_are_known_to_be_pure():
     graph, x = hand_built(x=torch.ones(2, 3, dtype=torch.bool))
     inverted = insert(graph, torch.logical_not, x)
-    old = insert(graph, torch.neg, insert(graph, torch.ops.tsa.spans.default, inverted))
+    old = insert(graph, torch.neg, insert(graph, torch.ops.tsa.valid_ranges.default, inverted))
     assert clean(graph, old, output=x, recorded=False) == ["logical_not"]
 
 

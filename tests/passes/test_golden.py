@@ -106,8 +106,8 @@ l_v_: float32[2, 2, 12, 8]
 eq: bool[2, 12] = eq(l_pad_, 0)
 logical_not: bool[2, 12] = not(eq)
 expand: bool[2, 12] = expand(logical_not, 2, 12)
-spans_default: int64[2, 3] = spans(expand)
-padded_attention_default: float32[2, 4, 12, 8] = padded_attention(l_q_, l_k_, l_v_, expand, spans_default, 0.353553, False)
+valid_ranges_default: int64[2, 3] = valid_ranges(expand)
+padded_attention_default: float32[2, 4, 12, 8] = padded_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, False)
 transpose: float32[2, 12, 4, 8] = transpose(padded_attention_default, 1, 2)
 reshape: float32[2, 12, 32] = reshape(transpose, 2, -1, 32)
 return (reshape)""",
@@ -158,8 +158,8 @@ l_v_: float32[2, 2, 12, 8]
 eq: bool[2, 12] = eq(l_pad_, 0)
 logical_not: bool[2, 12] = not(eq)
 expand_2: bool[2, 12] = expand(logical_not, 2, 12)
-spans_default: int64[2, 3] = spans(expand_2)
-padded_attention_default: float32[2, 4, 12, 8] = padded_attention(l_q_, l_k_, l_v_, expand_2, spans_default, 0.5, True)
+valid_ranges_default: int64[2, 3] = valid_ranges(expand_2)
+padded_attention_default: float32[2, 4, 12, 8] = padded_attention(l_q_, l_k_, l_v_, expand_2, valid_ranges_default, 0.5, True)
 transpose_1: float32[2, 12, 4, 8] = transpose(padded_attention_default, 1, 2)
 reshape_2: float32[2, 12, 32] = reshape(transpose_1, 2, -1, 32)
 return (reshape_2)""",
@@ -173,7 +173,7 @@ return (reshape_2)""",
             return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
 
         rewritten = Rewritten(two, *inputs(), padding(), config=EXACT)
-        assert count_ops(rewritten.after, "spans", "padded_attention") == {"spans": 1, "padded_attention": 2}
+        assert count_ops(rewritten.after, "valid_ranges", "padded_attention") == {"valid_ranges": 1, "padded_attention": 2}
         rewritten.check_same()
 
     def test_symbolic_length(self):
@@ -204,8 +204,8 @@ _assert_tensor_metadata_default: NoneType = _assert_tensor_metadata(pad, dtype=t
 eq: bool[2, 12] = eq(pad, 0)
 logical_not: bool[2, 12] = not(eq)
 expand_2: bool[2, 12] = expand(logical_not, 2, 12)
-spans_default: int64[2, 3] = spans(expand_2)
-padded_attention_default: float32[2, 4, 12, 8] = padded_attention(q, k, v, expand_2, spans_default, 0.353553, False)
+valid_ranges_default: int64[2, 3] = valid_ranges(expand_2)
+padded_attention_default: float32[2, 4, 12, 8] = padded_attention(q, k, v, expand_2, valid_ranges_default, 0.353553, False)
 transpose: float32[2, 12, 4, 8] = transpose(padded_attention_default, 1, 2)
 reshape: float32[2, 12, 32] = reshape(transpose, (2, -1, 32))
 scaled_dot_product_attention_default: float32[2, 4, 12, 8] = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.353553, enable_gqa=True)

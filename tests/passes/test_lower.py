@@ -5,7 +5,7 @@ import torch
 
 from tsa_compile import ConfigError, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
-from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, spans, spans_aten
+from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, valid_ranges, valid_ranges_aten
 from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
 from tsa_compile.passes.lower import lower_program
 from tsa_compile.testing import count_ops
@@ -34,10 +34,10 @@ def test_padded_attention_without_the_host(name, holes):
     padding = padding_of(name)
     if holes:
         padding[:, 5] = False
-    assert torch.equal(spans_aten(padding), spans(padding))
+    assert torch.equal(valid_ranges_aten(padding), valid_ranges(padding))
     query, key, value = heads(length=12)
     for mean_rows in (False, True):
-        expected = padded_attention(query, key, value, padding, spans(padding), 0.3, mean_rows)
+        expected = padded_attention(query, key, value, padding, valid_ranges(padding), 0.3, mean_rows)
         actual = padded_attention_aten(query, key, value, padding, None, 0.3, mean_rows)
         torch.testing.assert_close(actual, expected)
         assert actual.stride() == expected.stride()

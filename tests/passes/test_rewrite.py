@@ -54,8 +54,8 @@ l_v_: float32[2, 2, 12, 8]
 eq: bool[2, 12] = eq(l_pad_, 0)
 logical_not: bool[2, 12] = not(eq)
 expand: bool[2, 12] = expand(logical_not, 2, 12)
-spans_default: int64[2, 3] = spans(expand)
-padded_sparse_attention_default: float32[2, 4, 12, 8] = padded_sparse_attention(l_q_, l_k_, l_v_, expand, spans_default, 0.353553, 3, 3, 0.3, None, 2, 9, False, auto)
+valid_ranges_default: int64[2, 3] = valid_ranges(expand)
+padded_sparse_attention_default: float32[2, 4, 12, 8] = padded_sparse_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, 3, 3, 0.3, None, 2, 9, False, auto)
 transpose: float32[2, 12, 4, 8] = transpose(padded_sparse_attention_default, 1, 2)
 reshape: float32[2, 12, 32] = reshape(transpose, 2, -1, 32)
 return (reshape)""",
@@ -87,5 +87,5 @@ def test_all_layers_share_one_padding_mask():
             config = TSAConfig(layers=layers, budget=KeepRatio(0.5), window=4, min_tokens=4, min_length=1)
             report = run_passes(captured.graphs[0], config, WHOLE)
             assert len(report.sparse_calls) == 1
-            wanted = {"spans": 1, "padded_attention": 1, "padded_sparse_attention": 1}
+            wanted = {"valid_ranges": 1, "padded_attention": 1, "padded_sparse_attention": 1}
             assert count_ops(captured.graphs[0], *wanted) == wanted

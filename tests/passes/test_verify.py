@@ -36,9 +36,9 @@ def test_a_sound_graph_passes_and_is_not_changed(config):
 
 def test_a_node_that_is_read_before_it_is_computed():
     graph, state, _ = rewritten()
-    (spans,) = graph.graph.find_nodes(op="call_function", target=torch.ops.tsa.spans.default)
-    next(node for node in graph.graph.nodes if node.op == "output").prepend(spans)
-    with pytest.raises(RuntimeError, match=f"{spans.name}.*used before it has been defined"):
+    (valid_ranges,) = graph.graph.find_nodes(op="call_function", target=torch.ops.tsa.valid_ranges.default)
+    next(node for node in graph.graph.nodes if node.op == "output").prepend(valid_ranges)
+    with pytest.raises(RuntimeError, match=f"{valid_ranges.name}.*used before it has been defined"):
         Verify(state)(graph)
 
 
@@ -92,7 +92,7 @@ def test_one_of_our_ops_reads_a_mask_that_was_proven_away(function):
         graph.graph.call_function(torch.sum, (mask,))
     Verify(state)(graph)  # the model may read its mask as often as it likes
     with graph.graph.inserting_after(mask):
-        ours = graph.graph.call_function(torch.ops.tsa.spans.default, (mask,))
+        ours = graph.graph.call_function(torch.ops.tsa.valid_ranges.default, (mask,))
     with pytest.raises(RewriteError, match=f"^{ours.name!r} reads a mask that was proven away$"):
         Verify(state)(graph)
 

@@ -153,8 +153,8 @@ def _floor_divide(opset: int) -> Callable[..., Any]:
 def _export_domain(program: ExportedProgram, opset: int) -> Any:
     schemas()
     _check_form(program)
-    # What spans tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
-    program = program.run_decompositions({tsa.spans.default: FORMS["standard"][tsa.spans.default]})
+    # What valid_ranges tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
+    program = program.run_decompositions({tsa.valid_ranges.default: FORMS["standard"][tsa.valid_ranges.default]})
     table = {getattr(tsa, name).default: form for name, form in _translations().items()}
     missing = {str(node.target) for node in program.graph.nodes if node.target in FORMS["standard"]} - set(map(str, table))
     if missing:
@@ -320,7 +320,7 @@ def _translations() -> dict[str, Callable[..., Any]]:
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
         return ops.DecompressRows(compressed, indices, seq_len, count)
 
-    def padded_attention(query, key, value, padding, spans, scale: float, mean_rows: bool):  # type: ignore[no-untyped-def]
+    def padded_attention(query, key, value, padding, valid_ranges, scale: float, mean_rows: bool):  # type: ignore[no-untyped-def]
         return ops.PaddedAttention(query, key, value, padding, scale=scale, mean_rows=int(mean_rows))
 
     forms = (score, budget, select, compress, attend, decompress, padded_attention)
