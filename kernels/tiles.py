@@ -99,10 +99,18 @@ def load_tile(rows, start, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def gather_rows(p_rows, b_offsets, b_real, start_d, DIM: tl.constexpr, DIMS: tl.constexpr):
-    """Rows at offsets [N], their dimensions from `start_d` on: [N, DIMS]. Zeros where not real, and beyond the head size."""
+    """Rows at offsets [N], their dimensions from `start_d` on: [N, DIMS]. Zeros where not real, and beyond the head size.
+
+    b_real: which rows are; None: all.
+    """
     dims = start_d + tl.arange(0, DIMS)
     pointers = p_rows + b_offsets[:, None] + dims[None, :]
-    return tl.load(pointers, mask=b_real[:, None] & (dims < DIM)[None, :], other=0.0)
+    if b_real is not None:
+        return tl.load(pointers, mask=b_real[:, None] & (dims < DIM)[None, :], other=0.0)
+    elif DIM == DIMS:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit
