@@ -16,7 +16,8 @@
 
 One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M
 keys and the sinks, adds the compressed row where there is one, and writes every row once. Nothing of size L x window
-exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read.
+exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read. A log-sum-exp of -inf or -1e30,
+of a compressed row that saw nothing, has no weight.
 
 At H = 32, D = Dv = 128, L = 128K, window 256, sinks 16, tiles of 64 rows and 64 keys: 4 H L (256 + 64 + 64) D = 0.8 TFLOP;
 query and output 2 GiB, the compressed rows at most 1 GiB more, keys and values from L2: 0.8 ms at 4 TB/s, 1.6 ms at
@@ -188,7 +189,8 @@ def _floor_kernel(
     b_rows = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
     b_top = tl.maximum(b_max, b_lse)
     b_near, b_far = tl.exp2(b_max - b_top), tl.exp2(b_lse - b_top)
-    b_total = tl.where(b_real, b_sum * b_near + b_far, 1.0)
+    b_total = b_sum * b_near + b_far
+    b_total = tl.where(b_real & (b_total != 0), b_total, 1.0)  # 0: neither saw anything
     b_out = (b_acc * b_near[:, None] + b_rows * b_far[:, None]) / b_total[:, None]
     b_out = tl.where(b_real[:, None], b_out, 0.0).to(p_out.dtype.element_ty)
     dims = tl.arange(0, BLOCK_DV)
