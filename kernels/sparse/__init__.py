@@ -76,7 +76,7 @@ def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionK
         anything.
     """
     chosen = functools.partial(selector, **options)
-    run, run_lse = (functools.partial(function, selector=chosen) for function in (run_blocks, run_blocks_lse))
+    run, run_lse = functools.partial(run_blocks, selector=chosen), functools.partial(run_blocks_lse, selector=chosen)
     return register(
         AttentionKernel(
             name, run, _supports, PRIORITY,
