@@ -16,7 +16,8 @@
 
 One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M
 keys and the sinks, beginning with the compressed row where there is one, and writes every row once. Nothing of size
-L x window exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read.
+L x window exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read. A compressed row with
+a log-sum-exp of -inf or -1e30 saw nothing, and has no weight.
 
 At H = 32, D = Dv = 128, L = 128K, window 256, sinks 16, tiles of 64 rows and 32 keys: 4 H L (256 + 64 + 32) D = 0.76 TFLOP,
 1.5 ms at 500 TFLOP/s; query and output 2 GiB and the compressed rows at most 1 GiB more, 0.8 ms at 4 TB/s; keys and values
@@ -115,7 +116,7 @@ def _rows_at(rows, start, positions, DIM: tl.constexpr, BLOCK_D: tl.constexpr, A
 
 @triton.jit
 def _near(
-    b_query, b_acc, b_max, b_sum, key, value, p_slots, p_order, first, ranks, valid, window, sinks, scale_log2,
+    b_query, b_acc, b_max, b_sum, b_selected, key, value, p_slots, p_order, first, ranks, valid, window, sinks, scale_log2,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The keys of the sinks and of the band join the sums of FlashAttention-2, selected ones not in selected rows.
@@ -123,7 +124,6 @@ def _near(
     One loop over all tiles, so that the next one is on its way while this one is computed, with their selected keys read
     one tile ahead. Whether a row sees a key takes one comparison: as unsigned numbers, those before 0 are large.
     """
-    b_selected = b_sum
     sinks = tl.minimum(sinks, valid)
     fronts = tl.cdiv(sinks, BLOCK_N)
     band = tl.maximum(tl.maximum(first - window + 1, 0), sinks) // BLOCK_N * BLOCK_N
@@ -172,9 +172,10 @@ def _floor_kernel(
         p_order += item.to(tl.int64) * seq_len
         positions = tl.load(p_order + ranks, mask=b_inside, other=0)
     slots = tl.load(p_slots + positions, mask=b_real, other=0) - 1
-    b_chosen = slots >= 0
     p_lse += item.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
-    b_max = tl.load(p_lse + slots, mask=b_chosen, other=_LOWEST) * _LOG2_E
+    b_lse = tl.load(p_lse + slots, mask=slots >= 0, other=_LOWEST)
+    b_chosen = b_lse > _LOWEST
+    b_max = tl.maximum(b_lse, _LOWEST) * _LOG2_E
     p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
     offsets = slots.to(tl.int64) * stride_cl * ALIGN
     b_acc = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
@@ -188,13 +189,12 @@ def _floor_kernel(
     key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
     value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
     b_acc, b_sum = _near(
-        b_query, b_acc, b_max, b_chosen.to(tl.float32), key, value, p_slots, p_order, first, ranks, valid, window, sinks,
-        scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N,
+        b_query, b_acc, b_max, b_chosen.to(tl.float32), (slots >= 0).to(tl.float32), key, value, p_slots, p_order, first,
+        ranks, valid, window, sinks, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N,
     )  # fmt: skip
-    if p_order is None:
-        b_out = b_acc * (1.0 / b_sum)[:, None]
-    else:
-        b_out = tl.where(b_real[:, None], b_acc * (1.0 / tl.where(b_real, b_sum, 1.0))[:, None], 0.0)
+    b_out = b_acc * (1.0 / tl.where(b_sum > 0, b_sum, 1.0))[:, None]
+    if p_order is not None:
+        b_out = tl.where(b_real[:, None], b_out, 0.0)
     b_out = b_out.to(p_out.dtype.element_ty)
     if desc_out is not None:
         desc_out.store([item, head, first, 0], tl.reshape(b_out, [1, 1, BLOCK_M, BLOCK_DV]))

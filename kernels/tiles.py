@@ -126,6 +126,15 @@ def store_rows(
 
 
 @triton.jit
+def store_lse(p_lse, line, capacity, b_max, b_sum, start, stop):
+    """Writes the natural log-sum-exp of the rows [start, start + ROWS) up to `stop`, of [lines, capacity]; None: nothing."""
+    if p_lse is not None:
+        rows = start + tl.arange(0, b_max.shape[0])
+        p_lse += tl.cast(line, tl.int64) * capacity + rows
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=rows < stop)  # ln 2
+
+
+@triton.jit
 def scores(b_query, b_key):
     """[BLOCK_M, BLOCK_N] in float32, without TF32."""
     return tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
