@@ -1,8 +1,8 @@
 """Time to first token of a Llama-3.1-8B-shaped model: eager, torch.compile, and torch.compile(backend="tsa").
 
 The model has random weights, so the figures are about time and memory, not about quality. Each mode is measured with an
-`attention_mask` of ones, which every tokenizer passes, and without a mask. Writes tables, a JSON file and, with matplotlib, a
-figure.
+`attention_mask` of ones, which every tokenizer passes, and without a mask. Writes tables, a JSON file and, with matplotlib,
+a figure.
 
     eager, compile   the model as it is, and torch.compile with its own backend
     exact            backend="tsa" with no layer sparse
@@ -263,7 +263,7 @@ def describe_run(arguments: argparse.Namespace) -> Row:
 
     settings = TSAConfig().to_dict()
     return {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "transformers": transformers.__version__,
         "layers": arguments.layers, "repeats": arguments.repeats, "turns": arguments.turns,
         **{name: settings[name] for name in ("window", "floor", "min_tokens")},
     }  # fmt: skip

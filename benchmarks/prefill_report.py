@@ -1,4 +1,4 @@
-"""What prefill.py writes: Markdown tables and a figure, from the rows that are also its JSON, and what its modes are called."""
+"""What prefill.py writes: Markdown tables and a figure, from the rows that are also its JSON."""
 
 from __future__ import annotations
 

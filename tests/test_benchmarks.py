@@ -1,6 +1,5 @@
 """What the benchmarks compute on any device: methods, checks, formulas, tables. Times are measured on GPUs only."""
 
-import argparse
 import functools
 import importlib
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsa_compile.config import Floor, KeepRatio
+from tsa_compile import Floor, KeepRatio, TSAConfig
 from tsa_compile.kernels import reference
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -277,6 +276,31 @@ def test_tables(load):
     assert len(widths) == 1
 
 
+def test_parts_are_measured_and_reported(load, methods, monkeypatch):
+    """On a CPU with a clock that shows 1 ms; cuDNN and CUDA graphs are not there, and their cells say so."""
+    attention = load("attention")
+    clock = functools.partial(
+        load("attention_timing").take_turns, at_most=1, burst=lambda calls, first, count: (calls[0](), 1.0)[1]
+    )
+    monkeypatch.setattr(attention, "take_turns", clock)
+    monkeypatch.setattr(attention, "burst_ms", lambda calls, first, count: 1.0)
+    monkeypatch.setattr(attention, "graph_ms", lambda calls, once: once)
+    monkeypatch.setattr(attention, "peak_of", lambda call: (call(), 0.0))
+    shape = small(methods, batch=2, uneven=True)
+    monkeypatch.setattr(attention, "input_sets", lambda _, length: [methods.make_inputs(shape, length, "cpu")])
+    run, arguments = attention.Run(0.1), attention.parse(["--keep", "0.15", "0.3"])
+    run.parts = {"main": [], "stages": [], "shapes": []}
+    attention.main_part(run, arguments, 600)
+    attention.stages_part(run, arguments, 600)
+    attention.shapes_part(run, arguments, (shape, 600))
+    assert run.wrong == []
+    failed = {row["method"] for part in ("main", "shapes") for row in run.parts[part] if "failed" in row}
+    assert failed <= {"dense cuDNN", "dense FlashAttention-2", "ours, CUDA graph", "paper's pipeline, plain torch"}
+    text = load("attention_report").report({}, run.parts, [])
+    assert "| keep 0.15: ms (ratio to dense cuDNN) | 600 |" in text and "| 600 | floor |" in text
+    assert not any("failed" in row for row in run.parts["stages"]) and len(run.parts["stages"]) == 8
+
+
 def test_results_are_written(load, tmp_path):
     pytest.importorskip("matplotlib").use("agg")
     attention = load("attention")
@@ -327,17 +351,54 @@ def test_memcheck_launches_every_kernel(load, monkeypatch):
 
 
 def test_modes_of_the_prefill_benchmark(load):
-    prefill = load("prefill")
-    arguments = argparse.Namespace(
-        modes=["eager", "sparse", "kernel", "composed"], keep=[0.675, 0.5], kernels=["xattention"]
-    )
+    prefill, report = load("prefill"), load("prefill_report")
+    arguments = prefill.parse(["--modes", "eager", "sparse", "wide", "kernel", "composed", "--keep", "0.3", "0.5"])
     modes = prefill.modes(arguments)
-    assert modes == ["eager", "0.675", "0.5", "xattention", "xattention+0.675"]
-    settings = {mode: prefill.configuration(mode) for mode in modes[1:]}
-    assert [config.kernel for config in settings.values()] == ["auto", "auto", "auto", "xattention"]
-    assert [config.dense_kernel for config in settings.values()] == [None, None, "xattention", "xattention"]
-    assert settings["xattention"].layers == () and settings["xattention+0.675"].budget == KeepRatio(0.675)
-    assert len({prefill.describe(mode) for mode in modes}) == len(modes)
+    assert modes == ["eager", "0.3", "0.5", "0.15@21", "a_shape", "a_shape+0.15@21"]
+    settings = {mode: prefill.configuration(mode, 32) for mode in modes[1:]}
+    assert settings["0.3"] == TSAConfig()
+    assert settings["0.15@21"] == TSAConfig(budget=KeepRatio(0.15), layers=range(11, 32))
+    assert settings["a_shape"] == TSAConfig(layers=[], dense_kernel="a_shape")
+    assert settings["a_shape+0.15@21"] == settings["0.15@21"].replace(dense_kernel="a_shape")
+    assert len({report.describe(mode) for mode in modes}) == len(modes)
+    assert prefill.modes(prefill.parse([])) == ["eager", "compile", "exact", "0.3", "0.15@21", "a_shape+0.15@21"]
+    with pytest.raises(SystemExit):
+        prefill.parse(["--resume"])
+
+
+def test_a_prefill_run_goes_on_where_it_stopped(load, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    prefill, asked, made = load("prefill"), [], []
+
+    def measured(model, names, masked, lengths, repeats):
+        asked.append((names, masked, lengths))
+        times = {"ms": 2.0, "range_ms": [1.9, 2.1], "peak_gib": 1.0}
+        rows = [{"mode": name, "mask": masked, "length": length, **times} for length in lengths for name in names]
+        return rows, {name: 0.01 for name in names if name == "exact"}
+
+    monkeypatch.setattr(prefill, "measure_modes", measured)
+
+    def run(*options, conditions=None):
+        asked.clear()
+        options = (*options, "--lengths", "1024", "2048", "--out", str(tmp_path), "--resume")
+        return prefill.run(prefill.parse(options), conditions or {"device": "none"}, made.append)
+
+    rows, complete = run("--modes", "sparse", "--masks", "ones")
+    assert complete and len(rows) == 2 and made == [32]
+    assert run("--modes", "sparse", "eager", "--stop-after", "-1") == (rows, False) and asked == []
+    rows, complete = run("--modes", "sparse", "eager", "exact")
+    both = [([mode], masked, [1024, 2048]) for mode in ("eager", "exact") for masked in (True, False)]
+    assert complete and asked == [(["0.3"], False, [1024, 2048]), *both]
+    assert [row["mode"] for row in rows] == ["eager"] * 4 + ["exact"] * 4 + ["0.3"] * 4
+    assert run("--modes", "eager", "exact") == (rows, True) and asked == []
+    found = json.loads((tmp_path / "prefill.json").read_text())
+    assert found["rows"] == rows and found["conditions"]["relative_error_against_eager"] == {"exact": 0.01}
+    with pytest.raises(SystemExit, match="other conditions"):
+        run("--modes", "eager", conditions={"device": "another"})
+    text = (tmp_path / "prefill.md").read_text()
+    assert text.count("| eager | 2.0 ms (1.00x), 1.0 GiB | 2.0 ms (1.00x), 1.0 GiB |") == 2
+    assert "| mask of ones | 1K | 2K |" in text and "| no mask | 1K | 2K |" in text
+    assert (tmp_path / "prefill.png").stat().st_size > 1000
 
 
 def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatch):
@@ -362,6 +423,16 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
     assert rows["compile"]["error"] == "out of memory: CUDA out of memory" and "report" not in rows["compile"]
     text = prefill.table(list(rows.values()))
     assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
+
+
+@pytest.mark.parametrize("length, rounds", [(32768, 5), (131072, 2)])
+def test_long_prefills_are_repeated_less_often(load, monkeypatch, length, rounds):
+    prefill, times = load("prefill"), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(prefill, "timed", lambda *given: (times.append(given), (5000.0, 2**30))[1])
+    (row,) = prefill.measure({"exact": None}, length, 5, False, {}).values()
+    assert len(times) == 1 + rounds
+    assert (row["ms"], row["mask"], row["length"]) == (5000.0, False, length)
 
 
 def test_architectures_are_examined(load, tmp_path, capsys):
