@@ -48,7 +48,7 @@ def main_tables(rows: list[Row]) -> str:
     """The ratios by length and share; for each share times with the ratio to dense cuDNN, and memory."""
     parts = [ratio_table(rows)]
     for keep in sorted({row["keep"] for row in rows if row["keep"] is not None}):
-        chosen = [row for row in rows if row["keep"] in (None, keep)]
+        chosen = [row for share in (None, keep) for row in rows if row["keep"] == share]  # dense methods first
         times = pivot(chosen, "method", "length", _time, f"keep {keep}: ms (ratio to dense cuDNN)")
         memory = pivot(
             [row for row in chosen if "failed" in row or row["memory_gib"] is not None],
@@ -157,8 +157,8 @@ def figure(rows: list[Row], path: Path, title: str) -> None:
     keeps = sorted({row["keep"] for row in rows if row["method"] == "ours"})
     names = dict.fromkeys(row["method"] for row in rows if row["keep"] is None or "paper" in row["method"])
     for number, name in enumerate(names):
-        style = ("-", "--", ":", "-.")[number % 4]
-        _line(axes, rows, name, None, label=name, color="0.45", linewidth=1.2, linestyle=style)
+        style = {"linestyle": ("-", "--", ":", "-.")[number % 4], "marker": "os^D"[number % 4]}
+        _line(axes, rows, name, None, label=name, color="0.45", linewidth=1.2, **style)
     for number, keep in enumerate(keeps):
         draw = functools.partial(_line, axes, rows, keep=keep, color=f"C{number}")
         draw("ours", label=f"ours, {keep:g} of the tokens kept", linewidth=2.2)
@@ -168,7 +168,7 @@ def figure(rows: list[Row], path: Path, title: str) -> None:
     axes.set_yscale("log", base=2)
     axes.set_xticks(lengths, [size_of(length) for length in lengths])
     ticks = [2.0**power for power in range(-6, 4)]
-    axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.set_xlabel("tokens")
     axes.set_ylabel("time, dense cuDNN = 1")
     axes.set_title(title, fontsize=11)
@@ -184,4 +184,4 @@ def _line(axes: Any, rows: list[Row], name: str, keep: float | None, **style: An
     wanted = (row for row in rows if row["method"] == name and (keep is None or row["keep"] == keep))
     points = sorted((row["length"], row["ratio"]) for row in wanted if row.get("ratio") is not None)
     if points:
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
+        axes.plot(*zip(*points, strict=True), **({"marker": "o", "markersize": 4} | style))

@@ -93,6 +93,7 @@ def figure(rows: list[Row], path: Path, device: str) -> None:
         axes.set_title(f"{mask_name(masked)}, one {device}", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"prefill speed, {describe(rows[0]['mode'])} = 1")
+    panels[0][0].set_ylim(0, 1.2 * panels[0][0].get_ylim()[1])  # room for the legend
     panels[0][0].legend(loc="upper left", fontsize=8)
     drawing.tight_layout()
     drawing.savefig(path, dpi=150)
