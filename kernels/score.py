@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
-from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 
 MAX_HEAD_DIM = 256
@@ -333,13 +333,7 @@ def score_cuda(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
 def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """Scores [B,H,L] float32 of every token; ValueError where shapes or options cannot be meant."""
     _check(query, key, padding, window, pool)
-    return score_aten(query, key, padding, scale, window, pool)
-
-
-@score.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
-    _check(query, key, padding, window, pool)
-    return score_cuda(query, key, padding, scale, window, pool)
+    return _compute(query, key, padding, scale, window, pool)
 
 
 @score.register_fake
@@ -426,3 +420,6 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     if padding is not None:
         pooled = pooled.gather(2, at_least(rank - 1, 0)[:, None].expand(raw.shape))
     return pooled
+
+
+_compute = by_device(score_cuda, score_aten)
