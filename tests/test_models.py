@@ -22,7 +22,7 @@ from tsa_compile import (
     tsa_backend,
 )
 
-from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, tiny, tokens
+from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -51,7 +51,7 @@ INPUTS = {
 FORMS = ["sdpa", "eager"]
 CASES = [("sdpa", "plain"), ("sdpa", "padded-cache"), ("eager", "cache"), ("eager", "padded")]
 
-each_decoder = pytest.mark.parametrize("name", DECODERS)
+each_decoder = pytest.mark.parametrize("name", slow_but(DECODERS, "llama", "gemma3"))
 
 
 def run(model, config, **inputs):
@@ -146,6 +146,7 @@ def test_padding_changes_nothing_on_valid_rows(side):
         assert difference(padded[mask.bool()][None], compiled(alone, use_cache=False).logits) < ATOL
 
 
+@pytest.mark.slow
 def test_inductor_runs_the_sparse_graph():
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=True)
     logits, report = run(tiny("llama"), COVERAGE.replace(compiler="inductor"), **inputs)
@@ -155,6 +156,7 @@ def test_inductor_runs_the_sparse_graph():
     assert difference(logits, wanted, inputs["attention_mask"]) < ATOL
 
 
+@pytest.mark.slow
 def test_inductor_runs_the_exact_graph_of_mixed_windows():
     model = tiny("gemma3")
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=False)
@@ -233,7 +235,7 @@ def forms_of(name):
     return FORMS
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", slow_but(OTHERS, "opt"))
 def test_any_other_model_computes_what_it_did(name):
     """Gains or not: it never breaks because of the backend."""
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
@@ -261,7 +263,7 @@ def test_one_key_head_for_all_queries_becomes_sparse():
 @pytest.mark.parametrize(
     "form, config", [("sdpa", KEEP_ALL.replace(layers=None)), ("eager", EXACT)], ids=["sdpa-keep-all", "eager-exact"]
 )
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", slow_but(["t5", "bart"], "bart"))
 def test_encoder_decoders_compute_what_they_did(name, config, form):
     """Encoder, decoder and cross-attention in one call; T5 adds a learned relative bias to the scores."""
     kinds = {

@@ -56,6 +56,7 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr(tsa_compile.backend, "lookup_backend", lambda name: lookup("eager"))
 
 
+@pytest.mark.slow
 def test_python_blocks_run_and_print_what_the_readme_shows(without_inductor):
     models, namespace, shown = {size: small_llama(size) for size in (2, 18)}, prompts(), []
     try:
