@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 LAYERS = [0, 2]
-HALF = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, layers=LAYERS, compiler="eager")
+HALF = TSAConfig(budget=KeepRatio(0.5), window=4, floor=None, min_tokens=4, layers=LAYERS, compiler="eager")
 COVERAGE = HALF.replace(budget=Coverage(0.2))
 KEEP_ALL = HALF.replace(budget=Coverage(0))
 ATOL = 1e-5

@@ -13,6 +13,7 @@ import transformers
 from tsa_compile import (
     Coverage,
     Decision,
+    Floor,
     KeepRatio,
     Reason,
     TSAConfig,
@@ -31,12 +32,17 @@ pytestmark = [
 
 LENGTH = 50
 SPARSE_LAYERS = [0, 2]
-SMALL = dict(window=4, min_tokens=4, compiler="eager")
+SMALL = dict(window=4, min_tokens=4, floor=None, compiler="eager")
 EXACT = TSAConfig(layers=[], **SMALL)
 KEEP_ALL = TSAConfig(budget=Coverage(0), layers=SPARSE_LAYERS, **SMALL)
 HALF = TSAConfig(budget=KeepRatio(0.5), layers=SPARSE_LAYERS, **SMALL)
 COVERAGE = TSAConfig(budget=Coverage(0.2), layers=SPARSE_LAYERS, **SMALL)
-BUDGETS = {"half": {"keep_ratio": 0.5}, "coverage": {"coverage": 0.2}}
+FLOOR = HALF.replace(floor=Floor(8, 2))
+BUDGETS = {
+    "half": {"keep_ratio": 0.5},
+    "coverage": {"coverage": 0.2},
+    "floor": {"keep_ratio": 0.5, "floor_window": 8, "floor_sinks": 2},
+}
 """As the oracle takes them, of the configurations under which tokens are dropped."""
 ATOL = 1e-5
 
@@ -119,8 +125,8 @@ def test_decoders(name, form, case):
     inputs = dict(input_ids=tokens(3, LENGTH), **INPUTS[case])
     mask = inputs.get("attention_mask")
     same, padded = plain(model, **inputs), mask is not None
-    found = dict(zip(("exact", "all", "half", "coverage"), run_each(model, [EXACT, KEEP_ALL, HALF, COVERAGE], **inputs)))
-    for kind, (logits, report) in found.items():
+    configs = {"exact": EXACT, "all": KEEP_ALL, "half": HALF, "coverage": COVERAGE, "floor": FLOOR}
+    for kind, (logits, report) in zip(configs, run_each(model, [*configs.values()], **inputs), strict=True):
         assert rows_of(report) == expected_rows(name, () if kind == "exact" else SPARSE_LAYERS, padded), kind
         assert {row.form for row in report} == {form}
         wanted = same
