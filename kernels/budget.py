@@ -35,8 +35,14 @@ from torch import Tensor
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._aten import at_least
-from tsa_compile.kernels.kept import kept_candidates, kept_of_share, never_dropped
-from tsa_compile.kernels.launch import cdiv, launch, tl, triton
+from tsa_compile.kernels.kept import (
+    at_least_and_most,
+    at_least_and_most_triton,
+    kept_candidates,
+    kept_of_share,
+    never_dropped,
+)
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates
 STEPS = 3
@@ -145,7 +151,7 @@ def _count_kernel(p_sums, p_state, p_count, target, min_tokens, tiles):
     share = (key.to(tl.float32, bitcast=True).to(tl.float64) * shares_per_mass).to(tl.int64)
     drop = lower + tl.minimum(equal, (missing - 1) // tl.maximum(share, 1))
     drop = tl.where((drop > 0) & (shares_per_mass > 0), drop + 1, 0)
-    keep = tl.minimum(tl.maximum(candidates - drop, min_tokens), candidates)
+    keep = at_least_and_most_triton(candidates - drop, candidates, min_tokens)
     tl.store(p_count + b, (keep + window).to(tl.int32))
 
 
@@ -189,13 +195,7 @@ def budget_cuda(scores: Tensor, coverage: float | None, keep_ratio: float | None
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """Count [B] int32 of tokens to keep, the window included; ValueError unless exactly one budget is given."""
     _check(scores, coverage, keep_ratio, min_tokens)
-    return budget_aten(scores, coverage, keep_ratio, min_tokens)
-
-
-@budget.register_kernel("cuda")
-def _(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
-    _check(scores, coverage, keep_ratio, min_tokens)
-    return budget_cuda(scores, coverage, keep_ratio, min_tokens)
+    return _compute(scores, coverage, keep_ratio, min_tokens)
 
 
 @budget.register_fake
@@ -225,7 +225,7 @@ def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None
         keep = kept_candidates(candidates, KeepRatio(keep_ratio).fraction, min_tokens, torch.minimum, at_least)
     else:
         keep = candidates - _dropped(scores, is_candidate, coverage) if coverage else candidates
-        keep = torch.minimum(candidates, at_least(keep, min_tokens))
+        keep = at_least_and_most(keep, candidates, min_tokens, torch.minimum, at_least)
     return (keep + (first == math.inf).sum(dim=1)).to(torch.int32)
 
 
@@ -259,3 +259,6 @@ def _dropped(scores: Tensor, is_candidate: Tensor, coverage: float) -> Tensor:
     steps = torch.where(each > 0, torch.ceil((coverage - below_mass) / each) - 1, 0.0)
     drop = below + torch.minimum(equal, steps.clamp(min=0.0, max=2.0**24).to(torch.int64))
     return torch.where((drop > 0) & (total[:, 0] > 0), drop + 1, 0)
+
+
+_compute = by_device(budget_cuda, budget_aten)

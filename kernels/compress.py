@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import repeat_heads, slots_below, take_rows
-from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import (
     at_head,
     count_of,
@@ -144,16 +144,7 @@ def compress(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selected rows of query, key and value; ValueError where shapes do not fit. See the module's docstring."""
     _check(query, key, value, indices, count)
-    return compress_aten(query, key, value, indices, count)
-
-
-@compress.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _check(query, key, value, indices, count)
-    if not HAS_TRITON:
-        return compress_aten(query, key, value, indices, count)
-    with torch.cuda.device_of(query):
-        return compress_triton(query, key, value, indices, count)
+    return _compute(query, key, value, indices, count)
 
 
 @compress.register_fake
@@ -191,3 +182,6 @@ def compress_aten(
         return taken if real is None else torch.where(real, taken, 0.0)
 
     return rows(query, repeat_heads(indices, query.shape[1])), rows(key, indices), rows(value, indices)
+
+
+_compute = by_device(compress_triton, compress_aten)

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
 from tsa_compile.kernels.compress import block_rows
-from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import (
     at_head,
     count_of,
@@ -121,16 +121,7 @@ def empty_output(heads_of: Tensor, seq_len: int, dim: int) -> Tensor:
 def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
     """The rows back in their places; ValueError where shapes do not fit. See the module's docstring."""
     _check(compressed, indices, count)
-    return decompress_aten(compressed, indices, count, seq_len)
-
-
-@decompress.register_kernel("cuda")
-def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    _check(compressed, indices, count)
-    if not HAS_TRITON:
-        return decompress_aten(compressed, indices, count, seq_len)
-    with torch.cuda.device_of(compressed):
-        return decompress_triton(compressed, indices, count, seq_len)
+    return _compute(compressed, indices, count, seq_len)
 
 
 @decompress.register_fake
@@ -168,3 +159,6 @@ def decompress_aten(compressed: Tensor, indices: Tensor, count: Tensor | None, s
     items = torch.arange(batch, device=indices.device)[:, None, None]
     rows = compressed[items, torch.arange(heads, device=indices.device), slots]
     return torch.where(kept[..., None], rows, 0.0).contiguous().transpose(1, 2)
+
+
+_compute = by_device(decompress_triton, decompress_aten)

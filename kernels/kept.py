@@ -11,6 +11,25 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from tsa_compile.kernels.launch import tl, triton
+
+
+def at_least_and_most(
+    kept: Any,
+    candidates: Any,
+    min_tokens: int,
+    minimum: Callable[[Any, Any], Any] = min,
+    maximum: Callable[[Any, Any], Any] = max,
+) -> Any:
+    """How many candidates are kept where a budget asks for `kept` of them. See `kept_candidates`."""
+    return minimum(candidates, maximum(kept, min_tokens))
+
+
+@triton.jit
+def at_least_and_most_triton(kept, candidates, min_tokens):
+    """The same in a kernel."""
+    return tl.minimum(candidates, tl.maximum(kept, min_tokens))
+
 
 def kept_candidates(
     candidates: Any,
@@ -28,7 +47,7 @@ def kept_candidates(
     """
     numerator, denominator = share.as_integer_ratio()
     kept = (candidates * numerator + (denominator - 1)) // denominator
-    return minimum(candidates, maximum(kept, min_tokens))
+    return at_least_and_most(kept, candidates, min_tokens, minimum, maximum)
 
 
 def kept_of_share(

@@ -40,61 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
-from tsa_compile.kernels.launch import cdiv, launch, next_power_of_2, tl, triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
+from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows
 
 MAX_HEAD_DIM = 256
 SPLITS = 32
 MIN_SPLIT = 512
-
-
-@triton.jit(do_not_specialize=["seq_len", "window"])
-def _window_rows_kernel(p_padding, p_rank, p_rows, seq_len, window, BLOCK: tl.constexpr):
-    """rows[b, w] = position of the w-th row of the window: the last min(window, n_b) valid tokens, ascending."""
-    b = tl.program_id(1).to(tl.int64)
-    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = positions < seq_len
-    valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
-    rank = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0)
-    candidates, _ = _candidates(p_rank, b, seq_len, window, True)
-    slots = rank - 1 - candidates
-    tl.store(p_rows + b * window + slots, positions, mask=inside & valid & (slots >= 0))
-
-
-@triton.jit
-def _candidates(p_rank, b, seq_len, window, HAS_PADDING: tl.constexpr):
-    """Number of candidates and number of window rows of item b; rank counts the valid tokens up to each position."""
-    if HAS_PADDING:
-        valid_tokens = tl.load(p_rank + b * seq_len + seq_len - 1)
-    else:
-        valid_tokens = seq_len
-    rows = tl.minimum(valid_tokens, window)
-    return valid_tokens - rows, rows
-
-
-@triton.jit
-def _columns(p_padding, p_rank, b, positions, seq_len, HAS_PADDING: tl.constexpr):
-    """Whether positions are valid, and how many valid ones come before each."""
-    valid = positions < seq_len
-    columns = positions
-    if HAS_PADDING:
-        inside = valid
-        valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
-        columns = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0) - 1
-    return valid, columns
-
-
-@triton.jit
-def _load_window(
-    p_query, p_rows, b, slots, candidates, live, window, stride_ql,
-    HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Query rows of the window's slots, and their positions."""
-    if HAS_PADDING:
-        positions = tl.load(p_rows + b * window + slots, mask=live, other=0)
-    else:
-        positions = candidates + slots
-    return gather_rows(p_query, positions.to(tl.int64) * stride_ql, live, 0, HEAD_DIM, BLOCK_D), positions
 
 
 @triton.jit
@@ -133,14 +85,14 @@ def _row_stats_kernel(
     head, row_tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
     split = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    candidates, rows = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
+    candidates, rows = candidates_of(p_rank, b, seq_len, window, HAS_PADDING)
 
     slots = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = slots < rows
     p_query += b * stride_qb + head.to(tl.int64) * stride_qh
     p_key += b * stride_kb + (head // group).to(tl.int64) * stride_kg
     p_padding += b * seq_len
-    b_query, row_positions = _load_window(
+    b_query, row_positions = load_window(
         p_query, p_rows, b, slots, candidates, live, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
     )
 
@@ -176,7 +128,7 @@ def _combine_kernel(
     And +inf where it is NaN: then only those weights of the row are NaN whose own logits are NaN or +inf.
     """
     line = tl.program_id(1).to(tl.int64)
-    _, rows = _candidates(p_rank, line // heads, seq_len, window, HAS_PADDING)
+    _, rows = candidates_of(p_rank, line // heads, seq_len, window, HAS_PADDING)
     slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     parts = tl.arange(0, BLOCK_S)
     pointers = p_partial + (line * splits + parts)[:, None] * window + slots[None, :]
@@ -201,14 +153,14 @@ def _column_mean_kernel(
     start = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    candidates, rows = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
+    candidates, rows = candidates_of(p_rank, b, seq_len, window, HAS_PADDING)
     if start >= seq_len - rows:  # no candidate can stand in the last `rows` places
         return
 
     offsets = tl.arange(0, BLOCK_N)
     positions = start + offsets
     inside = positions < seq_len
-    valid, columns = _columns(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
+    valid, columns = columns_of(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
     p_key += b * stride_kb + kv_head.to(tl.int64) * stride_kg + start.to(tl.int64) * stride_kl
     # Every candidate precedes every row of the window, so no logit is masked here; invalid keys are never stored.
     b_key = gather_rows(p_key, offsets * stride_kl, inside, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -222,7 +174,7 @@ def _column_mean_kernel(
         p_head = p_query + b * stride_qb + head.to(tl.int64) * stride_qh
         # Slots behind the last row repeat it: zeros in its place would make NaN of an infinite key that no row sees.
         held = tl.minimum(slots, rows - 1)
-        b_query, _ = _load_window(
+        b_query, _ = load_window(
             p_head, p_rows, b, held, candidates, held >= 0, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
         )
         row_lse = tl.load(p_row_lse + (b * heads + head) * window + slots, mask=slots < window, other=float("inf"))
@@ -245,10 +197,10 @@ def _pool_kernel(
     """
     line = tl.program_id(1).to(tl.int64)
     b = line // heads
-    candidates, _ = _candidates(p_rank, b, seq_len, window, HAS_PADDING)
+    candidates, _ = candidates_of(p_rank, b, seq_len, window, HAS_PADDING)
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < seq_len
-    valid, columns = _columns(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
+    valid, columns = columns_of(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
     total = tl.zeros([BLOCK], tl.float32)
     for shift in tl.static_range(POOL):
         neighbours = columns + shift - POOL // 2
@@ -279,14 +231,8 @@ def score_triton(
     partial = scores.new_empty((batch, heads, most_splits, window))
     row_lse = scores.new_empty((batch, heads, window))
 
-    mask, rank, rows = scores, scores, scores  # stand-ins where nothing is padded; never read
     has_padding = padding is not None
-    if padding is not None:
-        mask = padding.contiguous()
-        rank = padding.cumsum(dim=1, dtype=torch.int32)
-        rows = rank.new_empty((batch, window))
-        launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (mask, rank, rows), (seq_len, window), BLOCK=1024)
-
+    mask, rank, rows = window_rows(padding, scores, window)
     strides = row_strides(1, query, key)
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
@@ -333,13 +279,7 @@ def score_cuda(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
 def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """Scores [B,H,L] float32 of every token; ValueError where shapes or options cannot be meant."""
     _check(query, key, padding, window, pool)
-    return score_aten(query, key, padding, scale, window, pool)
-
-
-@score.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
-    _check(query, key, padding, window, pool)
-    return score_cuda(query, key, padding, scale, window, pool)
+    return _compute(query, key, padding, scale, window, pool)
 
 
 @score.register_fake
@@ -426,3 +366,6 @@ def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidat
     if padding is not None:
         pooled = pooled.gather(2, at_least(rank - 1, 0)[:, None].expand(raw.shape))
     return pooled
+
+
+_compute = by_device(score_cuda, score_aten)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, running_count
-from tsa_compile.kernels.launch import cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 
 STEPS = 4
 BINS = 256
@@ -238,13 +238,7 @@ def select_triton(
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """Indices [B,Hs,C] int32 of each row's best tokens, ascending; ValueError where shapes or dtypes do not fit."""
     _check(scores, count, capacity)
-    return select_by_sorting(scores, count, capacity)
-
-
-@select.register_kernel("cuda")
-def _(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
-    _check(scores, count, capacity)
-    return select_triton(scores, count, capacity)
+    return _compute(scores, count, capacity)
 
 
 @select.register_fake
@@ -277,6 +271,9 @@ def select_by_sorting(scores: Tensor, count: Tensor | None, capacity: int) -> Te
     if count is not None:
         order = order.masked_fill(slots >= count[:, None, None], seq_len)
     return order.sort(dim=-1).values.clamp(max=seq_len - 1).to(torch.int32)
+
+
+_compute = by_device(select_triton, select_by_sorting)
 
 
 def select_by_bisection(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from tsa_compile.passes.aten import AtenGraph, record, unknown
+from tsa_compile.passes.aten import AtenGraph, unknown
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall, MaskTerm, Problem, RecordedCall
 from tsa_compile.passes.eager import WrittenOut
@@ -27,6 +27,7 @@ from tsa_compile.passes.frame import frame_of
 from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.layers import layer_name, placed, places_of
 from tsa_compile.passes.operators import arguments, aten, is_attention, without_copies
+from tsa_compile.passes.record import record
 from tsa_compile.report import Reason
 
 

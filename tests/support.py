@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -80,6 +81,16 @@ OTHERS = {
         ),
     ),
 }  # fmt: skip
+
+
+def slow_but(names, *quick):
+    """The parameters, single ones or tuples, of which all but a few are for the whole suite alone."""
+
+    def parameter(name):
+        values = name if isinstance(name, tuple) else (name,)
+        return pytest.param(*values, marks=() if name in quick else pytest.mark.slow)
+
+    return [parameter(name) for name in names]
 
 
 transformers.logging.set_verbosity_error()  # pad tokens, generation flags: nothing that a test is about

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWarning, reports, tsa_backend
 
-from .support import difference, mixed_padding, oracle, tiny, tokens
+from .support import difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 LAYERS = [0, 2]
-HALF = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, layers=LAYERS, compiler="eager")
+HALF = TSAConfig(budget=KeepRatio(0.5), window=4, floor=None, min_tokens=4, layers=LAYERS, compiler="eager")
 COVERAGE = HALF.replace(budget=Coverage(0.2))
 KEEP_ALL = HALF.replace(budget=Coverage(0))
 ATOL = 1e-5
@@ -105,6 +105,7 @@ def test_batches_and_lengths_may_both_change():
     assert [report.sparse for report in reports()] == [2]
 
 
+@pytest.mark.slow
 def test_inductor_serves_many_lengths_with_one_compilation():
     config = COVERAGE.replace(compiler="inductor")
     compiled = torch.compile(tiny("llama"), backend="tsa", options={"config": config}, dynamic=True)
@@ -189,7 +190,7 @@ def test_chunked_prefill():
     assert [reasons(report) for report in reports()] == [SPARSE, DECODE, DECODE]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "gpt2"], "llama"))
 def test_generate(name):
     """Greedy tokens equal the plain model's where every token is kept."""
     model = tiny(name, pad_token_id=0, eos_token_id=None, bos_token_id=None)

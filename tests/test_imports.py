@@ -194,3 +194,9 @@ def test_test_modules_share_helpers_not_tests():
             if isinstance(node, ast.ImportFrom) and node.level:
                 names = (node.module or "").split(".") + [alias.name for alias in node.names if not node.module]
                 assert not any(name.startswith("test_") for name in names), f"{path.relative_to(ROOT)}: line {node.lineno}"
+
+
+def test_files_can_be_read_in_one_go():
+    """A file is one idea: 400 lines are a reason to look for its second one."""
+    long = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: lines for name, lines in long.items() if lines > 440} == {}

@@ -21,19 +21,28 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def small_llama():
-    """What the README calls `model`, `ids` and `mask`: 18 layers, two prompts of which the first is padded."""
+def small_llama(layers):
+    """What the README calls `model`: so many layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=18, num_attention_heads=4,
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts():
+    """What it calls `ids` and `mask`: two prompts, of which the first is padded."""
     ids = torch.randint(1, 64, (2, 1400))
     mask = torch.ones_like(ids)
     mask[0, :200] = 0
-    return {"model": LlamaForCausalLM(config).eval(), "ids": ids, "mask": mask}
+    return {"ids": ids, "mask": mask}
+
+
+# Blocks that name layers or count them; of what the others say, two layers show as much.
+OF_SOME_LAYERS = re.compile(r"layers=|\"layers\"|layers\)|report\.sparse\b")
 
 
 def lines(text):
@@ -47,14 +56,15 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr(tsa_compile.backend, "lookup_backend", lambda name: lookup("eager"))
 
 
+@pytest.mark.slow
 def test_python_blocks_run_and_print_what_the_readme_shows(without_inductor):
-    namespace = small_llama()
-    shown = []
+    models, namespace, shown = {size: small_llama(size) for size in (2, 18)}, prompts(), []
     try:
         for position, (language, block) in enumerate(BLOCKS):
             if language != "python":
                 continue
             torch._dynamo.reset()
+            namespace["model"] = models[18 if OF_SOME_LAYERS.search(block) else 2]
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
                 exec(compile(block, f"README.md, block {position}", "exec"), namespace)

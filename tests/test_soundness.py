@@ -21,6 +21,7 @@ def soundness(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded(soundness, tmp_path, capsys):
     assert soundness.main(["--programs", "6", "--processes", "1", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "soundness.json").read_text())
@@ -31,6 +32,7 @@ def test_a_run_is_recorded(soundness, tmp_path, capsys):
     assert "**0 differences**" in text and text in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_rewrite_is_recorded_and_made_small(soundness, tmp_path, monkeypatch):
     _, checking = soundness.modules()
 

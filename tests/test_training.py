@@ -37,6 +37,7 @@ def test_gradients_equal_the_plain_models(form):
     }
 
 
+@pytest.mark.slow
 def test_a_training_step_under_inductor():
     torch.manual_seed(0)
     model, plain = tiny("llama", num_hidden_layers=1), tiny("llama", num_hidden_layers=1)

@@ -13,6 +13,8 @@ from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import reference
 from tsa_compile.passes.lower import lower_program
 
+from ..support import slow_but
+
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
@@ -88,7 +90,7 @@ def programs():
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "plain"))
 def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, programs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     padded, model_too = CASES[case][1:]

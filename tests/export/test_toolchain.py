@@ -49,6 +49,7 @@ def test_a_loaded_library_is_found_by_its_name():
     assert Path(path).is_file() and _toolchain.loaded_libraries("libtorch_cp.so") == []
 
 
+@pytest.mark.slow
 def test_a_compiler_with_only_the_static_cpp_library(tmp_path, monkeypatch):
     """As one that was moved: it linked a second libstdc++ into the package, which then crashed at its first use."""
     static = Path(subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip())

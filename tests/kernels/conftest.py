@@ -6,9 +6,18 @@ import torch
 from tsa_compile.kernels.registry import names, register, unregister
 
 
+@pytest.fixture
+def poisoned_empty():
+    """torch.empty hands out NaN, so that a row which nobody writes, or which somebody reads too much, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def triton_device(request):
-    """The device of the tensors that a launcher is called with."""
+def triton_device(request, poisoned_empty):
+    """The device of the tensors that a launcher is called with, which finds NaN in what it allocates."""
     pytest.importorskip("triton")
     if request.param == "cuda":
         return "cuda"
@@ -21,15 +30,6 @@ def triton_device(request):
 def device(request):
     """The device of the tensors that an op is called with."""
     return request.param
-
-
-@pytest.fixture
-def poisoned_empty():
-    """torch.empty hands out NaN, so that a row which nobody writes, or which somebody reads too much, shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

@@ -103,6 +103,7 @@ BUDGETS, SIDES = ["keep_ratio", "coverage", "group", "capacity"], [None, sided, 
 FAULTS = ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fault", "padding"),
     [(name, fault, SIDES[(b + f) % 3]) for b, name in enumerate(BUDGETS) for f, fault in enumerate(FAULTS)],

@@ -3,8 +3,10 @@
 A launch here is a Python function that computes on addresses, as a kernel would.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsa_compile.kernels import fused
 from tsa_compile.kernels import launch as launching
 from tsa_compile.kernels.fused import Options, sparse_triton
-from tsa_compile.kernels.launch import remembered, watching
+from tsa_compile.kernels.launch import by_device, remembered, watching
 
 
 def add_scaled(target, source, factor, size, stream):
@@ -212,6 +214,27 @@ def test_not_more_is_remembered_than_fits(monkeypatch):
     for size in (1, 2, 3, 3, 1):
         counted.call(torch.ones(size), torch.ones(size))
     assert counted.ran == 4 and len(counted.call.programs) <= 2
+
+
+@pytest.mark.parametrize(("on_gpu", "has_triton"), [(True, True), (True, False), (False, True)])
+def test_an_op_runs_by_triton_on_the_gpu_of_its_first_tensor(monkeypatch, on_gpu, has_triton):
+    devices, current = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(launching, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    call = by_device(
+        lambda first, number: devices.extend(current) or ("triton", number), lambda first, number: ("aten", number)
+    )
+    first = SimpleNamespace(is_cuda=on_gpu)
+    by_triton = on_gpu and has_triton
+    assert call(first, 3) == ("triton" if by_triton else "aten", 3)
+    assert devices == ([first] if by_triton else [])
 
 
 @pytest.mark.gpu

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tsa_compile.passes.aten import record, unknown, users
+from tsa_compile.passes.aten import unknown, users
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.operators import arguments
+from tsa_compile.passes.record import record
 from tsa_compile.testing import capture
 
 aten = torch.ops.aten

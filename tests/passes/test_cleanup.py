@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from tsa_compile.passes.aten import record
 from tsa_compile.passes.base import GraphState
 from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.graph import insert
+from tsa_compile.passes.record import record
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import capture, capture_all, count_ops, graph_text
 

@@ -1,0 +1,325 @@
+"""Recording a graph's operators: an AtenGraph of a graph as it was traced.
+
+    before   m = x.where(c, y); F.relu(m, True); o = F.scaled_dot_product_attention(q, k, v, m)
+    after    the same graph, and beside it its AtenGraph (aten.py)
+
+The graph is run once on its fake values, and every operator that it reaches is recorded before autograd, autocast and
+decompositions: which overload it is, with all its arguments. A function is what it does, not what its name says; methods,
+operators of Python, numpy's functions and functions of the user all become the operators behind them.
+
+What cannot be recorded (a higher-order operator, a node that fails) is an unknown value, and is taken to write to all of
+its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tsa_compile.passes import operators
+from tsa_compile.passes.aten import AtenGraph, unknown
+from tsa_compile.passes.fakes import (
+    alike,
+    is_arithmetic,
+    is_laid_out_like,
+    is_plain,
+    is_wrapped,
+    key_of,
+    note_constant,
+    quiet,
+    run_node,
+    run_operator,
+    tensors_in,
+)
+from tsa_compile.passes.graph import fake, fake_mode
+
+
+def record(graph_module: GraphModule) -> AtenGraph:
+    """Runs a graph on its fake values and records its operators; never raises for what a node does."""
+    recording = _Recording(graph_module)
+    recording.run(graph_module)
+    return recording.result
+
+
+class _Mode(SchemaCheckMode):
+    """Sees every operator in front of autograd and decompositions: torch admits only its own kinds of mode there."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self.__dict__["_dispatch_key"] = torch._C.DispatchKey.PreDispatch  # type: ignore[attr-defined]
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.recording.call(func, args, kwargs or {})
+
+
+class _Recording:
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.result = AtenGraph()
+        self.mode = fake_mode(graph_module.graph)
+        self.memory = self.result.memory
+        self.known: dict[int, tuple[Tensor, Node, int]] = {}  # the tensor stays alive, so that its id stays its own
+        self.placed: dict[int, list[int]] = {}  # the known tensors in each piece of memory
+        self.numbered: dict[Any, Node] = {}
+        self.origin: Node | None = None
+        self.inside: str | None = None
+        self.tick = 0
+        self.named: dict[int, Node] = {}  # the graph's node whose value a tensor is
+        self.paused = False
+        self.env: dict[Node, Any] = {}
+
+    def run(self, graph_module: GraphModule) -> None:
+        with quiet(self.mode), _Mode(self):
+            self._run_graph(graph_module)
+
+    def _run_graph(self, graph_module: GraphModule) -> None:
+        for node in graph_module.graph.nodes:
+            if self.inside is None:
+                self.tick += 1
+                self.origin = node
+                self.result.order[node] = self.tick
+            if node.op == "output":
+                self._node(unknown, (map_arg(node.args[0], lambda read: self._to_values(self.env[read])),), None)
+                continue
+            self.env[node] = self._value(graph_module, node)
+            if self.inside is None:
+                self._settle(node)
+
+    def _value(self, graph_module: GraphModule, node: Node) -> Any:
+        wanted = fake(node)
+        if node.op == "placeholder":
+            return tree_map(lambda leaf: self._input(node, leaf), wanted)
+        if node.op == "get_attr":
+            return self._attribute(graph_module, node)
+        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+            return self._body(graph_module, node, wanted)
+        if node.op == "call_method" and node.target == "item":
+            return wanted  # a number that is read at run time; run again it would be another symbol
+        args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+        try:
+            made = run_node(node, args, kwargs)
+        except Exception as error:  # noqa: BLE001  # whatever it is, this node's value is unknown, and the others' are not
+            self.result.problems[node] = f"{type(error).__name__}: {error}"
+            return self._unknown(node, wanted)
+        return self._agreed(node, made, wanted)
+
+    def _input(self, node: Node, value: Any) -> Any:
+        """A tensor of its own over the same memory: the graph may change its shape in place, the trace's must stay."""
+        if not isinstance(value, Tensor):
+            return value
+        if is_plain(value):
+            with self._pause():
+                value = value.detach()
+        self._keep(value, self._node(unknown, (), value))
+        return value
+
+    def _attribute(self, graph_module: GraphModule, node: Node) -> Any:
+        value: Any = graph_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            return value
+        made = value
+        if not isinstance(value, FakeTensor) and self.mode is not None:
+            with self._pause():
+                made = self.mode.from_tensor(value, static_shapes=True)
+        leaf = self._node(unknown, (), made)
+        note_constant(leaf, value)
+        self._keep(made, leaf)
+        return made
+
+    def _agreed(self, node: Node, made: Any, wanted: Any) -> Any:
+        """What a node made, if it is what the trace has: numbers are taken from the trace, which names their symbols."""
+        if wanted is None:
+            return made
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(wanted)):
+            return wanted
+        ours, theirs = tree_leaves(made), tree_leaves(wanted)
+        if len(ours) == len(theirs) and all(map(alike, ours, theirs)):
+            return made
+        self.result.problems[node] = "its value is another one than the trace has"
+        return self._unknown(node, wanted)
+
+    def _unknown(self, node: Node, wanted: Any, writes: bool = True) -> Any:
+        """A node that may have done anything with its inputs: its outputs are new values that may share their memory."""
+        read = tensors_in(map_arg((node.args, node.kwargs), self.env.__getitem__))
+        inputs = tuple(self.node_of(tensor) for tensor in read)
+        for tensor in read if writes else ():
+            self._write(tensor)
+        self.result.impure.add(node)
+        with self._pause():
+            values = tree_map(lambda leaf: leaf.detach() if is_plain(leaf) else leaf, wanted)
+        target = node.target if isinstance(node.target, HigherOrderOperator) else unknown
+        call = self._node(target, inputs, values)
+        call.meta["failed"] = True
+        made = tensors_in(values)
+        for tensor in made:
+            self._keep(tensor, call if isinstance(values, Tensor) else self._node(unknown, (call,), tensor))
+        self.memory.share([*made, *read])
+        return values
+
+    def _body(self, graph_module: GraphModule, node: Node, wanted: Any) -> Any:
+        """A higher-order operator: its bodies are recorded for the attention in them, its value is unknown.
+
+        It writes to its inputs if a body writes to anything, or if there is no body to tell.
+        """
+        outside, self.inside = self.inside, getattr(node.target, "__name__", str(node.target))
+        before = self.tick
+        bodies = [body for source in node.all_input_nodes if isinstance(body := self.env.get(source), GraphModule)]
+        for body in bodies:
+            self._run_graph(body)
+        self.inside = outside
+        return self._unknown(node, wanted, writes=self.tick > before or not bodies)
+
+    def _settle(self, node: Node) -> None:
+        """Notes what a node of the graph holds now that it has run."""
+        result, value = self.result, self.env[node]
+        result.values[node] = self._to_values(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            result.scalars.setdefault(str(value.node.expr), node)
+        elif isinstance(value, Tensor):
+            recorded = result.values[node]
+            if recorded not in result.holders and not recorded.meta["named"]:
+                recorded.meta["named"] = True
+                recorded._rename(node.name)
+            self.named.setdefault(id(value), node)
+            self._hold(recorded, node, value, self.tick + 1)
+            self.tick += 1
+        elif value is None or (not tensors_in(value) and not is_arithmetic(node)):
+            result.impure.add(node)  # it has no value that says what it is for
+
+    # -- operators ------------------------------------------------------------------------------------------------------
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Records one operator and runs it."""
+        if self.paused:
+            return func(*args, **kwargs)
+        written = list(operators.written(func, args, kwargs))
+        if operators.changes_nothing(func):
+            return func(*args, **kwargs)
+        if is_wrapped(args, kwargs):
+            return self._call_wrapped(func, args, kwargs, written)
+        if not isinstance(func, OpOverload) or written or not operators.is_pure(func, args, kwargs):
+            self._mark_impure()
+        inputs, options = self._to_values(args), self._to_values(kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            self._freeze_shapes(written)
+        result = run_operator(func, args, kwargs)
+        for tensor in written:
+            self._write(tensor)
+        self._keep_results(func, inputs, options, result, {id(tensor) for tensor in (*tensors_in((args, kwargs)),)}, written)
+        return result
+
+    def _call_wrapped(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
+        """Under torch.vmap a tensor is not what it looks like: attention is noted, writes are, values are not."""
+        if operators.is_attention(func):
+            self._node(func, (), None).meta["inside"] = "vmap"
+        for tensor in written:
+            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                tensor = torch._C._functorch.get_unwrapped(tensor)
+            self._write(tensor)
+        self._mark_impure()
+        return func(*args, **kwargs)
+
+    def _keep_results(self, func: Any, args: Any, kwargs: Any, result: Any, given: set[int], written: list[Tensor]) -> None:
+        if not written and isinstance(result, Tensor) and id(result) in given:
+            return  # the input itself, as dropout in evaluation and casts to the same type return it
+        call = self._numbered(func, args, kwargs, result) if not written else self._node(func, args, result, kwargs)
+        if isinstance(result, Tensor):
+            in_place = any(result is tensor for tensor in written) and torch.Tag.inplace_view not in func.tags
+            if in_place or id(result) not in given:
+                self._keep(result, call)
+            return
+        for position, tensor in enumerate(result if isinstance(result, (tuple, list)) else ()):
+            if isinstance(tensor, Tensor) and id(tensor) not in given:
+                self._keep(tensor, self._node(operators.ITEM, (call, position), tensor))
+
+    def _numbered(self, func: Any, args: Any, kwargs: Any, result: Any) -> Node:
+        """The node of this value: two calls of one operator on the same values are one value, if nothing is drawn."""
+        if not operators.is_repeatable(func):
+            return self._node(func, args, result, kwargs)
+        key = key_of((func, args, kwargs))
+        try:
+            known = self.numbered.get(key)
+        except TypeError:
+            return self._node(func, args, result, kwargs)
+        if known is None:
+            known = self.numbered[key] = self._node(func, args, result, kwargs)
+        return known
+
+    def _node(self, target: Any, args: Any, value: Any, kwargs: Any = None) -> Node:
+        graph = self.result.calls
+        node = graph.create_node("call_function", target, name=f"value_{len(graph.nodes)}")
+        node.args, node.kwargs = tuple(args), dict(kwargs or {})  # with symbols as they are, which `create_node` warns of
+        node.meta = {"val": value, "origin": self.origin, "inside": self.inside, "named": False}
+        if self.origin is not None:
+            self.result.ran.setdefault(self.origin, set()).add(target)
+        return node
+
+    def _to_values(self, tree: Any) -> Any:
+        """The same arguments with recorded nodes in place of tensors."""
+        return map_aggregate(tree, lambda leaf: self.node_of(leaf) if isinstance(leaf, Tensor) else leaf)
+
+    def node_of(self, tensor: Tensor) -> Node:
+        """The value of a tensor at this moment."""
+        held = self.known.get(id(tensor)) or self._same_place(tensor)
+        if held is not None and held[2] == self.memory.version(tensor):
+            return held[1]
+        leaf = self._node(unknown, () if held is None else (held[1],), tensor)  # made elsewhere, or written to since
+        if held is None:
+            note_constant(leaf, tensor)
+        self._keep(tensor, leaf)
+        return leaf
+
+    def _same_place(self, tensor: Tensor) -> tuple[Tensor, Node, int] | None:
+        """A known tensor that lies in memory as this one does: factories return another one than they have made."""
+        found = (self.known[key] for key in reversed(self.placed.get(self.memory.piece(tensor), ())))
+        return next((known for known in found if is_laid_out_like(known[0], tensor)), None)
+
+    def _keep(self, tensor: Tensor, node: Node) -> None:
+        if id(tensor) not in self.known:
+            self.placed.setdefault(self.memory.piece(tensor), []).append(id(tensor))
+        self.known[id(tensor)] = (tensor, node, self.memory.version(tensor))
+        if id(tensor) in self.named:  # one of the graph's nodes has held this value since the last write
+            writes = self.memory.writes.get(self.memory.piece(tensor), [0])
+            self._hold(node, self.named[id(tensor)], tensor, writes[-1])
+
+    def _hold(self, value: Node, node: Node, tensor: Tensor, since: int) -> None:
+        self.result.holders.setdefault(value, []).append((node, since))
+        self.result.pieces[node] = self.memory.piece(tensor)
+
+    def _write(self, tensor: Tensor) -> None:
+        self.tick += 1
+        self.memory.write(tensor, self.tick)
+        self._mark_impure()
+
+    def _mark_impure(self) -> None:
+        if self.origin is not None:
+            self.result.impure.add(self.origin)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Without recording."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def _freeze_shapes(self, tensors: list[Tensor]) -> None:
+        """In front of an operator that changes a tensor's shape in place: its earlier values keep theirs."""
+        for tensor in tensors:
+            frozen = tensor.detach()
+            for node in self.result.calls.nodes:
+                if node.meta["val"] is tensor:
+                    node.meta["val"] = frozen
