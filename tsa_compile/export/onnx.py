@@ -156,12 +156,6 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     # What valid_ranges tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
     program = program.run_decompositions({tsa.valid_ranges.default: FORMS["standard"][tsa.valid_ranges.default]})
     table = {getattr(tsa, name).default: form for name, form in _translations().items()}
-    missing = {str(node.target) for node in program.graph.nodes if node.target in FORMS["standard"]} - set(map(str, table))
-    if missing:
-        raise ConfigError(
-            f'domain="{DOMAIN}" has no operator for {", ".join(sorted(missing))}, which a floor needs: export with '
-            "domain=None (standard operators), or set floor=None"
-        )
     return _export(program, opset, table)
 
 
@@ -226,6 +220,25 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "kernel? string, scale float",
         "Causal attention over the first `count` rows; what follows them is unspecified. `kernel` names a method that "
         "leaves part of it out, or one of the user's own; without it attention is exact.",
+    ),
+    (
+        "AttendLse",
+        "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
+        "rows T [B,H,C,Dv], lse float [B,H,C]",
+        "kernel? string, scale float",
+        "As Attend, with lse[b,h,i] = log(sum over j <= i of exp(scale * <query[b,h,i], key[b,s,j]>)), for MergeFloor.",
+    ),
+    (
+        "MergeFloor",
+        "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], rows T [B,H,C,Dv], lse float [B,H,C], "
+        "indices int32 [B,S,C], count? int32 [B], padding? bool [B,L]",
+        "output T [B,H,L,Dv]",
+        "scale float, sinks int, window int",
+        "Dense attention of row i over N(i) = valid j <= i with rank(i) - rank(j) < window or rank(j) < sinks, where "
+        "rank(t) counts the valid tokens before t; a selected row, i = indices[j] with j < count, also over the selected "
+        "tokens up to i. So, with (near, m) the attention and its log-sum-exp over N(i), in a selected row without the "
+        "selected tokens: (exp(lse[j]) * rows[j] + exp(m) * near) / (exp(lse[j]) + exp(m)) there, near in other rows, 0 "
+        "in those of invalid tokens.",
     ),
     (
         "DecompressRows",
@@ -317,11 +330,21 @@ def _translations() -> dict[str, Callable[..., Any]]:
         named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
         return ops.Attend(query, key, value, count, scale=scale, **named)
 
+    def attend_lse(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
+        named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
+        return ops.AttendLse(query, key, value, count, scale=scale, **named)
+
+    def merge_floor(  # type: ignore[no-untyped-def]
+        query, key, value, compressed, lse, indices, count, padding, scale: float, window: int, sinks: int
+    ):
+        rows = (query, key, value, compressed, lse, indices, count, padding)
+        return ops.MergeFloor(*rows, scale=scale, window=window, sinks=sinks)
+
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
         return ops.DecompressRows(compressed, indices, seq_len, count)
 
     def padded_attention(query, key, value, padding, valid_ranges, scale: float, mean_rows: bool):  # type: ignore[no-untyped-def]
         return ops.PaddedAttention(query, key, value, padding, scale=scale, mean_rows=int(mean_rows))
 
-    forms = (score, budget, select, compress, attend, decompress, padded_attention)
+    forms = (score, budget, select, compress, attend, attend_lse, merge_floor, decompress, padded_attention)
     return {form.__name__: form for form in forms}
