@@ -257,6 +257,28 @@ def merge_floor_aten(
 
     Holds [B, H, L, 2 window + sinks] logits.
     """
+    near, near_lse, slots, rank = near_aten(query, key, value, indices, count, padding, scale, window, sinks)
+    chosen = slots > 0
+    picked = at_least(slots - 1, 0)
+    far = take_rows(compressed, picked).to(near.dtype)
+    far_lse = torch.where(chosen, lse.to(near.dtype).gather(2, picked.to(torch.int64)), -math.inf)
+    top = torch.maximum(near_lse, far_lse)
+    near_share, far_share = (near_lse - top).exp()[..., None], (far_lse - top).exp()[..., None]
+    far = torch.where(chosen[..., None], far, 0.0)
+    output = (near * near_share + far * far_share) / (near_share + far_share)
+    return placed_aten(output.to(value.dtype), padding, rank)
+
+
+def near_aten(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None, padding: Tensor | None, scale: float,
+    window: int, sinks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Attention over N(i), without the selected tokens in selected rows, in the order of ranks.
+
+    Returns:
+        Output [B, H, L, Dv] and log-sum-exp [B, H, L] (-1e30 where a row sees nothing), in at least float32; one more than
+        the slot of each row, 0 where it has none, int32 [B, H, L]; and the rank of each position, [B, L], or None.
+    """
     heads, seq_len = query.shape[1:3]
     slots = _slots_aten(indices, count, seq_len)
     if padding is None:
@@ -270,19 +292,15 @@ def merge_floor_aten(
         real = torch.arange(seq_len, device=padding.device) < valid[:, 0]
         value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
     near, near_lse = _near_aten(query, key, value, slots, valid, scale, window, sinks)
-    slots = repeat_heads(slots, heads)
-    chosen = slots > 0
-    picked = at_least(slots - 1, 0)
-    far = take_rows(compressed, picked).to(near.dtype)
-    far_lse = torch.where(chosen, lse.to(near.dtype).gather(2, picked.to(torch.int64)), -math.inf)
-    top = torch.maximum(near_lse, far_lse)
-    near_share, far_share = (near_lse - top).exp()[..., None], (far_lse - top).exp()[..., None]
-    far = torch.where(chosen[..., None], far, 0.0)
-    output = (near * near_share + far * far_share) / (near_share + far_share)
+    return near, near_lse, repeat_heads(slots, heads), rank
+
+
+def placed_aten(output: Tensor, padding: Tensor | None, rank: Tensor | None) -> Tensor:
+    """Rows [B, H, L, Dv] from the order of ranks to their positions, 0 where there is no valid token."""
     if padding is not None and rank is not None:
-        places = at_least(rank, 0)[:, None].expand(-1, heads, -1)
+        places = at_least(rank, 0)[:, None].expand(-1, output.shape[1], -1)
         output = torch.where(padding[:, None, :, None], take_rows(output, places), 0.0)
-    return as_rows(output.to(value.dtype))
+    return as_rows(output)
 
 
 def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:

@@ -13,7 +13,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import reference
-from tsa_compile.passes.lower import lower_program
+from tsa_compile.passes.lower import lower_program, with_joined_floors
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -78,6 +78,13 @@ def op_types(model):
     return collections.Counter((node.domain, node.op_type) for node in model.graph.node)
 
 
+def long_dimensions(model):
+    """How many dimensions of a value grow with the length, at most."""
+    shapes = [[dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info]
+    assert any(len(shape) == 4 for shape in shapes)
+    return max(sum("length" in dim for dim in shape) for shape in shapes)
+
+
 @pytest.fixture(scope="module")
 def programs():
     """Exports by case: each serves every form that a test writes of it."""
@@ -99,7 +106,9 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
     tsa_onnx.save(program, path)
 
     model = onnx.load(path)
-    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    # The dense layer of the whole model has an L x L mask; sparse ones have nothing of that kind.
+    assert long_dimensions(inferred) == (2 if model_too else 1)
     assert {domain for domain, _ in op_types(model)} == {""}
     assert not {"TopK", "NonZero", "Unique", "Compress", "Loop", "RotaryEmbedding"} & {op for _, op in op_types(model)}
     assert {entry.key: entry.value for entry in model.metadata_props}["tsa_compile.length"] == "40..300"
@@ -288,6 +297,13 @@ def test_a_lowered_program_is_refused(tmp_path):
     lowered = lower_program(program_of(Model()))
     with pytest.raises(ConfigError, match="lower=None"):
         tsa_onnx.save(lowered, tmp_path / "model.onnx")
+
+
+def test_what_only_a_lowering_makes_is_refused(programs, tmp_path):
+    joined = with_joined_floors(programs("floor"))
+    for domain in (None, "tsa"):
+        with pytest.raises(ConfigError, match=r"the program holds tsa\.attend_floor\.default; pass one from export_program"):
+            tsa_onnx.save(joined, tmp_path / "model.onnx", domain=domain)
 
 
 def test_options_and_paths(tmp_path):

@@ -30,7 +30,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.lower import check_kernels, layer_of
+from tsa_compile.passes.lower import check_kernels, layer_of, with_joined_floors
 
 if TYPE_CHECKING:
     import onnx
@@ -95,13 +95,14 @@ def to_portable(program: ExportedProgram) -> ExportedProgram:
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    return program.run_decompositions(FORMS["standard"])
+    return with_joined_floors(program).run_decompositions(FORMS["standard"])
 
 
 def _check_form(program: ExportedProgram) -> None:
-    """Ops that only a compiled graph has, or that an earlier lowering opened."""
+    """Ops that only a compiled graph has, or that an earlier lowering joined or opened."""
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in map(str, FORMS["standard"]))
+    steps = {str(op) for op in FORMS["standard"] if op is not tsa.attend_floor.default}
+    foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in steps)
     # The ATen forms of score and select have these.
     lowered = not any(name.startswith("tsa.") for name in targets) and targets >= _LOWERED
     if foreign or lowered:
