@@ -20,13 +20,12 @@ pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
 LENGTHS = (40, 300)
-CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1)
+CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1, floor=None)
 SINGLE = CONFIG.replace(layers=[0])
 # configuration, padded, whether of a whole model or of one attention call, which is traced in a third of the time
 CASES = {
-    "padded model": (CONFIG, True, True),
+    "padded model": (CONFIG.replace(floor=Floor(8, 3)), True, True),
     "plain": (SINGLE, False, False),
-    "floor": (SINGLE.replace(floor=Floor(8, 3)), True, False),
     "floor of a group": (SINGLE.replace(floor=Floor(9, 0), granularity="group"), False, False),
     "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, False),
 }
@@ -179,9 +178,8 @@ def reference_ops():
 
 BEFORE_ATTENTION = ("Score", "Select", "CompressRows")
 DOMAIN = {
-    "padded model": (*BEFORE_ATTENTION, "Attend", "DecompressRows", "Budget", "PaddedAttention"),
+    "padded model": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget", "PaddedAttention"),
     "plain": (*BEFORE_ATTENTION, "Attend", "DecompressRows"),
-    "floor": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget"),
     "floor of a group": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor"),
 }
 
@@ -300,7 +298,7 @@ def test_a_lowered_program_is_refused(tmp_path):
 
 
 def test_what_only_a_lowering_makes_is_refused(programs, tmp_path):
-    joined = with_joined_floors(programs("floor"))
+    joined = with_joined_floors(programs("floor of a group"))
     for domain in (None, "tsa"):
         with pytest.raises(ConfigError, match=r"the program holds tsa\.attend_floor\.default; pass one from export_program"):
             tsa_onnx.save(joined, tmp_path / "model.onnx", domain=domain)
