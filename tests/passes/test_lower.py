@@ -138,7 +138,7 @@ REFUSED = [
 @pytest.mark.parametrize(("kernel", "why"), REFUSED)
 def test_a_kernel_without_a_form_is_refused_by_layer(kernel, why, foreign):
     name = foreign if kernel == "gone" else kernel
-    config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=3, layers=("layers.1",), kernel=name)
+    config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=3, layers=("layers.1",), kernel=name, floor=None)
     program = export_program(Stack(2).eval(), heads(length=40), config, dynamic_lengths=(16, 200))
     if kernel == "gone":
         unregister(foreign)
