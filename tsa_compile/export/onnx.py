@@ -8,7 +8,8 @@ operators are those of the form "standard" (kernels/forms.py): no TopK, no sort,
 Every selected row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand:
 KeepRatio, or a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers
 over all L: a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C]
-logits in float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
+logits in float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling. A floor adds one key to it, and
+blocks of logits that grow with L alone (kernels/attend_floor.py).
 
 Batch and length stay dynamic, named "batch" and "length"; the ranges that the program was exported for are written to
 the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no place for them.
