@@ -2,6 +2,7 @@
 
 32K 8192            lengths                 8K,32K             several
 coverage:0.005      Coverage(0.005)         keep:0.5           KeepRatio(0.5)
+256,16              Floor(256, 16)          none               no floor
 15-30,31            layers by index         model.layers.1?.*  by pattern
 calibration.json    a calibration's         upper, none        the default; no layer
 models/my-llama     a model's folder
@@ -14,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, KeepRatio, Layers
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, Layers
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,6 +67,16 @@ def budget(text: str) -> Budget:
     if kind not in kinds or value is None:
         raise ConfigError(f"{text!r} is not a budget: write coverage:0.005 or keep:0.5")
     return kinds[kind](value)
+
+
+def floor(text: str) -> Floor | None:
+    """A floor, its window and its sinks; None for none."""
+    if text.strip() == "none":
+        return None
+    found = re.fullmatch(r"(\d{1,9})\s*,\s*(\d{1,9})", text.strip(), re.ASCII)
+    if found is None:
+        raise ConfigError(f"{text!r} is not a floor: write window and sinks, as 256,16, or none")
+    return Floor(int(found[1]), int(found[2]))
 
 
 def layers(text: str) -> Layers | Calibration | None:

@@ -228,7 +228,8 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
         "rows T [B,H,C,Dv], lse float [B,H,C]",
         "kernel? string, scale float",
-        "As Attend, with lse[b,h,i] = log(sum over j <= i of exp(scale * <query[b,h,i], key[b,s,j]>)), for MergeFloor.",
+        "As Attend, with lse[b,h,i] = log(sum of exp(scale * <query[b,h,i], key[b,s,j]>)) over the j that row i attends to, "
+        "for MergeFloor.",
     ),
     (
         "MergeFloor",
