@@ -27,7 +27,8 @@ from torch import Tensor
 from tsa_compile.kernels._aten import at_least, repeat_heads, take_rows
 from tsa_compile.kernels.attend import attend_lse
 from tsa_compile.kernels.decompress import empty_output
-from tsa_compile.kernels.floor import merge_floor, near_aten, placed_aten
+from tsa_compile.kernels.floor import merge_floor
+from tsa_compile.kernels.neighbourhood import near_aten, placed_aten
 
 _COLUMNS = 8
 """Further columns of query, key and value: three are used, and rows of half precision stay aligned to 16 bytes."""
