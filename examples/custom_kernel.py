@@ -3,7 +3,7 @@
     python examples/custom_kernel.py
 
 The compressed rows keep their order, so every kernel that computes causal attention will do. This one goes over the
-queries in tiles, in plain PyTorch; a real one would launch a GPU kernel from `run`.
+queries in tiles, in plain PyTorch; a real one would launch a GPU kernel from `run_lse`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ def supports(request: KernelRequest) -> str | None:
 
 def run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention [B,H,N,Dv] over all rows given; key and value may have fewer heads than query."""
+    return run_lse(query, key, value, scale)[0]
+
+
+def run_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of each row's sum of exponentials [B,H,N], by which its neighbourhood is added."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    tiles = []
+    tiles, sums = [], []
     for start in range(0, query.shape[2], TILE):
         rows = query[:, :, start : start + TILE]
         stop = start + rows.shape[2]
         future = torch.ones(rows.shape[2], stop, dtype=torch.bool, device=query.device).triu(start + 1)
         scores = (scale * rows @ key[:, :, :stop].mT).masked_fill(future, float("-inf"))
         tiles.append(scores.softmax(dim=-1) @ value[:, :, :stop])
-    return torch.cat(tiles, dim=2)
+        sums.append(scores.logsumexp(dim=-1))
+    return torch.cat(tiles, dim=2), torch.cat(sums, dim=2)
 
 
 def build_model(layers: int = 4) -> torch.nn.Module:
@@ -58,7 +64,8 @@ def last_logits(model: torch.nn.Module, ids: Tensor, kernel: str) -> Tensor:
 def main() -> float:
     """Registers the kernel, compiles with it, and compares it with a built-in one."""
     if "tiled" not in names():
-        register(AttentionKernel("tiled", run, supports, priority=-1))  # below the built-in ones: by name only
+        # Below the built-in ones: by name only.
+        register(AttentionKernel("tiled", run, supports, priority=-1, run_lse=run_lse))
     model, ids = build_model(), torch.randint(256, (1, 700))
     mine = last_logits(model, ids, "tiled")
     print(tsa_compile.reports()[-1])

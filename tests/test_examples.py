@@ -31,12 +31,12 @@ def test_every_example_is_tested():
 def test_quickstart_compares_exact_and_sparse_with_the_plain_model(monkeypatch):
     quickstart = load("quickstart")
     monkeypatch.setattr(quickstart, "ON_GPU", quickstart.ON_CPU)  # the small size, on a GPU machine too
-    arguments = ["--length", "192", "--layers", "2", "--compiler", "eager"]
+    arguments = ["--length", "512", "--layers", "2", "--compiler", "eager"]
     plain, stock, exact, ratio, coverage = quickstart.main(arguments)
     assert quickstart.difference(stock.logits, plain.logits) < 1e-5
     assert quickstart.difference(exact.logits, plain.logits) < 1e-5
     assert exact.kept is None and exact.report.sparse == 0 and exact.report.unchanged == 0
-    assert ratio.kept == pytest.approx((80 + 32) / 192)  # ceil(0.5 * 160) candidates and the window
+    assert ratio.kept == pytest.approx((144 + 32) / 512)  # ceil(0.3 * 480) candidates and the window
     for sparse in (ratio, coverage):
         assert 0 < sparse.kept < 1
         assert [row.decision for row in sparse.report] == [Decision.DENSE_PADDED, Decision.SPARSE]

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 CONFIG = TSAConfig(budget=Coverage(0), window=4, min_tokens=4, layers=[0, 2], compiler="eager")
 SDPA = "scaled_dot_product_attention"
-OPS = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention", "valid_ranges", SDPA)
+SPARSE = ("score", "budget", "select", "compress", "attend_lse", "merge_floor")
+OPS = (*SPARSE, "padded_attention", "valid_ranges", SDPA)
 ATOL = 1e-5
 
 
@@ -68,9 +69,8 @@ def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
         logits, wanted, graph = run(tiny("llama", form))
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
     left = {SDPA: 1} if form == "sdpa" else {}
-    once = ("score", "budget", "select", "compress", "attend", "decompress", "padded_attention")
-    # Spans are computed once, for the dense layer between the two.
-    assert present(graph) == {**dict.fromkeys(once, 1), "valid_ranges": 1, **left}
+    # The ranges are computed once, for the dense layer between the two.
+    assert present(graph) == {**dict.fromkeys(SPARSE, 1), "padded_attention": 1, "valid_ranges": 1, **left}
     rows = reports()[-1].rows
     assert [row.reason for row in rows] == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.PASS_FAILED]
     assert "planted" in rows[2].detail and rows[2].decision is Decision.UNCHANGED
@@ -245,7 +245,7 @@ def test_written_out_attention_of_another_form_is_reported(name):
 
 def test_scores_divided_in_place_are_read():
     logits, wanted, graph_module = run(tiny("falcon", "eager"), budget=KeepRatio(1.0))
-    assert count_ops(graph_module, "attend", "softmax") == {"attend": 2, "softmax": 0}
+    assert count_ops(graph_module, "attend_lse", "softmax") == {"attend_lse": 2, "softmax": 0}
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
 
 
