@@ -1,18 +1,21 @@
 """One layer's attention on a GPU: token sparse attention against dense attention and against its peers.
 
-    python benchmarks/attention.py --out benchmarks/results              everything, in less than four minutes on an H200
+    python benchmarks/attention.py --out benchmarks/results              everything, in some three minutes on an H100
     python benchmarks/attention.py --parts main --lengths 8192 32768     a part of it
 
-    main     by length and share kept: this package's op in several forms, dense cuDNN and FlashAttention-2,
-             FlexAttention, and the paper's pipeline written plainly in torch
+    main     by length and share kept: this package's op with the default floor and, as published, without, and dense
+             cuDNN; at a share of 0.3, the default, also the op's other forms and the paper's pipeline written plainly in
+             torch; at a few lengths FlashAttention-2 and FlexAttention
     stages   each stage of the op alone: time on the GPU and in calls, what it achieves, and the device's ceiling
-    shapes   other head sizes and numbers of heads, a batch, float16
+    shapes   other head sizes and numbers of heads, batches, float16
     attend   kernels over a number of rows that only the device knows
 
-Inputs are random with a few dominant tokens. Methods of one length take turns, times are medians, and ratios are to dense
-cuDNN in the same run. Every output is checked before it is timed (attention_checks.py): a sample of its rows against
-float64, rows that were not selected against 0. The exit code is 1 if an output is wrong, and 0 if a method could not run:
-then its cell says why. Progress goes to stderr, results to stdout and into --out as JSON, Markdown and a figure.
+Shares are those of KeepRatio with min_tokens 0: with the default 1024, 8K tokens would keep more than .08 of them. Inputs
+are random with a few dominant tokens. Methods of one length take turns, times are medians, and ratios are to dense cuDNN in
+the same run. Every output is checked before it is timed (attention_checks.py): a sample of its rows, selected ones and
+others, against float64; without a floor, rows that were not selected against 0. The exit code is 1 if an output is wrong,
+and 0 if a method could not run: then its cell says why. Progress goes to stderr, results to stdout and into --out as JSON,
+Markdown and a figure.
 """
 
 from __future__ import annotations
@@ -30,7 +33,20 @@ from typing import Any, TypeVar
 import torch
 from attention_checks import TOLERANCE, WrongOutputError, check_output, demand, relative_difference
 from attention_kernels import KERNELS, make_rows
-from attention_methods import COVERAGE_LENGTHS, DENSE, SPARSE, WINDOW, Inputs, Runner, Shape, make_inputs, ours
+from attention_methods import (
+    DENSE,
+    FLOOR,
+    FORM_KEEP,
+    MIN_TOKENS,
+    WINDOW,
+    Inputs,
+    Runner,
+    Shape,
+    compared,
+    make_inputs,
+    ours,
+    ours_coverage,
+)
 from attention_report import TABLES, figure, report, size_of
 from attention_stages import Sizes, Stage, Work, attention_flops, stages
 from attention_timing import burst_ms, graph_ms, peak_of, take_turns
@@ -49,9 +65,9 @@ SHAPES = (
     Shape(batch=4),
     Shape(dtype=torch.float16),
 )
-SHAPE_LENGTHS = (16384, 32768, 65536)
-COUNTS = (16384, 32768, 65536)
-STAGE_KEEP = 0.5
+SHAPE_LENGTHS = (8192, 32768, 65536)
+UNEVEN = Shape(batch=4, uneven=True), 32768
+COUNTS = (16384, 65536)
 SDPA = ("dense cuDNN", "dense FlashAttention-2")
 
 
@@ -107,15 +123,16 @@ def prepare(build: Callable[[Inputs], Runner], sets: list[Inputs], row: Row) -> 
         runner = build(inputs)
         runner.call()  # compiles, plans
         out, memory = peak_of(runner.call)
-        errors.append(check_output(*inputs.tensors, out, inputs.scale, runner.selection, row["method"]))
+        errors.append(check_output(*inputs.tensors, out, inputs.scale, row["method"], runner.selected, runner.floor))
         if runner.twin is not None:
             twin = relative_difference(out, runner.twin())
             row["twin_difference"] = demand(twin, TOLERANCE[out.dtype], f"{row['method']} against the plain op")
         runners.append(runner)
         del out
     row |= {"memory_gib": None if "CUDA graph" in row["method"] else round(memory, 3), "error": max(errors)}
-    if runner.selection is not None:
-        row["kept"] = round((runner.selection.shape[2] - WINDOW) / (sets[-1].length - WINDOW), 4)
+    if runner.selected is not None:
+        mean = float(runner.selected.sum(dim=2).double().mean())
+        row["kept"] = round((mean - WINDOW) / (sets[-1].length - WINDOW), 4)
     if runner.note:
         row["note"] = runner.note
     return runners
@@ -135,14 +152,10 @@ def set_ratios(rows: list[Row], baselines: tuple[str, ...]) -> None:
 
 def main_part(run: Run, arguments: argparse.Namespace, length: int) -> None:
     """Every method at one length."""
-    candidates: dict[Any, Candidate] = {}
-    for name, build in DENSE.items():
-        candidates[name] = {"length": length, "keep": None, "method": name}, build
-    for keep in arguments.keep:
-        for name, sparse in SPARSE.items():
-            if "Coverage" not in name or length in COVERAGE_LENGTHS:
-                row = {"length": length, "keep": keep, "method": name}
-                candidates[name, keep] = row, functools.partial(sparse, keep=keep)
+    candidates: dict[Any, Candidate] = {
+        (name, keep): ({"length": length, "keep": keep, "method": name}, build)
+        for name, keep, build in compared(length, arguments.keep)
+    }
     run.measure(f"main {size_of(length)}", candidates, input_sets(Shape(), length))
     rows = [row for row, _ in candidates.values()]
     set_ratios(rows, ("dense cuDNN",))
@@ -154,7 +167,7 @@ def stages_part(run: Run, arguments: argparse.Namespace, length: int) -> None:
     """Every stage at one length, and the op that runs them all."""
     what = f"stages {size_of(length)}"
     sets = input_sets(Shape(), length)
-    per_set = [stages(inputs, STAGE_KEEP) for inputs in sets]
+    per_set = [stages(inputs, FORM_KEEP) for inputs in sets]
     for alike in zip(*per_set, strict=True):
         run.add("stages", f"{what}, {alike[0].name}", {"length": length, "stage": alike[0].name}, stage_row, alike)
     run.add("stages", f"{what}, all", {"length": length, "stage": "all, as one op"}, whole_row, sets)
@@ -170,7 +183,7 @@ def stage_row(alike: tuple[Stage, ...]) -> Row:
 
 def whole_row(sets: list[Inputs]) -> Row:
     """The same of the whole op, which the main part checks."""
-    return two_times([ours(inputs, STAGE_KEEP).call for inputs in sets])
+    return two_times([ours(inputs, FORM_KEEP).call for inputs in sets])
 
 
 def two_times(calls: list[Callable[[], Any]]) -> Row:
@@ -190,7 +203,7 @@ def achieved(work: Work, ms: float) -> Row:
     """For JSON."""
     return {
         "gb": round(work.bytes / 1e9, 4), "gflop": round(work.flops / 1e9, 2), "unit": work.counted,
-        "rate": round(work.rate(ms), 3), "ceiling": work.ceiling, "floor_ms": round(work.floor_ms, 4),
+        "rate": round(work.rate(ms), 3), "ceiling": work.ceiling, "least_ms": round(work.least_ms, 4),
     }  # fmt: skip
 
 
@@ -198,7 +211,7 @@ def shapes_part(run: Run, arguments: argparse.Namespace, case: tuple[Shape, int]
     """Ours against the best dense kernel for one other shape and length."""
     shape, length = case
     builders: dict[str, Callable[[Inputs], Runner]] = {name: DENSE[name] for name in SDPA}
-    builders["ours"] = functools.partial(ours, keep=STAGE_KEEP)
+    builders["ours"] = functools.partial(ours_coverage if shape.uneven else ours, keep=FORM_KEEP)
     candidates: dict[Any, Candidate] = {
         name: ({"shape": str(shape), "length": length, "method": name}, build) for name, build in builders.items()
     }
@@ -239,7 +252,7 @@ def checked_kernel(
     """A kernel's call, after its rows before count were held against float64."""
     call, valid = build(rows, count), int(count)
     inputs = (tensor[:, :, :valid] for tensor in rows.tensors)
-    check_output(*inputs, call()[:, :, :valid], rows.scale, None, name)
+    check_output(*inputs, call()[:, :, :valid], rows.scale, name)
     return call
 
 
@@ -251,7 +264,7 @@ def parts(arguments: argparse.Namespace) -> dict[str, tuple[Part, list[Any]]]:
     return {
         "main": (main_part, arguments.lengths),
         "stages": (stages_part, arguments.lengths),
-        "shapes": (shapes_part, list(itertools.product(SHAPES, SHAPE_LENGTHS))),
+        "shapes": (shapes_part, [*itertools.product(SHAPES, SHAPE_LENGTHS), UNEVEN]),
         "attend": (attend_part, COUNTS),
     }
 
@@ -261,10 +274,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.675], help="shares of the tokens kept")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.08, 0.15, 0.3, 0.5], help="shares kept")
     parser.add_argument("--seconds", type=float, default=0.3, help="measure each method for about this long")
     parser.add_argument("--verbose", action="store_true", help="show where a method failed")
-    parser.add_argument("--out", type=Path, help="folder for attention.json, attention.md and attention.png")
+    parser.add_argument("--out", type=Path, help="folder for the results: JSON, Markdown and a figure")
+    parser.add_argument("--name", default="attention", help="what the result files are called")
     return parser.parse_args(argv)
 
 
@@ -274,18 +288,19 @@ def describe() -> Row:
 
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(), "shape": str(Shape()),
+        "cudnn": torch.backends.cudnn.version(), "shape": str(Shape()), "floor": str(FLOOR), "min_tokens": MIN_TOKENS,
     }  # fmt: skip
 
 
-def write(folder: Path, run: Run, conditions: Row, text: str) -> None:
-    """JSON, Markdown and, of the main part, the figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {"conditions": conditions, **run.parts, "failures": run.failures, "wrong": run.wrong}
-    (folder / "attention.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "attention.md").write_text(text + "\n")
+def write(results: Path, run: Run, conditions: Row, text: str) -> None:
+    """JSON, Markdown and, of the main part, the figure: `results` with three suffixes."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    found = {"conditions": conditions, **run.parts, "failures": run.failures, "wrong": run.wrong}
+    results.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    results.with_suffix(".md").write_text(text + "\n")
     if run.parts.get("main"):
-        run.attempt("figure", lambda: figure(run.parts["main"], folder / "attention.png"))
+        title = f"One layer's attention on one {conditions['device']}"
+        run.attempt("figure", lambda: figure(run.parts["main"], results.with_suffix(".png"), title))
 
 
 def main() -> int:
@@ -310,7 +325,7 @@ def main() -> int:
     text = report(conditions, run.parts, problems)
     print(text)
     if arguments.out is not None:
-        write(arguments.out, run, conditions, text)
+        write(arguments.out / arguments.name, run, conditions, text)
     log.info("%d wrong outputs, %d failures%s", len(run.wrong), len(run.failures), "".join("\n  " + p for p in problems))
     return 1 if run.wrong else 0
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from tsa_compile import Floor
 from tsa_compile.kernels.budget import budget_aten
 from tsa_compile.kernels.compress import compress_aten
 from tsa_compile.kernels.decompress import decompress_aten
@@ -37,36 +38,47 @@ def demand(error: float, tolerance: float, what: str) -> float:
 
 
 def sampled_error(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, selection: Tensor | None = None,
-    heads: int = 4, rows: int = 12,
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, selected: Tensor | None = None,
+    floor: Floor | None = None, heads: int = 4, rows: int = 12,
 ) -> float:  # fmt: skip
     """The largest relative error of a sample of rows of several heads, against causal attention in float64.
 
     Args:
         query, key, value, out: [B, H, L, D], [B, G, L, D], [B, G, L, Dv], [B, H, L, Dv].
-        selection: ascending positions [B, H, n]: queries and keys are these rows. None: all.
+        selected: bool [B, H, L], the tokens among which a selected row attends. None: all.
+        floor: what every row sees besides, half of the sample being rows that are not selected. None: those are left out.
     """
     generator = torch.Generator().manual_seed(0)
     batch, all_heads, length, _ = query.shape
     drawn = torch.randint(batch * all_heads, (max(heads - 2, 0),), generator=generator).tolist()
-    errors = []
+    keys, errors = torch.arange(length, device=query.device), []
     for b, h in sorted({divmod(number, all_heads) for number in (0, batch * all_heads - 1, *drawn)}):
         g = h * key.shape[1] // all_heads
-        chosen = torch.arange(length, device=query.device) if selection is None else selection[b, h].long()
-        ends = torch.tensor([0, len(chosen) - 1])
-        slots = torch.cat([ends, torch.randint(len(chosen), (rows,), generator=generator)]).to(query.device)
-        logits = scale * query[b, h, chosen[slots]].double() @ key[b, g, chosen].double().T
-        later = torch.arange(len(chosen), device=query.device) > slots[:, None]
-        want = logits.masked_fill(later, -math.inf).softmax(-1) @ value[b, g, chosen].double()
-        got = out[b, h, chosen[slots]].double()
+        chosen = torch.ones_like(keys, dtype=torch.bool) if selected is None else selected[b, h]
+        pools = [chosen] if floor is None else [chosen, ~chosen]
+        sample = torch.cat([_sample(pool, rows // len(pools), generator) for pool in pools])
+        behind = sample[:, None] - keys
+        seen = chosen & chosen[sample][:, None]
+        if floor is not None:
+            seen = seen | (behind < floor.window) | (keys < floor.sinks)
+        logits = scale * query[b, h, sample].double() @ key[b, g].double().T
+        want = logits.masked_fill(~seen | (behind < 0), -math.inf).softmax(-1) @ value[b, g].double()
+        got = out[b, h, sample].double()
         errors.append(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
     return float(torch.stack(errors).max())  # NaN, where there is any
 
 
-def stray_rows(out: Tensor, selection: Tensor) -> int:
+def _sample(marks: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """The first and the last marked position, and some between."""
+    places = marks.nonzero()[:, 0]
+    if len(places) == 0:
+        return places
+    ends = torch.tensor([0, len(places) - 1])
+    return places[torch.cat([ends, torch.randint(len(places), (number,), generator=generator)]).to(places.device)]
+
+
+def stray_rows(out: Tensor, selected: Tensor) -> int:
     """How many rows that were not selected are not exactly 0."""
-    selected = torch.zeros(out.shape[:3], dtype=torch.bool, device=out.device)
-    selected.scatter_(2, selection.long(), True)
     return int(((out != 0).any(dim=-1) & ~selected).sum())
 
 
@@ -78,19 +90,20 @@ def relative_difference(left: Tensor, right: Tensor) -> float:
 
 
 def check_output(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, selection: Tensor | None, what: str
-) -> float:
-    """The sampled error of an attention output.
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, what: str, selected: Tensor | None = None,
+    floor: Floor | None = None,
+) -> float:  # fmt: skip
+    """The sampled error of an attention output; `selected` and `floor` as in `sampled_error`.
 
     Raises:
-        WrongOutputError: it is too large, or a row that was not selected is not 0.
+        WrongOutputError: it is too large; or there is no floor, and a row that was not selected is not 0.
     """
     if out.shape != (*query.shape[:3], value.shape[3]):
         raise WrongOutputError(f"{what}: the output is {tuple(out.shape)}")
-    stray = 0 if selection is None else stray_rows(out, selection)
+    stray = 0 if selected is None or floor is not None else stray_rows(out, selected)
     if stray:
         raise WrongOutputError(f"{what}: {stray} rows that were not selected are not 0")
-    return demand(sampled_error(query, key, value, out, scale, selection), TOLERANCE[query.dtype], what)
+    return demand(sampled_error(query, key, value, out, scale, selected, floor), TOLERANCE[query.dtype], what)
 
 
 def check_score(query: Tensor, key: Tensor, scores: Tensor, scale: float, window: int, pool: int) -> float:

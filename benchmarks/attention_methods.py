@@ -2,15 +2,15 @@
 
 All are causal attention of query [B, H, L, D] over key and value [B, G, L, D], which lie in memory as projections leave
 them, [B, L, heads, D]. Dense: cuDNN, FlashAttention-2, FlexAttention. Sparse: this package's op, called as a compiled
-graph calls it, and the paper's pipeline written plainly in torch.
+graph calls it, with the default floor and, as published, without; and the paper's pipeline written plainly in torch.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from attention_timing import replayed
@@ -25,23 +25,31 @@ from tsa_compile.kernels.budget import kept_tokens
 
 assert pipeline.OPS
 tsa = torch.ops.tsa
-WINDOW, POOL, MIN_TOKENS = 128, 7, 1024
+WINDOW, POOL = 128, 7
+MIN_TOKENS = 0
+"""Not the default 1024, which at 8K would keep more than a small share asks for."""
+FLOOR = Floor()
 BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything about an attention call but its length; the defaults are Llama-3.1-8B's."""
+    """Everything about an attention call but its length; the defaults are Llama-3.1-8B's.
+
+    uneven: the items of the batch attend more sharply one after the other, and a Coverage keeps fewer tokens of each.
+    """
 
     batch: int = 1
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    uneven: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"B={self.batch} H={self.heads} G={self.kv_heads} D={self.head_dim} {dtype}"
+        sizes = f"B={self.batch} H={self.heads} G={self.kv_heads} D={self.head_dim} {dtype}"
+        return sizes + ", Coverage, items keep different numbers" * self.uneven
 
     def input_bytes(self, length: int) -> int:
         """Of query, key and value."""
@@ -72,6 +80,8 @@ def make_inputs(shape: Shape, length: int, device: str = "cuda") -> Inputs:
     query, key, value = (torch.randn(size, device=device, dtype=shape.dtype).transpose(1, 2) for size in sizes)
     heavy = torch.randperm(length, device=device)[: length // 100]
     key[:, :, heavy] *= 2
+    if shape.uneven:
+        query *= torch.linspace(0.7, 1.3, shape.batch, device=device, dtype=shape.dtype)[:, None, None, None]
     return Inputs(query, key, value, shape.head_dim**-0.5)
 
 
@@ -79,12 +89,14 @@ def make_inputs(shape: Shape, length: int, device: str = "cuda") -> Inputs:
 class Runner:
     """A method on given inputs.
 
-    selection: the positions [B, H, n] that it attends to; None: all.
+    selected: bool [B, H, L], the tokens that each head selects; None: all.
+    floor: what every row sees besides; None: rows that are not selected are 0.
     twin: what computes the same in another way.
     """
 
     call: Callable[[], Tensor]
-    selection: Tensor | None = None
+    selected: Tensor | None = None
+    floor: Floor | None = None
     twin: Callable[[], Tensor] | None = None
     note: str = ""
 
@@ -94,6 +106,14 @@ def kept(length: int, keep: float) -> int:
     count = kept_tokens(length, WINDOW, None, keep, MIN_TOKENS)
     assert count is not None
     return count
+
+
+def marked(indices: Tensor, length: int, count: Tensor | None = None) -> Tensor:
+    """The first `count` [B] (None: all) of the indices [B, H, n] as marks: bool [B, H, L]."""
+    slots = torch.arange(indices.shape[2], device=indices.device)
+    real = torch.ones_like(slots[None], dtype=torch.bool) if count is None else slots < count[:, None]
+    marks = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool, device=indices.device)
+    return marks.scatter_(2, torch.where(real[:, None], indices.long(), length), True)[..., :length]
 
 
 def dense(inputs: Inputs, backend: SDPBackend) -> Runner:
@@ -165,19 +185,24 @@ def flex(inputs: Inputs, mask: BlockMask | None = None) -> Runner:
 
 def options(
     scale: float, *, keep: float | None = None, coverage: float | None = None, kernel: str = "auto", shared: bool = False,
-    floor: Floor | None = None,
+    floor: Floor | None = FLOOR,
 ) -> tuple[object, ...]:  # fmt: skip
     """The scalars of tsa.sparse_attention, from scale on; shared: the heads of a group keep the same tokens."""
     near = () if floor is None else (floor.window, floor.sinks)
     return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, shared, kernel, *near
 
 
-def ours(inputs: Inputs, keep: float) -> Runner:
+def ours(inputs: Inputs, keep: float, floor: Floor | None = FLOOR) -> Runner:
     """The op that a compiled graph calls once a layer."""
-    scalars = options(inputs.scale, keep=keep)
+    scalars = options(inputs.scale, keep=keep, floor=floor)
     scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
-    selection = tsa.select(scores, None, kept(inputs.length, keep))
-    return Runner(lambda: tsa.sparse_attention(*inputs.tensors, *scalars), selection)
+    selected = marked(tsa.select(scores, None, kept(inputs.length, keep)), inputs.length)
+    return Runner(lambda: tsa.sparse_attention(*inputs.tensors, *scalars), selected, floor)
+
+
+def ours_published(inputs: Inputs, keep: float) -> Runner:
+    """Without the floor: what that costs is the difference."""
+    return replace(ours(inputs, keep, None), note="no floor, rows that are not selected are 0")
 
 
 def ours_padded(inputs: Inputs, keep: float) -> Runner:
@@ -186,23 +211,23 @@ def ours_padded(inputs: Inputs, keep: float) -> Runner:
     padding = torch.ones(inputs.query.shape[0], inputs.length, dtype=torch.bool, device=inputs.query.device)
     valid_ranges = tsa.valid_ranges(padding)
     call = functools.partial(tsa.padded_sparse_attention, *inputs.tensors, padding, valid_ranges, *scalars)
-    return Runner(call, plain.selection, plain.call)
+    return replace(plain, call=call, twin=plain.call)
 
 
 def ours_captured(inputs: Inputs, keep: float) -> Runner:
     """The same as a CUDA graph."""
     plain = ours(inputs, keep)
-    return Runner(replayed(plain.call), plain.selection, plain.call)
+    return replace(plain, call=replayed(plain.call), twin=plain.call)
 
 
 def ours_coverage(inputs: Inputs, keep: float) -> Runner:
-    """With Coverage, whose count is known on the device alone; the coverage at which about `keep` is kept."""
+    """With Coverage, whose count is known on the device alone; the coverage at which items keep about `keep` on average."""
     scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
     coverage = coverage_for(scores[..., : inputs.length - WINDOW], kept(inputs.length, keep) - WINDOW)
     count = tsa.budget(scores, coverage, None, MIN_TOKENS)
-    selection = tsa.select(scores, count, int(count.max()))
+    selected = marked(tsa.select(scores, count, int(count.max())), inputs.length, count)
     call = functools.partial(tsa.sparse_attention, *inputs.tensors, *options(inputs.scale, coverage=coverage))
-    return Runner(call, selection)
+    return Runner(call, selected, FLOOR)
 
 
 def ours_coverage_captured(inputs: Inputs, keep: float) -> Runner:
@@ -210,15 +235,18 @@ def ours_coverage_captured(inputs: Inputs, keep: float) -> Runner:
     plain = ours_coverage(inputs, keep)
     # Compiles what only a capture would launch: nothing may be compiled while it lasts.
     tsa.sparse_attention(*inputs.tensors, *options(inputs.scale, coverage=0.1, kernel="triton"))
-    return Runner(replayed(plain.call), plain.selection, plain.call)
+    return replace(plain, call=replayed(plain.call), twin=plain.call)
 
 
 def coverage_for(scores: Tensor, keep: int) -> float:
-    """The coverage with which `keep` of the candidates, whose scores [1, H, n] are given, are kept, up to rounding."""
-    mass = scores.double().mean(dim=1)[0]
-    cumulated = (mass / mass.sum()).sort().values.cumsum(dim=0)
-    drop = len(mass) - keep
-    return float(cumulated[drop - 2 : drop].mean()) if drop > 1 else 0.0
+    """The coverage at which items, the scores [B, H, n] of whose candidates are given, keep `keep` of them on average.
+
+    An item drops one more than have a cumulated mass below the coverage; so it is a quantile of all of them.
+    """
+    mass = scores.double().mean(dim=1)
+    cumulated = (mass / mass.sum(dim=1, keepdim=True)).sort(dim=1).values.cumsum(dim=1)
+    below = len(mass) * (mass.shape[1] - keep - 1)
+    return float(cumulated.flatten().sort().values[below - 1 : below + 1].mean()) if below > 0 else 0.0
 
 
 def paper_scores(query: Tensor, key: Tensor, scale: float, window: int = WINDOW, pool: int = POOL) -> Tensor:
@@ -266,7 +294,8 @@ def paper(inputs: Inputs, keep: float) -> Runner:
     scores = paper_scores(inputs.query, repeated, inputs.scale)
     coverage = coverage_for(scores, kept(inputs.length, keep) - WINDOW)
     _, indices = paper_pipeline(*inputs.tensors, inputs.scale, coverage)
-    return Runner(lambda: paper_pipeline(*inputs.tensors, inputs.scale, coverage)[0], indices)
+    selected = marked(indices, inputs.length)
+    return Runner(lambda: paper_pipeline(*inputs.tensors, inputs.scale, coverage)[0], selected, note="no floor")
 
 
 DENSE: dict[str, Callable[[Inputs], Runner]] = {
@@ -276,11 +305,29 @@ DENSE: dict[str, Callable[[Inputs], Runner]] = {
 }
 SPARSE: dict[str, Callable[[Inputs, float], Runner]] = {
     "paper's pipeline, plain torch": paper,
+    "ours, published": ours_published,
     "ours": ours,
     "ours, padding mask of ones": ours_padded,
     "ours, CUDA graph": ours_captured,
     "ours, Coverage": ours_coverage,
     "ours, Coverage, CUDA graph": ours_coverage_captured,
 }
+FORM_KEEP = 0.3
+"""The default's share, the only one at which other forms than `ALL_KEEPS` are measured."""
+ALL_KEEPS = ("ours, published", "ours")
 COVERAGE_LENGTHS = (32768, 131072)
 """Coverage is measured at these lengths alone."""
+PEER_LENGTHS = (8192, 32768, 131072)
+"""FlashAttention-2 and FlexAttention are measured at these lengths alone."""
+
+
+def compared(length: int, keeps: Iterable[float]) -> Iterator[tuple[str, float | None, Callable[[Inputs], Runner]]]:
+    """What is compared at a length: each method's name, its share of the tokens, and how it is built."""
+    for name, build in DENSE.items():
+        if name == "dense cuDNN" or length in PEER_LENGTHS:
+            yield name, None, build
+    for keep in keeps:
+        for name, sparse in SPARSE.items():
+            wanted = name in ALL_KEEPS or keep == FORM_KEEP
+            if wanted and ("Coverage" not in name or length in COVERAGE_LENGTHS):
+                yield name, keep, functools.partial(sparse, keep=keep)

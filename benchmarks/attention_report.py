@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+GOALS = {
+    8192: {0.08: 0.36, 0.15: 0.38, 0.3: 0.46, 0.5: 0.63},
+    32768: {0.08: 0.08, 0.15: 0.10, 0.3: 0.17, 0.5: 0.32},
+    131072: {0.08: 0.022, 0.15: 0.038, 0.3: 0.11, 0.5: 0.255},
+}
+"""By length and share kept: the ratio to dense cuDNN, with the floor, that an H100 should reach."""
 
 
 def size_of(length: int) -> str:
@@ -38,10 +45,10 @@ def pivot(rows: list[Row], down: str, across: str, cell: Callable[[Row], str], h
 
 
 def main_tables(rows: list[Row]) -> str:
-    """For each share kept: times with the ratio to dense cuDNN, and memory."""
-    parts = []
+    """The ratios by length and share; for each share times with the ratio to dense cuDNN, and memory."""
+    parts = [ratio_table(rows)]
     for keep in sorted({row["keep"] for row in rows if row["keep"] is not None}):
-        chosen = [row for row in rows if row["keep"] in (None, keep)]
+        chosen = [row for share in (None, keep) for row in rows if row["keep"] == share]  # dense methods first
         times = pivot(chosen, "method", "length", _time, f"keep {keep}: ms (ratio to dense cuDNN)")
         memory = pivot(
             [row for row in chosen if "failed" in row or row["memory_gib"] is not None],
@@ -50,6 +57,25 @@ def main_tables(rows: list[Row]) -> str:
         parts += [times, memory]
     notes = dict.fromkeys(f"{row['method']}: {row['note']}." for row in rows if row.get("note"))
     return "\n\n".join([*parts, *notes])
+
+
+def ratio_table(rows: list[Row]) -> str:
+    """A line for each length, a column for each share kept: the ratio of "ours" to dense cuDNN, and the goal."""
+    chosen = [row for row in rows if row["method"] == "ours" and row["keep"] is not None]
+    keeps, by_key = sorted({row["keep"] for row in chosen}), {(row["length"], row["keep"]): row for row in chosen}
+    lines = []
+    for length in sorted({row["length"] for row in chosen}):
+        cells = [_against_goal(by_key.get((length, keep)), GOALS.get(length, {}).get(keep)) for keep in keeps]
+        lines.append([size_of(length), *cells])
+    return markdown(["ours / dense cuDNN", *(f"keep {keep}" for keep in keeps)], lines)
+
+
+def _against_goal(row: Row | None, goal: float | None) -> str:
+    if row is None or row.get("ratio") is None:
+        return "" if row is None or "failed" not in row else failed(row)
+    if goal is None:
+        return f"{row['ratio']:.3f}"
+    return f"{row['ratio']:.3f} (goal {goal:g}{'' if row['ratio'] <= goal else ', missed'})"
 
 
 def _time(row: Row) -> str:
@@ -74,8 +100,8 @@ def _stage_line(row: Row) -> list[str]:
     work = row["work"]
     return [
         *start, gpu, f"{row['ms']:.4f}", f"{work['gb']:.3f}", f"{work['gflop']:.0f}" if work["gflop"] else "",
-        f"{work['rate']:.3g} {work['unit']}", f"{work['ceiling']:.3g} {work['unit']}", f"{work['floor_ms']:.4f}",
-        f"{work['floor_ms'] / (row['gpu_ms'] or row['ms']):.0%}",
+        f"{work['rate']:.3g} {work['unit']}", f"{work['ceiling']:.3g} {work['unit']}", f"{work['least_ms']:.4f}",
+        f"{work['least_ms'] / (row['gpu_ms'] or row['ms']):.0%}",
     ]  # fmt: skip
 
 
@@ -109,8 +135,8 @@ def kernel_table(rows: list[Row]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "main": ("The sparse layer and its peers", main_tables),
-    "stages": ("The stages of a layer, keep 0.5", stage_table),
-    "shapes": ("Other shapes, keep 0.5", shape_table),
+    "stages": ("The stages of a layer, keep 0.3", stage_table),
+    "shapes": ("Other shapes, keep 0.3", shape_table),
     "attend": ("Attention over a number of rows that lies on the device", kernel_table),
 }
 
@@ -122,30 +148,40 @@ def report(conditions: Row, parts: dict[str, list[Row]], problems: list[str]) ->
     return "\n\n".join([str(conditions), *sections, closing])
 
 
-def figure(rows: list[Row], path: Path) -> None:
-    """The ratio to dense cuDNN by length, a panel for each share kept."""
+def figure(rows: list[Row], path: Path, title: str) -> None:
+    """The ratio to dense cuDNN by length: a colour for each share kept, dashed without the floor; peers in grey."""
     from matplotlib import pyplot
 
-    keeps = sorted({row["keep"] for row in rows if row["keep"] is not None})
     lengths = sorted({row["length"] for row in rows})
-    drawing, panels = pyplot.subplots(1, len(keeps), figsize=(5.2 * len(keeps), 4.4), sharey=True, squeeze=False)
-    for axes, keep in zip(panels[0], keeps, strict=True):
-        chosen = [row for row in rows if row["keep"] in (None, keep) and row.get("ratio") is not None]
-        for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            points = sorted((row["length"], row["ratio"]) for row in chosen if row["method"] == name)
-            if points:
-                style = {"linewidth": 2.2} if name == "ours" else {"linewidth": 1.2, "alpha": 0.85}
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{number}", label=name, **style)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(lengths, [size_of(length) for length in lengths])
-        axes.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
-        axes.set_xlabel("tokens")
-        axes.set_title(f"{keep:.1%} of the tokens kept".replace(".0%", "%"))
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("time, dense cuDNN = 1")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="lower center", ncol=3, frameon=False, fontsize=9)
-    drawing.tight_layout(rect=(0, 0.16, 1, 1))
+    drawing, axes = pyplot.subplots(figsize=(8, 5.4))
+    keeps = sorted({row["keep"] for row in rows if row["method"] == "ours"})
+    names = dict.fromkeys(row["method"] for row in rows if row["keep"] is None or "paper" in row["method"])
+    for number, name in enumerate(names):
+        style = {"linestyle": ("-", "--", ":", "-.")[number % 4], "marker": "os^D"[number % 4]}
+        _line(axes, rows, name, None, label=name, color="0.45", linewidth=1.2, **style)
+    for number, keep in enumerate(keeps):
+        draw = functools.partial(_line, axes, rows, keep=keep, color=f"C{number}")
+        draw("ours", label=f"ours, {keep:g} of the tokens kept", linewidth=2.2)
+        draw("ours, published", label="_", linewidth=1.2, linestyle="--")
+    axes.plot([], [], color="0", linewidth=1.2, linestyle="--", label="the same without the floor, as published")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(lengths, [size_of(length) for length in lengths])
+    ticks = [2.0**power for power in range(-6, 4)]
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("time, dense cuDNN = 1")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", frameon=True, fontsize=8)
+    drawing.tight_layout()
     drawing.savefig(path, dpi=150)
     pyplot.close(drawing)
+
+
+def _line(axes: Any, rows: list[Row], name: str, keep: float | None, **style: Any) -> None:
+    """A method's line, where it has points; keep None: at any share."""
+    wanted = (row for row in rows if row["method"] == name and (keep is None or row["keep"] == keep))
+    points = sorted((row["length"], row["ratio"]) for row in wanted if row.get("ratio") is not None)
+    if points:
+        axes.plot(*zip(*points, strict=True), **({"marker": "o", "markersize": 4} | style))

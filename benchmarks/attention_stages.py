@@ -2,7 +2,7 @@
 
 Bytes are those that must come from or go to device memory: what is read again is found in the L2 cache. A multiply-add
 is two operations. B items, H query heads, G key heads, L tokens, n of them kept, D the head size, e bytes an element, W
-the window.
+the scoring window.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from attention_checks import check_budget, check_compress, check_decompress, check_output, check_score, check_select
-from attention_methods import MIN_TOKENS, POOL, WINDOW, Inputs, kept, tsa
+from attention_methods import FLOOR, MIN_TOKENS, POOL, WINDOW, Inputs, kept, marked, tsa
 from torch import Tensor
 
 COPY, MATMUL, ATTENTION = 4.24e12, 750e12, 600e12
@@ -40,7 +40,7 @@ class Work:
         return (COPY if self.counted == "TB/s" else self.flops_ceiling) / 1e12
 
     @property
-    def floor_ms(self) -> float:
+    def least_ms(self) -> float:
         """No implementation is faster."""
         return 1e3 * max(self.bytes / COPY, self.flops / self.flops_ceiling)
 
@@ -90,13 +90,23 @@ def compress_work(s: Sizes) -> Work:
 
 def attend_work(s: Sizes) -> Work:
     """Flops: n^2 / 2 pairs a head, each 2 D for the logit and 2 D for the value: 2 n^2 D a head.
-    Bytes: query, key, value (H heads each) and the output, 4 H n D e."""
-    return Work(4.0 * s.batch * s.heads * s.rows * s.head_dim * s.item, attention_flops(s), "TFLOP/s", ATTENTION)
+    Bytes: query, key, value (H heads each) and the output, 4 H n D e; log-sum-exp written, 4 H n."""
+    bytes_ = s.batch * s.heads * s.rows * (4.0 * s.head_dim * s.item + 4)
+    return Work(bytes_, attention_flops(s), "TFLOP/s", ATTENTION)
 
 
 def attention_flops(s: Sizes) -> float:
     """Of causal attention over `rows`: 2 B H n^2 D."""
     return 2.0 * s.batch * s.heads * s.rows**2 * s.head_dim
+
+
+def floor_work(s: Sizes) -> Work:
+    """Flops: every row's window and sinks, each 2 D for the logit and 2 D for the value: 4 H L (window + sinks) D.
+    Bytes: query and output, 2 H L D e, key and value once, 2 G L D e, compressed rows, H n D e; log-sum-exp and indices
+    read, 8 H n."""
+    flops = 4.0 * s.batch * s.heads * s.length * (FLOOR.window + FLOOR.sinks) * s.head_dim
+    rows = 2 * (s.heads + s.kv_heads) * s.length + s.heads * s.rows
+    return Work(s.batch * (rows * s.head_dim * s.item + 8.0 * s.heads * s.rows), flops, "TFLOP/s", ATTENTION)
 
 
 def decompress_work(s: Sizes) -> Work:
@@ -121,21 +131,17 @@ class Stage:
 
 
 def stages(inputs: Inputs, keep: float) -> list[Stage]:
-    """The five stages with KeepRatio(keep), and budget as Coverage calls it."""
+    """The six stages with KeepRatio(keep), budget as Coverage calls it; and decompress, which is there without a floor."""
     query, key, value = inputs.tensors
     batch, heads, length, dim = query.shape
     scores = tsa.score(query, key, None, inputs.scale, WINDOW, POOL)
     indices = tsa.select(scores, None, kept(length, keep))
     rows = tsa.compress(query, key, value, indices, None)
-    out = tsa.attend(*rows, None, inputs.scale, "auto")
     distinct = distinct_rows(indices, key.shape[1], length)
     s = Sizes(batch, heads, key.shape[1], length, indices.shape[2], dim, query.element_size(), distinct)
 
     def budget() -> Tensor:
         return tsa.budget(scores, COVERAGE, None, MIN_TOKENS)
-
-    def decompress() -> Tensor:
-        return tsa.decompress(out, indices, None, length)
 
     return [
         Stage(
@@ -153,11 +159,32 @@ def stages(inputs: Inputs, keep: float) -> list[Stage]:
             "compress", compress_work(s), lambda: tsa.compress(query, key, value, indices, None),
             lambda: check_compress(inputs.tensors, indices, rows),
         ),
+        *last_stages(inputs, s, indices, rows),
+    ]  # fmt: skip
+
+
+def last_stages(inputs: Inputs, s: Sizes, indices: Tensor, rows: tuple[Tensor, Tensor, Tensor]) -> list[Stage]:
+    """Attention over the rows that the indices chose, and the floor; and what is in the floor's place without one."""
+    out, lse = tsa.attend_lse(*rows, None, inputs.scale, "auto")
+
+    def floor() -> Tensor:
+        near = (inputs.scale, FLOOR.window, FLOOR.sinks)
+        return tsa.merge_floor(*inputs.tensors, out, lse, indices, None, None, *near)
+
+    def decompress() -> Tensor:
+        return tsa.decompress(out, indices, None, s.length)
+
+    def check_floor() -> float:
+        return check_output(*inputs.tensors, floor(), inputs.scale, "floor", marked(indices, s.length), FLOOR)
+
+    return [
         Stage(
-            "attend", attend_work(s), lambda: tsa.attend(*rows, None, inputs.scale, "auto"),
-            lambda: check_output(*rows, out, inputs.scale, None, "attend"),
+            "attend", attend_work(s), lambda: tsa.attend_lse(*rows, None, inputs.scale, "auto"),
+            lambda: check_output(*rows, out, inputs.scale, "attend"),
         ),
+        Stage("floor", floor_work(s), floor, check_floor),
         Stage(
-            "decompress", decompress_work(s), decompress, lambda: check_decompress(out, indices, decompress()),
+            "decompress, in the floor's place", decompress_work(s), decompress,
+            lambda: check_decompress(out, indices, decompress()),
         ),
     ]  # fmt: skip

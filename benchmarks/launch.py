@@ -31,7 +31,7 @@ from tsa_compile.kernels.launch import remembered
 
 Call = Callable[[], Any]
 Patches = list[tuple[Any, str, Any]]
-STEPS = ("_best", "_scored", "_selected", "_compressed", "_decompressed")
+STEPS = ("_best", "_scored", "_selected", "_compressed", "_merged")
 
 
 def patches(replay: bool) -> Patches:

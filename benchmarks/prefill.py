@@ -1,20 +1,30 @@
 """Time to first token of a Llama-3.1-8B-shaped model: eager, torch.compile, and torch.compile(backend="tsa").
 
-The model has random weights, so the figures are about time and memory, not about quality. `attention_mask` (ones) is
-passed, as every tokenizer does. Writes a table, a JSON file and, with matplotlib, a figure.
+The model has random weights, so the figures are about time and memory, not about quality. Each mode is measured with an
+`attention_mask` of ones, which every tokenizer passes, and without a mask. Writes tables, a JSON file and, with matplotlib,
+a figure.
 
-    python benchmarks/prefill.py --lengths 8192 32768 131072 --out benchmarks/results
-    python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact        a quick look
-    python benchmarks/prefill.py --layers 2 --lengths 512 1024 2048 4096 8192 16384 32768 65536 131072 \\
+    eager, compile   the model as it is, and torch.compile with its own backend
+    exact            backend="tsa" with no layer sparse
+    sparse           the upper half of the layers keeps .3 of the tokens, with the floor: the default (--keep: other shares)
+    wide             the upper two thirds keep .15 (--wide-keep)
+    composed         as "wide", with a block-sparse kernel over all tokens in the other layers (--kernels)
+    kernel           a block-sparse kernel over all tokens in every layer
+
+    python benchmarks/prefill.py --out benchmarks/results --resume --stop-after 420        again, until it says "complete"
+    python benchmarks/prefill.py --layers 2 --lengths 8192 --modes eager exact             a quick look
+    python benchmarks/prefill.py --layers 2 --lengths 512 1024 2048 4096 8192 16384 32768 65536 131072 --masks ones \\
         --modes exact sparse --turns --name lengths --out benchmarks/results     where sparse layers begin to pay
-    python benchmarks/prefill.py --lengths 131072 --modes eager kernel composed --kernels a_shape \\
-        --name prefill_block_sparse --out benchmarks/results             with a block-sparse kernel in every layer
+    python benchmarks/prefill.py --lengths 131072 --modes eager wide kernel composed --masks ones \\
+        --name prefill_block_sparse --out benchmarks/results             with a block-sparse kernel in the other layers
 
 With random weights attention has no structure. So a kernel whose work depends on it finds little to leave out, which says
 nothing about real models ("minference": its diagonals lie anywhere and so touch every tile); that of "a_shape" is fixed.
 
 One mode is measured after the other, and its compiled code dropped, as 32 layers in several modes would fill the memory's
-rest. With --turns the modes take turns at each length, so that a difference of 1% is not the host's or the clock's.
+rest. With --turns the modes take turns at each length, so that a difference of 1% is not the host's or the clock's. Results
+are written after each mode. With --resume what is there already, measured under the same conditions, is kept and not
+measured again.
 """
 
 from __future__ import annotations
@@ -23,21 +33,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from prefill_report import COMPOSED, DESCRIPTIONS, UPPER, Row, mask_name, table, write
 
 from tsa_compile import KeepRatio, TSAConfig, reports
 
-DESCRIPTIONS = {
-    "eager": "eager",
-    "compile": "torch.compile",
-    "exact": 'backend="tsa", exact',
-}
-SPARSE = 'backend="tsa", upper half at keep '
-COMPOSED = "+"  # "a_shape+0.675": that kernel in every layer, over that share of the tokens in the upper half
+MASKS = {"both": (True, False), "ones": (True,), "none": (False,)}
+LONG, LONG_REPEATS = 131072, 2
+"""From this length on there are no more repeats than this."""
+Key = tuple[str, bool, int]  # mode, masked, length
 
 
 def build_model(layers: int) -> Any:
@@ -59,24 +67,26 @@ def build_model(layers: int) -> Any:
 
 def modes(arguments: argparse.Namespace) -> list[str]:
     """What is measured: a mode for every share of kept tokens, by its number, and for every kernel, by its name."""
+    wide = f"{arguments.wide_keep}{UPPER}{2 * arguments.layers // 3}"
     expanded = {
         "sparse": [*map(str, arguments.keep)],
+        "wide": [wide],
         "kernel": arguments.kernels,
-        "composed": [f"{kernel}{COMPOSED}{arguments.keep[0]}" for kernel in arguments.kernels],
+        "composed": [f"{kernel}{COMPOSED}{wide}" for kernel in arguments.kernels],
     }
     return [name for mode in arguments.modes for name in expanded.get(mode, [mode])]
 
 
-def configuration(mode: str) -> TSAConfig:
-    """The settings of a mode that is neither eager nor plain torch.compile."""
+def configuration(mode: str, layers: int) -> TSAConfig:
+    """The settings of a mode that is neither eager nor plain torch.compile, for a model of so many layers."""
     if mode == "exact":
         return TSAConfig(layers=[])
-    kernel, composed, keep = mode.rpartition(COMPOSED)
-    if composed:
-        return TSAConfig(budget=KeepRatio(float(keep)), kernel=kernel, dense_kernel=kernel)
-    if mode[0].isdigit():
-        return TSAConfig(budget=KeepRatio(float(mode)))
-    return TSAConfig(layers=[], dense_kernel=mode)
+    kernel, _, sparse = mode.rpartition(COMPOSED)
+    if not sparse[0].isdigit():
+        return TSAConfig(layers=[], dense_kernel=sparse)
+    keep, _, last = sparse.partition(UPPER)
+    upper = range(layers - int(last), layers) if last else None
+    return TSAConfig(budget=KeepRatio(float(keep)), layers=upper, dense_kernel=kernel or None)
 
 
 def compiled(model: Any, mode: str) -> Callable[..., Any]:
@@ -85,7 +95,7 @@ def compiled(model: Any, mode: str) -> Callable[..., Any]:
         return model
     if mode == "compile":
         return torch.compile(model)
-    return torch.compile(model, backend="tsa", options={"config": configuration(mode)})
+    return torch.compile(model, backend="tsa", options={"config": configuration(mode, model.config.num_hidden_layers)})
 
 
 def inputs(length: int, masked: bool = True) -> dict[str, Any]:
@@ -111,13 +121,14 @@ def timed(call: Callable[..., Any], length: int, masked: bool) -> tuple[float, i
 
 def measure(
     calls: dict[str, Callable[..., Any]], length: int, repeats: int, masked: bool, summaries: dict[str, str]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Row]:
     """Median milliseconds of modes that take turns, peak memory in GiB, and the seconds of the first call.
 
-    At least `repeats` rounds, and up to 100 of them while they are short. Running out of memory is a result. `summaries`
-    keeps what the last compilation of each mode reported, for lengths that need none.
+    At least `repeats` rounds (LONG_REPEATS where prompts are LONG), and up to 100 of them while they are short. Running out
+    of memory is a result. `summaries` keeps what the last compilation of each mode reported, for lengths that need none.
     """
-    rows: dict[str, dict[str, Any]] = {mode: {"mode": mode, "length": length} for mode in calls}
+    repeats = min(repeats, LONG_REPEATS) if length >= LONG else repeats
+    rows: dict[str, Row] = {mode: {"mode": mode, "mask": masked, "length": length} for mode in calls}
     found: dict[str, list[tuple[float, int]]] = {}
     for mode, call in calls.items():
         before = len(reports())
@@ -148,22 +159,22 @@ def measure(
 
 
 def measure_modes(
-    model: Any, names: list[str], arguments: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """All lengths of modes that take turns; and the logits to compare with other modes'."""
+    model: Any, names: list[str], masked: bool, lengths: list[int], repeats: int
+) -> tuple[list[Row], dict[str, float]]:
+    """The rows of modes that take turns, and the relative error of the exact ones' logits."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 16 * len(names)  # they share the model's code, and so its limit
     rows = []
     summaries: dict[str, str] = {}
     with torch.no_grad():
         calls = {name: compiled(model, name) for name in names}
-        for length in arguments.lengths:
-            for row in measure(calls, length, arguments.repeats, not arguments.no_mask, summaries).values():
+        for length in lengths:
+            for row in measure(calls, length, repeats, masked, summaries).values():
                 print(json.dumps(row), flush=True)
                 rows.append(row)
             torch.cuda.empty_cache()
-        checked = [name for name in names if name in DESCRIPTIONS and not arguments.no_mask]
-        return rows, {name: check_logits(calls[name]) for name in checked}
+        checked = [name for name in names if name in DESCRIPTIONS and name != "eager" and masked]
+        return rows, {name: logits_error(model, calls[name]) for name in checked}
 
 
 def check_logits(call: Callable[..., Any], length: int = 4096) -> torch.Tensor:
@@ -175,116 +186,119 @@ def check_logits(call: Callable[..., Any], length: int = 4096) -> torch.Tensor:
     return call(**(inputs(length) | {"input_ids": ids, "attention_mask": mask})).logits.float()
 
 
-def errors_against_eager(logits: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative error of the logits.
+def logits_error(model: Any, call: Callable[..., Any]) -> float:
+    """Relative error of the logits against the eager model's.
 
     The model computes in bfloat16, so any other order of operations shows: torch.compile's own error is the yardstick.
     """
-    wanted = logits.get("eager")
-    if wanted is None:
-        return {}
-    found = {mode: float((value - wanted).norm() / wanted.norm()) for mode, value in logits.items() if mode != "eager"}
-    return {mode: round(value, 4) for mode, value in found.items()}
+    wanted = check_logits(model)
+    return round(float((check_logits(call) - wanted).norm() / wanted.norm()), 4)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a mode, a column a length; milliseconds, and the speed relative to the first mode."""
-    lengths = sorted({row["length"] for row in rows})
-    base = rows[0]["mode"]
-    by_key = {(row["mode"], row["length"]): row for row in rows}
-    lines = ["| | " + " | ".join(f"{length / 1024:g}K" for length in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        cells = [_cell(by_key.get((mode, length)), by_key.get((base, length))) for length in lengths]
-        lines.append(f"| {describe(mode)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def earlier(results: Path, conditions: Row) -> tuple[dict[Key, Row], dict[str, float]]:
+    """The rows of an earlier run, and its errors; none if there is no such file.
+
+    Raises:
+        SystemExit: it was made under other conditions.
+    """
+    if not results.exists():
+        return {}, {}
+    found = json.loads(results.read_text())
+    errors = found["conditions"].pop("relative_error_against_eager", {})
+    if found["conditions"] != conditions:
+        raise SystemExit(
+            f"{results} was made under other conditions, {found['conditions']}, and not {conditions}: leave out --resume to "
+            "replace it, or give another --name"
+        )
+    return {(row["mode"], row["mask"], row["length"]): row for row in found["rows"]}, errors
 
 
-def describe(mode: str) -> str:
-    """A mode in words."""
-    if mode in DESCRIPTIONS:
-        return DESCRIPTIONS[mode]
-    kernel, composed, keep = mode.rpartition(COMPOSED)
-    if composed:
-        return f"{SPARSE}{keep}, kernel {kernel} in all layers"
-    return SPARSE + mode if mode[0].isdigit() else f'backend="tsa", kernel {mode} in all layers'
+def missing(arguments: argparse.Namespace, done: dict[Key, Row]) -> Iterator[tuple[list[str], bool, list[int]]]:
+    """What is yet to be measured: modes that take turns, whether with a mask, and the lengths."""
+    names = modes(arguments)
+    for group in [names] if arguments.turns else [[name] for name in names]:
+        for masked in MASKS[arguments.masks]:
+            keys = {length: {(name, masked, length) for name in group} for length in arguments.lengths}
+            lengths = [length for length in arguments.lengths if not keys[length] <= done.keys()]
+            if lengths:
+                yield group, masked, lengths
 
 
-def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    if "ms" not in row:
-        return "out of memory"
-    relative = f" ({base['ms'] / row['ms']:.2f}x)" if base and "ms" in base else ""
-    return f"{row['ms']:,.{0 if row['ms'] >= 100 else 1}f} ms{relative}, {row['peak_gib']:.1f} GiB"
+def ordered(rows: dict[Key, Row]) -> list[Row]:
+    """Exact modes first, the others as they came."""
+    names = [*DESCRIPTIONS]
+    return sorted(rows.values(), key=lambda row: names.index(row["mode"]) if row["mode"] in names else len(names))
 
 
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed relative to the first mode, by length."""
-    from matplotlib import pyplot
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    choices = [*DESCRIPTIONS, "sparse", "wide", "composed", "kernel"]
+    parser.add_argument("--modes", nargs="+", choices=choices, default=choices[:-1])
+    parser.add_argument("--masks", choices=list(MASKS), default="both", help="an attention_mask of ones, none, or both")
+    parser.add_argument(
+        "--kernels", nargs="+", default=["a_shape"], help='block-sparse kernels, for "kernel" and "composed"'
+    )
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.3], help='shares of the tokens kept, for "sparse"')
+    parser.add_argument("--wide-keep", type=float, default=0.15, help='the share kept, for "wide" and "composed"')
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", action="store_true", help="modes take turns at each length")
+    parser.add_argument("--resume", action="store_true", help="keep what is there already in --out")
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="begin no further mode after that"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--name", default="prefill", help="what the result files are called")
+    arguments = parser.parse_args(argv)
+    if arguments.resume and arguments.out is None:
+        parser.error("--resume needs --out, the folder of what is there already")
+    return arguments
 
-    base = {row["length"]: row["ms"] for row in rows if row["mode"] == rows[0]["mode"] and "ms" in row}
-    _, axes = pyplot.subplots(figsize=(6, 4))
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        points = [(row["length"], base[row["length"]] / row["ms"]) for row in rows if row["mode"] == mode and "ms" in row]
-        axes.plot(*zip(*points, strict=True), marker="o", label=describe(mode))
-        if len(points) < len(base):
-            axes.annotate("then out of memory", points[-1], xytext=(8, 0), textcoords="offset points", va="center")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(base), [f"{length / 1024:g}K" for length in sorted(base)])
-    axes.set_xlabel("prompt length")
-    axes.set_ylabel(f"prefill speed, {describe(rows[0]['mode'])} = 1")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2, frameon=False)
-    axes.grid(alpha=0.3)
-    pyplot.tight_layout()
-    pyplot.savefig(path, dpi=150)
+
+def describe_run(arguments: argparse.Namespace) -> Row:
+    """The conditions: rows of runs in which these are the same may stand in one table."""
+    import transformers
+
+    settings = TSAConfig().to_dict()
+    return {
+        "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "transformers": transformers.__version__,
+        "layers": arguments.layers, "repeats": arguments.repeats, "turns": arguments.turns,
+        **{name: settings[name] for name in ("window", "floor", "min_tokens")},
+    }  # fmt: skip
+
+
+def run(arguments: argparse.Namespace, conditions: Row, make_model: Callable[[int], Any]) -> tuple[list[Row], bool]:
+    """Measures what is missing, and writes after each mode; the rows, and whether they are complete."""
+    started, model = time.monotonic(), None
+    results = None if arguments.out is None else arguments.out / arguments.name
+    rows: dict[Key, Row] = {}
+    errors: dict[str, float] = {}
+    if arguments.resume and results is not None:
+        rows, errors = earlier(results.with_suffix(".json"), conditions)
+    for group, masked, lengths in [*missing(arguments, rows)]:
+        if time.monotonic() - started > arguments.stop_after:
+            return ordered(rows), False
+        model = model if model is not None else make_model(arguments.layers)
+        found, checked = measure_modes(model, group, masked, lengths, arguments.repeats)
+        rows |= {(row["mode"], masked, row["length"]): row for row in found}
+        errors |= checked
+        if results is not None:
+            write(ordered(rows), conditions | {"relative_error_against_eager": errors}, results)
+        print(f"{', '.join(group)}, {mask_name(masked)}: {time.monotonic() - started:.0f} s so far", flush=True)
+    return ordered(rows), True
 
 
 def main() -> None:
     """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    choices = [*DESCRIPTIONS, "sparse", "kernel", "composed"]
-    parser.add_argument("--modes", nargs="+", choices=choices, default=[*DESCRIPTIONS, "sparse"])
-    parser.add_argument(
-        "--kernels", nargs="+", default=["minference"], help='block-sparse kernels, for "kernel" and "composed"'
-    )
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument(
-        "--keep", type=float, nargs="+", default=[0.675, 0.5], help="shares of the tokens that sparse layers keep"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--turns", action="store_true", help="modes take turns at each length")
-    parser.add_argument("--no-mask", action="store_true", help="pass no attention_mask")
-    parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--name", default="prefill", help="what the result files are called")
-    arguments = parser.parse_args()
+    arguments = parse()
     if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device; examples/quickstart.py also runs on a CPU")
-
-    model = build_model(arguments.layers)
-    rows: list[dict[str, Any]] = []
-    logits: dict[str, torch.Tensor] = {}
-    names = modes(arguments)
-    for group in [names] if arguments.turns else [[name] for name in names]:  # written after each: a run may be cut short
-        found, checked = measure_modes(model, group, arguments)
-        rows += found
-        logits |= checked
-        conditions = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": arguments.layers,
-            "repeats": arguments.repeats, "turns": arguments.turns,
-            "relative_error_against_eager": errors_against_eager(logits),
-        }  # fmt: skip
-        if arguments.out is not None:
-            write(rows, conditions, arguments.out / arguments.name)
-    print(f"\n{json.dumps(conditions)}\n\n{table(rows)}")
-
-
-def write(rows: list[dict[str, Any]], conditions: dict[str, Any], results: Path) -> None:
-    """JSON, Markdown and a figure."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
-    results.with_suffix(".md").write_text(f"{conditions}\n\n{table(rows)}\n")
-    figure(rows, results.with_suffix(".png"))
+        raise SystemExit("this benchmark needs a CUDA device; examples/quickstart.py also runs on a CPU")
+    conditions = describe_run(arguments)
+    rows, complete = run(arguments, conditions, build_model)
+    print(f"\n{json.dumps(conditions)}\n\n{table(rows)}\n")
+    print("complete" if complete else "stopped early: go on with --resume")
 
 
 if __name__ == "__main__":

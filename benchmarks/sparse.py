@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from attention import Run, describe
 from attention_checks import demand
-from attention_methods import DENSE, MIN_TOKENS, POOL, WINDOW, Inputs, Shape, flex, kept, listed_blocks, options, tsa
+from attention_methods import DENSE, POOL, WINDOW, Inputs, Shape, flex, kept, listed_blocks, options, tsa
 from attention_timing import take_turns
 from sparse_inputs import AnyLists, mass_kept, planted_inputs, random_lists, relative_error
 from sparse_report import TITLES, Row, figure, report
@@ -349,7 +349,7 @@ def main() -> int:
     log.addHandler(handler)
     run = Run(arguments.seconds)
     run.parts = {name: [] for name in TITLES}
-    conditions = describe() | {"length": arguments.length, "keep": arguments.keep, "min_tokens": MIN_TOKENS}
+    conditions = describe() | {"length": arguments.length, "keep": arguments.keep}
     conditions |= {"floor": str(FLOOR), "settle": arguments.settle}
     with torch.no_grad():
         for name in arguments.parts:

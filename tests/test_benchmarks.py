@@ -1,6 +1,5 @@
 """What the benchmarks compute on any device: methods, checks, formulas, tables. Times are measured on GPUs only."""
 
-import argparse
 import functools
 import importlib
 import json
@@ -12,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsa_compile.config import KeepRatio
+from tsa_compile import Floor, KeepRatio, TSAConfig
 from tsa_compile.kernels import reference
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-LENGTH = 1500  # above the 1024 + 128 tokens that are always kept
+LENGTH = 1500
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_the_plain_pipeline_equals_the_reference(methods):
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", [1100, 1250, 1371, 1372])
+@pytest.mark.parametrize("keep", [100, 1250, 1371, 1372])
 def test_a_coverage_is_found_for_a_number_of_tokens(methods, inputs, keep):
     scores = methods.tsa.score(inputs.query, inputs.key, None, inputs.scale, 128, 7)
     coverage = methods.coverage_for(scores[..., :-128], keep)
@@ -63,7 +62,8 @@ def test_a_coverage_is_found_for_a_number_of_tokens(methods, inputs, keep):
 
 
 def names_of_sparse_methods():
-    return ["paper's pipeline, plain torch", "ours", "ours, padding mask of ones", "ours, Coverage"]
+    forms = ["ours, published", "ours", "ours, padding mask of ones", "ours, Coverage"]
+    return ["paper's pipeline, plain torch", *forms]
 
 
 @pytest.mark.parametrize("name", names_of_sparse_methods())
@@ -71,9 +71,31 @@ def test_sparse_methods_pass_their_checks(load, methods, inputs, monkeypatch, na
     attention = load("attention")
     monkeypatch.setattr(attention, "peak_of", lambda call: (call(), 0.0))
     row = {"method": name}
-    attention.prepare(functools.partial(methods.SPARSE[name], keep=0.8), [inputs], row)
-    assert row["error"] < 1e-4 and row.get("twin_difference", 0.0) == 0.0
-    assert row["kept"] == pytest.approx(0.8, abs=2e-3)
+    attention.prepare(functools.partial(methods.SPARSE[name], keep=0.3), [inputs], row)
+    # Operators in torch's own form attend to as many rows as there are tokens where there is padding.
+    assert row["error"] < 1e-4 and row.get("twin_difference", 0.0) < 1e-6
+    assert row["kept"] == pytest.approx(0.3, abs=2e-3)
+
+
+def test_items_of_an_uneven_batch_keep_different_numbers(load, methods):
+    torch.manual_seed(0)
+    inputs = methods.make_inputs(small(methods, batch=3, uneven=True), LENGTH, "cpu")
+    runner = methods.ours_coverage(inputs, 0.3)
+    kept = runner.selected.sum(2)
+    assert len(set(kept[:, 0].tolist())) == 3 and (kept == kept[:, :1]).all()
+    assert float(kept.double().mean()) == pytest.approx(methods.kept(LENGTH, 0.3), abs=2)
+    checks = load("attention_checks")
+    checks.check_output(*inputs.tensors, runner.call(), inputs.scale, "uneven", runner.selected, runner.floor)
+
+
+def test_what_is_compared(methods):
+    def names(length, keep):
+        return [name for name, share, _ in methods.compared(length, [keep]) if share is not None]
+
+    assert names(8192, 0.08) == ["ours, published", "ours"]
+    assert names(8192, 0.3) == [name for name in methods.SPARSE if "Coverage" not in name]
+    assert names(32768, 0.3) == [*methods.SPARSE]
+    assert [name for name, share, _ in methods.compared(16384, [0.3]) if share is None] == ["dense cuDNN"]
 
 
 def test_every_method_without_a_capture_is_tried_above(methods):
@@ -97,31 +119,54 @@ def test_a_wrong_output_is_found(load, methods, inputs, spoil):
     checks = load("attention_checks")
     attention = torch.nn.functional.scaled_dot_product_attention
     out = attention(*inputs.tensors, is_causal=True, scale=inputs.scale, enable_gqa=True)
-    assert checks.check_output(*inputs.tensors, out, inputs.scale, None, "dense") < 1e-5
+    assert checks.check_output(*inputs.tensors, out, inputs.scale, "dense") < 1e-5
     spoil(out)
     with pytest.raises(checks.WrongOutputError, match="dense"):
-        checks.check_output(*inputs.tensors, out, inputs.scale, None, "dense")
+        checks.check_output(*inputs.tensors, out, inputs.scale, "dense")
 
 
-def test_a_row_that_was_not_selected_must_be_zero(load, methods, inputs):
+def test_a_row_that_was_not_selected_must_be_zero_without_a_floor(load, methods, inputs):
     checks = load("attention_checks")
-    runner = methods.ours(inputs, 0.8)
+    runner = methods.ours_published(inputs, 0.8)
     out = runner.call()
-    checks.check_output(*inputs.tensors, out, inputs.scale, runner.selection, "ours")
-    dropped = min(set(range(LENGTH)) - set(runner.selection[0, 1].tolist()))
+    checks.check_output(*inputs.tensors, out, inputs.scale, "ours", runner.selected)
+    dropped = int((~runner.selected[0, 1]).nonzero()[0])
     out[0, 1, dropped, 3] = 1e-30
     with pytest.raises(checks.WrongOutputError, match="1 rows"):
-        checks.check_output(*inputs.tensors, out, inputs.scale, runner.selection, "ours")
+        checks.check_output(*inputs.tensors, out, inputs.scale, "ours", runner.selected)
+
+
+@pytest.mark.parametrize("computed, assumed", [(None, (256, 16)), ((256, 16), (255, 16)), ((256, 16), (256, 17))])
+def test_a_floor_that_is_missing_or_off_by_one_is_found(load, methods, inputs, computed, assumed):
+    checks = load("attention_checks")
+    runner = methods.ours(inputs, 0.3, computed and Floor(*computed))
+    with pytest.raises(checks.WrongOutputError, match="ours"):
+        checks.check_output(*inputs.tensors, runner.call(), inputs.scale, "ours", runner.selected, Floor(*assumed))
+
+
+def test_the_check_equals_attention_under_the_mask_of_the_definition(load, methods):
+    """A(i), written out from its definition, as a mask for SDPA."""
+    torch.manual_seed(0)
+    inputs = methods.make_inputs(small(methods, batch=2), 90, "cpu")
+    selected = torch.rand(2, 4, 90) < 0.3
+    rows, keys = torch.arange(90)[:, None], torch.arange(90)
+    near = (rows - keys < 7) | (keys < 3)
+    mask = (near | (selected[..., None] & selected[:, :, None])) & (keys <= rows)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *inputs.tensors, mask, scale=inputs.scale, enable_gqa=True
+    )  # fmt: skip
+    given = (*inputs.tensors, out, inputs.scale, selected)
+    assert load("attention_checks").sampled_error(*given, Floor(7, 3), heads=8, rows=80) < 1e-5
 
 
 def test_every_stage_passes_its_check(load, inputs):
-    stages = load("attention_stages").stages(inputs, 0.8)
+    stages = load("attention_stages").stages(inputs, 0.3)
     assert [stage.name.split(",")[0] for stage in stages] == [
-        "score", "budget", "select", "compress", "attend", "decompress",
+        "score", "budget", "select", "compress", "attend", "floor", "decompress",
     ]  # fmt: skip
     for stage in stages:
         assert stage.check() < 1e-3
-        assert stage.work.floor_ms > 0
+        assert stage.work.least_ms > 0
         stage.call()
 
 
@@ -134,6 +179,9 @@ def test_work_at_128k(load):
     assert stages.select_work(sizes).bytes == pytest.approx((16 + 8) * 2**20, rel=1e-3)
     assert 2.2 < stages.compress_work(sizes).bytes / 2**30 < 3.0
     assert stages.decompress_work(sizes).bytes / 2**30 == pytest.approx(1.5, rel=0.01)
+    floor = stages.floor_work(sizes)
+    assert floor.flops == 4 * 32 * 131072 * (256 + 16) * 128
+    assert floor.bytes / 2**30 == pytest.approx(2 + 0.5 + 0.5, rel=0.01)
     assert stages.attend_work(sizes).flops == 2 * rows**2 * 32 * 128
     assert stages.attend_work(sizes).rate(57.7) == pytest.approx(610, rel=0.01)
 
@@ -171,7 +219,7 @@ def test_block_lists_end_at_the_count(load, methods, count):
     with torch.no_grad():
         out = kernels.flex_cut(rows, torch.tensor([count], dtype=torch.int32))()
     valid = (tensor[:, :, :count] for tensor in rows.tensors)
-    checks.check_output(*valid, out[:, :, :count], rows.scale, None, "cut")
+    checks.check_output(*valid, out[:, :, :count], rows.scale, "cut")
     assert (out[:, :, 256:] == 0).all()
 
 
@@ -183,11 +231,12 @@ def example_run(attention):
             {"length": length, "keep": None, "method": "dense cuDNN", "ms": 1.0, "memory_gib": 0.01},
             {"length": length, "keep": None, "method": "FlexAttention", "failed": "RuntimeError: no"},
             {"length": length, "keep": 0.5, "method": "ours", "ms": 0.5, "memory_gib": 0.2, "kept": 0.5},
-            {"length": length, "keep": 0.675, "method": "ours", "ms": 0.7, "memory_gib": None, "kept": 0.675},
+            {"length": length, "keep": 0.5, "method": "ours, published", "ms": 0.4, "memory_gib": 0.2, "kept": 0.5},
+            {"length": length, "keep": 0.15, "method": "ours", "ms": 0.36, "memory_gib": None, "kept": 0.15},
         ]
         attention.set_ratios(rows, ("dense cuDNN",))
         run.parts.setdefault("main", []).extend(rows)
-    work = {"gb": 1.0, "gflop": 0.0, "unit": "TB/s", "rate": 2.12, "ceiling": 4.24, "floor_ms": 0.25}
+    work = {"gb": 1.0, "gflop": 0.0, "unit": "TB/s", "rate": 2.12, "ceiling": 4.24, "least_ms": 0.25}
     run.parts["stages"] = [
         {"length": 4096, "stage": "score", "ms": 0.6, "gpu_ms": 0.5, "work": work},
         {"length": 4096, "stage": "attend", "ms": 0.6, "gpu_ms": None, "work": work},
@@ -213,6 +262,11 @@ def test_tables(load):
     run = example_run(attention)
     text = report.report({"device": "none"}, run.parts, run.failures)
     assert "| ours | 0.5 (0.500) | 0.5 (0.500) |" in text
+    assert "| ours / dense cuDNN | keep 0.15 | keep 0.5 |" in text
+    assert "| 4K | 0.360 | 0.500 |\n| 8K | 0.360 (goal 0.38) | 0.500 (goal 0.63) |" in text
+    assert "0.400 (goal 0.38, missed)" in report.ratio_table(
+        [{"length": 8192, "keep": 0.15, "method": "ours", "ms": 0.4, "ratio": 0.4}]
+    )
     assert "| FlexAttention | failed: RuntimeError: no | failed: RuntimeError: no |" in text
     assert "| 4K | score | 0.5000 | 0.6000 | 1.000 |  | 2.12 TB/s | 4.24 TB/s | 0.2500 | 50% |" in text
     assert "| D=64 | 16K | failed: RuntimeError: no | 2 | 1 | 0.500 | 0.50 |" in text
@@ -222,11 +276,37 @@ def test_tables(load):
     assert len(widths) == 1
 
 
+def test_parts_are_measured_and_reported(load, methods, monkeypatch):
+    """On a CPU with a clock that shows 1 ms; cuDNN and CUDA graphs are not there, and their cells say so."""
+    attention = load("attention")
+    clock = functools.partial(
+        load("attention_timing").take_turns, at_most=1, burst=lambda calls, first, count: (calls[0](), 1.0)[1]
+    )
+    monkeypatch.setattr(attention, "take_turns", clock)
+    monkeypatch.setattr(attention, "burst_ms", lambda calls, first, count: 1.0)
+    monkeypatch.setattr(attention, "graph_ms", lambda calls, once: once)
+    monkeypatch.setattr(attention, "peak_of", lambda call: (call(), 0.0))
+    shape = small(methods, batch=2, uneven=True)
+    monkeypatch.setattr(attention, "input_sets", lambda _, length: [methods.make_inputs(shape, length, "cpu")])
+    run, arguments = attention.Run(0.1), attention.parse(["--keep", "0.15", "0.3"])
+    run.parts = {"main": [], "stages": [], "shapes": []}
+    attention.main_part(run, arguments, 600)
+    attention.stages_part(run, arguments, 600)
+    attention.shapes_part(run, arguments, (shape, 600))
+    assert run.wrong == []
+    failed = {row["method"] for part in ("main", "shapes") for row in run.parts[part] if "failed" in row}
+    assert failed <= {"dense cuDNN", "dense FlashAttention-2", "ours, CUDA graph", "paper's pipeline, plain torch"}
+    text = load("attention_report").report({}, run.parts, [])
+    assert "| keep 0.15: ms (ratio to dense cuDNN) | 600 |" in text and "| 600 | floor |" in text
+    assert not any("failed" in row for row in run.parts["stages"]) and len(run.parts["stages"]) == 8
+
+
 def test_results_are_written(load, tmp_path):
     pytest.importorskip("matplotlib").use("agg")
     attention = load("attention")
     run = example_run(attention)
-    attention.write(tmp_path, run, {"device": "none"}, "text")
+    attention.write(tmp_path / "attention", run, {"device": "none"}, "text")
+    assert run.failures == ["FlexAttention: RuntimeError: no"]
     assert json.loads((tmp_path / "attention.json").read_text())["main"] == run.parts["main"]
     assert (tmp_path / "attention.png").stat().st_size > 1000
 
@@ -250,7 +330,9 @@ def test_command_line(load):
     attention = load("attention")
     arguments = attention.parse(["--parts", "shapes", "--lengths", "4096"])
     assert set(attention.parts(arguments)) == {"main", "stages", "shapes", "attend"}
-    assert arguments.keep == [0.5, 0.675]
+    assert arguments.keep == [0.08, 0.15, 0.3, 0.5]
+    goals = load("attention_report").GOALS
+    assert all([*found] == arguments.keep for found in goals.values())
     with pytest.raises(SystemExit):
         attention.parse(["--parts", "nothing"])
 
@@ -269,17 +351,54 @@ def test_memcheck_launches_every_kernel(load, monkeypatch):
 
 
 def test_modes_of_the_prefill_benchmark(load):
-    prefill = load("prefill")
-    arguments = argparse.Namespace(
-        modes=["eager", "sparse", "kernel", "composed"], keep=[0.675, 0.5], kernels=["xattention"]
-    )
+    prefill, report = load("prefill"), load("prefill_report")
+    arguments = prefill.parse(["--modes", "eager", "sparse", "wide", "kernel", "composed", "--keep", "0.3", "0.5"])
     modes = prefill.modes(arguments)
-    assert modes == ["eager", "0.675", "0.5", "xattention", "xattention+0.675"]
-    settings = {mode: prefill.configuration(mode) for mode in modes[1:]}
-    assert [config.kernel for config in settings.values()] == ["auto", "auto", "auto", "xattention"]
-    assert [config.dense_kernel for config in settings.values()] == [None, None, "xattention", "xattention"]
-    assert settings["xattention"].layers == () and settings["xattention+0.675"].budget == KeepRatio(0.675)
-    assert len({prefill.describe(mode) for mode in modes}) == len(modes)
+    assert modes == ["eager", "0.3", "0.5", "0.15@21", "a_shape", "a_shape+0.15@21"]
+    settings = {mode: prefill.configuration(mode, 32) for mode in modes[1:]}
+    assert settings["0.3"] == TSAConfig()
+    assert settings["0.15@21"] == TSAConfig(budget=KeepRatio(0.15), layers=range(11, 32))
+    assert settings["a_shape"] == TSAConfig(layers=[], dense_kernel="a_shape")
+    assert settings["a_shape+0.15@21"] == settings["0.15@21"].replace(dense_kernel="a_shape")
+    assert len({report.describe(mode) for mode in modes}) == len(modes)
+    assert prefill.modes(prefill.parse([])) == ["eager", "compile", "exact", "0.3", "0.15@21", "a_shape+0.15@21"]
+    with pytest.raises(SystemExit):
+        prefill.parse(["--resume"])
+
+
+def test_a_prefill_run_goes_on_where_it_stopped(load, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("agg")
+    prefill, asked, made = load("prefill"), [], []
+
+    def measured(model, names, masked, lengths, repeats):
+        asked.append((names, masked, lengths))
+        times = {"ms": 2.0, "range_ms": [1.9, 2.1], "peak_gib": 1.0}
+        rows = [{"mode": name, "mask": masked, "length": length, **times} for length in lengths for name in names]
+        return rows, {name: 0.01 for name in names if name == "exact"}
+
+    monkeypatch.setattr(prefill, "measure_modes", measured)
+
+    def run(*options, conditions=None):
+        asked.clear()
+        options = (*options, "--lengths", "1024", "2048", "--out", str(tmp_path), "--resume")
+        return prefill.run(prefill.parse(options), conditions or {"device": "none"}, made.append)
+
+    rows, complete = run("--modes", "sparse", "--masks", "ones")
+    assert complete and len(rows) == 2 and made == [32]
+    assert run("--modes", "sparse", "eager", "--stop-after", "-1") == (rows, False) and asked == []
+    rows, complete = run("--modes", "sparse", "eager", "exact")
+    both = [([mode], masked, [1024, 2048]) for mode in ("eager", "exact") for masked in (True, False)]
+    assert complete and asked == [(["0.3"], False, [1024, 2048]), *both]
+    assert [row["mode"] for row in rows] == ["eager"] * 4 + ["exact"] * 4 + ["0.3"] * 4
+    assert run("--modes", "eager", "exact") == (rows, True) and asked == []
+    found = json.loads((tmp_path / "prefill.json").read_text())
+    assert found["rows"] == rows and found["conditions"]["relative_error_against_eager"] == {"exact": 0.01}
+    with pytest.raises(SystemExit, match="other conditions"):
+        run("--modes", "eager", conditions={"device": "another"})
+    text = (tmp_path / "prefill.md").read_text()
+    assert text.count("| eager | 2.0 ms (1.00x), 1.0 GiB | 2.0 ms (1.00x), 1.0 GiB |") == 2
+    assert "| mask of ones | 1K | 2K |" in text and "| no mask | 1K | 2K |" in text
+    assert (tmp_path / "prefill.png").stat().st_size > 1000
 
 
 def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatch):
@@ -304,6 +423,16 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
     assert rows["compile"]["error"] == "out of memory: CUDA out of memory" and "report" not in rows["compile"]
     text = prefill.table(list(rows.values()))
     assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
+
+
+@pytest.mark.parametrize("length, rounds", [(32768, 5), (131072, 2)])
+def test_long_prefills_are_repeated_less_often(load, monkeypatch, length, rounds):
+    prefill, times = load("prefill"), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(prefill, "timed", lambda *given: (times.append(given), (5000.0, 2**30))[1])
+    (row,) = prefill.measure({"exact": None}, length, 5, False, {}).values()
+    assert len(times) == 1 + rounds
+    assert (row["ms"], row["mask"], row["length"]) == (5000.0, False, length)
 
 
 def test_architectures_are_examined(load, tmp_path, capsys):
