@@ -33,17 +33,10 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._aten import (
-    as_rows,
-    at_least,
-    positions_by_slot,
-    repeat_heads,
-    running_count,
-    slots_below,
-    take_rows,
-)
+from tsa_compile.kernels._aten import at_least, take_rows
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
+from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
 from tsa_compile.kernels.tiles import (
     DESCRIPTOR,
     POINTER,
@@ -67,10 +60,7 @@ from tsa_compile.kernels.tiles import (
     weigh,
 )
 
-_LOWEST_LOGIT = -1e30
-"""Below every logit, and finite: a difference of two of them is no NaN."""
-_LOWEST = tl.constexpr(_LOWEST_LOGIT)
-_TMA_LENGTH = 16384
+_LOWEST = tl.constexpr(LOWEST_LOGIT)
 _BEHIND_ALL = tl.constexpr(2**31 - 1)
 """A rank that no row has, nor any distance between two."""
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -260,14 +250,13 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, output: Tensor, whole: boo
     """The tiles of a launch; by TMA where rows lie in the order of their ranks (`whole`), on Hopper.
 
     Measured on an H100 at 128K: 2.7 ms with 32 keys a step, when four programs fit a multiprocessor; 3.1 by pointers; 3.6
-    with 64 keys; 3.0 with 128 rows, which read fewer keys. Short calls, whose time is the host's, are faster without TMA,
-    as they can be replayed (launch.py).
+    with 64 keys; 3.0 with 128 rows, which read fewer keys.
     """
     block_d = block_dim(max(key.shape[3], value.shape[3]))
     if query.dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if block_d > 128 else Tiles(32, 16 if block_d > 64 else 32, 4, 1)
     tiles = Tiles(64, 32 if block_d > 64 else 64, 4, 2)
-    if whole and type(query) is Tensor and query.shape[2] >= _TMA_LENGTH and on_hopper(query):
+    if whole and type(query) is Tensor and on_hopper(query):
         tiles = tiles._replace(use_tma=all(tma_fits(tensor) for tensor in (query, key, value, output)))
     return tiles
 
@@ -276,24 +265,8 @@ def merge_floor_aten(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
     padding: Tensor | None, scale: float, window: int, sinks: int,
 ) -> Tensor:  # fmt: skip
-    """The same in ATen ops, on any device: rows in blocks of `window`, each over its own and the block before it.
-
-    Holds [B, H, L, 2 window + sinks] logits.
-    """
-    heads, seq_len = query.shape[1:3]
-    slots = _slots_aten(indices, count, seq_len)
-    if padding is None:
-        valid, rank = torch.full_like(slots[:, :1, :1], seq_len), None
-    else:
-        rank = running_count(padding) - 1
-        valid = (rank[:, None, -1:] + 1).to(slots.dtype)
-        source = positions_by_slot(padding, rank, seq_len)[:, None]
-        query, key, value = (take_rows(x, source.expand(-1, x.shape[1], -1)) for x in (query, key, value))
-        slots = slots.gather(2, source.expand(-1, slots.shape[1], -1))
-        real = torch.arange(seq_len, device=padding.device) < valid[:, 0]
-        value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
-    near, near_lse = _near_aten(query, key, value, slots, valid, scale, window, sinks)
-    slots = repeat_heads(slots, heads)
+    """The same in ATen ops, on any device. Holds [B, H, L, 2 window + sinks] logits."""
+    near, near_lse, slots, rank = near_aten(query, key, value, indices, count, padding, scale, window, sinks)
     chosen = slots > 0
     picked = at_least(slots - 1, 0)
     far = take_rows(compressed, picked).to(near.dtype)
@@ -302,61 +275,7 @@ def merge_floor_aten(
     near_share, far_share = (near_lse - top).exp()[..., None], (far_lse - top).exp()[..., None]
     far = torch.where(chosen[..., None], far, 0.0)
     output = (near * near_share + far * far_share) / (near_share + far_share)
-    if padding is not None and rank is not None:
-        places = at_least(rank, 0)[:, None].expand(-1, heads, -1)
-        output = torch.where(padding[:, None, :, None], take_rows(output, places), 0.0)
-    return as_rows(output.to(value.dtype))
-
-
-def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """One more than the slot of each position, 0 where it has none: int32 [B, Hs, L]."""
-    batch, selections, capacity = indices.shape
-    slots = torch.arange(capacity, dtype=torch.int32, device=indices.device)
-    targets = indices.to(torch.int64)
-    if count is not None:
-        targets = torch.where(slots_below(count, capacity), targets, slots + seq_len)
-    found = torch.zeros((batch, selections, seq_len + capacity), dtype=torch.int32, device=indices.device)
-    return found.scatter(2, targets, (slots + 1).expand(batch, selections, capacity))[:, :, :seq_len]
-
-
-def _near_aten(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, valid: Tensor, scale: float, window: int, sinks: int
-) -> tuple[Tensor, Tensor]:
-    """Attention over N(i), without selected keys in selected rows, where ranks are positions: [B, H, L, Dv]; log-sum-exp.
-
-    A row that sees nothing has a log-sum-exp of -1e30. Blocks of all heads and items are numbered through, N of them, and
-    gathered by index: a reshape of the length would ask whether it is a multiple of the window, and hold for some alone.
-    """
-    batch, heads, seq_len = query.shape[:3]
-    groups, selections, wide = key.shape[1], slots.shape[1], torch.promote_types(query.dtype, torch.float32)
-    blocks = seq_len // window + 1
-    number = torch.arange(batch * heads * blocks, device=query.device)[:, None]  # [N, 1]
-    line = torch.div(number, blocks, rounding_mode="floor")
-    item, head = torch.div(line, heads, rounding_mode="floor"), line % heads
-    group, selection = (torch.div(head, heads // x, rounding_mode="floor") for x in (groups, selections))
-    first = (number - line * blocks) * window
-    row = first + torch.arange(window, device=query.device)  # [N, window]
-    band = first - window + torch.arange(2 * window, device=query.device)
-    front = torch.arange(sinks, device=query.device) + first * 0
-    rank, keys = row[..., None], torch.cat((band, front), 1)[:, None]  # [N, window, 1], [N, 1, 2 window + sinks]
-    near = (band[:, None] >= 0) & (band[:, None] <= rank) & ((rank - band[:, None] < window) | (band[:, None] < sinks))
-    seen = torch.cat((near, (front < first - window)[:, None] & (rank >= 0)), 2)
-    last = valid[item[:, 0], 0, 0][:, None, None]
-    seen = seen & (keys < last) & (rank < last)
-    row, keys = (torch.minimum(at_least(x, 0), torch.full_like(x, seq_len - 1)) for x in (row, keys[:, 0]))
-    seen = seen & ((slots[item, selection, row] == 0)[..., None] | (slots[item, selection, keys] == 0)[:, None])
-    logits = scale * query[item, head, row].to(wide) @ key[item, group, keys].to(wide).transpose(1, 2)
-    logits = torch.where(seen, logits, -math.inf)
-    top = torch.maximum(logits.amax(-1, keepdim=True), torch.full_like(logits[..., :1], _LOWEST_LOGIT))
-    weights = (logits - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    output = weights @ value[item, group, keys].to(wide) / torch.where(total > 0, total, 1.0)
-    lse = torch.where(total > 0, top + total.log(), _LOWEST_LOGIT)[..., 0]
-    position = torch.arange(seq_len, device=query.device)
-    lines = torch.arange(batch, device=query.device)[:, None, None] * heads
-    lines = (lines + torch.arange(heads, device=query.device)[:, None]) * blocks
-    place = lines + torch.div(position, window, rounding_mode="floor"), position % window  # [B, H, L], [L]
-    return output[place], lse[place]
+    return placed_aten(output.to(value.dtype), padding, rank)
 
 
 def _order(padding: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.errors import KernelError
 from tsa_compile.kernels.attend import attend_aten, attend_lse_aten
+from tsa_compile.kernels.attend_floor import attend_floor_aten
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
@@ -129,6 +130,7 @@ _ATEN: Table = {
     tsa.attend_lse.default: attend_lse_aten,
     tsa.decompress.default: decompress_aten,
     tsa.merge_floor.default: merge_floor_aten,
+    tsa.attend_floor.default: attend_floor_aten,
     tsa.valid_ranges.default: valid_ranges_aten,
     tsa.padded_attention.default: padded_attention_aten,
 }

@@ -19,13 +19,14 @@ It is as if the function ran, or else the function runs. A signature is not reme
 - calls any operator that is neither an allocation, empty or of zeros, nor a view: its result would be missing,
 - launches on memory that several arguments share, other than on an argument itself: which of them is meant?
 - returns a part of an argument or of another result,
-- launches nothing, by an interpreter, or with TMA descriptors, which hold addresses.
+- launches nothing, or by an interpreter.
 
 A function may not branch on data, on globals that change, or launch in any other way than by `launch`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ class _Notes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches: list[tuple[Callable[..., Any], Sequence[Tensor | None], tuple[Any, ...]]] = []
+        self.launches: list[tuple[Callable[..., Any], Sequence[Any], tuple[Any, ...]]] = []
         self.zeros: list[Tensor] = []
         self.replayable = True
 
@@ -113,9 +114,12 @@ class _Notes(TorchDispatchMode):
         _watch.notes = None
         super().__exit__(*error)
 
-    def add(self, runner: Callable[..., Any], tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> None:
-        """A launch: `runner(*addresses, *numbers, stream=stream)` repeats it."""
-        self.launches.append((runner, tensors, numbers))
+    def add(self, runner: Callable[..., Any], operands: Sequence[Any], numbers: tuple[Any, ...]) -> None:
+        """A launch: `runner(*addresses, *numbers, stream=stream)` repeats it.
+
+        operands: tensors, TMA descriptors of tensors, or None.
+        """
+        self.launches.append((runner, operands, numbers))
 
 
 def cdiv(number: int, divisor: int) -> int:
@@ -141,7 +145,7 @@ def launch(
 
     Args:
         tensors, descriptors, numbers: the kernel's parameters in order, but for the constants. The first is a tensor.
-        descriptors: of tensors for TMA, or None. They are made anew for each launch, which therefore is Triton's own.
+        descriptors: of tensors for TMA, or None.
         options: the constants, and num_warps and num_stages.
     """
     arguments = (*tensors, *descriptors)
@@ -149,9 +153,8 @@ def launch(
         torch.library.wrap_triton(kernel)[grid](*arguments, *numbers, **options)
         return
     notes = watching()
-    tma = any(descriptor is not None for descriptor in descriptors)
     # Not for the interpreter's functions, nor for AMD, where Triton specializes on the extent of memory as well.
-    if tma or torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
+    if torch.version.cuda is None or not isinstance(kernel, triton.JITFunction):
         if notes is not None:
             notes.replayable = False
         kernel[grid](*arguments, *numbers, **options)
@@ -176,6 +179,39 @@ def by_device(by_triton: Callable[..., Found], by_aten: Callable[..., Found]) ->
 
 
 @dataclass(frozen=True)
+class _Address:
+    """What a TMA descriptor asks of its tensor when it is launched."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An argument of a launch: the number of a base, and bytes from there on; None: the argument is None.
+
+    view: for a TMA descriptor, one without a tensor.
+    """
+
+    base: int | None
+    offset: int = 0
+    view: Any = None
+
+    def argument(self, bases: list[int]) -> Any:
+        """The address, or the view of what lies there."""
+        if self.base is None:
+            return None
+        address = bases[self.base] + self.offset
+        if self.view is None:
+            return address
+        view = copy.copy(self.view)
+        view.base = _Address(address)
+        return view
+
+
+@dataclass(frozen=True)
 class _Program:
     """The notes, with a place for each address: the number of a base, and bytes from there on.
 
@@ -183,7 +219,7 @@ class _Program:
     for all others.
     """
 
-    launches: list[tuple[Callable[..., Any], list[tuple[int, int] | None], tuple[Any, ...]]]
+    launches: list[tuple[Callable[..., Any], list[_Place], tuple[Any, ...]]]
     tensors: list[int]
     """Which arguments are tensors."""
     allocated: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
@@ -206,8 +242,7 @@ class _Program:
         bases = [tensor.data_ptr() for tensor in objects]
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else None
         for runner, places, numbers in self.launches:
-            addresses = [None if place is None else bases[place[0]] + place[1] for place in places]
-            runner(*addresses, *numbers, stream=stream)
+            runner(*(place.argument(bases) for place in places), *numbers, stream=stream)
         return objects[self.results[0]] if self.single else tuple(objects[base] for base in self.results)
 
 
@@ -266,17 +301,29 @@ def _program(notes: _Notes, arguments: tuple[Any, ...], found: Tensor | tuple[Te
         return None
     bases = _Bases(tensors, [*fresh, *notes.zeros])
     launches = []
-    for runner, used, numbers in notes.launches:
-        places = [None if tensor is None else bases.place(tensor) for tensor in used]
-        if any(place is None and tensor is not None for place, tensor in zip(places, used, strict=True)):
+    for runner, operands, numbers in notes.launches:
+        places = [_placed(operand, bases) for operand in operands]
+        if any(place is None for place in places):
             return None
-        launches.append((runner, places, numbers))
+        launches.append((runner, [place for place in places if place is not None], numbers))
     numbered = {id(tensor): number for number, tensor in enumerate([*tensors, *fresh])}
     return _Program(
         launches, positions, [(t.shape, t.stride(), t.dtype) for t in fresh],
         [t.untyped_storage().nbytes() for t in notes.zeros], [numbered[id(t)] for t in results],
         isinstance(found, Tensor), bases.bytes, tensors[0].device,
     )  # fmt: skip
+
+
+def _placed(operand: Any, bases: _Bases) -> _Place | None:
+    """Where an operand of a launch lies; None if several arguments share the memory."""
+    if operand is None:
+        return _Place(None)
+    tensor, view = operand, None
+    if not isinstance(operand, Tensor):
+        tensor, view = operand.base, copy.copy(operand)
+        view.base = None  # or the tensor would live as long as the program
+    found = bases.place(tensor)
+    return None if found is None else _Place(*found, view)
 
 
 def _independent(arguments: list[Tensor], fresh: list[Tensor]) -> bool:

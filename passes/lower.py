@@ -10,6 +10,12 @@
 No shape depends on data before, and none does afterwards: lengths and batch stay as symbolic as they were, the count stays
 on the device, and all C rows are attended to, those behind the count in vain. A capacity, or KeepRatio, makes C smaller.
 
+With a floor, "aten" and ONNX's standard operators take its two steps in one, as their attention gives no log-sum-exp:
+
+    before   o^, lse = tsa.attend_lse(q^, k^, v^, count, scale, kernel)
+             o       = tsa.merge_floor(q, k, v, o^, lse, indices, count, padding, scale, window, sinks)
+    between  o       = tsa.attend_floor(q, k, v, q^, k^, v^, indices, count, padding, scale, kernel, window, sinks)
+
 "aten" gives padded dense attention a mask [B, 1, L, L]; "triton" moves the valid tokens together instead, and leaves zeros
 in the rows of pad tokens, which no valid token reads.
 
@@ -18,6 +24,7 @@ The program is traced anew by `ExportedProgram.run_decompositions`, so that its 
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal, get_args
 
 import sympy
@@ -30,9 +37,10 @@ from torch.utils._sympy.value_ranges import bound_sympy
 from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS, why_not
 from tsa_compile.kernels.launch import HAS_TRITON
-from tsa_compile.passes.graph import argument, fake, fake_mode
+from tsa_compile.passes.graph import argument, fake, fake_mode, insert
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
+from tsa_compile.passes.operators import arguments
 
 Form = Literal["aten", "triton"]
 
@@ -55,7 +63,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         _require_cuda(program)
     check_kernels(program, f"lower={form!r}", "keep the ops with lower=None")
     with simplified_minima():
-        return _lowered(program, form)
+        return _lowered(program if form == "triton" else with_joined_floors(program), form)
 
 
 def _lowered(program: ExportedProgram, form: Form) -> ExportedProgram:
@@ -71,6 +79,33 @@ def _lowered(program: ExportedProgram, form: Form) -> ExportedProgram:
         lowered.run_decompositions({}, decompose_custom_triton_ops=True)
     _check_guards(environment.guards[known_guards:], ranges)
     return lowered
+
+
+def with_joined_floors(program: ExportedProgram) -> ExportedProgram:
+    """The program with tsa.attend_floor for each attend_lse and merge_floor that belong together; itself without a floor."""
+    if not program.graph.find_nodes(op="call_function", target=tsa.merge_floor.default):
+        return program
+    program = program.run_decompositions({})  # a copy
+    graph = program.graph
+    for merge in graph.find_nodes(op="call_function", target=tsa.merge_floor.default):
+        query, key, value, compressed, lse, indices, count, padding, scale, window, sinks = arguments(merge)
+        attended = compressed.args[0]
+        if [compressed.target, lse.target] != [operator.getitem] * 2 or lse.args != (attended, 1) or compressed.args[1] != 0:
+            continue
+        if attended.target is not tsa.attend_lse.default:
+            continue
+        *rows, attended_count, attended_scale, kernel = arguments(attended)
+        if attended_count is not count or attended_scale != scale:
+            continue
+        operands = (query, key, value, *rows, indices, count, padding, scale, kernel, window, sinks)
+        with graph.inserting_before(merge):
+            joined = insert(graph, tsa.attend_floor.default, *operands)
+        joined.meta = dict(merge.meta)
+        merge.replace_all_uses_with(joined)
+        graph.erase_node(merge)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
 
 
 def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:

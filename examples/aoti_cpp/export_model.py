@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsa_compile import Coverage, TSAConfig
+from tsa_compile import Coverage, Floor, TSAConfig
 from tsa_compile.export import aoti, export_program
 
-CONFIG = TSAConfig(budget=Coverage(0.2), window=8, min_tokens=8, layers=[1])
+CONFIG = TSAConfig(budget=Coverage(0.2), window=8, min_tokens=8, layers=[1], floor=Floor(window=16, sinks=4))
 LENGTHS = (64, 512)
 CASES = ((2, 100), (3, 67))  # batch, length
 

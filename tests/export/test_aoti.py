@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsa_compile import ConfigError
+from tsa_compile import ConfigError, Floor, KeepRatio
 from tsa_compile.export import aoti, export_program
+from tsa_compile.testing import count_ops
 
 from ..support import Attention, difference, heads
-from .support import QUICK
+from .support import QUICK, SMALL
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "aoti_cpp"
 TOLERANCE = 1e-5
@@ -59,6 +60,18 @@ def test_equals_the_program(folder, package, number):
     result = package(**inputs)
     assert list(result) == ["logits"]
     assert difference(result["logits"], expected) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_floor_without_padding(tmp_path):
+    """The example has one with padding."""
+    config = SMALL.replace(budget=KeepRatio(0.5), layers=(0,), floor=Floor(6, 2))
+    exported = export_program(Attention().eval(), heads(), config, dynamic_lengths=(16, 200), dynamic_batch=(1, 8))
+    assert count_ops(exported.graph_module, "merge_floor") == {"merge_floor": 1}
+    loaded = aoti.load(aoti.save(exported, tmp_path / "model.pt2", **QUICK))
+    for batch, length in ((2, 40), (1, 16), (3, 133)):
+        inputs = heads(batch, length=length)
+        assert difference(loaded(*inputs), exported.module()(*inputs)) < TOLERANCE
 
 
 @pytest.mark.slow

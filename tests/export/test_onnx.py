@@ -1,6 +1,8 @@
 """ONNX files of small models: what they hold, and that onnxruntime computes with them what torch does."""
 
 import collections
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,10 @@ import torch
 
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
-from tsa_compile.export import export_program
+from tsa_compile.export import export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import reference
-from tsa_compile.passes.lower import lower_program
+from tsa_compile.passes.lower import lower_program, with_joined_floors
 
 from ..support import slow_but
 
@@ -20,13 +22,13 @@ pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
 LENGTHS = (40, 300)
-CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1)
+CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1, floor=None)
 SINGLE = CONFIG.replace(layers=[0])
 # configuration, padded, whether of a whole model or of one attention call, which is traced in a third of the time
 CASES = {
-    "padded model": (CONFIG, True, True),
+    "padded model": (CONFIG.replace(floor=Floor(8, 3)), True, True),
     "plain": (SINGLE, False, False),
-    "floor": (SINGLE.replace(floor=Floor(8, 3)), True, False),
+    "floor of a group": (SINGLE.replace(floor=Floor(9, 0), granularity="group"), False, False),
     "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, False),
 }
 
@@ -77,6 +79,13 @@ def op_types(model):
     return collections.Counter((node.domain, node.op_type) for node in model.graph.node)
 
 
+def long_dimensions(model):
+    """How many dimensions of a value grow with the length, at most."""
+    shapes = [[dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info]
+    assert any(len(shape) == 4 for shape in shapes)
+    return max(sum("length" in dim for dim in shape) for shape in shapes)
+
+
 @pytest.fixture(scope="module")
 def programs():
     """Exports by case: each serves every form that a test writes of it."""
@@ -98,8 +107,11 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
     tsa_onnx.save(program, path)
 
     model = onnx.load(path)
-    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    # The dense layer of the whole model has an L x L mask; sparse ones have nothing of that kind.
+    assert long_dimensions(inferred) == (2 if model_too else 1)
     assert {domain for domain, _ in op_types(model)} == {""}
+    assert tensorrt.check(path) == []
     assert not {"TopK", "NonZero", "Unique", "Compress", "Loop", "RotaryEmbedding"} & {op for _, op in op_types(model)}
     assert {entry.key: entry.value for entry in model.metadata_props}["tsa_compile.length"] == "40..300"
 
@@ -125,6 +137,22 @@ def op_run(name, compute):
     return type(name, (OpRun,), {"op_domain": "tsa", "_run": run})
 
 
+def merge_floor(query, key, value, rows, lse, indices, count=None, padding=None, *, scale, window, sinks):
+    """Row for row what MergeFloor's schema says."""
+    batch, heads, length, _ = query.shape
+    count = torch.full((batch,), indices.shape[2]) if count is None else count
+    selected = reference.is_selected(indices, count, heads, length)
+    mask = reference.floor_mask(padding, selected, window, sinks) & ~(selected[..., None] & selected[:, :, None])
+    output = reference.attention_under(mask, query, key, value, scale)
+    keys = key.repeat_interleave(heads // key.shape[1], 1)
+    near = (scale * query @ keys.mT).masked_fill(~mask, -math.inf).logsumexp(-1)
+    for b, h in itertools.product(range(batch), range(heads)):
+        places = indices[b, h * indices.shape[1] // heads, : count[b]].long()
+        shares = torch.stack((lse[b, h, : count[b]], near[b, h, places])).softmax(0)[..., None]
+        output[b, h, places] = shares[0] * rows[b, h, : count[b]] + shares[1] * output[b, h, places]
+    return output
+
+
 def reference_ops():
     """The domain's operators by the oracle, called as the schemas say."""
 
@@ -135,41 +163,58 @@ def reference_ops():
     def padded_attention(query, key, value, padding, scale, mean_rows):
         return reference.padded_attention(query, key, value, padding, scale, bool(mean_rows))
 
+    def attend_lse(query, key, value, count=None, scale=None):
+        return reference.attend(query, key, value, count, scale), reference.log_sum_exp(query, key, count, scale)
+
     return [
         op_run("Score", lambda q, k, padding=None, **options: reference.score(q, k, padding, **options)),
         op_run("Budget", budget),
         op_run("Select", lambda scores, capacity, count=None: reference.select(scores, count, int(capacity))),
         op_run("CompressRows", lambda *rows: reference.compress(*(*rows, None)[:5])),
         op_run("Attend", lambda *rows, scale: reference.attend(*(*rows, None)[:4], scale)),
+        op_run("AttendLse", attend_lse),
+        op_run("MergeFloor", merge_floor),
         op_run("DecompressRows", lambda rows, i, length, n=None: reference.decompress(rows, i, n, int(length))),
         op_run("PaddedAttention", padded_attention),
     ]
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(padded, programs, tmp_path):
+BEFORE_ATTENTION = ("Score", "Select", "CompressRows")
+DOMAIN = {
+    "padded model": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget", "PaddedAttention"),
+    "plain": (*BEFORE_ATTENTION, "Attend", "DecompressRows"),
+    "floor of a group": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor"),
+}
+
+
+@pytest.mark.parametrize("case", DOMAIN)
+def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(case, programs, tmp_path):
     from onnx.reference import ReferenceEvaluator
 
-    program, path = programs("padded model" if padded else "plain"), tmp_path / "model.onnx"
+    padded, model_too = CASES[case][1:]
+    program, path = programs(case), tmp_path / "model.onnx"
     tsa_onnx.save(program, path, domain="tsa")
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    steps = ["Score", "Select", "CompressRows", "Attend", "DecompressRows"] + ["Budget", "PaddedAttention"] * padded
-    assert {op: count for (domain, op), count in op_types(model).items() if domain == "tsa"} == dict.fromkeys(steps, 1)
+    assert {op: count for (domain, op), count in op_types(model).items() if domain == "tsa"} == dict.fromkeys(
+        DOMAIN[case], 1
+    )
 
-    inputs = make_inputs(2, 60, padded=padded, model=padded)
     evaluator = ReferenceEvaluator(model, new_ops=reference_ops())
-    got = evaluator.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
-    expected = output_of(program, inputs)
-    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
+    for batch, length in ((2, 60), (1, 41)):
+        inputs = make_inputs(batch, length, padded=padded, model=model_too)
+        got = evaluator.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+        expected = output_of(program, inputs)
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_schemas_are_registered_and_documented():
     found = {schema.name: schema for schema in tsa_onnx.schemas()}
-    assert list(found) == ["Score", "Budget", "Select", "CompressRows", "Attend", "DecompressRows", "PaddedAttention"]
+    assert set(found) == {operator for operators in DOMAIN.values() for operator in operators}
     assert all(schema.domain == "tsa" and schema.doc for schema in found.values())
     assert found["Budget"].attributes["min_tokens"].required
     assert not found["Budget"].attributes["coverage"].required
+    assert [output.name for output in found["AttendLse"].outputs] == ["rows", "lse"]
     assert [output.name for output in found["CompressRows"].outputs] == ["query_rows", "key_rows", "value_rows"]
     assert tsa_onnx.schemas()[0].name == "Score", "a second call registers nothing twice"
 
@@ -228,14 +273,6 @@ def test_the_layer_of_a_transformers_model_is_named():
         tsa_onnx.to_portable(program)
 
 
-def test_a_floor_has_no_operators_of_the_domain_yet(programs, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"no operator for tsa\.attend_lse\.default, tsa\.merge_floor\.default, which a floor"
-    ):
-        tsa_onnx.save(programs("floor"), tmp_path / "model.onnx", domain="tsa")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("kernel", "why"),
     [("flash3", "it is not registered here"), ("xattention", "it leaves attention out, as its selector says")],
@@ -261,6 +298,13 @@ def test_a_lowered_program_is_refused(tmp_path):
     lowered = lower_program(program_of(Model()))
     with pytest.raises(ConfigError, match="lower=None"):
         tsa_onnx.save(lowered, tmp_path / "model.onnx")
+
+
+def test_what_only_a_lowering_makes_is_refused(programs, tmp_path):
+    joined = with_joined_floors(programs("floor of a group"))
+    for domain in (None, "tsa"):
+        with pytest.raises(ConfigError, match=r"the program holds tsa\.attend_floor\.default; pass one from export_program"):
+            tsa_onnx.save(joined, tmp_path / "model.onnx", domain=domain)
 
 
 def test_options_and_paths(tmp_path):

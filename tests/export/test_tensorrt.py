@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tsa_compile.config import KeepRatio, TSAConfig
+from tsa_compile.config import Floor, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.export import _trt_support as support
 from tsa_compile.export import export_program, tensorrt
@@ -147,7 +147,7 @@ def test_the_table_is_disjoint_and_known_to_onnx():
 
 
 class Layer(torch.nn.Module):
-    """Sparse attention with padding and a dense padded layer, as an export has them."""
+    """Sparse attention with padding, plain and with a floor, and a dense padded layer, as an export has them."""
 
     def forward(self, query, key, value, padding):
         tsa, length = torch.ops.tsa, query.shape[2]
@@ -155,9 +155,11 @@ class Layer(torch.nn.Module):
         count = tsa.budget(scores, None, 0.3, 3)
         kept = ((length - 8) * 3 + 9) // 10 + 8
         indices = tsa.select(scores, count, kept)
-        rows = tsa.attend(*tsa.compress(query, key, value, indices, count), count, 0.25, "auto")
-        sparse = tsa.decompress(rows, indices, count, length)
-        return sparse + tsa.padded_attention(query, key, value, padding, tsa.valid_ranges(padding), 0.25, True)
+        rows = tsa.compress(query, key, value, indices, count)
+        sparse = tsa.decompress(tsa.attend(*rows, count, 0.25, "auto"), indices, count, length)
+        near = (indices, count, padding, 0.25, 5, 2)
+        floored = tsa.merge_floor(query, key, value, *tsa.attend_lse(*rows, count, 0.25, "auto"), *near)
+        return sparse + floored + tsa.padded_attention(query, key, value, padding, tsa.valid_ranges(padding), 0.25, True)
 
 
 def layer_program():
@@ -187,9 +189,10 @@ def test_an_exported_layer_passes_and_the_domain_needs_plugins(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.tensorrt
-def test_an_engine_computes_what_torch_does(tmp_path):
+@pytest.mark.parametrize("floor", [None, Floor(6, 2)], ids=str)
+def test_an_engine_computes_what_torch_does(floor, tmp_path):
     pytest.importorskip("torch_tensorrt")
-    config = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=(0,), min_length=16)
+    config = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=(0,), min_length=16, floor=floor)
     inputs = heads(length=40, device="cuda", dtype=torch.float16)
     program = export_program(Attention().eval(), inputs, config, dynamic_lengths=(16, 300))
     tensorrt.save(program, tmp_path / "model.ts")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tsa_compile import ConfigError, Coverage, KeepRatio
+from tsa_compile import ConfigError, Coverage, Floor, KeepRatio
 from tsa_compile.export import aoti, export_program
 
 from ..support import Attention, difference, heads, mixed_padding, tiny, tokens, without_interpreter
@@ -12,7 +12,7 @@ from .support import SMALL
 TRACE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
-from tsa_compile import Coverage, KeepRatio, TSAConfig
+from tsa_compile import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
 from tsa_compile.passes import lower
 
@@ -37,8 +37,11 @@ triton.runtime.driver.set_active(Driver())
 lower._require_cuda = lambda program: None
 query, key, value = (torch.randn(2, n, 40, 16) for n in (4, 2, 2))
 padding = torch.ones(2, 40, dtype=torch.bool)
-for config, padded in ((TSAConfig(budget=Coverage(0.2)), True), (TSAConfig(budget=KeepRatio(0.5)), False)):
-    config = config.replace(window=4, min_tokens=3, layers=(1,), granularity="head" if padded else "group")
+common = TSAConfig(window=4, min_tokens=3, layers=(1,))
+padded_config = common.replace(budget=Coverage(0.2), granularity="head")
+plain = common.replace(budget=KeepRatio(0.5), granularity="group")
+for config, floor in ((padded_config, None), (plain, None), (padded_config, Floor(5, 2)), (plain, Floor(5, 2))):
+    config, padded = config.replace(floor=floor), config is padded_config
     inputs = (query, key, value, padding) if padded else (query, key, value)
     program = export_program(
         Attention().eval(), inputs, config, dynamic_lengths=(16, 20000), dynamic_batch=(1, 8), lower="triton"
@@ -50,15 +53,26 @@ for config, padded in ((TSAConfig(budget=Coverage(0.2)), True), (TSAConfig(budge
 """
 
 
+def named(*steps):
+    return " ".join(sorted(f"tsa_triton.{step}.default" for step in steps))
+
+
 @pytest.mark.slow
 def test_the_kernels_can_be_traced_for_all_lengths_at_once():
     pytest.importorskip("triton")
     printed = without_interpreter(TRACE)
-    steps = [f"tsa_triton.{name}.default" for name in ("attend", "budget", "compress", "decompress", "score", "select")]
+    common = ("compress", "score", "select")
+    steps = [
+        ("attend", "budget", "decompress"),
+        None,
+        ("decompress",),  # attention is SDPA; every slot is filled
+        # The padded dense layer attends and decompresses, too.
+        ("attend", "attend_lse", "budget", "decompress", "merge_floor"),
+        None,
+        ("attend_lse", "merge_floor"),
+    ]
     assert printed.splitlines() == [
-        " ".join(steps),
-        "triton_kernel_wrapper_functional",
-        " ".join(step for step in steps if "attend" not in step and "budget" not in step),  # SDPA; every slot is filled
+        "triton_kernel_wrapper_functional" if names is None else named(*common, *names) for names in steps
     ]
 
 
@@ -72,9 +86,10 @@ def test_on_a_cpu_it_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("budget", [Coverage(0.2), KeepRatio(0.5)])
-def test_a_cuda_package_equals_the_compiled_model(budget, padded, tmp_path):
+@pytest.mark.parametrize("floor", [None, Floor(6, 2)], ids=str)
+def test_a_cuda_package_equals_the_compiled_model(floor, budget, padded, tmp_path):
     model = tiny("llama", num_hidden_layers=2).cuda()
-    config = SMALL.replace(budget=budget, min_length=16)
+    config = SMALL.replace(budget=budget, floor=floor, min_length=16)
 
     def inputs(length, pads):
         made = {"input_ids": tokens(len(pads), length)}

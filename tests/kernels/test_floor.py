@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tsa_compile.kernels import reference
 from tsa_compile.kernels.attend import attend_lse, attend_lse_aten
+from tsa_compile.kernels.attend_floor import attend_floor, attend_floor_aten
 from tsa_compile.kernels.floor import merge_floor, merge_floor_aten, merge_floor_triton
 
 PADDINGS = {
@@ -64,11 +65,28 @@ class Case:
         moved = (*self.inputs, self.compressed, self.lse, self.indices, self.count, self.padding)
         return (*(None if x is None else x.to(self.device) for x in moved), self.scale, window, sinks)
 
+    def attending(self, function):
+        """A function that attends to the rows itself, called as those are that are handed the rows' attention."""
+
+        def call(query, key, value, compressed, lse, indices, count, padding, *options):
+            return function(*self.uncompressed(), indices, count, padding, *with_kernel(options))
+
+        return call
+
+    def uncompressed(self):
+        rows = reference.compress(*self.inputs, self.indices, self.count)
+        return [x.to(self.device) for x in (*self.inputs, *rows)]
+
     def check(self, function, window, sinks, tolerance=2e-5):
         found = function(*self.arguments(window, sinks))
         wanted = self.expected(window, sinks)
         assert found.dtype == self.inputs[0].dtype and found.transpose(1, 2).is_contiguous()
         torch.testing.assert_close(found.double().cpu(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def with_kernel(options):
+    """(scale, window, sinks), with the name of an attention kernel."""
+    return options[0], "auto", *options[1:]
 
 
 @pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 100, 130])
@@ -112,13 +130,26 @@ def test_aten_equals_dense_attention_under_the_mask(sizes, counts, window, sinks
     heads, groups, selections = counts
     case = Case(**sizes, heads=heads, groups=groups, selections=selections)
     case.check(merge_floor_aten, window, sinks)
+    case.check(case.attending(attend_floor_aten), window, sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_aten_in_every_dtype(device, dtype):
     tolerance = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     case = Case(80, paddings=("left", "holes"), dtype=dtype, device=device)
-    case.check(merge_floor_aten, 20, 4, tolerance)
+    for function in (merge_floor_aten, case.attending(attend_floor_aten)):
+        case.check(function, 20, 4, tolerance)
+        case.check(function, 1, 0, tolerance)  # nothing is left of the neighbourhood of a selected row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("boost", [20, 1000])
+def test_large_logits(device, dtype, boost):
+    """Of up to about 4 * `boost`: the two parts of a row are then apart by more than exp can say."""
+    case = Case(80, paddings=("left", "none"), dtype=dtype, device=device)
+    case.scale *= boost
+    tolerance = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    case.check(case.attending(attend_floor_aten), 9, 3, tolerance * max(1, boost / 100))
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
@@ -144,6 +175,14 @@ def test_op(device):
     case = Case(70, paddings=("none", "left", "holes"), selections=2, device=device)
     case.check(merge_floor, 9, 3)
     torch.library.opcheck(torch.ops.tsa.merge_floor, case.arguments(9, 3))
+
+
+def test_op_of_both_steps(device):
+    case = Case(70, paddings=("none", "left", "holes"), selections=2, device=device)
+    case.check(case.attending(attend_floor), 9, 3)
+    options = case.arguments(9, 3)[5:]
+    arguments = (*case.uncompressed(), *options[:3], *with_kernel(options[3:]))
+    torch.library.opcheck(torch.ops.tsa.attend_floor, arguments)
 
 
 def test_log_sum_exp(device):

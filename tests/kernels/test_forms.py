@@ -188,6 +188,11 @@ def test_the_triton_ops(device, budget, padded):
     expected = tsa.decompress(tsa.attend(*rows, count, SCALE, "auto"), indices, count, length)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     assert out.stride() == expected.stride()
+    near = (indices, count, padding, SCALE, 9, 2)
+    out = TRITON["merge_floor"](query, key, value, *TRITON["attend_lse"](*opened, count, SCALE, "auto"), *near)
+    expected = tsa.merge_floor(query, key, value, *tsa.attend_lse(*rows, count, SCALE, "auto"), *near)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert out.stride() == expected.stride()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -205,10 +210,10 @@ def test_inductor_finds_all_that_a_kernel_names():
         """
         import ast, builtins
         from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as closure
-        from tsa_compile.kernels import budget, compress, decompress, flash, score, select
+        from tsa_compile.kernels import budget, compress, decompress, flash, floor, score, select
         from tsa_compile.kernels.launch import triton
 
-        for module in (budget, compress, decompress, flash, score, select):
+        for module in (budget, compress, decompress, flash, floor, score, select):
             for name, kernel in vars(module).items():
                 if not isinstance(kernel, triton.JITFunction) or not name.endswith("_kernel"):
                     continue

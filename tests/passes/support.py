@@ -17,7 +17,7 @@ from tsa_compile.testing import capture_all
 
 B, H, G, L, D = 2, 4, 2, 12, 8
 EXACT = TSAConfig(layers=())
-SPARSE = TSAConfig(window=3, pool=3, min_tokens=2, layers=(0,))
+SPARSE = TSAConfig.published(window=3, pool=3, min_tokens=2, layers=(0,))
 
 
 def inputs(length=L, kv_heads=G):

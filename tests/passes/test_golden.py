@@ -229,6 +229,31 @@ class TestSparse:
 
     def test_floor(self):
         config = SPARSE.replace(budget=KeepRatio(0.5), floor=Floor(2, 1))
+        rewritten = Rewritten(causal_attention, *inputs(), config=config)
+        assert_expected_inline(
+            graph_text(rewritten.after),
+            """\
+l_q_: float32[2, 4, 12, 8]
+l_k_: float32[2, 2, 12, 8]
+l_v_: float32[2, 2, 12, 8]
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3)
+select_default: int32[2, 4, 8] = select(score_default, None, 8)
+compress_default: tuple = compress(l_q_, l_k_, l_v_, select_default, None)
+getitem_4: float32[2, 4, 8, 8] = getitem(compress_default, 0)
+getitem_5: float32[2, 4, 8, 8] = getitem(compress_default, 1)
+getitem_6: float32[2, 4, 8, 8] = getitem(compress_default, 2)
+attend_lse_default: tuple = attend_lse(getitem_4, getitem_5, getitem_6, None, 0.353553, auto)
+getitem_7: float32[2, 4, 8, 8] = getitem(attend_lse_default, 0)
+getitem_8: float32[2, 4, 8] = getitem(attend_lse_default, 1)
+merge_floor_default: float32[2, 4, 12, 8] = merge_floor(l_q_, l_k_, l_v_, getitem_7, getitem_8, select_default, None, None, 0.353553, 2, 1)
+transpose: float32[2, 12, 4, 8] = transpose(merge_floor_default, 1, 2)
+reshape_2: float32[2, 12, 32] = reshape(transpose, 2, -1, 32)
+return (reshape_2)""",
+        )
+        self.check_against_reference(rewritten, *inputs(), keep_ratio=0.5, floor_window=2, floor_sinks=1)
+
+    def test_floor_and_padding(self):
+        config = SPARSE.replace(budget=KeepRatio(0.5), floor=Floor(2, 1))
         rewritten = Rewritten(padded_attention, *inputs(), padding(), config=config)
         assert_expected_inline(
             graph_text(rewritten.after),

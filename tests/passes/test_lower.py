@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from tsa_compile import ConfigError, KeepRatio, TSAConfig
+from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, valid_ranges, valid_ranges_aten
 from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
-from tsa_compile.passes.lower import lower_program
+from tsa_compile.passes.graph import fake
+from tsa_compile.passes.lower import lower_program, with_joined_floors
 from tsa_compile.testing import count_ops
 
 from ..support import Attention, Stack, heads
 
+tsa = torch.ops.tsa
 PADDINGS = {
     "none": [(0, 12), (0, 12)],
     "left-right": [(5, 12), (0, 9)],
@@ -44,16 +46,77 @@ def test_padded_attention_without_the_host(name, holes):
 
 
 def export(**options):
-    config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=3, layers=(0,), **options)
+    config = TSAConfig(**{"budget": KeepRatio(0.5), "window": 4, "min_tokens": 3, "layers": (0,), "floor": None, **options})
     return export_program(Attention().eval(), heads(length=40), config, dynamic_lengths=(16, 200), lower=None)
+
+
+def long_dimensions(program):
+    """How many dimensions of a tensor of the program grow with the length, at most."""
+    values = (fake(node) for node in program.graph.nodes)
+    return max(sum(not isinstance(size, int) for size in x.shape) for x in values if isinstance(x, torch.Tensor))
 
 
 def test_the_steps_become_aten():
     program = lower_program(export())
+    assert long_dimensions(program) == 1
     assert not any("tsa" in str(node.target) for node in program.graph.nodes)
     assert count_ops(program.graph_module, "scaled_dot_product_attention", "sort") == {
         "scaled_dot_product_attention": 1, "sort": 2,
     }  # fmt: skip
+
+
+FLOORED = {"attend_lse": 1, "merge_floor": 1, "attend_floor": 0}
+
+
+@pytest.mark.parametrize("budget", [KeepRatio(0.5), Coverage(0.3)], ids=str)
+def test_the_steps_of_a_floor_are_taken_in_one(budget):
+    program = export(budget=budget, floor=Floor(5, 2))
+    assert count_ops(program.graph_module, *FLOORED) == FLOORED
+    joined = with_joined_floors(program)
+    assert count_ops(joined.graph_module, *FLOORED) == {"attend_lse": 0, "merge_floor": 0, "attend_floor": 1}
+    assert count_ops(program.graph_module, *FLOORED) == FLOORED, "the program is as it was"
+    lowered = lower_program(program)
+    assert not any("tsa" in str(node.target) for node in lowered.graph.nodes)
+    assert count_ops(lowered.graph_module, "scaled_dot_product_attention") == {"scaled_dot_product_attention": 1}
+    assert long_dimensions(lowered) == 1
+    for length in (16, 40, 133):
+        inputs = heads(length=length)
+        expected = program.module()(*inputs)
+        for other in (joined, lowered):
+            torch.testing.assert_close(other.module()(*inputs), expected)
+
+
+class Floored(torch.nn.Module):
+    """The two steps of a floor, called with options of their own; `read` returns what is between them as well."""
+
+    def __init__(self, scale=0.25, counted=True, read=False):
+        super().__init__()
+        self.scale, self.counted, self.read = scale, counted, read
+
+    def forward(self, query, key, value, indices, count):
+        rows = tsa.compress(query, key, value, indices, count)
+        between = tsa.attend_lse(*rows, count, self.scale, "auto")
+        counted = count if self.counted else count - 1
+        out = tsa.merge_floor(query, key, value, *between, indices, counted, None, 0.25, 5, 2)
+        return (out, *between) if self.read else (out,)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [({}, {"attend_floor": 1}), ({"read": True}, {"attend_lse": 1, "attend_floor": 1})]
+    + [(options, {"attend_lse": 1, "merge_floor": 1}) for options in ({"scale": 0.5}, {"counted": False})],
+    ids=str,
+)
+def test_only_steps_that_belong_together_are_taken_in_one(options, left):
+    query, key, value = heads(length=40)
+    chosen = torch.rand(2, 4, 40, generator=torch.Generator().manual_seed(0)).topk(20).indices.sort().values
+    inputs = (query, key, value, chosen.to(torch.int32), torch.tensor([20, 9], dtype=torch.int32))
+    program = torch.export.export(Floored(**options).eval(), inputs)
+    joined = with_joined_floors(program)
+    assert count_ops(joined.graph_module, *FLOORED) == {**dict.fromkeys(FLOORED, 0), **left}
+    with torch.no_grad():
+        torch.testing.assert_close(joined.module()(*inputs), program.module()(*inputs))
+        torch.testing.assert_close(lower_program(program).module()(*inputs)[0], program.module()(*inputs)[0])
 
 
 @pytest.fixture
@@ -75,7 +138,7 @@ REFUSED = [
 @pytest.mark.parametrize(("kernel", "why"), REFUSED)
 def test_a_kernel_without_a_form_is_refused_by_layer(kernel, why, foreign):
     name = foreign if kernel == "gone" else kernel
-    config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=3, layers=("layers.1",), kernel=name)
+    config = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=3, layers=("layers.1",), kernel=name, floor=None)
     program = export_program(Stack(2).eval(), heads(length=40), config, dynamic_lengths=(16, 200))
     if kernel == "gone":
         unregister(foreign)

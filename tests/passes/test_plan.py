@@ -16,7 +16,7 @@ from tsa_compile.pipeline import run_passes
 from tsa_compile.report import Decision, Reason, reports
 from tsa_compile.testing import capture, capture_all
 
-SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4)
+SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, floor=None)
 
 
 class Layer(nn.Module):
@@ -416,7 +416,7 @@ class TestRangesThatTheUserMarked:
 
 def test_shapes_of_calls_are_read_from_their_tensors():
     query, key, value = (torch.empty(2, heads, 8, size, dtype=torch.bfloat16) for heads, size in ((4, 8), (2, 8), (2, 6)))
-    config = TSAConfig(budget=KeepRatio(0.5), window=4)
+    config = TSAConfig(budget=KeepRatio(0.5), window=4, floor=None)
     assert CallShape.of(query, key, value, config) == CallShape(2, 4, 2, 8, 6, 2, 4, grouped=False, counted=False)
     assert CallShape.of(query, key, value, config.replace(granularity="group")).selections == 2
     assert CallShape.of(query, key, value, config.replace(budget=Coverage())).counted

@@ -8,7 +8,8 @@ operators are those of the form "standard" (kernels/forms.py): no TopK, no sort,
 Every selected row is attended to, whether it counts or not, so that form needs a budget that bounds the rows beforehand:
 KeepRatio, or a capacity. Attention is ONNX's own operator (hence opset 23), over the C compressed rows and in dense layers
 over all L: a runtime that fuses it (TensorRT) needs no further memory; onnxruntime's CPU kernel holds the [B, H, C, C]
-logits in float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling.
+logits in float32, 0.5 GiB at C = 2048 and H = 32, and four times that for every doubling. A floor adds one key to it, and
+blocks of logits that grow with L alone (kernels/attend_floor.py).
 
 Batch and length stay dynamic, named "batch" and "length"; the ranges that the program was exported for are written to
 the model's metadata ("tsa_compile.length" = "1024..131072"), as ONNX has no place for them.
@@ -30,7 +31,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.lower import check_kernels, layer_of
+from tsa_compile.passes.lower import check_kernels, layer_of, with_joined_floors
 
 if TYPE_CHECKING:
     import onnx
@@ -95,13 +96,14 @@ def to_portable(program: ExportedProgram) -> ExportedProgram:
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    return program.run_decompositions(FORMS["standard"])
+    return with_joined_floors(program).run_decompositions(FORMS["standard"])
 
 
 def _check_form(program: ExportedProgram) -> None:
-    """Ops that only a compiled graph has, or that an earlier lowering opened."""
+    """Ops that only a compiled graph has, or that an earlier lowering joined or opened."""
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in map(str, FORMS["standard"]))
+    steps = {str(op) for op in FORMS["standard"] if op is not tsa.attend_floor.default}
+    foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in steps)
     # The ATen forms of score and select have these.
     lowered = not any(name.startswith("tsa.") for name in targets) and targets >= _LOWERED
     if foreign or lowered:
@@ -156,12 +158,6 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     # What valid_ranges tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
     program = program.run_decompositions({tsa.valid_ranges.default: FORMS["standard"][tsa.valid_ranges.default]})
     table = {getattr(tsa, name).default: form for name, form in _translations().items()}
-    missing = {str(node.target) for node in program.graph.nodes if node.target in FORMS["standard"]} - set(map(str, table))
-    if missing:
-        raise ConfigError(
-            f'domain="{DOMAIN}" has no operator for {", ".join(sorted(missing))}, which a floor needs: export with '
-            "domain=None (standard operators), or set floor=None"
-        )
     return _export(program, opset, table)
 
 
@@ -226,6 +222,26 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "kernel? string, scale float",
         "Causal attention over the first `count` rows; what follows them is unspecified. `kernel` names a method that "
         "leaves part of it out, or one of the user's own; without it attention is exact.",
+    ),
+    (
+        "AttendLse",
+        "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
+        "rows T [B,H,C,Dv], lse float [B,H,C]",
+        "kernel? string, scale float",
+        "As Attend, with lse[b,h,i] = log(sum of exp(scale * <query[b,h,i], key[b,s,j]>)) over the j that row i attends to, "
+        "for MergeFloor.",
+    ),
+    (
+        "MergeFloor",
+        "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], rows T [B,H,C,Dv], lse float [B,H,C], "
+        "indices int32 [B,S,C], count? int32 [B], padding? bool [B,L]",
+        "output T [B,H,L,Dv]",
+        "scale float, sinks int, window int",
+        "Dense attention of row i over N(i) = valid j <= i with rank(i) - rank(j) < window or rank(j) < sinks, where "
+        "rank(t) counts the valid tokens before t; a selected row, i = indices[j] with j < count, also over the selected "
+        "tokens up to i. So, with (near, m) the attention and its log-sum-exp over N(i), in a selected row without the "
+        "selected tokens: (exp(lse[j]) * rows[j] + exp(m) * near) / (exp(lse[j]) + exp(m)) there, near in other rows, 0 "
+        "in those of invalid tokens.",
     ),
     (
         "DecompressRows",
@@ -317,11 +333,21 @@ def _translations() -> dict[str, Callable[..., Any]]:
         named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
         return ops.Attend(query, key, value, count, scale=scale, **named)
 
+    def attend_lse(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
+        named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
+        return ops.AttendLse(query, key, value, count, scale=scale, **named)
+
+    def merge_floor(  # type: ignore[no-untyped-def]
+        query, key, value, compressed, lse, indices, count, padding, scale: float, window: int, sinks: int
+    ):
+        rows = (query, key, value, compressed, lse, indices, count, padding)
+        return ops.MergeFloor(*rows, scale=scale, window=window, sinks=sinks)
+
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
         return ops.DecompressRows(compressed, indices, seq_len, count)
 
     def padded_attention(query, key, value, padding, valid_ranges, scale: float, mean_rows: bool):  # type: ignore[no-untyped-def]
         return ops.PaddedAttention(query, key, value, padding, scale=scale, mean_rows=int(mean_rows))
 
-    forms = (score, budget, select, compress, attend, decompress, padded_attention)
+    forms = (score, budget, select, compress, attend, attend_lse, merge_floor, decompress, padded_attention)
     return {form.__name__: form for form in forms}
