@@ -1,4 +1,4 @@
-"""A model folder or a built-in shape, as a transformers model on a device that has the memory for it."""
+"""A model folder, also of one .gguf file, or a built-in shape, as a transformers model on a device with memory for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Source:
         self.check(length, batch)
         if self.folder is None:
             return shapes.build(self.config, self.device, self.dtype)
-        options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "local_files_only": True}
+        options = {"dtype": self.dtype, **_where(self.folder, self.trust_remote_code), **_unpacked(self.folder)}
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told, not ignored
         try:
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options, **told)
@@ -64,7 +64,7 @@ class Source:
         if self.folder is None:
             raise ConfigError(f"the shape {self.name!r} has no tokenizer: use --random, or a file of token ids (JSONL)")
         try:
-            options = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
+            options = _where(self.folder, self.trust_remote_code)
             return _transformers().AutoTokenizer.from_pretrained(str(self.folder), **options)
         except MemoryError:
             raise
@@ -103,8 +103,7 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     texts.check_folder(folder)
     try:
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        config = _transformers().AutoConfig.from_pretrained(str(folder), **options)
+        config = _transformers().AutoConfig.from_pretrained(str(folder), **_where(folder, trust_remote_code))
         text = config.get_text_config()
         assert text.num_hidden_layers > 0 and text.hidden_size > 0
     except (ImportError, MemoryError):
@@ -117,9 +116,23 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
         text = " ".join(str(error).split())[:300].split(". ")[0] or "no decoder layers"
         raise ConfigError(
-            f"{str(folder / 'config.json')!r} is no causal language model's configuration: {text}{hint}"
+            f"{str(folder / (texts.gguf_file(folder) or 'config.json'))!r} is no causal language model's configuration: "
+            f"{text}{hint}"
         ) from error
     return config
+
+
+def _where(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What every `from_pretrained` is told about a folder; nothing is fetched."""
+    file = texts.gguf_file(folder)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    return options if file is None else {**options, "gguf_file": file}
+
+
+def _unpacked(folder: Path) -> dict[str, Any]:
+    """What gives a GGUF file's weights as plain tensors, where transformers would keep them packed."""
+    packed = getattr(_transformers(), "GgufConfig", None)
+    return {} if packed is None or texts.gguf_file(folder) is None else {"quantization_config": packed(dequantize=True)}
 
 
 def find_device(name: str) -> torch.device:

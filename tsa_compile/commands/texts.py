@@ -115,6 +115,26 @@ def check_folder(folder: Path) -> None:
     """Raises ConfigError where a folder is not there or is no model folder."""
     if not folder.exists():
         raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
-    if not (folder / "config.json").is_file():
-        what = "a folder without config.json" if folder.is_dir() else "a file"
-        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")
+    if (folder / "config.json").is_file() or gguf_file(folder) is not None:
+        return
+    what = "a folder without config.json" if folder.is_dir() else "a file"
+    raise ConfigError(
+        f"{str(folder)!r} is {what}: pass a model folder, as save_pretrained writes it, or one with a .gguf file"
+    )
+
+
+def gguf_file(folder: Path) -> str | None:
+    """The name of the one .gguf file that a folder without config.json holds instead; None where there is none.
+
+    Raises:
+        ConfigError: there are several, so that nobody knows which is meant.
+    """
+    if (folder / "config.json").is_file():
+        return None
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(found) > 1:
+        few = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ConfigError(
+            f"{str(folder)!r} holds {len(found)} .gguf files ({few}): leave one of them in a folder of its own"
+        )
+    return found[0] if found else None
