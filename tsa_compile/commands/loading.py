@@ -59,8 +59,8 @@ class Source:
         check_weights(self.folder, model, found)
         return model.to(self.device).eval()
 
-    def tokenizer(self) -> Any:
-        """The folder's tokenizer."""
+    def tokenizer(self, advice: str = "put its files there, or pass a JSONL file with input_ids") -> Any:
+        """The folder's tokenizer; where there is none, a ConfigError that ends in the advice."""
         if self.folder is None:
             raise ConfigError(f"the shape {self.name!r} has no tokenizer: use --random, or a file of token ids (JSONL)")
         try:
@@ -70,10 +70,7 @@ class Source:
             raise
         except Exception as error:  # of tokenizers, sentencepiece, a package that is missing, ...
             reason = why(self.folder, error, TOKENIZER)
-            raise ConfigError(
-                f"{str(self.folder)!r} has no tokenizer that can be loaded ({reason}): put its files there, or pass a JSONL "
-                "file with input_ids"
-            ) from error
+            raise ConfigError(f"{str(self.folder)!r} has no tokenizer that can be loaded ({reason}): {advice}") from error
 
 
 def source(

@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, KeepRatio, Layers
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, Layers
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,6 +66,46 @@ def budget(text: str) -> Budget:
     if kind not in kinds or value is None:
         raise ConfigError(f"{text!r} is not a budget: write coverage:0.005 or keep:0.5")
     return kinds[kind](value)
+
+
+def setting(text: str) -> tuple[dict[str, Any], bool]:
+    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
+
+    Layers are written with + between them, since commas stand between fields.
+    """
+    first, *others = text.split(",")
+    changes: dict[str, Any] = {"budget": budget(first)}
+    random = False
+    for part in others:
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name == "select" and value == "random":
+            random = True
+        elif name == "floor":
+            changes["floor"] = _floor(text, value)
+        elif name == "layers" and value:
+            changes["layers"] = layers(value.replace("+", ","))
+        elif name in ("window", "min_tokens") and value.isdecimal():
+            changes[name] = _number(value)
+        elif name in ("granularity", "kernel") and value:
+            changes[name] = value
+        else:
+            raise ConfigError(
+                f"--setting {text}: {part!r} is not understood: behind the budget write floor=none or floor=256+16 (window "
+                "and sinks), layers=4-7+9, window=32, min_tokens=0, granularity=group, kernel=NAME or select=random"
+            )
+    if hasattr(changes.get("layers"), "sparse_layers"):
+        changes["layers"] = changes["layers"].sparse_layers
+    return changes, random
+
+
+def _floor(text: str, value: str) -> Floor | None:
+    """none, or the floor's window and sinks."""
+    if value == "none":
+        return None
+    window, _, sinks = value.partition("+")
+    if not (window.isdecimal() and sinks.isdecimal()):
+        raise ConfigError(f"--setting {text}: floor={value} is not understood: write floor=none or floor=256+16")
+    return Floor(_number(window), _number(sinks))
 
 
 def layers(text: str) -> Layers | Calibration | None:
