@@ -69,8 +69,10 @@ def test_likelihoods_need_no_right_answers(study):
 def test_tables_fit_a_terminal(study):
     lines = text(study).splitlines()
     assert max(map(len, lines)) <= 80 and "needle, 4,096 tokens, 10 samples" in lines
-    names = "".join(line[:18].strip() for line in lines)
-    assert LONG in names, "a long name is folded, not cut"
+    names = "".join(line.split()[0] for line in lines if line)
+    assert names.count(LONG) == 2, "a long name is folded, not cut"
+    copied = lines[lines.index("copy, 4,096 tokens, 10 samples") + 1]
+    assert copied.split() == ["setting", "kept", "nll", "-", "dense", "[95%]", "KL"], "nothing is right or wrong there"
 
 
 def test_markdown_has_a_table_for_each_length(study):

@@ -122,7 +122,8 @@ class Study(Saved):
 
 
 def _cell(values: Mapping[str, Any]) -> Cell:
-    return Cell(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    columns: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Cell(**columns)
 
 
 def _rounded(value: float) -> float:

@@ -64,7 +64,8 @@ class Runner:
         self._call: Callable[..., Any] = model
         if setting.config is not None:
             config = setting.config.replace(compiler=self.probe, strict=True)
-            self._call = torch.compile(model, backend=tsa_backend, dynamic=False, options={"config": config})
+            options: dict[str, Any] = {"config": config}
+            self._call = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
         known = inspect.signature(model.forward).parameters
         self._takes = next((name for name in _CACHES if name in known), _CACHES[-1])
         self._checked = False
@@ -97,9 +98,8 @@ class Runner:
                     f"{len(samples)} x {length} tokens do not fit {self.device}: lower batch_tokens"
                 ) from error
         rights = [_right(sample, output) for sample, output in zip(samples, outputs, strict=True)]
-        rows = zip(rights, nll.tolist(), kl.tolist(), kept.tolist(), outputs, strict=True)
-        found = [Outcome(right, *row, output="" if right is not False else output) for right, *row, output in rows]
-        return found, scored
+        wrong = [output if right is False else "" for right, output in zip(rights, outputs, strict=True)]
+        return list(map(Outcome, rights, nll.tolist(), kl.tolist(), kept.tolist(), wrong)), scored
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any]:
         """Logits [B, V] of the token behind each prompt, and the cache."""

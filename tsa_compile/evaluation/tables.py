@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from tsa_compile.evaluation.outcomes import Cell, Study
 from tsa_compile.evaluation.settings import DENSE
@@ -17,7 +20,8 @@ from tsa_compile.evaluation.statistics import CHANCE, Mean, Paired, Share, mcnem
 from tsa_compile.evaluation.tasks import is_scored
 
 WIDTH = 80
-_HEADER = ("setting", "kept", "right % [95%]", "lost", "won", "p", "nll - dense [95%]", "KL")
+_SCORED = ("right % [95%]", "lost", "won", "p")
+_HEADER = ("setting", "kept", *_SCORED, "nll - dense [95%]", "KL")
 LEGEND = (
     "kept: mean share of the tokens in sparse layers. right: everything expected is in the output. lost, won: samples "
     "that dense alone, or the setting alone, has right; p: McNemar's exact test of these. nll: mean negative log-likelihood "
@@ -94,7 +98,7 @@ def text(study: Study) -> str:
             why, found = remark(study, task, length), rows(study, task, length)
             samples = found[0].samples if found else study.find(task, length, DENSE.name).samples
             console.print(f"{task}, {length:,} tokens, {samples} samples", markup=False)
-            console.print(f"  {why}" if why else _table(found), markup=False)
+            console.print(Padding(Text(why), (0, 0, 0, 2)) if why else _table(found))
             console.print()
         console.print(LEGEND, markup=False)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
@@ -102,10 +106,12 @@ def text(study: Study) -> str:
 
 def _table(found: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
-    for name in _HEADER:
+    scored = any(row.accuracy is not None for row in found)
+    shown = [scored or name not in _SCORED for name in _HEADER]
+    for name in compress(_HEADER, shown):
         table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=name != "setting", overflow="fold")
     for row in found:
-        table.add_row(*_words(row))
+        table.add_row(*(Text(word) for word in compress(_words(row), shown)))
     return table
 
 
