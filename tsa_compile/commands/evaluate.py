@@ -63,7 +63,7 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="A JSON file that keeps the results of every batch, and from which to go on."),
+        typer.Option("--out", help="A JSON file that keeps the results as they come, and from which to go on."),
     ] = None,
 ) -> None:
     """Compare settings with dense attention on tasks in plain English that need the whole prompt.

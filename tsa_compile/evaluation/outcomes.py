@@ -5,7 +5,9 @@ Sample i is the same for every setting, so that differences are paired.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
@@ -13,6 +15,7 @@ from typing import Any
 
 from tsa_compile.evaluation.running import Outcome
 from tsa_compile.evaluation.settings import DENSE
+from tsa_compile.files import write
 from tsa_compile.saved import Saved
 
 Key = tuple[str, int, str]
@@ -107,6 +110,12 @@ class Study(Saved):
         if any(other.key == cell.key for other in self.cells):
             return replace(self, cells=tuple(cell if other.key == cell.key else other for other in self.cells))
         return replace(self, cells=(*self.cells, cell))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes this as JSON, a cell a line; see `Saved.save`."""
+        values = self.to_dict()
+        cells = ",\n".join(map(json.dumps, values.pop("cells")))
+        write(path, f'{json.dumps(values, indent=1)[:-2]},\n "cells": [\n{cells}\n]\n}}\n')
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of `from_dict`."""

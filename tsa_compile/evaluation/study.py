@@ -1,7 +1,7 @@
 """`evaluate(model, tokenizer, ...)`: what settings cost one model in accuracy, on the same samples.
 
 For every length, task and batch of samples dense runs first, and then every setting, so that what dense gives the answer's
-tokens is in memory for one batch alone. The file is written behind every batch, and a run with the same file goes on there.
+tokens is in memory for one batch alone. The file is written behind every setting; a run with the same file goes on there.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def evaluate(
             new = outcomes[cell.samples - indices.start : len(indices)] if cell.samples < indices.stop else []
             study = study.with_cell(cell.extended(new, time.perf_counter() - started if new else 0.0))
             done += setting.name in names
-        if file is not None:
-            study.save(file)
+            if file is not None and new:
+                study.save(file)
     progress("done", total, total)
     return study
 
