@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
-from tsa_compile import pipeline  # registers the ops
+from tsa_compile import Floor, pipeline  # pipeline registers the ops
 from tsa_compile.kernels.budget import kept_tokens
 
 assert pipeline.OPS
@@ -164,10 +164,12 @@ def flex(inputs: Inputs, mask: BlockMask | None = None) -> Runner:
 
 
 def options(
-    scale: float, *, keep: float | None = None, coverage: float | None = None, kernel: str = "auto", shared: bool = False
-) -> tuple[object, ...]:
+    scale: float, *, keep: float | None = None, coverage: float | None = None, kernel: str = "auto", shared: bool = False,
+    floor: Floor | None = None,
+) -> tuple[object, ...]:  # fmt: skip
     """The scalars of tsa.sparse_attention, from scale on; shared: the heads of a group keep the same tokens."""
-    return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, shared, kernel
+    near = () if floor is None else (floor.window, floor.sinks)
+    return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, shared, kernel, *near
 
 
 def ours(inputs: Inputs, keep: float) -> Runner:

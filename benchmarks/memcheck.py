@@ -17,7 +17,7 @@ import os
 import pkgutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,15 +125,20 @@ def run(case: Case, device: str) -> None:
     indices = select_triton(scores, count, case.capacity)
     assert torch.equal(split, indices)
     rows = compress_triton(query, key, value, indices, count)
-    lse = query.new_empty(*query.shape[:2], rows[0].shape[2], dtype=torch.float32)
+    lse = log_sums(rows[0])
     out = flash_triton(*rows, SCALE, count, lse=lse)
     decompress_triton(out, indices, count, case.length)
-    merge_floor_triton(query, key, value, out, lse, indices, count, case.mask(device), SCALE, case.window, 5)
-    run_sparse(*rows, count)
+    for found in ((out, lse), *run_sparse(*rows, count)):
+        merge_floor_triton(query, key, value, *found, indices, count, case.mask(device), SCALE, case.window, 5)
 
 
-def run_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> None:
-    """The selectors, and attention over what they list. FlexPrefill with heads of both kinds."""
+def log_sums(query: Tensor) -> Tensor:
+    """Room for the log-sum-exp of each row."""
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def run_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The selectors, and attention over what they list, with its log-sum-exp. FlexPrefill with heads of both kinds."""
     for choose in (
         functools.partial(flashprefill_triton, alpha=0.5),
         functools.partial(xattention_triton, stride=8),
@@ -141,9 +146,10 @@ def run_sparse(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) 
         functools.partial(flexprefill_triton, tau=0.0, min_budget=128),
         functools.partial(flexprefill_triton, tau=2.0, min_budget=128),
     ):
-        blocks_triton(query, key, value, SCALE, *choose(query, key, SCALE, count), count)
-    lists = minference_triton(query, key, SCALE, count, vertical=20, slash=30)
-    vertical_slash_triton(query, key, value, SCALE, *lists, count)
+        lse = log_sums(query)
+        yield blocks_triton(query, key, value, SCALE, *choose(query, key, SCALE, count), count, lse=lse), lse
+    lists, lse = minference_triton(query, key, SCALE, count, vertical=20, slash=30), log_sums(query)
+    yield vertical_slash_triton(query, key, value, SCALE, *lists, count, lse=lse), lse
 
 
 def run_fused(case: Case, device: str) -> None:

@@ -15,9 +15,9 @@ as it does in a model, between matrix products. The kernel and the selectors are
 seconds of the same call, at the clock that they have by themselves.
 
 A method alone attends from all rows; composed, over the rows that TSA keeps, each head its own or the heads of a group the
-same ones: the time is then that of the whole op, from scoring to decompression. Methods take turns, times are medians, and
-ratios are to dense cuDNN in the same run. The exit code is 1 if a check fails. Progress goes to stderr, results to stdout
-and into --out as JSON, Markdown and a figure.
+same ones, with a floor that leaves no other row blind (FLOOR): the time is then that of the whole op, from scoring to the
+floor. Methods take turns, times are medians, and ratios are to dense cuDNN in the same run. The exit code is 1 if a check
+fails. Progress goes to stderr, results to stdout and into --out as JSON, Markdown and a figure.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from sparse_inputs import AnyLists, mass_kept, planted_inputs, random_lists, rel
 from sparse_report import TITLES, Row, figure, report
 from torch import Tensor
 
+from tsa_compile import Floor
 from tsa_compile.kernels import registry
 from tsa_compile.kernels.sparse import (
     Lists,
@@ -65,6 +66,7 @@ from tsa_compile.kernels.sparse.vertical_slash import (
 from tsa_compile.kernels.sparse.xattention import xattention_aten
 
 log = logging.getLogger("attention")
+FLOOR = Floor(256, 16)
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METHODS: dict[str, tuple[Callable[..., AnyLists], dict[str, float]]] = {
     "FlashPrefill, alpha .1": (flashprefill_lists, {}),
@@ -228,13 +230,14 @@ def describe_alone(method: str, inputs: Inputs) -> Row:
 
 
 def describe_composed(method: str | None, inputs: Inputs, positions: Tensor) -> Row:
-    """The same over the rows that TSA keeps; without a method all of their blocks."""
+    """The same over the rows that TSA keeps, with their floor; without a method all of their blocks."""
     if method is None:
-        return {"density": 1.0, "mass": mass_kept(inputs, None, of_heads(positions, inputs))}
+        return {"density": 1.0, "mass": mass_kept(inputs, None, of_heads(positions, inputs), FLOOR)}
     query, key, _ = tsa.compress(*inputs.tensors, positions, None)
     selector, settings = METHODS[method]
     lists = selector(query, key, inputs.scale, None, **settings)
-    return {"density": share_of(lists, query.shape[2]), "mass": mass_kept(inputs, lists, of_heads(positions, inputs))}
+    mass = mass_kept(inputs, lists, of_heads(positions, inputs), FLOOR)
+    return {"density": share_of(lists, query.shape[2]), "mass": mass}
 
 
 Form = tuple[Callable[[], Tensor], Callable[[], Row], Tensor]
@@ -250,7 +253,8 @@ def forms(method: str | None, inputs: Inputs, keep: float, selections: dict[str,
         alone = functools.partial(registry.get(name).causal, *inputs.tensors, inputs.scale)
         found["all"] = (alone, functools.partial(describe_alone, method, inputs), own)
     for form, positions in selections.items():
-        scalars = options(inputs.scale, keep=keep, kernel=name, shared=positions.shape[1] < inputs.query.shape[1])
+        shared = positions.shape[1] < inputs.query.shape[1]
+        scalars = options(inputs.scale, keep=keep, kernel=name, shared=shared, floor=FLOOR)
         op = functools.partial(tsa.sparse_attention, *inputs.tensors, *scalars)
         facts = functools.partial(describe_composed, method, inputs, positions)
         found[form] = (op, facts, of_heads(positions, inputs))
@@ -346,7 +350,7 @@ def main() -> int:
     run = Run(arguments.seconds)
     run.parts = {name: [] for name in TITLES}
     conditions = describe() | {"length": arguments.length, "keep": arguments.keep, "min_tokens": MIN_TOKENS}
-    conditions["settle"] = arguments.settle
+    conditions |= {"floor": str(FLOOR), "settle": arguments.settle}
     with torch.no_grad():
         for name in arguments.parts:
             run.attempt(name, functools.partial(PARTS[name], run, arguments))

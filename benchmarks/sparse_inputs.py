@@ -38,6 +38,7 @@ import torch
 from attention_methods import Inputs, Shape
 from torch import Tensor
 
+from tsa_compile import Floor
 from tsa_compile.kernels.sparse import Lists, VerticalSlash
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_mask
@@ -141,13 +142,15 @@ def relative_error(out: Tensor, dense: Tensor, positions: Tensor | None = None) 
 
 
 def mass_kept(
-    inputs: Inputs, lists: AnyLists | None, positions: Tensor | None, heads: int = 8, samples: int = 64, block: int = BLOCK
-) -> float:
+    inputs: Inputs, lists: AnyLists | None, positions: Tensor | None, floor: Floor | None = None, heads: int = 8,
+    samples: int = 64, block: int = BLOCK,
+) -> float:  # fmt: skip
     """The share of dense attention that goes to keys that a method computes, on average over a sample of its rows.
 
     Args:
         lists: of the rows that are attended to, or None for all of them.
         positions: of these rows, [1, H, n], or None: all.
+        floor: what these rows see of the tokens that are not among them.
     """
     device, shares = inputs.query.device, []
     count = inputs.length if positions is None else positions.shape[2]
@@ -156,15 +159,21 @@ def mass_kept(
         places = torch.arange(count, device=device) if positions is None else positions[0, head].long()
         key = inputs.key[0, head * inputs.key.shape[1] // inputs.query.shape[1]].float()
         logits = inputs.scale * inputs.query[0, head, places[rows]].float() @ key.T
-        future = torch.arange(inputs.length, device=device) > places[rows][:, None]
-        weights = logits.masked_fill(future, -math.inf).softmax(dim=1)
+        keys = torch.arange(inputs.length, device=device)
+        behind = places[rows][:, None] - keys
+        weights = logits.masked_fill(behind < 0, -math.inf).softmax(dim=1)
         seen = torch.arange(count, device=device) <= rows[:, None]
         if isinstance(lists, VerticalSlash):
             of_head = VerticalSlash(*(tensor[:, head : head + 1] for tensor in lists))
             seen &= vertical_slash_mask(of_head, count, rows)[0, 0]
         elif lists is not None:
             seen &= listed(lists, head, rows // block).repeat_interleave(block, 1)[:, :count]
-        shares.append(float((weights[:, places] * seen).sum(dim=1).mean()))
+        share = (weights[:, places] * seen).sum(dim=1)
+        if floor is not None:
+            near = (behind < floor.window) | (keys < floor.sinks)
+            near[:, places] = False
+            share += (weights * near).sum(dim=1)
+        shares.append(float(share.mean()))
     return sum(shares) / len(shares)
 
 

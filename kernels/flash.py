@@ -43,6 +43,7 @@ from tsa_compile.kernels.tiles import (
     positive_scale,
     row_alignment,
     row_strides,
+    store_lse,
     store_rows,
     stride_names,
     tile_options,
@@ -105,11 +106,8 @@ def _flash_kernel(
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
     store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
-    if p_lse is not None:
-        rows = start_m + tl.arange(0, BLOCK_M)
-        heads = tl.num_programs(0 if HEADS_INNER else 1)
-        p_lse += (item.to(tl.int64) * heads + head) * capacity + rows
-        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=rows < count)  # ln 2
+    heads = tl.num_programs(0 if HEADS_INNER else 1)
+    store_lse(p_lse, item * heads + head, capacity, b_max, b_sum, start_m, count)
 
 
 def flash_triton(

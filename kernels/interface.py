@@ -57,8 +57,8 @@ class AttentionKernel:
     round_rows: the rows to hand over for a count that the host knows, at least as many; for kernels that are planned anew
         for every shape, or, with `device_count`, that read some numbers of rows faster.
     exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
-    run_lse: as `run`, and returns the log-sum-exp of each row's scaled logits as well, natural, float32 [B, H, rows]; None:
-        the kernel does not give it, and is refused under a floor (floor.py), which needs it.
+    run_lse: as `run`, and returns the log-sum-exp of each row's scaled logits as well, natural, float32 [B, H, rows], over
+        the keys that it looked at; None: the kernel does not give it, and is refused under a floor (floor.py).
     stream_bytes: compressed rows of how many heads it is handed at a time, in bytes; None: fused.STREAM_BYTES. More suits a
         kernel of which a call has a cost of its own.
     """

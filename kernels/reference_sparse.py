@@ -1,7 +1,8 @@
 """The block selectors in plain PyTorch: which key blocks each query block computes, as the papers say it.
 
 As in reference.py: written for the eye, with loops, sharing no code with what it checks. Each returns a mask bool
-[B, H, Q, Q] of blocks of `block` rows; rows from `count` on are no queries and no keys.
+[B, H, Q, Q] of blocks of `block` rows; rows from `count` on are no queries and no keys. What is computed of such blocks,
+`keys_of` says, and what it means under a floor, `floor_mask`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from tsa_compile.kernels import reference
 
 
 def _heads(query: Tensor, key: Tensor, count: Tensor | None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -25,6 +28,45 @@ def _heads(query: Tensor, key: Tensor, count: Tensor | None) -> Iterator[tuple[i
 def _no_blocks(query: Tensor, block: int) -> Tensor:
     blocks = -(-query.shape[2] // block)
     return torch.zeros(*query.shape[:2], blocks, blocks, dtype=torch.bool, device=query.device)
+
+
+def keys_of(blocks: Tensor, block: int, capacity: int, count: Tensor | None) -> Tensor:
+    """Which keys each row sees, bool [B,H,Q,Q] of blocks -> [B,H,C,C]: no later ones, and nothing from `count` on."""
+    seen = torch.zeros(*blocks.shape[:2], capacity, capacity, dtype=torch.bool, device=blocks.device)
+    for b in range(blocks.shape[0]):
+        for i in range(capacity if count is None else int(count[b])):
+            seen[b, :, i, : i + 1] = blocks[b, :, i // block].repeat_interleave(block, dim=1)[:, : i + 1]
+    return seen
+
+
+def log_sum_exp(seen: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Of the logits of what each row sees, natural: bool [B,H,C,C] -> float64 [B,H,C]; -inf in rows that see nothing."""
+    out = torch.full(seen.shape[:3], -math.inf, dtype=torch.float64, device=query.device)
+    for b, h, q, k in _heads(query, key, None):
+        for i, keys in enumerate(seen[b, h]):
+            out[b, h, i] = (scale * k[keys] @ q[i]).logsumexp(dim=0)
+    return out
+
+
+def floor_mask(
+    seen: Tensor, indices: Tensor, count: Tensor | None, padding: Tensor | None, seq_len: int, window: int, sinks: int
+) -> Tensor:
+    """What each row sees where a kernel leaves out some of the selected tokens: bool [B,H,L,L].
+
+    Every row sees its neighbourhood, but a selected one of the selected tokens those that the kernel looked at.
+
+    Args:
+        seen: which compressed rows the kernel looks at from each, bool [B,H,C,C].
+        indices, count: where these rows come from, [B,Hs,C] and [B].
+    """
+    batch, heads, capacity, _ = seen.shape
+    mask = reference.floor_mask(padding, torch.zeros(batch, heads, seq_len, dtype=torch.bool), window, sinks)
+    for b in range(batch):
+        kept = capacity if count is None else int(count[b])
+        for h in range(heads):
+            places = indices[b, h * indices.shape[1] // heads, :kept].long()
+            mask[b, h, places[:, None], places] = seen[b, h, :kept, :kept]
+    return mask
 
 
 def flashprefill(

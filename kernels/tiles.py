@@ -99,10 +99,18 @@ def load_tile(rows, start, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def gather_rows(p_rows, b_offsets, b_real, start_d, DIM: tl.constexpr, DIMS: tl.constexpr):
-    """Rows at offsets [N], their dimensions from `start_d` on: [N, DIMS]. Zeros where not real, and beyond the head size."""
+    """Rows at offsets [N], their dimensions from `start_d` on: [N, DIMS]. Zeros where not real, and beyond the head size.
+
+    b_real: which rows are; None: all.
+    """
     dims = start_d + tl.arange(0, DIMS)
     pointers = p_rows + b_offsets[:, None] + dims[None, :]
-    return tl.load(pointers, mask=b_real[:, None] & (dims < DIM)[None, :], other=0.0)
+    if b_real is not None:
+        return tl.load(pointers, mask=b_real[:, None] & (dims < DIM)[None, :], other=0.0)
+    elif DIM == DIMS:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -115,6 +123,15 @@ def store_rows(
     pointers = p_rows + start.to(tl.int64) * stride_row * ALIGN + rows[:, None] * stride_row * ALIGN + dims[None, :]
     b_inside = (start + rows < stop)[:, None] & (dims < DIM)[None, :]
     tl.store(pointers, b_rows.to(p_rows.dtype.element_ty), mask=b_inside)
+
+
+@triton.jit
+def store_lse(p_lse, line, capacity, b_max, b_sum, start, stop):
+    """Writes the natural log-sum-exp of the rows [start, start + ROWS) up to `stop`, of [lines, capacity]; None: nothing."""
+    if p_lse is not None:
+        rows = start + tl.arange(0, b_max.shape[0])
+        p_lse += tl.cast(line, tl.int64) * capacity + rows
+        tl.store(p_lse, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=rows < stop)  # ln 2
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from tsa_compile import (
     tsa_backend,
 )
 from tsa_compile.kernels import reference, registry
+from tsa_compile.kernels.sparse import a_shape_lists, block_sparse
 from tsa_compile.testing import count_ops, widest_elements
 
 from .support import Attention, Stack, difference, heads, mixed_padding, oracle, tiny, tokens
@@ -150,6 +151,15 @@ def test_capacity(capacity, budget):
     assert difference(logits, wanted, mask) < ATOL
 
 
+@pytest.fixture
+def registered():
+    """Kernels to be taken out of the registry when the test is over."""
+    kernels = []
+    yield kernels
+    for kernel in kernels:
+        registry.unregister(kernel.name)
+
+
 def test_a_registered_kernel_by_name():
     calls = []
 
@@ -166,6 +176,31 @@ def test_a_registered_kernel_by_name():
         assert calls and reports()[-1].rows[0].kernel == "test kernel"
     finally:
         registry.unregister("test kernel")
+
+
+def test_block_sparse_kernels_under_a_floor(registered):
+    """Over the kept rows, and over all rows in the layer that is not sparse: of few rows two see all, the third does not."""
+    registered.append(block_sparse("narrow", a_shape_lists, sinks=1, window=1))
+    ids, mask = tokens(2, 150), mixed_padding(150, (0, 11))
+    with torch.no_grad():
+        with oracle([1, 2], window=4, min_tokens=4, keep_ratio=0.5, floor_window=10, floor_sinks=2):
+            wanted = tiny("llama", "oracle")(ids, attention_mask=mask).logits
+        for kernel in ("xattention", "minference", "narrow"):
+            options = dict(layers=[1, 2], floor=Floor(10, 2), kernel=kernel, dense_kernel=kernel)
+            logits = compiled(tiny("llama"), **options)(ids, attention_mask=mask).logits
+            assert [(row.decision, row.kernel) for row in reports()[-1]] == [
+                (Decision.KERNEL, kernel), (Decision.SPARSE, kernel), (Decision.SPARSE, kernel)
+            ]  # fmt: skip
+            assert (difference(logits, wanted, mask) < ATOL) == (kernel != "narrow")
+
+
+def test_a_kernel_without_a_log_sum_exp_leaves_the_layer_dense_under_a_floor(registered):
+    kernel = registry.AttentionKernel("mute", registry.get("sdpa").run, lambda request: None, priority=-1)
+    registered.append(registry.register(kernel))
+    inputs = heads()
+    with torch.no_grad(), pytest.warns(TSAWarning, match=r"'mute' cannot run .* no log-sum-exp"):
+        out = compiled(Attention(), layers=[0], floor=Floor(10, 2), kernel="mute")(*inputs)
+    assert difference(out, Attention()(*inputs)) < ATOL and reports()[-1].rows[0].reason is Reason.KERNEL
 
 
 def test_a_kernel_that_does_not_fit_leaves_the_layer_dense():

@@ -294,7 +294,8 @@ def elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 def _budget_words(config: TSAConfig) -> str:
     budget = config.budget
-    return f"coverage {budget.tau:g}" if isinstance(budget, Coverage) else f"keep {budget.ratio:g}"
+    text = f"coverage {budget.tau:g}" if isinstance(budget, Coverage) else f"keep {budget.ratio:g}"
+    return text if config.floor is not None else f"{text}, no floor"
 
 
 def _length_words(length: int) -> str:

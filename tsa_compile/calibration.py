@@ -298,4 +298,4 @@ def preset(name: str, **changes: Any) -> TSAConfig:
         raise ConfigError(
             f"{name!r} has no published layers: presets are {', '.join(PRESETS)}; for others, calibrate(model, prompts)"
         )
-    return TSAConfig(budget=Coverage(found.tau), layers=found.layers).replace(**changes)
+    return TSAConfig.published(**{"budget": Coverage(found.tau), "layers": found.layers, **changes})

@@ -1,4 +1,4 @@
-"""What a user can decide: `TSAConfig` and the two budgets, frozen, validated, JSON in and out.
+"""What a user can decide: `TSAConfig`, the two budgets and the floor, frozen, validated, JSON in and out.
 
 A value that is not allowed raises `ConfigError`, which names the option, the value and what is allowed. Whether a layer
 exists and whether a kernel is registered is known only with a model at hand, so later stages check these.
@@ -109,8 +109,8 @@ def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
 class Floor:
     """Every row sees its neighbourhood: the last `window` tokens up to itself, and the item's first `sinks` tokens.
 
-    A selected row sees the selected tokens as well, in one softmax. Without a floor rows that are not selected become 0, as
-    published, which costs a pretrained model most of what it should find (docs/semantics.md).
+    A selected row sees the selected tokens as well, in one softmax. Without a floor the rows that are not selected become 0,
+    as published, which costs a pretrained model most of what it should find (docs/semantics.md).
     """
 
     window: int = 256
@@ -128,12 +128,13 @@ Layers = tuple[int, ...] | tuple[str, ...]
 
 @dataclass(frozen=True)
 class TSAConfig:
-    """How, and in which layers, attention becomes sparse. The defaults are those of the publication.
+    """How, and in which layers, attention becomes sparse. `TSAConfig.published()` has the settings of the publication.
 
     Attributes:
         budget: how many tokens a layer keeps: `Coverage(tau)` or `KeepRatio(ratio)`.
         window: the last tokens, always kept, whose attention scores all others.
-        floor: what every row sees besides the selected tokens, `Floor(window, sinks)`; None: nothing, as published.
+        floor: what every row sees, whether it was selected or not, `Floor(window, sinks)`; None: rows that were not selected
+            become 0, as published.
         pool: width of the average pooling over the scores; odd.
         min_tokens: at least this many tokens are kept besides the window.
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
@@ -151,9 +152,9 @@ class TSAConfig:
             "Validate", "RewriteSparse", "CanonicalizeDense", "Decompose", "RemoveDeadMasks".
     """
 
-    budget: Budget = field(default_factory=Coverage)
+    budget: Budget = KeepRatio(0.3)
     window: int = 128
-    floor: Floor | None = None
+    floor: Floor | None = Floor()
     pool: int = 7
     min_tokens: int = 1024
     layers: Layers | None = None
@@ -189,6 +190,11 @@ class TSAConfig:
         object.__setattr__(self, "skip_passes", _names("skip_passes", self.skip_passes))
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise _reject("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
+
+    @classmethod
+    def published(cls, **changes: Any) -> TSAConfig:
+        """The settings of arXiv 2602.03216: `Coverage(0.005)`, no floor; `changes` are other fields."""
+        return cls(budget=Coverage(0.005), window=128, floor=None, pool=7, min_tokens=1024).replace(**changes)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> TSAConfig:

@@ -267,11 +267,25 @@ def render(report: RewriteReport) -> str:
     """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons."""
     lines = [_table(report.rows)] if report.rows else []
     lines.append(report.summary)
+    lines.extend(_sight(report))
     lines.extend(_expectation(report))
     for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
         lines.append(reason.said())
     lines.extend(f"note: {note}" for note in report.notes)
     return "\n".join(lines)
+
+
+def _sight(report: RewriteReport) -> list[str]:
+    """What the rows of sparse calls see."""
+    if not report.sparse or "budget" not in report.config:
+        return []
+    ((kind, amount),) = report.config["budget"].items()
+    chosen = f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
+    floor = report.config.get("floor")
+    if floor is None:
+        return [f"sparse: the rows that {chosen} selects see each other; all other rows become 0 (floor=None, as published)"]
+    near = f"the last {floor['window']} tokens and the first {floor['sinks']}"
+    return [f"sparse: every row sees {near}; the rows that {chosen} selects see each other as well"]
 
 
 def _expectation(report: RewriteReport) -> list[str]:

@@ -24,13 +24,16 @@ Variants are registered under names of their own, and so is any function that ma
 
     block_sparse("fourth", every_fourth)
 
-What selectors leave out is gone: unlike the other kernels, these do not compute causal attention over all rows.
+What selectors leave out is gone: unlike the other kernels, these do not compute causal attention over all rows. Their
+log-sum-exp is that of the keys that they looked at. So under a floor (floor.py) a selected row sees, of the selected tokens,
+those that the kernel looked at, and of the others its neighbourhood.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tsa_compile.kernels import flash
@@ -73,23 +76,34 @@ def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionK
         anything.
     """
     chosen = functools.partial(selector, **options)
-    run = functools.partial(run_blocks, selector=chosen)
+    run, run_lse = functools.partial(run_blocks, selector=chosen), functools.partial(run_blocks_lse, selector=chosen)
     return register(
         AttentionKernel(
             name, run, _supports, PRIORITY,
-            device_count=True, round_rows=_whole_groups, exact=False, stream_bytes=STREAM_BYTES,
+            device_count=True, round_rows=_whole_groups, exact=False, stream_bytes=STREAM_BYTES, run_lse=run_lse,
         )
     )  # fmt: skip
 
 
 def run_blocks(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None, *, selector: AnySelector
-) -> Tensor:
-    """Chooses blocks, or diagonals and columns, and computes them."""
+    query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None, *,
+    selector: AnySelector, lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Chooses blocks, or diagonals and columns, and computes them.
+
+    lse: where to write the log-sum-exp over what each row saw, float32 [B, H, C], contiguous.
+    """
     lists = selector(query, key, scale, count)
-    if isinstance(lists, VerticalSlash):
-        return vertical_slash_attention(query, key, value, scale, *lists, count)
-    return block_sparse_attention(query, key, value, scale, *lists, count)
+    attention = vertical_slash_attention if isinstance(lists, VerticalSlash) else block_sparse_attention
+    return attention(query, key, value, scale, *lists, count, lse=lse)
+
+
+def run_blocks_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None, *, selector: AnySelector
+) -> tuple[Tensor, Tensor]:
+    """As `run_blocks`, with the log-sum-exp over what each row saw: float32 [B, H, C]."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return run_blocks(query, key, value, scale, count, selector=selector, lse=lse), lse
 
 
 def _whole_groups(rows: int) -> int:

@@ -6,11 +6,12 @@
     query [B, H, C, D], key [B, Hk, C, D], value [B, Hk, C, Dv], strides and dtypes as in flash.py; count int32 [B] or None
     kv_num_blocks int32 [B, H, Q], kv_indices int32 [B, H, Q, N], Q = ceil(C / 128), contiguous
     ->  out [B, H, C, Dv], contiguous; rows from `count` on are left unwritten on CUDA, zeros elsewhere
+        lse float32 [B, H, C], where asked for: log sum_j exp(scale * <query[b, h, i], key[b, g, j]>), over the same j
 
 A list is the first kv_num_blocks entries of its row, ascending and without repetitions. Its own block, the diagonal, is the
 only one that a query block sees in part; it may end the list or be left out of it, and is seen in both cases. Blocks after
 the diagonal are not allowed. Lists of query blocks behind `count` are not read; nor are rows of query, key and value, which
-may hold anything there.
+may hold anything there. Every row sees itself at least, so its log-sum-exp is that of a sum which is not empty.
 
 Nothing is read on the host and no length is a constant of the kernel. A program computes BLOCK_M rows of a query block and
 goes through its list in steps of BLOCK_N keys; the list's entry is loaded where the tile is, so that the compiler prefetches
@@ -24,10 +25,13 @@ Method: FlashAttention-2, arXiv 2307.08691, over lists of blocks as FlexAttentio
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsa_compile.kernels._aten import repeat_heads
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
     Tiles,
@@ -42,6 +46,7 @@ from tsa_compile.kernels.tiles import (
     positive_scale,
     row_alignment,
     row_strides,
+    store_lse,
     store_rows,
     stride_names,
     tile_options,
@@ -50,6 +55,8 @@ from tsa_compile.kernels.tiles import (
 
 BLOCK = 128
 """Rows of a block, of queries and of keys."""
+_ROWS = 512
+"""How many rows of logits are written out at a time."""
 
 
 @triton.jit
@@ -87,7 +94,7 @@ def listed_tiles(
 
 @triton.jit(do_not_specialize=[*stride_names("qkvo"), "capacity", "heads", "heads_per_kv", "query_blocks", "slots"])
 def _blocks_kernel(
-    p_query, p_key, p_value, p_out, p_count, p_indices, p_order, p_listed, desc_key, desc_value,
+    p_query, p_key, p_value, p_out, p_lse, p_count, p_indices, p_order, p_listed, desc_key, desc_value,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, capacity, heads, heads_per_kv, query_blocks, slots, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
@@ -121,6 +128,7 @@ def _blocks_kernel(
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
     store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
+    store_lse(p_lse, row // query_blocks, capacity, b_max, b_sum, start_m, count)
 
 
 LONG = 4
@@ -190,11 +198,13 @@ def blocks_triton(
     kv_indices: Tensor,
     count: Tensor | None = None,
     *,
+    lse: Tensor | None = None,
     tiles: Tiles | None = None,
     block: int = BLOCK,
 ) -> Tensor:
     """Launch the kernel; also runs on CPU tensors in the Triton interpreter. See the module's docstring.
 
+    lse: where to write the log-sum-exp, float32 [B, H, C], contiguous; rows from `count` on are left as they are.
     tiles: block_n divides block_m, and block_m divides `block`.
     """
     _check(query, kv_num_blocks, kv_indices, block)
@@ -211,7 +221,7 @@ def blocks_triton(
         _blocks_kernel,
         (batch * heads * query_blocks * (block // tiles.block_m),),
         (
-            *(query, key, value, out, None if count is None else count.contiguous(), kv_indices),
+            *(query, key, value, out, lse, None if count is None else count.contiguous(), kv_indices),
             *longest_first(kv_num_blocks, kv_indices),
         ),
         (
@@ -249,18 +259,30 @@ def blocks_mask(kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
 
 def blocks_aten(
     query: Tensor, key: Tensor, value: Tensor, scale: float, kv_num_blocks: Tensor, kv_indices: Tensor,
-    count: Tensor | None = None, *, block: int = BLOCK,
+    count: Tensor | None = None, *, lse: Tensor | None = None, block: int = BLOCK,
 ) -> Tensor:  # fmt: skip
-    """The same in ATen ops alone, on any device: SDPA with the lists expanded to a mask [B, H, C, C]; zeros behind count."""
+    """The same in ATen ops alone, on any device: attention with the lists expanded to a mask [B, H, C, C]."""
     _check(query, kv_num_blocks, kv_indices, block)
     rows = torch.arange(query.shape[2], device=query.device)
     mask = blocks_mask(kv_num_blocks, kv_indices).repeat_interleave(block, 2).repeat_interleave(block, 3)
     mask = mask[:, :, : len(rows), : len(rows)] & (rows <= rows[:, None])
+    return attention_under(mask, query, key, value, scale, count, lse)
+
+
+def attention_under(
+    mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None, lse: Tensor | None
+) -> Tensor:
+    """SDPA under a mask [B, H, C, C], zeros from `count` on; the log-sum-exp is written out, some rows at a time."""
     if count is not None:
-        filler = (rows >= count[:, None])[:, None, :, None]
+        filler = (torch.arange(query.shape[2], device=query.device) >= count[:, None])[:, None, :, None]
         query, key, value = (tensor.masked_fill(filler, 0) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    if lse is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, key = query.to(wide), repeat_heads(key, query.shape[1]).to(wide)
+        for rows, seen, part in zip(*(x.split(_ROWS, 2) for x in (query, mask, lse)), strict=True):
+            part.copy_((scale * rows @ key.mT).masked_fill(~seen, -math.inf).logsumexp(-1))
     return (out if count is None else out.masked_fill(filler, 0)).contiguous()
 
 

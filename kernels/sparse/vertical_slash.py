@@ -8,6 +8,7 @@
     starts int32 [B, H, S]: ascending, the first is 0, each at least 64 more than the one before, NONE behind the last
     columns int32 [B, H, N]: ascending without repetitions, C - 1 or more behind the last
     ->  out [B, H, C, Dv], contiguous; rows from `count` on are left unwritten on CUDA, zeros elsewhere
+        lse float32 [B, H, C], where asked for: log sum_j exp(scale * <query[b, h, i], key[b, g, j]>), over the same j
 
 A diagonal at distance s meets a block of 64 queries in 64 keys, which end s before the block does. So tiles that cover some
 diagonals lie at the same distances from every block of queries, but need not start at multiples of 64; and one list a head
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
-from tsa_compile.kernels.sparse.blocks import listed_tiles
+from tsa_compile.kernels.sparse.blocks import attention_under, listed_tiles
 from tsa_compile.kernels.tiles import (
     POINTER,
     STRIDE,
@@ -56,6 +57,7 @@ from tsa_compile.kernels.tiles import (
     positive_scale,
     row_alignment,
     row_strides,
+    store_lse,
     store_rows,
     stride_names,
     tile_options,
@@ -133,8 +135,8 @@ def _column_tiles(
 
 @triton.jit(do_not_specialize=[*stride_names("qkvo"), "capacity", "heads_per_kv", "query_blocks", "slots", "width", "room"])
 def _attend_kernel(
-    p_query, p_key, p_value, p_out, p_count, p_starts, p_columns, p_table, p_tiles, p_before, p_column_key, p_column_value,
-    desc_key, desc_value, desc_column_key, desc_column_value,
+    p_query, p_key, p_value, p_out, p_lse, p_count, p_starts, p_columns, p_table, p_tiles, p_before,
+    p_column_key, p_column_value, desc_key, desc_value, desc_column_key, desc_column_value,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, capacity, heads_per_kv, query_blocks, slots, width, room, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
@@ -182,6 +184,7 @@ def _attend_kernel(
     )
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
     store_rows(p_out, stride_ol, b_acc / b_sum[:, None], start_m, count, BLOCK_M, VALUE_DIM, BLOCK_DV, ALIGN)
+    store_lse(p_lse, line, capacity, b_max, b_sum, start_m, count)
 
 
 def start_table(starts: Tensor, blocks: int, block: int = BLOCK) -> Tensor:
@@ -220,10 +223,11 @@ def _column_rows(rows: Tensor, columns: Tensor, count: Tensor | None, room: int)
 
 def vertical_slash_triton(
     query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor, columns: Tensor, count: Tensor | None = None, *,
-    tiles: Tiles | None = None, block: int = BLOCK,
+    lse: Tensor | None = None, tiles: Tiles | None = None, block: int = BLOCK,
 ) -> Tensor:  # fmt: skip
     """Launch the kernels; also runs on CPU tensors in the Triton interpreter. See the module's docstring.
 
+    lse: where to write the log-sum-exp, float32 [B, H, C], contiguous; rows from `count` on are left as they are.
     tiles: block_n divides block_m, and block_m divides `block`.
     """
     _check(query, starts, columns)
@@ -244,7 +248,7 @@ def vertical_slash_triton(
     launch(
         _attend_kernel,
         (blocks * (block // tiles.block_m), heads, batch),
-        (query, key, value, out, count, *lists, table, *bounds, *dense),
+        (query, key, value, out, lse, count, *lists, table, *bounds, *dense),
         (
             *row_strides(align, query, key, value, out),
             *(capacity, heads // key.shape[1], blocks, starts.shape[2], columns.shape[2], room, scale_log2),
@@ -289,17 +293,12 @@ def vertical_slash_mask(lists: VerticalSlash, capacity: int, rows: Tensor | None
 
 def vertical_slash_aten(
     query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor, columns: Tensor, count: Tensor | None = None, *,
-    block: int = BLOCK,
+    lse: Tensor | None = None, block: int = BLOCK,
 ) -> Tensor:  # fmt: skip
-    """The same in ATen ops alone, on any device: SDPA with the lists expanded to a mask [B, H, C, C]; zeros behind count."""
+    """The same in ATen ops alone, on any device: attention with the lists expanded to a mask [B, H, C, C]."""
     _check(query, starts, columns)
     mask = vertical_slash_mask(VerticalSlash(starts, columns), query.shape[2], block=block)
-    if count is not None:
-        filler = (torch.arange(query.shape[2], device=query.device) >= count[:, None])[:, None, :, None]
-        query, key, value = (tensor.masked_fill(filler, 0) for tensor in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
-    return (out if count is None else out.masked_fill(filler, 0)).contiguous()
+    return attention_under(mask, query, key, value, scale, count, lse)
 
 
 vertical_slash_attention = by_device(vertical_slash_triton, vertical_slash_aten)

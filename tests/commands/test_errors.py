@@ -79,7 +79,7 @@ OTHERS = {
     "a task that is not": (["eval", "--shape", "tiny", "--tasks", "poetry"], "task='poetry' is not allowed"),
     "a setting with an unknown field": (["eval", *TINY, "--setting", "keep:0.5,flor=none"], "'flor=none' is not understood"),
     "a setting without a budget": (["eval", *TINY, "--setting", "floor=none"], "'floor=none' is not a budget"),
-    "a setting with half a floor": (["eval", *TINY, "--setting", "keep:0.5,floor=256"], "write floor=none or floor=256+16"),
+    "a setting with half a floor": (["eval", *TINY, "--setting", "keep:0.5,floor=256"], "'floor=256' is not understood"),
     "a setting of other layers": (["eval", *TINY, "--setting", "keep:0.5,layers=1+2"], "has the layers 0 to 1"),
     "a text that is not there": (["eval", *TINY, "--text", "x.txt"], "--text 'x.txt' cannot be read"),
     "a continuation of nothing": (["eval", *TINY, "--tasks", "continuation"], "pass one (--text FILE)"),

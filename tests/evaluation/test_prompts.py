@@ -144,3 +144,12 @@ def test_names_and_numbers_differ():
     assert tasks.is_scored("needle") and not tasks.is_scored("copy")
     with pytest.raises(ConfigError, match="task='poetry' is not allowed"):
         tasks.check("poetry")
+
+
+def test_a_text_of_very_different_density_is_fitted():
+    """Long lines that are few tokens between words that are many."""
+    draw = Random(0)
+    text = "\n".join(" " * 300 + "".join(draw.choice("qxzjkv") for _ in range(200)) + "." for _ in range(50))
+    writer = Writer(tokenizer(), text)
+    for index in range(20):
+        assert len(writer.sample("needle", 1100, 0, index).prompt) == 1100

@@ -126,6 +126,20 @@ def test_nothing_or_everything_is_selected(triton_device, poisoned_empty, keep):
     Case(70, paddings=("none", "left"), keep=keep, device=triton_device).check(merge_floor_triton, 9, 3)
 
 
+@pytest.mark.parametrize("nothing", [float("-inf"), -1e30])
+def test_a_compressed_row_that_saw_nothing_has_no_weight(triton_device, nothing):
+    """Where all of its neighbourhood is selected, too, nothing is left, and the output is 0."""
+    case = Case(70, paddings=("none", "left"), keep=0.7, device=triton_device)
+    case.compressed, case.lse = torch.zeros_like(case.compressed), torch.full_like(case.lse, nothing)
+    near = reference.floor_mask(case.padding, torch.zeros_like(case.selected), 3, 1)
+    mask = near & ~(case.selected[..., None] & case.selected[..., None, :])
+    wanted = reference.attention_under(mask, *(x.double().nan_to_num() for x in case.inputs), case.scale)
+    assert (case.selected & ~mask.any(-1)).any() and (case.selected & mask.any(-1)).any()
+    for function in (merge_floor_triton, merge_floor_aten):
+        found = function(*case.arguments(3, 1)).cpu().double()
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+
+
 def test_op(device):
     case = Case(70, paddings=("none", "left", "holes"), selections=2, device=device)
     case.check(merge_floor, 9, 3)
@@ -134,8 +148,9 @@ def test_op(device):
 
 def test_log_sum_exp(device):
     case = Case(70, paddings=("none", "left"), device=device)
-    rows = [x.to(device) for x in reference.compress(*case.inputs, case.indices, case.count)]
+    rows = reference.compress(*case.inputs, case.indices, case.count)
     wanted = reference.log_sum_exp(rows[0], rows[1], case.count, case.scale)
+    rows = [x.to(device) for x in rows]
     count = case.count.to(device)
     for form in (attend_lse, attend_lse_aten):
         out, lse = form(*rows, count, case.scale, "auto")

@@ -93,10 +93,16 @@ class SparseOptions:
 
     budget: Annotated[
         str | None,
-        _option(
-            "--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: coverage:0.005."
-        ),
+        _option("--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: keep:0.3."),
     ] = None
+    floor: Annotated[
+        str | None,
+        _option(
+            "--floor", panel=_SPARSE,
+            help="How many of the last and of the first tokens every row sees: 256,16; none: rows that are not kept become 0, "
+            "as published. Default: 256,16.",
+        ),
+    ] = None  # fmt: skip
     sparse_layers: Annotated[
         str | None,
         _option(
@@ -137,6 +143,8 @@ class SparseOptions:
         changes |= {name: value for name, value in given.items() if value is not None}
         if self.budget is not None:
             changes["budget"] = texts.budget(self.budget)
+        if self.floor is not None:
+            changes["floor"] = texts.floor(self.floor)
         if self.sparse_layers is not None:
             changes["layers"], _ = chosen_layers(self.sparse_layers, source)
         config = base.replace(**changes)

@@ -2,6 +2,7 @@
 
 32K 8192            lengths                 8K,32K             several
 coverage:0.005      Coverage(0.005)         keep:0.5           KeepRatio(0.5)
+256,16              Floor(256, 16)          none               no floor
 15-30,31            layers by index         model.layers.1?.*  by pattern
 calibration.json    a calibration's         upper, none        the default; no layer
 models/my-llama     a model's folder
@@ -71,7 +72,7 @@ def budget(text: str) -> Budget:
 def setting(text: str) -> tuple[dict[str, Any], bool]:
     """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
 
-    Layers are written with + between them, since commas stand between fields.
+    What else has commas in it, layers and a floor, is written with + here.
     """
     first, *others = text.split(",")
     changes: dict[str, Any] = {"budget": budget(first)}
@@ -80,8 +81,8 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
         name, _, value = (word.strip() for word in part.partition("="))
         if name == "select" and value == "random":
             random = True
-        elif name == "floor":
-            changes["floor"] = _floor(text, value)
+        elif name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
+            changes["floor"] = floor(value.replace("+", ","))
         elif name == "layers" and value:
             changes["layers"] = layers(value.replace("+", ","))
         elif name in ("window", "min_tokens") and value.isdecimal():
@@ -98,14 +99,14 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
     return changes, random
 
 
-def _floor(text: str, value: str) -> Floor | None:
-    """none, or the floor's window and sinks."""
-    if value == "none":
+def floor(text: str) -> Floor | None:
+    """A floor, its window and its sinks; None for none."""
+    if text.strip() == "none":
         return None
-    window, _, sinks = value.partition("+")
-    if not (window.isdecimal() and sinks.isdecimal()):
-        raise ConfigError(f"--setting {text}: floor={value} is not understood: write floor=none or floor=256+16")
-    return Floor(_number(window), _number(sinks))
+    found = re.fullmatch(r"(\d{1,9})\s*,\s*(\d{1,9})", text.strip(), re.ASCII)
+    if found is None:
+        raise ConfigError(f"{text!r} is not a floor: write window and sinks, as 256,16, or none")
+    return Floor(int(found[1]), int(found[2]))
 
 
 def layers(text: str) -> Layers | Calibration | None:

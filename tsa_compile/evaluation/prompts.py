@@ -19,7 +19,7 @@ from tsa_compile.evaluation import tasks, words
 from tsa_compile.evaluation.tasks import CONTINUED, Draft
 from tsa_compile.evaluation.words import Haystack
 
-_ATTEMPTS = 16
+_ATTEMPTS = 40
 _MARK = "x"  # in place of a context: a prompt of it shows where contexts begin
 _LONGEST_TOKEN = 8  # characters; only so many for each token that is cut off the context's beginning are kept free
 
@@ -75,6 +75,7 @@ class Writer:
         free = spare * _LONGEST_TOKEN
         bare = self._prompt(draft, _MARK)
         size = int((length - len(bare)) * self._per_token)
+        short, long = -1, -1  # the nearest sizes that were too small and too large, once there are some
         for _ in range(_ATTEMPTS):
             ids = self._prompt(draft, draft.context(max(0, size), free))
             over = len(ids) - length
@@ -84,7 +85,10 @@ class Writer:
                 raise ConfigError(
                     f"{task} needs {len(ids):,} tokens of this tokenizer at least, found a length of {length:,}"
                 )
+            short, long = (short, size) if over > 0 else (size, long)
             size += round((spare // 2 - over) * max(size, 1) / max(len(ids) - len(bare), 1))
+            if short >= 0 <= long and not short < size < long:  # text of very different density, as of tables and prose
+                size = (short + long) // 2
         raise ConfigError(f"no text of {task} comes to {length:,} tokens of this tokenizer: choose another length or text")
 
     def _prompt(self, draft: Draft, context: str) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tsa_compile import Floor
 from tsa_compile.kernels import registry
 from tsa_compile.kernels.sparse import lists_of
 
@@ -105,7 +106,10 @@ def test_shares_and_errors(load, arguments):
     assert tools.mass_kept(inputs, None, None) == pytest.approx(1.0)
     assert tools.mass_kept(inputs, everything, None) == pytest.approx(1.0)
     half = torch.arange(0, 500, 2, dtype=torch.int32).expand(1, 4, -1)
-    assert 0.1 < tools.mass_kept(inputs, None, half) < 0.95
+    without = tools.mass_kept(inputs, None, half)
+    assert 0.1 < without < tools.mass_kept(inputs, None, half, Floor(50, 4)) < 1
+    assert tools.mass_kept(inputs, None, half, Floor(1, 0)) == pytest.approx(without)  # a kept row sees itself
+    assert tools.mass_kept(inputs, None, half, Floor(500, 0)) == pytest.approx(1.0)
     out = torch.randn(1, 4, 500, 16)
     wrong = out.clone()
     wrong[:, :, 1::2] = 0

@@ -17,6 +17,7 @@ from tsa_compile.kernels.sparse.blocks import (
 from tsa_compile.kernels.tiles import Tiles
 
 from ..support import poison_behind, qkv
+from .support import compare, log_sums
 
 BLOCK = 32
 HALVES = Tiles(16, 16, 4, 2)
@@ -48,11 +49,11 @@ def check(inputs, lists, counts=None, block=BLOCK, tolerance=2e-5, **options):
     """Filler is NaN on the way in, and what is behind the count may be anything on the way out."""
     query = inputs[0]
     count = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=query.device)
-    expected = blocks_aten(*(t.double() for t in inputs), 0.3, *lists, count, block=block)
+    lse, wanted = log_sums(query), log_sums(query)
+    expected = blocks_aten(*(t.double() for t in inputs), 0.3, *lists, count, lse=wanted, block=block)
     poisoned = (poison_behind(t, counts) for t in inputs)
-    out = blocks_triton(*poisoned, 0.3, *lists, count, block=block, **options)
-    for b, n in enumerate(counts or [query.shape[2]] * len(query)):
-        torch.testing.assert_close(out[b, :, :n].double(), expected[b, :, :n], rtol=tolerance, atol=tolerance)
+    out = blocks_triton(*poisoned, 0.3, *lists, count, lse=lse, block=block, **options)
+    compare((out, lse), (expected, wanted), counts, tolerance)
 
 
 def test_every_block_is_dense_attention():

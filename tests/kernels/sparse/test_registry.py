@@ -44,7 +44,7 @@ def test_they_are_there_and_never_chosen_unasked():
     assert choose(request).name == "sdpa"
     for name in NAMES:
         kernel = choose(request, name)
-        assert kernel.device_count and kernel.priority == -20
+        assert kernel.device_count and kernel.priority == -20 and choose(request, name, lse=True) is kernel
     cuda = KernelRequest("cuda", torch.float64, 16, 16, 4, 2, (9, 0))
     with pytest.raises(KernelError, match="float64"):
         choose(cuda, "xattention")
@@ -94,14 +94,16 @@ def test_captured_with_a_count_on_the_device(name):
     inputs = operands(2, 8, 2, seq_len=3000, dim=128, dtype=torch.bfloat16, device="cuda")
     count = torch.tensor([3000, 3000], dtype=torch.int32, device="cuda")
     kernel = registry.get(name)
-    kernel.causal(*inputs, 0.1, count)
+    kernel.causal_lse(*inputs, 0.1, count)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernel.causal(*inputs, 0.1, count)
+        out, lse = kernel.causal_lse(*inputs, 0.1, count)
     for counts in ([3000, 2000], [1001, 0]):
         count.copy_(torch.tensor(counts, dtype=torch.int32))
         graph.replay()
-        expected = kernel.causal(*inputs, 0.1, count)
+        expected, expected_lse = kernel.causal_lse(*inputs, 0.1, count)
+        alone = kernel.causal(*inputs, 0.1, count)
         for b, n in enumerate(counts):
-            assert torch.equal(out[b, :, :n], expected[b, :, :n])
+            assert torch.equal(out[b, :, :n], expected[b, :, :n]) and torch.equal(alone[b, :, :n], expected[b, :, :n])
+            assert torch.equal(lse[b, :, :n], expected_lse[b, :, :n])
