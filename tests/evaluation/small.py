@@ -28,7 +28,7 @@ def tokenizer(chat=True):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator([words.FILLER, TEXT], trainer)
+    made.train_from_iterator([words.FILLER, TEXT, *["=" * 64] * 200], trainer)
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
     wrapped.chat_template = CHAT if chat else None
     return wrapped
