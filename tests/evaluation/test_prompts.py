@@ -101,6 +101,13 @@ def test_samples_do_not_depend_on_each_other(writer):
     assert first == again and all(other.answer != first.answer for other in others)
 
 
+def test_a_chat_template_that_raises_is_named():
+    words = tokenizer()
+    words.chat_template = "{{ raise_exception('a system message is needed') }}"
+    with pytest.raises(ConfigError, match=r"chat template cannot be applied .a system message is needed"):
+        Writer(words, TEXT).sample("needle", 900, 0, 0)
+
+
 def test_without_a_text_there_is_filler():
     writer = Writer(tokenizer())
     assert "A baker opened his shop" in writer.tokenizer.decode(writer.sample("needle", 900, 0, 0).prompt)

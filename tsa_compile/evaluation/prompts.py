@@ -99,7 +99,15 @@ class Writer:
         if not self.chat:
             return f"{content}\n\n{lead}" if lead else content
         turns = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + lead
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except ImportError:
+            raise
+        except Exception as error:  # of Jinja, or what the template itself raises
+            raise ConfigError(
+                f"the tokenizer's chat template cannot be applied ({error}): remove it from the folder's files to do without"
+            ) from error
+        return str(text) + lead
 
     def _answer(self, draft: Draft) -> list[int]:
         """The answer's tokens as they follow its lead: alone, some tokenizers would begin it otherwise."""

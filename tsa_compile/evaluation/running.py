@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from tsa_compile.backend import tsa_backend
 from tsa_compile.errors import ConfigError
@@ -88,7 +87,7 @@ class Runner:
                 kept = self._kept(len(samples), len(samples[0].prompt))
                 answers, known = _padded([sample.answer for sample in samples], self.device)
                 scored = self._score(logits, cache, answers)
-                nll = _means(cross_entropy(scored.transpose(1, 2), answers, reduction="none"), known)
+                nll = _means(-scored.gather(2, answers[:, :, None])[:, :, 0], known)
                 kl = _means(_divergence(dense, scored), known)
                 greedy = ((scored.argmax(-1) == answers) | ~known).all(1).tolist()
                 outputs = self._outputs(samples, greedy, logits, cache)
