@@ -228,9 +228,9 @@ class TestProgress:
 
 class TestPresets:
     def test_the_published_lists(self):
-        assert preset("llama-3.1-8b-instruct") == TSAConfig(layers=range(15, 31), budget=Coverage(0.005))
+        assert preset("llama-3.1-8b-instruct") == TSAConfig.published(layers=range(15, 31))
         nemo = preset("mistralai/Mistral-Nemo-Instruct-2407")
-        assert nemo == TSAConfig(layers=[14, 15, *range(20, 38)], budget=Coverage(0.008))
+        assert nemo == TSAConfig.published(layers=[14, 15, *range(20, 38)], budget=Coverage(0.008))
         assert all("2602.03216" in published.citation for published in PRESETS.values())
 
     def test_other_options(self):

@@ -31,9 +31,19 @@ INVALID = {
 }  # fmt: skip
 
 
-def test_defaults_are_those_of_the_publication():
-    config = TSAConfig()
+def test_the_settings_of_the_publication():
+    config = TSAConfig.published()
     assert (config.budget, config.window, config.pool, config.min_tokens) == (Coverage(0.005), 128, 7, 1024)
+    assert config.floor is None and config.layers is None
+    assert TSAConfig.published(window=64) == config.replace(window=64)
+    with pytest.raises(ConfigError, match="did you mean 'window'"):
+        TSAConfig.published(windw=64)
+
+
+def test_defaults():
+    config = TSAConfig()
+    assert (config.budget, config.floor) == (KeepRatio(0.3), Floor(window=256, sinks=16))
+    assert (config.window, config.pool, config.min_tokens) == (128, 7, 1024)
     assert (config.layers, config.granularity, config.kernel, config.compiler) == (None, "head", "auto", "inductor")
     assert (config.capacity, config.min_length, config.dense_kernel, config.strict) == (None, None, None, False)
 

@@ -278,7 +278,7 @@ def test_a_slow_host_does_not_slow_the_model_by_much():
 
 def test_coverage_that_finds_little_to_drop_does_not_slow_the_model_by_much():
     """A layer of Llama-3.1-8B: 218 million weights beside attention. Equal scores, as with random weights: .995 is kept."""
-    config = TSAConfig()
+    config = TSAConfig.published()
     minimum = break_even(H200, COUNTED, config)
     for length in (minimum, 2 * minimum, 128 * K):
         layer = DENSE.get(length, dense_ms(LLAMA, H200)(length)) + 2 * length * 218e6 / (H200.matmul_tflops * 1e9)

@@ -65,7 +65,7 @@ def two_layers():
 
 @functools.cache
 def made(device, keep):
-    return predict(TSAConfig(budget=KeepRatio(keep), min_length=1), LLAMA, K, device)
+    return predict(TSAConfig.published(budget=KeepRatio(keep), min_length=1), LLAMA, K, device)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ class TestMeasured:
     @pytest.mark.parametrize("device", COUNTED)
     def test_sparse_attention_of_a_count(self, device):
         for (length, kept), ms in COUNTED[device].items():
-            layer = predict(TSAConfig(budget=Coverage(), min_length=1), LLAMA, length, device, kept=kept).layers[16]
+            layer = predict(TSAConfig.published(min_length=1), LLAMA, length, device, kept=kept).layers[16]
             assert layer.ms == pytest.approx(ms, rel=0.1), (length, kept)
 
     @pytest.mark.parametrize(("device", "bound"), [("h200", 0.1), ("h100", 0.02)])
@@ -275,7 +275,7 @@ class TestLayers:
                 assert shortest(config, H200, call, 0.25) == planned
 
     def test_what_is_kept_may_be_known(self):
-        expected, known = (predict(None, SMALL, 64 * K, "h200", kept=kept) for kept in (None, 0.25))
+        expected, known = (predict(TSAConfig.published(), SMALL, 64 * K, "h200", kept=kept) for kept in (None, 0.25))
         assert known.layers[1].kept == 0.25 and known.layers[0].kept == 1
         assert known.ms < expected.ms
         assert known.at(128 * K).layers[1].kept == 0.25
