@@ -6,7 +6,7 @@ import pytest
 
 from tsa_compile.commands import texts
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
-from tsa_compile.evaluation import Study
+from tsa_compile.evaluation import TASKS, Study
 
 from ..evaluation.small import TEXT, llama, tokenizer
 from .support import fails, run
@@ -61,6 +61,11 @@ def test_a_file_goes_on_and_belongs_to_its_model(trained, tmp_path):
 def test_prompts_that_are_too_long_are_refused_with_the_numbers(trained):
     found = fails(2, "eval", str(trained), "--length", "8K")
     assert "8,192 tokens and 80 of an answer make 8,272, LlamaForCausalLM has 4,096 positions" in found
+
+
+def test_help_names_every_task():
+    said = run("eval", "--help").stdout
+    assert all(task in said for task in TASKS)
 
 
 def test_a_setting_is_a_budget_and_what_differs():

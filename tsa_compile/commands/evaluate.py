@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from tsa_compile.evaluation import Setting, Study
 
 _MOST_SAMPLES = 1_000_000
-_ON_CPU: dict[str, Any] = {"lengths": [1024], "samples": 8, "tasks": ["needle"], "batch_tokens": 4096}
+_ON_CPU: dict[str, Any] = {"lengths": [2048], "samples": 8, "tasks": ["needle"], "batch_tokens": 4096}
 
 
 @command(
-    ("Does it run here? (random weights answer nothing right)", "tsa-compile eval --shape tiny --samples 2"),
+    ("Does it run here? (random weights answer nothing right)", "tsa-compile eval --shape tiny --layers 1 --samples 2"),
     (
         "What does a budget cost my model? The file lets it go on after a stop",
         "tsa-compile eval models/my-llama --text handbook.txt --lengths 4K,16K --budget keep:0.3 --out study.json",
@@ -39,15 +39,22 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--setting",
-            help="A budget and what differs from the options below: keep:0.15,floor=none,layers=2-29+31,window=32,"
-            "select=random. Once for each; all are compared with dense. Default: the options below.",
+            help="A budget and, behind commas, what differs from the options below: floor=none or 256+16, layers=2-29+31, "
+            "window=32, min_tokens=0, granularity=group, kernel=NAME, select=random (the control: random tokens). Once for "
+            "each; all are compared with dense. Default: the options below.",
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", "--task", help="needle, needle_keys, copy, ... Default: all; needle on a CPU.")
+        str | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            help="needle, needle_keys, needle_values, needle_queries, question_first, variables, common_words, "
+            "frequent_words, copy, continuation (of --text). Default: all; needle on a CPU.",
+        ),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option("--lengths", "--length", help="Prompt lengths: 4K,16K. Default: 4K; 1K on a CPU.")
+        str | None, typer.Option("--lengths", "--length", help="Prompt lengths: 4K,16K. Default: 4K; 2K on a CPU.")
     ] = None,
     samples: Annotated[
         int | None,
@@ -68,8 +75,8 @@ def evaluate(
 ) -> None:
     """Compare settings with dense attention on tasks in plain English that need the whole prompt.
 
-    A prefill by the setting, then the answer through its cache: is it right, how likely is the expected one, and how far
-    from dense are the probabilities? Every setting runs on the same samples.
+    A prefill by the setting, then the answer through its cache: is it right, how likely is the
+    expected one, how far from dense are the probabilities? All settings run on the same samples.
     """
     request: dict[str, Any] = {"seed": seed}
     request |= {"lengths": texts.lengths(lengths)} if lengths else {}
