@@ -26,10 +26,12 @@ _LONGEST_TOKEN = 8  # characters; only so many for each token that is cut off th
 
 @dataclass(frozen=True)
 class Sample:
-    """Attributes:
-    prompt: token ids, exactly as many as asked for.
-    answer: token ids that the expected answer consists of.
-    expected: texts that an answer must contain; empty where the likelihood alone counts.
+    """One question and its answer.
+
+    Attributes:
+        prompt: token ids, exactly as many as asked for.
+        answer: token ids that the expected answer consists of.
+        expected: texts that an answer must contain; empty where the likelihood alone counts.
     """
 
     prompt: list[int]
