@@ -12,6 +12,7 @@ from tsa_compile import shapes
 from tsa_compile.commands.checkpoint import check_weights
 from tsa_compile.errors import ConfigError, TSAWarning
 
+from ..evaluation.small import tokenizer
 from .support import fails, run
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -56,6 +57,7 @@ def test_weights_of_another_model(what, copy):
 @pytest.mark.parametrize("command", ["bench", "export", "eval", "explain"])
 def test_every_command_that_loads_weights_asks(command, copy, tmp_path):
     change(copy, num_hidden_layers=3)
+    tokenizer().save_pretrained(copy)
     small = {
         "bench": ["--lengths", "32"],
         "export": ["--out", str(tmp_path / "x.pt2"), "--lengths", "32", "64"],

@@ -77,8 +77,13 @@ OTHERS = {
     "more prompts than fit into memory": (["calibrate", *TINY, "--random", "99999999999"], "--random"),
     "a seed of more than 64 bits": (["eval", *TINY, "--seed", "9" * 30], "--seed"),
     "a task that is not": (["eval", "--shape", "tiny", "--tasks", "poetry"], "task='poetry' is not allowed"),
-    "methods and a budget": (["eval", *TINY, "--methods", "dense", "--budget", "keep:0.5"], "choose one"),
-    "patterns in eval": (["eval", *TINY, "--sparse-layers", "model.*"], "eval takes indices"),
+    "a setting with an unknown field": (["eval", *TINY, "--setting", "keep:0.5,flor=none"], "'flor=none' is not understood"),
+    "a setting without a budget": (["eval", *TINY, "--setting", "floor=none"], "'floor=none' is not a budget"),
+    "a setting with half a floor": (["eval", *TINY, "--setting", "keep:0.5,floor=256"], "'floor=256' is not understood"),
+    "a setting of other layers": (["eval", *TINY, "--setting", "keep:0.5,layers=1+2"], "has the layers 0 to 1"),
+    "a text that is not there": (["eval", *TINY, "--text", "x.txt"], "--text 'x.txt' cannot be read"),
+    "a continuation of nothing": (["eval", *TINY, "--tasks", "continuation"], "pass one (--text FILE)"),
+    "eval without a tokenizer": (["eval", "FOLDER"], "eval asks in words, so copy the model's tokenizer"),
 }
 
 

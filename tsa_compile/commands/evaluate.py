@@ -1,122 +1,175 @@
-"""`tsa-compile eval`: what sparse layers cost in accuracy, on tasks that need the whole context."""
+"""`tsa-compile eval`: what sparse layers cost a pretrained model in accuracy, through its own tokenizer."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import FigureOptions, ModelOptions, chosen_layers, command
-from tsa_compile.config import Coverage
+from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, command
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    pass
+    from tsa_compile.commands.loading import Source
+    from tsa_compile.evaluation import Setting, Study
 
-
-class Question(StrEnum):
-    """Where the question stands."""
-
-    LAST = "last"
-    EARLY = "early"
-    BOTH = "both"
-
-
-_ON_CPU: dict[str, Any] = {
-    "lengths": [512],
-    "samples": 8,
-    "methods": ["dense", "keep-0.5"],
-    "tasks": ["niah_single"],
-}
+_MOST_SAMPLES = 1_000_000
+_ON_CPU: dict[str, Any] = {"lengths": [2048], "samples": 8, "tasks": ["needle"], "batch_tokens": 4096}
 
 
 @command(
-    ("Does it run here? (random weights answer nothing right)", "tsa-compile eval --shape tiny --samples 4 --lengths 256"),
+    ("Does it run here? (random weights answer nothing right)", "tsa-compile eval --shape tiny --layers 1 --samples 2"),
     (
-        "The whole study of a trained model; the file lets it go on after a stop",
-        "tsa-compile eval models/my-llama --lengths 4K,8K,16K --samples 1000 --resume study.json",
+        "What does a budget cost my model? The file lets it go on after a stop",
+        "tsa-compile eval models/my-llama --text handbook.txt --lengths 4K,16K --budget keep:0.3 --out study.json",
     ),
     (
-        "Two tasks, one budget against dense, in the layers that were calibrated",
-        "tsa-compile eval models/my-llama --tasks mqar,niah_multikey --budget keep:0.5 --sparse-layers layers.json",
+        "Several settings on the same samples, one of them as published",
+        "tsa-compile eval models/my-llama --setting keep:0.15 --setting coverage:0.005,floor=none,min_tokens=1024",
     ),
 )
 def evaluate(
     model: ModelOptions,
-    out: FigureOptions,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="mqar, niah_single, niah_multikey, ... Default: all; niah_single on a CPU.")
-    ] = None,
-    methods: Annotated[
-        str | None,
+    sparse: SparseOptions,
+    result: ResultOptions,
+    setting: Annotated[
+        list[str] | None,
         typer.Option(
-            "--methods",
-            help="dense, coverage-0.005, keep-0.5, random-keep-0.5, keep-0.5@8 (8 tokens score), ... Default: many.",
+            "--setting",
+            help="A budget and, behind commas, what differs from the options below: floor=none or 256+16, layers=2-29+31, "
+            "window=32, min_tokens=0, granularity=group, kernel=NAME, select=random (the control: random tokens). Once for "
+            "each; all are compared with dense. Default: the options below.",
         ),
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Instead of --methods: dense and this one, coverage:0.005 or keep:0.5.")
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            help="needle, needle_keys, needle_values, needle_queries, question_first, variables, common_words, "
+            "frequent_words, copy, continuation (of --text). Default: all; needle on a CPU.",
+        ),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Context lengths. Default: 4K,8K,16K; 512 on a CPU.")
+        str | None, typer.Option("--lengths", "--length", help="Prompt lengths: 4K,16K. Default: 4K; 2K on a CPU.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, max=1_000_000, help="Samples for each cell. Default: 1000; 8 on a CPU.")
+        int | None,
+        typer.Option("--samples", min=1, max=_MOST_SAMPLES, help="Of each task and length. Default: 50; 8 on a CPU."),
     ] = None,
-    sparse_layers: Annotated[
-        str | None, typer.Option("--sparse-layers", help="Indices or a calibration's JSON file. Default: the upper half.")
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="A text file of yours, to hide things in. Default: a few sentences, repeated."),
     ] = None,
-    question: Annotated[
-        Question, typer.Option("--question", help="Behind the context, or before the scoring window (a stress test).")
-    ] = Question.LAST,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the samples.")] = 0,
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens that run at once.")] = 2**16,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", help="A file that keeps results after each cell, and from which to go on.")
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", min=1, help="Tokens that run at once. Default: 32768; 4096 on a CPU.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="A JSON file that keeps the results as they come, and from which to go on."),
     ] = None,
 ) -> None:
-    """Compare methods on generated retrieval tasks, on the same samples: accuracy, kept shares, needle survival.
+    """Compare settings with dense attention on tasks in plain English that need the whole prompt.
 
-    The model must be trained on these tasks' vocabulary of 4096 tokens (benchmarks/accuracy trains one).
+    A prefill by the setting, then the answer through its cache: is it right, how likely is the
+    expected one, how far from dense are the probabilities? All settings run on the same samples.
     """
-    request: dict[str, Any] = {"seed": seed, "batch_tokens": batch_tokens}
+    request: dict[str, Any] = {"seed": seed}
     request |= {"lengths": texts.lengths(lengths)} if lengths else {}
     request |= {"tasks": texts.names(tasks)} if tasks else {}
-    request |= {"methods": _methods(methods, budget)} if methods or budget else {}
     request |= {"samples": samples} if samples else {}
-    request["question"] = ("last", "early") if question is Question.BOTH else str(question)
-    out.check()
-    if resume is not None:
-        writable(resume)
+    request |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+    if out is not None:
+        writable(out)
     with output.working("Loading PyTorch and transformers"):
+        from tsa_compile.evaluation.statistics import require_statsmodels
+        from tsa_compile.evaluation.tasks import TASKS, check
+
+        require_statsmodels()  # found missing before the work
         source = model.source()
-        request = (_ON_CPU if source.device.type == "cpu" else {}) | request
-        chosen, calibration = (None, None) if sparse_layers is None else chosen_layers(sparse_layers, source)
-        layers = None if chosen is None else [layer for layer in chosen if isinstance(layer, int)]
-        if chosen is not None and len(chosen) != len(layers or ()):
-            raise ConfigError(f"--sparse-layers {sparse_layers}: eval takes indices, as 4-7, or a calibration's JSON file")
+        request |= {"text": _read(text)} if text else {}
+        defaults = _ON_CPU if source.device.type == "cpu" else {}
+        every = [task for task in TASKS if text is not None or task != "continuation"]
+        request = {"tasks": every, **defaults, **request}
+        for task in request["tasks"]:
+            check(task)
+        settings = _settings(source, sparse, setting or [])
+        tokenizer = _tokenizer(source)
     with output.working(f"Loading {source.name}"):
-        loaded = source.load(max(request.get("lengths", [16384])))
+        loaded = source.load(max(request.get("lengths", [4096])))
+    sparse.check_model(loaded)
     if source.folder is None:
         output.say("note", "the weights are random: this shows that the study runs; its accuracies mean nothing")
-    if calibration is not None:
-        calibration.check(loaded)
-    from tsa_compile.evaluation.study import evaluate as run
-
-    study = run(loaded, layers=layers, resume=resume, progress=output.stderr().is_terminal, **request)
-    out.draw(study.figure)
-    out.show(str(study), study.to_dict())
+    study = _run(loaded, tokenizer, settings, request, out)
+    _show(study, result)
 
 
-def _methods(methods: str | None, budget: str | None) -> list[str]:
-    """Names of methods."""
-    if methods is not None and budget is not None:
-        raise ConfigError("both --methods and --budget given: choose one")
-    if methods is not None:
-        return texts.names(methods)
-    found = texts.budget(budget or "")
-    return ["dense", f"coverage-{found.tau:g}" if isinstance(found, Coverage) else f"keep-{found.ratio:g}"]
+def _run(model: Any, tokenizer: Any, settings: list[Setting], request: dict[str, Any], out: Path | None) -> Study:
+    from tsa_compile.evaluation import evaluate as run
+
+    with output.steps() as progress:
+        return run(model, tokenizer, settings=settings, file=out, progress=progress, **request)
+
+
+def _show(study: Study, result: ResultOptions) -> None:
+    from tsa_compile.evaluation.tables import summary
+    from tsa_compile.evaluation.tables import text as table
+
+    result.show(table(study), {**study.to_dict(), "summary": summary(study)})
+
+
+def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[Setting]:
+    """The settings of the command line; without `--setting` that of the other options."""
+    from tsa_compile.evaluation import DENSE, Setting
+
+    base = sparse.tsa_config(source)
+    base = base if base.min_length is not None else base.replace(min_length=1)  # it is accuracy that is asked for, not time
+    if not named:
+        return [Setting(sparse.budget or "sparse", base)]
+    found = []
+    for name in dict.fromkeys(named):
+        if name == DENSE.name:
+            continue
+        changes, random = texts.setting(name)
+        layers = changes.get("layers")
+        if layers is not None and any(isinstance(layer, int) and layer >= source.layers for layer in layers):
+            raise ConfigError(f"--setting {name}: {source.name} has the layers 0 to {source.layers - 1}")
+        found.append(Setting(name, base.replace(**changes), random))
+    return found
+
+
+def _tokenizer(source: Source) -> Any:
+    """The folder's; for a shape with random weights, which know no words, bytes."""
+    if source.folder is None:
+        return _bytes()
+    return source.tokenizer(
+        "eval asks in words, so copy the model's tokenizer (tokenizer.json, tokenizer_config.json) into the folder"
+    )
+
+
+def _bytes() -> Any:
+    """A tokenizer whose tokens are bytes."""
+    from tsa_compile.costs.models import require_transformers
+
+    transformers = require_transformers()
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = Tokenizer(models.BPE({letter: place for place, letter in enumerate(sorted(spelt.alphabet()))}, []))
+    made.pre_tokenizer, made.decoder = spelt, decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--text {str(path)!r} cannot be read ({reason}): pass a text file in UTF-8") from error
+    if not text.strip():
+        raise ConfigError(f"--text {str(path)!r} is empty: pass a text file with words")
+    return text

@@ -1,4 +1,4 @@
-"""A model folder or a built-in shape, as a transformers model on a device that has the memory for it."""
+"""A model folder, also of one .gguf file, or a built-in shape, as a transformers model on a device with memory for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Source:
         self.check(length, batch)
         if self.folder is None:
             return shapes.build(self.config, self.device, self.dtype)
-        options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "local_files_only": True}
+        options = {"dtype": self.dtype, **_where(self.folder, self.trust_remote_code), **_unpacked(self.folder)}
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told, not ignored
         try:
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options, **told)
@@ -59,21 +59,18 @@ class Source:
         check_weights(self.folder, model, found)
         return model.to(self.device).eval()
 
-    def tokenizer(self) -> Any:
-        """The folder's tokenizer."""
+    def tokenizer(self, advice: str = "put its files there, or pass a JSONL file with input_ids") -> Any:
+        """The folder's tokenizer; where there is none, a ConfigError that ends in the advice."""
         if self.folder is None:
             raise ConfigError(f"the shape {self.name!r} has no tokenizer: use --random, or a file of token ids (JSONL)")
         try:
-            options = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
+            options = _where(self.folder, self.trust_remote_code)
             return _transformers().AutoTokenizer.from_pretrained(str(self.folder), **options)
         except MemoryError:
             raise
         except Exception as error:  # of tokenizers, sentencepiece, a package that is missing, ...
             reason = why(self.folder, error, TOKENIZER)
-            raise ConfigError(
-                f"{str(self.folder)!r} has no tokenizer that can be loaded ({reason}): put its files there, or pass a JSONL "
-                "file with input_ids"
-            ) from error
+            raise ConfigError(f"{str(self.folder)!r} has no tokenizer that can be loaded ({reason}): {advice}") from error
 
 
 def source(
@@ -103,8 +100,7 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     texts.check_folder(folder)
     try:
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        config = _transformers().AutoConfig.from_pretrained(str(folder), **options)
+        config = _transformers().AutoConfig.from_pretrained(str(folder), **_where(folder, trust_remote_code))
         text = config.get_text_config()
         assert text.num_hidden_layers > 0 and text.hidden_size > 0
     except (ImportError, MemoryError):
@@ -117,9 +113,23 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
         text = " ".join(str(error).split())[:300].split(". ")[0] or "no decoder layers"
         raise ConfigError(
-            f"{str(folder / 'config.json')!r} is no causal language model's configuration: {text}{hint}"
+            f"{str(folder / (texts.gguf_file(folder) or 'config.json'))!r} is no causal language model's configuration: "
+            f"{text}{hint}"
         ) from error
     return config
+
+
+def _where(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What every `from_pretrained` is told about a folder; nothing is fetched."""
+    file = texts.gguf_file(folder)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    return options if file is None else {**options, "gguf_file": file}
+
+
+def _unpacked(folder: Path) -> dict[str, Any]:
+    """What gives a GGUF file's weights as plain tensors, where transformers would keep them packed."""
+    packed = getattr(_transformers(), "GgufConfig", None)
+    return {} if packed is None or texts.gguf_file(folder) is None else {"quantization_config": packed(dequantize=True)}
 
 
 def find_device(name: str) -> torch.device:

@@ -49,9 +49,10 @@ class ModelOptions:
     folder: Annotated[
         Path | None,
         typer.Argument(
-            metavar="FOLDER", show_default=False, help="A transformers model folder: config.json, weights, tokenizer."
+            metavar="FOLDER", show_default=False,
+            help="A transformers model folder: config.json, weights and tokenizer, or one .gguf file.",
         ),
-    ] = None
+    ] = None  # fmt: skip
     shape: Annotated[
         str | None,
         _option("--shape", panel=_MODEL, help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}."),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, Layers
 from tsa_compile.errors import ConfigError
@@ -67,6 +67,36 @@ def budget(text: str) -> Budget:
     if kind not in kinds or value is None:
         raise ConfigError(f"{text!r} is not a budget: write coverage:0.005 or keep:0.5")
     return kinds[kind](value)
+
+
+def setting(text: str) -> tuple[dict[str, Any], bool]:
+    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
+
+    What else has commas in it, layers and a floor, is written with + here.
+    """
+    first, *others = text.split(",")
+    changes: dict[str, Any] = {"budget": budget(first)}
+    random = False
+    for part in others:
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name == "select" and value == "random":
+            random = True
+        elif name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
+            changes["floor"] = floor(value.replace("+", ","))
+        elif name == "layers" and value:
+            changes["layers"] = layers(value.replace("+", ","))
+        elif name in ("window", "min_tokens") and value.isdecimal():
+            changes[name] = _number(value)
+        elif name in ("granularity", "kernel") and value:
+            changes[name] = value
+        else:
+            raise ConfigError(
+                f"--setting {text}: {part!r} is not understood: behind the budget write floor=none or floor=256+16 (window "
+                "and sinks), layers=4-7+9, window=32, min_tokens=0, granularity=group, kernel=NAME or select=random"
+            )
+    if hasattr(changes.get("layers"), "sparse_layers"):
+        changes["layers"] = changes["layers"].sparse_layers
+    return changes, random
 
 
 def floor(text: str) -> Floor | None:
@@ -126,6 +156,26 @@ def check_folder(folder: Path) -> None:
     """Raises ConfigError where a folder is not there or is no model folder."""
     if not folder.exists():
         raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
-    if not (folder / "config.json").is_file():
-        what = "a folder without config.json" if folder.is_dir() else "a file"
-        raise ConfigError(f"{str(folder)!r} is {what}: pass a folder that save_pretrained wrote or that was downloaded")
+    if (folder / "config.json").is_file() or gguf_file(folder) is not None:
+        return
+    what = "a folder without config.json" if folder.is_dir() else "a file"
+    raise ConfigError(
+        f"{str(folder)!r} is {what}: pass a model folder, as save_pretrained writes it, or one with a .gguf file"
+    )
+
+
+def gguf_file(folder: Path) -> str | None:
+    """The name of the one .gguf file that a folder without config.json holds instead; None where there is none.
+
+    Raises:
+        ConfigError: there are several, so that nobody knows which is meant.
+    """
+    if (folder / "config.json").is_file():
+        return None
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(found) > 1:
+        few = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ConfigError(
+            f"{str(folder)!r} holds {len(found)} .gguf files ({few}): leave one of them in a folder of its own"
+        )
+    return found[0] if found else None

@@ -1,30 +1,20 @@
-"""How much accuracy do sparse layers cost, and what do they save, on tasks that need the whole context?
+"""How much accuracy do sparse layers cost a pretrained model, on tasks that need the whole context?
 
-tasks.py        the questions: RULER's families and MQAR, generated
-methods.py      what is compared: dense, budgets, controls
-probe.py        what the sparse layers select: a pass over the rewritten graph
-study.py        evaluate(model, ...): every method on the same samples
-outcomes.py     every sample's outcome, by method, task and length
-results.py      Study: outcomes as JSON, tables and figures
-statistics.py   intervals, McNemar's test
+words.py        what tasks are written with: names, numbers, filler text
+tasks.py        the tasks: RULER's families in plain English, a passage to copy, a text to go on with
+prompts.py      a task through a tokenizer: prompts of exactly so many tokens, and the expected answer
+settings.py     what is compared: dense, configurations, the control of a random selection
+probe.py        how many tokens sparse layers keep, and random ones in their place
+running.py      one prefill a sample and setting; the answer through its cache: likelihood, then greedily
+study.py        evaluate(model, tokenizer, ...): every setting on the same samples, in a file that goes on
+outcomes.py     every sample's outcome
+statistics.py   intervals and paired tests, by statsmodels
+tables.py       outcomes against dense, as text and Markdown
 """
 
-from tsa_compile.evaluation.methods import STANDARD, Method
-from tsa_compile.evaluation.outcomes import Cell, LayerRow, Timing
-from tsa_compile.evaluation.results import Study
+from tsa_compile.evaluation.outcomes import Cell, Study
+from tsa_compile.evaluation.settings import DENSE, Setting
 from tsa_compile.evaluation.study import evaluate
-from tsa_compile.evaluation.tasks import TASKS, VOCABULARY, Samples, generate
+from tsa_compile.evaluation.tasks import TASKS
 
-__all__ = [
-    "STANDARD",
-    "TASKS",
-    "VOCABULARY",
-    "Cell",
-    "LayerRow",
-    "Method",
-    "Samples",
-    "Study",
-    "Timing",
-    "evaluate",
-    "generate",
-]
+__all__ = ["DENSE", "TASKS", "Cell", "Setting", "Study", "evaluate"]

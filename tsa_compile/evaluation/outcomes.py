@@ -1,144 +1,139 @@
-"""What a study has found: cells with every sample's outcome, times, and how to ask for them.
+"""What a study has found: every sample's outcome, by task, length and setting, as JSON.
 
-A cell is one method on one task at one length. Outcomes are kept sample by sample, because sample i is the same for every
-method: McNemar's test needs the pairs.
+Sample i is the same for every setting, so that differences are paired.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
+import math
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
-from tsa_compile.evaluation.statistics import Comparison, Share, compare, wilson
+from tsa_compile.evaluation.running import Outcome
+from tsa_compile.evaluation.settings import DENSE
+from tsa_compile.files import write
+from tsa_compile.saved import Saved
 
-BASELINE = "dense"
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One sparse layer in one cell.
-
-    Attributes:
-        keep, keep_low, keep_high: share of the tokens kept: mean, least and most over samples.
-        survival: share of the evidence tokens selected, mean over heads and samples.
-        survival_wrong: the same over the samples answered wrong; None if there are none.
-    """
-
-    layer: int
-    keep: float
-    keep_low: float
-    keep_high: float
-    survival: float
-    survival_wrong: float | None
+Key = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one task at one length, over all samples.
+    """One setting on one task at one length; item i of every tuple is sample i.
 
     Attributes:
-        right: for each sample whether every answer was right.
-        answers: share of the single answers that were right.
-        layers: the sparse layers, first to last.
-        seconds: what the cell took, compilation included.
+        right: empty for a task that is scored by likelihood alone.
+        nll, kl, kept, output: see running.Outcome.
+        seconds: what the samples took, compilation included.
     """
 
     task: str
     length: int
-    method: str
-    question: str
-    right: tuple[bool, ...] = field(repr=False)
-    answers: float
-    layers: tuple[LayerRow, ...]
-    seconds: float
+    setting: str
+    right: tuple[bool, ...] = ()
+    nll: tuple[float, ...] = ()
+    kl: tuple[float, ...] = ()
+    kept: tuple[float, ...] = ()
+    output: tuple[str, ...] = field(default=(), repr=False)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.nll), len(self.kl), len(self.kept), len(self.output), len(self.right or self.nll)}
+        if len(sizes) != 1:
+            raise ValueError(f"{self.task}, {self.length}, {self.setting}: columns of {sorted(sizes)} samples")
 
     @property
-    def key(self) -> tuple[str, int, str, str]:
-        return self.task, self.length, self.method, self.question
+    def key(self) -> Key:
+        return self.task, self.length, self.setting
 
     @property
-    def accuracy(self) -> Share:
-        """The share of right samples, with Wilson's interval."""
-        return wilson(sum(self.right), len(self.right))
+    def samples(self) -> int:
+        return len(self.nll)
 
     @property
-    def keep(self) -> float:
-        """Mean share of the tokens kept in the sparse layers; 1 where none is sparse."""
-        return statistics.fmean([row.keep for row in self.layers] or [1.0])
+    def mean_kept(self) -> float:
+        """The mean kept share; nan without samples."""
+        return fmean(self.kept) if self.kept else math.nan
 
-    @property
-    def survival(self) -> float:
-        """Mean share of the evidence that the sparse layers select; 1 where none is sparse."""
-        return statistics.fmean([row.survival for row in self.layers] or [1.0])
+    def extended(self, outcomes: Iterable[Outcome], seconds: float) -> Cell:
+        """A copy with more samples."""
+        more = list(outcomes)
+        right = tuple(item.right for item in more if item.right is not None)
+        return replace(
+            self,
+            right=self.right + right,
+            nll=self.nll + tuple(_rounded(item.nll) for item in more),
+            kl=self.kl + tuple(_rounded(item.kl) for item in more),
+            kept=self.kept + tuple(_rounded(item.kept) for item in more),
+            output=self.output + tuple(item.output for item in more),
+            seconds=round(self.seconds + seconds, 3),
+        )
 
 
 @dataclass(frozen=True)
-class Timing:
-    """What a method's prefill takes at one length; milliseconds, medians.
+class Study(Saved):
+    """Cells in the order in which they were begun.
 
     Attributes:
-        attention_ms: all layers' attention, selection included.
-        prefill_ms: the whole compiled model; None if it was not measured.
-        predicted_ms: attention_ms as costs/calls.py foresees it at the kept share; None on a device without costs.
-        keep: the share of the tokens that the sparse layers kept.
-    """
-
-    method: str
-    length: int
-    batch: int
-    attention_ms: float
-    prefill_ms: float | None
-    predicted_ms: float | None
-    keep: float
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Cells and times, in the order in which they were made.
-
-    Attributes:
-        conditions: what must be the same for results to belong together: the model, the seed, the number of samples, ...
-        notes: what may differ between machines: device, versions.
+        conditions: what must be the same for results to belong together: the model, the tokenizer, the text, the seed, ...
+        settings: what each setting's name stands for.
+        notes: what may differ between runs: device, versions.
     """
 
     conditions: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     cells: tuple[Cell, ...] = ()
-    times: tuple[Timing, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def find(self, task: str, length: int, method: str, question: str = "last") -> Cell | None:
-        """The cell of that key; None if it was not run."""
-        return next((cell for cell in self.cells if cell.key == (task, length, method, question)), None)
+    FORMAT = "tsa_compile.accuracy/1"
+    KIND, WRITER, REMEDY = "a study of accuracy", "tsa-compile eval", "name another file, or delete this one"
+
+    def find(self, task: str, length: int, setting: str) -> Cell:
+        """The cell of that key; one without samples if none was run."""
+        key = (task, length, setting)
+        return next((cell for cell in self.cells if cell.key == key), Cell(*key))
+
+    def dense(self, cell: Cell) -> Cell:
+        """The dense cell on the same samples."""
+        return self.find(cell.task, cell.length, DENSE.name)
 
     def names(self, what: str) -> list[Any]:
         """The different values of a cell's field, in the order of their first appearance."""
         return list(dict.fromkeys(getattr(cell, what) for cell in self.cells))
 
-    def select(self, *, length: int, method: str, question: str = "last") -> list[Cell]:
-        """The cells of one method at one length, one for each task."""
-        wanted = (length, method, question)
-        return [cell for cell in self.cells if (cell.length, cell.method, cell.question) == wanted]
+    def with_cell(self, cell: Cell) -> Study:
+        """A copy with this cell in place of an earlier one of the same key."""
+        if any(other.key == cell.key for other in self.cells):
+            return replace(self, cells=tuple(cell if other.key == cell.key else other for other in self.cells))
+        return replace(self, cells=(*self.cells, cell))
 
-    def against_dense(self, cells: Iterable[Cell]) -> Comparison | None:
-        """Cells of one method, pooled, against dense on the same samples; None without a dense cell for each."""
-        method: list[bool] = []
-        dense: list[bool] = []
-        for cell in cells:
-            base = self.find(cell.task, cell.length, BASELINE, cell.question)
-            if base is None:
-                return None
-            method += cell.right
-            dense += base.right
-        return compare(method, dense) if method else None
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes this as JSON, a cell a line; see `Saved.save`."""
+        values = self.to_dict()
+        cells = ",\n".join(map(json.dumps, values.pop("cells")))
+        write(path, f'{json.dumps(values, indent=1)[:-2]},\n "cells": [\n{cells}\n]\n}}\n')
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the inverse of `from_dict`."""
+        return {
+            "format": self.FORMAT, "conditions": dict(self.conditions), "settings": dict(self.settings),
+            "notes": dict(self.notes), "cells": [asdict(cell) for cell in self.cells],
+        }  # fmt: skip
+
+    @classmethod
+    def _read(cls, values: Mapping[str, Any]) -> Study:
+        cells = tuple(_cell(cell) for cell in values["cells"])
+        return cls(dict(values["conditions"]), dict(values["settings"]), cells, dict(values["notes"]))
 
 
-def kept(cells: Iterable[Cell]) -> float:
-    """The mean kept share of several cells."""
-    return statistics.fmean(cell.keep for cell in cells)
+def _cell(values: Mapping[str, Any]) -> Cell:
+    columns: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Cell(**columns)
 
 
-def pooled(cells: Iterable[Cell]) -> list[bool]:
-    """Every sample's outcome in several cells."""
-    return [outcome for cell in cells for outcome in cell.right]
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""Looks into the sparse layers of a compiled model, and makes them select otherwise, by a pass over the rewritten graph.
+"""Looks into the sparse layers of a compiled model, and makes them select at random, by a pass over the rewritten graph.
 
     before   indices = tsa.select(scores, count, C)                                        [B, H, C] int32
              return (output,)
@@ -9,12 +9,7 @@
              noise   = torch.rand_like(scores)                  the window (+inf) and padding (-inf) stay what they are
              indices = tsa.select(where(isinf(scores), scores, noise), count, C)
 
-    with rescue=True
-             higher  = masked_fill(scores, marked[:, None] & isfinite(scores), largest)        marked bool [B, L], see `mark`
-             indices = tsa.select(higher, count, C)
-
-So a layer that is shuffled keeps as many tokens as it would have kept, and random ones instead of the best; one that is
-rescued keeps as many, the marked ones first. Nothing of the
+So a layer that is shuffled keeps as many tokens as it would have kept, and random ones instead of the best. Nothing of the
 model is patched: a probe is a `compiler` (docs/architecture.md), which any further compiler may follow.
 """
 
@@ -26,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
-from tsa_compile.passes.graph import fake, fake_mode, insert
+from tsa_compile.passes.graph import insert
 
 Compiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -53,16 +47,6 @@ class Selection:
             return torch.full((batch,), capacity, device=self.indices.device)
         return self.count.long()
 
-    def share_of(self, marked: Tensor) -> Tensor:
-        """[B] float32: which share of the marked tokens, bool [B, L], is selected, on average over heads; 1 of none."""
-        batch, heads, capacity = self.indices.shape
-        rows = marked[:, None].expand(batch, heads, -1)
-        found = rows.gather(2, self.indices.long())
-        if self.count is not None:
-            found &= torch.arange(capacity, device=found.device) < self.count[:, None, None]
-        wanted = heads * marked.sum(1)
-        return torch.where(wanted > 0, found.sum((1, 2)) / wanted.clamp(min=1), 1.0)
-
 
 class Probe:
     """A `compiler` for `TSAConfig` that remembers what the sparse layers select.
@@ -70,21 +54,14 @@ class Probe:
     Args:
         shuffle: whether random tokens take the place of the selected ones, as many as these. They come from torch's
             generator of the device, so `torch.manual_seed` makes them reproducible.
-        rescue: whether the tokens that `mark` names are selected first, in every head.
         compiler: what compiles the graph afterwards; None runs it op by op.
     """
 
-    def __init__(self, *, shuffle: bool = False, rescue: bool = False, compiler: Compiler | None = None) -> None:
-        self.shuffle, self.rescue = shuffle, rescue
-        self.compiler = compiler
+    def __init__(self, *, shuffle: bool = False, compiler: Compiler | None = None) -> None:
+        self.shuffle, self.compiler = shuffle, compiler
         self.graphs = 0
         """How many graphs it has compiled."""
         self._taken: list[Selection] = []
-        self._marked: Tensor | None = None
-
-    def mark(self, tokens: Tensor) -> None:
-        """Says which tokens, bool [B, L], the next calls must keep if they rescue."""
-        self._marked = tokens
 
     def take(self) -> list[Selection]:
         """The selections since the last `take`, one for each sparse layer and call, in the order of the graph."""
@@ -94,7 +71,6 @@ class Probe:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
         selects = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.select.default)
-        marks = [_rescue(graph_module, select) for select in selects] if self.rescue else []
         if self.shuffle:
             for select in selects:
                 _shuffle(select)
@@ -102,9 +78,6 @@ class Probe:
         compiled = self.compiler(graph_module, example_inputs) if self.compiler else graph_module.forward
 
         def run(*inputs: Any) -> Any:
-            for mark in marks:
-                assert self._marked is not None, "a probe that rescues must be told what: call mark()"
-                mark.copy_(self._marked)
             found = compiled(*inputs)
             self._remember(found[outputs:], counted)
             return found[:outputs]
@@ -124,27 +97,6 @@ def _shuffle(select: Node) -> None:
         fixed = insert(select.graph, torch.isinf, scores)
         shuffled = insert(select.graph, torch.where, fixed, scores, noise)
     select.args = (shuffled, *others)
-
-
-def _rescue(graph_module: GraphModule, select: Node) -> Tensor:
-    """Lets a selection prefer what a tensor [B, L] marks, which is returned to be filled before each call."""
-    graph, scores = select.graph, select.args[0]
-    assert isinstance(scores, Node)
-    example, mode = fake(scores), fake_mode(graph)
-    assert mode is not None
-    batch, _, length = example.shape
-    with unset_fake_temporarily():
-        marked = torch.zeros(batch, 1, length, dtype=torch.bool, device=example.device)
-    name = f"marked_{select.name}"
-    graph_module.register_buffer(name, marked)
-    with graph.inserting_before(select):
-        node = graph.get_attr(name)
-        node.meta["example_value"] = mode.from_tensor(marked)
-        finite = insert(graph, torch.isfinite, scores)
-        wanted = insert(graph, torch.logical_and, node, finite)
-        higher = insert(graph, torch.masked_fill, scores, wanted, torch.finfo(torch.float32).max)
-    select.args = (higher, *select.args[1:])
-    return marked[:, 0]
 
 
 def _tap(graph_module: GraphModule, selects: Sequence[Node]) -> tuple[int, list[bool]]:

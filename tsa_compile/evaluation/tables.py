@@ -1,192 +1,176 @@
-"""A study as Markdown: accuracy, kept shares, needle survival, times."""
+"""A study against dense, as text of 80 columns and as Markdown."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
 
-from tsa_compile.config import KeepRatio
-from tsa_compile.evaluation.methods import parse
-from tsa_compile.evaluation.outcomes import BASELINE, Cell, LayerRow, Outcomes, kept, pooled
-from tsa_compile.evaluation.statistics import Comparison
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
-LEVEL = 0.05  # of McNemar's tests, divided by the number of comparisons in a table (Bonferroni)
-_WHERE = {"last": "question last", "early": "question before the scoring window (a stress test)"}
+from tsa_compile.evaluation.outcomes import Cell, Study
+from tsa_compile.evaluation.settings import DENSE
+from tsa_compile.evaluation.statistics import CHANCE, Mean, Paired, Share, mcnemar, mean_difference, wilson
+from tsa_compile.evaluation.tasks import is_scored
+
+WIDTH = 80
+_SCORED = ("right % [95%]", "lost", "won", "p")
+_HEADER = ("setting", "kept", *_SCORED, "nll - dense [95%]", "KL")
+LEGEND = (
+    "kept: mean share of the tokens in sparse layers. right: everything expected is in the output. lost, won: samples "
+    "that dense alone, or the setting alone, has right; p: McNemar's exact test of these. nll: mean negative log-likelihood "
+    "of the expected answer's tokens, and of settings its difference to dense with Student's interval. KL: from dense to "
+    "the setting at these tokens, in nats."
+)
 
 
-def accuracy_tables(study: Outcomes) -> str:
-    """A table for each question and length: methods by tasks, and the difference to dense."""
-    parts = [_accuracy(study, question, length) for question in study.names("question") for length in study.names("length")]
-    legend = (
-        "Accuracy in % of the samples, all of whose answers are right; in brackets the difference to dense in points. "
-        f"`*`: McNemar's exact test rejects equality with dense at {LEVEL}, divided by the number of tests in the table. "
-        "`kept`: mean share of the tokens in the sparse layers. `all`: all tasks' samples, with the 95% interval of "
-        "the paired difference (Newcombe) and the p-value."
-    )
-    return "\n\n".join([*filter(None, parts), legend])
+@dataclass(frozen=True)
+class Row:
+    """One setting at one task and length, against dense; what is None is not there to compare."""
+
+    task: str
+    length: int
+    setting: str
+    samples: int
+    kept: float
+    nll: float
+    accuracy: Share | None = None
+    paired: Paired | None = None
+    difference: Mean | None = None
+    kl: float | None = None
 
 
-def _accuracy(study: Outcomes, question: str, length: int) -> str:
-    methods = [name for name in study.names("method") if study.select(length=length, method=name, question=question)]
-    if not methods:
+def remark(study: Study, task: str, length: int) -> str | None:
+    """Why a task says nothing about this model; None where it does."""
+    dense = study.find(task, length, DENSE.name)
+    if not is_scored(task) or not dense.right:
+        return None
+    found, asked = sum(dense.right), len(dense.right)
+    if found > 0 and found / asked >= CHANCE:
+        return None
+    return f"dense itself finds {found} of {asked}; this task says nothing about this model at this length"
+
+
+def rows(study: Study, task: str, length: int) -> list[Row]:
+    """Every setting at a task and length that ran as many samples as dense, dense first; none where there is a remark."""
+    if remark(study, task, length):
+        return []
+    cells = [cell for cell in study.cells if (cell.task, cell.length) == (task, length) and cell.samples]
+    return [_row(study, cell) for cell in sorted(cells, key=lambda cell: cell.setting != DENSE.name)]
+
+
+def _row(study: Study, cell: Cell) -> Row:
+    dense = study.dense(cell)
+    row: dict[str, Any] = {
+        "task": cell.task, "length": cell.length, "setting": cell.setting, "samples": cell.samples, "kept": cell.mean_kept,
+        "nll": math.fsum(cell.nll) / cell.samples, "accuracy": wilson(cell.right) if cell.right else None,
+    }  # fmt: skip
+    if cell.setting != DENSE.name:
+        count = cell.samples
+        row["paired"] = mcnemar(cell.right, dense.right[:count]) if cell.right else None
+        row["difference"] = mean_difference(cell.nll, dense.nll[:count])
+        row["kl"] = math.fsum(cell.kl) / count
+    return Row(**row)
+
+
+def summary(study: Study) -> list[dict[str, Any]]:
+    """All rows as plain JSON types, and the remarks in place of rows."""
+    from dataclasses import asdict
+
+    found: list[dict[str, Any]] = []
+    for length, task in _pairs(study):
+        why = remark(study, task, length)
+        found += [{"task": task, "length": length, "remark": why}] if why else map(asdict, rows(study, task, length))
+    return found
+
+
+def text(study: Study) -> str:
+    """A table for each length and task."""
+    console = Console(width=WIDTH, force_terminal=False, color_system=None, emoji=False, highlight=False)
+    with console.capture() as capture:
+        for length, task in _pairs(study):
+            why, found = remark(study, task, length), rows(study, task, length)
+            samples = found[0].samples if found else study.find(task, length, DENSE.name).samples
+            console.print(f"{task}, {length:,} tokens, {samples} samples", markup=False)
+            console.print(Padding(Text(why), (0, 0, 0, 2)) if why else _table(found))
+            console.print()
+        console.print(LEGEND, markup=False)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _table(found: Sequence[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+    scored = any(row.accuracy is not None for row in found)
+    shown = [scored or name not in _SCORED for name in _HEADER]
+    for name in compress(_HEADER, shown):
+        table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=name != "setting", overflow="fold")
+    for row in found:
+        table.add_row(*(Text(word) for word in compress(_words(row), shown)))
+    return table
+
+
+def _words(row: Row) -> list[str]:
+    share, paired = row.accuracy, row.paired
+    accuracy = "" if share is None else f"{_percent(share.value)} [{_percent(share.low)}, {_percent(share.high)}]"
+    tested = ["", "", ""] if paired is None else [str(paired.lost), str(paired.gained), _p_value(paired.p_value)]
+    difference = f"{row.nll:.3f}" if row.difference is None else _mean(row.difference)
+    return [row.setting, _percent(row.kept) + "%", accuracy, *tested, difference, "" if row.kl is None else f"{row.kl:.3f}"]
+
+
+def markdown(study: Study) -> str:
+    """For each length a table of settings by tasks: % right and the likelihood; * where McNemar's test rejects equality."""
+    parts = []
+    for length in sorted(study.names("length")):
+        names = [task for other, task in _pairs(study) if other == length]
+        cells = {(row.task, row.setting): row for task in names for row in rows(study, task, length)}
+        lines = [["setting", "kept", *names], ["---"] * (len(names) + 2)]
+        for setting in study.names("setting"):
+            found = [cells.get((task, setting)) for task in names]
+            kept = [row.kept for row in found if row is not None]
+            if kept:
+                lines.append([setting, f"{_percent(math.fsum(kept) / len(kept))}%", *map(_cell, found)])
+        remarks = [f"- {task}: {why}" for task in names if (why := remark(study, task, length))]
+        samples = max(study.find(task, length, DENSE.name).samples for task in names)
+        title = f"**{length:,} tokens**, {samples} samples of each task"
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append("\n\n".join(filter(None, (title, table, "\n".join(remarks)))))
+    return "\n\n".join(parts)
+
+
+def _cell(row: Row | None) -> str:
+    """Accuracy, a star where it differs from dense (p < .05), and the likelihood with its change."""
+    if row is None:
         return ""
-    tasks, rows = study.names("task"), []
-    level = LEVEL / max(1, len(tasks) * (len(methods) - 1))
-    for method in methods:
-        cells = {cell.task: cell for cell in study.select(length=length, method=method, question=question)}
-        entries = [_entry(study, [cells[task]], level) if task in cells else "" for task in tasks]
-        rows.append([method, _percent(kept(cells.values())), *entries, *_all(study, list(cells.values()))])
-    header = ["method", "kept", *tasks, "all", "difference to dense [95%]", "p"]
-    samples = study.conditions.get("samples", "?")
-    return f"**{length:,} tokens, {_WHERE.get(question, question)}**, {samples} samples a cell\n\n{_markdown(header, rows)}"
+    likelihood = f"{row.nll:.3f}"
+    if row.difference is not None:
+        likelihood += f" ({row.difference.value:+.3f})"
+    if row.accuracy is None:
+        return likelihood
+    star = "*" if row.paired is not None and row.paired.p_value < 0.05 else ""
+    return f"{_percent(row.accuracy.value)}%{star}, {likelihood}"
 
 
-def _entry(study: Outcomes, cells: list[Cell], level: float) -> str:
-    """Accuracy, with the difference to dense where there is one to compare with."""
-    text, found = _compared(study, cells)
-    return text if found is None else f"{text} ({100 * found.difference:+.1f}){'*' if found.p_value < level else ''}"
-
-
-def _all(study: Outcomes, cells: list[Cell]) -> list[str]:
-    text, found = _compared(study, cells)
-    return [text, *(["", ""] if found is None else [_difference(found), _p_value(found.p_value)])]
-
-
-def _compared(study: Outcomes, cells: list[Cell]) -> tuple[str, Comparison | None]:
-    right = pooled(cells)
-    found = None if cells[0].method == BASELINE else study.against_dense(cells)
-    return f"{100 * sum(right) / len(right):.1f}", found
-
-
-def _difference(found: Comparison) -> str:
-    return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-
-
-def _p_value(value: float) -> str:
-    return "< .001" if value < 0.001 else f"{value:.3f}"
-
-
-def _asked(method: str, cells: Sequence[Cell]) -> float:
-    """The keep ratio that was asked for, the scoring window's tokens apart; what was kept if none was."""
-    budget = parse(method).budget
-    return budget.ratio if isinstance(budget, KeepRatio) else kept(cells)
-
-
-def goal_table(study: Outcomes, keep: float = 0.7, points: float = 1.0) -> str:
-    """Which methods with a keep ratio of at most `keep` lose at most `points`, question last: in each task and in all."""
-    rows = []
-    for length in study.names("length"):
-        for method in study.names("method"):
-            cells = study.select(length=length, method=method)
-            if not cells or method == BASELINE or parse(method).control or _asked(method, cells) > keep:
-                continue
-            found, whole = [study.against_dense([cell]) for cell in cells], study.against_dense(cells)
-            if whole is None:
-                continue
-            losses = {cell.task: -100 * item.difference for cell, item in zip(cells, found, strict=True) if item is not None}
-            worst = max(losses, key=lambda task: losses[task])
-            within = sum(loss <= points for loss in losses.values())
-            proven = "yes" if 100 * whole.low >= -points else "no"
-            row = [f"{length:,}", method, _percent(kept(cells)), f"{within} of {len(losses)}"]
-            rows.append([*row, f"{worst} ({-losses[worst]:+.1f})", _difference(whole), proven])
-    header = ["length", "method", "kept", f"tasks within {points:g} point", "worst task", "all [95%]", "interval within"]
-    return _markdown(header, rows) if rows else ""
-
-
-def keep_table(study: Outcomes) -> str:
-    """The realised share of kept tokens for each sparse layer: the mean over tasks, the least and the most of a sample."""
-
-    def entry(rows: list[LayerRow]) -> str:
-        mean, low, high = (
-            statistics.fmean(row.keep for row in rows),
-            min(r.keep_low for r in rows),
-            max(r.keep_high for r in rows),
-        )
-        return _percent(mean) if low == high else f"{_percent(mean)} ({_percent(low)} to {_percent(high)})"
-
-    return _layer_table(study, entry)
-
-
-def survival_table(study: Outcomes) -> str:
-    """The share of evidence tokens that each sparse layer selects: of all samples, and of those answered wrong."""
-
-    def entry(rows: list[LayerRow]) -> str:
-        text = _percent(statistics.fmean(row.survival for row in rows))
-        wrong = [row.survival_wrong for row in rows if row.survival_wrong is not None]
-        return f"{text} ({_percent(statistics.fmean(wrong))})" if wrong else text
-
-    return _layer_table(study, entry)
-
-
-def _layer_table(study: Outcomes, entry: Callable[[list[LayerRow]], str]) -> str:
-    """A row for each question, length and sparse method, a column for each layer that is sparse in any."""
-    layers = sorted({row.layer for cell in study.cells for row in cell.layers})
-    rows = []
-    for question in study.names("question"):
-        for length in study.names("length"):
-            for method in study.names("method"):
-                found = [r for cell in study.select(length=length, method=method, question=question) for r in cell.layers]
-                by_layer = [[row for row in found if row.layer == layer] for layer in layers]
-                if found:
-                    rows.append([question, f"{length:,}", method, *(entry(same) if same else "" for same in by_layer)])
-    return _markdown(["question", "length", "method", *(f"layer {layer}" for layer in layers)], rows)
-
-
-def time_table(study: Outcomes) -> str:
-    """Attention, its prediction and the prefill, in milliseconds and relative to dense at the same length."""
-    base = {time.length: time for time in study.times if time.method == BASELINE}
-    rows = []
-    for time in study.times:
-        dense = base.get(time.length)
-        pairs = [
-            (getattr(time, name), getattr(dense, name, None)) for name in ("attention_ms", "predicted_ms", "prefill_ms")
-        ]
-        rows.append([f"{time.length:,}", time.method, _percent(time.keep), *(_relative(*pair) for pair in pairs)])
-    return _markdown(["length", "method", "kept", "attention ms", "predicted ms", "prefill ms"], rows)
-
-
-def _relative(value: float | None, dense: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" ({value / dense:.2f}x)" if dense else "")
-
-
-def report(study: Outcomes) -> str:
-    """All tables, with what they show."""
-    conditions = {name: value for name, value in {**study.conditions, **study.notes}.items() if name != "model"}
-    model = study.conditions.get("model", {})
-    about = f"{model.get('architecture', 'a model')} of {model.get('layers', '?')} layers; " if model else ""
-    parts = [
-        about + "; ".join(f"{name} {value}" for name, value in conditions.items()),
-        "### Accuracy",
-        accuracy_tables(study),
-    ]
-    goal = goal_table(study)
-    if goal:
-        about = "Methods with a keep ratio of at most .7 (the scoring window's tokens come on top), question last."
-        parts += ["### Within a point of dense", about, goal]
-    if any(cell.layers for cell in study.cells):
-        parts += ["### Tokens kept", "Mean over tasks (least to most of a sample).", keep_table(study)]
-        parts += [
-            "### Needle survival",
-            "Share of the evidence tokens that a layer selects, mean over heads (in samples answered wrong).",
-            survival_table(study),
-        ]
-    if study.times:
-        batch = ", ".join(map(str, sorted({time.batch for time in study.times})))
-        parts += [
-            "### Time",
-            f"Batch {batch}. Attention of all layers with the selection; in brackets relative to dense. `predicted`: by the "
-            "cost model, at the kept share. `prefill`: the whole compiled model.",
-            time_table(study),
-        ]
-    return "\n\n".join(parts) + "\n"
+def _pairs(study: Study) -> list[tuple[int, str]]:
+    """Lengths and tasks with results, short lengths first."""
+    found = dict.fromkeys((cell.length, cell.task) for cell in study.cells if cell.samples)
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+    return f"{100 * share:.0f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _mean(found: Mean) -> str:
+    if math.isnan(found.low):
+        return f"{found.value:+.3f}"
+    return f"{found.value:+.3f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _p_value(value: float) -> str:
+    return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0")

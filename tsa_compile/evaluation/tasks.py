@@ -1,207 +1,218 @@
-"""Retrieval tasks with one right answer, in a synthetic vocabulary: RULER's families and MQAR.
+"""The tasks: what is hidden in a text, what is asked about it, and what the answer is.
 
-    [BOS] noise  SET key value  noise  SET key value  noise ...  QUERY key value  QUERY key value        question="last"
-    [BOS] noise  SET key value  noise ...  QUERY key value  QUERY key value  160 noise tokens            question="early"
-
-| task | planted in n tokens of context | asked |
+| task | in the context | asked |
 |---|---|---|
-| mqar | n / 8 pairs, at most 256 | the values of 16 keys |
-| niah_single | one pair | its value |
-| niah_multikey | n / 16 pairs, at most 256 | the value of one key |
-| niah_multivalue | 4 values of one key, 4 pairs of other keys | the 4 values, in order of appearance |
-| niah_multiquery | 8 pairs | the values of 4 keys |
-| variable_tracking | 4 chains a = value, b = a, c = b, d = c | what d reads, what that reads, and so on: c, b, a, value |
+| needle | one number, under a name | the number |
+| needle_keys | six numbers, each under its name | the number of one name |
+| needle_values | four numbers of one name | all four |
+| needle_queries | four numbers, each under its name | all four |
+| question_first | one number, under a name | the number; the question stands before the text alone |
+| variables | a variable with a number, four that are set to one another in a chain | the five variables |
+| common_words | a list; five of its entries are there ten times as often as the others | these five |
+| frequent_words | coined words, the one of rank k in proportion to k^-2 | the three most frequent |
+| copy | a passage of sentences that nobody could guess | the passage; scored by its likelihood alone |
+| continuation | the text that was given | how it goes on; scored by its likelihood alone |
 
-Sources: RULER (arXiv 2404.06654, section 3 and appendix B) for the families, Zoology (arXiv 2312.04927, section 3) for
-MQAR. RULER asks which variables hold a value; here a chain is followed back, which names them all, too. Asked for values
-alone, without what lies between, models stayed at chance in training.
+All but the last two are families of RULER (arXiv 2404.06654, section 3) in words of this project. As there, the answer's
+first words are given: a model need not be told in which form to answer, and the likelihood of the expected one means
+something.
 
-Special tokens, keys, values and noise have disjoint ranges, so noise never names a key. Within a sample all keys differ and
-all values differ. Answers are scored teacher-forced: each answer token follows its question in the input, and the label sits
-at the token that must predict it. A sample is right if the most probable token is right at every label.
-
-With question="last", questions and answers take at most the last 48 tokens. With question="early" 160 tokens of noise
-follow them, so that a scoring window of 128 tokens sees no question. The context before them is that of a sample 160
-tokens shorter, and so is what a causal model without sparse layers answers.
+Every sample is drawn from a seed of its own: sample i of a task, length and seed is the same whatever else is run.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from random import Random
 
 from tsa_compile.errors import ConfigError
+from tsa_compile.evaluation import words
+from tsa_compile.evaluation.words import Haystack
 
-VOCABULARY = 4096
-TASKS = ("mqar", "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "variable_tracking")
-QUESTIONS = ("last", "early")
-IGNORED = -100
-
-BOS, SET, QUERY = 0, 1, 2
-KEYS, VALUES, NOISE = range(16, 1040), range(1040, 2064), range(2064, VOCABULARY)
-
-MIN_CONTEXT = 128  # tokens that every task fits into
-TAIL = 160  # noise behind an early question
-_CHAINS = 4  # variable tracking: so many chains of so many variables
+KEYS, VALUES, QUERIES, HOPS = 6, 4, 4, 4
+COMMON, OFTEN, SELDOM = 5, 30, 3
+FREQUENT = 3
+SENTENCES = 6  # of a passage to copy
+CONTINUED = 64  # tokens of which the likelihood is taken
 
 
 @dataclass(frozen=True)
-class Samples:
-    """A batch of one task; all tensors are [B, L].
+class Draft:
+    """A sample before it is tokens.
 
     Attributes:
-        tokens: int64.
-        labels: int64: what `logits[b, t]` should predict; -100 where nothing is asked.
-        evidence: bool: the planted keys and values that the answers depend on.
+        before, after: what stands in front of the context and behind it.
+        context: the context, as a function of about how many characters it should have and how many of its first ones must
+            hold nothing that is needed.
+        lead: the answer's first words, which are given.
+        answer: how the expected answer goes on, for its likelihood.
+        expected: what an answer must contain to be right; empty where the likelihood alone is asked for.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    evidence: Tensor
+    before: str
+    context: Callable[[int, int], str]
+    after: str
+    lead: str
+    answer: str
+    expected: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Planted:
-    """Pairs in order of appearance, and the question about them."""
-
-    keys: Tensor  # [B, N]
-    values: Tensor  # [B, N]
-    needed: Tensor  # bool [B, N]
-    question: Tensor  # [B, Q]
-    labels: Tensor  # [B, Q]
+Task = Callable[[Random, Haystack], Draft]
 
 
-class _Draw:
-    """Seeded random choices for a batch, on its device."""
-
-    def __init__(self, batch: int, seed: int, device: torch.device) -> None:
-        self.batch, self.device = batch, device
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def distinct(self, count: int, population: int) -> Tensor:
-        """[B, count] different numbers below `population`, in random order."""
-        weights = torch.rand(self.batch, population, generator=self.generator, device=self.device)
-        return weights.topk(count).indices
-
-    def tokens(self, count: int, kind: range) -> Tensor:
-        """[B, count] different tokens of a range, in random order."""
-        return self.distinct(count, len(kind)) + kind.start
-
-    def noise(self, length: int) -> Tensor:
-        size = (self.batch, length)
-        return torch.randint(NOISE.start, NOISE.stop, size, generator=self.generator, device=self.device)
+def draft(task: str, seed: int, length: int, index: int, haystack: Haystack) -> Draft:
+    """Sample `index` of a task other than "continuation"."""
+    return _TASKS[task](Random(f"{seed}/{task}/{length}/{index}"), haystack)
 
 
-def generate(task: str, *, batch: int, length: int, seed: int, device: Any = "cpu", question: str = "last") -> Samples:
-    """Samples of exactly `length` tokens, made on `device` without a loop over samples or tokens.
-
-    The same task, length, seed, batch and question give the same samples on the same type of device.
-
-    Raises:
-        ConfigError: an unknown task or question, no sample, or a length that the task does not fit into.
-    """
-    check(task, batch, length, question)
-    tail = TAIL if question == "early" else 0
-    draw = _Draw(batch, _seed(task, batch, length, seed, question), torch.device(device))
-    return _assemble(draw, _PLANT[task](draw, length - tail), length, tail)
-
-
-def check(task: str, batch: int, length: int, question: str) -> None:
-    """Raises what `generate` would raise."""
+def check(task: str) -> None:
+    """Raises ConfigError where a task is not known."""
     if task not in TASKS:
         raise ConfigError(f"task={task!r} is not allowed: the tasks are {', '.join(TASKS)}")
-    if question not in QUESTIONS:
-        raise ConfigError(f"question={question!r} is not allowed: it must be one of {', '.join(QUESTIONS)}")
-    if batch < 1:
-        raise ConfigError(f"batch={batch!r} is not allowed: at least 1 sample must be asked for")
-    minimum = MIN_CONTEXT + (TAIL if question == "early" else 0)
-    if length < minimum:
-        raise ConfigError(f"length={length!r} is not allowed: with question={question!r} it must be at least {minimum}")
 
 
-def _seed(*parts: object) -> int:
-    """Neighbouring seeds and lengths must not share a random stream, so the parts are hashed."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+def is_scored(task: str) -> bool:
+    """Whether answers are right or wrong, rather than likely alone."""
+    return task not in ("copy", "continuation")
 
 
-def _assemble(draw: _Draw, planted: _Planted, length: int, tail: int) -> Samples:
-    pairs, asked = planted.keys.shape[1], planted.question.shape[1]
-    end = length - tail
-    tokens = draw.noise(length)
-    tokens[:, 0] = BOS
-    places = draw.distinct(pairs, end - asked - 1 - 2 * pairs).sort().values
-    steps = torch.arange(3, device=draw.device)
-    starts = 1 + places + 2 * torch.arange(pairs, device=draw.device)
-    positions = (starts[:, :, None] + steps).flatten(1)
-    needles = torch.stack((torch.full_like(planted.keys, SET), planted.keys, planted.values), 2)
-    tokens.scatter_(1, positions, needles.flatten(1))
-    evidence = torch.zeros_like(tokens, dtype=torch.bool)
-    evidence.scatter_(1, positions, (planted.needed[:, :, None] & (steps > 0)).flatten(1))
-    labels = torch.full_like(tokens, IGNORED)
-    tokens[:, end - asked : end] = planted.question
-    labels[:, end - asked : end] = planted.labels
-    return Samples(tokens, labels, evidence)
+def _hidden(draw: Random, haystack: Haystack, sentences: list[str]) -> Callable[[int, int], str]:
+    """A context in which sentences lie at random depths, in their order."""
+    place = draw.random()
+    depths = sorted(draw.random() for _ in sentences)
+    return lambda size, free: haystack.hide(place, size, free, list(zip(depths, sentences, strict=True)))
 
 
-def _ask(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """QUERY key value, for [B, A] keys; the label sits at the key."""
-    question = torch.stack((torch.full_like(keys, QUERY), keys, values), 2)
-    labels = torch.full_like(question, IGNORED)
-    labels[:, :, 1] = values
-    return question.flatten(1), labels.flatten(1)
+def _listed(items: list[str]) -> str:
+    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def _ask_on(key: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """QUERY key answer answer ..., each predicting the next."""
-    question = torch.cat((torch.full_like(key, QUERY), key, answers), 1)
-    labels = torch.full_like(question, IGNORED)
-    labels[:, 1:-1] = answers
-    return question, labels
+def _fact(key: str, value: str) -> str:
+    return f"The special number for {key} is {value}."
 
 
-def _recall(draw: _Draw, pairs: int, asked: int) -> _Planted:
-    """Pairs of different keys; the values of some are asked in random order."""
-    keys, values = draw.tokens(pairs, KEYS), draw.tokens(pairs, VALUES)
-    chosen = draw.distinct(asked, pairs)
-    needed = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, chosen, True)
-    return _Planted(keys, values, needed, *_ask(keys.gather(1, chosen), values.gather(1, chosen)))
+_FACTS = "Some special numbers are hidden in the following text. Remember them, you will be asked about them.\n\n"
+_FACT = "A special number is hidden in the following text. Remember it, you will be asked about it.\n\n"
 
 
-def _several_values(draw: _Draw, values_asked: int = 4, others: int = 4) -> _Planted:
-    """One key with several values among pairs of other keys."""
-    pairs = values_asked + others
-    keys, values = draw.tokens(pairs, KEYS), draw.tokens(pairs, VALUES)
-    chosen = draw.distinct(values_asked, pairs).sort().values
-    key = keys.gather(1, chosen[:, :1])
-    needed = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, chosen, True)
-    keys = torch.where(needed, key, keys)
-    return _Planted(keys, values, needed, *_ask_on(key, values.gather(1, chosen)))
+def _needle(draw: Random, haystack: Haystack) -> Draft:
+    key, (value,) = words.name(draw), words.numbers(draw, 1)
+    return Draft(
+        _FACT, _hidden(draw, haystack, [_fact(key, value)]), f"\n\nWhat is the special number for {key} in the text above?",
+        f"The special number for {key} in the text is", f" {value}", (value,),
+    )  # fmt: skip
 
 
-def _chains(draw: _Draw, chains: int = _CHAINS) -> _Planted:
-    """Chains of `chains` variables; the last of one is asked: QUERY d c b a value."""
-    names = draw.tokens(chains * chains, KEYS).view(-1, chains, chains)
-    values = draw.tokens(chains, VALUES)
-    sources = torch.cat((values[:, :, None], names[:, :, :-1]), 2)
-    asked = torch.zeros_like(names, dtype=torch.bool)
-    asked[:, 0] = True  # names and places are random: the first is any of them
-    # Assignments of the chains interleave at random; within a chain each follows the one that it reads.
-    order = draw.distinct(chains * chains, chains * chains).view(-1, chains, chains).sort().values.flatten(1)
-    keys, read, needed = (item.flatten(1).gather(1, order.argsort()) for item in (names, sources, asked))
-    trace = torch.cat((names[:, 0].flip(1), values[:, :1]), 1)
-    return _Planted(keys, read, needed, *_ask_on(trace[:, :1], trace[:, 1:]))
+def _needle_keys(draw: Random, haystack: Haystack) -> Draft:
+    keys, values = words.names(draw, KEYS), words.numbers(draw, KEYS)
+    asked = draw.randrange(KEYS)
+    facts = [_fact(key, value) for key, value in zip(keys, values, strict=True)]
+    return Draft(
+        _FACTS, _hidden(draw, haystack, facts), f"\n\nWhat is the special number for {keys[asked]} in the text above?",
+        f"The special number for {keys[asked]} in the text is", f" {values[asked]}", (values[asked],),
+    )  # fmt: skip
 
 
-_PLANT: dict[str, Callable[[_Draw, int], _Planted]] = {
-    "mqar": lambda draw, context: _recall(draw, min(context // 8, 256), 16),
-    "niah_single": lambda draw, context: _recall(draw, 1, 1),
-    "niah_multikey": lambda draw, context: _recall(draw, min(context // 16, 256), 1),
-    "niah_multivalue": lambda draw, context: _several_values(draw),
-    "niah_multiquery": lambda draw, context: _recall(draw, 8, 4),
-    "variable_tracking": lambda draw, context: _chains(draw),
+def _needle_values(draw: Random, haystack: Haystack) -> Draft:
+    key, values = words.name(draw), words.numbers(draw, VALUES)
+    facts = [f"One of the special numbers for {key} is {value}." for value in values]
+    return Draft(
+        _FACTS, _hidden(draw, haystack, facts),
+        f"\n\nWhat are all the {VALUES} special numbers for {key} in the text above?",
+        f"The special numbers for {key} in the text are", f" {_listed(values)}", tuple(values),
+    )  # fmt: skip
+
+
+def _needle_queries(draw: Random, haystack: Haystack) -> Draft:
+    keys, values = words.names(draw, QUERIES), words.numbers(draw, QUERIES)
+    facts = [_fact(key, value) for key, value in zip(keys, values, strict=True)]
+    order = draw.sample(range(QUERIES), QUERIES)
+    asked, answers = _listed([keys[place] for place in order]), [values[place] for place in order]
+    return Draft(
+        _FACTS, _hidden(draw, haystack, facts), f"\n\nWhat are the special numbers for {asked} in the text above?",
+        f"The special numbers for {asked} in the text are", f" {_listed(answers)}", tuple(answers),
+    )  # fmt: skip
+
+
+def _question_first(draw: Random, haystack: Haystack) -> Draft:
+    key, (value,) = words.name(draw), words.numbers(draw, 1)
+    return Draft(
+        f"What is the special number for {key} in the following text?\n\n", _hidden(draw, haystack, [_fact(key, value)]),
+        "\n\nThe text ends here.", "The special number that was asked for is", f" {value}", (value,),
+    )  # fmt: skip
+
+
+def _variables(draw: Random, haystack: Haystack) -> Draft:
+    chain, (value,) = words.letters(draw, HOPS + 1), words.numbers(draw, 1)
+    sources = [value, *(f"the value of {variable}" for variable in chain[:-1])]
+    lines = [f"Variable {variable} is set to {source}." for variable, source in zip(chain, sources, strict=True)]
+    return Draft(
+        "Variables are set in the following text, to numbers or to one another. Follow them.\n\n",
+        _hidden(draw, haystack, lines), f"\n\nWhich {len(chain)} variables have the value {value} in the text above?",
+        f"The variables with the value {value} are", f" {_listed(chain)}", tuple(chain),
+    )  # fmt: skip
+
+
+def _common_words(draw: Random, haystack: Haystack) -> Draft:
+    seed, pool = draw.random(), words.names(draw, words.MOST_NAMES)
+    common = pool[:COMMON]
+
+    def context(size: int, free: int) -> str:
+        entries = max(2 * COMMON * OFTEN // SELDOM, size // 15)
+        seldom = SELDOM if entries >= 2 * COMMON * OFTEN else 1
+        often = seldom * OFTEN // SELDOM
+        rare = max(1, entries - COMMON * often)
+        others = [pool[COMMON + place // seldom % (len(pool) - COMMON)] for place in range(rare)]
+        listed = common * often + others
+        Random(seed).shuffle(listed)
+        return ", ".join(listed)
+
+    return Draft(
+        "Some entries of the following list are there much more often than the others.\n\n", context,
+        f"\n\nWhich {COMMON} entries are there most often in the list above?",
+        "The most common entries are", f" {_listed(common)}", tuple(common),
+    )  # fmt: skip
+
+
+def _frequent_words(draw: Random, haystack: Haystack) -> Draft:
+    seed, pool = draw.random(), words.coined(draw, 200)
+
+    def context(size: int, free: int) -> str:
+        total = max(1, size // 7)
+        counts = [max(1, int(total * 6 / 9.87 / rank**2)) for rank in range(1, len(pool) + 1)]
+        text = [word for word, count in zip(pool, counts, strict=True) for _ in range(count)][:total]
+        text += pool[:1] * (total - len(text))
+        Random(seed).shuffle(text)
+        return " ".join(text)
+
+    asked = pool[:FREQUENT]
+    return Draft(
+        "Count how often each word is there in the following text of invented words.\n\n", context,
+        f"\n\nWhich {FREQUENT} words are there most often in the text above?",
+        "The most frequent words are", f" {_listed(asked)}", tuple(asked),
+    )  # fmt: skip
+
+
+def _copy(draw: Random, haystack: Haystack) -> Draft:
+    passage = words.sentences(draw, SENTENCES)
+    marked = f'The passage to remember is: "{passage}"'
+    return Draft(
+        "A passage to remember is hidden in the following text. You will be asked to write it down, word for word.\n\n",
+        _hidden(draw, haystack, [marked]), "\n\nWrite down the passage to remember, word for word.",
+        'The passage to remember is: "', passage,
+    )  # fmt: skip
+
+
+_TASKS: dict[str, Task] = {
+    "needle": _needle,
+    "needle_keys": _needle_keys,
+    "needle_values": _needle_values,
+    "needle_queries": _needle_queries,
+    "question_first": _question_first,
+    "variables": _variables,
+    "common_words": _common_words,
+    "frequent_words": _frequent_words,
+    "copy": _copy,
 }
+TASKS = (*_TASKS, "continuation")
