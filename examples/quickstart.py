@@ -176,7 +176,7 @@ def notes(size: Size) -> str:
     rounding = torch.finfo(size.dtype).eps
     lines = [
         f"difference  of the last logits from the plain model's, relative to the largest; rounding is {rounding:.0e}",
-        "kept        the share of tokens that are selected in the sparse layers (the upper half); every row sees its floor too",
+        "kept        the share of tokens that are selected in the sparse layers, the upper half",
         "exact       computes what the model computes; its difference is rounding",
         "sparse      is an approximation; its difference here says nothing about quality, for the weights are random",
     ]

@@ -239,19 +239,21 @@ def test_an_op_runs_by_triton_on_the_gpu_of_its_first_tensor(monkeypatch, on_gpu
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [3000, 20000])
+@pytest.mark.parametrize("floor", [None, 256])
 @pytest.mark.parametrize("budget", [{"keep_ratio": 0.5}, {"coverage": 0.02}])
-def test_sparse_attention_is_replayed(budget, length):
+def test_sparse_attention_is_replayed(budget, length, floor):
     options = Options(0.1, 128, 7, None, None, 256, None, False, "auto")
-    options = dataclasses.replace(options, **budget)
+    options = dataclasses.replace(options, **budget, floor_window=floor)
     steps = (fused._best,) if "keep_ratio" in budget else (fused._scored, fused._selected)
-    for step in (*steps, fused._compressed, fused._decompressed):
+    steps = (*steps, fused._compressed, fused._decompressed if floor is None else fused._merged)
+    for step in steps:
         step.programs.clear()
     for seed in range(3):
         torch.manual_seed(seed)
         qkv = torch.randn(1, length, 12, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         query, key, value = qkv[:, :8], qkv[:, 8:10], qkv[:, 10:]
         found = sparse_triton(query, key, value, options)
-        for step in (*steps, fused._compressed, fused._decompressed):
+        for step in steps:
             assert step.programs and None not in step.programs.values()
         with launching._Notes():  # who watches sees the functions themselves run
             expected = sparse_triton(query, key, value, options)

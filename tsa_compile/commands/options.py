@@ -99,8 +99,8 @@ class SparseOptions:
         str | None,
         _option(
             "--floor", panel=_SPARSE,
-            help="How many of the last and of the first tokens every row sees: 256,16; none: rows that are not kept become 0, "
-            "as published. Default: 256,16.",
+            help="How many of the last and of the first tokens every row sees: 256,16; none: rows that are not kept become "
+            "0, as published. Default: 256,16.",
         ),
     ] = None  # fmt: skip
     sparse_layers: Annotated[
