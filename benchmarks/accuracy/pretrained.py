@@ -15,11 +15,11 @@ The text in which things are hidden is Python's language reference, which comes 
 min_tokens is 0, so that a keep ratio is the share of the candidates that its name says: the default of 1024 would be half of
 2,048 tokens. The scoring window is the published 128. A ratio r therefore keeps (r (L - 128) + 128) / L of L tokens.
 
-A look on a CPU, of which nothing is concluded about longer prompts:
+A look on a CPU, of which nothing is concluded about longer prompts (benchmarks/results/pretrained_1k.md):
 
-    python benchmarks/accuracy/pretrained.py --model smollm2 --out pretrained_1k.json --lengths 1024 --tasks needle \\
-        --samples 16 --settings "published, keep .5" "floor, keep .5, upper half" "floor, keep .15, upper half" \\
-        "floor, keep .08, upper half"
+    python benchmarks/accuracy/pretrained.py --model smollm2 --out pretrained_1k.json --lengths 1024 --samples 16 \\
+        --tasks needle needle_keys --settings "published, keep .5" "floor, keep .5, upper half" \\
+        "floor, keep .15, upper half" "floor, keep .08, upper half"
 """
 
 from __future__ import annotations
