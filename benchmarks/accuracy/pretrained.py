@@ -18,7 +18,7 @@ min_tokens is 0, so that a keep ratio is the share of the candidates that its na
 A look on a CPU, of which nothing is concluded about longer prompts (benchmarks/results/pretrained_1k.md):
 
     python benchmarks/accuracy/pretrained.py --model smollm2 --out pretrained_1k.json --lengths 1024 --samples 16 \\
-        --tasks needle needle_keys --settings "published, keep .5" "floor, keep .5, upper half" \\
+        --tasks needle needle_keys copy --settings "published, keep .5" "floor, keep .5, upper half" \\
         "floor, keep .15, upper half" "floor, keep .08, upper half"
 """
 
