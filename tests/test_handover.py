@@ -16,7 +16,7 @@ from .support import Attention, Stack, heads
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
-SMALL = {"layers": [0], "compiler": "eager", "window": 4, "min_tokens": 1, "min_length": 1}
+SMALL = {"floor": None, "layers": [0], "compiler": "eager", "window": 4, "min_tokens": 1, "min_length": 1}
 RATIOS = (0.9, 0.5, 0.1)
 ROWS = [37, 22, 8]  # of 40: the window, and the ratio of the others
 
@@ -163,7 +163,7 @@ PROCESS = """
 
     query, key, value = torch.randn(3, 1, 2, 40, 8)
     backend, number = sys.argv[1:]
-    options = {"layers": [0], "compiler": "inductor", "window": 4, "min_tokens": 1, "min_length": 1}
+    options = {"layers": [0], "compiler": "inductor", "window": 4, "floor": None, "min_tokens": 1, "min_length": 1}
     options = {**options, "budget": KeepRatio(float(number))} if backend == "tsa" else None
     with torch.no_grad():
         out = torch.compile(attention, backend=backend, options=options)(query, key, value)
