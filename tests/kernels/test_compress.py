@@ -24,7 +24,7 @@ def assert_gathered(outputs, expected, counts):
 
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD", "packed", "strided"])
 @pytest.mark.parametrize("selections", [4, 2])
-def test_kernel_equals_reference_in_every_layout(triton_device, poisoned_empty, layout, selections):
+def test_kernel_equals_reference_in_every_layout(triton_device, layout, selections):
     inputs = operands(layout=layout, device=triton_device)
     counts = [23, 5]
     indices, count = choose_tokens(counts, selections, 37, 30, triton_device)
@@ -33,7 +33,7 @@ def test_kernel_equals_reference_in_every_layout(triton_device, poisoned_empty, 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 80), (80, 96), (96, 48), (33, 32), (256, 128)])
-def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim, value_dim):
+def test_kernel_equals_reference_at_every_head_size(triton_device, dtype, dim, value_dim):
     inputs = operands(
         batch=1, heads=2, kv_heads=1, seq_len=19, dim=dim, value_dim=value_dim, dtype=dtype, device=triton_device
     )
@@ -42,7 +42,7 @@ def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empt
 
 
 @pytest.mark.parametrize("counts", [[0, 1], [300, 256], [257, 700]])
-def test_rows_behind_count_are_zero_and_tiles_beyond_are_skipped(triton_device, poisoned_empty, counts):
+def test_rows_behind_count_are_zero_and_tiles_beyond_are_skipped(triton_device, counts):
     inputs = operands(heads=1, kv_heads=1, seq_len=701, device=triton_device)
     indices, count = choose_tokens(counts, 1, 701, 701, triton_device)
     outputs = compress_triton(*inputs, indices, count)
@@ -51,7 +51,7 @@ def test_rows_behind_count_are_zero_and_tiles_beyond_are_skipped(triton_device, 
         assert outputs[0][0, :, 512:].isnan().all(), "work does not follow the count"
 
 
-def test_without_count_every_slot_is_real(triton_device, poisoned_empty):
+def test_without_count_every_slot_is_real(triton_device):
     inputs = operands(device=triton_device)
     indices, _ = choose_tokens([20, 20], 4, 37, 20, triton_device)
     assert_gathered(compress_triton(*inputs, indices, None), reference.compress(*inputs, indices, None), [20, 20])
@@ -67,7 +67,7 @@ def test_filler_may_point_at_poison(triton_device, device):
         assert all((out == 0).all() for out in run(*inputs, indices, count))
 
 
-def test_sliced_indices_and_heads(triton_device, poisoned_empty):
+def test_sliced_indices_and_heads(triton_device):
     """A group of heads at a time, as streaming needs it: every input a view."""
     query, key, value = operands(heads=8, kv_heads=4, device=triton_device)
     indices, count = choose_tokens([9, 30], 8, 37, 37, triton_device)

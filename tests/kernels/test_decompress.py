@@ -28,14 +28,14 @@ def assert_scattered(got, rows, indices, count, seq_len):
 
 @pytest.mark.parametrize("counts", [[23, 5], [0, 30], [1, 29]])
 @pytest.mark.parametrize("selections", [4, 2, 1])
-def test_kernel_equals_reference(triton_device, poisoned_empty, counts, selections):
+def test_kernel_equals_reference(triton_device, counts, selections):
     inputs = make_rows(counts, selections=selections, device=triton_device)
     assert_scattered(decompress_triton(*inputs, 37), *inputs, 37)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [33, 48, 80, 96, 128, 256])
-def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim):
+def test_kernel_equals_reference_at_every_head_size(triton_device, dtype, dim):
     inputs = make_rows([17], heads=2, selections=2, dim=dim, dtype=dtype, device=triton_device)
     assert_scattered(decompress_triton(*inputs, 37), *inputs, 37)
 
@@ -43,7 +43,7 @@ def test_kernel_equals_reference_at_every_head_size(triton_device, poisoned_empt
 @pytest.mark.parametrize(
     "count, capacity, seq_len", [(700, 700, 700), (1030, 1100, 1101), (3, 1100, 1101), (900, 900, 1101)]
 )
-def test_search_over_long_rows(triton_device, poisoned_empty, count, capacity, seq_len):
+def test_search_over_long_rows(triton_device, count, capacity, seq_len):
     """More indices than the search asks for at once, on both sides of its powers."""
     inputs = make_rows([count], heads=1, selections=1, capacity=capacity, seq_len=seq_len, device=triton_device)
     assert_scattered(decompress_triton(*inputs, seq_len), *inputs, seq_len)
@@ -66,7 +66,7 @@ def test_search_agrees_with_searchsorted(triton_device, size):
 
 
 @pytest.mark.parametrize("where", ["front", "back", "both"])
-def test_runs_of_neighbours(triton_device, poisoned_empty, where):
+def test_runs_of_neighbours(triton_device, where):
     """Tiles that are full, tiles that are empty."""
     rows, indices, count = make_rows([128], heads=1, selections=1, capacity=200, seq_len=320, device=triton_device)
     front, back = torch.arange(128), torch.arange(192, 320)
@@ -75,12 +75,12 @@ def test_runs_of_neighbours(triton_device, poisoned_empty, where):
     assert_scattered(decompress_triton(rows, indices, count, 320), rows, indices, count, 320)
 
 
-def test_without_count_every_slot_is_real(triton_device, poisoned_empty):
+def test_without_count_every_slot_is_real(triton_device):
     rows, indices, _ = make_rows([30, 30], device=triton_device)
     assert_scattered(decompress_triton(rows, indices, None, 37), rows, indices, None, 37)
 
 
-def test_any_strides(triton_device, poisoned_empty):
+def test_any_strides(triton_device):
     """A group of heads at a time, and rows in another layout."""
     rows, indices, count = make_rows([9, 20], heads=8, selections=8, device=triton_device)
     part = rows[:, 2:6], indices[:, 2:6], count

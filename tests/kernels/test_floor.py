@@ -91,13 +91,13 @@ def with_kernel(options):
 
 @pytest.mark.parametrize("length", [1, 5, 31, 32, 33, 100, 130])
 @pytest.mark.parametrize(("window", "sinks"), [(8, 2), (40, 5), (1, 0), (500, 16), (3, 64)])
-def test_kernel_equals_dense_attention_under_the_mask(triton_device, poisoned_empty, length, window, sinks):
+def test_kernel_equals_dense_attention_under_the_mask(triton_device, length, window, sinks):
     Case(length, device=triton_device).check(merge_floor_triton, window, sinks)
 
 
 @pytest.mark.parametrize("paddings", [("left", "right"), ("holes", "none"), ("one", "nothing", "holes")], ids=str)
 @pytest.mark.parametrize("selections", [4, 2, 1])
-def test_kernel_with_padding(triton_device, poisoned_empty, paddings, selections):
+def test_kernel_with_padding(triton_device, paddings, selections):
     Case(70, paddings=paddings, groups=min(2, selections), selections=selections, device=triton_device).check(
         merge_floor_triton, 9, 3
     )
@@ -105,7 +105,7 @@ def test_kernel_with_padding(triton_device, poisoned_empty, paddings, selections
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dims", [(16, 32), (40, 24), (128, 128), (256, 64)])
-def test_kernel_at_every_head_size(triton_device, poisoned_empty, dtype, dims):
+def test_kernel_at_every_head_size(triton_device, dtype, dims):
     if dtype == torch.bfloat16 and triton_device == "cpu":
         pytest.skip("the interpreter's bfloat16 products are wrong")
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
@@ -153,7 +153,7 @@ def test_large_logits(device, dtype, boost):
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
-def test_nothing_or_everything_is_selected(triton_device, poisoned_empty, keep):
+def test_nothing_or_everything_is_selected(triton_device, keep):
     Case(70, paddings=("none", "left"), keep=keep, device=triton_device).check(merge_floor_triton, 9, 3)
 
 

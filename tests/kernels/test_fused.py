@@ -88,7 +88,7 @@ def test_op_equals_the_reference_layer(device, padding, options):
 
 @pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity", "floor", "floor_coverage", "floor_group"])
 @pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
-def test_launched_steps_equal_the_reference_layer(triton_device, poisoned_empty, padding, name):
+def test_launched_steps_equal_the_reference_layer(triton_device, padding, name):
     inputs = qkv(3, 4, 2, L, 32, 32, device=triton_device)
     if padding is None:
         out = sparse_triton(*inputs, OPTIONS[name])
@@ -109,7 +109,7 @@ FAULTS = ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query 
     [(name, fault, SIDES[(b + f) % 3]) for b, name in enumerate(BUDGETS) for f, fault in enumerate(FAULTS)],
     ids=lambda value: value if isinstance(value, str) else "unpadded" if value is None else value.__name__,
 )
-def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, poisoned_empty, name, fault, padding):
+def test_faulty_numbers_show_as_in_the_reference_layer(triton_device, name, fault, padding):
     query, key, value = qkv(3, 4, 2, L, 32, 32, device=triton_device)
     query, key = damaged(fault, query, key, window=4)
     # Of fewer than 16 rows torch's kernel for CPUs makes 0 where all logits of one are NaN.

@@ -28,7 +28,7 @@ def assert_scores(got, query, key, padding, scale, window, pool, rtol=2e-5):
 
 @pytest.mark.parametrize("kind", PADDINGS)
 @pytest.mark.parametrize("window", [1, 20, 40])
-def test_kernels_equal_reference_under_every_padding(triton_device, poisoned_empty, kind, window):
+def test_kernels_equal_reference_under_every_padding(triton_device, kind, window):
     padding = make_padding(kind, 2, 100, triton_device)
     query, key = (poison_padding(t, padding) for t in query_and_key(device=triton_device))
     got = score_triton(query, key, padding, 0.2, window, 7)
@@ -36,14 +36,14 @@ def test_kernels_equal_reference_under_every_padding(triton_device, poisoned_emp
 
 
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD", "packed", "strided"])
-def test_kernels_equal_reference_in_every_layout(triton_device, poisoned_empty, layout):
+def test_kernels_equal_reference_in_every_layout(triton_device, layout):
     query, key = query_and_key(layout=layout, device=triton_device)
     assert_scores(score_triton(query, key, None, 0.2, 16, 3), query, key, None, 0.2, 16, 3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", [32, 33, 80, 96, 256])
-def test_kernels_equal_reference_at_every_head_size(triton_device, poisoned_empty, dtype, dim):
+def test_kernels_equal_reference_at_every_head_size(triton_device, dtype, dim):
     if triton_device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     query, key = query_and_key(batch=1, heads=2, kv_heads=1, dim=dim, dtype=dtype, device=triton_device)
@@ -52,14 +52,14 @@ def test_kernels_equal_reference_at_every_head_size(triton_device, poisoned_empt
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 3), (8, 2), (6, 1)])
 @pytest.mark.parametrize("seq_len, window, pool", [(1, 1, 1), (7, 20, 7), (64, 64, 3), (65, 64, 7), (200, 70, 1)])
-def test_kernels_equal_reference_at_every_length(triton_device, poisoned_empty, heads, kv_heads, seq_len, window, pool):
+def test_kernels_equal_reference_at_every_length(triton_device, heads, kv_heads, seq_len, window, pool):
     query, key = query_and_key(seq_len, batch=1, heads=heads, kv_heads=kv_heads, device=triton_device)
     got = score_triton(query, key, None, 0.2, window, pool)
     assert_scores(got, query, key, None, 0.2, window, pool)
 
 
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
-def test_kernels_equal_reference_over_several_splits(triton_device, poisoned_empty, kind):
+def test_kernels_equal_reference_over_several_splits(triton_device, kind):
     padding = make_padding(kind, 2, 300, triton_device)
     query, key = (poison_padding(t, padding) for t in query_and_key(seq_len=300, device=triton_device, sharpness=6.0))
     got = score_triton(query, key, padding, 0.2, 40, 7, split_len=64)
@@ -87,7 +87,7 @@ def test_aten_form_equals_reference(device, kind, window, pool):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
-def test_kernels_equal_reference_with_faulty_numbers(triton_device, poisoned_empty, kind, fault):
+def test_kernels_equal_reference_with_faulty_numbers(triton_device, kind, fault):
     padding = make_padding(kind, 2, 100, triton_device)
     query, key = (poison_padding(t, padding) for t in damaged(fault, *query_and_key(device=triton_device)))
     got = score_triton(query, key, padding, 0.2, 20, 7, split_len=64)

@@ -63,7 +63,7 @@ ROW, SPLIT = {"short": 512}, {"short": 0, "splits": 2, "block": 32}
 
 @pytest.mark.parametrize("path", [ROW, SPLIT])
 @pytest.mark.parametrize("kind", KINDS)
-def test_select_kernel_equals_reference(triton_device, poisoned_empty, kind, path):
+def test_select_kernel_equals_reference(triton_device, kind, path):
     scores = make_scores(kind, heads=1, seq_len=253, device=triton_device)
     count = counts([120, 67], triton_device)
     want = reference.select(scores, count, 253)
@@ -72,7 +72,7 @@ def test_select_kernel_equals_reference(triton_device, poisoned_empty, kind, pat
 
 @pytest.mark.parametrize("path", [ROW, {"short": 0, "splits": 16, "block": 128}])
 @pytest.mark.parametrize("capacity, count", [(0, [3, 4]), (60, None), (60, [0, 128]), (150, [200, 1]), (150, None)])
-def test_select_kernel_with_any_count_and_capacity(triton_device, poisoned_empty, capacity, count, path):
+def test_select_kernel_with_any_count_and_capacity(triton_device, capacity, count, path):
     scores = make_scores("few values", heads=2, seq_len=129, device=triton_device)
     count = None if count is None else counts(count, triton_device)
     want = reference.select(scores, count, capacity)
@@ -98,7 +98,7 @@ def make_ties(kind, seq_len):
 
 @pytest.mark.parametrize("path", [ROW, {"short": 0, "splits": 4, "block": 32}])
 @pytest.mark.parametrize("kind", ["few above", "runs", "below zero", "third digit", "last digit"])
-def test_ties_are_cut_in_any_block(triton_device, poisoned_empty, kind, path):
+def test_ties_are_cut_in_any_block(triton_device, kind, path):
     count = counts([33, 116], triton_device)
     scores = make_ties(kind, 251).to(triton_device).expand(len(count), 1, 251)
     indices = select_triton(scores, count, 251, **path)
@@ -106,7 +106,7 @@ def test_ties_are_cut_in_any_block(triton_device, poisoned_empty, kind, path):
 
 
 @pytest.mark.parametrize("seq_len", [8192, 8193, 32801])
-def test_select_kernel_as_it_is_launched(triton_device, poisoned_empty, seq_len):
+def test_select_kernel_as_it_is_launched(triton_device, seq_len):
     scores = make_scores("padded", batch=1, heads=1, seq_len=seq_len, device=triton_device)
     count = counts([seq_len // 5], triton_device)
     indices = select_triton(scores, count, seq_len // 3)
@@ -125,7 +125,7 @@ def test_select_by_sorting_form_equals_reference(device, kind, count):
 
 @pytest.mark.parametrize("path", [ROW, SPLIT])
 @pytest.mark.parametrize("seq_len", [1, 2, 31, 129])
-def test_select_at_small_lengths(triton_device, poisoned_empty, seq_len, path):
+def test_select_at_small_lengths(triton_device, seq_len, path):
     scores = make_scores("few values", batch=3, heads=1, seq_len=seq_len, window=1, device=triton_device)
     count = counts([seq_len, seq_len // 2, 1], triton_device)
     want = reference.select(scores, count, seq_len)
@@ -158,14 +158,14 @@ COVERAGES = [1e-9, 0.005, 0.1, 0.5, 0.99]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("coverage", COVERAGES)
-def test_coverage_kernels_agree_with_reference(triton_device, poisoned_empty, kind, coverage):
+def test_coverage_kernels_agree_with_reference(triton_device, kind, coverage):
     scores = make_scores(kind, device=triton_device)
     for min_tokens in (0, 250):
         assert_budget(coverage_triton(scores, coverage, min_tokens), scores, coverage, min_tokens)
 
 
 @pytest.mark.parametrize("seq_len", [1, 6, 2500])
-def test_coverage_kernels_over_several_tiles(triton_device, poisoned_empty, seq_len):
+def test_coverage_kernels_over_several_tiles(triton_device, seq_len):
     scores = make_scores("peaked", batch=3, heads=1, seq_len=seq_len, window=1, device=triton_device)
     assert_budget(coverage_triton(scores, 0.3, 0), scores, 0.3, 0)
 

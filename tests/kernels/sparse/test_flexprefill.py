@@ -55,7 +55,7 @@ def test_heads_of_both_kinds(batch, heads, kv_heads, capacity):
 
 
 @pytest.mark.parametrize("counts, columns", [([150, 33], 16), ([150, 31], 32), ([1, 128], 16)])
-def test_sums_along_columns_and_diagonals(triton_device, poisoned_empty, counts, columns):
+def test_sums_along_columns_and_diagonals(triton_device, counts, columns):
     query, key = query_and_key(heads=1, device=triton_device)
     rows, count = torch.tensor(counts, device=triton_device), counts_of(counts, triton_device)
     expected = last_rows_sums_aten(query.double(), key.double(), 0.3, rows, 32)
@@ -69,7 +69,7 @@ def test_sums_along_columns_and_diagonals(triton_device, poisoned_empty, counts,
 
 
 @pytest.mark.parametrize("counts, heads, kv_heads, chunk", [(None, 2, 2, 1024), ([110, 33], 2, 1, 1024), ([0, 97], 2, 1, 4)])
-def test_triton_equals_aten(triton_device, poisoned_empty, counts, heads, kv_heads, chunk):
+def test_triton_equals_aten(triton_device, counts, heads, kv_heads, chunk):
     inputs = make_both(heads, kv_heads, batch=len(counts or [1]), capacity=110, device=triton_device)
     count = counts_of(counts, triton_device)
     expected = flexprefill_aten(*inputs, 0.3, count, **OPTIONS)
@@ -82,7 +82,7 @@ def test_triton_equals_aten(triton_device, poisoned_empty, counts, heads, kv_hea
 @pytest.mark.parametrize(
     "changes", [{"gamma": 0.0, "tau": 2.0}, {"gamma": 1.5}, {"gamma": 0.9, "tau": -1.0, "min_budget": 0}, {"min_budget": 40}]
 )
-def test_extremes(triton_device, poisoned_empty, changes):
+def test_extremes(triton_device, changes):
     inputs, options = make_both(2, batch=1, capacity=70, device=triton_device), OPTIONS | changes
     count = counts_of([67], triton_device)
     found = flexprefill_triton(*poisoned(inputs, [67]), 0.3, count, **SMALL, **options)
@@ -119,7 +119,7 @@ def test_nothing_to_do(triton_device):
     assert flexprefill_triton(query, key, 1.0).kv_num_blocks.shape == (0, 2, 2)
 
 
-def test_the_fewest_that_hold_a_share(triton_device, poisoned_empty):
+def test_the_fewest_that_hold_a_share(triton_device):
     """Thresholds of columns, diagonals and pairs, for shares on both sides of every partial sum."""
     torch.manual_seed(0)
     sums = torch.rand(1, 2, 2, 90, device=triton_device).pow(8)

@@ -108,7 +108,7 @@ def seen_by(name, query, key, count, block=BLOCK):
 
 @pytest.mark.parametrize("form", ATTENTION)
 @pytest.mark.parametrize("name", NAMES)
-def test_log_sum_exp_over_what_each_row_saw(triton_device, poisoned_empty, small, name, form):
+def test_log_sum_exp_over_what_each_row_saw(triton_device, small, name, form):
     counts = [60, 23, 0]
     inputs, count = operands(length=70, device=triton_device), counts_of(counts, triton_device)
     seen, wide = seen_by(name, *inputs[:2], count), [tensor.double() for tensor in inputs]
@@ -159,7 +159,7 @@ COVERAGE = dataclasses.replace(RATIO, keep_ratio=None, coverage=0.2)
 
 
 @pytest.mark.parametrize("name, padding", [*zip(NAMES, (None, "left", "holes", "left", None), strict=True)])
-def test_launched_under_a_floor(triton_device, poisoned_empty, small, name, padding):
+def test_launched_under_a_floor(triton_device, small, name, padding):
     """A count that the host knows, one on the device, and heads that share their selection."""
     inputs, mask = operands(2, 4, 2, 60, device=triton_device), make_padding(padding, 2, 60)
     options = {None: RATIO, "left": COVERAGE, "holes": dataclasses.replace(COVERAGE, shared=True)}[padding]

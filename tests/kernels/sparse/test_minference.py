@@ -85,7 +85,7 @@ def test_the_aten_version_equals_the_reference(counts, options):
 
 
 @pytest.mark.parametrize("counts, a_shape", [(None, None), ([80, 33], None), ([80, 71], [False, True]), ([0, 5], None)])
-def test_triton_equals_aten(triton_device, poisoned_empty, counts, a_shape):
+def test_triton_equals_aten(triton_device, counts, a_shape):
     inputs, count = query_and_key(capacity=80, device=triton_device), counts_of(counts, triton_device)
     expected = minference_aten(*inputs, 0.2, count, **HEADS, a_shape=a_shape, **SMALL)
     found = minference_triton(*poisoned(inputs, counts), 0.2, count, **HEADS, a_shape=a_shape, **CUT)
@@ -139,7 +139,7 @@ def test_a_shape_is_the_nearest_and_the_first(counts):
 
 @pytest.mark.parametrize("tiles", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("counts", [[150, 33], [0, 111]])
-def test_attention_equals_sdpa(triton_device, poisoned_empty, tiles, counts):
+def test_attention_equals_sdpa(triton_device, tiles, counts):
     lists = random_lists(150, heads=1, device=triton_device)
     assert 0.3 < vertical_slash_density(lists, 150, BLOCK).min() < 0.9
     check(tensors(heads=1, device=triton_device), lists, counts, tiles=tiles)

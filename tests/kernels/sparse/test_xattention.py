@@ -35,7 +35,7 @@ def test_the_aten_version_equals_the_reference(counts, options):
 
 
 @pytest.mark.parametrize("counts, tiling", [([0, 128], "plain"), ([150, 35], "wide"), ([150, 35], "tma"), (None, "tma")])
-def test_triton_equals_aten(triton_device, poisoned_empty, counts, tiling):
+def test_triton_equals_aten(triton_device, counts, tiling):
     inputs, count = query_and_key(device=triton_device), counts_of(counts, triton_device)
     expected = xattention_aten(*inputs, 0.5, count, **OPTIONS)
     found = xattention_triton(*poisoned(inputs, counts), 0.5, count, tiling=TILINGS[tiling], chunk=2, **OPTIONS)
@@ -82,7 +82,7 @@ def heads_inside(tensor):
 
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, heads_inside], ids=["BHCD", "BCHD"])
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_sums_against_peaks(triton_device, poisoned_empty, tiling, layout):
+def test_sums_against_peaks(triton_device, tiling, layout):
     query, key = (layout(tensor) for tensor in query_and_key(capacity=152, device=triton_device))
     assert _tiling(query, key, 8, TILINGS[tiling]).use_tma == ("tma" in tiling)
     assert_same_energies(query, key, counts_of([150, 35], triton_device), 8, 32, tiling=TILINGS[tiling])
