@@ -157,9 +157,10 @@ def run_fused(case: Case, device: str) -> None:
     query, key = case.tensor(4, case.dim, device), case.tensor(2, case.dim, device)
     value, mask = case.tensor(2, case.value_dim, device), case.mask(device)
     options = (SCALE, case.window, 7, 0.1 if case.counted else None, None if case.counted else 0.5, 30, None, case.shared)
-    fused.sparse_attention(query, key, value, *options, "triton")
-    if mask is not None:
-        fused.padded_sparse_attention(query, key, value, mask, valid_ranges(mask), *options, "triton")
+    for floor in ((None, 0), (case.window, 5)):
+        fused.sparse_attention(query, key, value, *options, "triton", *floor)
+        if mask is not None:
+            fused.padded_sparse_attention(query, key, value, mask, valid_ranges(mask), *options, "triton", *floor)
 
 
 def main() -> int:

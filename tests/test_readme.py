@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tsa_compile.backend
-from tsa_compile import Coverage, Reason, TSAConfig
+from tsa_compile import Floor, KeepRatio, Reason, TSAConfig
 from tsa_compile.config import OPTIONS
 from tsa_compile.kernels import registry
 
@@ -94,14 +94,14 @@ def test_reason_table_is_complete_and_in_the_reports_words():
 
 def test_option_table_names_every_option_and_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README, re.MULTILINE))
-    defaults = {name: eval(text, {"Coverage": Coverage}) for name, text in rows.items() if name in OPTIONS}
+    defaults = {name: eval(text, {"Floor": Floor, "KeepRatio": KeepRatio}) for name, text in rows.items() if name in OPTIONS}
     assert defaults == {name: getattr(TSAConfig(), name) for name in OPTIONS}
 
 
 @pytest.mark.parametrize(
     "name, file",
     [
-        ("prefill", "prefill"),
+        ("prefill", "prefill-h100"),
         ("attention", "attention-h100"),
         ("export", "export"),
         ("sparse", "sparse"),

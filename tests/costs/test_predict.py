@@ -35,6 +35,13 @@ ATTENTION = {
     ("h100", 0.5): [(0.4805, 1.3145, 4.0826, 14.5984, 60.7037), (0.4704, 1.2856, 4.0608, 14.7099, 62.8924)],
     ("h100", 0.675): [(0.6666, 2.02, 7.2749, 27.7686, 109.2955), (0.665, 2.0065, 7.3025, 26.6465, 114.6312)],
 }
+# The same with the floor, without min_tokens.
+FLOORED = {
+    0.08: (0.3758, 0.5754, 1.119, 2.3125, 5.7392),
+    0.15: (0.3841, 0.6638, 1.4181, 3.4425, 9.9001),
+    0.3: (0.4423, 0.9556, 2.4334, 7.5709, 24.2289),
+    0.5: (0.598, 1.5444, 4.6531, 16.9534, 61.1833),
+}
 # The same where a Coverage budget makes the count known on the device alone, by length and the share that it kept.
 COUNTED = {
     "h200": {(32 * K, 0.5): 5.0791, (32 * K, 0.675): 8.2541, (128 * K, 0.5): 65.9949, (128 * K, 0.675): 115.4662},
@@ -93,6 +100,13 @@ class TestMeasured:
                     continue
                 assert layers[16].reason is Reason.SPARSE and layers[16].kept == pytest.approx(keep, abs=0.01)
                 assert layers[16].ms == pytest.approx(ms, rel=0.1), length
+
+    @pytest.mark.parametrize("keep", FLOORED)
+    def test_attention_with_the_floor(self, keep):
+        config = TSAConfig(budget=KeepRatio(keep), min_tokens=0, min_length=1)
+        for length, ms in zip(LENGTHS, FLOORED[keep], strict=True):
+            layer = predict(config, LLAMA, length, "h100").layers[16]
+            assert layer.ms == pytest.approx(ms, rel=0.1), length
 
     @pytest.mark.parametrize("device", COUNTED)
     def test_sparse_attention_of_a_count(self, device):

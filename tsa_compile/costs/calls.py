@@ -31,8 +31,8 @@ from tsa_compile.costs.devices import DeviceCosts
 LENGTH, KEPT = sympy.symbols("L s", positive=True)
 ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
-FLOOR_RATE = sympy.Rational(36, 100)  # of dense attention's: a program of the floor's kernel has few tiles
-FLOOR_MS = sympy.Rational(15, 100)  # its launches
+FLOOR_RATE = sympy.Rational(57, 100)  # of dense attention's: a program of the floor's kernel has few tiles
+FLOOR_MS = sympy.Rational(2, 100)  # its launches
 FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
