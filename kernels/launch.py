@@ -14,7 +14,8 @@ while 8K tokens take the GPU .45 ms. All of this follows from the arguments' sha
 the numbers among them. So `remembered` watches a function once for each such signature, notes what it allocates and
 launches, and then replays the notes on other arguments.
 
-It is as if the function ran, or else the function runs. A signature is not remembered if the function
+A replay gives what the function would give. Where that is not certain, the function itself runs: a signature is not
+remembered if the function
 
 - calls any operator that is neither an allocation, empty or of zeros, nor a view: its result would be missing,
 - launches on memory that several arguments share, other than on an argument itself: which of them is meant?

@@ -15,8 +15,8 @@ Two launches, for the sums need every row's norm. In both, a program takes a spl
     _sums     all splits' norms, then the tiles once more, with their weights
 
 Diagonals are numbered by e = c - r + 127 = n - 1 - d, so that those of a tile of 64 columns begin with e = c for its last
-row. A gather turns row r by r + 1 places, modulo 64, which stands them upright: column j then holds the diagonals j, j + 64
-and j + 128 after the tile's first column, and which of them is (j + r + 1) // 64. The second and third are those of the next
+row. A gather turns row r by r + 1 places, modulo 64, so that diagonals become columns: column j then holds those that are j,
+j + 64 and j + 128 after the tile's first column, and which of them is (j + r + 1) // 64. The second and third are those of the next
 two tiles, which pick them up. So each diagonal is written once, by the program that owns it, and the same bit for bit in
 every run; a program first computes the block before its own, for what that one leaves over.
 
@@ -223,7 +223,7 @@ def last_rows_sums_aten(query: Tensor, key: Tensor, scale: float, rows: Tensor, 
     there = (positions >= 0)[:, None, :, None]
     last = query.gather(2, positions.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     seen = there & (columns <= positions[..., None])[:, None]
-    # A row that is none sees the first key, so that its softmax is a number.
+    # Rows in front of the first token see the first key, so that their softmax is a number, not NaN.
     weights = (scale * last @ key.transpose(2, 3)).masked_fill(~(seen | (columns == 0)), -math.inf)
     weights = weights.softmax(dim=3).masked_fill(~seen, 0)
     crossed = (positions[..., None] - columns)[:, None]
