@@ -16,9 +16,9 @@ Two launches, for the sums need every row's norm. In both, a program takes a spl
 
 Diagonals are numbered by e = c - r + 127 = n - 1 - d, so that those of a tile of 64 columns begin with e = c for its last
 row. A gather turns row r by r + 1 places, modulo 64, so that diagonals become columns: column j then holds those that are j,
-j + 64 and j + 128 after the tile's first column, and which of them is (j + r + 1) // 64. The second and third are those of the next
-two tiles, which pick them up. So each diagonal is written once, by the program that owns it, and the same bit for bit in
-every run; a program first computes the block before its own, for what that one leaves over.
+j + 64 and j + 128 after the tile's first column, and which of them is (j + r + 1) // 64. The second and third are those of
+the next two tiles, which pick them up. So each diagonal is written once, by the program that owns it, and the same bit for
+bit in every run; a program first computes the block before its own, for what that one leaves over.
 
 Each launch: 2 * 128 * n * H * D flops, 128 * n * H exponentials, key once from memory as the heads of a group run side by
 side. At H = 32, G = 8, D = 128, n = 128K: 137 GFLOP, 0.54 G exponentials, 0.27 GB: about 0.4 and 0.9 ms of an H200's time,
