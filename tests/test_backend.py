@@ -28,7 +28,7 @@ from .support import Attention, Stack, difference, heads, mixed_padding, oracle,
 pytestmark = pytest.mark.usefixtures("fresh")
 
 SMALL = dict(window=4, min_tokens=4, compiler="eager")
-HALF = TSAConfig(budget=KeepRatio(0.5), **SMALL)
+HALF = TSAConfig(budget=KeepRatio(0.5), floor=None, **SMALL)
 ATOL = 1e-5
 
 
