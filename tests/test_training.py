@@ -1,6 +1,5 @@
 """Where a gradient could be needed nothing is rewritten, and training goes on as before."""
 
-
 import pytest
 import torch
 
