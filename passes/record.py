@@ -56,6 +56,7 @@ class _Mode(SchemaCheckMode):
 
     def __init__(self, recording: _Recording) -> None:
         super().__init__()
+        # torch's type stubs do not list this key.
         self.__dict__["_dispatch_key"] = torch._C.DispatchKey.PreDispatch  # type: ignore[attr-defined]
         self.recording = recording
 

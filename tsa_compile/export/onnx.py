@@ -311,7 +311,10 @@ def _entries(text: str) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def _translations() -> dict[str, Callable[..., Any]]:
-    """One node for each op. torch's exporter takes annotated parameters for attributes, the others for inputs."""
+    """One node for each op. torch's exporter takes annotated parameters for attributes, the others for inputs.
+
+    So tensors stay without annotations, which mypy would ask for.
+    """
     ops: Any = require("onnxscript")[0].values.Opset(DOMAIN, DOMAIN_VERSION)
 
     def score(query, key, padding, scale: float, window: int, pool: int):  # type: ignore[no-untyped-def]
