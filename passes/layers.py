@@ -231,7 +231,9 @@ class _Stacks:
             possible = (alias for sibling in self.frame.siblings for alias in aliases(f"{sibling}.{name}".strip(".")))
             return Place(names, doubt=doubt, possible=tuple(possible))
         if name in self.repeated:
-            return Place(names, doubt="one module is applied several times" if _numbered(name) else "its module has no number")
+            return Place(
+                names, doubt="one module is applied several times" if _numbered(name) else "its module has no number"
+            )
         return self.numbering.place(name, names)
 
 

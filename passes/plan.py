@@ -266,7 +266,7 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, 
 
 
 def kernel_of(query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig) -> str:
-    """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none does."""
+    """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none."""
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
