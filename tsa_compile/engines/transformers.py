@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile import pipeline  # registers the ops
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, read
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
 from tsa_compile.passes.mask_info import MaskKind
 from tsa_compile.passes.plan import kernel_obstacle, kernel_of, sparse_obstacle
+from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
 from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
 
@@ -180,10 +181,30 @@ class Implementation:
             )
         seat.stack.note(place, reason, detail, missed and (reason is not Reason.NOT_SELF_ATTENTION or call.is_chunk))
 
+    def _group(self, call: Call) -> str | None:
+        """The process group that has the other heads of a layer, if `Coverage` must ask it for its scores.
+
+        Raises:
+            ConfigError: the heads are split, and nothing says over which processes.
+        """
+        budget, module = self.config.budget, call.module
+        if not isinstance(budget, Coverage) or not budget.tau or not _is_distributed():
+            return None
+        group = group_of_module(module)
+        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+        if group is None and isinstance(heads, int) and call.query.shape[1] < heads:
+            raise ConfigError(
+                f"budget={budget!r} is not possible in a {type(module).__name__} that has {call.query.shape[1]} of {heads} "
+                "heads: Coverage keeps what matters in the mean over all heads, and no parameter of the module says over "
+                "which processes they are split. Choose budget=KeepRatio(...), which each head follows by itself, or "
+                "layers=[] for none"
+            )
+        return group
+
     def _run(self, call: Call, decision: Decision, kernel: str) -> tuple[Tensor, Tensor | None]:
         operands = (call.query, call.key, call.value)
         if decision is Decision.SPARSE:
-            return _sparse(call, self.config), None
+            return _sparse(call, self.config, self._group(call)), None
         if decision is Decision.KERNEL and call.padding is not None:
             return _sparse(call, keeping_all(self.config, kernel)), None
         if decision is Decision.KERNEL:
@@ -227,11 +248,15 @@ def _valid_ranges(padding: Tensor | None) -> Tensor:
     return tsa.valid_ranges(padding) if ranges is None else ranges
 
 
-def _sparse(call: Call, config: TSAConfig) -> Tensor:
-    operands, options = (call.query, call.key, call.value), options_of(config, call.scale)
+def _sparse(call: Call, config: TSAConfig, group: str | None = None) -> Tensor:
+    operands, options = (call.query, call.key, call.value), options_of(config, call.scale, group)
     if call.padding is None:
         return _rows_first(tsa.sparse_attention(*operands, *options))
     return _rows_first(tsa.padded_sparse_attention(*operands, call.padding, _valid_ranges(call.padding), *options))
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _rows_first(output: Tensor) -> Tensor:
