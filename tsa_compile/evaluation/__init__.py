@@ -10,6 +10,7 @@ running.py      one prefill a sample and setting; the answer through its cache: 
 study.py        evaluate(model, tokenizer, ...): every setting on the same samples, in a file that goes on
 outcomes.py     every sample's outcome
 statistics.py   intervals and paired tests, by statsmodels
+lm_eval.py      the model type `tsa` of lm-evaluation-harness
 tables.py       outcomes against dense, as text and Markdown
 """
 
