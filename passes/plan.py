@@ -38,9 +38,12 @@ from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEW_QUERIES = 16
+"""Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
+    MaskKind.UPPER_LEFT: Reason.NOT_SELF_ATTENTION,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
     MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
     MaskKind.CHUNKED: Reason.CHUNKED,
@@ -112,11 +115,14 @@ class PlanCalls(Pass):
         assert plan.mask is not None
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
+        cached = is_behind_cache(plan)
+        if reason is None and cached:
+            reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
             reason, detail = sparse_obstacle(*_operands(plan), self._settled(plan, sparse_layers), sparse_layers)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
+        elif not cached and self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
@@ -144,12 +150,20 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
             Reason.UNSUPPORTED_FORM,
             f"the scale is {fake(call.scale)}, not positive, as causal kernels need it",
         )
-    if not known(query.shape[2] == key.shape[2]):
+    assert plan.mask is not None
+    if not known(query.shape[2] == key.shape[2]) and not is_behind_cache(plan):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
-    assert plan.mask is not None
     reason = _MASK_REASONS.get(plan.mask.kind)
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
+
+
+def is_behind_cache(plan: CallPlan) -> bool:
+    """Whether the queries are proven to be the last of more keys, and more than a few, for which the mask is small."""
+    query, key, mask = fake(plan.call.query), fake(plan.call.key), plan.mask
+    if mask is None or mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+        return False
+    return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
 
 
 def is_cached_prefill(plan: CallPlan) -> bool:
