@@ -6,6 +6,7 @@ Run by `test_tensor_parallel.py`. Writes a JSON object from the name of each cas
 import contextlib
 import copy
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ CONFIGS = {
     "coverage, groups": TSAConfig(budget=Coverage(0.2), granularity="group", **SMALL),
     "coverage, floor": TSAConfig(budget=Coverage(0.2), **{**SMALL, "floor": Floor(8, 2)}),
 }
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 PADS = (0, 9, -13)
 
 
@@ -81,7 +83,12 @@ def main(checkpoint, output):
     names = {name: f"tsa-{index}" for index, name in enumerate(CONFIGS)}
     whole = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     wanted = {name: logits(whole, names[name]) for name in CONFIGS}
-    split = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto", dtype=torch.float32).eval()
+    block = re.search(r"^```python\n([^`]*tp_plan.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    page = dict(
+        AutoModelForCausalLM=transformers.AutoModelForCausalLM, torch=torch, Coverage=Coverage, checkpoint=checkpoint
+    )
+    exec(block[1], page)  # which compiles nothing until it is called
+    split = page["model"]
     found = {f"eager, {name}": gap(logits(split, names[name]), wanted[name]) for name in CONFIGS}
     heads = {row.query[1] for row in attention.report(split)}
     assert heads == {whole.config.num_attention_heads // 2}, heads
