@@ -22,9 +22,11 @@ from ..support import difference, heads, mixed_padding, tiny
 CASES = ["exact", "keep ratio", "coverage", "coverage, groups", "coverage, floor"]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each of the two processes found."""
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def found(request, tmp_path_factory):
+    """What each of the two processes found, over gloo or over NCCL."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
     if transformers.__version__ < "5.24" and importlib.util.find_spec("accelerate") is None:
@@ -41,7 +43,9 @@ def found(tmp_path_factory):
     processes = []
     for rank in range(2):
         place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1", "TSA_TEST_DEVICE": request.param}
+        if request.param == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         # Not `-P script`: a script's own folder is the first place of its path, and holds nothing that is imported.
         command = [sys.executable, "-P", str(script), str(folder / "model"), str(folder / f"{rank}.json")]
         processes.append(
@@ -60,7 +64,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(found, how, case):
-    assert max(process[f"{how}, {case}"] for process in found) < 1e-5
+    assert max(process[f"{how}, {case}"] for process in found) < (1e-3 if found[0]["device"] == "cuda" else 1e-5)
 
 
 def test_the_heads_of_one_process_would_keep_other_tokens(found):

@@ -6,6 +6,7 @@ Run by `test_tensor_parallel.py`. Writes a JSON object from the name of each cas
 import contextlib
 import copy
 import json
+import os
 import re
 import sys
 import warnings
@@ -26,6 +27,9 @@ CONFIGS = {
     "coverage, floor": TSAConfig(budget=Coverage(0.2), **{**SMALL, "floor": Floor(8, 2)}),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+DEVICE = (
+    torch.device("cuda", int(os.environ["LOCAL_RANK"])) if os.environ["TSA_TEST_DEVICE"] == "cuda" else torch.device("cpu")
+)
 PADS = (0, 9, -13)
 
 
@@ -41,8 +45,9 @@ def logits(model, name=None):
     """On valid rows; with an implementation of its name, if one is given."""
     if name is not None:
         model.set_attn_implementation(name)
+    inputs = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in batch().items()}
     with torch.no_grad():
-        return model(**batch()).logits[batch()["attention_mask"].bool()]
+        return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
 def compiled(model, wanted):
@@ -81,7 +86,9 @@ def main(checkpoint, output):
     for name, config in CONFIGS.items():
         attention.register(config, name=f"tsa-{[*CONFIGS].index(name)}")
     names = {name: f"tsa-{index}" for index, name in enumerate(CONFIGS)}
-    whole = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().to(DEVICE)
     wanted = {name: logits(whole, names[name]) for name in CONFIGS}
     block = re.search(r"^```python\n([^`]*tp_plan.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     page = dict(
@@ -99,6 +106,7 @@ def main(checkpoint, output):
             logits(split, names["coverage"])
         except ConfigError as error:
             found["refused"] = str(error)
+    found["device"] = DEVICE.type
     found |= {f"compiled, {name}": value for name, value in compiled(split, wanted).items()}
     Path(output).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
