@@ -11,8 +11,8 @@ from pathlib import Path
 VOCAB = 64
 BATCH = 64
 CALLS = ([(50, 3)], [(20, 1), (24, 4), (30, 3), (3, 2)], [(90, 3)])
-"""Lengths of prompts and of what is to be generated. In the second call two run at a time, so that a prompt comes into a batch with
-another's decode step; 3 tokens are too few to be sparse. The last prompt is more than a batch."""
+"""Lengths of prompts and of what is to be generated. In the second call two run at a time, so that a prompt comes into a
+batch with another's decode step; 3 tokens are too few to be sparse. The last prompt is more than a batch."""
 
 
 def prompts():
