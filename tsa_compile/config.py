@@ -152,7 +152,7 @@ class TSAConfig:
             "Validate", "RewriteSparse", "CanonicalizeDense", "Decompose", "RemoveDeadMasks".
     """
 
-    budget: Budget = KeepRatio(0.3)
+    budget: Budget = KeepRatio(0.15)
     window: int = 128
     floor: Floor | None = Floor()
     pool: int = 7

@@ -93,7 +93,7 @@ class SparseOptions:
 
     budget: Annotated[
         str | None,
-        _option("--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: keep:0.3."),
+        _option("--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: keep:0.15."),
     ] = None
     floor: Annotated[
         str | None,
