@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from tsa_compile.config import Coverage, Layers, TSAConfig
 from tsa_compile.costs.breakeven import shortest
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.costs.devices import for_device
+from tsa_compile.costs.devices import DeviceCosts, for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
@@ -103,7 +103,7 @@ class PlanCalls(Pass):
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
-            reason, detail = _sparse_obstacle(plan, self._settled(plan, sparse_layers), sparse_layers)
+            reason, detail = _sparse_obstacle(plan, self._settled(plan, sparse_layers), sparse_layers, self.state.costs)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None:
@@ -193,14 +193,16 @@ def _is_positive(scale: Any) -> bool:
     return bool(value > 0)
 
 
-def _sparse_obstacle(plan: CallPlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
+def _sparse_obstacle(
+    plan: CallPlan, config: TSAConfig, sparse_layers: float, costs: DeviceCosts | None
+) -> tuple[Reason | None, str]:
     """Why a call whose layer is selected stays dense all the same."""
     reason, detail = _kernel_obstacle(plan)
     if reason is not None:
         return reason, detail
     query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
     shape = CallShape.of(query, key, value, config)
-    minimum, why = minimum_length(config, query.device, shape, sparse_layers)
+    minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
     return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
@@ -220,10 +222,19 @@ def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
 
 
 def minimum_length(
-    config: TSAConfig, device: torch.device, shape: CallShape, sparse_layers: float = 0.5
+    config: TSAConfig,
+    device: torch.device,
+    shape: CallShape,
+    sparse_layers: float = 0.5,
+    costs: DeviceCosts | None = None,
 ) -> tuple[int | None, str]:
-    """The shortest length that is compressed, and what happens there; None if no length gains."""
-    costs = for_device(device) if device.type == "cuda" and config.min_length is None else None
+    """The shortest length that is compressed, and what happens there; None if no length gains.
+
+    Args:
+        costs: of the device that is decided for; None for those of `device`.
+    """
+    if costs is None and device.type == "cuda" and config.min_length is None:
+        costs = for_device(device)
     minimum = shortest(config, costs, shape, sparse_layers)
     if config.min_length is not None:
         return minimum, "the configured min_length"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; read when its package is imported
+
 # Triton reads this when a kernel is decorated, so it must be set before any test module imports the package.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
