@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,8 @@ def quicken_dynamo() -> None:
 
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
+    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
 
 
 def pytest_configure() -> None:

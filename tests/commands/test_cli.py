@@ -128,12 +128,15 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported():
         import io, sys
         from contextlib import redirect_stderr
         from tsa_compile.cli import main
-        bad = ("explain nowhere", "explain --shape lama", "explain --shape tiny --device tpu",
-               "bench --shape tiny --dtype x", "explain --shape tiny --budget keep", "explain --shape tiny --floor 3", "explain --shape tiny --window 0",
-               "explain --shape tiny --sparse-layers 3-1", "explain --shape tiny --sparse-layers none.json",
-               "calibrate --shape tiny --delta 2", "calibrate --shape tiny --random 2 --prompts x",
-               "bench --shape tiny --modes fast", "bench --shape tiny --lengths x", "export --shape tiny",
-               "eval --shape tiny --setting keep:0.5,flor=none", "eval --shape tiny --text nowhere.txt")
+        bad = (
+            "explain nowhere", "explain --shape lama", "explain --shape tiny --device tpu",
+            "bench --shape tiny --dtype x", "explain --shape tiny --budget keep", "explain --shape tiny --floor 3",
+            "explain --shape tiny --window 0", "explain --shape tiny --sparse-layers 3-1",
+            "explain --shape tiny --sparse-layers none.json", "calibrate --shape tiny --delta 2",
+            "calibrate --shape tiny --random 2 --prompts x", "bench --shape tiny --modes fast",
+            "bench --shape tiny --lengths x", "export --shape tiny",
+            "eval --shape tiny --setting keep:0.5,flor=none", "eval --shape tiny --text nowhere.txt",
+        )
         for line in bad:
             sys.argv[1:] = line.split()
             said = io.StringIO()
