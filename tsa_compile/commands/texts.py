@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, Layers
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio
 from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> Layers | Calibration | None:
+def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibration | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:
