@@ -57,8 +57,8 @@ def register(kernel: AttentionKernel) -> AttentionKernel:
 def _same_function(kernel: AttentionKernel, before: AttentionKernel) -> bool:
     """Whether two kernels were defined at the same place outside of this package, which replaces none of its own."""
     places = [(getattr(each.run, "__module__", None), getattr(each.run, "__qualname__", None)) for each in (kernel, before)]
-    module, name = places[0]
-    return places[0] == places[1] and None not in places[0] and not f"{module}.".startswith(f"{_PACKAGE}.")
+    own = f"{places[0][0]}.".startswith(f"{_PACKAGE}.")
+    return not own and places[0] == places[1] and None not in places[0]
 
 
 def unregister(name: str) -> None:
