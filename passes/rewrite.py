@@ -41,15 +41,16 @@ class RewriteSparse(Pass):
         return self.result(graph_module, matched)
 
     def _attention(self, graph_module: GraphModule, plan: CallPlan) -> Node:
-        config = self.state.config
         if plan.decision is Decision.SPARSE:
-            return self._sparse(graph_module, plan, config)
+            return self._sparse(graph_module, plan, plan.config)
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
             return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
         # Heads that all keep the valid tokens can share them.
-        whole = config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=plan.kernel)
+        whole = plan.config.replace(
+            budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=plan.kernel
+        )
         return self._sparse(graph_module, plan, whole)
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]  # torch does not list it
 from torch.fx import Graph, GraphModule
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import attend, budget, compress, decompress, floor, fused, padded, registry, score, select, sparse
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
@@ -138,8 +138,16 @@ def _row(index: int, plan: CallPlan) -> CallRow:
     return CallRow(
         index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
-        detail=plan.detail,
+        detail=plan.detail, budget=_own_budget(plan),
     )  # fmt: skip
+
+
+def _own_budget(plan: CallPlan) -> tuple[str, float] | None:
+    """The budget of a sparse call, where layers have one each."""
+    if plan.decision is not Decision.SPARSE or not isinstance(plan.config.layers, LayerBudgets):
+        return None
+    ((kind, amount),) = budget_dict(plan.config.budget).items()
+    return kind, amount
 
 
 def _shape(value: object) -> tuple[int | str, ...]:

@@ -20,7 +20,7 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import MOST_LAYERS, Layers, TSAConfig
+from tsa_compile.config import MOST_LAYERS, LayerBudgets, Layers, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
@@ -174,7 +174,7 @@ def chosen_layers(text: str, source: Source) -> tuple[Layers | None, Calibration
         ConfigError: it names none, or the calibration is of a model with another number of layers.
     """
     found = texts.layers(text)
-    if found is None or isinstance(found, tuple):
+    if found is None or isinstance(found, (tuple, LayerBudgets)):
         return found, None
     if len(found.layers) != source.layers:
         count = len(found.layers)
