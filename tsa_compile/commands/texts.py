@@ -19,7 +19,7 @@ from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, 
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibrated import Calibrated
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -72,7 +72,9 @@ def budget(text: str) -> Budget:
 def setting(text: str) -> tuple[dict[str, Any], bool]:
     """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected."""
     first, *others = text.split(",")
-    changes: dict[str, Any] = {"budget": budget(first)}
+    calibrated = first.startswith("layers=")  # which may have a budget each
+    changes: dict[str, Any] = {} if calibrated else {"budget": budget(first)}
+    others = [first, *others] if calibrated else others
     random = False
     for part in others:
         name, _, value = (word.strip() for word in part.partition("="))
@@ -118,13 +120,13 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> Layers | Calibration | None:
+def layers(text: str) -> Layers | Calibrated | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:
         ConfigError: neither, or a file that is no calibration.
     """
-    from tsa_compile.calibration import PRESETS, Calibration
+    from tsa_compile.calibration import PRESETS, load_calibration
 
     text = text.strip()
     if text == "upper":
@@ -134,7 +136,7 @@ def layers(text: str) -> Layers | Calibration | None:
     if text in PRESETS:
         return PRESETS[text].layers
     if text.endswith(".json") or os.path.isfile(text):
-        return Calibration.load(text)
+        return load_calibration(text)
     parts = names(text)
     if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
