@@ -17,7 +17,20 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, floor, fused, padded, registry, score, select, sparse
+from tsa_compile.kernels import (
+    attend,
+    budget,
+    cached,
+    compress,
+    decompress,
+    floor,
+    fused,
+    padded,
+    registry,
+    score,
+    select,
+    sparse,
+)
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -33,7 +46,7 @@ from tsa_compile.passes.verify import Verify
 from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, padded, fused, sparse)
+OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py
@@ -138,15 +151,16 @@ def _row(index: int, plan: CallPlan) -> CallRow:
     return CallRow(
         index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
-        detail=plan.detail, budget=_own_budget(plan),
+        detail=plan.detail,
+        budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,
     )  # fmt: skip
 
 
-def _own_budget(plan: CallPlan) -> tuple[str, float] | None:
-    """The budget of a sparse call, where layers have one each."""
-    if plan.decision is not Decision.SPARSE or not isinstance(plan.config.layers, LayerBudgets):
+def own_budget(config: TSAConfig) -> tuple[str, float] | None:
+    """What the row of a sparse call says of its budget: that of its layer's configuration, where layers have one each."""
+    if not isinstance(config.layers, LayerBudgets):
         return None
-    ((kind, amount),) = budget_dict(plan.config.budget).items()
+    ((kind, amount),) = budget_dict(config.budget).items()
     return kind, amount
 
 

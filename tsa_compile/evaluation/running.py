@@ -73,7 +73,8 @@ class Runner:
             The outcomes, and float32 [B, A, V] for answers of at most A tokens.
 
         Raises:
-            ConfigError: no layer became sparse under a setting with a configuration, or there is too little memory.
+            ConfigError: no layer became sparse or runs by `dense_kernel` under a setting with a configuration, or there is too
+                little memory.
         """
         with torch.inference_mode(), dynamo_remembers():
             try:
@@ -101,7 +102,7 @@ class Runner:
         if self.setting.config is not None and not self._checked:
             made = reports()[-self.probe.graphs :] if self.probe.graphs else []
             rows = [row for report in made for row in report.rows]
-            if not any(row.decision is Decision.SPARSE for row in rows):
+            if not any(row.decision in (Decision.SPARSE, Decision.KERNEL) for row in rows):
                 reasons = ", ".join(sorted({str(row.reason) for row in rows})) or "no attention call was found"
                 raise ConfigError(
                     f"{self.setting.name} at {length:,} tokens: no layer became sparse ({reasons}); choose other layers or "
