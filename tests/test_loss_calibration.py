@@ -185,6 +185,7 @@ def options(**changes):
         ({"config": TSAConfig()}, "1,152 are always kept"),
         ({"config": BASE.replace(layers=[3])}, r"indices of the layers 0 to 2"),
         ({"config": BASE.replace(layers=["a*"])}, "indices of the layers"),
+        ({"config": BASE.replace(dense_kernel="a_shape")}, "config.dense_kernel='a_shape'"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )

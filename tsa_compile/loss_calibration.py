@@ -139,6 +139,11 @@ def calibrate_loss(
         ConfigError: an option or prompt is not allowed, no layer can be sparse, or no prompt is long enough to matter.
     """
     base = TSAConfig() if config is None else config
+    if base.dense_kernel is not None:
+        raise ConfigError(
+            f"config.dense_kernel={base.dense_kernel!r} is not measured here: what is sparse is compared with dense. "
+            "Leave it out, and name it behind: found.config(dense_kernel=...)"
+        )
     levels = _levels(ratios)
     allowed = _max_kl(max_kl)
     check_int("answer", answer, 1)
