@@ -38,10 +38,12 @@ class CallPlan:
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
     `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
+    `config`: what holds for its layer.
     """
 
     call: AttentionCall
     place: Place
+    config: TSAConfig
     mask: MaskInfo | None = None
     selected: bool = False
     padding: Node | None = None

@@ -67,18 +67,18 @@ class PlanCalls(Pass):
             with self.state.attempt(plan, graph_module.graph, "planning"):
                 self._decide(plan, reason, share)
         self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
-        if isinstance(self.state.config.budget, Coverage) and self.state.config.budget.tau > 0:
-            self._refuse_split_heads(graph_module)
+        self._refuse_split_heads(graph_module)
         planned = sum(plan.decision is not Decision.UNCHANGED for plan in self.state.plans)
         return self.result(graph_module, planned, modified=False)
 
     def _refuse_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
-        sparse = [plan.call.layer for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE and _needs_all_heads(plan)]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
         if found is not None:
+            name, budget = sparse[0].call.layer, sparse[0].config.budget
             raise ConfigError(
-                f"budget={self.state.config.budget!r} is not possible in {sparse[0]!r}: the graph runs on several devices "
+                f"budget={budget!r} is not possible in {name!r}: the graph runs on several devices "
                 f"that each have some of the heads ({found}), and Coverage keeps what matters in the mean over all heads. "
                 "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
             )
@@ -97,7 +97,7 @@ class PlanCalls(Pass):
 
     def _settled(self, plan: CallPlan, sparse_layers: float) -> TSAConfig:
         """The configuration by which the length of a call is judged; of `sparse_layers`, the share of them."""
-        return self.state.config
+        return plan.config
 
     def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
@@ -120,11 +120,15 @@ class PlanCalls(Pass):
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
             return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
         try:
-            plan.kernel = kernel_of(*_operands(plan), plan.decision, self.state.config)
+            plan.kernel = kernel_of(*_operands(plan), plan.decision, plan.config)
         except KernelError as error:  # a kernel that was asked for by name and does not fit this call
             plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
         return None
+
+
+def _needs_all_heads(plan: CallPlan) -> bool:
+    return isinstance(plan.config.budget, Coverage) and plan.config.budget.tau > 0
 
 
 def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]  # torch does not list it
 from torch.fx import Graph, GraphModule
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import (
@@ -155,7 +155,16 @@ def _row(index: int, plan: CallPlan) -> CallRow:
         index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
+        budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,
     )  # fmt: skip
+
+
+def own_budget(config: TSAConfig) -> tuple[str, float] | None:
+    """What the row of a sparse call says of its budget: that of its layer's configuration, where layers have one each."""
+    if not isinstance(config.layers, LayerBudgets):
+        return None
+    ((kind, amount),) = budget_dict(config.budget).items()
+    return kind, amount
 
 
 def _shape(value: object) -> tuple[int | str, ...]:
