@@ -6,13 +6,13 @@
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
 The queries are the last Lq of Lk positions, so causality is aligned lower right. No operator of torch's says so for every
-kernel; each kernel of the registry that can has `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its full
+kernel; those of the registry that can have `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its full
 rate: all queries over the past without causality, and the chunk over itself, merged by their log-sum-exp,
 
     out = (exp(l) o + exp(l') o') / (exp(l) + exp(l'))
 
-which reads and writes 3 B H Lq Dv elements more. Where no kernel has it, and for few rows, rows are computed in blocks with the
-boolean mask [rows, keys] of each.
+which reads and writes 3 B H Lq Dv elements more. Where no kernel has it, and for few rows, rows are computed in blocks with
+the boolean mask [rows, keys] of each.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:
-    """kv <= q + Lk - Lq: bool [Lq, Lk]."""
+    """Where kv <= q + Lk - Lq: bool [Lq, Lk]."""
     return torch.arange(key.shape[2], device=query.device) <= query_positions(query, key)[:, None]
 
 
@@ -66,7 +66,7 @@ def query_positions(query: Tensor, key: Tensor) -> Tensor:
 
 
 def check_lengths(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """ValueError where key and value differ in length, which a graph with symbolic lengths may not know, or are too short."""
+    """ValueError where key and value differ in length, as a graph with symbols for them cannot know, or are too short."""
     if key.shape[2] != value.shape[2] or key.shape[2] < query.shape[2]:
         raise ValueError(
             f"tsa::{op}: {query.shape[2]} queries over {key.shape[2]} keys and {value.shape[2]} values; expected as many "

@@ -221,7 +221,9 @@ class _Reading:
         causal = any(bound == 0 for bound in upper) and all(_at_least_zero(bound) for bound in upper)
         band = all(_at_least_zero(bound) for bound in upper) and all(_at_least_zero(-bound) for bound in lower)
         query = f"q + {past}" if past != 0 else "q"
-        said = " and ".join([f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower])
+        said = " and ".join(
+            [f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower]
+        )
         if not band or (bool(upper) != bool(lower) and not causal):
             return MaskKind.OPAQUE, said
         if self.kinds:

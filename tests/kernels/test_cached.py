@@ -46,7 +46,9 @@ def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.integers(1, 40), st.integers(0, 40), st.integers(0, 9))
+@given(
+    st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.integers(1, 40), st.integers(0, 40), st.integers(0, 9)
+)
 def test_any_sizes(batch, heads, rows, past, seed):
     operands = chunk(rows, batch=batch, heads=heads[0], kv_heads=heads[1], seq_len=rows + past, dim=8, seed=seed)
     close(cached_attention(*operands, 0.35), expected(*operands, 0.35))

@@ -1,0 +1,106 @@
+"""Prompts in chunks through the caches of transformers: tiny models with random weights, against the whole prompt."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tsa_compile import Decision, TSAConfig, reports, tsa_backend
+
+from .support import difference, mixed_padding, slow_but, tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+EXACT = TSAConfig(layers=[], compiler="eager")
+ATOL = 1e-5
+CHUNK, LENGTH = 20, 110
+PADDING = mixed_padding(LENGTH, (0, 30, 4))
+"""On the left alone: over a whole chunk of one item."""
+BEHIND = {False: "causal (behind a cache)", True: "causal+padding (behind a cache)"}
+
+
+def chunks(model, ids, mask=None, size=CHUNK, cache=None):
+    """The logits of a prompt that goes through a model in chunks."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    found = []
+    with torch.no_grad():
+        for low in range(0, ids.shape[1], size):
+            seen = {} if mask is None else {"attention_mask": mask[:, : low + size]}
+            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
+    return torch.cat(found, dim=1)
+
+
+def whole(model, ids, mask=None):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits
+
+
+def read_masks(graph_module, rows=CHUNK):
+    """The Boolean tensors with a row for each query in a graph: masks of chunks."""
+    values = [node.meta.get("example_value") for node in graph_module.graph.nodes]
+    return [
+        v for v in values if isinstance(v, torch.Tensor) and v.dim() > 1 and v.dtype == torch.bool and v.shape[-2] == rows
+    ]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "name, form", slow_but([("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa"), ("gpt2", "sdpa")], ("llama", "sdpa"))
+)
+def test_chunks_equal_the_whole_prompt(name, form, padded):
+    """Three graphs serve all chunks: the first, the second, and from the third on one of any length of the cache."""
+    model, graphs = tiny(name, form), []
+
+    def keep(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    config = EXACT.replace(compiler=keep)
+    compiled = torch.compile(model, backend="tsa", options={"config": config})
+    ids, mask = tokens(3, LENGTH), PADDING if padded and form == "sdpa" else None
+    got = chunks(compiled, ids[:, :100], None if mask is None else mask[:, :100])
+    assert difference(got, whole(model, ids, mask)[:, :100], None if mask is None else mask[:, :100]) < ATOL
+    _, *behind = reports()
+    assert len(behind) == 2, "nothing is compiled from the third chunk on"
+    decision = Decision.DENSE if mask is None else Decision.DENSE_PADDED
+    for report in behind:
+        assert {(row.decision, row.mask) for row in report} == {(decision, BEHIND[mask is not None])}
+    assert not any(map(read_masks, graphs)), "no mask of a chunk is left"
+
+
+@pytest.mark.parametrize("name", slow_but(["gemma3", "mistral"], "gemma3"))
+def test_windows_of_caches_stay_as_they_are(name):
+    """Layers whose cache holds a window keep their mask; full ones beside them lose it."""
+    model = tiny(name)
+    compiled = torch.compile(model, backend="tsa", options={"config": EXACT})
+    ids = tokens(3, 80)
+    assert difference(chunks(compiled, ids), whole(model, ids)) < ATOL
+    full = 0 if name == "mistral" else 2
+    assert [report.dense for report in reports()] == [full] * 3
+    assert [report.unchanged for report in reports()] == [3 - full] * 3
+
+
+def test_a_filled_cache_goes_on():
+    """A conversation's next turn is prefilled behind what the cache holds, whatever was there before."""
+    model = tiny("llama", num_hidden_layers=2)
+    compiled = torch.compile(model, backend="tsa", options={"config": EXACT}, dynamic=True)
+    cache, ids = DynamicCache(config=model.config), tokens(3, LENGTH)
+    expected = whole(model, ids)
+    low = 0
+    for high in (40, 41, 42, 67, LENGTH):
+        with torch.no_grad():
+            logits = compiled(ids[:, low:high], past_key_values=cache).logits
+        assert difference(logits, expected[:, low:high]) < ATOL
+        low = high
+    assert reports()[-1].dense == 2
+
+
+def test_generate():
+    """`prefill_chunk_size` is all that a user sets."""
+    model = tiny("llama", pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=PADDING)
+    settings = dict(max_new_tokens=4, do_sample=False)
+    plain = model.generate(**inputs, **settings)
+    model.forward = torch.compile(model.forward, backend=tsa_backend, options={"config": EXACT})
+    assert torch.equal(model.generate(**inputs, prefill_chunk_size=CHUNK, **settings), plain)
+    prefill = [report for report in reports() if report.dense_padded]
+    assert [report.dense_padded for report in prefill] == [3] * len(prefill) and len(prefill) <= 4
