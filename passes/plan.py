@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, Layers, TSAConfig
@@ -109,16 +110,16 @@ class PlanCalls(Pass):
         if reason is None and cached:
             reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
-            reason, detail = _sparse_obstacle(plan, self._settled(plan, sparse_layers), sparse_layers)
+            reason, detail = sparse_obstacle(*_operands(plan), self._settled(plan, sparse_layers), sparse_layers)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None and not cached:
+        elif not cached and self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
             return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
         try:
-            plan.kernel = _kernel(plan, self.state.config)
+            plan.kernel = kernel_of(*_operands(plan), plan.decision, self.state.config)
         except KernelError as error:  # a kernel that was asked for by name and does not fit this call
             plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
@@ -207,20 +208,25 @@ def _is_positive(scale: Any) -> bool:
     return bool(value > 0)
 
 
-def _sparse_obstacle(plan: CallPlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
+def _operands(plan: CallPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, as fakes."""
+    return fake(plan.call.query), fake(plan.call.key), fake(plan.call.value)
+
+
+def sparse_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, config: TSAConfig, sparse_layers: float
+) -> tuple[Reason | None, str]:
     """Why a call whose layer is selected stays dense all the same."""
-    reason, detail = _kernel_obstacle(plan)
+    reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
-    query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
     shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers)
     return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
-def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
+def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
     """Why no kernel of the registry can be asked to run a call."""
-    query, value = fake(plan.call.query), fake(plan.call.value)
     if query.device.type not in _DEVICES:
         return Reason.DEVICE, f"on {query.device.type}"
     if query.dtype not in _DTYPES:
@@ -273,12 +279,11 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, 
     return None, ""
 
 
-def _kernel(plan: CallPlan, config: TSAConfig) -> str:
-    """The kernel that will run at a call: the one configured for it, else the fastest that fits."""
-    query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
+def kernel_of(query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig) -> str:
+    """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none."""
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
-    configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(plan.decision)
-    lse = plan.decision is Decision.SPARSE and config.floor is not None
+    configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
+    lse = decision is Decision.SPARSE and config.floor is not None
     return choose(KernelRequest.of(query, key, value), configured or AUTO, lse=lse).name
