@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tsa_compile import Decision, TSAConfig, reports, tsa_backend
+from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, reports, tsa_backend
 
-from .support import difference, mixed_padding, slow_but, tiny, tokens
+from .support import difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
 EXACT = TSAConfig(layers=[], compiler="eager")
+SPARSE = TSAConfig(layers=[0, 1], window=6, min_tokens=4, budget=Coverage(0), compiler="eager")
 ATOL = 1e-5
 CHUNK, LENGTH = 20, 110
 PADDING = mixed_padding(LENGTH, (0, 30, 4))
@@ -104,3 +105,34 @@ def test_generate():
     assert torch.equal(model.generate(**inputs, prefill_chunk_size=CHUNK, **settings), plain)
     prefill = [report for report in reports() if report.dense_padded]
     assert [report.dense_padded for report in prefill] == [3] * len(prefill) and len(prefill) <= 4
+
+
+BUDGETS = {
+    "floor": (dict(budget=KeepRatio(0.3), floor=Floor(8, 2)), dict(keep_ratio=0.3, floor_window=8, floor_sinks=2), False),
+    "coverage": (dict(budget=Coverage(0.3), floor=Floor(8, 2)), dict(coverage=0.3, floor_window=8, floor_sinks=2), True),
+    "published": (dict(budget=KeepRatio(0.5), floor=None), dict(keep_ratio=0.5), True),
+}
+
+
+@pytest.mark.parametrize(
+    "name, budget",
+    slow_but([("llama", "floor"), ("llama", "coverage"), ("llama", "published"), ("qwen3", "floor")], ("llama", "floor")),
+)
+def test_sparse_chunks_equal_the_reference(name, budget):
+    """Each chunk selects among all tokens so far, by its own last rows."""
+    options, scalars, padded = BUDGETS[budget]
+    ids, mask = tokens(3, LENGTH)[:, :100], PADDING[:, :100] if padded else None
+    compiled = torch.compile(tiny(name, num_hidden_layers=2), backend="tsa", options={"config": SPARSE.replace(**options)})
+    got = chunks(compiled, ids, mask)
+    with oracle([0, 1], window=6, min_tokens=4, **scalars):
+        expected = chunks(tiny(name, "oracle", num_hidden_layers=2), ids, mask)
+    assert difference(got, expected, mask) < ATOL
+    assert [report.sparse for report in reports()] == [2] * 3, "nothing is compiled from the third chunk on"
+
+
+def test_chunks_of_which_all_is_kept_equal_the_whole_prompt():
+    model = tiny("llama", num_hidden_layers=2)
+    compiled = torch.compile(model, backend="tsa", options={"config": SPARSE})
+    ids, mask = tokens(3, 60), mixed_padding(60, (0, 30, 4))
+    assert difference(chunks(compiled, ids, mask), whole(model, ids, mask), mask) < ATOL
+    assert all(report.sparse == 2 for report in reports())
