@@ -20,13 +20,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention import sdpa_kernel
 
-from tsa_compile.kernels._aten import as_rows
+from tsa_compile.kernels._aten import as_rows, keys_before
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.registry import KernelRequest, choose
-from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.kernels.sdpa import PRIORITY, SDPA
 
 ROWS = 256
 """Query rows of a block, where a block has a mask of its own."""
@@ -60,9 +59,8 @@ def causal_behind(query: Tensor, key: Tensor) -> Tensor:
 
 def query_positions(query: Tensor, key: Tensor) -> Tensor:
     """The queries' positions among the keys': int64 [Lq]."""
-    positions = torch.arange(query.shape[2], device=query.device)
-    past = key.shape[2] - query.shape[2]
-    return positions if statically_known_true(past == 0) else positions + past
+    positions, past = torch.arange(query.shape[2], device=query.device), keys_before(query, key)
+    return positions if isinstance(past, int) and past == 0 else positions + past
 
 
 def check_lengths(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -81,8 +79,7 @@ def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return choose(request).causal(query, key, value, scale)
     if query.is_cuda and rows >= FEW:
         kernel = choose(request, lse=True, behind=True)
-        if kernel.priority > 0:
-            assert kernel.run_behind is not None
+        if kernel is not SDPA and kernel.run_behind is not None:  # that one writes out the products of all rows
             return kernel.run_behind(query, key, value, scale)[0]
     return in_blocks(query, key, value, None, scale)
 

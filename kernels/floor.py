@@ -34,7 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, take_rows
+from tsa_compile.kernels._aten import at_least, keys_before, take_rows
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
@@ -226,14 +226,15 @@ def merge_floor_triton(
     query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
     query, scale_log2 = positive_scale(query, scale)
     batch, heads, rows, dim = query.shape
-    seq_len, past = key.shape[2], key.shape[2] - query.shape[2]
+    seq_len, past = key.shape[2], keys_before(query, key)
+    is_chunk = not (isinstance(past, int) and past == 0)
     selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
     if output is None:
         output = empty_output(query, query.shape[2], value.shape[3])
     if output.numel() == 0:
         return output
     order, valid = row_order, row_valid = (None, None) if padding is None else _order(padding)
-    if padding is not None and past > 0:
+    if padding is not None and is_chunk:
         row_order, row_valid = _order(padding[:, past:])
     align = row_alignment(query, key, value, compressed, output)
     tiles = _tiles(query, key, value, output, whole=padding is None)
@@ -255,7 +256,7 @@ def merge_floor_triton(
         descriptors=(
             *descriptors(rows_tiles, query), *descriptors(tiles, key, value), *descriptors(rows_tiles, output),
         ),
-        BEHIND=past > 0,
+        BEHIND=is_chunk,
         HEADS_PER_SELECTION=heads // selections,
         DIM=dim,
         BLOCK_D=block_dim(dim),

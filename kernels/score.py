@@ -39,9 +39,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
+from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, running_count, take_rows
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows
@@ -220,7 +219,7 @@ def score_triton(
 ) -> Tensor:
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
     batch, heads, _, head_dim = query.shape
-    seq_len, past = key.shape[2], _past(query, key)
+    seq_len, past = key.shape[2], keys_before(query, key)
     query, key = rows_contiguous(query), rows_contiguous(key)
     block_d = block_dim(head_dim)
     tiles = _tiles(query.dtype, block_d, window)
@@ -306,7 +305,7 @@ def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool
 def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """The same in ATen ops, on any device. Holds the weights of 32 rows of the window at a time: [B,H,32,L]."""
     seq_len = key.shape[2]
-    past = _past(query, key)
+    past = keys_before(query, key)
     slots = torch.arange(window, device=query.device)
     if padding is None:
         rank = torch.arange(1, seq_len + 1, device=query.device)[None]
@@ -326,11 +325,6 @@ def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
     if padding is not None:
         scores = torch.where(padding[:, None], scores, -math.inf)
     return scores.to(torch.float32)
-
-
-def _past(query: Tensor, key: Tensor) -> int:
-    """How many keys lie before the first query; 0 where a trace knows that none does."""
-    return 0 if statically_known_true(query.shape[2] == key.shape[2]) else key.shape[2] - query.shape[2]
 
 
 def _valid_before(padding: Tensor, past: int) -> Tensor | int:

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, reports, tsa_backend
 
-from .support import difference, mixed_padding, oracle, slow_but, tiny, tokens
+from .support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -17,17 +17,6 @@ CHUNK, LENGTH = 20, 110
 PADDING = mixed_padding(LENGTH, (0, 30, 4))
 """On the left alone: over a whole chunk of one item."""
 BEHIND = {False: "causal (behind a cache)", True: "causal+padding (behind a cache)"}
-
-
-def chunks(model, ids, mask=None, size=CHUNK, cache=None):
-    """The logits of a prompt that goes through a model in chunks."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    found = []
-    with torch.no_grad():
-        for low in range(0, ids.shape[1], size):
-            seen = {} if mask is None else {"attention_mask": mask[:, : low + size]}
-            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
-    return torch.cat(found, dim=1)
 
 
 def whole(model, ids, mask=None):
@@ -58,7 +47,7 @@ def test_chunks_equal_the_whole_prompt(name, form, padded):
     config = EXACT.replace(compiler=keep)
     compiled = torch.compile(model, backend="tsa", options={"config": config})
     ids, mask = tokens(3, LENGTH), PADDING if padded and form == "sdpa" else None
-    got = chunks(compiled, ids[:, :100], None if mask is None else mask[:, :100])
+    got = chunks(compiled, ids[:, :100], None if mask is None else mask[:, :100], CHUNK)
     assert difference(got, whole(model, ids, mask)[:, :100], None if mask is None else mask[:, :100]) < ATOL
     _, *behind = reports()
     assert len(behind) == 2, "nothing is compiled from the third chunk on"
@@ -74,7 +63,7 @@ def test_windows_of_caches_stay_as_they_are(name):
     model = tiny(name)
     compiled = torch.compile(model, backend="tsa", options={"config": EXACT})
     ids = tokens(3, 80)
-    assert difference(chunks(compiled, ids), whole(model, ids)) < ATOL
+    assert difference(chunks(compiled, ids, None, CHUNK), whole(model, ids)) < ATOL
     full = 0 if name == "mistral" else 2
     assert [report.dense for report in reports()] == [full] * 3
     assert [report.unchanged for report in reports()] == [3 - full] * 3
@@ -123,9 +112,9 @@ def test_sparse_chunks_equal_the_reference(name, budget):
     options, scalars, padded = BUDGETS[budget]
     ids, mask = tokens(3, LENGTH)[:, :100], PADDING[:, :100] if padded else None
     compiled = torch.compile(tiny(name, num_hidden_layers=2), backend="tsa", options={"config": SPARSE.replace(**options)})
-    got = chunks(compiled, ids, mask)
+    got = chunks(compiled, ids, mask, CHUNK)
     with oracle([0, 1], window=6, min_tokens=4, **scalars):
-        expected = chunks(tiny(name, "oracle", num_hidden_layers=2), ids, mask)
+        expected = chunks(tiny(name, "oracle", num_hidden_layers=2), ids, mask, CHUNK)
     assert difference(got, expected, mask) < ATOL
     assert [report.sparse for report in reports()] == [2] * 3, "nothing is compiled from the third chunk on"
 
@@ -134,5 +123,5 @@ def test_chunks_of_which_all_is_kept_equal_the_whole_prompt():
     model = tiny("llama", num_hidden_layers=2)
     compiled = torch.compile(model, backend="tsa", options={"config": SPARSE})
     ids, mask = tokens(3, 60), mixed_padding(60, (0, 30, 4))
-    assert difference(chunks(compiled, ids, mask), whole(model, ids, mask), mask) < ATOL
+    assert difference(chunks(compiled, ids, mask, CHUNK), whole(model, ids, mask), mask) < ATOL
     assert all(report.sparse == 2 for report in reports())
