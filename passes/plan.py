@@ -41,6 +41,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_QUERIES = 16
 """Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
+_DROPPABLE = "where tokens can be dropped"
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.UPPER_LEFT: Reason.NOT_SELF_ATTENTION,
@@ -109,15 +110,12 @@ class PlanCalls(Pass):
         assert plan.mask is not None
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
-        cached = is_behind_cache(plan)
-        if reason is None and cached:
-            reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
             settled = self._settled(plan, sparse_layers)
             reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif not cached and self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
+        elif self._has_dense_kernel(plan):
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
@@ -128,6 +126,12 @@ class PlanCalls(Pass):
             plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
         return None
+
+    def _has_dense_kernel(self, plan: CallPlan) -> bool:
+        """Whether the configured kernel runs a dense call: one over as many queries as keys."""
+        if self.state.config.dense_kernel is None or is_behind_cache(plan):
+            return False
+        return kernel_obstacle(*_operands(plan))[0] is None
 
 
 def _needs_all_heads(plan: CallPlan) -> bool:
@@ -235,7 +239,9 @@ def sparse_obstacle(
         return reason, detail
     shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
+    # Of a chunk all keys are selected from, but what is gained grows with its own length.
+    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
+    return _length_obstacle(length, minimum, why, all_kept_below(config))
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
@@ -273,7 +279,7 @@ def minimum_length(
         return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
     if costs is not None and minimum != shortest(config, None, shape):
         return minimum, f"where the sparse path breaks even on {costs.name}"
-    return minimum, "where tokens can be dropped"
+    return minimum, _DROPPABLE
 
 
 def all_kept_below(config: TSAConfig) -> int:
@@ -307,5 +313,8 @@ def kernel_of(query: Tensor, key: Tensor, value: Tensor, decision: Decision, con
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
-    lse = decision is Decision.SPARSE and config.floor is not None
-    return choose(KernelRequest.of(query, key, value), configured or AUTO, lse=lse).name
+    sparse = decision is Decision.SPARSE
+    behind = sparse and not known(query.shape[2] == key.shape[2])
+    request = KernelRequest.of(query, key, value)
+    chosen = choose(request, configured or AUTO, lse=sparse and config.floor is not None, behind=behind).name
+    return "triton" if behind and query.is_cuda else chosen  # it takes rows of which each head has another number

@@ -38,6 +38,8 @@ def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
+    if row.key[2] != length:  # behind a cache, of which the cost model knows nothing
+        return row
     dense = dense_ms(shape, costs)(length)
     sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length))
     return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)
