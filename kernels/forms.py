@@ -31,6 +31,7 @@ from tsa_compile.errors import KernelError
 from tsa_compile.kernels.attend import attend_aten, attend_lse_aten
 from tsa_compile.kernels.attend_floor import attend_floor_aten
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
+from tsa_compile.kernels.cached import cached_attention_aten
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.flash import flash_triton
@@ -109,7 +110,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, sca
 def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool
 ) -> Tensor:
-    """As tsa::padded_attention at valid tokens; zero at pad tokens."""
+    """As tsa::padded_attention at valid tokens; zero at pad tokens. Queries behind a cache have no such form."""
+    if not statically_known_true(query.shape[2] == key.shape[2]):
+        return padded_attention_aten(query, key, value, padding, valid_ranges, scale, mean_rows)
     batch, seq_len = padding.shape
     order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices.to(torch.int32)  # valid tokens first, as they are
     indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
@@ -132,6 +135,7 @@ _ATEN: Table = {
     tsa.merge_floor.default: merge_floor_aten,
     tsa.attend_floor.default: attend_floor_aten,
     tsa.valid_ranges.default: valid_ranges_aten,
+    tsa.cached_attention.default: cached_attention_aten,
     tsa.padded_attention.default: padded_attention_aten,
 }
 

@@ -1,19 +1,20 @@
 """Dense causal attention with a padding mask, exact for every row and without an L x L tensor.
 
-    out[b, h, i] = sum_t softmax_t(scale * <query[b, h, i], key[b, g, t]>) value[b, g, t]     t <= i with padding[b, t]
+    out[b, h, i] = sum_t softmax_t(scale * <query[b, h, i], key[b, g, t]>) value[b, g, t]     t <= p(i) with padding[b, t]
 
-    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], g = h // (H / G), padding bool [B, L] (True = valid)
-    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]
+    query [B, H, Lq, D], key [B, G, Lk, D], value [B, G, Lk, Dv], g = h // (H / G), padding bool [B, Lk] (True = valid);
+    p(i) = i + Lk - Lq: the queries are the last Lq of Lk positions, all of them or a chunk behind a cache
+    ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
 A row that may look nowhere (no valid token at or before it) is 0, which is what SDPA gives for a boolean mask. With
-`mean_rows` it is the mean of value over all L keys, which is what softmax gives where a mask added a finite
+`mean_rows` it is the mean of value over all Lk keys, which is what softmax gives where a mask added a finite
 -3.4e38 to every logit. Both are what the model computed before, pad rows included.
 
 What the padding leaves of the computation is decided from `valid_ranges`, which costs one host synchronisation for a whole
 graph, since all layers share a padding mask:
 
     all valid             one causal call, at the price of no mask at all
-    one range [s, e)       rows [s, e): causal among themselves;  rows from e: all of [s, e);  rows before s: nowhere
+    one range [s, e)       rows in [s, e): causal behind s;  rows from e: all of [s, e);  rows before s: nowhere
     valid tokens apart    chunks of query rows, each with the [rows, keys] boolean mask of its own
 
 Neighbouring items with equal valid ranges share their calls. Key and value heads are never repeated: where a kernel takes
@@ -25,14 +26,11 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count
+from tsa_compile.kernels.cached import behind, causal_behind, check_lengths, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import empty_output
-from tsa_compile.kernels.registry import KernelRequest, choose
-from tsa_compile.kernels.sdpa import PRIORITY
-
-_CHUNK = 256
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -56,21 +54,22 @@ def _(padding: Tensor) -> Tensor:
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
 ) -> Tensor:
-    """Dense attention under (kv <= q) & padding[b, kv]. See the module's docstring."""
+    """Dense attention under (kv <= q + Lk - Lq) & padding[b, kv]. See the module's docstring."""
+    check_lengths("padded_attention", query, key, value)
     items = [tuple(row) for row in valid_ranges.tolist()]
-    if all(item == (0, query.shape[2], 1) for item in items):
-        return as_rows(_causal(query, key, value, scale))
+    if all(item == (0, key.shape[2], 1) for item in items):
+        return as_rows(behind(query, key, value, scale))
     output = empty_output(query, query.shape[2], value.shape[3])
-    first = 0
+    past, first = key.shape[2] - query.shape[2], 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
         first = group.stop
         parts = (query[group], key[group], value[group])
-        _fill_masked_rows(output[group, :, :start] if stop else output[group], parts[2], mean_rows)
+        _fill_masked_rows(output[group, :, : max(start - past, 0)] if stop else output[group], parts[2], mean_rows)
         if contiguous:
             _fill_range(output[group], *parts, start, stop, scale)
         else:
-            _fill_chunks(output[group], *parts, padding[group], start, stop, scale)
+            _fill_blocks(output[group], *parts, padding[group], start, scale)
     return output
 
 
@@ -98,20 +97,18 @@ def padded_attention_aten(
 
     Costs a bool mask [B, 1, L, L] (256 MB at 16K) and only kernels that take one.
     """
-    positions = torch.arange(query.shape[2], device=query.device)
-    sees = (running_count(padding) > 0)[:, None, :, None]
+    sees = running_count(padding) > 0
+    if not statically_known_true(query.shape[2] == key.shape[2]):
+        sees = sees.index_select(1, query_positions(query, key))
+    sees = sees[:, None, :, None]
     # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
-    allowed = ((positions <= positions[:, None]) & padding[:, None, None, :]) | ~sees
+    allowed = (causal_behind(query, key) & padding[:, None, None, :]) | ~sees
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
     elsewhere = torch.zeros_like(value[:, :, :1])
     if mean_rows:
         elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
     return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return choose(KernelRequest.of(query, key, value)).causal(query, key, value, scale)
 
 
 def _fill_masked_rows(output: Tensor, value: Tensor, mean_rows: bool) -> None:
@@ -126,38 +123,22 @@ def _fill_masked_rows(output: Tensor, value: Tensor, mean_rows: bool) -> None:
 
 
 def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scale: float) -> None:
-    """Rows from start on, where exactly the tokens [start, stop) are valid."""
+    """Rows from position `start` on, where exactly the tokens [start, stop) are valid."""
     if start == stop:
         return
-    valid = slice(start, stop)
-    key, value = key[:, :, valid], value[:, :, valid]
-    output[:, :, valid] = _causal(query[:, :, valid], key, value, scale)
-    if stop < query.shape[2]:
-        output[:, :, stop:] = _shared_keys(query[:, :, stop:], key, value, None, scale)
+    past = key.shape[2] - query.shape[2]
+    first, last = max(start - past, 0), max(stop - past, 0)
+    key, value = key[:, :, start:stop], value[:, :, start:stop]
+    if first < last:
+        output[:, :, first:last] = behind(query[:, :, first:last], key, value, scale)
+    if last < query.shape[2]:
+        output[:, :, last:] = shared_keys(query[:, :, last:], key, value, None, scale)
 
 
-def _fill_chunks(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, start: int, stop: int, scale: float
+def _fill_blocks(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, start: int, scale: float
 ) -> None:
-    """Rows from start on, the first valid token: every row sees that one at least, so no softmax is empty."""
-    positions = torch.arange(query.shape[2], device=query.device)
-    for low in range(start, query.shape[2], _CHUNK):
-        rows = slice(low, low + _CHUNK)
-        keys = slice(start, min(low + _CHUNK, stop))
-        allowed = (positions[keys] <= positions[rows, None]) & padding[:, None, None, keys]
-        output[:, :, rows] = _shared_keys(query[:, :, rows], key[:, :, keys], value[:, :, keys], allowed, scale)
-
-
-def _shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    """Attention [B, H, R, Dv] of R query rows to all keys, or those in `allowed` [B, 1, R, keys].
-
-    Without causality rows are independent, so [B, H, R] becomes [B, G, (H / G) R]: any kernel then shares key heads.
-    """
-    heads, rows = query.shape[1:3]
-    group = heads // key.shape[1]
-    query = query.unflatten(1, (-1, group)).flatten(2, 3)
-    if allowed is not None:
-        allowed = allowed.repeat(1, 1, group, 1)
-    with sdpa_kernel(list(PRIORITY), set_priority=True):
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
-    return out.unflatten(2, (group, rows)).flatten(1, 2)
+    """Rows from position `start` on, the first valid token: every row sees that one at least, so no softmax is empty."""
+    first = max(start - (key.shape[2] - query.shape[2]), 0)
+    seen = (key[:, :, start:], value[:, :, start:], padding[:, start:])
+    output[:, :, first:] = in_blocks(query[:, :, first:], *seen, scale)

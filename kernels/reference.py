@@ -217,14 +217,14 @@ def log_sum_exp(query: Tensor, key: Tensor, count: Tensor | None, scale: float) 
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False
 ) -> Tensor:
-    """Dense attention under (kv <= q) & padding[b, kv]: [B,H,L,Dv].
+    """Dense attention of the last Lq of Lk positions under (kv <= q + Lk - Lq) & padding[b, kv]: [B,H,Lq,Dv].
 
-    A row that may look nowhere (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all L
+    A row that may look nowhere (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all Lk
     keys: what a softmax over equal, finitely masked logits gives.
     """
-    batch, heads, seq_len, _ = query.shape
-    out = query.new_zeros(batch, heads, seq_len, value.shape[-1])
-    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query.device).tril()
+    batch, heads, rows, _ = query.shape
+    out = query.new_zeros(batch, heads, rows, value.shape[-1])
+    causal = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[key.shape[2] - rows :]
     for b in range(batch):
         valid = slice(None) if padding is None else padding[b]
         allowed = causal[:, valid]

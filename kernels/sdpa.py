@@ -68,18 +68,50 @@ def _flash_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple
 
 
 def written_out_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention and its log-sum-exp by products, some rows at a time: for CPUs, and what no kernel takes."""
+    """Causal attention and its log-sum-exp by products, some rows at a time: for CPUs, and what no kernel takes.
+
+    Queries may be fewer than keys, and are the last ones then.
+    """
     wide, rows = torch.promote_types(query.dtype, torch.float32), query.shape[2]
+    past = key.shape[2] - rows
     key, value = (_repeated(tensor, query).to(wide) for tensor in (key, value))
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=wide)
     for first in range(0, rows, _ROWS):
         last = min(first + _ROWS, rows)
-        logits = scale * query[:, :, first:last].to(wide) @ key[:, :, :last].mT
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(first + 1), float("-inf"))
+        logits = scale * query[:, :, first:last].to(wide) @ key[:, :, : past + last].mT
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(past + first + 1), float("-inf"))
         lse[:, :, first:last] = logits.logsumexp(-1)
-        out[:, :, first:last] = (logits.softmax(-1) @ value[:, :, :last]).to(out.dtype)
+        out[:, :, first:last] = (logits.softmax(-1) @ value[:, :, : past + last]).to(out.dtype)
     return out, lse.float()
+
+
+def _cudnn_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Two calls, over the keys before the queries and among the queries, merged; cuDNN takes no few rows."""
+    past = key.shape[2] - query.shape[2]
+    if min(past, query.shape[2]) < _CUDNN_ROWS or not query.is_cuda:
+        return written_out_lse(query, key, value, scale)
+    own = _cudnn_lse(query, key[:, :, past:], value[:, :, past:], scale)
+    group = query.shape[1] // key.shape[1]
+    rows = query.unflatten(1, (-1, group)).flatten(2, 3)  # without causality a group's heads are further rows
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    operands = (rows, key[:, :, :past], value[:, :, :past], None, True, 0.0, False, False)
+    out, lse = attention(*operands, scale=scale)[:2]
+    out, lse = (part.unflatten(2, (group, -1)).flatten(1, 2) for part in (out, lse.reshape(rows.shape[:3])))
+    return merged(*own, out, lse)
+
+
+def _flash_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2's operator aligns causality lower right where lengths differ."""
+    if not query.is_cuda:
+        return written_out_lse(query, key, value, scale)
+    return _flash_lse(query, key, value, scale)
+
+
+def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over two sets of keys from that over each, and its log-sum-exp: [B, H, R, Dv], float32 [B, H, R]."""
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
 def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
@@ -131,6 +163,7 @@ CUDNN = AttentionKernel(
     "cudnn",
     run=_cudnn,
     run_lse=_cudnn_lse,
+    run_behind=_cudnn_behind,
     supports=functools.partial(_refusal, SDPBackend.CUDNN_ATTENTION),
     priority=30,
     round_rows=plan_rows,
@@ -139,7 +172,15 @@ FLASH = AttentionKernel(
     "flash",
     run=functools.partial(_sdpa, backends=PRIORITY[1:]),
     run_lse=_flash_lse,
+    run_behind=_flash_behind,
     supports=functools.partial(_refusal, SDPBackend.FLASH_ATTENTION),
     priority=20,
 )
-SDPA = AttentionKernel("sdpa", run=_run_plain, run_lse=written_out_lse, supports=lambda request: None, priority=0)
+SDPA = AttentionKernel(
+    "sdpa",
+    run=_run_plain,
+    run_lse=written_out_lse,
+    run_behind=written_out_lse,
+    supports=lambda request: None,
+    priority=0,
+)

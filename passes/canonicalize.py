@@ -3,6 +3,7 @@
     before   m = <arange, <=, &, padding[b, kv], expand ...>                              [B, 1, L, L]
              o = sdpa(q, repeat(k), repeat(v), attn_mask=m)      or softmax(q @ k.mT * s + m) @ v
     after    o = sdpa(q, k, v, is_causal=True, enable_gqa=True)                           mask proven causal
+             o = tsa.cached_attention(q, k, v, s)                                         causal, q the last of k's positions
              o = tsa.padded_attention(q, k, v, padding, valid_ranges, s)                         causal and padding [B, L]
 
 Both compute what the model computes; the clean-up then removes what built the mask.
@@ -18,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
-from tsa_compile.passes.graph import fake, insert
+from tsa_compile.passes.graph import fake, insert, known
 from tsa_compile.report import Decision
 
 
@@ -59,6 +60,8 @@ def _is_canonical(call: AttentionCall) -> bool:
 def _causal(graph: Graph, call: AttentionCall) -> Node:
     key, value = call.key, call.value
     query = fake(call.query)
+    if not known(query.shape[2] == fake(key).shape[2]):
+        return insert(graph, torch.ops.tsa.cached_attention.default, call.query, key, value, scale_of(call))
     if call.peeled and query.device.type == "cuda" and query.dtype == torch.float32:
         assert call.wide_key is not None and call.wide_value is not None
         key, value = call.wide_key, call.wide_value  # no fused float32 kernel takes grouped heads

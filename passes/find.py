@@ -166,7 +166,8 @@ def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem |
         return Reason.UNSUPPORTED_FORM, f"{heads} query heads over {kv_heads} key and {v.shape[1]} value heads"
     if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0])):
         return Reason.UNSUPPORTED_FORM, "query, key and value are broadcast against each other"
-    if not known(k.shape[2] == v.shape[2]):  # a decode step over caches whose lengths are separate symbols
+    # Caches' lengths may be separate symbols. Attention over as many keys as values works alone, and ours asks as it runs.
+    if known(k.shape[2] != v.shape[2]) or (known(q.shape[2] == k.shape[2]) and not known(k.shape[2] == v.shape[2])):
         return Reason.NOT_SELF_ATTENTION, f"{q.shape[2]} queries over {k.shape[2]} keys and {v.shape[2]} values"
     return None
 

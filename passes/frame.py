@@ -84,7 +84,7 @@ def _translator() -> Any:
 
 def _read(graph_module: GraphModule, translator: Any) -> Frame:
     begins = not translator.f_code.co_name.startswith(_RESUMED)
-    running = list(_running())
+    running = list(running_modules())
     root = _root(graph_module, translator)
     if root is None:
         return Frame(None, {}, {}, part=bool(running), begins=begins)
@@ -109,7 +109,7 @@ def _read(graph_module: GraphModule, translator: Any) -> Frame:
     )
 
 
-def _running() -> Iterator[Module]:
+def running_modules() -> Iterator[Module]:
     """The modules whose calls are on Python's stack, the innermost first."""
     frame = sys._getframe()
     while frame is not None:

@@ -16,7 +16,7 @@ was compiled, and kept its first layers only, cannot be told from a model that n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
@@ -138,14 +138,69 @@ def places_of(calls: list[AttentionCall], graph_module: GraphModule, frame: Fram
     return _Stacks(calls, graph_module, frame).places()
 
 
+def place_in(kinds: Mapping[str, type], name: str) -> Place:
+    """The place of the module of this name in a model whose modules, all of them, have these names and classes."""
+    return _Numbering(kinds, [name], kinds, whole=True).place(name, tuple(dict.fromkeys(aliases(name))) or (name,))
+
+
+class _Numbering:
+    """Which number in a module's name is its layer's, and how many layers there are.
+
+    held: the names of all modules at hand. names: those with attention calls. kinds: the class of each name, where known.
+    whole: nothing of the model is missing, so that a container's members are all there.
+    """
+
+    def __init__(self, held: Iterable[str], names: Iterable[str], kinds: Mapping[str, type], whole: bool) -> None:
+        self.numbers = _numbers_by_container(held)
+        self.names, self.kinds, self.whole = set(names), kinds, whole
+
+    def place(self, name: str, names: tuple[str, ...]) -> Place:
+        """The place of a module, which is shown by the first of `names`."""
+        position, doubt = self._position(name)
+        if position is None:
+            return Place(names, doubt=doubt)
+        parts = name.split(".")
+        container, number = ".".join(parts[:position]), int(parts[position])
+        count = self._count(container)
+        doubt = "" if count is not None else "how many layers there are is not known in this part of the model"
+        return Place(names, number, unwrapped(_starred(name, [position])), count, doubt)
+
+    def _position(self, name: str) -> tuple[int | None, str]:
+        """Where in a name the layer's number stands, or why none of its numbers is known to be that."""
+        numbered = _numbered(name)
+        if not numbered:
+            return None, "its module has no number"
+        alike = self._alike(name, numbered)
+        telling = [position for at, position in enumerate(numbered) if len({each[at] for each in alike}) == len(alike)]
+        if len(alike) > 1 and len(telling) == 1:
+            return telling[0], ""
+        container = ".".join(name.split(".")[: numbered[0]])
+        if len(numbered) == 1 and self.numbers[container] == {int(name.split(".")[numbered[0]])}:
+            return numbered[0], ""
+        return None, "the numbers in its module's name do not say which layer it is"
+
+    def _alike(self, name: str, numbered: list[int]) -> set[tuple[str, ...]]:
+        """The numbers in the names of all calls, and of all modules of the same class, that are named alike."""
+        kind = self.kinds.get(name)
+        others = {name, *self.names, *(other for other, its_kind in self.kinds.items() if its_kind is kind)}
+        pattern = _starred(name, numbered)
+        alike = (other.split(".") for other in others if _starred(other, _numbered(other)) == pattern)
+        return {tuple(parts[position] for position in numbered) for parts in alike}
+
+    def _count(self, container: str) -> int | None:
+        numbers = self.numbers[container]
+        return len(numbers) if self.whole and numbers == set(range(len(numbers))) else None
+
+
 class _Stacks:
     """The calls of a graph beside the modules that its frame holds: which number of a name is the layer's."""
 
     def __init__(self, calls: list[AttentionCall], graph_module: GraphModule, frame: Frame | None) -> None:
         self.calls, self.graph_module, self.frame = calls, graph_module, frame
         self.names = [self._name(call.node) for call in calls]
-        held = set(frame.kinds) if frame is not None else set()
-        self.numbers = _numbers_by_container(held or {self._name(node) for node in graph_module.graph.nodes})
+        kinds = frame.kinds if frame is not None else {}
+        held = set(kinds) or {self._name(node) for node in graph_module.graph.nodes}
+        self.numbering = _Numbering(held, self.names, kinds, is_whole(graph_module))
         applications: dict[str, set[str]] = {}
         for call, name in zip(calls, self.names, strict=True):
             applications.setdefault(name, set()).add(str(call.node.meta.get("nn_module_stack")))
@@ -171,48 +226,15 @@ class _Stacks:
 
     def _place(self, call: AttentionCall, name: str) -> Place:
         names = tuple(dict.fromkeys([unwrapped(name) or call.node.name, *aliases(name), *aliases(module_name(call.node))]))
-        position, doubt = self._position(name)
-        if position is None:
-            above = self.frame.siblings if self.frame is not None else ()
-            possible = (alias for sibling in above for alias in aliases(f"{sibling}.{name}".strip(".")))
-            return Place(names, doubt=doubt, possible=tuple(possible))
-        parts = name.split(".")
-        container, number = ".".join(parts[:position]), int(parts[position])
-        count = self._count(container)
-        doubt = "" if count is not None else "how many layers there are is not known in this part of the model"
-        return Place(names, number, unwrapped(_starred(name, [position])), count, doubt)
-
-    def _position(self, name: str) -> tuple[int | None, str]:
-        """Where in a name the layer's number stands, or why none of its numbers is known to be that."""
-        numbered = _numbered(name)
         if self.frame is not None and self.frame.repeated:
-            return None, "Dynamo compiles its module by itself, once for all of its class"
-        if not numbered:
-            return None, "its module has no number"
+            doubt = "Dynamo compiles its module by itself, once for all of its class"
+            possible = (alias for sibling in self.frame.siblings for alias in aliases(f"{sibling}.{name}".strip(".")))
+            return Place(names, doubt=doubt, possible=tuple(possible))
         if name in self.repeated:
-            return None, "one module is applied several times"
-        alike = self._alike(name, numbered)
-        telling = [position for at, position in enumerate(numbered) if len({each[at] for each in alike}) == len(alike)]
-        if len(alike) > 1 and len(telling) == 1:
-            return telling[0], ""
-        container = ".".join(name.split(".")[: numbered[0]])
-        if len(numbered) == 1 and self.numbers[container] == {int(name.split(".")[numbered[0]])}:
-            return numbered[0], ""
-        return None, "the numbers in its module's name do not say which layer it is"
-
-    def _alike(self, name: str, numbered: list[int]) -> set[tuple[str, ...]]:
-        """The numbers in the names of all calls, and of all modules of the same class, that are named alike."""
-        others = {name, *self.names}
-        if self.frame is not None:
-            kind = self.frame.kinds.get(name)
-            others.update(other for other, its_kind in self.frame.kinds.items() if its_kind is kind)
-        pattern = _starred(name, numbered)
-        alike = (other.split(".") for other in others if _starred(other, _numbered(other)) == pattern)
-        return {tuple(parts[position] for position in numbered) for parts in alike}
-
-    def _count(self, container: str) -> int | None:
-        numbers = self.numbers[container]
-        return len(numbers) if is_whole(self.graph_module) and numbers == set(range(len(numbers))) else None
+            return Place(
+                names, doubt="one module is applied several times" if _numbered(name) else "its module has no number"
+            )
+        return self.numbering.place(name, names)
 
 
 def unwrapped(name: str) -> str:
@@ -262,21 +284,33 @@ def not_found(places: list[Place], config: TSAConfig, graph_module: GraphModule,
     A graph that is part of a model need not have them: they count as missing if no module of the model is named so. A
     stage of a pipeline has some of the layers too, so this is never an error.
     """
-    found = {layer for layer in config.layers or () for place in places if is_named(layer, place.number, place.names)}
-    unused = [layer for layer in config.layers or () if layer not in found]
+    unused = unused_layers(places, config)
     if not unused or not places:
         return None
     if not is_model(graph_module, frame):
-        unused = [layer for layer in unused if frame is not None and frame.outside and not _is_outside(layer, frame)]
+        unused = [layer for layer in unused if frame is not None and frame.outside and not is_among(layer, frame.outside)]
     if any(place.number is None for place in places):
         unused = [layer for layer in unused if isinstance(layer, str)]
-    return f"layers={unused!r} not found: the attention calls here are {_present(places)}" if unused else None
+    return said_of_unused(unused, places) if unused else None
 
 
-def _is_outside(layer: int | str, frame: Frame) -> bool:
+def unused_layers(places: list[Place], config: TSAConfig) -> list[int | str]:
+    """The entries of `layers` that none of the places has."""
+    named = (layer for layer in config.layers or () for place in places if is_named(layer, place.number, place.names))
+    found = set(named)
+    return [layer for layer in config.layers or () if layer not in found]
+
+
+def said_of_unused(unused: list[int | str], places: list[Place]) -> str:
+    """What to say of layers that were named and are nowhere."""
+    return f"layers={unused!r} not found: the attention calls here are {_present(places)}"
+
+
+def is_among(layer: int | str, names: Iterable[str]) -> bool:
+    """Whether an entry of `layers` may mean one of these modules, by a part of its name."""
     if isinstance(layer, int):
-        return any(str(layer) in name.split(".") for name in frame.outside)
-    parts = (name.split(".") for name in frame.outside)
+        return any(str(layer) in name.split(".") for name in names)
+    parts = (name.split(".") for name in names)
     return is_named(layer, None, (".".join(part[start:]) for part in parts for start in range(len(part))))
 
 

@@ -16,8 +16,9 @@ class MaskKind(StrEnum):
     """The meanings that a rewrite can tell apart; only the causal ones are rewritten."""
 
     NONE = "none"
-    CAUSAL = "causal"
+    CAUSAL = "causal"  # kv <= q + Lk - Lq: of the last Lq positions each sees itself and those before it
     CAUSAL_PADDING = "causal+padding"
+    UPPER_LEFT = "causal, aligned upper left"  # kv <= q where Lk may differ from Lq
     PADDING = "padding"
     SLIDING_WINDOW = "sliding window"
     CHUNKED = "chunked"

@@ -4,8 +4,9 @@
     after    MaskInfo(kind=CAUSAL_PADDING, padding=attention_mask[b, kv] != 0)
 
 The mask is evaluated at the symbolic position (b, h, q, kv) (`symbolic.py`), which gives a formula of what is allowed
-(`predicate.py`). Its conjunctive normal form is then read clause by clause: `kv <= q` makes it causal, clauses without q
-and h are padding, `kv > q - W` is a sliding window. Whatever is left unread makes the mask opaque. Nothing is assumed.
+(`predicate.py`). Its conjunctive normal form is then read clause by clause: `kv <= q` makes it causal (behind a cache
+`kv <= q + Lk - Lq`), clauses without q and h are padding, `kv > q - W` is a sliding window. Whatever is left
+unread makes the mask opaque. Nothing is assumed.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     if len(allowed.free_symbols) > MAX_ATOMS:
         return MaskInfo(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
     normal = sympy.to_cnf(sympy.simplify_logic(allowed, form="cnf"))
-    reading = _Reading(atoms.table)
+    reading = _Reading(atoms.table, sympy.expand(atoms.sizes[KV] - atoms.sizes[Q]))
     for clause in sympy.And.make_args(normal):
         reading.read(clause)
     kind, detail = reading.verdict()
@@ -165,12 +166,15 @@ def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> b
 
 
 class _Reading:
-    """Reads a conjunctive normal form clause by clause and remembers what each was."""
+    """Reads a conjunctive normal form clause by clause and remembers what each was.
 
-    def __init__(self, table: dict[sympy.Symbol, Atom]) -> None:
-        self.table = table
+    `past`: Lk - Lq, how many keys lie before the queries. The position of query q among the keys is q + past.
+    """
+
+    def __init__(self, table: dict[sympy.Symbol, Atom], past: sympy.Expr) -> None:
+        self.table, self.past = table, past
         self.padding: list[Boolean] = []
-        self.upper: list[int] = []  # kv - q <= upper
+        self.upper: list[sympy.Expr] = []  # kv - q <= upper
         self.lower: list[sympy.Expr] = []  # kv - q >= lower
         self.kinds: list[MaskKind] = []
         self.unread: list[str] = []
@@ -201,20 +205,33 @@ class _Reading:
             self.unread.append(str(literal))
 
     def verdict(self) -> tuple[MaskKind, str]:
-        """What the whole mask is. Several bounds on kv - q: only a single one at zero is causal."""
+        """What the whole mask is."""
         if self.unread:
             return MaskKind.OPAQUE, self.unread[0]
-        causal = any(bound == 0 for bound in self.upper) and all(_at_least_zero(bound) for bound in self.upper)
-        band = all(_at_least_zero(bound) for bound in self.upper) and all(_at_least_zero(-bound) for bound in self.lower)
-        bounds = [f"kv <= q + {bound}" for bound in self.upper] + [f"kv >= q - {-bound}" for bound in self.lower]
-        if not band or (bool(self.upper) != bool(self.lower) and not causal):
-            return MaskKind.OPAQUE, " and ".join(bounds)
+        kind, detail = self._band(self.past, "behind a cache" if self.past != 0 else "")
+        if kind is MaskKind.OPAQUE and self.past != 0:  # positions of queries may count from the first key on
+            kind, detail = self._band(sympy.Integer(0), "")
+            causal = kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING)
+            return (MaskKind.UPPER_LEFT if causal else kind), detail
+        return kind, detail
+
+    def _band(self, past: sympy.Expr, where: str) -> tuple[MaskKind, str]:
+        """The kind, if query q is at position q + past. Several bounds on kv - (q + past): only one at zero is causal."""
+        upper, lower = ([sympy.expand(bound - past) for bound in bounds] for bounds in (self.upper, self.lower))
+        causal = any(bound == 0 for bound in upper) and all(_at_least_zero(bound) for bound in upper)
+        band = all(_at_least_zero(bound) for bound in upper) and all(_at_least_zero(-bound) for bound in lower)
+        query = f"q + {past}" if past != 0 else "q"
+        said = " and ".join(
+            [f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower]
+        )
+        if not band or (bool(upper) != bool(lower) and not causal):
+            return MaskKind.OPAQUE, said
         if self.kinds:
             return self.kinds[0], ""
-        if self.lower:
-            return MaskKind.SLIDING_WINDOW, " and ".join(bounds)
+        if lower:
+            return MaskKind.SLIDING_WINDOW, said
         if causal:
-            return (MaskKind.CAUSAL_PADDING if self.padding else MaskKind.CAUSAL), ""
+            return (MaskKind.CAUSAL_PADDING if self.padding else MaskKind.CAUSAL), where
         return (MaskKind.PADDING if self.padding else MaskKind.NONE), ""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, Layers, TSAConfig
@@ -36,9 +37,12 @@ from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEW_QUERIES = 16
+"""Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
+    MaskKind.UPPER_LEFT: Reason.NOT_SELF_ATTENTION,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
     MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
     MaskKind.CHUNKED: Reason.CHUNKED,
@@ -102,17 +106,20 @@ class PlanCalls(Pass):
         assert plan.mask is not None
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
+        cached = is_behind_cache(plan)
+        if reason is None and cached:
+            reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
-            reason, detail = _sparse_obstacle(plan, self._settled(plan, sparse_layers), sparse_layers)
+            reason, detail = sparse_obstacle(*_operands(plan), self._settled(plan, sparse_layers), sparse_layers)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif self.state.config.dense_kernel is not None and _kernel_obstacle(plan)[0] is None:
+        elif not cached and self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
             return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
         try:
-            plan.kernel = _kernel(plan, self.state.config)
+            plan.kernel = kernel_of(*_operands(plan), plan.decision, self.state.config)
         except KernelError as error:  # a kernel that was asked for by name and does not fit this call
             plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
@@ -134,12 +141,20 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
             Reason.UNSUPPORTED_FORM,
             f"the scale is {fake(call.scale)}, not positive, as causal kernels need it",
         )
-    if not known(query.shape[2] == key.shape[2]):
+    assert plan.mask is not None
+    if not known(query.shape[2] == key.shape[2]) and not is_behind_cache(plan):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
-    assert plan.mask is not None
     reason = _MASK_REASONS.get(plan.mask.kind)
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
+
+
+def is_behind_cache(plan: CallPlan) -> bool:
+    """Whether the queries are proven to be the last of more keys, and more than a few, for which the mask is small."""
+    query, key, mask = fake(plan.call.query), fake(plan.call.key), plan.mask
+    if mask is None or mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+        return False
+    return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
 
 
 def is_cached_prefill(plan: CallPlan) -> bool:
@@ -193,20 +208,25 @@ def _is_positive(scale: Any) -> bool:
     return bool(value > 0)
 
 
-def _sparse_obstacle(plan: CallPlan, config: TSAConfig, sparse_layers: float) -> tuple[Reason | None, str]:
+def _operands(plan: CallPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, as fakes."""
+    return fake(plan.call.query), fake(plan.call.key), fake(plan.call.value)
+
+
+def sparse_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, config: TSAConfig, sparse_layers: float
+) -> tuple[Reason | None, str]:
     """Why a call whose layer is selected stays dense all the same."""
-    reason, detail = _kernel_obstacle(plan)
+    reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
-    query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
     shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers)
     return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
-def _kernel_obstacle(plan: CallPlan) -> tuple[Reason | None, str]:
+def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
     """Why no kernel of the registry can be asked to run a call."""
-    query, value = fake(plan.call.query), fake(plan.call.value)
     if query.device.type not in _DEVICES:
         return Reason.DEVICE, f"on {query.device.type}"
     if query.dtype not in _DTYPES:
@@ -259,12 +279,11 @@ def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, 
     return None, ""
 
 
-def _kernel(plan: CallPlan, config: TSAConfig) -> str:
-    """The kernel that will run at a call: the one configured for it, else the fastest that fits."""
-    query, key, value = (fake(node) for node in (plan.call.query, plan.call.key, plan.call.value))
+def kernel_of(query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig) -> str:
+    """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none."""
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
-    configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(plan.decision)
-    lse = plan.decision is Decision.SPARSE and config.floor is not None
+    configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
+    lse = decision is Decision.SPARSE and config.floor is not None
     return choose(KernelRequest.of(query, key, value), configured or AUTO, lse=lse).name

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -48,24 +50,26 @@ class RewriteSparse(Pass):
             call = plan.call
             rows = (call.query, call.key, call.value)
             return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
-        # Heads that all keep the valid tokens can share them.
-        whole = config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=plan.kernel)
-        return self._sparse(graph_module, plan, whole)
+        return self._sparse(graph_module, plan, keeping_all(config, plan.kernel))
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
         call, graph = plan.call, graph_module.graph
-        options = (scale_of(call), config.window, config.pool, *_budget(config), config.min_tokens, config.capacity)
-        shared = config.granularity == "group"
-        floor = () if config.floor is None else (config.floor.window, config.floor.sinks)
+        options = options_of(config, scale_of(call))
         operands = [call.query, call.key, call.value]
         if plan.padding is None:
-            return insert(graph, tsa.sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
+            return insert(graph, tsa.sparse_attention.default, *operands, *options)
         operands += [plan.padding, self.state.builder(graph).valid_ranges(plan.padding)]
-        return insert(graph, tsa.padded_sparse_attention.default, *operands, *options, shared, config.kernel, *floor)
+        return insert(graph, tsa.padded_sparse_attention.default, *operands, *options)
 
 
-def _budget(config: TSAConfig) -> tuple[float | None, float | None]:
-    """Coverage and keep ratio, of which one is None."""
-    if isinstance(config.budget, Coverage):
-        return config.budget.tau, None
-    return None, config.budget.ratio
+def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
+    """What runs a kernel over all valid tokens: heads that all keep the same can share them."""
+    return config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=kernel)
+
+
+def options_of(config: TSAConfig, scale: Any) -> tuple[Any, ...]:
+    """The arguments of the ops behind their tensors (kernels/fused.py)."""
+    budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
+    floor = () if config.floor is None else (config.floor.window, config.floor.sinks)
+    selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
+    return (scale, config.window, config.pool, *selection, config.kernel, *floor)

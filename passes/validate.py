@@ -1,7 +1,7 @@
 """A second line behind the proofs: each accepted call is computed twice on small random inputs, and must agree.
 
     original      the graph's own nodes behind the call, run as they are: mask, repeated heads, written-out products
-    normal form   softmax(scale * q k^T where kv <= q and padding[b, kv]) v, in float64, of the same q, k, v and inputs
+    normal form   softmax(scale * q k^T where kv <= q + Lk - Lq and padding[b, kv]) v, in float64, of the same q, k, v, inputs
 
 The graph's inputs get random numbers, those of masks the extremes of their types among them. Long static lengths are run
 short: every number in the graph that equals the length becomes a small one. A call that differs is left as the model wrote
@@ -194,8 +194,8 @@ class Case:
         """What the call was read as, and which rows to compare: all but those that are NaN in written-out attention."""
         query, key, value = (operand.double() for operand in operands)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        length, info = query.shape[2], self.plan.mask
-        allowed = torch.ones(length, length, dtype=torch.bool).tril()
+        length, past, info = query.shape[2], key.shape[2] - query.shape[2], self.plan.mask
+        allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
         if padding is not None:
             allowed = allowed & padding[:, None, None, :]
         scores = (query @ key.mT * scale).masked_fill(~allowed, float("-inf"))
@@ -207,14 +207,17 @@ class Case:
 
 
 class _Sizes:
-    """What the sizes of a graph become: symbols small numbers, a long static length a short one."""
+    """What the sizes of a graph become: symbols small numbers, a long static length a short one.
+
+    Behind a cache three numbers are shortened: the queries, the keys before them, and their sum.
+    """
 
     def __init__(self, operands: list[Tensor], nodes: list[Node]) -> None:
         query, key, value = operands
-        self.length = query.shape[2]
+        self.short = _shortened(query.shape[2], key.shape[2])
         others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        long = isinstance(self.length, int) and self.length > _LONGEST
-        self.shortened = long and not any(isinstance(size, int) and size == self.length for size in others)
+        if any(isinstance(size, int) and size in self.short for size in others):
+            self.short = {}
         self.symbols: dict[sympy.Symbol, int] = {}
         symbolic = [size for node in nodes for size in getattr(fake(node), "shape", ()) if isinstance(size, torch.SymInt)]
         for size in symbolic:
@@ -222,6 +225,32 @@ class _Sizes:
             for symbol in sorted(size.node.expr.free_symbols, key=str):
                 if symbol not in self.symbols:
                     self.symbols[symbol] = _within(_SMALL[len(self.symbols) % len(_SMALL)], ranges.get(symbol))
+        self._level(key.shape[2], value.shape[2])
+        if symbolic:
+            self._obey([guard.expr for guard in symbolic[0].node.shape_env.guards], [*query.shape, *key.shape, *value.shape])
+
+    @property
+    def shortened(self) -> bool:
+        """Whether a static length is run short."""
+        return bool(self.short)
+
+    def _level(self, keys: Any, values: Any) -> None:
+        """As many values as keys, where a graph has separate symbols for them."""
+        if not isinstance(keys, torch.SymInt) or not isinstance(values, torch.SymInt):
+            return
+        alone = values.node.expr.free_symbols - keys.node.expr.free_symbols
+        for symbol in sorted(alone, key=str):
+            if values.node.expr.coeff(symbol) == 1:
+                self.symbols[symbol] += self.of(keys) - self.of(values)
+                return
+
+    def _obey(self, guards: list[Any], extents: list[Any]) -> None:
+        """Raises other symbols than the operands' until what the graph was traced under holds: a longer mask, say."""
+        fixed = {symbol for size in extents if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+        for guard in guards:
+            free = sorted((guard.free_symbols & self.symbols.keys()) - fixed, key=str)
+            while free and guard.xreplace(self.symbols) == sympy.false and self.symbols[free[0]] < 2 * _LONGEST:
+                self.symbols[free[0]] += 1
 
     def of(self, extent: Any) -> int:
         """A size as it is run."""
@@ -233,16 +262,25 @@ class _Sizes:
         return int(self.shorten(extent))
 
     def shorten(self, leaf: Any) -> Any:
-        """An argument as it is run: on the CPU, and with the short length in place of the long one."""
+        """An argument as it is run: on the CPU, and with short lengths in place of long ones."""
         if isinstance(leaf, torch.device) or (isinstance(leaf, str) and leaf.startswith("cuda")):
             return torch.device("cpu")
-        if self.shortened and type(leaf) is int and leaf == self.length:
-            return _SHORT
-        return leaf
+        return self.short.get(leaf, leaf) if type(leaf) is int else leaf
 
     def __str__(self) -> str:
         said = [f"{symbol} = {value}" for symbol, value in self.symbols.items()]
-        return ", ".join([*said, *([f"length {_SHORT} for {self.length}"] if self.shortened else [])])
+        return ", ".join([*said, *(f"length {short} for {long}" for long, short in self.short.items())])
+
+
+def _shortened(queries: Any, keys: Any) -> dict[int, int]:
+    """What numbers of a graph become where its static lengths are long; nothing where they are not."""
+    if not isinstance(queries, int) or not isinstance(keys, int) or max(queries, keys) <= _LONGEST:
+        return {}
+    if queries == keys:
+        return {keys: _SHORT}
+    past = keys - queries
+    few, before = min(queries, _SHORT), min(past, _SHORT if past == queries else _SHORT + 5)
+    return {queries: few, past: before, keys: few + before}
 
 
 def _within(size: int, bounds: Any) -> int:

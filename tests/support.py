@@ -124,7 +124,7 @@ def oracle(layers, **settings):
     """Inside, a model built with attention="oracle" runs `token_sparse_attention(**settings)` in `layers`."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        if module.layer_idx not in layers:
+        if module.layer_idx not in layers or query.shape[2] == 1:  # decode steps are dense
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         assert query.shape[2] == key.shape[2], "the reference compresses prefill alone"
         padding = None

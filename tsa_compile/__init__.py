@@ -61,7 +61,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # What is an attribute of the package without being imported by name. No module is called as one of the names above: Python
 # binds an imported module in its package, where it would take the name's place.
-_MODULES = (*_HOMES, "costs", "kernels", "passes", "pipeline")
+_MODULES = (*_HOMES, "attention", "costs", "kernels", "passes", "pipeline")
 
 
 def __dir__() -> list[str]:

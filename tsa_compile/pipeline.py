@@ -17,7 +17,20 @@ from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend, budget, compress, decompress, floor, fused, padded, registry, score, select, sparse
+from tsa_compile.kernels import (
+    attend,
+    budget,
+    cached,
+    compress,
+    decompress,
+    floor,
+    fused,
+    padded,
+    registry,
+    score,
+    select,
+    sparse,
+)
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -33,7 +46,7 @@ from tsa_compile.passes.verify import Verify
 from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, padded, fused, sparse)
+OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py

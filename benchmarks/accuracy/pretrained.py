@@ -1,9 +1,12 @@
 """What published and floored settings cost a pretrained model: dense, sparse and controls on the same samples.
 
-    python benchmarks/accuracy/pretrained.py --model smollm2 --out benchmarks/results/pretrained.json --minutes 9
+    python benchmarks/accuracy/pretrained.py --model smollm2 --out pretrained.json --samples 250 --dtype bfloat16 \\
+        --jobs 18 --minutes 9
 
-The same command goes on where a call was stopped; `--minutes` stops by itself. Once there are results,
-`--render` writes them as tables into pretrained.md beside the JSON file and runs nothing (it needs statsmodels).
+The same command goes on where a call was stopped; `--minutes` stops by itself. With `--jobs` every length and task is a
+process of its own with a file of its own (pretrained.json.parts), and what they have found is put together in the end: a small
+model keeps a GPU busy for a fraction of the time. Once there are results, `--render FILE.md` writes them as tables
+and runs nothing (it needs statsmodels).
 
 SmolLM2-135M-Instruct (Apache-2.0) lies in a package on PyPI, as a GGUF file of 98 MB, which needs the package gguf:
 
@@ -25,8 +28,13 @@ A look on a CPU, of which nothing is concluded about longer prompts (benchmarks/
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +55,21 @@ class Stopped(Exception):
     """The time is over."""
 
 
+METHODS = ("flashprefill", "xattention", "flexprefill", "minference", "a_shape")
+
+
+def setting(
+    name: str, budget: Budget, which: Iterable[int], floor: Floor | None, random: bool = False, **others: Any
+) -> Setting:
+    """A setting in which nothing is left to a default that may change."""
+    fixed: dict[str, Any] = {"window": 128, "pool": 7, "min_tokens": 0, "min_length": 1, "granularity": "head", **others}
+    return Setting(name, TSAConfig(budget=budget, layers=tuple(which), floor=floor, **fixed), random)
+
+
 def settings(layers: int) -> list[Setting]:
     """What is compared, the most telling first."""
-    upper = upper_half(layers)
-    ranges = {"upper half": upper, "upper two thirds": range(layers // 3, layers), "all but 2": range(2, layers)}
-
-    def setting(name: str, budget: Budget, which: range, floor: Floor | None, random: bool = False) -> Setting:
-        config = TSAConfig(
-            budget=budget,
-            layers=tuple(which),
-            floor=floor,
-            window=128,
-            pool=7,
-            min_tokens=0,
-            min_length=1,
-            granularity="head",
-        )
-        return Setting(name, config, random)
-
+    upper, two_thirds = upper_half(layers), range(layers // 3, layers)
+    ranges = {"upper half": upper, "upper two thirds": two_thirds, "all but 2": range(2, layers)}
     found = [setting(f"published, keep {_short(ratio)}", KeepRatio(ratio), upper, None) for ratio in (0.5, 0.3, 0.7)]
     found += [setting(f"published, Coverage {_short(tau)}", Coverage(tau), upper, None) for tau in (0.005, 0.01, 0.02)]
     found.append(setting("floor alone, upper half", KeepRatio(0), upper, FLOOR))
@@ -74,7 +79,21 @@ def settings(layers: int) -> list[Setting]:
             setting(f"floor, keep {_short(ratio)}, {name}", KeepRatio(ratio), which, FLOOR)
             for ratio in (0.3, 0.5, 0.15, 0.08)
         ]
-    return found
+    found.append(setting("floor, keep .15, upper half, groups", KeepRatio(0.15), upper, FLOOR, granularity="group"))
+    found.append(setting("floor, keep .15, upper half, window 32", KeepRatio(0.15), upper, FLOOR, window=32))
+    found.append(setting("published, keep .5, window 32", KeepRatio(0.5), upper, None, window=32))
+    return found + _with_methods(upper, two_thirds)
+
+
+def _with_methods(upper: range, two_thirds: range) -> list[Setting]:
+    """Block-sparse methods in every layer; over the selected rows and in all other layers; in the other layers alone."""
+    found = []
+    for method in METHODS:
+        found.append(setting(f"{method} alone", KeepRatio(1), (), FLOOR, dense_kernel=method))
+        composed = {"kernel": method, "dense_kernel": method}
+        found.append(setting(f"{method}, and floor, keep .3, upper half", KeepRatio(0.3), upper, FLOOR, **composed))
+    name = "floor, keep .15, upper two thirds, a_shape in the others"
+    return [*found, setting(name, KeepRatio(0.15), two_thirds, FLOOR, dense_kernel="a_shape")]
 
 
 def _short(number: float) -> str:
@@ -97,15 +116,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=STUDIED, choices=TASKS)
     parser.add_argument("--settings", nargs="+", help="some of the settings, by name; default: all")
     parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--batch-tokens", type=int, help="default: 32768 on a GPU (131072 in 16 bits), 4096 on a CPU")
+    parser.add_argument("--batch-tokens", type=int, help="default: 32768 on a GPU (65536 in 16 bits), 4096 on a CPU")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
-    parser.add_argument("--render", action="store_true", help="write the tables and run nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a length and a task")
+    parser.add_argument("--render", type=Path, metavar="FILE.md", help="write the tables there and run nothing")
     found = parser.parse_args(arguments)
     if found.model is None and not found.render:
-        parser.error("pass --model FOLDER, or --render")
+        parser.error("pass --model FOLDER, or --render FILE.md")
     return found
 
 
@@ -133,12 +153,47 @@ def run(given: argparse.Namespace) -> Study:
     )  # fmt: skip
 
 
+def run_jobs(given: argparse.Namespace, arguments: list[str]) -> int:
+    """Runs this script for each length and task, several at a time, and puts their files together; the worst exit code."""
+    folder = given.out.with_name(given.out.name + ".parts")
+    folder.mkdir(exist_ok=True)
+    pairs = [(length, task) for length in sorted(given.lengths, reverse=True) for task in given.tasks]  # the longest first
+    end = time.monotonic() + 60 * given.minutes
+
+    def start(pair: tuple[int, str]) -> int:
+        length, task = pair
+        own = ["--out", str(folder / f"{task}-{length}.json"), "--lengths", str(length), "--tasks", task, "--jobs", "1"]
+        left = max(0.0, (end - time.monotonic()) / 60)
+        command = [sys.executable, __file__, *arguments, *own, *(["--minutes", str(left)] if math.isfinite(left) else [])]
+        with open(folder / f"{task}-{length}.log", "a") as log:
+            return subprocess.run(command, stderr=log, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        codes = list(pool.map(start, pairs))
+    for (length, task), code in zip(pairs, codes, strict=True):
+        if code not in (0, 3):
+            print(f"{task}, {length:,} tokens: exit code {code}, see {folder}/{task}-{length}.log", file=sys.stderr)
+    together([Study.load(path) for path in sorted(folder.glob("*.json"))]).save(given.out)
+    return 1 if set(codes) - {0, 3} else max(codes)
+
+
+def together(studies: list[Study]) -> Study:
+    """One study of the cells of several, which were made under the same conditions."""
+    if not studies:
+        raise ConfigError("nothing has run: no part has a file")
+    first = studies[0]
+    if any(study.conditions != first.conditions for study in studies):
+        raise ConfigError("the parts were made under different conditions: delete them, or name another file")
+    cells = tuple(cell for study in studies for cell in study.cells)
+    return Study(first.conditions, {name: value for s in studies for name, value in s.settings.items()}, cells, first.notes)
+
+
 def _batch_tokens(model: torch.nn.Module) -> int:
     """Tokens at once. In float32 torch has no fused kernel for grouped heads on a GPU, and builds L x L scores."""
     weight = next(model.parameters())
     if weight.device.type != "cuda":
         return 2**12
-    return 2**15 if weight.dtype == torch.float32 else 2**17
+    return 2**15 if weight.dtype == torch.float32 else 2**16
 
 
 def report(study: Study) -> str:
@@ -162,9 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_grad_enabled(False)
     try:
         if given.render:
-            target = given.out.with_suffix(".md")
-            target.write_text(report(Study.load(given.out)), encoding="utf-8")
-            print(f"wrote {target}", file=sys.stderr)
+            given.render.write_text(report(Study.load(given.out)), encoding="utf-8")
+            print(f"wrote {given.render}", file=sys.stderr)
+        elif given.jobs > 1:
+            return run_jobs(given, sys.argv[1:] if arguments is None else arguments)
         else:
             run(given)
     except Stopped:

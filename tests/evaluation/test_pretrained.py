@@ -33,10 +33,11 @@ def folder(tmp_path_factory):
 
 def test_settings_are_what_their_names_say(pretrained):
     found = {setting.name: setting for setting in pretrained.settings(30)}
-    assert len(found) == 6 + 2 + 12
+    assert len(found) == 6 + 2 + 12 + 3 + 11
     for name, setting in found.items():
         config = setting.config
-        assert (config.window, config.min_tokens, config.min_length) == (128, 0, 1)
+        assert (config.window, config.min_tokens, config.min_length) == (32 if "window 32" in name else 128, 0, 1)
+        assert config.granularity == ("group" if "groups" in name else "head")
         assert (config.floor is None) == name.startswith("published")
         assert config.floor in (None, Floor(256, 16)) and setting.random == ("random" in name)
     assert found["floor, keep .08, all but 2"].config.layers == tuple(range(2, 30))
@@ -56,7 +57,7 @@ def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, folder, tmp_path,
     study = Study.load(path)
     assert [(cell.setting, cell.samples) for cell in study.cells] == [("dense", 2), ("floor, keep .15, upper half", 2)]
     assert study.cells[1].mean_kept == pytest.approx((41 + 128) / 400)
-    assert pretrained.main(["--out", str(path), "--render"]) == 0
+    assert pretrained.main(["--out", str(path), "--render", str(path.with_suffix(".md"))]) == 0
     text = path.with_suffix(".md").read_text()
     assert "LlamaForCausalLM, 1 layers of 32, float32; seed 0; device cpu" in text and "| dense | 100% |" in text
     assert pretrained.main([*arguments, "--lengths", "9000"]) == 1

@@ -7,8 +7,9 @@ import torch
 
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
+from tsa_compile.evaluation.cached import check_model
 from tsa_compile.evaluation.prompts import Sample, Writer
-from tsa_compile.evaluation.running import MORE, Runner, check_model
+from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
 
 from .small import TEXT, Told, llama, tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.kernels import padded, reference
+from tsa_compile.kernels import cached, padded, reference
 from tsa_compile.kernels.padded import padded_attention, valid_ranges
 
 from .support import TOLERANCE, qkv
@@ -48,8 +48,8 @@ operands = functools.partial(qkv, seq_len=SEQ_LEN)
 def dense(query, key, value, padding, scale, mean_rows):
     """The attention as a model writes it, in float64: a boolean mask, or an additive one of finfo.min."""
     query, key, value = (t.double() for t in (query, key, value))
-    seq_len = query.shape[2]
-    allowed = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query.device).tril() & padding[:, None, None]
+    rows, keys = query.shape[2], key.shape[2]
+    allowed = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows) & padding[:, None, None]
     mask = allowed
     if mean_rows:
         mask = torch.zeros_like(allowed, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -65,7 +65,7 @@ def check(inputs, padding, mean_rows, scale=0.2):
     assert out.stride()[1:] == (dim, heads * dim, 1)
     expected = dense(*inputs, padding, scale, mean_rows)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[query.dtype])
-    reaches = padding.cumsum(1) > 0
+    reaches = (padding.cumsum(1) > 0)[:, padding.shape[1] - query.shape[2] :]
     nowhere = out.transpose(1, 2)[~reaches]
     assert mean_rows or (nowhere == 0).all(), "rows that may look nowhere are exactly 0"
 
@@ -75,6 +75,16 @@ def check(inputs, padding, mean_rows, scale=0.2):
 def test_every_row_equals_the_masked_attention(device, name, mean_rows):
     padding = MASKS[name].to(device)
     check(operands(len(padding), device=device), padding, mean_rows)
+
+
+@pytest.mark.parametrize("mean_rows", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("rows", [1, 9, 25, 40])
+def test_queries_behind_a_cache(device, name, mean_rows, rows, monkeypatch):
+    monkeypatch.setattr(cached, "ROWS", 8)
+    padding = MASKS[name].to(device)
+    query, key, value = operands(len(padding), device=device)
+    check((query[:, :, -rows:], key, value), padding, mean_rows)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -90,14 +100,15 @@ def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
 
 def test_the_oracle_agrees_with_sdpa():
     for padding in MASKS.values():
-        inputs = [t.double() for t in operands(len(padding))]
-        for mean_rows in (False, True):
+        query, key, value = (t.double() for t in operands(len(padding)))
+        for mean_rows, rows in ((False, SEQ_LEN), (True, SEQ_LEN), (False, 12), (True, 30)):
+            inputs = (query[:, :, -rows:], key, value)
             expected = dense(*inputs, padding, 0.2, mean_rows)
             torch.testing.assert_close(reference.padded_attention(*inputs, padding, 0.2, mean_rows), expected)
 
 
 def test_several_chunks(device, monkeypatch):
-    monkeypatch.setattr(padded, "_CHUNK", 8)
+    monkeypatch.setattr(cached, "ROWS", 8)
     padding = MASKS["different holes"].to(device)
     check(operands(3, device=device), padding, mean_rows=False)
     check(operands(3, device=device), padding, mean_rows=True)
@@ -125,12 +136,14 @@ def test_a_batch_equals_its_items_alone(device):
 
 def test_all_valid_costs_one_causal_call(device, monkeypatch):
     calls = []
-    causal = padded._causal
-    monkeypatch.setattr(padded, "_causal", lambda *args: calls.append(args[0].shape) or causal(*args))
-    monkeypatch.setattr(padded, "_shared_keys", None)
+    behind = padded.behind
+    monkeypatch.setattr(padded, "behind", lambda *args: calls.append(args[0].shape) or behind(*args))
+    monkeypatch.setattr(padded, "shared_keys", None)
     padding = MASKS["all, twice"].to(device)
-    check(operands(2, device=device), padding, mean_rows=False)
-    assert calls == [(2, 4, SEQ_LEN, 32)]
+    query, key, value = operands(2, device=device)
+    check((query, key, value), padding, mean_rows=False)
+    check((query[:, :, 9:], key, value), padding, mean_rows=False)
+    assert calls == [(2, 4, SEQ_LEN, 32), (2, 4, SEQ_LEN - 9, 32)]
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -159,6 +172,8 @@ def test_opcheck(device, name):
     padding = MASKS[name].to(device)
     torch.library.opcheck(valid_ranges, (padding,))
     inputs = operands(len(padding), value_dim=48, device=device)
+    torch.library.opcheck(padded_attention, (*inputs, padding, valid_ranges(padding), 0.2, False))
+    inputs = (inputs[0][:, :, 11:], *inputs[1:])
     torch.library.opcheck(padded_attention, (*inputs, padding, valid_ranges(padding), 0.2, False))
 
 

@@ -12,9 +12,9 @@ BATCH, HEADS, LENGTH = 2, 3, 8
 LOW = torch.finfo(torch.float32).min
 INF = float("-inf")
 
-NONE, CAUSAL, CAUSAL_PADDING, PADDING, SLIDING, CHUNKED, PACKED, OPAQUE = (
-    MaskKind.NONE, MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING, MaskKind.PADDING, MaskKind.SLIDING_WINDOW,
-    MaskKind.CHUNKED, MaskKind.PACKED, MaskKind.OPAQUE,
+NONE, CAUSAL, CAUSAL_PADDING, UPPER_LEFT, PADDING, SLIDING, CHUNKED, PACKED, OPAQUE = (
+    MaskKind.NONE, MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING, MaskKind.UPPER_LEFT, MaskKind.PADDING,
+    MaskKind.SLIDING_WINDOW, MaskKind.CHUNKED, MaskKind.PACKED, MaskKind.OPAQUE,
 )  # fmt: skip
 
 
@@ -80,7 +80,8 @@ def expect(kind, build, **options):
     assert result.mask.kind is kind, f"{result.mask}\n{graph_text(result.graph_module)}"
     if kind is not OPAQUE:
         assert torch.equal(result.inferred(), result.allowed)
-    triangle = torch.ones(result.allowed.shape[2:], dtype=torch.bool).tril()
+    rows, keys = result.allowed.shape[2:]
+    triangle = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
     if kind is CAUSAL:
         assert torch.equal(result.allowed, triangle.expand_as(result.allowed))
     return result
@@ -105,6 +106,12 @@ def looked_up(n, m, pad):
     """Padding as transformers' index-free masks read it: by advanced indexing."""
     b, kv = torch.arange(pad.shape[0])[:, None, None, None], torch.arange(m)[None, None, None, :]
     return causal(n, m) & pad.bool()[b, kv]
+
+
+def behind_with_padding(n, m, pad):
+    """As transformers builds it for a chunk: positions from the cache's length on."""
+    b, kv = torch.arange(pad.shape[0])[:, None, None, None], torch.arange(m)[None, None, None, :]
+    return (kv <= (torch.arange(n) + (m - n))[None, None, :, None]) & pad.bool()[b, kv]
 
 
 # Each spelling of a causal mask, and beside it what looks like it but is something else.

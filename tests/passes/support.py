@@ -4,6 +4,7 @@
 """
 
 import copy
+import re
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.fx import Graph, GraphModule
 from tsa_compile.config import TSAConfig
 from tsa_compile.passes.base import GraphState
 from tsa_compile.pipeline import PASSES, run_passes
-from tsa_compile.testing import capture_all
+from tsa_compile.testing import capture_all, graph_text
 
 B, H, G, L, D = 2, 4, 2, 12, 8
 EXACT = TSAConfig(layers=())
@@ -65,14 +66,14 @@ def written_out(q, k, v, pad):
 
 
 class Rewritten:
-    """A captured graph, run through the passes; `before` is a copy that was not."""
+    """A captured graph, run through the passes; `before` is a copy that was not. With `passes=WHOLE` ops stay unopened."""
 
-    def __init__(self, function, *args, config, dynamic=None):
+    def __init__(self, function, *args, config, dynamic=None, passes=PASSES):
         captured = capture_all(function, *args, dynamic=dynamic)
         (self.after,) = captured.graphs
         (self.inputs,) = captured.inputs
         self.before = GraphModule(self.after, copy.deepcopy(self.after.graph))
-        self.report = run_passes(self.after, config)
+        self.report = run_passes(self.after, config, passes)
 
     def outputs(self):
         with torch.no_grad():
@@ -82,6 +83,15 @@ class Rewritten:
         before, after = self.outputs()
         torch.testing.assert_close(after, before)
         assert after.stride() == before.stride()
+
+
+def calls(graph):
+    """The text of a graph's calls for golden tests, one a line: without its inputs, and without the merge of the heads
+    that ends the functions above."""
+    text = graph_text(graph)
+    last = re.search(r"\ntranspose\w*: [^\n]*\nreshape\w*: [^\n]*\nreturn [^\n]*$", text)
+    lines = text[: last.start() if last else None].splitlines()
+    return "\n".join(line for line in lines if " = " in line or line.startswith("return"))
 
 
 def passed(last, function, *arguments, config):

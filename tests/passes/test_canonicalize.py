@@ -30,6 +30,7 @@ from .support import (
 SDPA = F.scaled_dot_product_attention
 DEFAULT_SCALE = 1.0 / math.sqrt(D)
 PADDED = torch.ops.tsa.padded_attention.default
+CACHED = torch.ops.tsa.cached_attention.default
 
 
 def replacement(function, *arguments, config=EXACT):
@@ -37,7 +38,7 @@ def replacement(function, *arguments, config=EXACT):
     graph, state, given = passed(CanonicalizeDense, function, *arguments, config=config)
     torch.testing.assert_close(graph(*given)[0], function(*arguments))
     (plan,) = state.plans
-    (new,) = (node for node in graph.graph.nodes if node.target in (SDPA, PADDED) and node.users)
+    (new,) = (node for node in graph.graph.nodes if node.target in (SDPA, PADDED, CACHED) and node.users)
     assert plan.call.node in state.detached and not plan.call.node.users
     return new, plan.call
 
@@ -46,6 +47,29 @@ def test_a_causal_mask_becomes_a_flag_and_heads_are_not_repeated():
     new, call = replacement(causal_attention, *inputs())
     assert new.args == (call.query, call.key, call.value) and {node.op for node in new.args} == {"placeholder"}
     assert new.kwargs == {"is_causal": True, "scale": DEFAULT_SCALE, "enable_gqa": True}
+
+
+def behind_a_cache(q, k, v):
+    """The last positions of all: q is cut from more rows."""
+    q = q[:, :, 6:]
+    mask = torch.arange(k.shape[2]) <= (torch.arange(q.shape[2]) + 6)[:, None]
+    return merge_heads(SDPA(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True))
+
+
+def behind_a_cache_with_padding(q, k, v, pad):
+    q = q[:, :, 6:]
+    mask = torch.arange(k.shape[2]) <= (torch.arange(q.shape[2]) + 6)[:, None]
+    return merge_heads(SDPA(q, k, v, attn_mask=mask & (pad != 0)[:, None, None], enable_gqa=True))
+
+
+def test_queries_behind_a_cache_have_an_op():
+    new, call = replacement(behind_a_cache, *inputs(24))
+    assert new.target is CACHED and new.args == (call.query, call.key, call.value, 0.3)
+
+
+def test_queries_behind_a_cache_with_padding():
+    new, call = replacement(behind_a_cache_with_padding, *inputs(24), padding(24))
+    assert new.target is PADDED and new.args[:3] == (call.query, call.key, call.value)
 
 
 def test_as_many_key_heads_as_query_heads_need_no_grouping():

@@ -34,7 +34,9 @@ from .mask_spellings import (
     PADDING_FORMS,
     PADDING_NEAR_MISSES,
     SLIDING,
+    UPPER_LEFT,
     additive,
+    behind_with_padding,
     causal,
     documents,
     expect,
@@ -159,7 +161,8 @@ class TestPadding:
         assert padding.shape == (BATCH, LENGTH) and padding.dtype == torch.bool
         assert not padding.all(), "a test of padding needs some"
         expected = padding[:, None, None].expand_as(result.allowed)
-        assert torch.equal(result.allowed, expected.tril() if is_causal else expected)
+        past = result.allowed.shape[3] - result.allowed.shape[2]
+        assert torch.equal(result.allowed, expected.tril(past) if is_causal else expected)
         made = [values[new.name] for new in graph.nodes if new not in before]
         assert all(value.numel() <= BATCH * LENGTH for value in made if isinstance(value, torch.Tensor))
 
@@ -186,7 +189,7 @@ class TestOtherShapes:
                 torch._dynamo.mark_dynamic(tensor, dim, min=2, max=limit)
 
         limit = 16
-        expect(CAUSAL, build, mark=mark)
+        expect(UPPER_LEFT, build, mark=mark)  # query and key have a symbol each
         limit = 17
         expect(SLIDING, build, mark=mark)
 
@@ -227,10 +230,32 @@ class TestOtherShapes:
 
 class TestQueriesAndKeysOfOtherLengths:
     def test_upper_left(self):
-        expect(CAUSAL, lambda n, m, pad: causal(n, m), length=4, keys=8)
+        expect(UPPER_LEFT, lambda n, m, pad: causal(n, m), length=4, keys=8)
+        expect(UPPER_LEFT, looked_up, length=4, keys=8)
 
-    def test_lower_right(self):
-        expect(OPAQUE, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n), length=4, keys=8)
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_lower_right(self, dynamic):
+        def build(n, m, pad):
+            return torch.arange(m) <= torch.arange(n)[:, None] + (m - n)
+
+        result = expect(CAUSAL, build, length=4, keys=8, dynamic=dynamic)
+        assert str(result.mask) == "causal (behind a cache)"
+        TestPadding().check_tensor(expect(CAUSAL_PADDING, behind_with_padding, length=4, keys=8, dynamic=dynamic))
+
+    @pytest.mark.parametrize("shift", [-1, 1])
+    def test_lower_right_but_for_one(self, shift):
+        expect(OPAQUE, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n + shift), length=4, keys=8)
+
+    def test_positions_of_queries_that_are_given_are_nobody_knows_where(self):
+        at = torch.arange(4, 8)
+        expect(OPAQUE, lambda n, m, pad, at: torch.arange(m) <= at[:, None], length=4, keys=8, extra=(at,))
+
+    def test_sliding_window_behind_a_cache(self):
+        def build(n, m, pad):
+            q, kv = torch.arange(n)[:, None] + (m - n), torch.arange(m)
+            return (kv <= q) & (kv > q - 3)
+
+        assert "q + 4 - 2" in expect(SLIDING, build, length=4, keys=8).mask.detail
 
     def test_lower_right_of_a_square_is_causal(self):
         expect(CAUSAL, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n))

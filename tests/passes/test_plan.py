@@ -190,6 +190,16 @@ class TestPrefillBehindACache:
         with pytest.warns(TSAWarning, match="30 queries over 40 keys: a prefill behind a cache"):
             self.plan(30, torch.ones(30, 40).tril().bool())
 
+    @pytest.mark.parametrize("queries, decision", [(16, Decision.DENSE), (15, Decision.UNCHANGED)])
+    def test_is_exact_without_its_mask_unless_it_is_of_a_few_tokens(self, queries, decision):
+        def step(query, key):
+            positions = torch.arange(query.shape[2]) + (key.shape[2] - query.shape[2])
+            return masked(query, key, torch.arange(key.shape[2]) <= positions[:, None])
+
+        graph = capture(step, torch.randn(1, 2, queries, 8), torch.randn(1, 2, 40, 8))
+        (row,) = run_passes(graph, SPARSE.replace(layers=[])).rows
+        assert (row.decision, row.mask) == (decision, "causal (behind a cache)")
+
     @pytest.mark.parametrize(
         "queries, mask",
         [(1, torch.ones(1, 40, dtype=torch.bool)), (30, None), (30, torch.ones(1, 1, 1, 40, dtype=torch.bool))],

@@ -1,64 +1,62 @@
 """Each sparse call becomes one op, whose steps compute the same; calls share one padding mask."""
 
-# ruff: noqa: E501  (golden graphs have long lines)
-
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
-from tsa_compile.config import Coverage, KeepRatio, TSAConfig
-from tsa_compile.pipeline import PASSES, WHOLE, run_passes
-from tsa_compile.testing import capture_all, count_ops, graph_text
+from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
+from tsa_compile.pipeline import WHOLE, run_passes
+from tsa_compile.testing import capture_all, count_ops
 
 from ..support import tiny, tokens
-from .support import SPARSE, causal_attention, inputs, merge_heads, padded_attention, padding
+from .support import SPARSE, Rewritten, calls, causal_attention, inputs, merge_heads, padded_attention, padding
 
 STEPS = ("score", "budget", "select", "compress", "attend", "decompress")
 
 
-def whole(function, *arguments, config, dynamic=None):
+def whole(function, *arguments, config):
     """The graph after the passes; its outputs are those of the graph with the single steps."""
-    graphs = []
-    for passes in (PASSES, WHOLE):
-        captured = capture_all(function, *arguments, dynamic=dynamic)
-        run_passes(captured.graphs[0], config, passes)
-        graphs.append(captured.graphs[0])
-        torch.testing.assert_close(graphs[0](*captured.inputs[0]), graphs[-1](*captured.inputs[0]))
-    return graphs[-1]
+    steps = Rewritten(function, *arguments, config=config)
+    made = Rewritten(function, *arguments, config=config, passes=WHOLE)
+    torch.testing.assert_close(steps.after(*steps.inputs), made.after(*made.inputs))
+    return made.after
 
 
 def test_without_padding():
-    graph = whole(causal_attention, *inputs(), config=SPARSE.replace(granularity="group"))
+    config = SPARSE.replace(granularity="group")
+    graph = whole(causal_attention, *inputs(), config=config)
     assert_expected_inline(
-        graph_text(graph),
-        """\
-l_q_: float32[2, 4, 12, 8]
-l_k_: float32[2, 2, 12, 8]
-l_v_: float32[2, 2, 12, 8]
-sparse_attention_default: float32[2, 4, 12, 8] = sparse_attention(l_q_, l_k_, l_v_, 0.353553, 3, 3, 0.005, None, 2, None, True, auto)
-transpose: float32[2, 12, 4, 8] = transpose(sparse_attention_default, 1, 2)
-reshape_2: float32[2, 12, 32] = reshape(transpose, 2, -1, 32)
-return (reshape_2)""",
+        calls(graph),
+        """sparse_attention_default: float32[2, 4, 12, 8] = sparse_attention(l_q_, l_k_, l_v_, 0.353553, 3, 3, 0.005, None, 2, None, True, auto)""",
+    )
+    graph = whole(causal_attention, *inputs(), config=config.replace(floor=Floor(2, 1)))
+    assert_expected_inline(
+        calls(graph),
+        """sparse_attention_default: float32[2, 4, 12, 8] = sparse_attention(l_q_, l_k_, l_v_, 0.353553, 3, 3, 0.005, None, 2, None, True, auto, 2, 1)""",
     )
 
 
 def test_with_padding():
-    graph = whole(padded_attention, *inputs(), padding(), config=SPARSE.replace(budget=Coverage(0.3), capacity=9))
+    config = SPARSE.replace(budget=Coverage(0.3), capacity=9)
+    graph = whole(padded_attention, *inputs(), padding(), config=config)
     assert_expected_inline(
-        graph_text(graph),
+        calls(graph),
         """\
-l_q_: float32[2, 4, 12, 8]
-l_pad_: int64[2, 12]
-l_k_: float32[2, 2, 12, 8]
-l_v_: float32[2, 2, 12, 8]
 eq: bool[2, 12] = eq(l_pad_, 0)
 logical_not: bool[2, 12] = not(eq)
 expand: bool[2, 12] = expand(logical_not, 2, 12)
 valid_ranges_default: int64[2, 3] = valid_ranges(expand)
-padded_sparse_attention_default: float32[2, 4, 12, 8] = padded_sparse_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, 3, 3, 0.3, None, 2, 9, False, auto)
-transpose: float32[2, 12, 4, 8] = transpose(padded_sparse_attention_default, 1, 2)
-reshape: float32[2, 12, 32] = reshape(transpose, 2, -1, 32)
-return (reshape)""",
+padded_sparse_attention_default: float32[2, 4, 12, 8] = padded_sparse_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, 3, 3, 0.3, None, 2, 9, False, auto)""",
+    )
+    graph = whole(padded_attention, *inputs(), padding(), config=config.replace(capacity=None, floor=Floor(2, 1)))
+    assert_expected_inline(
+        calls(graph),
+        """\
+eq: bool[2, 12] = eq(l_pad_, 0)
+logical_not: bool[2, 12] = not(eq)
+expand: bool[2, 12] = expand(logical_not, 2, 12)
+valid_ranges_default: int64[2, 3] = valid_ranges(expand)
+padded_sparse_attention_default: float32[2, 4, 12, 8] = padded_sparse_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, 3, 3, 0.3, None, 2, None, False, auto, 2, 1)""",
     )
 
 

@@ -89,6 +89,39 @@ class TestWrongReadings:
         assert not skipped(caplog)
 
 
+def behind_a_cache(q, past, k, v, pad):
+    """A chunk: key and value are the cache's and the chunk's own, and the padding mask is longer than both."""
+    k, v = torch.cat([past, k], dim=2), torch.cat([past, v], dim=2)
+    i = torch.arange(k.shape[2])
+    mask = (i <= (torch.arange(q.shape[2]) + past.shape[2])[:, None]) & (pad[:, : k.shape[2]] != 0)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("length, past", [(20, 20), (200, 200), (200, 300), (20, 300)])
+@pytest.mark.parametrize("dynamic", [None, True])
+class TestQueriesBehindACache:
+    def run(self, length, past, dynamic):
+        torch._dynamo.reset()
+        query, key, value = heads(kv_heads=4, length=length)
+        cached = heads(kv_heads=4, length=past)[1]
+        pad = torch.ones(2, length + past + 3, dtype=torch.long)
+        compiled = torch.compile(behind_a_cache, backend=tsa_backend, options={"config": EXACT}, dynamic=dynamic)
+        with torch.no_grad():
+            compiled(query, cached, key, value, pad)
+        (row,) = reports()[-1].rows
+        return row
+
+    def test_right_readings_pass(self, length, past, dynamic, caplog):
+        with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
+            assert self.run(length, past, dynamic).decision is Decision.DENSE_PADDED
+        assert not skipped(caplog)
+
+    def test_a_wrong_rule_is_found(self, length, past, dynamic, wrong_comparison):
+        with pytest.warns(TSAWarning, match="validation failed"):
+            assert self.run(length, past, dynamic).reason is Reason.PASS_FAILED
+
+
 @pytest.mark.usefixtures("fresh")
 def test_a_wrong_scale_is_found(monkeypatch):
     from tsa_compile.passes import eager

@@ -70,10 +70,7 @@ def budget(text: str) -> Budget:
 
 
 def setting(text: str) -> tuple[dict[str, Any], bool]:
-    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
-
-    What else has commas in it, layers and a floor, is written with + here.
-    """
+    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected."""
     first, *others = text.split(",")
     changes: dict[str, Any] = {"budget": budget(first)}
     random = False
@@ -81,22 +78,34 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
         name, _, value = (word.strip() for word in part.partition("="))
         if name == "select" and value == "random":
             random = True
-        elif name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
-            changes["floor"] = floor(value.replace("+", ","))
-        elif name == "layers" and value:
-            changes["layers"] = layers(value.replace("+", ","))
-        elif name in ("window", "min_tokens") and value.isdecimal():
-            changes[name] = _number(value)
-        elif name in ("granularity", "kernel") and value:
-            changes[name] = value
-        else:
+            continue
+        change = field(name, value)
+        if change is None:
             raise ConfigError(
-                f"--setting {text}: {part!r} is not understood: behind the budget write floor=none or floor=256+16 (window "
-                "and sinks), layers=4-7+9, window=32, min_tokens=0, granularity=group, kernel=NAME or select=random"
+                f"--setting {text}: {part!r} is not understood: behind the budget write {FIELDS} or select=random"
             )
-    if hasattr(changes.get("layers"), "sparse_layers"):
-        changes["layers"] = changes["layers"].sparse_layers
+        changes |= change
     return changes, random
+
+
+FIELDS = (
+    "floor=none or floor=256+16 (window and sinks), layers=4-7+9, window=32, min_tokens=0, granularity=group, kernel=NAME"
+)
+
+
+def field(name: str, value: str) -> dict[str, Any] | None:
+    """A field of a TSAConfig where fields are written in a row, `FIELDS`; None where it is not understood.
+
+    What else has commas in it, layers and a floor, is written with + there.
+    """
+    if name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
+        return {"floor": floor(value.replace("+", ","))}
+    if name == "layers" and value:
+        found = layers(value.replace("+", ","))
+        return {"layers": getattr(found, "sparse_layers", found)}
+    if name in ("window", "min_tokens") and value.isdecimal():
+        return {name: _number(value)}
+    return {name: value} if name in ("granularity", "kernel") and value else None
 
 
 def floor(text: str) -> Floor | None:

@@ -5,10 +5,12 @@ tasks.py        the tasks: RULER's families in plain English, a passage to copy,
 prompts.py      a task through a tokenizer: prompts of exactly so many tokens, and the expected answer
 settings.py     what is compared: dense, configurations, the control of a random selection
 probe.py        how many tokens sparse layers keep, and random ones in their place
+cached.py       a prefill, compiled or not, and what follows through its cache
 running.py      one prefill a sample and setting; the answer through its cache: likelihood, then greedily
 study.py        evaluate(model, tokenizer, ...): every setting on the same samples, in a file that goes on
 outcomes.py     every sample's outcome
 statistics.py   intervals and paired tests, by statsmodels
+lm_eval.py      the model type `tsa` of lm-evaluation-harness
 tables.py       outcomes against dense, as text and Markdown
 """
 

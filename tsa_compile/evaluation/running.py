@@ -1,18 +1,13 @@
 """One prefill by a setting, and the answer through its cache.
 
-    logits, cache = prefill(prompt)                     [B, V], under the setting
-    likelihood    = model(expected answer, a copy of the cache)        what the answer's tokens are given, all at once
-    output        = model(token, cache), token after token             where the expected answer is not the likeliest anyway
-
-Decode steps and the pass over the expected answer are the model as it is: dense attention over the whole cache. What differs
-between settings is what the prefill left in it.
+logits, cache = prefill(prompt)                     [B, V], under the setting
+likelihood    = of the expected answer behind it                   cached.py
+output        = model(token, cache), token after token             where the expected answer is not the likeliest anyway
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +16,12 @@ from torch import Tensor, nn
 
 from tsa_compile.backend import tsa_backend
 from tsa_compile.errors import ConfigError
+from tsa_compile.evaluation.cached import CachedModel, divergence, dynamo_remembers
 from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.prompts import Sample
 from tsa_compile.evaluation.settings import Setting
 from tsa_compile.report import Decision, reports
 
-_CACHES = ("cache", "past_key_values")  # what versions of transformers call it
 MORE = 16  # tokens of an output beyond the expected answer: a model may say it in other words
 
 
@@ -60,13 +55,12 @@ class Runner:
         self.model, self.tokenizer, self.setting = model, tokenizer, setting
         self.device = next(model.parameters()).device
         self.probe = Probe(shuffle=setting.random)
-        self._call: Callable[..., Any] = model
+        prefill: Any = None
         if setting.config is not None:
             config = setting.config.replace(compiler=self.probe, strict=True)
             options: dict[str, Any] = {"config": config}
-            self._call = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
-        known = inspect.signature(model.forward).parameters
-        self._takes = next((name for name in _CACHES if name in known), _CACHES[-1])
+            prefill = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
+        self._cached = CachedModel(model, prefill)
         self._checked = False
 
     def run(self, samples: Sequence[Sample], dense: Tensor | None = None) -> tuple[list[Outcome], Tensor]:
@@ -79,16 +73,18 @@ class Runner:
             The outcomes, and float32 [B, A, V] for answers of at most A tokens.
 
         Raises:
-            ConfigError: no layer became sparse under a setting with a configuration, or there is too little memory.
+            ConfigError: no layer became sparse or runs by `dense_kernel` under a setting with a configuration, or there is too
+                little memory.
         """
-        with torch.inference_mode(), _dynamo_remembers():
+        with torch.inference_mode(), dynamo_remembers():
             try:
-                logits, cache = self._prefill([sample.prompt for sample in samples])
+                prompts = torch.tensor([sample.prompt for sample in samples], device=self.device)
+                logits, cache = self._cached.prefill(prompts)
                 kept = self._kept(len(samples), len(samples[0].prompt))
                 answers, known = _padded([sample.answer for sample in samples], self.device)
-                scored = self._score(logits, cache, answers)
+                scored = self._cached.score(logits, cache, answers)
                 nll = _means(-scored.gather(2, answers[:, :, None])[:, :, 0], known)
-                kl = _means(_divergence(dense, scored), known)
+                kl = torch.zeros(len(samples)) if dense is None else _means(divergence(dense, scored), known)
                 greedy = ((scored.argmax(-1) == answers) | ~known).all(1).tolist()
                 outputs = self._outputs(samples, greedy, logits, cache)
             except torch.OutOfMemoryError as error:
@@ -100,25 +96,13 @@ class Runner:
         wrong = [output if right is False else "" for right, output in zip(rights, outputs, strict=True)]
         return list(map(Outcome, rights, nll.tolist(), kl.tolist(), kept.tolist(), wrong)), scored
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Any]:
-        """Logits [B, V] of the token behind each prompt, and the cache."""
-        tokens = torch.tensor(prompts, device=self.device)
-        found = self._call(input_ids=tokens, use_cache=True, logits_to_keep=1)
-        cache = next((value for name in _CACHES if (value := getattr(found, name, None)) is not None), None)
-        if cache is None or found.logits.shape[1] != 1:
-            raise ConfigError(
-                f"{type(self.model).__name__} gave logits at {found.logits.shape[1]} positions and "
-                f"{'no' if cache is None else 'a'} cache: pass a causal language model of transformers 5 with a cache"
-            )
-        return found.logits[:, -1], cache
-
     def _kept(self, batch: int, length: int) -> Tensor:
         """[B] the kept share, and once whether there is any sparse layer."""
         selections = self.probe.take()
         if self.setting.config is not None and not self._checked:
             made = reports()[-self.probe.graphs :] if self.probe.graphs else []
             rows = [row for report in made for row in report.rows]
-            if not any(row.decision is Decision.SPARSE for row in rows):
+            if not any(row.decision in (Decision.SPARSE, Decision.KERNEL) for row in rows):
                 reasons = ", ".join(sorted({str(row.reason) for row in rows})) or "no attention call was found"
                 raise ConfigError(
                     f"{self.setting.name} at {length:,} tokens: no layer became sparse ({reasons}); choose other layers or "
@@ -128,14 +112,6 @@ class Runner:
         if not selections:
             return torch.ones(batch)
         return torch.stack([selection.kept() for selection in selections]).float().mean(0).cpu() / length
-
-    def _score(self, logits: Tensor, cache: Any, answers: Tensor) -> Tensor:
-        """Logarithms of the probabilities at the answer's positions, float32 [B, A, V]."""
-        following = self._next(answers[:, :-1], copy.deepcopy(cache)) if answers.shape[1] > 1 else logits[:, :0, None]
-        return torch.cat((logits[:, None], following.view(len(logits), -1, logits.shape[1])), 1).float().log_softmax(-1)
-
-    def _next(self, tokens: Tensor, cache: Any) -> Tensor:
-        return self.model(input_ids=tokens, use_cache=True, **{self._takes: cache}).logits
 
     def _outputs(self, samples: Sequence[Sample], greedy: list[bool], logits: Tensor, cache: Any) -> list[str]:
         """What the model writes, greedily: known already where every token of the expected answer is the likeliest."""
@@ -149,26 +125,13 @@ class Runner:
         ends = torch.tensor(_ends(self.model, self.tokenizer), device=self.device)
         over = torch.isin(tokens[0], ends) | torch.tensor(greedy, device=self.device)
         while len(tokens) < steps and not bool(over.all()):
-            tokens.append(self._next(tokens[-1][:, None], cache)[:, -1].argmax(-1))
+            tokens.append(self._cached.follow(tokens[-1][:, None], cache)[:, -1].argmax(-1))
             over |= torch.isin(tokens[-1], ends)
         written = [_until(row, set(ends.tolist())) for row in torch.stack(tokens, 1).tolist()]
         return [text if known else self._text(row) for text, known, row in zip(texts, greedy, written, strict=True)]
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def check_model(model: nn.Module) -> None:
-    """Raises ConfigError where a model's forward cannot be asked for the last logits alone."""
-    known = inspect.signature(model.forward).parameters.values()
-    if not any(p.name == "logits_to_keep" or p.kind is inspect.Parameter.VAR_KEYWORD for p in known):
-        name = type(model).__name__
-        raise ConfigError(f"{name}.forward takes no logits_to_keep: pass a causal language model of transformers 5")
-
-
-def _dynamo_remembers() -> Any:
-    """Every setting is compiled from the same code, and is none that was compiled anew for lack of generality."""
-    return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192)
 
 
 def _padded(answers: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -183,13 +146,6 @@ def _padded(answers: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
 def _means(values: Tensor, known: Tensor) -> Tensor:
     """[B] the means of [B, A] over what is real."""
     return (values.masked_fill(~known, 0.0).sum(1) / known.sum(1)).cpu()
-
-
-def _divergence(dense: Tensor | None, scored: Tensor) -> Tensor:
-    """KL(dense || scored), [B, A]; a probability of 0 that dense shares adds nothing."""
-    if dense is None:
-        return torch.zeros(scored.shape[:2], device=scored.device)
-    return (dense.exp() * (dense - scored)).nan_to_num(nan=0.0, posinf=torch.inf).sum(-1).clamp(min=0.0)
 
 
 def _right(sample: Sample, output: str) -> bool | None:

@@ -20,9 +20,10 @@ from tsa_compile.config import check_int
 from tsa_compile.drift import PROBE, find_layers
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import tasks as known_tasks
+from tsa_compile.evaluation.cached import check_model
 from tsa_compile.evaluation.outcomes import Study
 from tsa_compile.evaluation.prompts import Sample, Writer
-from tsa_compile.evaluation.running import MORE, Runner, check_model
+from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
 from tsa_compile.evaluation.tasks import CONTINUED
 from tsa_compile.fingerprint import Fingerprint, text_config

@@ -156,7 +156,8 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     schemas()
     _check_form(program)
     # What valid_ranges tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
-    program = program.run_decompositions({tsa.valid_ranges.default: FORMS["standard"][tsa.valid_ranges.default]})
+    opened = (tsa.valid_ranges.default, tsa.cached_attention.default)
+    program = program.run_decompositions({op: FORMS["standard"][op] for op in opened})
     table = {getattr(tsa, name).default: form for name, form in _translations().items()}
     return _export(program, opset, table)
 
@@ -252,10 +253,10 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "PaddedAttention",
-        "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
-        "output T [B,H,L,Dv]",
+        "query T [B,H,Lq,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
+        "output T [B,H,Lq,Dv]",
         "mean_rows int, scale float",
-        "Dense attention under (kv <= q) and padding[b,kv]. A row that may look nowhere is 0, or with mean_rows the mean "
+        "Dense attention under (kv <= q + L - Lq) and padding[b,kv], with Lq <= L. A row that may look nowhere is 0, or with mean_rows the mean "
         "of value.",
     ),
 )

@@ -1,0 +1,123 @@
+"""Dense causal attention of queries behind a cache, exact and without an Lq x Lk tensor: a chunk of a prompt.
+
+    out[b, h, i] = sum_t softmax_t(scale * <query[b, h, i], key[b, g, t]>) value[b, g, t]     t <= i + Lk - Lq
+
+    query [B, H, Lq, D], key [B, G, Lk, D], value [B, G, Lk, Dv], g = h // (H / G), Lq <= Lk
+    ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
+
+The queries are the last Lq of Lk positions, so causality is aligned lower right. No operator of torch's says so for every
+kernel; each kernel of the registry that can has `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its full
+rate: all queries over the past without causality, and the chunk over itself, merged by their log-sum-exp,
+
+    out = (exp(l) o + exp(l') o') / (exp(l) + exp(l'))
+
+which reads and writes 3 B H Lq Dv elements more. Where no kernel has it, and for few rows, rows are computed in blocks with the
+boolean mask [rows, keys] of each.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.attention import sdpa_kernel
+
+from tsa_compile.kernels._aten import as_rows
+from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.registry import KernelRequest, choose
+from tsa_compile.kernels.sdpa import PRIORITY
+
+ROWS = 256
+"""Query rows of a block, where a block has a mask of its own."""
+FEW = 128
+"""Fewer rows than that are one block: what leads to a fast kernel costs more."""
+
+
+@torch.library.custom_op("tsa::cached_attention", mutates_args=())
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Dense attention under kv <= q + Lk - Lq; ValueError where shapes do not fit. See the module's docstring."""
+    check_lengths("cached_attention", query, key, value)
+    return as_rows(behind(query, key, value, scale))
+
+
+@cached_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return empty_output(query, query.shape[2], value.shape[3])
+
+
+def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same in ATen ops, on any device; holds a bool mask [Lq, Lk]."""
+    allowed = causal_behind(query, key)
+    gqa = query.shape[1] != key.shape[1]
+    return as_rows(F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa))
+
+
+def causal_behind(query: Tensor, key: Tensor) -> Tensor:
+    """kv <= q + Lk - Lq: bool [Lq, Lk]."""
+    return torch.arange(key.shape[2], device=query.device) <= query_positions(query, key)[:, None]
+
+
+def query_positions(query: Tensor, key: Tensor) -> Tensor:
+    """The queries' positions among the keys': int64 [Lq]."""
+    positions = torch.arange(query.shape[2], device=query.device)
+    past = key.shape[2] - query.shape[2]
+    return positions if statically_known_true(past == 0) else positions + past
+
+
+def check_lengths(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """ValueError where key and value differ in length, which a graph with symbolic lengths may not know, or are too short."""
+    if key.shape[2] != value.shape[2] or key.shape[2] < query.shape[2]:
+        raise ValueError(
+            f"tsa::{op}: {query.shape[2]} queries over {key.shape[2]} keys and {value.shape[2]} values; expected as many "
+            "values as keys, and at least as many as queries"
+        )
+
+
+def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of queries that are the last of the keys' positions, by the fastest kernel that fits."""
+    request, rows = KernelRequest.of(query, key, value), query.shape[2]
+    if rows == key.shape[2]:
+        return choose(request).causal(query, key, value, scale)
+    if query.is_cuda and rows >= FEW:
+        kernel = choose(request, lse=True, behind=True)
+        if kernel.priority > 0:
+            assert kernel.run_behind is not None
+            return kernel.run_behind(query, key, value, scale)[0]
+    return in_blocks(query, key, value, None, scale)
+
+
+def in_blocks(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+    """Causal attention of queries behind a cache, block by block; padding bool [B, Lk]: what keys every row may see.
+
+    Every row must see a key: with padding, the first one must be valid.
+    """
+    output = empty_output(query, query.shape[2], value.shape[3])
+    past = key.shape[2] - query.shape[2]
+    keys = torch.arange(key.shape[2], device=query.device)
+    for low in range(0, query.shape[2], ROWS):
+        rows = slice(low, min(low + ROWS, query.shape[2]))
+        seen = slice(0, past + rows.stop)
+        allowed = (keys[seen] <= keys[past + rows.start : past + rows.stop, None])[None, None]
+        if padding is not None:
+            allowed = allowed & padding[:, None, None, seen]
+        output[:, :, rows] = shared_keys(query[:, :, rows], key[:, :, seen], value[:, :, seen], allowed, scale)
+    return output
+
+
+def shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    """Attention [B, H, R, Dv] of R query rows to all keys, or those in `allowed` [B or 1, 1, R, keys].
+
+    Without causality rows are independent, so [B, H, R] becomes [B, G, (H / G) R]: any kernel then shares key heads.
+    """
+    group = query.shape[1] // key.shape[1]
+    if allowed is not None:
+        allowed = allowed.repeat(1, 1, group, 1)
+    with sdpa_kernel(list(PRIORITY), set_priority=True):
+        out = F.scaled_dot_product_attention(grouped_rows(query, group), key, value, attn_mask=allowed, scale=scale)
+    return out.unflatten(2, (group, query.shape[2])).flatten(1, 2)
+
+
+def grouped_rows(query: Tensor, group: int) -> Tensor:
+    """[B, H, R, D] -> [B, G, (H / G) R, D]."""
+    return query.unflatten(1, (-1, group)).flatten(2, 3)

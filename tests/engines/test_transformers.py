@@ -1,0 +1,360 @@
+"""`attn_implementation="tsa"` beside the compiled model, and beside the same model over the method's reference."""
+
+import contextlib
+import itertools
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tsa_compile import (
+    ConfigError,
+    Coverage,
+    Decision,
+    Floor,
+    KeepRatio,
+    KernelError,
+    Reason,
+    RewriteError,
+    TSAConfig,
+    TSAWarning,
+    attention,
+    reports,
+)
+
+from ..support import difference, mixed_padding, oracle, slow_but, tiny, tokens
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),  # its new name is too new
+]
+
+LENGTH = 50
+SMALL = dict(window=4, min_tokens=4, compiler="eager")
+FLOOR = TSAConfig(budget=KeepRatio(0.5), layers=[0, 2], floor=Floor(8, 2), **SMALL)
+COVERAGE = TSAConfig(budget=Coverage(0.2), layers=[0, 2], floor=None, **SMALL)
+GROUPS = FLOOR.replace(granularity="group")
+KEEP_ALL = COVERAGE.replace(budget=Coverage(0))
+ATOL = 1e-5
+
+numbers = itertools.count()
+
+
+def sparse(name, config=FLOOR, **changes):
+    """A tiny model whose attention follows a configuration, whatever other models of the test follow."""
+    return tiny(name, attention.register(config, name=f"tsa-{next(numbers)}"), **changes)
+
+
+def logits(model, *inputs, **named):
+    with torch.no_grad():
+        return model(*inputs, **named).logits
+
+
+def rows(report):
+    return [(row.layer_index, row.decision, row.reason) for row in report]
+
+
+def reasons(model):
+    return [row.reason for row in attention.report(model)]
+
+
+@contextlib.contextmanager
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TSAWarning)
+        yield
+
+
+@pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen3", "mistral", "gemma3"], "llama", "gemma3"))
+def test_equal_to_the_compiled_model(name):
+    """Logits, decisions and reasons, over left and right padding in one batch."""
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
+    model = sparse(name)
+    found = logits(model, **inputs)
+    wanted = logits(torch.compile(tiny(name), backend="tsa", options={"config": FLOOR}), **inputs)
+    assert difference(found, wanted, inputs["attention_mask"]) < ATOL
+    (report,) = reports()
+    assert rows(attention.report(model)) == rows(report)
+    for mine, compiled in zip(attention.report(model), report, strict=True):
+        assert (mine.layer, mine.query, mine.key, mine.kernel) == (
+            compiled.layer,
+            compiled.query,
+            compiled.key,
+            compiled.kernel,
+        )
+    assert attention.report(model).summary == report.summary
+
+
+@pytest.mark.parametrize("mask", [None, mixed_padding(LENGTH)], ids=["plain", "padded"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "phi3"])
+def test_equal_to_the_reference(name, mask):
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mask)
+    dense = logits(tiny(name), **inputs)
+    assert difference(logits(sparse(name, KEEP_ALL), **inputs), dense, mask) < ATOL
+    layers = {0, 2}
+    for config, settings in [
+        (FLOOR, {"keep_ratio": 0.5, "floor_window": 8, "floor_sinks": 2}),
+        (COVERAGE, {"coverage": 0.2}),
+    ]:
+        with oracle(layers, window=4, min_tokens=4, **settings):
+            wanted = logits(tiny(name, "oracle"), **inputs)
+        assert difference(wanted, dense, mask) > 100 * ATOL, "or nothing was tested"
+        assert difference(logits(sparse(name, config), **inputs), wanted, mask) < ATOL
+
+
+def test_heads_of_a_group_select_together():
+    ids = tokens(2, LENGTH)
+    compiled = torch.compile(tiny("llama"), backend="tsa", options={"config": GROUPS})
+    assert difference(logits(sparse("llama", GROUPS), ids), logits(compiled, ids)) < ATOL
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate(cache):
+    """Sparse prefill, dense decoding: as the reference generates, also into a cache that is longer than the prompt."""
+    pads = mixed_padding(LENGTH, (0, 9, 20))
+    inputs = dict(input_ids=tokens(3, LENGTH) * pads, attention_mask=pads)
+    how = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    model = sparse("llama")
+    found = model.generate(**inputs, **how, cache_implementation=cache)
+    with oracle({0, 2}, window=4, min_tokens=4, keep_ratio=0.5, floor_window=8, floor_sinks=2):
+        wanted = tiny("llama", "oracle").generate(**inputs, **how)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert max(map(difference, found.logits, wanted.logits)) < ATOL
+    assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE], "a decode step leaves no row"
+
+
+def test_chunks_of_a_prompt_are_dense_and_said_so():
+    ids = tokens(1, LENGTH)
+    model, plain = sparse("llama"), tiny("llama")
+    cache, plain_cache = transformers.DynamicCache(), transformers.DynamicCache()
+    first = logits(model, ids[:, :20], past_key_values=cache)
+    assert reasons(model)[0] is Reason.SPARSE
+    logits(plain, ids[:, :20], past_key_values=plain_cache)
+    assert difference(first, logits(plain, ids[:, :20])) > 100 * ATOL
+    for layer, plain_layer in zip(cache.layers, plain_cache.layers, strict=True):
+        layer.keys, layer.values = plain_layer.keys, plain_layer.values
+    with pytest.warns(TSAWarning, match="NOT_SELF_ATTENTION.*behind a cache"):
+        second = logits(model, ids[:, 20:], past_key_values=cache)
+    assert difference(second, logits(plain, ids[:, 20:], past_key_values=plain_cache)) < ATOL
+    assert reasons(model) == [Reason.NOT_SELF_ATTENTION] * 3
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("gemma2 (soft capping)", "a soft cap"), ("gpt_oss (sinks)", "a sink"), ("mistral", "SLIDING_WINDOW")]
+)
+@pytest.mark.parametrize("mask", [None, mixed_padding(LENGTH)], ids=["plain", "padded"])
+def test_what_is_no_plain_softmax_stays_exact(name, reason, mask):
+    """Said once, not in each layer or call; equal to the model's own eager attention."""
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mask)
+    model = sparse(name)
+    with pytest.warns(TSAWarning, match=reason) as said:
+        found = logits(model, **inputs)
+        logits(model, **inputs)
+    assert len(said) == 1
+    assert difference(found, logits(tiny(name, "eager"), **inputs), mask) < ATOL
+    assert difference(logits(model, tokens(3, 1)), logits(tiny(name, "eager"), tokens(3, 1))) < ATOL
+
+
+def test_a_window_that_holds_the_whole_prompt_is_none():
+    model = sparse("mistral", sliding_window=LENGTH)
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
+    with no_warning():
+        found = logits(model, **inputs)
+    assert reasons(model).count(Reason.SPARSE) == 2
+    assert difference(found, logits(sparse("mistral", sliding_window=None), **inputs), inputs["attention_mask"]) < ATOL
+
+
+def test_training_is_dense():
+    model, plain = sparse("llama", attention_dropout=0.5).train(), tiny("llama", attention_dropout=0.5).train()
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), labels=tokens(3, LENGTH))
+    with pytest.warns(TSAWarning, match="NEEDS_GRAD"):
+        torch.manual_seed(0)
+        model(**inputs).loss.backward()
+    torch.manual_seed(0)
+    plain(**inputs).loss.backward()
+    gradients = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in gradients)
+    with torch.no_grad(), pytest.warns(TSAWarning, match="DROPOUT"):
+        model(**inputs)
+
+
+def test_layers_by_default_by_number_and_by_name():
+    ids, names = tokens(1, LENGTH), {}
+    for layers in (None, [1], ["model.layers.0.*"], []):
+        model = sparse("llama", FLOOR.replace(layers=layers))
+        with no_warning():
+            logits(model, ids)
+        names[str(layers)] = [row.layer for row in attention.report(model).sparse_calls]
+    layer = "model.layers.{}.self_attn".format
+    assert [*names.values()] == [[layer(1), layer(2)], [layer(1)], [layer(0)], []]
+
+
+def test_layers_that_there_are_not():
+    model = sparse("llama", FLOOR.replace(layers=[1, 9]))
+    with pytest.warns(TSAWarning, match=r"layers=\[9\] not found.*0..2") as said:
+        logits(model, tokens(1, LENGTH))
+        logits(model, tokens(1, LENGTH))
+    assert len(said) == 1
+
+
+def test_a_layer_alone_has_no_place():
+    """It is not known of which model, so the default selects it not."""
+    model = sparse("llama", FLOOR.replace(layers=None))
+    hidden = torch.randn(1, LENGTH, 64)
+    embeddings = model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    with torch.no_grad(), pytest.warns(TSAWarning, match="LAYER_COUNT_UNKNOWN"):
+        alone, _ = model.model.layers[2].self_attn(hidden, embeddings, None)
+        plain, _ = tiny("llama").model.layers[2].self_attn(hidden, embeddings, None)
+    assert difference(alone, plain) < ATOL
+    with no_warning():
+        logits(model, tokens(1, LENGTH))
+    assert reasons(model)[2] is Reason.SPARSE, "and in the model it has one"
+
+
+def test_short_prompts_are_dense():
+    model = sparse("llama", FLOOR.replace(min_length=40))
+    with pytest.warns(TSAWarning, match=r"TOO_SHORT.*length 39 < 40"):
+        found = logits(model, tokens(1, 39))
+    assert difference(found, logits(tiny("llama"), tokens(1, 39))) < ATOL
+    with no_warning():
+        logits(model, tokens(1, 40))
+    assert reasons(model)[0] is Reason.SPARSE
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that come about, outside of opaque ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.seen.update(tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t))
+        return out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_mask_of_length_by_length(padded):
+    """Padding stays two-dimensional, in dense layers as well, and a mask of ones is none."""
+    length = 300
+    mask = mixed_padding(length) if padded else torch.ones(3, length, dtype=torch.long)
+    model = sparse("llama")
+    with Shapes() as shapes:
+        logits(model, tokens(3, length), attention_mask=mask)
+    assert (3, length, 64) in shapes.seen
+    assert not [shape for shape in shapes.seen if shape[-2:] == (length, length)]
+    assert {row.mask for row in attention.report(model)} == {"causal+padding" if padded else "causal"}
+
+
+def test_masks_of_ones_own():
+    """Four dimensions, or packed sequences: as SDPA computes them."""
+    ids = tokens(2, LENGTH)
+    given = torch.rand(2, 1, LENGTH, LENGTH) > 0.5
+    given |= torch.eye(LENGTH, dtype=torch.bool)
+    packed = torch.arange(LENGTH).remainder(LENGTH // 2).expand(2, -1)
+    for inputs in (dict(attention_mask=given), dict(position_ids=packed, use_cache=False)):
+        model = sparse("llama")
+        with pytest.warns(TSAWarning, match="MASK_OPAQUE"):
+            found = logits(model, ids, **inputs)
+        assert difference(found, logits(tiny("llama"), ids, **inputs)) < ATOL
+        assert reasons(model) == [Reason.MASK_OPAQUE] * 3
+    with pytest.raises(RewriteError, match=r"MASK_OPAQUE.*strict=True"):
+        logits(sparse("llama", FLOOR.replace(strict=True)), ids, attention_mask=given)
+
+
+def test_a_bidirectional_encoder_stays_as_it_is():
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    config = transformers.BertConfig(**sizes)
+    attention.register(FLOOR.replace(layers=None))
+    models = []
+    for name in ("sdpa", "tsa"):
+        torch.manual_seed(0)
+        models.append(transformers.BertModel._from_config(config, attn_implementation=name).eval())
+    inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
+    with torch.no_grad(), no_warning():
+        plain, found = (model(**inputs).last_hidden_state for model in models)
+    assert difference(plain, found) < ATOL
+    assert set(reasons(models[1])) == {Reason.NOT_CAUSAL}
+
+
+def test_configurations_side_by_side():
+    ids = tokens(1, LENGTH)
+    attention.register(FLOOR, name="tsa-a")
+    attention.register(FLOOR.replace(layers=[]), name="tsa-b")
+    first, second = tiny("llama", "tsa-a"), tiny("llama", "tsa-b")
+    assert difference(logits(second, ids), logits(tiny("llama"), ids)) < ATOL
+    assert difference(logits(first, ids), logits(second, ids)) > 100 * ATOL
+    second.set_attn_implementation("tsa-a")
+    assert torch.equal(logits(first, ids), logits(second, ids))
+
+
+def test_a_dense_kernel():
+    model = sparse("llama", FLOOR.replace(dense_kernel="sdpa"))
+    for mask in (None, mixed_padding(LENGTH)):
+        found = logits(model, tokens(3, LENGTH), attention_mask=mask)
+        assert rows(attention.report(model))[1] == (1, Decision.KERNEL, Reason.LAYER_NOT_SELECTED)
+        wanted = logits(sparse("llama"), tokens(3, LENGTH), attention_mask=mask)
+        assert difference(found, wanted, mask) < ATOL
+    model = sparse("llama", FLOOR.replace(kernel="triton"))
+    with pytest.warns(TSAWarning, match="KERNEL"):
+        assert difference(logits(model, tokens(1, LENGTH)), logits(tiny("llama"), tokens(1, LENGTH))) < ATOL
+
+
+def test_compiled_it_is_what_the_backend_finds():
+    model = sparse("llama")
+    ids = tokens(1, LENGTH)
+    eager = logits(model, ids)
+    with pytest.warns(TSAWarning, match="SDPA in a compiled"):
+        found = logits(torch.compile(model, backend="tsa", options={"config": FLOOR}), ids)
+    assert reports()[0].sparse == 2
+    assert difference(found, eager) < ATOL
+
+
+@pytest.mark.parametrize("name", ["bloom (ALiBi)", "mpt (ALiBi)"])
+def test_models_that_compute_attention_by_themselves_are_refused(name):
+    with pytest.raises(ConfigError, match=r"AttentionInterface.*backend"):
+        logits(sparse(name), tokens(1, LENGTH), attention_mask=mixed_padding(LENGTH, (9,)))
+
+
+def test_continuous_batching_is_refused():
+    """By transformers itself, before anything is computed."""
+    model = sparse("llama")
+    with pytest.raises(ValueError, match=r"tsa.* is not supported"):
+        model.init_continuous_batching()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "my-flash", "a/b", "paged|tsa", "", 3])
+def test_names_that_are_not_allowed(name):
+    with pytest.raises(ConfigError, match=r"name=.* is not allowed"):
+        attention.register(name=name)
+
+
+def test_configurations_that_are_not_allowed():
+    with pytest.raises(ConfigError, match="takes a TSAConfig"):
+        attention.register({"layers": [0]})
+    with pytest.raises(KernelError, match="unknown attention kernel 'no'"):
+        attention.register(FLOOR.replace(kernel="no"))
+
+
+def test_without_a_prefill_there_are_no_rows():
+    assert len(attention.report(tiny("llama"))) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+def test_on_a_gpu(padded):
+    """bfloat16, kernels of the GPU: as the compiled model, within what that differs from itself in float32."""
+    length, config = 3000, TSAConfig(layers=[0, 2], window=64, min_tokens=128, min_length=1, compiler="eager")
+    sizes = dict(max_position_embeddings=4096, head_dim=64)
+    mask = mixed_padding(length, (0, 500, -700)).cuda() if padded else None
+    inputs = dict(input_ids=tokens(3, length).cuda(), attention_mask=mask)
+    model = sparse("llama", config, **sizes).to("cuda", torch.bfloat16)
+    plain = tiny("llama", **sizes).to("cuda", torch.bfloat16)
+    found = logits(model, **inputs)
+    wanted = logits(torch.compile(plain, backend="tsa", options={"config": config}), **inputs)
+    assert attention.report(model).sparse == reports()[0].sparse == 2
+    assert difference(found.float(), wanted.float(), mask) < 0.05

@@ -1,0 +1,1 @@
+"""Token Sparse Attention inside the engines that run a model themselves."""

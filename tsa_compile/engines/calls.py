@@ -1,0 +1,183 @@
+"""A call of a transformers attention function: what was asked for, why it must stay as it is, and how it runs then.
+
+By the conventions for SDPA and FlashAttention: without a mask `is_causal` tells, a mask bool [B, L] of a causal module is
+its padding, and any other is bool or additive, [B, 1 or H, Lq, Lk].
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.attention import sdpa_kernel
+
+from tsa_compile.errors import ConfigError
+from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.report import Reason
+
+MASK_KIND, VALID_RANGES = "tsa_kind", "tsa_valid_ranges"
+"""Attributes of a mask: what it means, and on the host where its valid tokens lie. A copy of it has none."""
+_ARGUMENTS = {
+    "softcap": "a soft cap on the logits",
+    "s_aux": "a sink in each softmax",
+    "position_bias": "a bias added to the logits",
+    "head_mask": "a mask over heads",
+}
+"""Keyword arguments that change what attention computes, and so what SDPA must be able to do as well."""
+_COMMON = (
+    "module",
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "scaling",
+    "dropout",
+    "is_causal",
+    "sliding_window",
+    "kwargs",
+)
+"""What every attention function takes. That there is a window says the mask."""
+_MASK_REASONS = {
+    MaskKind.NONE: Reason.NOT_CAUSAL,
+    MaskKind.PADDING: Reason.NOT_CAUSAL,
+    MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
+    MaskKind.CHUNKED: Reason.CHUNKED,
+    MaskKind.PACKED: Reason.PACKED,
+    MaskKind.OPAQUE: Reason.MASK_OPAQUE,
+}
+
+_own: dict[str, tuple[str, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of several queries. `padding`: valid tokens [B, L] of a causal mask; `mask`: any other, [B, 1 or H, Lq, Lk]."""
+
+    module: Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    padding: Tensor | None
+    mask: Tensor | None
+    kind: MaskKind
+    scale: float
+    dropout: float
+    is_causal: bool
+    others: dict[str, Any]
+
+    def obstacle(self) -> tuple[Reason, str] | None:
+        """Why the call must stay exactly as the model wrote it, in the order of the compiler's questions."""
+        changed = _changed(self.module, self.others)
+        if changed:
+            return Reason.UNSUPPORTED_FORM, ", ".join(_ARGUMENTS.get(name, f"the argument {name!r}") for name in changed)
+        if self.others.get("output_attentions"):
+            return Reason.UNSUPPORTED_FORM, "its weights are asked for"
+        if self.query.requires_grad or self.key.requires_grad or self.value.requires_grad:
+            return Reason.NEEDS_GRAD, ""
+        if self.dropout:
+            return Reason.DROPOUT, f"dropout {self.dropout}"
+        if not self.scale > 0:
+            return Reason.UNSUPPORTED_FORM, f"the scale is {self.scale}, not positive, as causal kernels need it"
+        if self.query.shape[2] != self.key.shape[2]:
+            cached = ": a prefill behind a cache" if self.is_chunk else ""
+            return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
+        reason = _MASK_REASONS.get(self.kind)
+        opaque = reason is Reason.MASK_OPAQUE
+        return None if reason is None else (reason, "it was not asked for as causal, a window or chunks" if opaque else "")
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it belongs to a prompt that is run in parts."""
+        return self.is_causal and self.query.shape[2] < self.key.shape[2]
+
+    def full_mask(self) -> Tensor | None:
+        """The mask as SDPA takes it; None if nothing is hidden but, where it is causal, the future."""
+        return self.mask if self.padding is None else self._causal() & self.padding[:, None, None, :]
+
+    def additive_mask(self) -> Tensor | None:
+        """The mask as the models' eager functions take it, which know of no causality."""
+        mask = self._causal() if self.kind is MaskKind.CAUSAL else self.full_mask()
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        zero = torch.zeros((), dtype=self.query.dtype, device=mask.device)
+        return torch.where(mask, zero, torch.finfo(self.query.dtype).min)
+
+    def _causal(self) -> Tensor:
+        length = self.query.shape[2]
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=self.query.device).tril()
+
+
+def read(
+    module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
+    scaling: float | None, is_causal: bool | None, others: dict[str, Any],
+) -> Call:  # fmt: skip
+    """The arguments of an attention function, by transformers' conventions for SDPA and FlashAttention."""
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    length, padding, kind = query.shape[2], None, MaskKind.NONE
+    if mask is not None and mask.dim() == 2:
+        if causal and length > 1:
+            padding, mask, kind = mask, None, MaskKind.CAUSAL_PADDING
+        else:
+            mask, kind = mask[:, None, None, :].to(torch.bool), MaskKind.PADDING
+    elif mask is not None:
+        kind = getattr(mask, MASK_KIND, MaskKind.OPAQUE if causal else MaskKind.PADDING)
+        if kind is MaskKind.SLIDING_WINDOW and not (others.get("sliding_window") or getattr(module, "sliding_window", None)):
+            kind = MaskKind.CHUNKED
+    elif causal and length > 1:
+        kind = MaskKind.CAUSAL
+    if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):  # keys of a static cache that nothing was written to yet
+        key, value = key[:, :, :length], value[:, :, :length]
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return Call(module, query, key, value, padding, mask, kind, scale, dropout, causal, others)
+
+
+def _changed(module: Module, others: dict[str, Any]) -> list[str]:
+    """The arguments that change what attention computes: known ones, and those that the model's own function names."""
+    names = dict.fromkeys((*_ARGUMENTS, *_own_arguments(type(module).__module__)))
+    return [name for name in names if others.get(name) is not None]
+
+
+def _own_arguments(home: str) -> tuple[str, ...]:
+    if home not in _own:
+        function = getattr(sys.modules.get(home), "eager_attention_forward", None)
+        names = inspect.signature(function).parameters if function else ()
+        _own[home] = tuple(name for name in names if name not in _COMMON)
+    return _own[home]
+
+
+def as_written(call: Call) -> tuple[Tensor, Tensor | None]:
+    """By SDPA, or by the model's own eager function where SDPA cannot do what is asked for."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    known = sdpa_attention_forward.__code__.co_varnames
+    changed = _changed(call.module, call.others)
+    if call.others.get("output_attentions") or not all(name in known for name in changed):
+        return _eager(call)
+    causal = call.kind is MaskKind.CAUSAL
+    with sdpa_kernel(list(PRIORITY), set_priority=True) if causal and call.query.is_cuda else nullcontext():
+        return sdpa_attention_forward(
+            call.module, call.query, call.key, call.value, call.full_mask(),
+            dropout=call.dropout, scaling=call.scale, is_causal=causal, **call.others,
+        )  # fmt: skip
+
+
+def _eager(call: Call) -> tuple[Tensor, Tensor | None]:
+    home = sys.modules[type(call.module).__module__]
+    function = getattr(home, "eager_attention_forward", None)
+    if function is None:
+        reason, detail = call.obstacle() or (Reason.UNSUPPORTED_FORM, "")
+        raise ConfigError(
+            f"{type(call.module).__name__} cannot run its attention here ({reason}: {detail}), and {home.__name__} has no "
+            'eager_attention_forward to run instead; load the model with attn_implementation="eager"'
+        )
+    return function(
+        call.module, call.query, call.key, call.value, call.additive_mask(),
+        scaling=call.scale, dropout=call.dropout, **call.others,
+    )  # fmt: skip

@@ -1,0 +1,239 @@
+"""transformers' AttentionInterface and AttentionMaskInterface: the attention of a model that is not compiled.
+
+    the model asks for a mask     causal, nothing hidden       None
+                                  causal and padding           bool [B, L], with its valid ranges
+                                  anything else                bool [B, 1, Lq, Lk], as SDPA has it
+    a layer asks for attention    prefill, layer selected      tsa.sparse_attention, tsa.padded_sparse_attention
+                                  prefill, layer dense         SDPA, tsa.padded_attention
+                                  anything else                as the model wrote it: SDPA, or its own eager function
+
+What a mask means is not inferred here but known: transformers says how it is made of causality, a window, chunks, padding.
+Under `torch.compile` and `torch.export` all of it is SDPA, whose calls the compiler finds.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from tsa_compile import pipeline  # registers the ops
+from tsa_compile.config import TSAConfig
+from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, read
+from tsa_compile.engines.stacks import Seat, Seats
+from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAWarning
+from tsa_compile.passes.frame import running_modules
+from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.plan import kernel_obstacle, kernel_of, sparse_obstacle
+from tsa_compile.passes.rewrite import keeping_all, options_of
+from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+
+assert pipeline.OPS
+tsa = torch.ops.tsa
+
+_NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM)
+_ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_CAUSAL)
+
+_rows: weakref.WeakKeyDictionary[Module, tuple[CallRow, TSAConfig]] = weakref.WeakKeyDictionary()
+
+
+def add(name: str, config: TSAConfig) -> None:
+    """Registers an implementation under a name."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    implementation = Implementation(name, config)
+    AttentionInterface.register(name, implementation.attention)
+    AttentionMaskInterface.register(name, implementation.mask)
+
+
+def report_of(model: Module) -> RewriteReport:
+    """One row for each attention module that had a prefill."""
+    found = [_rows[module] for module in model.modules() if module in _rows]
+    rows = (replace(row, index=index) for index, (row, _) in enumerate(found))
+    return RewriteReport(rows=tuple(rows), config=found[-1][1].to_dict() if found else {})
+
+
+class Implementation:
+    """The attention function and the mask function of one registered name."""
+
+    def __init__(self, name: str, config: TSAConfig) -> None:
+        self.name, self.config = name, config
+        self.seats = Seats(f'attn_implementation="{name}"', config)
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: Any = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] | None = None,
+        attention_mask: Tensor | None = None,
+        local_size: int | None = None,
+        allow_is_causal_skip: bool = True,
+        **others: Any,
+    ) -> Tensor | None:
+        """The mask that all layers of one kind share. `attention_mask` is bool [B, tokens so far], if there is one.
+
+        `allow_is_causal_skip` is transformers' word that nothing but causality, a window or chunks of `local_size` tokens,
+        and padding hides anything.
+        """
+        from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+        tracing = torch.compiler.is_compiling()
+        if not tracing:
+            self._check_caller()
+        prefill = not tracing and q_length > 1 and q_length <= kv_length and kv_offset == 0 and bool(q_offset == 0)
+        if prefill and allow_is_causal_skip and (local_size is None or q_length <= local_size):
+            return _padding(attention_mask, q_length)
+        mask = sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
+            local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **others,
+        )  # fmt: skip
+        if mask is not None and not tracing and allow_is_causal_skip and local_size is not None:
+            setattr(mask, MASK_KIND, MaskKind.SLIDING_WINDOW)
+        return mask
+
+    def _check_caller(self) -> None:
+        """A model that computes attention by itself would take a mask of two dimensions for another one.
+
+        Raises:
+            ConfigError: the running model does not ask the interface for its attention.
+        """
+        from transformers import PreTrainedModel
+
+        model = next((module for module in running_modules() if isinstance(module, PreTrainedModel)), None)
+        if model is not None and not model._can_set_attn_implementation():
+            raise ConfigError(
+                f'attn_implementation="{self.name}" is not possible for {type(model).__name__}, whose attention does not '
+                'come from transformers\' AttentionInterface. Compile it: torch.compile(model, backend="tsa")'
+            )
+
+    def attention(
+        self,
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Query [B,H,Lq,D] over key and value [B,G,Lk,D] gives [B,Lq,H,Dv], and the weights where they are asked for."""
+        if torch.compiler.is_compiling():
+            _say_that_it_is_compiled(self.name, query.shape[2] == 1)
+        call = read(module, query, key, value, attention_mask, dropout, scaling, is_causal, others)
+        if query.shape[2] == 1 or torch.compiler.is_compiling():
+            return as_written(call)
+        decision, reason, detail = self._decide(call, seat := self.seats.of(module))
+        kernel = ""
+        if decision is not Decision.UNCHANGED:
+            try:
+                kernel = kernel_of(call.query, call.key, call.value, decision, self.config)
+            except KernelError as error:  # a kernel that was asked for by name and does not fit this call
+                decision = Decision.DENSE if call.padding is None else Decision.DENSE_PADDED
+                reason, detail = Reason.KERNEL, str(error)
+        self._note(call, seat, decision, reason, detail, kernel)
+        return self._run(call, decision, kernel)
+
+    def _decide(self, call: Call, seat: Seat) -> tuple[Decision, Reason, str]:
+        obstacle = call.obstacle()
+        if obstacle is not None:
+            return Decision.UNCHANGED, *obstacle
+        reason, detail = seat.unselected, ""
+        if reason is Reason.LAYER_COUNT_UNKNOWN:
+            detail = seat.place.doubt
+        operands = (call.query, call.key, call.value)
+        if reason is None:
+            reason, detail = sparse_obstacle(*operands, self.config, seat.stack.share)
+        if reason is None:
+            return Decision.SPARSE, Reason.SPARSE, ""
+        if self.config.dense_kernel is not None and kernel_obstacle(*operands)[0] is None:
+            return Decision.KERNEL, reason, detail
+        return Decision.DENSE if call.padding is None else Decision.DENSE_PADDED, reason, detail
+
+    def _note(self, call: Call, seat: Seat, decision: Decision, reason: Reason, detail: str, kernel: str) -> None:
+        """For the report, and for whoever asked for something that did not happen."""
+        place = seat.place
+        query, key, value = (tuple(tensor.shape) for tensor in (call.query, call.key, call.value))
+        row = CallRow(
+            index=0, layer=place.names[0], layer_index=place.number, query=query, key=key, value=value,
+            dtype=str(call.query.dtype).removeprefix("torch."), form=self.name, mask=str(call.kind), decision=decision,
+            reason=reason, kernel=kernel, detail=detail,
+        )  # fmt: skip
+        _rows[call.module] = (row, self.config)
+        asked = self.config.layers != () and (seat.unselected is None or seat.unselected is Reason.LAYER_COUNT_UNKNOWN)
+        missed = asked and reason is not Reason.SPARSE and reason not in _ORDINARY
+        if self.config.strict and asked and reason in _NOT_UNDERSTOOD:
+            raise RewriteError(
+                f"not sparse although asked for, because not understood: {place.names[0]}: {reason} ({detail}) (strict=True)"
+            )
+        seat.stack.note(place, reason, detail, missed and (reason is not Reason.NOT_SELF_ATTENTION or call.is_chunk))
+
+    def _run(self, call: Call, decision: Decision, kernel: str) -> tuple[Tensor, Tensor | None]:
+        operands = (call.query, call.key, call.value)
+        if decision is Decision.SPARSE:
+            return _sparse(call, self.config), None
+        if decision is Decision.KERNEL and call.padding is not None:
+            return _sparse(call, keeping_all(self.config, kernel)), None
+        if decision is Decision.KERNEL:
+            return _rows_first(tsa.attend(*operands, None, call.scale, kernel)), None
+        if decision is Decision.DENSE_PADDED:
+            padding = call.padding
+            out = tsa.padded_attention(*operands, padding, _valid_ranges(padding), call.scale, False)
+            return _rows_first(out), None
+        return as_written(call)
+
+
+@torch.compiler.assume_constant_result
+def _say_that_it_is_compiled(name: str, decoding: bool) -> None:
+    """Called while a model is traced."""
+    if not decoding:
+        warnings.warn(
+            f'attn_implementation="{name}" is SDPA in a compiled or exported model: backend="tsa" makes it sparse, other '
+            "backends leave it dense",
+            TSAWarning,
+            stacklevel=2,
+        )
+
+
+def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The valid ones of `length` tokens, bool [B, L], their ranges with them; None if all are. The host waits once."""
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, :length].to(torch.bool, copy=True)  # whatever is written to the model's own later
+    if padding.shape[1] < length:
+        padding = torch.nn.functional.pad(padding, (0, length - padding.shape[1]))
+    ranges = tsa.valid_ranges(padding)
+    if all(row == [0, length, 1] for row in ranges.tolist()):
+        return None
+    setattr(padding, VALID_RANGES, ranges)
+    return padding
+
+
+def _valid_ranges(padding: Tensor | None) -> Tensor:
+    assert padding is not None
+    ranges = getattr(padding, VALID_RANGES, None)
+    return tsa.valid_ranges(padding) if ranges is None else ranges
+
+
+def _sparse(call: Call, config: TSAConfig) -> Tensor:
+    operands, options = (call.query, call.key, call.value), options_of(config, call.scale)
+    if call.padding is None:
+        return _rows_first(tsa.sparse_attention(*operands, *options))
+    return _rows_first(tsa.padded_sparse_attention(*operands, call.padding, _valid_ranges(call.padding), *options))
+
+
+def _rows_first(output: Tensor) -> Tensor:
+    """[B, H, L, Dv] as [B, L, H, Dv]; no copy, as the ops write it so."""
+    return output.transpose(1, 2).contiguous()
