@@ -48,7 +48,8 @@ class Decompose(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:
         graph = graph_module.graph
         whole = (tsa.sparse_attention.default, tsa.padded_sparse_attention.default)
-        found = [node for node in graph.nodes if node.target in whole]
+        # The steps are those of a whole prompt; a chunk's op stays.
+        found = [node for node in graph.nodes if node.target in whole and _is_whole_prompt(node)]
         for node in found:
             with graph.inserting_before(node):
                 last = _open(graph, _SparseCall.of(node))
@@ -60,6 +61,11 @@ class Decompose(Pass):
                 source for source in read if not source.users
             )  # the valid ranges, if nobody else has them
         return self.result(graph_module, len(found))
+
+
+def _is_whole_prompt(node: Node) -> bool:
+    query, key = (fake(operand) for operand in node.args[:2])
+    return known(query.shape[2] == key.shape[2])
 
 
 @dataclass(frozen=True)

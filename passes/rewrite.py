@@ -43,14 +43,13 @@ class RewriteSparse(Pass):
         return self.result(graph_module, matched)
 
     def _attention(self, graph_module: GraphModule, plan: CallPlan) -> Node:
-        config = self.state.config
         if plan.decision is Decision.SPARSE:
-            return self._sparse(graph_module, plan, config)
+            return self._sparse(graph_module, plan, plan.config)
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
             return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
-        return self._sparse(graph_module, plan, keeping_all(config, plan.kernel))
+        return self._sparse(graph_module, plan, keeping_all(plan.config, plan.kernel))
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
         call, graph = plan.call, graph_module.graph

@@ -1,6 +1,10 @@
 """Imports run one way: config, errors, report <- kernels <- costs <- passes <- pipeline <- backend, explain, export, cli."""
 
 import ast
+import shutil
+import subprocess
+import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -185,6 +189,21 @@ def test_a_fault_is_seen(module, source):
 )
 def test_what_is_allowed_passes(module, source):
     assert list(faults(source, module)) == []
+
+
+def test_a_checkout_imports_from_its_own_root(tmp_path):
+    """Whatever is installed: an installation of the package may lie on the path as well."""
+    for name in ("tsa_compile", "passes", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = "import tsa_compile.passes, tsa_compile.kernels as k; print(tsa_compile.passes.__file__, k.__file__)"
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(tmp_path / name / "__init__.py") for name in ("passes", "kernels")], done.stderr
+
+
+def test_the_version_stands_in_three_places():
+    version = tsa_compile.__version__
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_test_modules_share_helpers_not_tests():

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]  # torch does not list it
 from torch.fx import Graph, GraphModule
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import (
     attend,
@@ -73,6 +74,7 @@ def run_passes(
     passes: tuple[type[Pass], ...] = PASSES,
     *,
     after: Callable[[Pass, GraphModule], None] | None = None,
+    costs: DeviceCosts | None = None,
 ) -> RewriteReport:
     """Rewrites a graph in place and reports on every attention call in it.
 
@@ -80,6 +82,7 @@ def run_passes(
         graph_module: traced by Dynamo or torch.export, with fake values in its nodes' metadata.
         passes: PASSES open sparse attention into its steps, to be read and exported; WHOLE leave it one op a call.
         after: called with each pass and the graph when the pass is through: to step from one to the next.
+        costs: of the device that is decided for; None for the one that the calls are on.
 
     Raises:
         ConfigError, KernelError: the configuration names a layer, a kernel or a pass that does not exist.
@@ -94,7 +97,7 @@ def run_passes(
     for name in (config.kernel, config.dense_kernel):
         if name not in (registry.AUTO, None):
             registry.get(name)
-    state = GraphState(config)
+    state = GraphState(config, costs=costs)
     original = copy.deepcopy(graph_module.graph)
     _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))
     for kind in passes:
@@ -153,7 +156,16 @@ def _row(index: int, plan: CallPlan) -> CallRow:
         index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
+        budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,
     )  # fmt: skip
+
+
+def own_budget(config: TSAConfig) -> tuple[str, float] | None:
+    """What the row of a sparse call says of its budget: that of its layer's configuration, where layers have one each."""
+    if not isinstance(config.layers, LayerBudgets):
+        return None
+    ((kind, amount),) = budget_dict(config.budget).items()
+    return kind, amount
 
 
 def _shape(value: object) -> tuple[int | str, ...]:

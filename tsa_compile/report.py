@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import textwrap
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 MAX_REPORTS = 256
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Decision(StrEnum):
@@ -122,6 +124,7 @@ class CallRow:
     Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
     proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now. `expected_dense_ms` and
     `expected_ms` are what a cost model expects the call to take dense and as decided, where a device's costs were asked for.
+    `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
     """
 
     index: int
@@ -139,8 +142,11 @@ class CallRow:
     detail: str = ""
     expected_dense_ms: float | None = None
     expected_ms: float | None = None
+    budget: tuple[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            object.__setattr__(self, "budget", tuple(self.budget))
         for name in ("query", "key", "value"):
             shape = tuple(dim if type(dim) is int else str(dim) for dim in getattr(self, name))
             object.__setattr__(self, name, shape)
@@ -259,33 +265,50 @@ class RewriteReport:
         values = json.loads(text) if isinstance(text, str) else text
         return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
 
+    def narrow(self, width: int) -> str:
+        """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""
+        return render(self, width)
+
     def __str__(self) -> str:
         return render(self)
 
 
-def render(report: RewriteReport) -> str:
-    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons."""
-    lines = [_table(report.rows)] if report.rows else []
-    lines.append(report.summary)
-    lines.extend(_sight(report))
-    lines.extend(_expectation(report))
+def render(report: RewriteReport, width: int | None = None) -> str:
+    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons.
+
+    Args:
+        width: lines are at most so long, and the table says what was decided and why, without masks, shapes and kernels.
+    """
+    lines = [report.summary, *_sight(report), *_expectation(report)]
     for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
-        lines.append(reason.said())
+        details = dict.fromkeys(row.detail for row in report.rows if row.reason is reason and row.detail)
+        short = "" if width is None else "; ".join([*details][:1] + ["..."] * (len(details) > 1))
+        lines.append(reason.said(" ".join(short.split())))
     lines.extend(f"note: {note}" for note in report.notes)
-    return "\n".join(lines)
+    table = [_table(report.rows, width)] if report.rows else []
+    return "\n".join(table + (lines if width is None else wrapped(lines, width)))
+
+
+def wrapped(lines: Iterable[str], width: int) -> list[str]:
+    """Lines of at most so many characters; what goes on is indented. A word that is longer stays whole."""
+    return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
 
 
 def _sight(report: RewriteReport) -> list[str]:
     """What the rows of sparse calls see."""
     if not report.sparse or "budget" not in report.config:
         return []
-    ((kind, amount),) = report.config["budget"].items()
-    chosen = f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
+    budgets = dict.fromkeys(row.budget for row in report.rows if row.budget is not None)
+    chosen = " or ".join(_budget_words(*budget) for budget in budgets or report.config["budget"].items())
     floor = report.config.get("floor")
     if floor is None:
         return [f"sparse: the rows that {chosen} selects see each other; all other rows become 0 (floor=None, as published)"]
     near = f"the last {floor['window']} tokens and the first {floor['sinks']}"
     return [f"sparse: every row sees {near}; the rows that {chosen} selects see each other as well"]
+
+
+def _budget_words(kind: str, amount: float) -> str:
+    return f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
 
 
 def _expectation(report: RewriteReport) -> list[str]:
@@ -305,25 +328,44 @@ def _expectation(report: RewriteReport) -> list[str]:
     return [f"expected on {report.expected.get('device', '?')}: {', '.join(said)}"] if said else []
 
 
-def _table(rows: tuple[CallRow, ...]) -> str:
+def _table(rows: tuple[CallRow, ...], width: int | None) -> str:
+    return as_text(_wide_table(rows)) if width is None else as_text(_narrow_table(rows), width)
+
+
+def _narrow_table(rows: tuple[CallRow, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("layer", overflow="fold")
+    for name in ("calls", "decision", "reason"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
+    for group in _collapse(rows):
+        row = group[0]
+        table.add_row(_name(group), f"x{len(group)}", str(row.decision), str(row.reason))
+    return table
+
+
+def _wide_table(rows: tuple[CallRow, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
+    budgeted = any(row.budget is not None for row in rows)
+    if budgeted:
+        table.add_column("budget", no_wrap=True)
     for name in ("dense ms", "expected ms") if timed else ():
         table.add_column(name, no_wrap=True, justify="right")
     if detailed:
         table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
     for group in _collapse(rows):
         detail = [" ".join(group[0].detail.split())] if detailed else []
-        table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
-    return as_text(table)
+        budget = ["" if group[0].budget is None else _budget_words(*group[0].budget)] if budgeted else []
+        table.add_row(*_cells(group), *budget, *(_times(group[0]) if timed else ()), *detail)
+    return table
 
 
-def as_text(table: Table) -> str:
-    """A table as plain text, wider than any row, so that no column is ever cut, whatever the terminal."""
+def as_text(table: Table, width: int = 100_000) -> str:
+    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
     sink = io.StringIO()
-    console = Console(file=sink, width=100_000, color_system=None, force_terminal=False, markup=False, emoji=False)
+    console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 

@@ -201,6 +201,16 @@ def test_layers_by_default_by_number_and_by_name():
     assert [*names.values()] == [[layer(1), layer(2)], [layer(1)], [layer(0)], []]
 
 
+def test_layers_with_a_budget_each():
+    """As compiled, in logits and in what the report says that each keeps."""
+    config = FLOOR.replace(layers={2: 0.25, 0: Coverage(0.3)})
+    model, ids = sparse("llama", config), tokens(1, LENGTH)
+    compiled = logits(torch.compile(tiny("llama"), backend="tsa", options={"config": config}), ids)
+    assert difference(logits(model, ids), compiled) < ATOL
+    found = [row.budget for row in attention.report(model)]
+    assert found == [row.budget for row in reports()[-1]] == [("coverage", 0.3), None, ("keep_ratio", 0.25)]
+
+
 def test_layers_that_there_are_not():
     model = sparse("llama", FLOOR.replace(layers=[1, 9]))
     with pytest.warns(TSAWarning, match=r"layers=\[9\] not found.*0..2") as said:

@@ -139,18 +139,21 @@ class Implementation:
         call = read(module, query, key, value, attention_mask, dropout, scaling, is_causal, others)
         if query.shape[2] == 1 or torch.compiler.is_compiling():
             return as_written(call)
-        decision, reason, detail = self._decide(call, seat := self.seats.of(module))
+        seat = self.seats.of(module)
+        config = self.config.of_layer(seat.place.number, seat.place.names)
+        decision, reason, detail = self._decide(call, seat, config)
         kernel = ""
         if decision is not Decision.UNCHANGED:
             try:
-                kernel = kernel_of(call.query, call.key, call.value, decision, self.config)
+                kernel = kernel_of(call.query, call.key, call.value, decision, config)
             except KernelError as error:  # a kernel that was asked for by name and does not fit this call
                 decision = Decision.DENSE if call.padding is None else Decision.DENSE_PADDED
                 reason, detail = Reason.KERNEL, str(error)
-        self._note(call, seat, decision, reason, detail, kernel)
-        return self._run(call, decision, kernel)
+        budget = pipeline.own_budget(config) if decision is Decision.SPARSE else None
+        self._note(call, seat, decision, reason, detail, kernel, budget)
+        return self._run(call, decision, kernel, config)
 
-    def _decide(self, call: Call, seat: Seat) -> tuple[Decision, Reason, str]:
+    def _decide(self, call: Call, seat: Seat, config: TSAConfig) -> tuple[Decision, Reason, str]:
         obstacle = call.obstacle()
         if obstacle is not None:
             return Decision.UNCHANGED, *obstacle
@@ -161,21 +164,23 @@ class Implementation:
         if reason is None and call.is_behind:
             reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
-            reason, detail = sparse_obstacle(*operands, self.config, seat.stack.share)
+            reason, detail = sparse_obstacle(*operands, config, seat.stack.share)
         if reason is None:
             return Decision.SPARSE, Reason.SPARSE, ""
-        if self.config.dense_kernel is not None and not call.is_behind and kernel_obstacle(*operands)[0] is None:
+        if config.dense_kernel is not None and not call.is_behind and kernel_obstacle(*operands)[0] is None:
             return Decision.KERNEL, reason, detail
         return Decision.DENSE if call.padding is None else Decision.DENSE_PADDED, reason, detail
 
-    def _note(self, call: Call, seat: Seat, decision: Decision, reason: Reason, detail: str, kernel: str) -> None:
+    def _note(
+        self, call: Call, seat: Seat, decision: Decision, reason: Reason, detail: str, kernel: str, budget: Any
+    ) -> None:
         """For the report, and for whoever asked for something that did not happen."""
         place = seat.place
         query, key, value = (tuple(tensor.shape) for tensor in (call.query, call.key, call.value))
         row = CallRow(
             index=0, layer=place.names[0], layer_index=place.number, query=query, key=key, value=value,
             dtype=str(call.query.dtype).removeprefix("torch."), form=self.name, mask=str(call.kind), decision=decision,
-            reason=reason, kernel=kernel, detail=detail,
+            reason=reason, kernel=kernel, detail=detail, budget=budget,
         )  # fmt: skip
         _rows[call.module] = (row, self.config)
         asked = self.config.layers != () and (seat.unselected is None or seat.unselected is Reason.LAYER_COUNT_UNKNOWN)
@@ -186,13 +191,13 @@ class Implementation:
             )
         seat.stack.note(place, reason, detail, missed and (reason is not Reason.NOT_SELF_ATTENTION or call.is_chunk))
 
-    def _group(self, call: Call) -> str | None:
+    def _group(self, call: Call, config: TSAConfig) -> str | None:
         """The process group that has the other heads of a layer, if `Coverage` must ask it for its scores.
 
         Raises:
             ConfigError: the heads are split, and nothing says over which processes.
         """
-        budget, module = self.config.budget, call.module
+        budget, module = config.budget, call.module
         if not isinstance(budget, Coverage) or not budget.tau or not _is_distributed():
             return None
         group = group_of_module(module)
@@ -206,12 +211,12 @@ class Implementation:
             )
         return group
 
-    def _run(self, call: Call, decision: Decision, kernel: str) -> tuple[Tensor, Tensor | None]:
+    def _run(self, call: Call, decision: Decision, kernel: str, config: TSAConfig) -> tuple[Tensor, Tensor | None]:
         operands = (call.query, call.key, call.value)
         if decision is Decision.SPARSE:
-            return _sparse(call, self.config, self._group(call)), None
+            return _sparse(call, config, self._group(call, config)), None
         if decision is Decision.KERNEL and call.padding is not None:
-            return _sparse(call, keeping_all(self.config, kernel)), None
+            return _sparse(call, keeping_all(config, kernel)), None
         if decision is Decision.KERNEL:
             return _rows_first(tsa.attend(*operands, None, call.scale, kernel)), None
         if decision is Decision.DENSE_PADDED:

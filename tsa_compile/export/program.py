@@ -241,7 +241,7 @@ class PlanExported(PlanCalls):
 
     def _settled(self, plan: CallPlan, sparse_layers: float) -> TSAConfig:
         """A configuration with which no comparison of the length needs a guard."""
-        config, call = self.state.config, plan.call
+        config, call = plan.config, plan.call
         length = fake(call.query).shape[2]
         if not isinstance(length, torch.SymInt):
             return config
