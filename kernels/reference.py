@@ -19,6 +19,7 @@ Method: Token Sparse Attention, arXiv 2602.03216.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -32,8 +33,19 @@ def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
     return padding[item].cpu().nonzero().flatten()
 
 
-def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+def mean_of_rows(weights: Tensor) -> Tensor:
+    """The published score of candidates: what the window's rows [rows, n] look at on average, [n]."""
+    return weights.mean(dim=-2)
+
+
+def score(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int,
+    combine: Callable[[Tensor], Tensor] = mean_of_rows, value: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
+
+    `combine` makes one number for each candidate of the window's weights [rows, n]. With `value` [B,G,L,Dv] it is multiplied
+    by the length of the candidate's value. The kernels know the mean alone; see benchmarks/accuracy/scores.py for others.
 
     +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the other entries
     are the candidates. So the best tokens of a row can be found without its padding mask and without the window.
@@ -54,7 +66,10 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
             weights[weights.isnan() & (logits < math.inf)] = 0.0
             scores[b, h, rows] = math.inf
             if len(candidates) > 0:
-                scores[b, h, candidates] = _average_pool(weights[:, : len(candidates)].mean(dim=0), pool)
+                row = combine(weights[:, : len(candidates)])
+                if value is not None:
+                    row = row * _wide(value)[b, h // group, candidates].norm(dim=-1)
+                scores[b, h, candidates] = _average_pool(row, pool)
     return scores
 
 
