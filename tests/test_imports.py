@@ -63,8 +63,8 @@ def faults(source, module, *, is_package=False):
             yield f"line {node.lineno}: {name} is a public name; import it from its module"
         elif level(name) > level(module):
             yield f"line {node.lineno}: {name} points back up the arrow"
-        elif level(module) == 0 and rest[0] != "errors":
-            yield f"line {node.lineno}: {name}; config, errors and report stand alone"
+        elif level(module) == 0 and rest[0] not in ("errors", "reasons"):
+            yield f"line {node.lineno}: {name}; config, errors, reasons and report stand alone"
     if module != "tsa_compile.cli":
         yield from (
             f"line {node.lineno}: print"
