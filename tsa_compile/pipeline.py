@@ -45,7 +45,8 @@ from tsa_compile.passes.plan import PlanCalls, is_cached_prefill
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
 OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, ranks, fused, sparse)
