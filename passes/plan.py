@@ -78,7 +78,7 @@ class PlanCalls(Pass):
         sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE and _needs_all_heads(plan)]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
         for plan in sparse if found is not None else ():
-            plan.group = group_of_heads(plan.call.node)
+            plan.group = self._group(plan)
             if plan.group is None:
                 raise ConfigError(
                     f"budget={plan.config.budget!r} is not possible in {plan.call.layer!r}: the graph runs on several "
@@ -86,6 +86,10 @@ class PlanCalls(Pass):
                     "heads, and no sum of the layer's output over a process group says where the others are. "
                     "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
                 )
+
+    def _group(self, plan: CallPlan) -> str | None:
+        """The name of the process group whose processes have the other heads of a call."""
+        return group_of_heads(plan.call.node)
 
     def _say_what_was_not_found(self, text: str | None) -> None:
         """Once for a model, however many graphs it is compiled in."""

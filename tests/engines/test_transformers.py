@@ -24,7 +24,7 @@ from tsa_compile import (
     reports,
 )
 
-from ..support import difference, mixed_padding, oracle, slow_but, tiny, tokens
+from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -126,29 +126,34 @@ def test_generate(cache):
     assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE], "a decode step leaves no row"
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("pads", [(0, 0, 0), (0, 9, 35)], ids=["plain", "padded"])
+@pytest.mark.parametrize("pads", [None, (0, 9, 35)], ids=["plain", "padded"])
+def test_prompts_in_chunks(pads):
+    """Each chunk selects among all tokens so far; one item has no valid token in the first."""
+    ids, mask = tokens(3, LENGTH), None if pads is None else mixed_padding(LENGTH, pads)
+    model = sparse("llama")
+    found = chunks(model, ids, mask, 25)
+    assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
+    assert {row.key[2] for row in attention.report(model)} == {LENGTH}
+    with oracle({0, 2}, window=4, min_tokens=4, keep_ratio=0.5, floor_window=8, floor_sinks=2):
+        wanted = chunks(tiny("llama", "oracle"), ids, mask, 25)
+    assert difference(found, wanted, mask) < ATOL
+    assert (
+        difference(chunks(sparse("llama", KEEP_ALL), ids, mask, 25), logits(tiny("llama"), ids, attention_mask=mask), mask)
+        < ATOL
+    )
+
+
 @pytest.mark.parametrize("rows", [20, 5])
-def test_chunks_of_a_prompt_are_dense_and_said_so(rows, pads, static):
-    """Behind equal caches the plain model computes the same; a few rows keep their mask."""
-    ids, mask, start = tokens(3, LENGTH), mixed_padding(LENGTH, pads), LENGTH - rows
-    model, plain = sparse("llama"), tiny("llama")
-    caches = [_cache(each, static) for each in (model, plain)]
-    for each, cache in zip((plain, plain), caches, strict=True):
-        logits(each, ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
-    with pytest.warns(TSAWarning, match=r"NOT_SELF_ATTENTION.*behind a cache") as said:
-        found, wanted = (
-            logits(each, ids[:, start:], attention_mask=mask, past_key_values=cache)
-            for each, cache in zip((model, plain), caches, strict=True)
-        )
-    assert sum(issubclass(each.category, TSAWarning) for each in said) == 1
-    assert difference(found, wanted, mask[:, start:]) < ATOL
-    assert rows_of(attention.report(model))[0][2] is Reason.NOT_SELF_ATTENTION
-    assert reasons(model)[1] is (Reason.LAYER_NOT_SELECTED if rows == 20 else Reason.NOT_SELF_ATTENTION)
-
-
-def _cache(model, static):
-    return transformers.StaticCache(config=model.config, max_cache_len=64) if static else transformers.DynamicCache()
+def test_chunks_in_a_static_cache(rows):
+    """As in one that grows. A few rows keep their mask, and stay dense."""
+    ids, mask, start = tokens(3, LENGTH), mixed_padding(LENGTH, (0, 9, 20)), LENGTH - rows
+    model, found = sparse("llama"), []
+    for cache in (transformers.DynamicCache(), transformers.StaticCache(config=model.config, max_cache_len=64)):
+        logits(model, ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
+        with no_warning() if rows == 20 or found else pytest.warns(TSAWarning, match=r"NOT_SELF_ATTENTION.*behind a cache"):
+            found.append(logits(model, ids[:, start:], attention_mask=mask, past_key_values=cache))
+    assert difference(*found, mask[:, start:]) < ATOL
+    assert reasons(model)[0] is (Reason.SPARSE if rows == 20 else Reason.NOT_SELF_ATTENTION)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def test_layers_by_the_compilers_rule():
     upper = core.choose_layers(names, {}, TSAConfig())
     assert sorted(upper.sparse) == sorted(names)[2:]
     named = core.choose_layers(names, {"model.layers.1.self_attn.attn": "a sliding window"}, TSAConfig(layers=[1, 3, 9]))
-    assert named.sparse == {"model.layers.3.self_attn.attn"}
+    assert [*named.sparse] == ["model.layers.3.self_attn.attn"]
+    each = core.choose_layers(names, {}, TSAConfig(layers={1: 0.25, 3: Coverage(0.1)})).sparse
+    assert [own.budget for own in each.values()] == [KeepRatio(0.25), Coverage(0.1)]
     assert named.reasons["model.layers.1.self_attn.attn"] == (Reason.UNSUPPORTED_FORM, "a sliding window")
     assert "a sliding window" in named.summary and "layers=[9] not found" in named.summary
     stage = {name: kind for name, kind in names.items() if name > "model.layers.2"}
@@ -87,12 +89,14 @@ def engine(folder, config, processes):
 
 
 def wanted(model, ids, tokens):
-    """The log-probabilities of each step, of a model that is not compiled: a long prompt in vLLM's chunks, its tokens."""
-    cache, found = transformers.DynamicCache(), []
-    parts = [*torch.tensor(ids).split(BATCH), *(torch.tensor([token]) for token in tokens[:-1])]
-    for part in parts:
+    """The log-probabilities of each step, of a model that is not compiled: a prompt's first chunk by its own attention, and
+    what vLLM leaves dense, later chunks and decode steps, by SDPA."""
+    cache, found, own = transformers.DynamicCache(), [], model.config._attn_implementation
+    for part in [*torch.tensor(ids).split(BATCH), *(torch.tensor([token]) for token in tokens[:-1])]:
         with torch.no_grad():
             found.append(model(part[None], past_key_values=cache).logits[0, -1].log_softmax(-1))
+        model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(own)
     return torch.stack(found[-len(tokens) :])
 
 
@@ -136,7 +140,7 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
             check(self.settings(prefixes=True), HALF)
         check(self.settings(prefixes=True), HALF.replace(layers=[]))
-        monkeypatch.setenv(plugin.PREFIXES, "1")
+        monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
         check(self.settings(prefixes=True), HALF)
 
     def test_context_parallel(self):

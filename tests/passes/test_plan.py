@@ -10,7 +10,10 @@ from tsa_compile.costs.breakeven import break_even, expected_share
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import H200
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
+from tsa_compile.export.program import PlanExported
 from tsa_compile.passes import plan
+from tsa_compile.passes.find import FindCalls
+from tsa_compile.passes.masks import InferMasks
 from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
@@ -310,6 +313,11 @@ class TestTensorParallel:
     def test_coverage_is_refused_where_no_group_is_named(self, options):
         with pytest.raises(ConfigError, match=r"Coverage\(tau=0.1\).*'layers.1'.*all_reduce.*KeepRatio"):
             rows(self.Parallel(2, **options), SPARSE.replace(budget=Coverage(0.1)))
+
+    def test_coverage_is_refused_in_exported_programs(self):
+        graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
+        with pytest.raises(ConfigError, match=r"'layers.1'.*all_reduce.*KeepRatio"):
+            run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)), (FindCalls, InferMasks, PlanExported))
 
     @pytest.mark.parametrize("budget", [KeepRatio(0.5), Coverage(0)], ids=str)
     def test_what_needs_no_other_head_is_not(self, budget):

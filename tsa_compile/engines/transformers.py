@@ -162,8 +162,6 @@ class Implementation:
         if reason is Reason.LAYER_COUNT_UNKNOWN:
             detail = seat.place.doubt
         operands = (call.query, call.key, call.value)
-        if reason is None and call.is_behind:
-            reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
             reason, detail = sparse_obstacle(*operands, config, seat.stack.share)
         if reason is None:

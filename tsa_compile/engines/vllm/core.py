@@ -50,14 +50,17 @@ def split(starts: Sequence[int], lengths: Sequence[int], shortest: int | None) -
 
 @dataclass(frozen=True)
 class Layers:
-    """The attention layers of an engine by name. `reasons`: why a layer stays dense; None for the sparse ones."""
+    """The attention layers of an engine by name.
+
+    Attributes:
+        reasons: why a layer stays dense; None for the sparse ones.
+        sparse: the configuration of each sparse one.
+        unused: what to say of layers that were named and are not there.
+    """
 
     reasons: Mapping[str, tuple[Reason, str] | None]
+    sparse: Mapping[str, TSAConfig]
     unused: str = ""
-
-    @property
-    def sparse(self) -> frozenset[str]:
-        return frozenset(name for name, reason in self.reasons.items() if reason is None)
 
     @property
     def summary(self) -> str:
@@ -83,8 +86,13 @@ def choose_layers(names: Mapping[str, type], obstacles: Mapping[str, str], confi
             reasons[name] = (Reason.UNSUPPORTED_FORM, obstacles[name])
         else:
             reasons[name] = None if reason is None else (reason, place.doubt)
+    sparse = {
+        name: config.of_layer(place.number, place.names)
+        for name, place in zip(names, places, strict=True)
+        if reasons[name] is None
+    }
     unused = unused_layers(places, config)
-    return Layers(reasons, said_of_unused(unused, places) if unused else "")
+    return Layers(reasons, sparse, said_of_unused(unused, places) if unused else "")
 
 
 def attend(

@@ -10,6 +10,7 @@ Keys and values are in the cache before attention runs, so later steps find all 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines.vllm import PREFIXES, core
+from tsa_compile.engines.vllm.core import Split, attend, choose_layers, split
 from tsa_compile.errors import ConfigError
 from tsa_compile.passes.plan import minimum_length
 
 SUPPORTED = ("0.32",)
+PREFIXES = "TSA_ALLOW_PREFIX_CACHING"
 
 _log = init_logger("vllm.tsa_compile")
 _installed: TSAConfig | None = None
@@ -72,13 +74,13 @@ class Plan:
     """What a batch is for sparse layers.
 
     Attributes:
-        layers: the names of the sparse layers.
+        layers: the configurations of the sparse layers, by their names.
         prompts: the token ranges of the requests that are computed by `core.attend`.
         others: vLLM's metadata of the other requests alone, and which tokens are theirs; None if there are none.
         group: the process group that has the other heads, where they matter.
     """
 
-    layers: frozenset[str]
+    layers: Mapping[str, TSAConfig]
     prompts: tuple[tuple[int, int], ...]
     others: tuple[CPUAttentionMetadata, Tensor] | None
     group: str | None
@@ -93,9 +95,9 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
         check(vllm_config, config)
         layers = get_layers_from_vllm_config(vllm_config, Attention)
         obstacles = {name: obstacle for name, layer in layers.items() if (obstacle := _obstacle(layer.impl)) is not None}
-        chosen = core.choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, config)
+        chosen = choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, config)
         _log.info("Token Sparse Attention: %s", chosen.summary)
-        self.sparse_layers = chosen.sparse & set(layer_names)
+        self.sparse_layers = {name: own for name, own in chosen.sparse.items() if name in layer_names}
         self.group = _group(config)
         shape = CallShape.configured(
             config, 1, self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype.itemsize
@@ -108,14 +110,14 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         starts, lengths = _on_host(common_attn_metadata)
-        batch = core.split(starts, lengths, self.shortest if metadata.causal is True else None)
+        batch = split(starts, lengths, self.shortest if metadata.causal is True else None)
         if batch.prompts:
             others = self._others(common_attn_metadata, batch, starts, fast_build) if batch.others else None
             metadata.tsa = Plan(self.sparse_layers, batch.prompts, others, self.group)  # type: ignore[attr-defined]
         return metadata
 
     def _others(
-        self, common: CommonAttentionMetadata, batch: core.Split, starts: list[int], fast_build: bool
+        self, common: CommonAttentionMetadata, batch: Split, starts: list[int], fast_build: bool
     ) -> tuple[CPUAttentionMetadata, Tensor]:
         """The metadata of some requests, as if the batch had no others."""
         device = common.seq_lens.device
@@ -147,7 +149,7 @@ class SparseImpl(CPUAttentionBackendImpl):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *more)
         for start, stop in plan.prompts:
             rows = (query[start:stop], key[start:stop], value[start:stop], output[start:stop])
-            core.attend(*rows, self.scale, installed(), plan.group)
+            attend(*rows, self.scale, plan.layers[layer.layer_name], plan.group)
         if plan.others is not None:
             metadata, tokens = plan.others
             found = torch.empty_like(output[tokens])
@@ -212,8 +214,8 @@ def _group(config: TSAConfig) -> str | None:
     from vllm.distributed import get_tp_group
 
     group = get_tp_group()
-    needed = isinstance(config.budget, Coverage) and config.budget.tau > 0 and group.world_size > 1
-    return group.device_group.group_name if needed else None
+    needed = any(isinstance(budget, Coverage) and budget.tau > 0 for budget in config.budgets)
+    return group.device_group.group_name if needed and group.world_size > 1 else None
 
 
 def _on_host(common: CommonAttentionMetadata) -> tuple[list[int], list[int]]:
