@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from tsa_compile.config import Coverage, Layers, TSAConfig
 from tsa_compile.costs.breakeven import shortest
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.costs.devices import for_device
+from tsa_compile.costs.devices import DeviceCosts, for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
@@ -108,7 +108,8 @@ class PlanCalls(Pass):
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
-            reason, detail = sparse_obstacle(*_operands(plan), self._settled(plan, sparse_layers), sparse_layers)
+            settled = self._settled(plan, sparse_layers)
+            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         elif self._has_dense_kernel(plan):
@@ -159,6 +160,15 @@ def is_behind_cache(plan: CallPlan) -> bool:
     if mask is None or mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
         return False
     return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
+
+
+def is_decode_step(plan: CallPlan) -> bool:
+    """Whether one query, or a few of assisted decoding, look at a cache, by whatever operator."""
+    query, key = fake(plan.call.query), fake(plan.call.key)
+    if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor) or query.dim() < 3 or key.dim() < 3:
+        return False
+    few = known(query.shape[-2] < FEW_QUERIES) and not known(query.shape[-2] == key.shape[-2])
+    return known(query.shape[-2] == 1) or few
 
 
 def is_cached_prefill(plan: CallPlan) -> bool:
@@ -218,14 +228,19 @@ def _operands(plan: CallPlan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sparse_obstacle(
-    query: Tensor, key: Tensor, value: Tensor, config: TSAConfig, sparse_layers: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TSAConfig,
+    sparse_layers: float,
+    costs: DeviceCosts | None = None,
 ) -> tuple[Reason | None, str]:
     """Why a call whose layer is selected stays dense all the same."""
     reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
     shape = CallShape.of(query, key, value, config)
-    minimum, why = minimum_length(config, query.device, shape, sparse_layers)
+    minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
     # Of a chunk all keys are selected from, but what is gained grows with its own length.
     length = key.shape[2] if why == _DROPPABLE else query.shape[2]
     return _length_obstacle(length, minimum, why, all_kept_below(config))
@@ -246,10 +261,19 @@ def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason |
 
 
 def minimum_length(
-    config: TSAConfig, device: torch.device, shape: CallShape, sparse_layers: float = 0.5
+    config: TSAConfig,
+    device: torch.device,
+    shape: CallShape,
+    sparse_layers: float = 0.5,
+    costs: DeviceCosts | None = None,
 ) -> tuple[int | None, str]:
-    """The shortest length that is compressed, and what happens there; None if no length gains."""
-    costs = for_device(device) if device.type == "cuda" and config.min_length is None else None
+    """The shortest length that is compressed, and what happens there; None if no length gains.
+
+    Args:
+        costs: of the device that is decided for; None for those of `device`.
+    """
+    if costs is None and device.type == "cuda" and config.min_length is None:
+        costs = for_device(device)
     minimum = shortest(config, costs, shape, sparse_layers)
     if config.min_length is not None:
         return minimum, "the configured min_length"

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tsa_compile.reasons import EXPLANATIONS, REMEDIES
 from tsa_compile.report import (
-    EXPLANATIONS,
     MAX_REPORTS,
-    REMEDIES,
     CallRow,
     Decision,
     Reason,

@@ -11,7 +11,7 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -123,7 +123,8 @@ class Floor:
 
 Budget = Coverage | KeepRatio
 Compiler = str | Callable[..., Any]
-Layers = tuple[int, ...] | tuple[str, ...]
+Layers = Sequence[int] | Sequence[str]
+"""As they may be given; a TSAConfig holds a tuple."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class TSAConfig:
             "Validate", "RewriteSparse", "CanonicalizeDense", "Decompose", "RemoveDeadMasks".
     """
 
-    budget: Budget = KeepRatio(0.3)
+    budget: Budget = KeepRatio(0.15)
     window: int = 128
     floor: Floor | None = Floor()
     pool: int = 7
@@ -165,7 +166,7 @@ class TSAConfig:
     dense_kernel: str | None = None
     strict: bool = False
     compiler: Compiler = "inductor"
-    skip_passes: tuple[str, ...] = ()
+    skip_passes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))

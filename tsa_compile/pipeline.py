@@ -16,6 +16,7 @@ from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defi
 from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import (
     attend,
@@ -39,7 +40,7 @@ from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.masks import InferMasks
-from tsa_compile.passes.plan import PlanCalls, is_cached_prefill
+from tsa_compile.passes.plan import PlanCalls, is_cached_prefill, is_decode_step
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
@@ -72,6 +73,7 @@ def run_passes(
     passes: tuple[type[Pass], ...] = PASSES,
     *,
     after: Callable[[Pass, GraphModule], None] | None = None,
+    costs: DeviceCosts | None = None,
 ) -> RewriteReport:
     """Rewrites a graph in place and reports on every attention call in it.
 
@@ -79,6 +81,7 @@ def run_passes(
         graph_module: traced by Dynamo or torch.export, with fake values in its nodes' metadata.
         passes: PASSES open sparse attention into its steps, to be read and exported; WHOLE leave it one op a call.
         after: called with each pass and the graph when the pass is through: to step from one to the next.
+        costs: of the device that is decided for; None for the one that the calls are on.
 
     Raises:
         ConfigError, KernelError: the configuration names a layer, a kernel or a pass that does not exist.
@@ -93,7 +96,7 @@ def run_passes(
     for name in (config.kernel, config.dense_kernel):
         if name not in (registry.AUTO, None):
             registry.get(name)
-    state = GraphState(config)
+    state = GraphState(config, costs=costs)
     original = copy.deepcopy(graph_module.graph)
     _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))
     for kind in passes:
@@ -162,10 +165,19 @@ def _shape(value: object) -> tuple[int | str, ...]:
 # A call that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
 _NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CAUSAL)
+# What a model has beside sparse layers, or what was warned of already.
+_BESIDE_SPARSE = (
+    Reason.SPARSE,
+    Reason.SLIDING_WINDOW,
+    Reason.CHUNKED,
+    Reason.TOO_SHORT,
+    Reason.PASS_FAILED,
+    Reason.PASS_SKIPPED,
+)
 
 
 def _announce_misses(state: GraphState) -> None:
-    """No rewrite is silent: layers were asked to be sparse, the graph has causal attention, and none became sparse.
+    """No rewrite is silent: layers were asked to be sparse, the graph has causal attention, and none, or not all, became so.
 
     With `strict=True` a single selected call that was not understood is an error.
     """
@@ -176,16 +188,23 @@ def _announce_misses(state: GraphState) -> None:
     if config.strict and missed:
         said = "; ".join(f"{plan.call.layer}: {plan.reason} ({plan.detail})" for plan in missed)
         raise RewriteError(f"not sparse although asked for, because not understood: {said} (strict=True)")
-    reasons = {plan.reason: plan.detail for plan in reversed(plans) if _is_miss(plan)}
-    if reasons and all(plan.decision is not Decision.SPARSE for plan in plans):
+    misses = [plan for plan in plans if _is_miss(plan)]
+    if any(plan.decision is Decision.SPARSE for plan in plans):
+        misses = [plan for plan in misses if plan.reason not in _BESIDE_SPARSE]
+        text = (
+            f"{len(misses)} of the {len(plans)} attention calls of this graph stay dense although their layers were selected"
+        )
+    else:
+        text = f"no attention call of this graph became sparse ({len(plans)} calls)"
+    if misses:
+        reasons = {plan.reason: plan.detail for plan in reversed(misses)}
         said = "; ".join(reason.said(detail) for reason, detail in reversed(reasons.items()))
-        text = f"no attention call of this graph became sparse ({len(plans)} calls). {said}"
-        warnings.warn(text, TSAWarning, stacklevel=2)
+        warnings.warn(f"{text}. {said}", TSAWarning, stacklevel=2)
 
 
 def _is_miss(plan: CallPlan) -> bool:
     """Whether a call was or may have been asked to be sparse, and is of the kind that becomes so; a decode step is not."""
-    if not (plan.selected or plan.unplaced):
+    if not (plan.selected or plan.unplaced) or is_decode_step(plan):
         return False
     prefill = plan.reason is Reason.NOT_SELF_ATTENTION and is_cached_prefill(plan)
     return prefill or plan.reason not in _ORDINARY

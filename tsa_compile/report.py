@@ -8,11 +8,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import textwrap
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
 from itertools import groupby
 from typing import Any
 
@@ -20,99 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tsa_compile.reasons import Decision, Reason
+
 MAX_REPORTS = 256
-
-
-class Decision(StrEnum):
-    """What became of an attention call. `DENSE`, `DENSE_PADDED` and `UNCHANGED` compute exactly what the model wrote."""
-
-    SPARSE = "sparse"
-    DENSE = "dense"  # dense, its mask removed: is_causal
-    DENSE_PADDED = "dense (padding)"  # dense, its L x L mask replaced by the padding mask behind it
-    KERNEL = "kernel"  # all tokens, by the kernel that `dense_kernel` names: as exact as that kernel is
-    UNCHANGED = "unchanged"
-
-
-class Reason(StrEnum):
-    """Why an attention call became sparse or stayed dense."""
-
-    SPARSE = "SPARSE"
-    LAYER_NOT_SELECTED = "LAYER_NOT_SELECTED"
-    LAYER_COUNT_UNKNOWN = "LAYER_COUNT_UNKNOWN"
-    TOO_SHORT = "TOO_SHORT"
-    LENGTH_UNKNOWN = "LENGTH_UNKNOWN"
-    MASK_OPAQUE = "MASK_OPAQUE"
-    NOT_CAUSAL = "NOT_CAUSAL"
-    SLIDING_WINDOW = "SLIDING_WINDOW"
-    CHUNKED = "CHUNKED"
-    PACKED = "PACKED"
-    NOT_SELF_ATTENTION = "NOT_SELF_ATTENTION"
-    NEEDS_GRAD = "NEEDS_GRAD"
-    DROPOUT = "DROPOUT"
-    HEAD_DIM = "HEAD_DIM"
-    DTYPE = "DTYPE"
-    RANK = "RANK"
-    DEVICE = "DEVICE"
-    KERNEL = "KERNEL"
-    UNSUPPORTED_FORM = "UNSUPPORTED_FORM"
-    PASS_SKIPPED = "PASS_SKIPPED"
-    PASS_FAILED = "PASS_FAILED"
-
-    @property
-    def explanation(self) -> str:
-        """One sentence that says what was found."""
-        return EXPLANATIONS[self]
-
-    @property
-    def remedy(self) -> str | None:
-        """What a user can do about it, or None where nothing is to be done."""
-        return REMEDIES.get(self)
-
-    def said(self, detail: str = "") -> str:
-        """The code, what was found, and what can be done."""
-        found = f"{self}: {self.explanation}" + (f" ({detail})" if detail else "")
-        return "  ".join(filter(None, (found, self.remedy)))
-
-
-EXPLANATIONS: dict[Reason, str] = {
-    Reason.SPARSE: "The call was rewritten to token sparse attention.",
-    Reason.LAYER_NOT_SELECTED: "The layer is not among those that were selected to be sparse.",
-    Reason.LAYER_COUNT_UNKNOWN: "The call cannot be placed among the model's layers, so no default selects it.",
-    Reason.TOO_SHORT: "The sequence is too short for compression to drop tokens or to gain time.",
-    Reason.LENGTH_UNKNOWN: "The sequence length is not known well enough to prove the rewrite right and worth it.",
-    Reason.MASK_OPAQUE: "The meaning of the mask could not be proven.",
-    Reason.NOT_CAUSAL: "The attention is not causal.",
-    Reason.SLIDING_WINDOW: "The mask is a sliding window.",
-    Reason.CHUNKED: "The mask splits the sequence into chunks that do not see each other.",
-    Reason.PACKED: "The mask separates sequences that may be packed into one row.",
-    Reason.NOT_SELF_ATTENTION: "Query and key lengths are not proven equal, as in a decode step or cross-attention.",
-    Reason.NEEDS_GRAD: "A gradient may be needed, and only inference is rewritten.",
-    Reason.DROPOUT: "The attention uses dropout.",
-    Reason.HEAD_DIM: "The head size is not supported.",
-    Reason.DTYPE: "The data type is not supported.",
-    Reason.RANK: "The inputs do not have the four dimensions batch, heads, length, head size.",
-    Reason.DEVICE: "The device is not supported.",
-    Reason.KERNEL: "No registered attention kernel fits the call.",
-    Reason.UNSUPPORTED_FORM: "The call was recognised as attention, but not in a form that can be rewritten.",
-    Reason.PASS_SKIPPED: "The pass that would rewrite the call is switched off.",
-    Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
-}
-
-REMEDIES: dict[Reason, str] = {
-    Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
-    Reason.LAYER_COUNT_UNKNOWN: "Compile the whole model without graph breaks, or name modules by pattern in `layers`.",
-    Reason.TOO_SHORT: "Set `min_length`, or lower `min_tokens` and `window`, to compress shorter sequences.",
-    Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
-    Reason.MASK_OPAQUE: "Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input.",
-    Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
-    Reason.NOT_SELF_ATTENTION: "A prefill is sparse in one call over an empty cache that grows, not over a static one.",
-    Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
-    Reason.DROPOUT: "Call model.eval().",
-    Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
-    Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
-    Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",
-    Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",
-}
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -188,6 +99,11 @@ class RewriteReport:
         return sum(row.decision is decision for row in self.rows)
 
     @property
+    def is_prefill(self) -> bool:
+        """Whether a call has several queries, or a number of them that varies."""
+        return any(len(row.query) > 1 and row.query[-2] != 1 for row in self.rows)
+
+    @property
     def sparse(self) -> int:
         """Calls rewritten to token sparse attention."""
         return self.count(Decision.SPARSE)
@@ -259,20 +175,33 @@ class RewriteReport:
         values = json.loads(text) if isinstance(text, str) else text
         return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
 
+    def narrow(self, width: int) -> str:
+        """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""
+        return render(self, width)
+
     def __str__(self) -> str:
         return render(self)
 
 
-def render(report: RewriteReport) -> str:
-    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons."""
-    lines = [_table(report.rows)] if report.rows else []
-    lines.append(report.summary)
-    lines.extend(_sight(report))
-    lines.extend(_expectation(report))
+def render(report: RewriteReport, width: int | None = None) -> str:
+    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons.
+
+    Args:
+        width: lines are at most so long, and the table says what was decided and why, without masks, shapes and kernels.
+    """
+    lines = [report.summary, *_sight(report), *_expectation(report)]
     for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
-        lines.append(reason.said())
+        details = dict.fromkeys(row.detail for row in report.rows if row.reason is reason and row.detail)
+        short = "" if width is None else "; ".join([*details][:1] + ["..."] * (len(details) > 1))
+        lines.append(reason.said(" ".join(short.split())))
     lines.extend(f"note: {note}" for note in report.notes)
-    return "\n".join(lines)
+    table = [_table(report.rows, width)] if report.rows else []
+    return "\n".join(table + (lines if width is None else wrapped(lines, width)))
+
+
+def wrapped(lines: Iterable[str], width: int) -> list[str]:
+    """Lines of at most so many characters; what goes on is indented. A word that is longer stays whole."""
+    return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
 
 
 def _sight(report: RewriteReport) -> list[str]:
@@ -305,7 +234,22 @@ def _expectation(report: RewriteReport) -> list[str]:
     return [f"expected on {report.expected.get('device', '?')}: {', '.join(said)}"] if said else []
 
 
-def _table(rows: tuple[CallRow, ...]) -> str:
+def _table(rows: tuple[CallRow, ...], width: int | None) -> str:
+    return as_text(_wide_table(rows)) if width is None else as_text(_narrow_table(rows), width)
+
+
+def _narrow_table(rows: tuple[CallRow, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("layer", overflow="fold")
+    for name in ("calls", "decision", "reason"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
+    for group in _collapse(rows):
+        row = group[0]
+        table.add_row(_name(group), f"x{len(group)}", str(row.decision), str(row.reason))
+    return table
+
+
+def _wide_table(rows: tuple[CallRow, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
@@ -317,13 +261,13 @@ def _table(rows: tuple[CallRow, ...]) -> str:
     for group in _collapse(rows):
         detail = [" ".join(group[0].detail.split())] if detailed else []
         table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
-    return as_text(table)
+    return table
 
 
-def as_text(table: Table) -> str:
-    """A table as plain text, wider than any row, so that no column is ever cut, whatever the terminal."""
+def as_text(table: Table, width: int = 100_000) -> str:
+    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
     sink = io.StringIO()
-    console = Console(file=sink, width=100_000, color_system=None, force_terminal=False, markup=False, emoji=False)
+    console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
@@ -397,10 +341,14 @@ def record(report: RewriteReport) -> None:
         _history.append(report)
 
 
-def reports() -> list[RewriteReport]:
-    """The reports of this process's compilations, newest last."""
+def reports(*, prefill: bool = False) -> list[RewriteReport]:
+    """The reports of this process's compilations, newest last.
+
+    Args:
+        prefill: those of graphs that have attention of several queries alone, without decode steps and graphs without any.
+    """
     with _lock:
-        return list(_history)
+        return [report for report in _history if report.is_prefill or not prefill]
 
 
 def clear_reports() -> None:

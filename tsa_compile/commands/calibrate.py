@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
 
+_SHORTEST = 16  # tokens of a prompt; of fewer, each of which sees next to nothing, drift says nothing about long ones
 _RANDOM = 2  # with random weights more prompts say nothing more
 
 
@@ -22,11 +23,11 @@ _RANDOM = 2  # with random weights more prompts say nothing more
     ("How does it work? (a shape, random tokens)", "tsa-compile calibrate --shape tiny --random 4 --length 512"),
     (
         "Which half of my model's layers?",
-        "tsa-compile calibrate models/my-llama --prompts texts.jsonl --out layers.json",
+        "tsa-compile calibrate my-llama --prompts texts.jsonl --out layers.json",
     ),
     (
-        "A quarter of them, with a figure, from one long text cut into pieces of 16K tokens",
-        "tsa-compile calibrate models/my-llama --prompts book.txt --length 16K --delta 0.25 --figure drift.png",
+        "A quarter of them, from one long text cut into pieces of 16K tokens",
+        "tsa-compile calibrate my-llama --prompts book.txt --length 16K --delta 0.25",
     ),
 )
 def calibrate(
@@ -52,12 +53,17 @@ def calibrate(
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
-    out.check()
+    if not 0 < delta <= 1:
+        raise ConfigError(f"--delta {delta} is not allowed: it must lie in (0, 1], the share of layers to be sparse")
+    if tokens < _SHORTEST:
+        raise ConfigError(
+            f"--length {length} is too short to calibrate: take {_SHORTEST} or more, best what the model will see"
+        )
+    if file is not None and random is not None:
+        raise ConfigError("both --prompts and --random given: choose one")
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
-        if not 0 < delta <= 1:
-            raise ConfigError(f"--delta {delta} is not allowed: it must lie in (0, 1], the share of layers to be sparse")
         chosen = _prompts(source, file, random, tokens, count)
     with output.working(f"Loading {source.name}"):
         loaded = source.load(tokens, batch)
@@ -71,10 +77,14 @@ def calibrate(
 
 
 def _prompts(source: Source, file: Path | None, random: int | None, length: int, count: int | None) -> Any:
-    if file is not None and random is not None:
-        raise ConfigError("both --prompts and --random given: choose one")
     if file is not None:
-        return prompts.read(file, length, count, source.tokenizer)
+        found = prompts.read(file, length, count, source.tokenizer)
+        if (shortest := min(map(len, found))) < _SHORTEST:
+            raise ConfigError(
+                f"{str(file)!r} holds a prompt of {shortest} tokens, too short to calibrate: leave out what is shorter than "
+                f"{_SHORTEST} tokens"
+            )
+        return found
     if random is None and source.folder is not None:
         raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), or --random 8 for random tokens")
     from tsa_compile.shapes import prompts as random_prompts

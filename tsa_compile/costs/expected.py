@@ -27,7 +27,8 @@ def with_expectations(
     candidates = [row for row in rows if row.reason in (Reason.SPARSE, Reason.TOO_SHORT)]
     shapes = [shape for row in candidates if (shape := _shape(row, config)) is not None]
     if shapes:
-        expected["break_even"] = shortest(config, costs, shapes[0], len(candidates) / len(rows))
+        decider = None if getattr(device, "type", device) == "cpu" else costs  # as the calls were decided about
+        expected["break_even"] = shortest(config, decider, shapes[0], len(candidates) / len(rows))
     return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
 
 
