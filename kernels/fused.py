@@ -15,6 +15,7 @@ It computes what the single ops compute, one after the other, and is there for w
 - With padding, each item is cut to its valid range, which `valid_ranges` has told the host once for all layers: so the mask
   of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
 - An item of which everything is kept takes plain causal attention.
+- With `group`, the name of a process group, a coverage is decided by the mean over all heads of its processes (ranks.py).
 - With `floor_window` every row also sees its neighbourhood and the sinks (floor.py); without, rows that are not kept are 0.
 
 `sparse_attention` can be captured in a CUDA graph: the count then stays on the device, and a kernel that reads it there
@@ -42,6 +43,7 @@ from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, e
 from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
+from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_sorting, select_triton
@@ -52,7 +54,8 @@ STREAM_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Options:
-    """The scalars of the ops. `shared`: the heads of a group share one selection. See TSAConfig for the others."""
+    """The scalars of the ops. `shared`: the heads of a group share one selection. `group`: the process group whose processes
+    have the other heads. See TSAConfig for the others."""
 
     scale: float
     window: int
@@ -65,6 +68,7 @@ class Options:
     kernel: str
     floor_window: int | None = None
     floor_sinks: int = 0
+    group: str | None = None
 
     def kept(self, valid: int, rows: int) -> int | None:
         """How many of an item's valid tokens are kept, if that follows from their number and that of those with a query."""
@@ -94,11 +98,11 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
     keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0,
+    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
     options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group
     )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, None, options)
@@ -112,11 +116,11 @@ _op(sparse_attention)
 def padded_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int, pool: int,
     coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0,
+    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
     options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group
     )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, options)
@@ -176,7 +180,8 @@ def _kept_rows(
     count = None
     if kept is None:
         kept = options.limit(seq_len)
-        count = budget_aten(scores, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
+        weighed = _of_all_heads(scores, options)
+        count = budget_aten(weighed, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
     indices = select_by_sorting(scores, count, kept)
     compressed = compress_aten(query, key, value, indices, count)
     if options.floor_window is None:
@@ -188,6 +193,11 @@ def _kept_rows(
 
 def _grouped(scores: Tensor, key: Tensor, options: Options) -> Tensor:
     return scores.unflatten(1, (key.shape[1], -1)).mean(2) if options.shared else scores
+
+
+def _of_all_heads(scores: Tensor, options: Options) -> Tensor:
+    """What decides how many tokens are kept: the scores, or their mean where other processes have heads too."""
+    return scores if options.group is None or not options.coverage else mean_over_ranks(scores, options.group)
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_count: bool) -> AttentionKernel:
@@ -296,12 +306,26 @@ def _best(query: Tensor, key: Tensor, count: Tensor | None, options: Options, ro
     return select_triton(_scores(query, key, None, options), count, rows)
 
 
-@remembered
 def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Scores and count."""
-    scores = _scores(query, key, padding, options)
-    return scores, budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
+    if options.group is None:
+        return _scored_here(query, key, padding, options)
+    scores = _scored_alone(query, key, padding, options)
+    return scores, _counted(_of_all_heads(scores, options), options)
 
+
+def _count_of(scores: Tensor, options: Options) -> Tensor:
+    return budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
+
+
+@remembered
+def _scored_here(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    scores = _scores(query, key, padding, options)
+    return scores, _count_of(scores, options)
+
+
+_scored_alone = remembered(_scores)
+_counted = remembered(_count_of)
 
 _selected = remembered(select_triton)
 _compressed = remembered(compress_triton)

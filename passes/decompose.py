@@ -14,7 +14,8 @@
              o       = tsa.merge_floor(q, k, v, o^, lse, indices, count, padding, scale, window, sinks)
 
 C is L, the capacity, or, for a keep ratio, an expression in L: no shape depends on data. A keep ratio without padding
-needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L].
+needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L]. Where
+other processes have heads too, a coverage is decided by tsa.mean_over_ranks(scores, group), [B, 1, L].
 
 Exported programs are opened, and what a callable `compiler` is given. Nothing is put together again: whoever wants the one
 op switches the pass off, `TSAConfig(skip_passes=["Decompose"])`.
@@ -85,6 +86,7 @@ class _SparseCall:
     kernel: str
     floor_window: int | None
     floor_sinks: int
+    group: str | None
     padding: Node | None = None
     valid_ranges: Node | None = None
 
@@ -137,6 +139,8 @@ def _count(graph: Graph, call: _SparseCall, scores: Node, capacity: int | Node) 
     """How many slots are real, per batch item; None if all are, which a keep ratio without padding knows beforehand."""
     if call.keep_ratio is not None and call.padding is None:
         return None
+    if call.group is not None and call.coverage:
+        scores = insert(graph, tsa.mean_over_ranks.default, scores, call.group)
     count = insert(graph, tsa.budget.default, scores, call.coverage, call.keep_ratio, call.min_tokens)
     return count if call.capacity is None else insert(graph, torch.clamp, count, max=capacity)
 

@@ -38,7 +38,10 @@ class FindCalls(Pass):
         self.state.aten, self.state.frame = record(graph_module), frame_of(graph_module)
         calls = calls_of(self.state.aten)
         places = places_of(calls, graph_module, self.state.frame)
-        self.state.plans = [CallPlan(placed(call, place), place) for call, place in zip(calls, places, strict=True)]
+        self.state.plans = [
+            CallPlan(placed(call, place), place, self.state.config.of_layer(place.number, place.names))
+            for call, place in zip(calls, places, strict=True)
+        ]
         return self.result(graph_module, len(calls), modified=False)
 
 

@@ -29,10 +29,11 @@ from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
 from tsa_compile.kernels.score import MAX_HEAD_DIM
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.frame import in_marked_range, splits_heads
+from tsa_compile.passes.frame import in_marked_range
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.mask_info import MaskInfo, MaskKind
+from tsa_compile.passes.ranks import group_of_heads, splits_heads
 from tsa_compile.report import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
@@ -68,21 +69,23 @@ class PlanCalls(Pass):
             with self.state.attempt(plan, graph_module.graph, "planning"):
                 self._decide(plan, reason, share)
         self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
-        if isinstance(self.state.config.budget, Coverage) and self.state.config.budget.tau > 0:
-            self._refuse_split_heads(graph_module)
+        self._gather_split_heads(graph_module)
         planned = sum(plan.decision is not Decision.UNCHANGED for plan in self.state.plans)
         return self.result(graph_module, planned, modified=False)
 
-    def _refuse_split_heads(self, graph_module: GraphModule) -> None:
+    def _gather_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
-        sparse = [plan.call.layer for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE and _needs_all_heads(plan)]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
-        if found is not None:
-            raise ConfigError(
-                f"budget={self.state.config.budget!r} is not possible in {sparse[0]!r}: the graph runs on several devices "
-                f"that each have some of the heads ({found}), and Coverage keeps what matters in the mean over all heads. "
-                "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
-            )
+        for plan in sparse if found is not None else ():
+            plan.group = group_of_heads(plan.call.node)
+            if plan.group is None:
+                raise ConfigError(
+                    f"budget={plan.config.budget!r} is not possible in {plan.call.layer!r}: the graph runs on several "
+                    f"devices that each have some of the heads ({found}), Coverage keeps what matters in the mean over all "
+                    "heads, and no sum of the layer's output over a process group says where the others are. "
+                    "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
+                )
 
     def _say_what_was_not_found(self, text: str | None) -> None:
         """Once for a model, however many graphs it is compiled in."""
@@ -98,7 +101,7 @@ class PlanCalls(Pass):
 
     def _settled(self, plan: CallPlan, sparse_layers: float) -> TSAConfig:
         """The configuration by which the length of a call is judged; of `sparse_layers`, the share of them."""
-        return self.state.config
+        return plan.config
 
     def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
@@ -118,7 +121,7 @@ class PlanCalls(Pass):
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
             return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
         try:
-            plan.kernel = kernel_of(*_operands(plan), plan.decision, self.state.config)
+            plan.kernel = kernel_of(*_operands(plan), plan.decision, plan.config)
         except KernelError as error:  # a kernel that was asked for by name and does not fit this call
             plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
@@ -129,6 +132,10 @@ class PlanCalls(Pass):
         if self.state.config.dense_kernel is None or is_behind_cache(plan):
             return False
         return kernel_obstacle(*_operands(plan))[0] is None
+
+
+def _needs_all_heads(plan: CallPlan) -> bool:
+    return isinstance(plan.config.budget, Coverage) and plan.config.budget.tau > 0
 
 
 def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:

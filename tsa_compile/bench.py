@@ -293,8 +293,10 @@ def elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _budget_words(config: TSAConfig) -> str:
-    budget = config.budget
-    text = f"coverage {budget.tau:g}" if isinstance(budget, Coverage) else f"keep {budget.ratio:g}"
+    kinds = [
+        f"coverage {budget.tau:g}" if isinstance(budget, Coverage) else f"keep {budget.ratio:g}" for budget in config.budgets
+    ]
+    text = " or ".join(kinds)
     return text if config.floor is not None else f"{text}, no floor"
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defined]  # torch does not list it
 from torch.fx import Graph, GraphModule
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import (
@@ -27,6 +27,7 @@ from tsa_compile.kernels import (
     floor,
     fused,
     padded,
+    ranks,
     registry,
     score,
     select,
@@ -47,7 +48,7 @@ from tsa_compile.passes.verify import Verify
 from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, fused, sparse)
+OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, ranks, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py
@@ -155,7 +156,16 @@ def _row(index: int, plan: CallPlan) -> CallRow:
         index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
+        budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,
     )  # fmt: skip
+
+
+def own_budget(config: TSAConfig) -> tuple[str, float] | None:
+    """What the row of a sparse call says of its budget: that of its layer's configuration, where layers have one each."""
+    if not isinstance(config.layers, LayerBudgets):
+        return None
+    ((kind, amount),) = budget_dict(config.budget).items()
+    return kind, amount
 
 
 def _shape(value: object) -> tuple[int | str, ...]:

@@ -33,6 +33,7 @@ class CallRow:
     Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
     proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now. `expected_dense_ms` and
     `expected_ms` are what a cost model expects the call to take dense and as decided, where a device's costs were asked for.
+    `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
     """
 
     index: int
@@ -50,8 +51,11 @@ class CallRow:
     detail: str = ""
     expected_dense_ms: float | None = None
     expected_ms: float | None = None
+    budget: tuple[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            object.__setattr__(self, "budget", tuple(self.budget))
         for name in ("query", "key", "value"):
             shape = tuple(dim if type(dim) is int else str(dim) for dim in getattr(self, name))
             object.__setattr__(self, name, shape)
@@ -208,13 +212,17 @@ def _sight(report: RewriteReport) -> list[str]:
     """What the rows of sparse calls see."""
     if not report.sparse or "budget" not in report.config:
         return []
-    ((kind, amount),) = report.config["budget"].items()
-    chosen = f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
+    budgets = dict.fromkeys(row.budget for row in report.rows if row.budget is not None)
+    chosen = " or ".join(_budget_words(*budget) for budget in budgets or report.config["budget"].items())
     floor = report.config.get("floor")
     if floor is None:
         return [f"sparse: the rows that {chosen} selects see each other; all other rows become 0 (floor=None, as published)"]
     near = f"the last {floor['window']} tokens and the first {floor['sinks']}"
     return [f"sparse: every row sees {near}; the rows that {chosen} selects see each other as well"]
+
+
+def _budget_words(kind: str, amount: float) -> str:
+    return f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
 
 
 def _expectation(report: RewriteReport) -> list[str]:
@@ -254,13 +262,17 @@ def _wide_table(rows: tuple[CallRow, ...]) -> Table:
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
+    budgeted = any(row.budget is not None for row in rows)
+    if budgeted:
+        table.add_column("budget", no_wrap=True)
     for name in ("dense ms", "expected ms") if timed else ():
         table.add_column(name, no_wrap=True, justify="right")
     if detailed:
         table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
     for group in _collapse(rows):
         detail = [" ".join(group[0].detail.split())] if detailed else []
-        table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
+        budget = ["" if group[0].budget is None else _budget_words(*group[0].budget)] if budgeted else []
+        table.add_row(*_cells(group), *budget, *(_times(group[0]) if timed else ()), *detail)
     return table
 
 

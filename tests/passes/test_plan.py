@@ -12,7 +12,7 @@ from tsa_compile.costs.devices import H200
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.passes import plan
 from tsa_compile.passes.plan import minimum_length
-from tsa_compile.pipeline import run_passes
+from tsa_compile.pipeline import WHOLE, run_passes
 from tsa_compile.report import Decision, Reason, reports
 from tsa_compile.testing import capture, capture_all
 
@@ -22,14 +22,14 @@ SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, floor=None)
 class Layer(nn.Module):
     """Attention over [B, L, H * D] with query = key = value and a causal mask."""
 
-    def __init__(self, heads=2, **options):
+    def __init__(self, heads=2, residual=True, **options):
         super().__init__()
-        self.heads, self.options = heads, {"is_causal": True, **options}
+        self.heads, self.residual, self.options = heads, residual, {"is_causal": True, **options}
 
     def forward(self, hidden):
         x = hidden.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = nn.functional.scaled_dot_product_attention(x, x, x, **self.options)
-        return hidden + out.transpose(1, 2).flatten(2)
+        out = nn.functional.scaled_dot_product_attention(x, x, x, **self.options).transpose(1, 2).flatten(2)
+        return hidden + out if self.residual else out
 
 
 class Stack(nn.Module):
@@ -307,15 +307,34 @@ class TestTensorParallel:
         torch.distributed.destroy_process_group()
 
     class Parallel(Stack):
+        """What is summed: the heads' outputs by their weights, or, as nobody would, the residual with them."""
+
+        def __init__(self, count, how="sum", residual=False):
+            super().__init__(count, residual=residual)
+            self.how = how
+            self.weight, self.gate = nn.Parameter(torch.eye(32)), nn.Linear(32, 32)
+
         def forward(self, hidden):
-            group = torch.distributed.group.WORLD
             for layer in self.layers:
-                hidden = torch.distributed._functional_collectives.all_reduce(layer(hidden), "sum", group)
+                out = (layer(hidden) * self.gate(hidden).sigmoid()) @ self.weight.T
+                out = torch.distributed._functional_collectives.all_reduce(out, self.how, torch.distributed.group.WORLD)
+                hidden = hidden + out
             return hidden
 
-    def test_coverage_is_refused(self):
+    def test_coverage_asks_the_group_that_sums_the_output(self):
+        graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
+        run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)), WHOLE)
+        (call,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)
+        assert call.args[-1] == torch.distributed.group.WORLD.group_name
+        graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
+        run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)))
+        (mean,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.mean_over_ranks.default)
+        assert [user.target for user in mean.users] == [torch.ops.tsa.budget.default]
+
+    @pytest.mark.parametrize("options", [{"residual": True}, {"how": "avg"}], ids=str)
+    def test_coverage_is_refused_where_no_group_is_named(self, options):
         with pytest.raises(ConfigError, match=r"Coverage\(tau=0.1\).*'layers.1'.*all_reduce.*KeepRatio"):
-            rows(self.Parallel(2), SPARSE.replace(budget=Coverage(0.1)))
+            rows(self.Parallel(2, **options), SPARSE.replace(budget=Coverage(0.1)))
 
     @pytest.mark.parametrize("budget", [KeepRatio(0.5), Coverage(0)], ids=str)
     def test_what_needs_no_other_head_is_not(self, budget):

@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio
 from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibrated import Calibrated
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -72,7 +72,9 @@ def budget(text: str) -> Budget:
 def setting(text: str) -> tuple[dict[str, Any], bool]:
     """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected."""
     first, *others = text.split(",")
-    changes: dict[str, Any] = {"budget": budget(first)}
+    calibrated = first.startswith("layers=")  # which may have a budget each
+    changes: dict[str, Any] = {} if calibrated else {"budget": budget(first)}
+    others = [first, *others] if calibrated else others
     random = False
     for part in others:
         name, _, value = (word.strip() for word in part.partition("="))
@@ -118,7 +120,7 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibration | None:
+def layers(text: str) -> HeldLayers | Calibrated | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:
@@ -130,12 +132,12 @@ def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibration | None:
     if text == "none":
         return ()
     if not re.fullmatch(r"[-,\s\d]*", text) or os.path.isfile(text):
-        from tsa_compile.calibration import PRESETS, Calibration
+        from tsa_compile.calibration import PRESETS, load_calibration
 
         if text in PRESETS:
             return PRESETS[text].layers
         if text.endswith(".json") or os.path.isfile(text):
-            return Calibration.load(text)
+            return load_calibration(text)
     parts = names(text)
     if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
