@@ -22,6 +22,11 @@ from rich.table import Table
 
 from tsa_compile.reasons import Decision, Reason
 
+__all__ = [
+    "MAX_REPORTS", "CallRow", "Decision", "Reason", "RewriteReport", "as_text", "clear_reports", "number", "record",
+    "render", "reports", "spans", "wrapped",
+]  # fmt: skip
+
 MAX_REPORTS = 256
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
