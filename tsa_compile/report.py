@@ -103,6 +103,11 @@ class RewriteReport:
         return sum(row.decision is decision for row in self.rows)
 
     @property
+    def is_prefill(self) -> bool:
+        """Whether a call has several queries, or a number of them that varies."""
+        return any(len(row.query) > 1 and row.query[-2] != 1 for row in self.rows)
+
+    @property
     def sparse(self) -> int:
         """Calls rewritten to token sparse attention."""
         return self.count(Decision.SPARSE)
@@ -348,10 +353,14 @@ def record(report: RewriteReport) -> None:
         _history.append(report)
 
 
-def reports() -> list[RewriteReport]:
-    """The reports of this process's compilations, newest last."""
+def reports(*, prefill: bool = False) -> list[RewriteReport]:
+    """The reports of this process's compilations, newest last.
+
+    Args:
+        prefill: those of graphs that have attention of several queries alone, without decode steps and graphs without any.
+    """
     with _lock:
-        return list(_history)
+        return [report for report in _history if report.is_prefill or not prefill]
 
 
 def clear_reports() -> None:

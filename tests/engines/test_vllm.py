@@ -136,7 +136,7 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
             check(self.settings(prefixes=True), HALF)
         check(self.settings(prefixes=True), HALF.replace(layers=[]))
-        monkeypatch.setenv(plugin.PREFIXES, "1")
+        monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
         check(self.settings(prefixes=True), HALF)
 
     def test_context_parallel(self):
