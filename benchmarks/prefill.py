@@ -6,7 +6,7 @@ a figure.
 
     eager, compile   the model as it is, and torch.compile with its own backend
     exact            backend="tsa" with no layer sparse
-    sparse           the upper half of the layers keeps .3 of the tokens, with the floor: the default (--keep: other shares)
+    sparse           the upper half of the layers keeps .15 of the tokens, with the floor: the default (--keep: other shares)
     wide             the upper two thirds keep .15 (--wide-keep)
     composed         as "wide", with a block-sparse kernel over all tokens in the other layers (--kernels)
     kernel           a block-sparse kernel over all tokens in every layer
@@ -241,7 +241,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--kernels", nargs="+", default=["a_shape"], help='block-sparse kernels, for "kernel" and "composed"'
     )
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.3], help='shares of the tokens kept, for "sparse"')
+    parser.add_argument(
+        "--keep", type=float, nargs="+", default=[TSAConfig().budget.ratio], help='shares of the tokens kept, for "sparse"'
+    )
     parser.add_argument("--wide-keep", type=float, default=0.15, help='the share kept, for "wide" and "composed"')
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--turns", action="store_true", help="modes take turns at each length")

@@ -54,7 +54,7 @@ def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:
-    """kv <= q + Lk - Lq: bool [Lq, Lk]."""
+    """Kv <= q + Lk - Lq: bool [Lq, Lk]."""
     return torch.arange(key.shape[2], device=query.device) <= query_positions(query, key)[:, None]
 
 

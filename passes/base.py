@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import RewriteError, TSAWarning
 from tsa_compile.passes.aten import AtenGraph
 from tsa_compile.passes.call import AttentionCall
@@ -59,7 +60,11 @@ class CallPlan:
 
 @dataclass
 class GraphState:
-    """What the passes of one compilation share. `aten`: the graph's recorded operators, as it was before any pass."""
+    """What the passes of one compilation share.
+
+    `aten`: the graph's recorded operators, as it was before any pass. `costs`: of the device that is decided for, where that
+    is another than the one that the calls are on.
+    """
 
     config: TSAConfig
     aten: AtenGraph | None = None
@@ -67,6 +72,7 @@ class GraphState:
     detached: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     frame: Frame | None = None
+    costs: DeviceCosts | None = None
     _builder: PaddingBuilder | None = None
 
     def builder(self, graph: Graph) -> PaddingBuilder:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from tsa_compile.config import Coverage, Layers, TSAConfig
 from tsa_compile.costs.breakeven import shortest
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.costs.devices import for_device
+from tsa_compile.costs.devices import DeviceCosts, for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
@@ -110,7 +110,8 @@ class PlanCalls(Pass):
         if reason is None and cached:
             reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
-            reason, detail = sparse_obstacle(*_operands(plan), self._settled(plan, sparse_layers), sparse_layers)
+            settled = self._settled(plan, sparse_layers)
+            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         elif not cached and self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
@@ -218,14 +219,19 @@ def _operands(plan: CallPlan) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sparse_obstacle(
-    query: Tensor, key: Tensor, value: Tensor, config: TSAConfig, sparse_layers: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TSAConfig,
+    sparse_layers: float,
+    costs: DeviceCosts | None = None,
 ) -> tuple[Reason | None, str]:
     """Why a call whose layer is selected stays dense all the same."""
     reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
     shape = CallShape.of(query, key, value, config)
-    minimum, why = minimum_length(config, query.device, shape, sparse_layers)
+    minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
     return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
 
 
@@ -244,10 +250,19 @@ def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason |
 
 
 def minimum_length(
-    config: TSAConfig, device: torch.device, shape: CallShape, sparse_layers: float = 0.5
+    config: TSAConfig,
+    device: torch.device,
+    shape: CallShape,
+    sparse_layers: float = 0.5,
+    costs: DeviceCosts | None = None,
 ) -> tuple[int | None, str]:
-    """The shortest length that is compressed, and what happens there; None if no length gains."""
-    costs = for_device(device) if device.type == "cuda" and config.min_length is None else None
+    """The shortest length that is compressed, and what happens there; None if no length gains.
+
+    Args:
+        costs: of the device that is decided for; None for those of `device`.
+    """
+    if costs is None and device.type == "cuda" and config.min_length is None:
+        costs = for_device(device)
     minimum = shortest(config, costs, shape, sparse_layers)
     if config.min_length is not None:
         return minimum, "the configured min_length"

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; read when its package is imported
 
 # Triton reads this when a kernel is decorated, so it must be set before any test module imports the package.
 if not torch.cuda.is_available():
@@ -48,6 +51,8 @@ def quicken_dynamo() -> None:
 
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
+    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
 
 
 def pytest_configure() -> None:

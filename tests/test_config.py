@@ -43,7 +43,7 @@ def test_the_settings_of_the_publication():
 
 def test_defaults():
     config = TSAConfig()
-    assert (config.budget, config.floor) == (KeepRatio(0.3), Floor(window=256, sinks=16))
+    assert (config.budget, config.floor) == (KeepRatio(0.15), Floor(window=256, sinks=16))
     assert (config.window, config.pool, config.min_tokens) == (128, 7, 1024)
     assert (config.layers, config.granularity, config.kernel, config.compiler) == (None, "head", "auto", "inductor")
     assert (config.capacity, config.min_length, config.dense_kernel, config.strict) == (None, None, None, False)
@@ -114,7 +114,7 @@ def test_layers_may_have_a_budget_each():
     config = TSAConfig(layers={3: 0.5, 1: Coverage(0.01), 2: KeepRatio(1)})
     assert config.layers == {3: KeepRatio(0.5), 1: Coverage(0.01), 2: KeepRatio(1)}
     assert config.budgets == (KeepRatio(0.5), Coverage(0.01), KeepRatio(1)) and TSAConfig(layers=[1]).budgets == (
-        KeepRatio(0.3),
+        TSAConfig().budget,
     )
     assert list(config.layers) == [3, 1, 2] and hash(config) == hash(TSAConfig.from_json(config.to_json()))
     assert TSAConfig.from_json(config.to_json()) == config and config.replace(layers=config.layers) == config

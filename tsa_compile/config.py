@@ -11,7 +11,7 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -150,7 +150,8 @@ class LayerBudgets(Mapping[int | str, Budget]):
 
 
 Compiler = str | Callable[..., Any]
-Layers = tuple[int, ...] | tuple[str, ...] | LayerBudgets
+Layers = Sequence[int] | Sequence[str] | Mapping[int, float | Budget] | Mapping[str, float | Budget] | LayerBudgets
+"""As they may be given; a TSAConfig holds a tuple, or LayerBudgets."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class TSAConfig:
             "Validate", "RewriteSparse", "CanonicalizeDense", "Decompose", "RemoveDeadMasks".
     """
 
-    budget: Budget = KeepRatio(0.3)
+    budget: Budget = KeepRatio(0.15)
     window: int = 128
     floor: Floor | None = Floor()
     pool: int = 7
@@ -194,7 +195,7 @@ class TSAConfig:
     dense_kernel: str | None = None
     strict: bool = False
     compiler: Compiler = "inductor"
-    skip_passes: tuple[str, ...] = ()
+    skip_passes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", _budget(self.budget))

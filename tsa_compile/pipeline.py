@@ -16,6 +16,7 @@ from torch._dynamo.utils import lazy_format_graph_code  # type: ignore[attr-defi
 from torch.fx import Graph, GraphModule
 
 from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import (
     attend,
@@ -72,6 +73,7 @@ def run_passes(
     passes: tuple[type[Pass], ...] = PASSES,
     *,
     after: Callable[[Pass, GraphModule], None] | None = None,
+    costs: DeviceCosts | None = None,
 ) -> RewriteReport:
     """Rewrites a graph in place and reports on every attention call in it.
 
@@ -79,6 +81,7 @@ def run_passes(
         graph_module: traced by Dynamo or torch.export, with fake values in its nodes' metadata.
         passes: PASSES open sparse attention into its steps, to be read and exported; WHOLE leave it one op a call.
         after: called with each pass and the graph when the pass is through: to step from one to the next.
+        costs: of the device that is decided for; None for the one that the calls are on.
 
     Raises:
         ConfigError, KernelError: the configuration names a layer, a kernel or a pass that does not exist.
@@ -93,7 +96,7 @@ def run_passes(
     for name in (config.kernel, config.dense_kernel):
         if name not in (registry.AUTO, None):
             registry.get(name)
-    state = GraphState(config)
+    state = GraphState(config, costs=costs)
     original = copy.deepcopy(graph_module.graph)
     _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))
     for kind in passes:

@@ -5,20 +5,20 @@ Every compilation records its `RewriteReport`; `reports()` gives the last ones b
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import groupby
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+
+from tsa_compile.text import as_text, number, spans, wrapped
 
 MAX_REPORTS = 256
 
@@ -263,20 +263,28 @@ class RewriteReport:
         values = json.loads(text) if isinstance(text, str) else text
         return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
 
+    def narrow(self, width: int) -> str:
+        """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""
+        return render(self, width)
+
     def __str__(self) -> str:
         return render(self)
 
 
-def render(report: RewriteReport) -> str:
-    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons."""
-    lines = [_table(report.rows)] if report.rows else []
-    lines.append(report.summary)
-    lines.extend(_sight(report))
-    lines.extend(_expectation(report))
+def render(report: RewriteReport, width: int | None = None) -> str:
+    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons.
+
+    Args:
+        width: lines are at most so long, and the table says what was decided and why, without masks, shapes and kernels.
+    """
+    lines = [report.summary, *_sight(report), *_expectation(report)]
     for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
-        lines.append(reason.said())
+        details = dict.fromkeys(row.detail for row in report.rows if row.reason is reason and row.detail)
+        short = "" if width is None else "; ".join([*details][:1] + ["..."] * (len(details) > 1))
+        lines.append(reason.said(" ".join(short.split())))
     lines.extend(f"note: {note}" for note in report.notes)
-    return "\n".join(lines)
+    table = [_table(report.rows, width)] if report.rows else []
+    return "\n".join(table + (lines if width is None else wrapped(lines, width)))
 
 
 def _sight(report: RewriteReport) -> list[str]:
@@ -313,31 +321,34 @@ def _expectation(report: RewriteReport) -> list[str]:
     return [f"expected on {report.expected.get('device', '?')}: {', '.join(said)}"] if said else []
 
 
-def _table(rows: tuple[CallRow, ...]) -> str:
+def _table(rows: tuple[CallRow, ...], width: int | None) -> str:
+    return as_text(_wide_table(rows)) if width is None else as_text(_narrow_table(rows), width)
+
+
+def _narrow_table(rows: tuple[CallRow, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("layer", overflow="fold")
+    for name in ("calls", "decision", "reason"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
+    for group in _collapse(rows):
+        row = group[0]
+        table.add_row(_name(group), f"x{len(group)}", _decided(row), str(row.reason))
+    return table
+
+
+def _wide_table(rows: tuple[CallRow, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
-    budgeted = any(row.budget is not None for row in rows)
-    if budgeted:
-        table.add_column("budget", no_wrap=True)
     for name in ("dense ms", "expected ms") if timed else ():
         table.add_column(name, no_wrap=True, justify="right")
     if detailed:
         table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
     for group in _collapse(rows):
         detail = [" ".join(group[0].detail.split())] if detailed else []
-        budget = ["" if group[0].budget is None else _budget_words(*group[0].budget)] if budgeted else []
-        table.add_row(*_cells(group), *budget, *(_times(group[0]) if timed else ()), *detail)
-    return as_text(table)
-
-
-def as_text(table: Table) -> str:
-    """A table as plain text, wider than any row, so that no column is ever cut, whatever the terminal."""
-    sink = io.StringIO()
-    console = Console(file=sink, width=100_000, color_system=None, force_terminal=False, markup=False, emoji=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
+        table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
+    return table
 
 
 def _collapse(rows: tuple[CallRow, ...]) -> list[list[CallRow]]:
@@ -365,7 +376,11 @@ def _cells(group: list[CallRow]) -> list[str]:
     row = group[0]
     shapes = [f"[{', '.join(map(str, shape))}]" for shape in (row.query, row.key, row.value)]
     cells = [_name(group), f"x{len(group)}", *shapes, row.dtype, row.form, row.mask]
-    return [*cells, str(row.decision), str(row.reason), row.kernel]
+    return [*cells, _decided(row), str(row.reason), row.kernel]
+
+
+def _decided(row: CallRow) -> str:
+    return " ".join([str(row.decision), *([] if row.budget is None else [_budget_words(*row.budget)])])
 
 
 def _times(row: CallRow) -> list[str]:
@@ -375,28 +390,12 @@ def _times(row: CallRow) -> list[str]:
     return [number(dense), f"{number(now)} ({dense / now:.2f}x)"]
 
 
-def number(ms: float) -> str:
-    """Three digits: expected times are no better."""
-    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
-
-
 def _name(group: list[CallRow]) -> str:
     """The name with the group's numbers, as in model.layers.0..15.self_attn; gaps are kept: 0..3,5."""
     before, first, after = _split(group[0])
     if not first:
         return before or "?"
     return before + spans(int(_split(row)[1]) for row in group) + after
-
-
-def spans(indices: Iterable[int]) -> str:
-    """Numbers as text, neighbours together: 0..3,5."""
-    runs: list[list[int]] = []
-    for index in dict.fromkeys(indices):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
 
 
 _history: deque[RewriteReport] = deque(maxlen=MAX_REPORTS)

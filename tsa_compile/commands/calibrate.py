@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
     from tsa_compile.loss_calibration import LossCalibration
 
+_SHORTEST = 16  # tokens of a prompt; of fewer, each of which sees next to nothing, drift says nothing about long ones
 _RANDOM = 2  # with random weights more prompts say nothing more
 
 
@@ -23,11 +24,11 @@ _RANDOM = 2  # with random weights more prompts say nothing more
     ("How does it work? (a shape, random tokens)", "tsa-compile calibrate --shape tiny --random 4 --length 512"),
     (
         "Which half of my model's layers?",
-        "tsa-compile calibrate models/my-llama --prompts texts.jsonl --out layers.json --figure drift.png",
+        "tsa-compile calibrate my-llama --prompts texts.jsonl --out layers.json",
     ),
     (
-        "Which layers, and how much may each keep, for answers that stay near? From a long text in pieces of 16K tokens",
-        "tsa-compile calibrate models/my-llama --prompts book.txt --length 16K --objective loss --max-kl 0.01",
+        "Which layers, and how much each keeps, for answers that stay near?",
+        "tsa-compile calibrate my-llama --prompts a.txt --objective loss --max-kl 0.1",
     ),
 )
 def calibrate(
@@ -73,8 +74,13 @@ def calibrate(
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
-    out.check()
     search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, config=config)
+    if tokens < _SHORTEST:
+        raise ConfigError(
+            f"--length {length} is too short to calibrate: take {_SHORTEST} or more, best what the model will see"
+        )
+    if file is not None and random is not None:
+        raise ConfigError("both --prompts and --random given: choose one")
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
@@ -121,10 +127,14 @@ def _ratios(text: str) -> list[float]:
 
 
 def _prompts(source: Source, file: Path | None, random: int | None, length: int, count: int | None) -> Any:
-    if file is not None and random is not None:
-        raise ConfigError("both --prompts and --random given: choose one")
     if file is not None:
-        return prompts.read(file, length, count, source.tokenizer)
+        found = prompts.read(file, length, count, source.tokenizer)
+        if (shortest := min(map(len, found))) < _SHORTEST:
+            raise ConfigError(
+                f"{str(file)!r} holds a prompt of {shortest} tokens, too short to calibrate: leave out what is shorter than "
+                f"{_SHORTEST} tokens"
+            )
+        return found
     if random is None and source.folder is not None:
         raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), or --random 8 for random tokens")
     from tsa_compile.shapes import prompts as random_prompts

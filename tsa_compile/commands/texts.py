@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, Layers
-from tsa_compile.errors import ConfigError
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio
+from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
     from tsa_compile.calibrated import Calibrated
@@ -120,23 +120,24 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> Layers | Calibrated | None:
+def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibrated | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:
         ConfigError: neither, or a file that is no calibration.
     """
-    from tsa_compile.calibration import PRESETS, load_calibration
-
     text = text.strip()
     if text == "upper":
         return None
     if text == "none":
         return ()
-    if text in PRESETS:
-        return PRESETS[text].layers
-    if text.endswith(".json") or os.path.isfile(text):
-        return load_calibration(text)
+    if not re.fullmatch(r"[-,\s\d]*", text) or os.path.isfile(text):
+        from tsa_compile.calibration import PRESETS, load_calibration
+
+        if text in PRESETS:
+            return PRESETS[text].layers
+        if text.endswith(".json") or os.path.isfile(text):
+            return load_calibration(text)
     parts = names(text)
     if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
@@ -145,6 +146,17 @@ def layers(text: str) -> Layers | Calibrated | None:
             f"{text!r} is no list of layers: write indices as 15-30,31, a pattern or a calibration's JSON file"
         )
     return tuple(parts)
+
+
+def check_layers(text: str) -> None:
+    """Raises ConfigError for indices that are no list, or a file that is not there: what can be said without PyTorch."""
+    text = text.strip()
+    if text.endswith(".json") and not os.path.isfile(text):
+        raise ConfigError(
+            f"{text!r} cannot be read (no such file): pass a calibration, as `tsa-compile calibrate --out` writes"
+        )
+    if re.fullmatch(r"[-,\s\d]*", text) and text:
+        layers(text)
 
 
 def _run(part: str) -> range:
@@ -163,8 +175,40 @@ def _number(digits: str) -> int:
     return int(digits) if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS
 
 
+DTYPES = {
+    "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+}  # fmt: skip
+
+
+def dtype(text: str) -> str:
+    """The name of a dtype, also of its short forms, or "auto"."""
+    if text != "auto" and text not in DTYPES:
+        raise ConfigError(f"--dtype {text} is not known: it must be auto, {', '.join(DTYPES)}")
+    return DTYPES.get(text, text)
+
+
+def check_device(text: str, gpus: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for what names no device, and none of these GPUs."""
+    if text.lower() not in gpus and not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", text):
+        raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N")
+
+
+def check_shape(name: str, shapes: tuple[str, ...]) -> None:
+    """Raises ConfigError where no built-in shape has that name."""
+    if name not in shapes:
+        raise unknown_shape(name, shapes)
+
+
+def is_hub_id(folder: Path) -> bool:
+    """Whether what is no path here may be a model on the Hugging Face Hub: owner/name."""
+    return not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder), re.ASCII) is not None
+
+
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError where a folder is not there or is no model folder."""
+    """Raises ConfigError where a folder is not there, is no model folder, and may be no model on the Hub either."""
+    if is_hub_id(folder):
+        return
     if not folder.exists():
         raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
     if (folder / "config.json").is_file() or gguf_file(folder) is not None:

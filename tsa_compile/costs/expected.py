@@ -27,8 +27,9 @@ def with_expectations(
     candidates = [row for row in rows if row.reason in (Reason.SPARSE, Reason.TOO_SHORT)]
     shapes = [(row, shape) for row in candidates if (shape := _shape(row, config)) is not None]
     if shapes:
+        decider = None if getattr(device, "type", device) == "cpu" else costs  # as the calls were decided about
         share = len(candidates) / len(rows)
-        known = [shortest(_own(row, config), costs, shape, share) for row, shape in shapes]
+        known = [shortest(_own(row, config), decider, shape, share) for row, shape in shapes]
         expected["break_even"] = min((length for length in known if length is not None), default=None)
     return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
 

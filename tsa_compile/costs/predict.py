@@ -30,7 +30,8 @@ from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.score import MAX_HEAD_DIM
-from tsa_compile.report import Reason, as_text, number, spans
+from tsa_compile.report import Reason
+from tsa_compile.text import as_text, number, spans, wrapped
 
 _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}
 
@@ -172,6 +173,10 @@ class Prediction:
         """The whole prediction as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def narrow(self, width: int) -> str:
+        """As text whose sentences are broken into lines of at most so many characters; the table has 78."""
+        return _render(self, width)
+
     def __str__(self) -> str:
         return _render(self)
 
@@ -307,33 +312,42 @@ def _texts(work: Work) -> Mapping[str, str]:
     return {name: str(getattr(work, name)) for name in ("flops", "bytes", "ms")}
 
 
-def _render(prediction: Prediction) -> str:
+def _render(prediction: Prediction, width: int | None = None) -> str:
     sizes = f"{prediction.batch} x {prediction.length:,} tokens, {prediction.model.name}"
     lines = [f"prefill of {sizes} in {str(prediction.model.dtype).removeprefix('torch.')}, {prediction.costs.name}"]
-    lines.append(as_text(_table(prediction)))
     if prediction.break_even is None:
         lines.append("sparse layers gain at no length")
     else:
         lines.append(f"layers become sparse from {prediction.break_even:,} tokens on")
     lines.extend(f"note: {note}" for note in prediction.notes)
-    return "\n".join(lines)
+    table = as_text(_table(prediction, _COLUMNS if width is None else _NARROW))
+    first, *rest = lines if width is None else wrapped(lines, width)
+    return "\n".join([first, table, *rest])
 
 
-def _table(prediction: Prediction) -> Table:
+_COLUMNS = ("layers", "kind", "decision", "kept", "attention ms", "becomes", "saved", "gain", "rest ms")
+_NARROW = tuple(name for name in _COLUMNS if name not in ("kind", "saved"))
+
+
+def _table(prediction: Prediction, columns: tuple[str, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
-    for name in ("layers", "kind", "decision", "kept", "attention ms", "becomes", "saved", "gain", "rest ms"):
+    for name in columns:
         left = name in ("layers", "kind", "decision")
         table.add_column(name, no_wrap=True, justify="left" if left else "right")
+
+    def add(*cells: str) -> None:
+        table.add_row(*(cell for name, cell in zip(_COLUMNS, cells, strict=True) if name in columns))
+
     alike: dict[LayerPrediction, list[int]] = {}
     for layer in prediction.layers:
         alike.setdefault(replace(layer, index=0, name=""), []).append(layer.index)
     for layer, indices in alike.items():
         times = [*_cells(layer.dense_ms, layer.ms), number(layer.rest_ms)]
-        table.add_row(spans(indices), layer.kind, str(layer.reason), f"{layer.kept:.3f}", *times)
+        add(spans(indices), layer.kind, str(layer.reason), f"{layer.kept:.3f}", *times)
     total = prediction
     attention = (total.attention_dense_ms, total.attention_ms)
-    table.add_row("attention of all", "", "", "", *_cells(*attention), "")
-    table.add_row("whole prefill", "", "", "", *_cells(total.dense_ms, total.ms), number(total.rest_ms))
+    add("all attention", "", "", "", *_cells(*attention), "")
+    add("whole prefill", "", "", "", *_cells(total.dense_ms, total.ms), number(total.rest_ms))
     return table
 
 

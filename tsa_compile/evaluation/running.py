@@ -73,8 +73,8 @@ class Runner:
             The outcomes, and float32 [B, A, V] for answers of at most A tokens.
 
         Raises:
-            ConfigError: no layer became sparse or runs by `dense_kernel` under a setting with a configuration, or there is too
-                little memory.
+            ConfigError: no layer became sparse or runs by `dense_kernel` under a setting with a configuration, or there is
+                too little memory.
         """
         with torch.inference_mode(), dynamo_remembers():
             try:
