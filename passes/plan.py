@@ -173,6 +173,15 @@ def is_behind_cache(plan: CallPlan) -> bool:
     return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
 
 
+def is_decode_step(plan: CallPlan) -> bool:
+    """Whether one query, or a few of assisted decoding, look at a cache, by whatever operator."""
+    query, key = fake(plan.call.query), fake(plan.call.key)
+    if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor) or query.dim() < 3 or key.dim() < 3:
+        return False
+    few = known(query.shape[-2] < FEW_QUERIES) and not known(query.shape[-2] == key.shape[-2])
+    return known(query.shape[-2] == 1) or few
+
+
 def is_cached_prefill(plan: CallPlan) -> bool:
     """Whether several queries look at more keys than their own, and not as in cross-attention, which masks by key alone."""
     query, key = fake(plan.call.query), fake(plan.call.key)

@@ -236,6 +236,32 @@ class TestPrefillBehindACache:
         assert not recwarn.list
 
 
+def test_a_selected_layer_that_stays_dense_beside_sparse_ones_is_said():
+    def two(x, given):
+        positions = torch.arange(32)
+        return masked(x, x, positions <= positions[:, None]) + masked(x, x, given)
+
+    graph = capture(two, torch.randn(1, 2, 32, 8), torch.ones(32, 32).tril().bool())
+    with pytest.warns(TSAWarning, match="1 of the 2 attention calls of this graph stay dense .* MASK_OPAQUE"):
+        report = run_passes(graph, SPARSE.replace(layers=["*"]))
+    assert report.sparse == 1
+
+
+@pytest.mark.parametrize("queries, said", [(1, False), (3, False), (32, True)])
+def test_only_a_prefill_warns(queries, said, recwarn):
+    """A form that nobody reads, of one query, of a few and of many."""
+
+    def attention(query, key):
+        scores = (query @ key.transpose(-1, -2)).tanh()  # a soft cap
+        return scores.softmax(-1) @ key
+
+    report = run_passes(
+        capture(attention, torch.randn(1, 2, queries, 8), torch.randn(1, 2, 32, 8)), SPARSE.replace(layers=["*"])
+    )
+    assert report.rows[0].reason is Reason.UNSUPPORTED_FORM
+    assert bool(recwarn.list) is said and report.is_prefill is (queries > 1)
+
+
 class TestWhereAMaskComesFrom:
     def plan(self, function, *inputs):
         with pytest.warns(TSAWarning):
