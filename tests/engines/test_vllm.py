@@ -82,7 +82,7 @@ def engine(folder, config, processes):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {plugin.CONFIG: config.to_json(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", str(Path(__file__).with_name("vllm_run.py")), str(folder), str(output), str(processes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert "Token Sparse Attention: sparse: model.layers.0" in done.stdout + done.stderr
     return json.loads(output.read_text())
@@ -101,7 +101,7 @@ def wanted(model, ids, tokens):
 
 
 @has_vllm
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1000)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config, processes", [(HALF, 1), (COVERAGE, 2)], ids=["keep ratio", "coverage over two processes"])
 def test_engine_equals_one_process(tmp_path, config, processes):
