@@ -19,6 +19,7 @@ Method: Token Sparse Attention, arXiv 2602.03216.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -32,7 +33,15 @@ def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
     return padding[item].cpu().nonzero().flatten()
 
 
-def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+def mean_of_rows(weights: Tensor) -> Tensor:
+    """The published score of candidates: what the window's rows [rows, n] look at on average, [n]."""
+    return weights.mean(dim=-2)
+
+
+def score(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int,
+    combine: Callable[[Tensor], Tensor] = mean_of_rows, value: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
 
     Queries are those of the last positions, all L or a chunk of them. +inf marks the window itself (the last `window` valid
@@ -57,7 +66,10 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
             scores[b, h, rows] = math.inf
             scores[b, h, candidates] = 0.0
             if len(candidates) > 0 and len(rows) > 0:
-                scores[b, h, candidates] = _average_pool(weights[:, : len(candidates)].mean(dim=0), pool)
+                row = combine(weights[:, : len(candidates)])
+                if value is not None:
+                    row = row * _wide(value)[b, h // group, candidates].norm(dim=-1)
+                scores[b, h, candidates] = _average_pool(row, pool)
     return scores
 
 

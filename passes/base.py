@@ -27,7 +27,7 @@ from tsa_compile.passes.layers import Place
 from tsa_compile.passes.layout import conform
 from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.padding import PaddingBuilder
-from tsa_compile.report import Decision, Reason
+from tsa_compile.reasons import Decision, Reason
 
 __all__ = ["CallPlan", "GraphState", "Pass", "PassResult"]
 

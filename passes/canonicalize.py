@@ -22,7 +22,7 @@ from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
 from tsa_compile.passes.mask_info import FILLED_KINDS, MaskInfo
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 
 class CanonicalizeDense(Pass):

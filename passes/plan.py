@@ -34,7 +34,7 @@ from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.ranks import group_of_heads, splits_heads
-from tsa_compile.report import Decision, Reason
+from tsa_compile.reasons import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

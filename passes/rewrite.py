@@ -23,7 +23,7 @@ from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import insert
 from tsa_compile.passes.mask_info import FILLED_KINDS
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
 

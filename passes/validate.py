@@ -29,7 +29,7 @@ from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, map_leaves
 from tsa_compile.passes.mask_info import FILLED_KINDS
 from tsa_compile.passes.operators import aten
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 _log = logging.getLogger(__name__)
 _LONGEST = 64  # a static length up to which nothing is shortened

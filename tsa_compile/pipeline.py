@@ -46,7 +46,8 @@ from tsa_compile.passes.plan import PlanCalls, is_cached_prefill, is_decode_step
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
 OPS = (score, budget, select, compress, attend, decompress, floor, cached, filled, padded, ranks, fused, sparse)

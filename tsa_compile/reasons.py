@@ -1,4 +1,4 @@
-"""What became of an attention call, why, and what a user can do about it."""
+"""What can become of an attention call, and why: the words of a report, with what each means and what to do about it."""
 
 from __future__ import annotations
 

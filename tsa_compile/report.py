@@ -5,30 +5,22 @@ Every compilation records its `RewriteReport`; `reports()` gives the last ones b
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import textwrap
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from tsa_compile.reasons import Decision, Reason
-
-__all__ = [
-    "MAX_REPORTS", "CallRow", "Decision", "Reason", "RewriteReport", "as_text", "clear_reports", "number", "record",
-    "render", "reports", "spans", "wrapped",
-]  # fmt: skip
+from tsa_compile.text import as_text, number, spans, wrapped
 
 MAX_REPORTS = 256
-_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -208,11 +200,6 @@ def render(report: RewriteReport, width: int | None = None) -> str:
     return "\n".join(table + (lines if width is None else wrapped(lines, width)))
 
 
-def wrapped(lines: Iterable[str], width: int) -> list[str]:
-    """Lines of at most so many characters; what goes on is indented. A word that is longer stays whole."""
-    return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
-
-
 def _sight(report: RewriteReport) -> list[str]:
     """What the rows of sparse calls see."""
     if not report.sparse or "budget" not in report.config:
@@ -258,7 +245,7 @@ def _narrow_table(rows: tuple[CallRow, ...]) -> Table:
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     for group in _collapse(rows):
         row = group[0]
-        table.add_row(_name(group), f"x{len(group)}", str(row.decision), str(row.reason))
+        table.add_row(_name(group), f"x{len(group)}", _decided(row), str(row.reason))
     return table
 
 
@@ -267,26 +254,14 @@ def _wide_table(rows: tuple[CallRow, ...]) -> Table:
     for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
-    budgeted = any(row.budget is not None for row in rows)
-    if budgeted:
-        table.add_column("budget", no_wrap=True)
     for name in ("dense ms", "expected ms") if timed else ():
         table.add_column(name, no_wrap=True, justify="right")
     if detailed:
         table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
     for group in _collapse(rows):
         detail = [" ".join(group[0].detail.split())] if detailed else []
-        budget = ["" if group[0].budget is None else _budget_words(*group[0].budget)] if budgeted else []
-        table.add_row(*_cells(group), *budget, *(_times(group[0]) if timed else ()), *detail)
+        table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
     return table
-
-
-def as_text(table: Table, width: int = 100_000) -> str:
-    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
-    sink = io.StringIO()
-    console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
 def _collapse(rows: tuple[CallRow, ...]) -> list[list[CallRow]]:
@@ -314,7 +289,11 @@ def _cells(group: list[CallRow]) -> list[str]:
     row = group[0]
     shapes = [f"[{', '.join(map(str, shape))}]" for shape in (row.query, row.key, row.value)]
     cells = [_name(group), f"x{len(group)}", *shapes, row.dtype, row.form, row.mask]
-    return [*cells, str(row.decision), str(row.reason), row.kernel]
+    return [*cells, _decided(row), str(row.reason), row.kernel]
+
+
+def _decided(row: CallRow) -> str:
+    return " ".join([str(row.decision), *([] if row.budget is None else [_budget_words(*row.budget)])])
 
 
 def _times(row: CallRow) -> list[str]:
@@ -324,28 +303,12 @@ def _times(row: CallRow) -> list[str]:
     return [number(dense), f"{number(now)} ({dense / now:.2f}x)"]
 
 
-def number(ms: float) -> str:
-    """Three digits: expected times are no better."""
-    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
-
-
 def _name(group: list[CallRow]) -> str:
     """The name with the group's numbers, as in model.layers.0..15.self_attn; gaps are kept: 0..3,5."""
     before, first, after = _split(group[0])
     if not first:
         return before or "?"
     return before + spans(int(_split(row)[1]) for row in group) + after
-
-
-def spans(indices: Iterable[int]) -> str:
-    """Numbers as text, neighbours together: 0..3,5."""
-    runs: list[list[int]] = []
-    for index in dict.fromkeys(indices):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
 
 
 _history: deque[RewriteReport] = deque(maxlen=MAX_REPORTS)

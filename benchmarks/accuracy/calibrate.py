@@ -38,7 +38,6 @@ TASKS = ("needle", "needle_keys", "needle_values", "question_first", "copy", "co
 SEED, UNSEEN = 1, 2
 MAX_KL = (0.001, 0.003, 0.01, 0.03, 0.1)
 DELTAS = (0.25, 0.5, 0.75)
-SHARES = {"upper half": 1 / 2, "upper two thirds": 1 / 3, "all but 2": 0.0}
 AT_ONCE = 8  # choices measured before the file is written
 
 
@@ -165,8 +164,8 @@ def fixed(drift: Sequence[float], layers: Sequence[int], ratios: Iterable[float]
     """One ratio for a set of layers that drift, or the place in the model, chooses."""
     by_drift = sorted(layers, key=lambda layer: (drift[layer], layer))
     sets = {f"drift, delta {delta:g}": by_drift[: int(delta * len(drift))] for delta in DELTAS}
-    sets |= {name: [each for each in layers if each >= (share * len(drift) or 2)] for name, share in SHARES.items()}
-    assert sets["upper half"] == [each for each in layers if each in upper_half(len(drift))] or len(drift) % 2
+    first = {"upper half": upper_half(len(drift))[0], "upper two thirds": len(drift) // 3, "all but 2": 2}
+    sets |= {name: [each for each in layers if each >= start] for name, start in first.items()}
     return {f"{name}, keep {ratio:g}": dict.fromkeys(each, ratio) for name, each in sets.items() for ratio in ratios}
 
 

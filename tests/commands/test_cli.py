@@ -250,7 +250,9 @@ def test_calibrate_by_loss_writes_a_ratio_for_each_layer(traced, tmp_path):
     assert traced[0].layers == {0: KeepRatio(0.25), 1: KeepRatio(0.25)}
     assert texts.setting(f"layers={path},window=8") == ({"layers": found.sparse_layers, "window": 8}, False)
     said = fails(2, "explain", *TINY, *QUICK, "--sparse-layers", str(path), "--budget", "keep:0.5")
-    assert "has a budget for each layer: leave one of them out" in said
+    assert "the budget keep:0.5, and layers with a budget each: leave one of them out" in said
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        texts.setting(f"keep:0.5,layers={path}")
 
 
 def test_calibrate_reads_token_ids_from_a_file(tmp_path):

@@ -89,7 +89,7 @@ def engine(folder, config, processes):
 def wanted(model, ids, tokens):
     """The log-probabilities of each step, of a model that is not compiled: a long prompt in vLLM's chunks, its tokens."""
     cache, found = transformers.DynamicCache(), []
-    parts = [*torch.tensor(ids).split(BATCH), *torch.tensor(tokens[:-1]).split(1)]
+    parts = [*torch.tensor(ids).split(BATCH), *(torch.tensor([token]) for token in tokens[:-1])]
     for part in parts:
         with torch.no_grad():
             found.append(model(part[None], past_key_values=cache).logits[0, -1].log_softmax(-1))
@@ -136,7 +136,7 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
             check(self.settings(prefixes=True), HALF)
         check(self.settings(prefixes=True), HALF.replace(layers=[]))
-        monkeypatch.setenv(plugin.PREFIXES, "1")
+        monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
         check(self.settings(prefixes=True), HALF)
 
     def test_context_parallel(self):

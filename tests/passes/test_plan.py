@@ -13,7 +13,8 @@ from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.passes import plan
 from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import WHOLE, run_passes
-from tsa_compile.report import Decision, Reason, reports
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import reports
 from tsa_compile.testing import capture, capture_all
 
 SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, floor=None)

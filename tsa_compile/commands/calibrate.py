@@ -27,8 +27,8 @@ _RANDOM = 2  # with random weights more prompts say nothing more
         "tsa-compile calibrate my-llama --prompts texts.jsonl --out layers.json",
     ),
     (
-        "Which layers, and how much may each keep, for answers that stay near?",
-        "tsa-compile calibrate my-llama --prompts book.txt --length 16K --objective loss --max-kl 0.01",
+        "Which layers, and how much each keeps, for answers that stay near?",
+        "tsa-compile calibrate my-llama --prompts a.txt --objective loss --max-kl 0.1",
     ),
 )
 def calibrate(
@@ -74,6 +74,7 @@ def calibrate(
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
+    search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, config=config)
     if tokens < _SHORTEST:
         raise ConfigError(
             f"--length {length} is too short to calibrate: take {_SHORTEST} or more, best what the model will see"
@@ -81,7 +82,6 @@ def calibrate(
     if file is not None and random is not None:
         raise ConfigError("both --prompts and --random given: choose one")
     out.check()
-    search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, config=config)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)

@@ -161,11 +161,7 @@ class SparseOptions:
 
         if self.sparse_layers is not None:
             changes["layers"], _ = chosen_layers(self.sparse_layers, source)
-            if self.budget is not None and isinstance(changes["layers"], LayerBudgets):
-                raise ConfigError(
-                    f"--budget {self.budget} and --sparse-layers {self.sparse_layers}, which has a budget for each layer: "
-                    "leave one of them out"
-                )
+            texts.check_one_budget(self.budget, changes["layers"])
         config = self._but_layers().replace(**changes)
         _check_layers(config, source)
         if config.kernel != registry.AUTO:

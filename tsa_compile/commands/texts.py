@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
 from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def budget(text: str) -> Budget:
 
 
 def setting(text: str) -> tuple[dict[str, Any], bool]:
-    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected."""
+    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
+
+    Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json.
+    """
     first, *others = text.split(",")
     calibrated = first.startswith("layers=")  # which may have a budget each
     changes: dict[str, Any] = {} if calibrated else {"budget": budget(first)}
@@ -87,7 +90,14 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
                 f"--setting {text}: {part!r} is not understood: behind the budget write {FIELDS} or select=random"
             )
         changes |= change
+    check_one_budget(None if calibrated else first, changes.get("layers"))
     return changes, random
+
+
+def check_one_budget(budget: str | None, layers: object) -> None:
+    """Raises ConfigError where a budget was written and layers have one each."""
+    if budget is not None and isinstance(layers, LayerBudgets):
+        raise ConfigError(f"the budget {budget}, and layers with a budget each: leave one of them out")
 
 
 FIELDS = (

@@ -11,7 +11,8 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, shortest
 from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import DeviceCosts, costs_of
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 
 def with_expectations(

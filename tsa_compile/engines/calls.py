@@ -21,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.sdpa import PRIORITY
 from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 MASK_KIND, VALID_RANGES = "tsa_kind", "tsa_valid_ranges"
 """Attributes of a mask: what it means, and on the host where its valid tokens lie. A copy of it has none."""

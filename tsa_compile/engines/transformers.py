@@ -34,7 +34,8 @@ from tsa_compile.passes.mask_info import MaskKind
 from tsa_compile.passes.plan import FEW_QUERIES, kernel_obstacle, kernel_of, sparse_obstacle
 from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 assert pipeline.OPS
 tsa = torch.ops.tsa

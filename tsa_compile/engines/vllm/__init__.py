@@ -12,7 +12,7 @@ import os
 
 from tsa_compile.config import TSAConfig
 
-CONFIG, PREFIXES = "TSA_CONFIG", "TSA_ALLOW_PREFIX_CACHING"
+CONFIG = "TSA_CONFIG"
 
 
 def register() -> None:

@@ -18,7 +18,7 @@ from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import TSAConfig
 from tsa_compile.passes.layers import Place, place_in, said_of_unused, select_layers, unused_layers
 from tsa_compile.passes.rewrite import options_of
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 assert pipeline.OPS
 

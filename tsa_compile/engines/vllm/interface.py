@@ -31,11 +31,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines.vllm import PREFIXES, core
+from tsa_compile.engines.vllm import core
 from tsa_compile.errors import ConfigError
 from tsa_compile.passes.plan import minimum_length
 
 SUPPORTED = ("0.32",)
+PREFIXES = "TSA_ALLOW_PREFIX_CACHING"
 
 _log = init_logger("vllm.tsa_compile")
 _installed: TSAConfig | None = None
