@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
-from tsa_compile.passes.mask_info import FILLED_KINDS, MaskInfo
+from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.reasons import Decision
 
 
@@ -42,14 +42,14 @@ class CanonicalizeDense(Pass):
         return self.result(graph_module, matched)
 
     def _dense(self, graph: Graph, plan: CallPlan) -> Node:
-        if plan.mask is not None and plan.mask.kind in FILLED_KINDS:
-            return self._filled(graph, plan, plan.mask)
+        if plan.filled is not None and plan.mask is not None:
+            return self._filled(graph, plan, plan.mask, plan.filled)
         return _causal(graph, plan.call) if plan.decision is Decision.DENSE else self._padded(graph, plan)
 
-    def _filled(self, graph: Graph, plan: CallPlan, info: MaskInfo) -> Node:
+    def _filled(self, graph: Graph, plan: CallPlan, info: MaskInfo, filled: tuple[Node, Node]) -> Node:
         call, builder = plan.call, self.state.builder(graph)
         ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
-        operands = (call.query, call.key, call.value, plan.padding, ranges, *builder.positions(call, info), scale_of(call))
+        operands = (call.query, call.key, call.value, plan.padding, ranges, *filled, scale_of(call))
         return insert(graph, torch.ops.tsa.filled_attention.default, *operands, info.mean_rows)
 
     def _padded(self, graph: Graph, plan: CallPlan) -> Node:

@@ -22,7 +22,6 @@ from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import insert
-from tsa_compile.passes.mask_info import FILLED_KINDS
 from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
@@ -57,9 +56,9 @@ class RewriteSparse(Pass):
         call, graph = plan.call, graph_module.graph
         options = options_of(config, scale_of(call), plan.group)
         operands, builder = [call.query, call.key, call.value], self.state.builder(graph)
-        if plan.mask is not None and plan.mask.kind in FILLED_KINDS:
+        if plan.filled is not None:
             ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
-            operands += [plan.padding, ranges, *builder.positions(call, plan.mask)]
+            operands += [plan.padding, ranges, *plan.filled]
             return insert(graph, tsa.filled_sparse_attention.default, *operands, *options)
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options)

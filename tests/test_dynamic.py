@@ -166,6 +166,7 @@ def test_static_cache(padded):
             )
         assert difference(logits, plain, mask if padded and step == 0 else None) < ATOL, step
         mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+    assert reasons(reports()[0]) == SPARSE, "a dense layer comes before a sparse one"
     assert all(row.decision is not Decision.SPARSE for report in reports()[1:] for row in report)
 
 
