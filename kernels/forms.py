@@ -34,6 +34,7 @@ from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.cached import cached_attention_aten
 from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
+from tsa_compile.kernels.filled import filled_aten, filled_attention_aten
 from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
 from tsa_compile.kernels.padded import padded_attention_aten, valid_ranges_aten
@@ -136,6 +137,8 @@ _ATEN: Table = {
     tsa.attend_floor.default: attend_floor_aten,
     tsa.valid_ranges.default: valid_ranges_aten,
     tsa.cached_attention.default: cached_attention_aten,
+    tsa.filled.default: filled_aten,
+    tsa.filled_attention.default: filled_attention_aten,
     tsa.padded_attention.default: padded_attention_aten,
 }
 

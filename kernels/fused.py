@@ -80,7 +80,7 @@ class Options:
         return seq_len if self.capacity is None else min(seq_len, self.capacity)
 
 
-def _op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
+def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
     """Registers an op of query, key, value and others.
 
     The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120.
@@ -110,7 +110,7 @@ def sparse_attention(
         return sparse_triton(query, key, value, options)
 
 
-_op(sparse_attention)
+define_op(sparse_attention)
 
 
 def padded_sparse_attention(
@@ -129,7 +129,7 @@ def padded_sparse_attention(
 
 
 # It looks at the valid ranges on the host: what a CUDA graph captured would be replayed with the first batch's.
-_op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
+define_op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
 
 
 def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

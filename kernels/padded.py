@@ -56,7 +56,15 @@ def padded_attention(
 ) -> Tensor:
     """Dense attention under (kv <= q + Lk - Lq) & padding[b, kv]. See the module's docstring."""
     check_lengths("padded_attention", query, key, value)
-    items = [tuple(row) for row in valid_ranges.tolist()]
+    items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
+    return attend_ranges(query, key, value, padding, items, scale, value if mean_rows else None)
+
+
+def attend_ranges(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, items: list[tuple[int, int, int]], scale: float,
+    mean_of: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same with the valid ranges on the host, one an item; rows that see nothing are the mean of `mean_of`, or 0."""
     if all(item == (0, key.shape[2], 1) for item in items):
         return as_rows(behind(query, key, value, scale))
     output = empty_output(query, query.shape[2], value.shape[3])
@@ -65,7 +73,8 @@ def padded_attention(
         group = slice(first, first + len(list(same)))
         first = group.stop
         parts = (query[group], key[group], value[group])
-        _fill_masked_rows(output[group, :, : max(start - past, 0)] if stop else output[group], parts[2], mean_rows)
+        nowhere = output[group, :, : max(start - past, 0)] if stop else output[group]
+        _fill_masked_rows(nowhere, None if mean_of is None else mean_of[group])
         if contiguous:
             _fill_range(output[group], *parts, start, stop, scale)
         else:
@@ -111,11 +120,11 @@ def padded_attention_aten(
     return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
 
 
-def _fill_masked_rows(output: Tensor, value: Tensor, mean_rows: bool) -> None:
-    """Rows that may look nowhere."""
+def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
+    """Rows that may look nowhere: the mean of values, or 0."""
     if output.shape[2] == 0:
         return
-    if mean_rows:
+    if value is not None:
         mean = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
         output.copy_(mean.repeat_interleave(output.shape[1] // value.shape[1], 1))
     else:

@@ -37,8 +37,9 @@ class CallPlan:
     """What is known and decided about one call; filled in pass by pass.
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
-    `padding`: the bool tensor [B, L] of its valid tokens, once it is written. `group`: the name of the process group with
-    its other heads, where they matter. `config`: what holds for its layer.
+    `padding`: the bool tensor [B, L] of its valid tokens, once it is written. `filled`: with a static cache the tensor [Lq]
+    that says up to which key a query sees, and what the host is told of it, once they are written. `group`: the name of the
+    process group with its other heads, where they matter. `config`: what holds for its layer.
     """
 
     call: AttentionCall
@@ -47,6 +48,7 @@ class CallPlan:
     mask: MaskInfo | None = None
     selected: bool = False
     padding: Node | None = None
+    filled: tuple[Node, Node] | None = None
     group: str | None = None
     unplaced: bool = False
     decision: Decision = Decision.UNCHANGED

@@ -5,6 +5,7 @@
     after    o = sdpa(q, k, v, is_causal=True, enable_gqa=True)                           mask proven causal
              o = tsa.cached_attention(q, k, v, s)                                         causal, q the last of k's positions
              o = tsa.padded_attention(q, k, v, padding, valid_ranges, s)                         causal and padding [B, L]
+             o = tsa.filled_attention(q, k, v, .., positions [Lq], filled [2], s)         causal up to positions in a cache
 
 Both compute what the model computes; the clean-up then removes what built the mask.
 """
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
+from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.reasons import Decision
 
 
@@ -35,10 +37,20 @@ class CanonicalizeDense(Pass):
             if plan.decision not in self.decisions or _is_canonical(plan.call):
                 continue
             with self.state.attempt(plan, graph, "dense rewriting"), graph.inserting_before(plan.call.node):
-                new = _causal(graph, plan.call) if plan.decision is Decision.DENSE else self._padded(graph, plan)
-                self.replace(plan, new)
+                self.replace(plan, self._dense(graph, plan))
                 matched += 1
         return self.result(graph_module, matched)
+
+    def _dense(self, graph: Graph, plan: CallPlan) -> Node:
+        if plan.filled is not None and plan.mask is not None:
+            return self._filled(graph, plan, plan.mask, plan.filled)
+        return _causal(graph, plan.call) if plan.decision is Decision.DENSE else self._padded(graph, plan)
+
+    def _filled(self, graph: Graph, plan: CallPlan, info: MaskInfo, filled: tuple[Node, Node]) -> Node:
+        call, builder = plan.call, self.state.builder(graph)
+        ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
+        operands = (call.query, call.key, call.value, plan.padding, ranges, *filled, scale_of(call))
+        return insert(graph, torch.ops.tsa.filled_attention.default, *operands, info.mean_rows)
 
     def _padded(self, graph: Graph, plan: CallPlan) -> Node:
         call, info, padding = plan.call, plan.mask, plan.padding

@@ -18,12 +18,18 @@ class MaskKind(StrEnum):
     NONE = "none"
     CAUSAL = "causal"  # kv <= q + Lk - Lq: of the last Lq positions each sees itself and those before it
     CAUSAL_PADDING = "causal+padding"
-    UPPER_LEFT = "causal, aligned upper left"  # kv <= q where Lk may differ from Lq
+    FILLED = "causal (filled cache)"  # kv <= positions[q], or kv <= q < Lk: what is filled of a cache of a fixed size
+    FILLED_PADDING = "causal+padding (filled cache)"
     PADDING = "padding"
     SLIDING_WINDOW = "sliding window"
     CHUNKED = "chunked"
     PACKED = "packed"
     OPAQUE = "opaque"
+
+
+CAUSAL_KINDS = (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING, MaskKind.FILLED, MaskKind.FILLED_PADDING)
+"""The kinds that a rewrite knows."""
+FILLED_KINDS = (MaskKind.FILLED, MaskKind.FILLED_PADDING)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class MaskInfo:
         leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
         mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
         nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.
+        positions: of kinds FILLED and FILLED_PADDING the leaf that says up to which key each query sees; None: it is q.
         detail: for a person: the window's size, or why the mask is opaque.
     """
 
@@ -46,6 +53,7 @@ class MaskInfo:
     leaves: dict[str, Node] = field(default_factory=dict)
     mean_rows: bool = False
     nan_rows: bool = False
+    positions: str | None = None
     detail: str = ""
 
     def __str__(self) -> str:

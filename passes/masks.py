@@ -25,12 +25,13 @@ from tsa_compile.passes import symbolic_indexing, symbolic_ops, symbolic_views
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.call import AttentionCall, MaskTerm
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.mask_info import MaskInfo, MaskKind
+from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
 from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Unsupported, as_number, exact, round_constant
 
 _RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
+_WITH_PADDING = (MaskKind.CAUSAL_PADDING, MaskKind.FILLED_PADDING, MaskKind.PADDING)
 _LOWEST = exact(torch.finfo(torch.bfloat16).min)
 
 
@@ -78,11 +79,11 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
 
 def held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
     """What a mask means to a call: what its padding reads must still be in the graph where the call stands."""
-    if info.kind is not MaskKind.CAUSAL_PADDING:
+    if info.kind not in CAUSAL_KINDS or info.kind is MaskKind.CAUSAL:
         return info
     for name, value in info.leaves.items():
         if call.aten.source(value, call.node) is None:
-            return MaskInfo(MaskKind.OPAQUE, detail=f"its padding reads {name}, which has been written to since")
+            return MaskInfo(MaskKind.OPAQUE, detail=f"it reads {name}, which has been written to since")
     return info
 
 
@@ -145,16 +146,17 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     for clause in sympy.And.make_args(normal):
         reading.read(clause)
     kind, detail = reading.verdict()
-    padding = sympy.And(*reading.padding) if kind in (MaskKind.CAUSAL_PADDING, MaskKind.PADDING) else None
-    if kind is MaskKind.CAUSAL_PADDING and (len(hidden) > 1 or not level):  # a fully masked row depends on the values
+    padding = sympy.And(*reading.padding) if kind in _WITH_PADDING else None
+    causal = kind in CAUSAL_KINDS and kind is not MaskKind.CAUSAL
+    if causal and (len(hidden) > 1 or not level):  # a fully masked row depends on the values
         kind, detail = MaskKind.OPAQUE, "hides scores with different values"
-    if kind is MaskKind.CAUSAL_PADDING and padding is not None:
+    if causal and padding is not None:
         obstacle = unwritable(padding, atoms.table, evaluator.leaves, (atoms.sizes[B], atoms.sizes[KV]))
         if obstacle is not None:
             kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, detail=detail)
+    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, positions=reading.positions(kind), detail=detail)
 
 
 def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:
@@ -176,6 +178,7 @@ class _Reading:
         self.padding: list[Boolean] = []
         self.upper: list[sympy.Expr] = []  # kv - q <= upper
         self.lower: list[sympy.Expr] = []  # kv - q >= lower
+        self.given: list[str] = []  # kv <= name(q)
         self.kinds: list[MaskKind] = []
         self.unread: list[str] = []
 
@@ -197,6 +200,8 @@ class _Reading:
         offset = sympy.expand(expr - KV + Q) if kind == "le" else expr
         if kind == "le" and not offset.has(KV, Q, H, B, sympy.core.function.AppliedUndef):
             (self.lower if negated else self.upper).append(1 - offset if negated else -offset)
+        elif kind == "le" and not negated and _is_given_to_queries(expr):
+            self.given.append((KV - expr).func.__name__)
         elif kind == "eq" and not negated and expr.has(sympy.floor) and expr.has(Q, KV):
             self.kinds.append(MaskKind.CHUNKED)
         elif not negated and _compares_documents(expr):
@@ -208,12 +213,20 @@ class _Reading:
         """What the whole mask is."""
         if self.unread:
             return MaskKind.OPAQUE, self.unread[0]
+        if self.given:
+            alone = len(self.given) == 1 and not (self.upper or self.lower or self.kinds)
+            kind = MaskKind.FILLED_PADDING if self.padding else MaskKind.FILLED
+            return (kind, "") if alone else (MaskKind.OPAQUE, f"bounded by {', '.join(self.given)} and by more")
         kind, detail = self._band(self.past, "behind a cache" if self.past != 0 else "")
         if kind is MaskKind.OPAQUE and self.past != 0:  # positions of queries may count from the first key on
             kind, detail = self._band(sympy.Integer(0), "")
-            causal = kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING)
-            return (MaskKind.UPPER_LEFT if causal else kind), detail
+            if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+                return (MaskKind.FILLED_PADDING if self.padding else MaskKind.FILLED), ""
         return kind, detail
+
+    def positions(self, kind: MaskKind) -> str | None:
+        """The leaf that says up to which key queries see."""
+        return self.given[0] if kind in FILLED_KINDS and self.given else None
 
     def _band(self, past: sympy.Expr, where: str) -> tuple[MaskKind, str]:
         """The kind, if query q is at position q + past. Several bounds on kv - (q + past): only one at zero is causal."""
@@ -233,6 +246,12 @@ class _Reading:
         if causal:
             return (MaskKind.CAUSAL_PADDING if self.padding else MaskKind.CAUSAL), where
         return (MaskKind.PADDING if self.padding else MaskKind.NONE), ""
+
+
+def _is_given_to_queries(expr: sympy.Expr) -> bool:
+    """`kv - x[q]`: a tensor says up to which key a query sees."""
+    given = sympy.expand(KV - expr)
+    return isinstance(given, sympy.core.function.AppliedUndef) and given.args == (Q,)
 
 
 def _at_least_zero(bound: sympy.Expr) -> bool:

@@ -100,6 +100,7 @@ class PaddingBuilder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._padding: dict[Any, Node] = {}
+        self._first: dict[Any, Node] = {}
 
     def padding(self, call: AttentionCall, info: MaskInfo) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a call; None if all are. Must be called in front of the call."""
@@ -118,6 +119,34 @@ class PaddingBuilder:
                 return reader
         with self.graph.inserting_after(padding):
             return insert(self.graph, valid_ranges, padding)
+
+    def positions(self, call: AttentionCall, info: MaskInfo) -> tuple[Node, Node]:
+        """Up to which key each query of a call sees, int64 [Lq], and what of it the host is told, once for all calls.
+
+        Must be called in front of the call.
+        """
+        if info.positions is None:
+            given: Node | None = self._first_positions(call)
+        else:
+            given = call.aten.source(info.leaves[info.positions], call.node)
+        if given is None:
+            raise RewriteError(f"the graph holds {info.positions} no longer, which says what queries see")
+        filled = torch.ops.tsa.filled.default
+        for reader in given.users:
+            if reader.target is filled:
+                return given, reader
+        if fake(given).dtype != torch.int64 or fake(given).device != fake(call.key).device:
+            raise RewriteError(f"{info.positions} is {fake(given).dtype} on {fake(given).device}, not int64 beside the keys")
+        with self.graph.inserting_after(given):
+            return given, insert(self.graph, filled, given)
+
+    def _first_positions(self, call: AttentionCall) -> Node:
+        """The numbers of a call's queries, where these are the first positions of a cache; int64 [Lq]."""
+        key = str(fake(call.query).shape[2])
+        if key not in self._first or is_erased(self._first[key]):
+            extent = size(self.graph, call.query, 2)
+            self._first[key] = insert(self.graph, torch.arange, extent, device=fake(call.key).device)
+        return self._first[key]
 
 
 def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:

@@ -32,7 +32,7 @@ from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.frame import in_marked_range
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.layers import not_found, select_layers
-from tsa_compile.passes.mask_info import MaskInfo, MaskKind
+from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.ranks import group_of_heads, splits_heads
 from tsa_compile.reasons import Decision, Reason
 
@@ -44,7 +44,6 @@ _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_posit
 _DROPPABLE = "where tokens can be dropped"
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
-    MaskKind.UPPER_LEFT: Reason.NOT_SELF_ATTENTION,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
     MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
     MaskKind.CHUNKED: Reason.CHUNKED,
@@ -168,8 +167,11 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
 def is_behind_cache(plan: CallPlan) -> bool:
     """Whether the queries are proven to be the last of more keys, and more than a few, for which the mask is small."""
     query, key, mask = fake(plan.call.query), fake(plan.call.key), plan.mask
-    if mask is None or mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+    if mask is None or mask.kind not in CAUSAL_KINDS:
         return False
+    if mask.kind in FILLED_KINDS:
+        fits = plan.call.is_causal is False and known(query.shape[2] <= key.shape[2])
+        return fits and not known(query.shape[2] < FEW_QUERIES)
     return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
 
 

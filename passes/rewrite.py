@@ -3,6 +3,7 @@
     before   o = <attention>(q [B,H,L,D], k [B,G,L,D], v [B,G,L,Dv])                      [B, H, L, Dv]
     after    o = tsa.sparse_attention(q, k, v, scale, window, pool, coverage, keep_ratio, ...)      without padding
              o = tsa.padded_sparse_attention(q, k, v, padding [B,L], valid_ranges [B,3], scale, ...)       with padding
+             o = tsa.filled_sparse_attention(q, k, v, .., positions [Lq], filled [2], ...)    into a cache of a fixed size
 
 `decompose.py` opens the op into its steps where they are needed. A call that keeps all tokens, for the kernel that
 `dense_kernel` names, needs no steps but for padding:
@@ -54,10 +55,14 @@ class RewriteSparse(Pass):
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
         call, graph = plan.call, graph_module.graph
         options = options_of(config, scale_of(call), plan.group)
-        operands = [call.query, call.key, call.value]
+        operands, builder = [call.query, call.key, call.value], self.state.builder(graph)
+        if plan.filled is not None:
+            ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
+            operands += [plan.padding, ranges, *plan.filled]
+            return insert(graph, tsa.filled_sparse_attention.default, *operands, *options)
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options)
-        operands += [plan.padding, self.state.builder(graph).valid_ranges(plan.padding)]
+        operands += [plan.padding, builder.valid_ranges(plan.padding)]
         return insert(graph, tsa.padded_sparse_attention.default, *operands, *options)
 
 

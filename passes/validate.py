@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, map_leaves
+from tsa_compile.passes.mask_info import FILLED_KINDS
 from tsa_compile.passes.operators import aten
 from tsa_compile.reasons import Decision
 
@@ -151,7 +152,8 @@ class Case:
             operands = [env[operand].clone() for operand in self.operands]
             padding = None if self.plan.padding is None else env[self.plan.padding].clone()
             scale = operands[0].shape[3] ** -0.5 if self.call.scale is None else self.call.scale
-            normal, rows = self._normal_form(operands, padding, float(env[scale] if isinstance(scale, Node) else scale))
+            factor = float(env[scale] if isinstance(scale, Node) else scale)
+            normal, rows = self._normal_form(operands, padding, factor, self._positions(env))
             original = self._run(self.call.node, env, generator, trial)
         return _compare(original.reshape(normal.shape), normal, rows, trial, self.sizes)
 
@@ -190,12 +192,28 @@ class Case:
             return value.node.hint
         return self.sizes.of(value) if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) else value
 
-    def _normal_form(self, operands: list[Tensor], padding: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def _positions(self, env: dict[Node, Any]) -> Tensor | None:
+        """Up to which key each query sees, where a tensor says so; None where the lengths do."""
+        info = self.plan.mask
+        if info is None or info.kind not in FILLED_KINDS:
+            return None
+        if info.positions is None:
+            return torch.arange(self.sizes.of(fake(self.call.query).shape[2]))
+        given = self.call.aten.source(info.leaves[info.positions], self.call.node)
+        if given is None or given not in env:
+            raise Skipped(f"{info.positions} is not computed on the way")
+        return env[given]
+
+    def _normal_form(
+        self, operands: list[Tensor], padding: Tensor | None, scale: float, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """What the call was read as, and which rows to compare: all but those that are NaN in written-out attention."""
         query, key, value = (operand.double() for operand in operands)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         length, past, info = query.shape[2], key.shape[2] - query.shape[2], self.plan.mask
         allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+        if positions is not None:
+            allowed = torch.arange(past + length) <= positions[:, None]
         if padding is not None:
             allowed = allowed & padding[:, None, None, :]
         scores = (query @ key.mT * scale).masked_fill(~allowed, float("-inf"))

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.mask_info import CAUSAL_KINDS
 from tsa_compile.reasons import Decision
 
 
@@ -22,7 +22,7 @@ class Verify(Pass):
         nodes = set(graph_module.graph.nodes)
         changed = [plan for plan in self.state.plans if plan.decision is not Decision.UNCHANGED]
         for plan in changed:
-            if plan.mask is None or plan.mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+            if plan.mask is None or plan.mask.kind not in CAUSAL_KINDS:
                 raise RewriteError(f"{plan.call.layer!r} was rewritten, but its mask is {plan.mask}")
             kept = plan.call.form == "sdpa" and not plan.call.masks and plan.decision is Decision.DENSE
             if not kept and plan.call.node in nodes and plan.call.node.users:

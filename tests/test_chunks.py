@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, reports, tsa_backend
 
@@ -82,6 +82,24 @@ def test_a_filled_cache_goes_on():
         assert difference(logits, expected[:, low:high]) < ATOL
         low = high
     assert reports()[-1].dense == 2
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_static_cache_is_prefilled_as_far_as_it_is_filled(padded, sparse):
+    """The graph knows the buffer's length and a tensor of positions; one serves all chunks from the third on."""
+    model = tiny("llama", num_hidden_layers=2)
+    compiled = torch.compile(model, backend="tsa", options={"config": SPARSE if sparse else EXACT})
+    cache, ids = StaticCache(config=model.config, max_cache_len=128), tokens(3, 100)
+    mask, found = PADDING[:, :100] if padded else None, []
+    with torch.no_grad():
+        for low in range(0, 100, 25):
+            seen = {} if mask is None else {"attention_mask": mask[:, : low + 25]}
+            found.append(compiled(ids[:, low : low + 25], past_key_values=cache, **seen).logits)
+    assert difference(torch.cat(found, dim=1), whole(model, ids, mask), mask) < ATOL
+    decision = Decision.SPARSE if sparse else Decision.DENSE_PADDED if padded else Decision.DENSE
+    assert {row.decision for report in reports() for row in report} == {decision}
+    assert len(reports()) <= 3
 
 
 def test_generate():

@@ -24,6 +24,7 @@ from tsa_compile.kernels import (
     cached,
     compress,
     decompress,
+    filled,
     floor,
     fused,
     padded,
@@ -49,7 +50,7 @@ from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, ranks, fused, sparse)
+OPS = (score, budget, select, compress, attend, decompress, floor, cached, filled, padded, ranks, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py

@@ -87,7 +87,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
     Reason.MASK_OPAQUE: "Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input.",
     Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
-    Reason.NOT_SELF_ATTENTION: "A prefill is sparse over a cache that grows, whole or in chunks, not over a static one.",
+    Reason.NOT_SELF_ATTENTION: "Let the model build the mask of a prefill itself, over a DynamicCache or a StaticCache.",
     Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",

@@ -23,6 +23,8 @@ from .mask_spellings import (
     CAUSAL_PADDING,
     CAUSAL_SPELLINGS,
     CHUNKED,
+    FILLED,
+    FILLED_PADDING,
     HEADS,
     INF,
     LENGTH,
@@ -34,7 +36,6 @@ from .mask_spellings import (
     PADDING_FORMS,
     PADDING_NEAR_MISSES,
     SLIDING,
-    UPPER_LEFT,
     additive,
     behind_with_padding,
     causal,
@@ -189,7 +190,7 @@ class TestOtherShapes:
                 torch._dynamo.mark_dynamic(tensor, dim, min=2, max=limit)
 
         limit = 16
-        expect(UPPER_LEFT, build, mark=mark)  # query and key have a symbol each
+        expect(FILLED, build, mark=mark)  # query and key have a symbol each
         limit = 17
         expect(SLIDING, build, mark=mark)
 
@@ -230,8 +231,8 @@ class TestOtherShapes:
 
 class TestQueriesAndKeysOfOtherLengths:
     def test_upper_left(self):
-        expect(UPPER_LEFT, lambda n, m, pad: causal(n, m), length=4, keys=8)
-        expect(UPPER_LEFT, looked_up, length=4, keys=8)
+        expect(FILLED, lambda n, m, pad: causal(n, m), length=4, keys=8)
+        expect(FILLED_PADDING, looked_up, length=4, keys=8)
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_lower_right(self, dynamic):
@@ -246,9 +247,38 @@ class TestQueriesAndKeysOfOtherLengths:
     def test_lower_right_but_for_one(self, shift):
         expect(OPAQUE, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n + shift), length=4, keys=8)
 
-    def test_positions_of_queries_that_are_given_are_nobody_knows_where(self):
-        at = torch.arange(4, 8)
-        expect(OPAQUE, lambda n, m, pad, at: torch.arange(m) <= at[:, None], length=4, keys=8, extra=(at,))
+    @pytest.mark.parametrize("keys", [4, 8])
+    def test_positions_that_are_given_say_how_far_a_cache_is_filled(self, keys):
+        at = torch.tensor([3, 0, -1, 9])
+
+        def build(n, m, pad, at):
+            return torch.arange(m) <= at[:, None]
+
+        result = expect(FILLED, build, length=4, keys=keys, extra=(at,))
+        assert result.mask.leaves[result.mask.positions].name == "l_extra_0_"
+        expect(
+            FILLED_PADDING,
+            lambda n, m, pad, at: build(n, m, pad, at) & pad.bool()[:, None, None],
+            length=4,
+            keys=keys,
+            extra=(at,),
+        )
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda n, m, pad, at: torch.arange(m) < at[:, None],
+            lambda n, m, pad, at: torch.arange(m) >= at[:, None],
+            lambda n, m, pad, at: torch.arange(m) + 1 <= at[:, None],
+            lambda n, m, pad, at: torch.arange(m) * 2 <= at[:, None],
+            lambda n, m, pad, at: (torch.arange(m) <= at[:, None]) & (torch.arange(m) <= at.flip(0)[:, None]),
+            lambda n, m, pad, at: (torch.arange(m) <= at[:, None]) & causal(n, m),
+        ],
+        ids=["before", "from", "one more", "every second", "two", "and causal"],
+    )
+    def test_near_misses_of_given_positions(self, build):
+        at = torch.tensor([3, 0, 9, 1])
+        expect(OPAQUE, build, length=4, keys=8, extra=(at,))
 
     def test_sliding_window_behind_a_cache(self):
         def build(n, m, pad):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tsa_compile.kernels import reference
 from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.mask_info import FILLED_KINDS, MaskKind
 from tsa_compile.passes.masks import infer_mask
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.testing import evaluate_mask, run_nodes
@@ -241,6 +241,10 @@ def hold_against(info, call, values, mask, padding, symbols):
         assert allowed.all()
     elif info.kind is MaskKind.PADDING:
         assert torch.equal(allowed, valid[:, None, None].expand_as(allowed))
+    elif info.kind in FILLED_KINDS:
+        at = torch.arange(query.shape[2]) if info.positions is None else values[info.positions]
+        reach = torch.arange(key.shape[2]) <= at[:, None]
+        assert torch.equal(allowed, (reach if valid is None else reach & valid[:, None, None]).expand_as(allowed))
     elif info.kind is MaskKind.CAUSAL:
         assert valid is None
         assert torch.equal(allowed, triangle)

@@ -1,0 +1,125 @@
+"""Causal attention into a cache of a fixed size, of which the device knows how much is filled: exact, or sparse.
+
+    out[b, h, i] = sum_t softmax_t(scale * <query[b, h, i], key[b, g, t]>) value[b, g, t]    t <= positions[i], padding[b, t]
+
+    query [B, H, Lq, D], key [B, G, Lk, D], value [B, G, Lk, Dv], positions int64 [Lq]; padding bool [B, Lk] or None
+    ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
+
+A graph knows the buffer's length Lk and a tensor of positions, no number. `filled` reads two numbers from it, once for all
+layers of a graph: the first position, and whether the others follow one by one. If so, keys behind the last position are
+cut off on the host, and what is left are queries behind a cache (cached.py, padded.py, fused.py). Any other positions
+are right as well, dense with a mask [Lq, Lk]. Rows that may look nowhere are 0, or with `mean_rows` the mean of value
+over all Lk keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsa_compile.kernels._aten import as_rows, repeat_heads
+from tsa_compile.kernels.cached import behind
+from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
+from tsa_compile.kernels.padded import attend_ranges
+
+# What a CUDA graph captured would be replayed with the first call's positions.
+_HOST = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("tsa::filled", mutates_args=(), tags=_HOST)
+def filled(positions: Tensor) -> Tensor:
+    """(first, consecutive) of positions int64 [Lq]: int64 [2] on the CPU. The one synchronisation is here."""
+    return filled_aten(positions).cpu()
+
+
+@filled.register_fake
+def _(positions: Tensor) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def filled_aten(positions: Tensor) -> Tensor:
+    """The same in ATen ops, left on the device."""
+    consecutive = (positions[1:] == positions[:-1] + 1).all()
+    return torch.stack([positions[0], consecutive.to(torch.int64)])
+
+
+@torch.library.custom_op("tsa::filled_attention", mutates_args=(), tags=_HOST)
+def filled_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
+    filled: Tensor, scale: float, mean_rows: bool,
+) -> Tensor:  # fmt: skip
+    """See the module's docstring."""
+    stop = keys_in_use(filled, query, key)
+    if stop is None:
+        return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, mean_rows)
+    used = (query, key[:, :, :stop], value[:, :, :stop])
+    if padding is None or valid_ranges is None:
+        return as_rows(behind(*used, scale))
+    return attend_ranges(*used, padding[:, :stop], ranges_until(valid_ranges, stop), scale, value if mean_rows else None)
+
+
+@filled_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
+    filled: Tensor, scale: float, mean_rows: bool,
+) -> Tensor:  # fmt: skip
+    return empty_output(query, query.shape[2], value.shape[3])
+
+
+def keys_in_use(filled: Tensor, query: Tensor, key: Tensor) -> int | None:
+    """How many keys there are up to the last query's position; None where positions do not follow one by one in the keys."""
+    first, consecutive = filled.tolist()
+    stop = first + query.shape[2]
+    return stop if consecutive and first >= 0 and stop <= key.shape[2] else None
+
+
+def ranges_until(valid_ranges: Tensor, stop: int) -> list[tuple[int, int, int]]:
+    """The valid ranges of keys of which those from `stop` on are cut off."""
+    items = [(start, min(end, stop), contiguous) for start, end, contiguous in valid_ranges.tolist()]
+    return [item if item[0] < item[1] else (0, 0, 1) for item in items]
+
+
+def filled_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
+    filled: Tensor | None, scale: float, mean_rows: bool,
+) -> Tensor:  # fmt: skip
+    """The same in ATen ops, on any device, for any positions; holds a bool mask [B or 1, 1, Lq, Lk]."""
+    allowed = (torch.arange(key.shape[2], device=key.device) <= positions[:, None])[None, None]
+    if padding is not None:
+        allowed = allowed & padding[:, None, None]
+    sees = allowed.any(dim=-1, keepdim=True)
+    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~sees, scale=scale, enable_gqa=gqa)
+    elsewhere = torch.zeros_like(value[:, :, :1])
+    if mean_rows:
+        elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
+    return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
+
+
+def filled_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
+    filled: Tensor, scale: float, window: int, pool: int, coverage: float | None, keep_ratio: float | None, min_tokens: int,
+    capacity: int | None, shared: bool, kernel: str, floor_window: int | None = None, floor_sinks: int = 0,
+    group: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
+    stop = keys_in_use(filled, query, key)
+    if stop is None:
+        return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, False)
+    used = (query, key[:, :, :stop], value[:, :, :stop])
+    if padding is None or valid_ranges is None:
+        return sparse_attention(
+            *used, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window,
+            floor_sinks, group,
+        )  # fmt: skip
+    ranges = torch.tensor(ranges_until(valid_ranges, stop), dtype=torch.int64).reshape(-1, 3)
+    return padded_sparse_attention(
+        *used, padding[:, :stop], ranges, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel,
+        floor_window, floor_sinks, group,
+    )  # fmt: skip
+
+
+define_op(filled_sparse_attention, *_HOST)
