@@ -24,26 +24,41 @@ priority does.
 from __future__ import annotations
 
 import functools
+import warnings
 
-from tsa_compile.errors import KernelError
+from tsa_compile.errors import KernelError, TSAWarning
 from tsa_compile.kernels import flash, sdpa
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
 
 __all__ = ["AUTO", "AttentionKernel", "KernelRequest", "choose", "get", "names", "register", "unregister"]
 
 AUTO = "auto"
+_PACKAGE = __name__.partition(".")[0]
 
 _registry: dict[str, AttentionKernel] = {}
 
 
 def register(kernel: AttentionKernel) -> AttentionKernel:
-    """Add a kernel under its name; KernelError if the name is taken or is "auto"."""
-    if kernel.name == AUTO or kernel.name in _registry:
+    """Add a kernel under its name; KernelError if the name is taken or is "auto".
+
+    The same function once more, as from a notebook's cell that is run again, replaces the kernel, with a TSAWarning.
+    """
+    if kernel.name in _registry and _same_function(kernel, _registry[kernel.name]):
+        said = f"attention kernel {kernel.name!r} was registered before by the same function: the new one replaces it"
+        warnings.warn(said, TSAWarning, stacklevel=2)
+    elif kernel.name == AUTO or kernel.name in _registry:
         taken = ", ".join((AUTO, *names()))
-        raise KernelError(f"cannot register attention kernel {kernel.name!r}: the names {taken} are taken")
+        raise KernelError(f"cannot register attention kernel {kernel.name!r}: the names {taken} are taken: choose another")
     _registry[kernel.name] = kernel
     choose.cache_clear()
     return kernel
+
+
+def _same_function(kernel: AttentionKernel, before: AttentionKernel) -> bool:
+    """Whether two kernels were defined at the same place outside of this package, which replaces none of its own."""
+    places = [(getattr(each.run, "__module__", None), getattr(each.run, "__qualname__", None)) for each in (kernel, before)]
+    own = f"{places[0][0]}.".startswith(f"{_PACKAGE}.")
+    return not own and places[0] == places[1] and None not in places[0]
 
 
 def unregister(name: str) -> None:

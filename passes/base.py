@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import RewriteError, TSAWarning
 from tsa_compile.passes.aten import AtenGraph
 from tsa_compile.passes.call import AttentionCall
@@ -26,7 +27,7 @@ from tsa_compile.passes.layers import Place
 from tsa_compile.passes.layout import conform
 from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.padding import PaddingBuilder
-from tsa_compile.report import Decision, Reason
+from tsa_compile.reasons import Decision, Reason
 
 __all__ = ["CallPlan", "GraphState", "Pass", "PassResult"]
 
@@ -36,14 +37,17 @@ class CallPlan:
     """What is known and decided about one call; filled in pass by pass.
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
-    `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
+    `padding`: the bool tensor [B, L] of its valid tokens, once it is written. `group`: the name of the process group with
+    its other heads, where they matter. `config`: what holds for its layer.
     """
 
     call: AttentionCall
     place: Place
+    config: TSAConfig
     mask: MaskInfo | None = None
     selected: bool = False
     padding: Node | None = None
+    group: str | None = None
     unplaced: bool = False
     decision: Decision = Decision.UNCHANGED
     reason: Reason = Reason.UNSUPPORTED_FORM
@@ -57,7 +61,11 @@ class CallPlan:
 
 @dataclass
 class GraphState:
-    """What the passes of one compilation share. `aten`: the graph's recorded operators, as it was before any pass."""
+    """What the passes of one compilation share.
+
+    `aten`: the graph's recorded operators, as it was before any pass. `costs`: of the device that is decided for, where that
+    is another than the one that the calls are on.
+    """
 
     config: TSAConfig
     aten: AtenGraph | None = None
@@ -65,6 +73,7 @@ class GraphState:
     detached: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     frame: Frame | None = None
+    costs: DeviceCosts | None = None
     _builder: PaddingBuilder | None = None
 
     def builder(self, graph: Graph) -> PaddingBuilder:

@@ -83,21 +83,27 @@ class TestExpectations:
         model = tiny("gemma3")
         inputs = dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40))
         plain = explain(model, **inputs, config=CONFIG)
-        report = explain(model, **inputs, config=CONFIG, device="h200")
+        report = explain(model, **inputs, config=CONFIG.replace(min_length=1), device="h200")
         dense, window, compressed = report
         assert dense.expected_ms == dense.expected_dense_ms > 0
         assert window.decision is Decision.UNCHANGED and window.expected_ms is None
         assert compressed.expected_dense_ms == dense.expected_dense_ms < compressed.expected_ms, "40 tokens cannot gain"
         assert [dataclasses.replace(row, expected_dense_ms=None, expected_ms=None) for row in report] == list(plain)
-        assert report.expected["device"] == "NVIDIA H200" and report.expected["break_even"] > 4096
+        assert report.expected["device"] == "NVIDIA H200"
         assert RewriteReport.from_json(report.to_json()) == report
 
     def test_symbolic_lengths_have_none(self):
         ids = tokens(1, 40)
         torch._dynamo.mark_dynamic(ids, 1)
-        report = explain(tiny("llama"), input_ids=ids, config=CONFIG, device="h200")
+        report = explain(tiny("llama"), input_ids=ids, config=CONFIG.replace(min_length=1), device="h200")
         assert report.sparse == 2 and report.expected_ms is None
-        assert report.expected["break_even"] > 4096
+
+    def test_what_is_long_enough_is_decided_for_the_device_that_is_asked_about(self):
+        report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="h200")
+        assert [row.reason for row in report] == [Reason.LAYER_NOT_SELECTED, *[Reason.TOO_SHORT] * 2]
+        assert report.expected["break_even"] > 4096 and f"40 < {report.expected['break_even']}" in report.rows[1].detail
+        on_cpu = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="cpu")
+        assert on_cpu.sparse == 2 and on_cpu.expected["break_even"] == 9
 
     def test_a_device_without_figures_is_said_to_have_none(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

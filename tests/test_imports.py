@@ -1,6 +1,10 @@
 """Imports run one way: config, errors, report <- kernels <- costs <- passes <- pipeline <- backend, explain, export, cli."""
 
 import ast
+import shutil
+import subprocess
+import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -10,7 +14,17 @@ import tsa_compile
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile": ROOT / "tsa_compile"}
-LEVELS = {"errors": 0, "config": 0, "report": 0, "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
+LEVELS = {
+    "errors": 0,
+    "text": 0,
+    "config": 0,
+    "reasons": 0,
+    "report": 0,
+    "kernels": 1,
+    "costs": 2,
+    "passes": 3,
+    "pipeline": 4,
+}
 TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
 FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
@@ -59,8 +73,8 @@ def faults(source, module, *, is_package=False):
             yield f"line {node.lineno}: {name} is a public name; import it from its module"
         elif level(name) > level(module):
             yield f"line {node.lineno}: {name} points back up the arrow"
-        elif level(module) == 0 and rest[0] != "errors":
-            yield f"line {node.lineno}: {name}; config, errors and report stand alone"
+        elif level(module) == 0 and rest[0] not in ("errors", "reasons", "text"):
+            yield f"line {node.lineno}: {name}; {', '.join(ALONE)} stand alone"
     if module != "tsa_compile.cli":
         yield from (
             f"line {node.lineno}: print"
@@ -185,6 +199,21 @@ def test_a_fault_is_seen(module, source):
 )
 def test_what_is_allowed_passes(module, source):
     assert list(faults(source, module)) == []
+
+
+def test_a_checkout_imports_from_its_own_root(tmp_path):
+    """Whatever is installed: an installation of the package may lie on the path as well."""
+    for name in ("tsa_compile", "passes", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = "import tsa_compile.passes, tsa_compile.kernels as k; print(tsa_compile.passes.__file__, k.__file__)"
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(tmp_path / name / "__init__.py") for name in ("passes", "kernels")], done.stderr
+
+
+def test_the_version_stands_in_three_places():
+    version = tsa_compile.__version__
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_test_modules_share_helpers_not_tests():

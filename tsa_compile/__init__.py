@@ -9,6 +9,7 @@ print(tsa_compile.explain(model, input_ids=ids))
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
-    from tsa_compile.report import CallRow, Decision, Reason, RewriteReport, clear_reports, reports
+    from tsa_compile.reasons import Decision, Reason
+    from tsa_compile.report import CallRow, RewriteReport, clear_reports, reports
 
 __version__ = "0.1.0"
+
+# In a checkout `passes` and `kernels` lie beside this folder. They are looked for there before any other installation, or a
+# checkout beside an installed wheel would be made of both.
+if not os.path.isdir(os.path.join(__path__[0], "passes")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 __all__ = [
     "Calibration",

@@ -1,5 +1,8 @@
 """The exceptions and the warning that a user of the package can meet."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class TSAError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -23,3 +26,11 @@ class WriteError(TSAError, OSError):
 
 class TSAWarning(UserWarning):
     """Something that was asked for did not happen; the computation is still right."""
+
+
+def unknown_shape(name: str, shapes: Iterable[str]) -> ConfigError:
+    """The error for a built-in shape that is not there, with the nearest name."""
+    known = list(shapes)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return ConfigError(f"{name!r} is not a built-in shape{hint}: the shapes are {', '.join(known)}")

@@ -38,8 +38,8 @@ def explain(
         config: what would be passed to the backend; the defaults if None.
         device: whose costs give the expected time of each call, dense and as decided: a device, costs, or the name of a
             measured device ("h200", "h100"). If None, the CUDA device that the inputs are on; on a CPU no times are
-            expected.
-            Decisions are those for the device that the model is on.
+            expected. Which calls are long enough to become sparse is decided for it as well; a CPU, of whose speed nothing
+            is known, makes calls of any length sparse.
 
     Returns:
         A report over all graphs that the call consists of. `print` shows it as a table, `to_json()` as data.
@@ -47,8 +47,8 @@ def explain(
     Raises:
         ConfigError: `device` or a value of `config` is not allowed.
     """
-    if device is not None:
-        costs_of(device)  # or it is found to be unknown after the whole model has run
+    costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
+    decider = None if device is None or _is_cpu(device) else costs
     config = TSAConfig() if config is None else config
     seen: list[RewriteReport] = []
     devices: list[torch.device] = []
@@ -56,7 +56,7 @@ def explain(
     def look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         trial = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         trial.__dict__["compile_subgraph_reason"] = getattr(graph_module, "compile_subgraph_reason", None)
-        seen.append(run_passes(trial, config))
+        seen.append(run_passes(trial, config, costs=decider))
         devices.extend(value.device for value in example_inputs if isinstance(value, torch.Tensor) and value.is_cuda)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TSAWarning)  # said already, for the configuration that was asked about
@@ -71,6 +71,10 @@ def explain(
         torch._dynamo.reset()
     report, on = _merge(seen, config), device or next(iter(devices), None)
     return report if on is None else with_expectations(report, config, on)
+
+
+def _is_cpu(device: torch.device | str | DeviceCosts) -> bool:
+    return getattr(device, "type", device) == "cpu"
 
 
 def _merge(reports: list[RewriteReport], config: TSAConfig) -> RewriteReport:

@@ -63,6 +63,15 @@ class Fingerprint:
             found.append("other weights")
         return found
 
+    def differences_of(self, config: Any) -> list[str]:
+        """In what a transformers configuration differs, as far as it says without a model: the kind and the sizes."""
+        sizes = _sizes_of(config.get_text_config() if hasattr(config, "get_text_config") else config)
+        found = [f"{name} {sizes[name]}, not {size}" for name, size in self.sizes.items() if sizes.get(name, size) != size]
+        named = list(getattr(config, "architectures", None) or [_architecture(config)])
+        if None not in named and self.architecture not in named:
+            found.insert(0, f"architecture {named[0]}, not {self.architecture}")
+        return found
+
     def _same_weights(self, other: Fingerprint) -> bool:
         common = [(values, other.weights[name]) for name, values in self.weights.items() if name in other.weights]
         return all(
@@ -96,7 +105,18 @@ def text_config(model: nn.Module) -> Any:
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     """The sizes that a transformers configuration names."""
-    config = text_config(model)
+    return _sizes_of(text_config(model))
+
+
+def _architecture(config: Any) -> str | None:
+    """The class that transformers makes of a configuration for causal language models; None where that is not known."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(getattr(config, "model_type", ""))
+    return name if isinstance(name, str) else None
+
+
+def _sizes_of(config: Any) -> dict[str, int]:
     named = {name: getattr(config, name, None) for name in _SIZES}
     return {name: size for name, size in named.items() if isinstance(size, int) and not isinstance(size, bool)}
 

@@ -10,15 +10,15 @@ one). Phi-3's positions are plain RoPE instead of the 128K model's LongRoPE, whi
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.costs.models import causal_model, require_transformers
-from tsa_compile.errors import ConfigError, RewriteError, TSAError
+from tsa_compile.errors import ConfigError, RewriteError, TSAError, unknown_shape
 from tsa_compile.explanation import explain
 from tsa_compile.passes.base import summary
 from tsa_compile.report import RewriteReport
@@ -102,9 +102,7 @@ def model_config(shape: str, layers: int | None = None) -> Any:
         ImportError: transformers is missing.
     """
     if shape not in SHAPES:
-        near = difflib.get_close_matches(shape.lower(), SHAPES, n=1, cutoff=0.4)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"{shape!r} is not a built-in shape{hint}: the shapes are {', '.join(SHAPES)}")
+        raise unknown_shape(shape, SHAPES)
     if layers is not None and layers < 1:
         raise ConfigError(f"layers={layers} is not allowed: a model has at least 1 layer")
     kind, sizes = SHAPES[shape]
@@ -139,11 +137,12 @@ def explain_weightless(
     device: Any = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    costs: DeviceCosts | None = None,
 ) -> RewriteReport:
     """`explain` for a transformers configuration: tensors have shapes, dtypes and devices, but no memory.
 
     What is decided hangs on these alone, so the report is that of the real model. An `attention_mask` of ones is passed, as
-    every tokenizer does.
+    every tokenizer does. With `costs` it is decided for the device that has them, which need not be there.
 
     Raises:
         RewriteError: the model's own code looks at values (remote code may), so it runs with weights alone.
@@ -154,7 +153,7 @@ def explain_weightless(
             ids = torch.zeros(batch, length, dtype=torch.int64)
             mask = torch.ones_like(ids)
         try:
-            return explain(model, input_ids=ids, attention_mask=mask, config=config)
+            return explain(model, input_ids=ids, attention_mask=mask, config=config, device=costs)
         except Exception as error:
             if isinstance(error, TSAError) or isinstance(getattr(error, "inner_exception", None), TSAError):
                 raise

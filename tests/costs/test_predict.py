@@ -205,7 +205,7 @@ class TestExpressions:
         lines = {line.split("  ")[0]: line for line in text.splitlines()}
         assert "131,072" in text and H200.name in text and "bfloat16" in text
         assert f"{found.layers[16].gain:.2f}x" in lines["16..31"] and "SPARSE" in lines["16..31"]
-        assert f"{found.attention_gain:.2f}x" in lines["attention of all"]
+        assert f"{found.attention_gain:.2f}x" in lines["all attention"]
         assert f"{found.gain:.2f}x" in lines["whole prefill"] and f"{found.ms:,.0f}" in lines["whole prefill"]
 
 

@@ -1,6 +1,8 @@
 """The benchmark of a pretrained model: its settings, that it goes on, and its tables."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,12 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "pretrained.py"
 
 @pytest.fixture(scope="module")
 def pretrained():
+    sys.path.insert(0, str(SCRIPT.parent))  # as where a script is run
     spec = importlib.util.spec_from_file_location("pretrained", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +61,13 @@ def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, folder, tmp_path,
     study = Study.load(path)
     assert [(cell.setting, cell.samples) for cell in study.cells] == [("dense", 2), ("floor, keep .15, upper half", 2)]
     assert study.cells[1].mean_kept == pytest.approx((41 + 128) / 400)
-    assert pretrained.main(["--out", str(path), "--render", str(path.with_suffix(".md"))]) == 0
-    text = path.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        pretrained.main(["--out", str(path), "--render", str(path.with_suffix(".md"))])
+    assert "over the results" in capsys.readouterr().err
+    tables = tmp_path / "tables.md"
+    assert pretrained.main(["--out", str(path), "--render", str(tables)]) == 0
+    assert len(json.loads(tables.with_suffix(".json").read_text())) == 2
+    text = tables.read_text()
     assert "LlamaForCausalLM, 1 layers of 32, float32; seed 0; device cpu" in text and "| dense | 100% |" in text
     assert pretrained.main([*arguments, "--lengths", "9000"]) == 1
     assert "LlamaForCausalLM has 4,096 positions" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from tsa_compile.errors import KernelError
+from tsa_compile.errors import KernelError, TSAWarning
 from tsa_compile.kernels import reference
 from tsa_compile.kernels.attend import attend, attend_aten
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose, get, names, register, unregister
@@ -142,6 +142,22 @@ def test_a_named_kernel_that_does_not_fit_says_why():
 def test_taken_names_are_refused(name):
     with pytest.raises(KernelError, match="taken"):
         register(dataclasses.replace(get("sdpa"), name=name))
+
+
+def test_a_cell_of_a_notebook_that_is_run_again_replaces_its_kernel(own_kernel):
+    def cell(priority):
+        def run(query, key, value, scale):
+            return query
+
+        return AttentionKernel("mine", run, lambda request: None, priority)
+
+    own_kernel(cell(1))
+    with pytest.warns(TSAWarning, match="'mine' was registered before by the same function"):
+        second = register(cell(2))
+    assert get("mine") is second and names().count("mine") == 1
+    other = dataclasses.replace(second, run=lambda *given: given[0])
+    with pytest.raises(KernelError, match="are taken: choose another"):
+        register(other)
 
 
 def test_unregister_of_an_unknown_name():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tsa_compile.evaluation import Setting, Study
 
 _MOST_SAMPLES = 1_000_000
+_DENSE = "dense"  # evaluation.DENSE
 _ON_CPU: dict[str, Any] = {"lengths": [2048], "samples": 8, "tasks": ["needle"], "batch_tokens": 4096}
 
 
@@ -24,11 +25,11 @@ _ON_CPU: dict[str, Any] = {"lengths": [2048], "samples": 8, "tasks": ["needle"],
     ("Does it run here? (random weights answer nothing right)", "tsa-compile eval --shape tiny --layers 1 --samples 2"),
     (
         "What does a budget cost my model? The file lets it go on after a stop",
-        "tsa-compile eval models/my-llama --text handbook.txt --lengths 4K,16K --budget keep:0.3 --out study.json",
+        "tsa-compile eval my-llama --text book.txt --budget keep:0.3 --out study.json",
     ),
     (
         "Several settings on the same samples, one of them as published",
-        "tsa-compile eval models/my-llama --setting keep:0.15 --setting coverage:0.005,floor=none,min_tokens=1024",
+        "tsa-compile eval my-llama --setting keep:0.15 --setting keep:0.15,floor=none",
     ),
 )
 def evaluate(
@@ -83,15 +84,18 @@ def evaluate(
     request |= {"tasks": texts.names(tasks)} if tasks else {}
     request |= {"samples": samples} if samples else {}
     request |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+    for name in setting or []:
+        if name != _DENSE:
+            texts.setting(name)
     if out is not None:
         writable(out)
+    request |= {"text": _read(text)} if text else {}
     with output.working("Loading PyTorch and transformers"):
         from tsa_compile.evaluation.statistics import require_statsmodels
         from tsa_compile.evaluation.tasks import TASKS, check
 
         require_statsmodels()  # found missing before the work
         source = model.source()
-        request |= {"text": _read(text)} if text else {}
         defaults = _ON_CPU if source.device.type == "cpu" else {}
         every = [task for task in TASKS if text is not None or task != "continuation"]
         request = {"tasks": every, **defaults, **request}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import Batch, Length, ModelOptions, OutputOptions, SparseOptions, command
+from tsa_compile.commands.options import GPU_NAMES, Batch, Length, ModelOptions, OutputOptions, SparseOptions, command
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
     from tsa_compile.config import TSAConfig
+    from tsa_compile.costs.devices import DeviceCosts
     from tsa_compile.costs.predict import Prediction
     from tsa_compile.report import RewriteReport
 
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
 @command(
     ("Which layers of a small model become sparse at 8K tokens?", "tsa-compile explain --shape tiny"),
     (
-        "Of an 8B-shaped one at 128K, with half of the tokens kept, and what is gained?",
-        "tsa-compile explain --shape qwen3-8b --layers 4 --length 128K --budget keep:0.5",
+        "Of an 8B-shaped one at 128K on an H100, and what is gained?",
+        "tsa-compile explain --shape qwen3-8b --length 128K --device h100",
     ),
     (
         "Of my model, with the layers that were calibrated?",
-        "tsa-compile explain models/my-llama --sparse-layers layers.json --length 32K",
+        "tsa-compile explain my-llama --sparse-layers layers.json --length 32K",
     ),
 )
 def explain(
@@ -37,6 +39,10 @@ def explain(
     predict: Annotated[
         bool, typer.Option("--predict/--no-predict", help="Also the expected time of every layer, dense and sparse.")
     ] = True,
+    details: Annotated[
+        bool,
+        typer.Option("--details", help="Also shapes, dtypes, kernels and what is said about single calls: wide tables."),
+    ] = False,
     weights: Annotated[
         bool, typer.Option("--weights", help="Load the weights and run the model; without them it is only traced.")
     ] = False,
@@ -46,45 +52,85 @@ def explain(
     The model is traced without weights and without memory, so any size at any length can be asked about on any machine.
     """
     tokens = texts.length(length)
-    out.check()
+    gpu = model.device.lower() if model.device.lower() in GPU_NAMES else None
+    if gpu and weights:
+        raise ConfigError(f"--device {gpu} goes without --weights, which run the model: take one of them away")
     with output.working("Loading PyTorch and transformers"):
-        source = model.source()
+        source, costs = _place(model, gpu, weights)
         config = sparse.tsa_config(source)
     with output.working(f"Tracing {source.name} at {tokens:,} tokens"):
-        report = _with_weights(source, sparse, config, tokens, batch) if weights else _report(source, config, tokens, batch)
+        if weights:
+            report = _with_weights(source, sparse, config, tokens, batch)
+        else:
+            report = _report(source, config, tokens, batch, costs)
     data: dict[str, Any] = {"model": source.name, "length": tokens, "batch": batch, "report": report.to_dict()}
-    text = str(report)
+    text = _text(report, details)
     if predict:
         with output.working("Predicting times"):
-            prediction = _prediction(source, config, tokens, batch, chosen_dtype=model.dtype != "auto")
+            prediction = _prediction(source, config, tokens, batch, costs, chosen_dtype=model.dtype != "auto")
         if prediction is not None:
             data["prediction"] = prediction.to_dict()
-            text += f"\n\n{prediction}"
+            text += f"\n\n{_text(prediction, details)}"
     out.show(text, data)
 
 
-def _prediction(source: Source, config: TSAConfig, length: int, batch: int, chosen_dtype: bool) -> Prediction | None:
-    """None, with a note, for a model whose costs are not known: the report does not hang on them."""
+def _text(found: RewriteReport | Prediction, details: bool) -> str:
+    return str(found) if details else found.narrow(output.WIDTH)
+
+
+def _place(model: ModelOptions, gpu: str | None, weights: bool) -> tuple[Source, DeviceCosts | None]:
+    """The model, and the costs of the GPU that is asked about, where that is not this machine's.
+
+    Without a GPU here, nobody asks what a CPU would do: an H200 is assumed, as long as nothing has to run.
+    """
     import torch
 
+    from tsa_compile.costs.devices import MEASURED
+
+    if gpu is None and model.device == "auto" and not weights and not torch.cuda.is_available():
+        gpu = "h200"
+        output.say(
+            "note", "no GPU is here, so one H200 is assumed; --device h100 asks about another, cpu about this machine"
+        )
+    if gpu is None:
+        return model.source(), None
+    source = replace(model, device="auto").source()
+    if source.folder is None and model.dtype == "auto":
+        source = replace(source, dtype=torch.bfloat16)
+    return source, MEASURED[gpu]
+
+
+def _prediction(
+    source: Source, config: TSAConfig, length: int, batch: int, costs: DeviceCosts | None, chosen_dtype: bool
+) -> Prediction | None:
+    """None, with a note, for a model whose costs are not known: the report does not hang on them.
+
+    Layers are sparse as in the report. On a CPU that is at any length at which tokens can be dropped; its times are not
+    predicted but a GPU's, which nobody would run in the float32 that a shape has on a CPU.
+    """
+    import torch
+
+    from tsa_compile.costs.breakeven import droppable
     from tsa_compile.costs.predict import predict
 
-    # A CPU's times are not predicted but a GPU's, which nobody would run in the float32 that a shape has on a CPU.
-    as_it_is = chosen_dtype or source.folder is not None or source.device.type == "cuda"
+    on_cpu = costs is None and source.device.type == "cpu"
+    as_it_is = chosen_dtype or source.folder is not None or not on_cpu
     dtype = source.dtype if as_it_is else torch.bfloat16
+    if on_cpu:
+        config = config.replace(min_length=droppable(config))
     try:
-        return predict(config, source.config, length, source.device, batch=batch, dtype=dtype)
+        return predict(config, source.config, length, costs or source.device, batch=batch, dtype=dtype)
     except ConfigError as error:
         output.say("note", f"no times are predicted: {error}")
         return None
 
 
-def _report(source: Source, config: TSAConfig, length: int, batch: int) -> RewriteReport:
+def _report(source: Source, config: TSAConfig, length: int, batch: int, costs: DeviceCosts | None) -> RewriteReport:
     from tsa_compile.shapes import explain_weightless
 
     return explain_weightless(
         source.config, length, config, batch=batch, device=source.device, dtype=source.dtype,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.trust_remote_code, costs=costs,
     )  # fmt: skip
 
 

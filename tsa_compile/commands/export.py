@@ -42,11 +42,11 @@ SUFFIXES = {
     ),
     (
         "A package that runs from C++, sparse at every length from 1K to 128K tokens",
-        "tsa-compile export models/my-llama --format aoti --out model.pt2 --lengths 1K 128K --min-length 1024",
+        "tsa-compile export my-llama --format aoti --out model.pt2 --min-length 1024",
     ),
     (
         "Standard ONNX operators, held against what TensorRT takes",
-        "tsa-compile export models/my-llama --format onnx --out model.onnx --lengths 8K 64K --budget keep:0.5 --check",
+        "tsa-compile export my-llama --format onnx --out model.onnx --check",
     ),
 )
 def export(

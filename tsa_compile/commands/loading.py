@@ -16,12 +16,12 @@ from tsa_compile.costs import memory
 from tsa_compile.costs.models import require_transformers
 from tsa_compile.errors import ConfigError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a folder, or a shape with random weights."""
+    """Where a model comes from: a folder or the Hub, which `folder` names, or a shape with random weights."""
 
     name: str
     folder: Path | None
@@ -86,17 +86,15 @@ def source(
         config, name = shapes.model_config(shape, layers), shape
     else:
         assert folder is not None
-        if layers is not None:
-            raise ConfigError(f"--layers {layers} goes with --shape alone: the model in a folder has its own layers")
         config, name = folder_config(folder, trust_remote_code), str(folder)
     return Source(name, folder, config, where, find_dtype(dtype, config, where), trust_remote_code)
 
 
 def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model folder; nothing is fetched.
+    """The configuration of a model folder, for which nothing is fetched, or of a model on the Hugging Face Hub.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no configuration of a causal language model.
+        ConfigError: there is no such folder or model, or it holds no configuration of a causal language model.
     """
     texts.check_folder(folder)
     try:
@@ -106,12 +104,17 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # of transformers, huggingface_hub's checks of fields, the folder's own code, ...
+        if texts.is_hub_id(folder) and isinstance(error, OSError):
+            raise ConfigError(
+                f"there is no folder {str(folder)!r}, and no such model could be had from the Hugging Face Hub "
+                f"({_first_sentence(error)}): pass a model folder, check the id and the network, or log in for gated models"
+            ) from error
         hint = (
             ""
             if trust_remote_code or "trust_remote_code" not in str(error)
             else "; --trust-remote-code runs the folder's code"
         )
-        text = " ".join(str(error).split())[:300].split(". ")[0] or "no decoder layers"
+        text = _first_sentence(error) or "no decoder layers"
         raise ConfigError(
             f"{str(folder / (texts.gguf_file(folder) or 'config.json'))!r} is no causal language model's configuration: "
             f"{text}{hint}"
@@ -119,10 +122,14 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].split(". ")[0]
+
+
 def _where(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """What every `from_pretrained` is told about a folder; nothing is fetched."""
+    """What every `from_pretrained` is told about a folder, for which nothing is fetched, or a model on the Hub."""
     file = texts.gguf_file(folder)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not texts.is_hub_id(folder)}
     return options if file is None else {**options, "gguf_file": file}
 
 
@@ -136,12 +143,8 @@ def find_device(name: str) -> torch.device:
     """ "auto": a GPU where there is one. ConfigError where the device is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name} is not known: it must be auto, cpu, cuda or cuda:N")
+    texts.check_device(name)
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -154,12 +157,10 @@ def find_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     """ "auto": what the folder's weights are stored in; of a shape, bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         stored = getattr(config, "dtype", None)
-        if isinstance(stored, torch.dtype) and stored in DTYPES.values():
+        if isinstance(stored, torch.dtype) and stored in DTYPES:
             return stored
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {name} is not known: it must be auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, texts.dtype(name))
 
 
 def _transformers() -> Any:

@@ -20,18 +20,19 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import MOST_LAYERS, Layers, TSAConfig
+from tsa_compile.config import MOST_LAYERS, HeldLayers, LayerBudgets, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibrated import Calibrated
     from tsa_compile.commands.loading import Source
 
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
 
 
-# Of shapes.SHAPES, which needs PyTorch; a test holds the two together.
+# Of shapes.SHAPES and costs.devices.MEASURED, which need PyTorch; a test holds them together.
+GPU_NAMES = ("h200", "h100")
 SHAPE_NAMES = (
     "tiny", "small", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "mistral-7b", "mistral-nemo",
     "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "gemma-3-12b", "phi-3-mini",
@@ -50,38 +51,58 @@ class ModelOptions:
         Path | None,
         typer.Argument(
             metavar="FOLDER", show_default=False,
-            help="A transformers model folder: config.json, weights and tokenizer, or one .gguf file.",
+            help="A transformers model folder: config.json, weights and tokenizer, or one .gguf file; or a model on the "
+            "Hugging Face Hub: owner/name.",
         ),
     ] = None  # fmt: skip
     shape: Annotated[
         str | None,
-        _option("--shape", panel=_MODEL, help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}."),
+        _option(
+            "--shape",
+            panel=_MODEL,
+            autocompletion=lambda: list(SHAPE_NAMES),
+            help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}.",
+        ),
     ] = None
     layers: Annotated[
         int | None,
         _option("--layers", min=1, max=MOST_LAYERS, panel=_MODEL, help="So many layers of the shape instead of all."),
     ] = None
-    device: Annotated[str, _option("--device", panel=_MODEL, help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = (
-        "auto"
-    )
+    device: Annotated[
+        str,
+        _option(
+            "--device", panel=_MODEL, autocompletion=lambda: ["auto", "cpu", "cuda", *GPU_NAMES],
+            help="auto (a GPU if there is one), cpu, cuda or cuda:N. For explain also h100 or h200, which may be elsewhere.",
+        ),
+    ] = "auto"  # fmt: skip
     dtype: Annotated[
         str,
         _option(
-            "--dtype", panel=_MODEL,
-            help="auto (the folder's; of shapes bfloat16 on GPUs, float32 on CPUs), float32, float16 or bfloat16.",
+            "--dtype", panel=_MODEL, autocompletion=lambda: ["auto", *texts.DTYPES],
+            help="auto (the folder's; of shapes bfloat16 on GPUs, float32 on CPUs), float32, float16 (fp16) or bfloat16 "
+            "(bf16).",
         ),
     ] = "auto"  # fmt: skip
     trust_remote_code: Annotated[
         bool, _option("--trust-remote-code", panel=_MODEL, help="Run Python code that lies in the folder.")
     ] = False
 
-    def source(self) -> Source:
-        """The model that they name; ConfigError where there is none."""
+    def check(self) -> None:
+        """Raises ConfigError for what is wrong at first sight, before PyTorch is imported."""
         if (self.folder is None) == (self.shape is None):
             found = "both a folder and --shape" if self.folder is not None else "no model"
             raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
+        if self.folder is not None and self.layers is not None:
+            raise ConfigError(f"--layers {self.layers} goes with --shape alone: the model in a folder has its own layers")
         if self.folder is not None:
-            texts.check_folder(self.folder)  # before PyTorch is imported
+            texts.check_folder(self.folder)
+        if self.shape is not None:
+            texts.check_shape(self.shape, SHAPE_NAMES)
+        texts.check_device(self.device, GPU_NAMES)
+        texts.dtype(self.dtype)
+
+    def source(self) -> Source:
+        """The model that they name; ConfigError where there is none."""
         from tsa_compile.commands.loading import source
 
         return source(**vars(self))
@@ -93,7 +114,7 @@ class SparseOptions:
 
     budget: Annotated[
         str | None,
-        _option("--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: keep:0.3."),
+        _option("--budget", panel=_SPARSE, help="How many tokens are kept: coverage:0.005 or keep:0.5. Default: keep:0.15."),
     ] = None
     floor: Annotated[
         str | None,
@@ -138,20 +159,30 @@ class SparseOptions:
         """
         from tsa_compile.kernels import registry
 
-        base = TSAConfig() if self.config is None else _read_config(self.config)
-        given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
-        changes |= {name: value for name, value in given.items() if value is not None}
-        if self.budget is not None:
-            changes["budget"] = texts.budget(self.budget)
-        if self.floor is not None:
-            changes["floor"] = texts.floor(self.floor)
         if self.sparse_layers is not None:
             changes["layers"], _ = chosen_layers(self.sparse_layers, source)
-        config = base.replace(**changes)
+            texts.check_one_budget(self.budget, changes["layers"])
+        config = self._but_layers().replace(**changes)
         _check_layers(config, source)
         if config.kernel != registry.AUTO:
             registry.get(config.kernel)
         return config
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that is not allowed, before PyTorch is imported."""
+        self._but_layers()
+        if self.sparse_layers is not None:
+            texts.check_layers(self.sparse_layers)
+
+    def _but_layers(self) -> TSAConfig:
+        base = TSAConfig() if self.config is None else read_config(self.config)
+        given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if self.budget is not None:
+            changes["budget"] = texts.budget(self.budget)
+        if self.floor is not None:
+            changes["floor"] = texts.floor(self.floor)
+        return base.replace(**changes)
 
     def check_model(self, model: Any) -> None:
         """Warns where the layers come from the calibration of another model."""
@@ -160,27 +191,31 @@ class SparseOptions:
             chosen.check(model)
 
 
-def _read_config(path: Path) -> TSAConfig:
+def read_config(path: Path) -> TSAConfig:
+    """A TSAConfig of a JSON file; ConfigError names the file."""
     try:
         return TSAConfig.from_json(path)
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-def chosen_layers(text: str, source: Source) -> tuple[Layers | None, Calibration | None]:
+def chosen_layers(text: str, source: Source) -> tuple[HeldLayers | None, Calibrated | None]:
     """The layers that a text names, and the calibration that chose them, if one did.
 
     Raises:
-        ConfigError: it names none, or the calibration is of a model with another number of layers.
+        ConfigError: it names none, or the calibration is of a model of another architecture or of other sizes.
     """
     found = texts.layers(text)
-    if found is None or isinstance(found, tuple):
+    if found is None or isinstance(found, (tuple, LayerBudgets)):
         return found, None
     if len(found.layers) != source.layers:
         count = len(found.layers)
         raise ConfigError(
             f"the calibration is of a model with {count} layers, {source.name} has {source.layers}: calibrate this one"
         )
+    different = found.fingerprint.differences_of(source.config)
+    if different:
+        raise ConfigError(f"the calibration is not of {source.name} ({'; '.join(different)}): calibrate this model")
     return found.sparse_layers, found
 
 
@@ -198,6 +233,9 @@ class ResultOptions:
     json: Annotated[bool, _option("--json", panel=_OUTPUT, help="Write JSON, and nothing else, to stdout.")] = False
     debug: Annotated[bool, _option("--debug", panel=_OUTPUT, help="Show the traceback of an error.")] = False
 
+    def check(self) -> None:
+        """Nothing can be wrong with these."""
+
     def show(self, text: str, data: Any) -> None:
         """Writes a result to stdout."""
         output.result(json.dumps(data, indent=2) if self.json else text)
@@ -211,6 +249,7 @@ class OutputOptions(ResultOptions):
 
     def check(self) -> None:
         """Raises ConfigError if `--out` cannot be written."""
+        super().check()
         if self.out is not None:
             writable(self.out)
 
@@ -271,7 +310,13 @@ def command(*examples: tuple[str, str]) -> Callable[[Callable[..., None]], Comma
                 name: kind(**{item.name: given.pop(item.name) for item in fields(kind)}) for name, kind in groups.items()
             }
             debug = any(getattr(value, "debug", False) for value in objects.values())
-            guarded(lambda: function(**objects, **given), debug)
+
+            def body() -> None:
+                for options in objects.values():
+                    options.check()
+                function(**objects, **given)
+
+            guarded(body, debug)
 
         parameters = list(_parameters(function, hints, groups))
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -15,6 +15,7 @@ from rich.console import Console
 from tsa_compile import files
 from tsa_compile.progress import Progress, bar
 
+WIDTH = 80  # columns that every terminal has
 _PLAIN: dict[str, Any] = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
 _STYLES = {"error": "bold red", "warning": "yellow", "interrupted": "bold red", "note": "dim"}
 

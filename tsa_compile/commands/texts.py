@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, Layers
-from tsa_compile.errors import ConfigError
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
+from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibrated import Calibrated
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -70,9 +70,14 @@ def budget(text: str) -> Budget:
 
 
 def setting(text: str) -> tuple[dict[str, Any], bool]:
-    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected."""
+    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
+
+    Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json.
+    """
     first, *others = text.split(",")
-    changes: dict[str, Any] = {"budget": budget(first)}
+    calibrated = first.startswith("layers=")  # which may have a budget each
+    changes: dict[str, Any] = {} if calibrated else {"budget": budget(first)}
+    others = [first, *others] if calibrated else others
     random = False
     for part in others:
         name, _, value = (word.strip() for word in part.partition("="))
@@ -85,7 +90,14 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
                 f"--setting {text}: {part!r} is not understood: behind the budget write {FIELDS} or select=random"
             )
         changes |= change
+    check_one_budget(None if calibrated else first, changes.get("layers"))
     return changes, random
+
+
+def check_one_budget(budget: str | None, layers: object) -> None:
+    """Raises ConfigError where a budget was written and layers have one each."""
+    if budget is not None and isinstance(layers, LayerBudgets):
+        raise ConfigError(f"the budget {budget}, and layers with a budget each: leave one of them out")
 
 
 FIELDS = (
@@ -118,23 +130,24 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> Layers | Calibration | None:
+def layers(text: str) -> HeldLayers | Calibrated | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:
         ConfigError: neither, or a file that is no calibration.
     """
-    from tsa_compile.calibration import PRESETS, Calibration
-
     text = text.strip()
     if text == "upper":
         return None
     if text == "none":
         return ()
-    if text in PRESETS:
-        return PRESETS[text].layers
-    if text.endswith(".json") or os.path.isfile(text):
-        return Calibration.load(text)
+    if not re.fullmatch(r"[-,\s\d]*", text) or os.path.isfile(text):
+        from tsa_compile.calibration import PRESETS, load_calibration
+
+        if text in PRESETS:
+            return PRESETS[text].layers
+        if text.endswith(".json") or os.path.isfile(text):
+            return load_calibration(text)
     parts = names(text)
     if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
@@ -143,6 +156,17 @@ def layers(text: str) -> Layers | Calibration | None:
             f"{text!r} is no list of layers: write indices as 15-30,31, a pattern or a calibration's JSON file"
         )
     return tuple(parts)
+
+
+def check_layers(text: str) -> None:
+    """Raises ConfigError for indices that are no list, or a file that is not there: what can be said without PyTorch."""
+    text = text.strip()
+    if text.endswith(".json") and not os.path.isfile(text):
+        raise ConfigError(
+            f"{text!r} cannot be read (no such file): pass a calibration, as `tsa-compile calibrate --out` writes"
+        )
+    if re.fullmatch(r"[-,\s\d]*", text) and text:
+        layers(text)
 
 
 def _run(part: str) -> range:
@@ -161,8 +185,40 @@ def _number(digits: str) -> int:
     return int(digits) if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS
 
 
+DTYPES = {
+    "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+}  # fmt: skip
+
+
+def dtype(text: str) -> str:
+    """The name of a dtype, also of its short forms, or "auto"."""
+    if text != "auto" and text not in DTYPES:
+        raise ConfigError(f"--dtype {text} is not known: it must be auto, {', '.join(DTYPES)}")
+    return DTYPES.get(text, text)
+
+
+def check_device(text: str, gpus: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for what names no device, and none of these GPUs."""
+    if text.lower() not in gpus and not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", text):
+        raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N")
+
+
+def check_shape(name: str, shapes: tuple[str, ...]) -> None:
+    """Raises ConfigError where no built-in shape has that name."""
+    if name not in shapes:
+        raise unknown_shape(name, shapes)
+
+
+def is_hub_id(folder: Path) -> bool:
+    """Whether what is no path here may be a model on the Hugging Face Hub: owner/name."""
+    return not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder), re.ASCII) is not None
+
+
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError where a folder is not there or is no model folder."""
+    """Raises ConfigError where a folder is not there, is no model folder, and may be no model on the Hub either."""
+    if is_hub_id(folder):
+        return
     if not folder.exists():
         raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
     if (folder / "config.json").is_file() or gguf_file(folder) is not None:

@@ -111,10 +111,12 @@ def shortest(config: TSAConfig, costs: DeviceCosts | None, call: CallShape, spar
     Returns:
         None if no length gains.
     """
-    if config.min_length is not None:
-        return config.min_length
-    droppable = never_dropped(config.window, config.min_tokens) + 1
-    if costs is None:
-        return droppable
+    if config.min_length is not None or costs is None:
+        return droppable(config)
     gaining = break_even(costs, call, config, sparse_layers)
-    return None if gaining is None else max(gaining, droppable)
+    return None if gaining is None else max(gaining, droppable(config))
+
+
+def droppable(config: TSAConfig) -> int:
+    """The shortest length that is compressed where speed does not count: what the user says, else where tokens can go."""
+    return config.min_length or never_dropped(config.window, config.min_tokens) + 1

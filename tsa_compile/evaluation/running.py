@@ -20,7 +20,8 @@ from tsa_compile.evaluation.cached import CachedModel, divergence, dynamo_rememb
 from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.prompts import Sample
 from tsa_compile.evaluation.settings import Setting
-from tsa_compile.report import Decision, reports
+from tsa_compile.reasons import Decision
+from tsa_compile.report import reports
 
 MORE = 16  # tokens of an output beyond the expected answer: a model may say it in other words
 
@@ -73,8 +74,8 @@ class Runner:
             The outcomes, and float32 [B, A, V] for answers of at most A tokens.
 
         Raises:
-            ConfigError: no layer became sparse or runs by `dense_kernel` under a setting with a configuration, or there is too
-                little memory.
+            ConfigError: no layer became sparse or runs by `dense_kernel` under a setting with a configuration, or there is
+                too little memory.
         """
         with torch.inference_mode(), dynamo_remembers():
             try:

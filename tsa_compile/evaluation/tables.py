@@ -129,27 +129,30 @@ def markdown(study: Study) -> str:
     for length in sorted(study.names("length")):
         names = [task for other, task in _pairs(study) if other == length]
         cells = {(row.task, row.setting): row for task in names for row in rows(study, task, length)}
+        samples = max(study.find(task, length, DENSE.name).samples for task in names)
         lines = [["setting", "kept", *names], ["---"] * (len(names) + 2)]
         for setting in study.names("setting"):
             found = [cells.get((task, setting)) for task in names]
             kept = [row.kept for row in found if row is not None]
             if kept:
-                lines.append([setting, f"{_percent(math.fsum(kept) / len(kept))}%", *map(_cell, found)])
+                cells_of = [_cell(row, samples) for row in found]
+                lines.append([setting, f"{_percent(math.fsum(kept) / len(kept))}%", *cells_of])
         remarks = [f"- {task}: {why}" for task in names if (why := remark(study, task, length))]
-        samples = max(study.find(task, length, DENSE.name).samples for task in names)
-        title = f"**{length:,} tokens**, {samples} samples of each task"
+        title = f"**{length:,} tokens**, {samples} samples of each task, or n"
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append("\n\n".join(filter(None, (title, table, "\n".join(remarks)))))
     return "\n\n".join(parts)
 
 
-def _cell(row: Row | None) -> str:
-    """Accuracy, a star where it differs from dense (p < .05), and the likelihood with its change."""
+def _cell(row: Row | None, samples: int) -> str:
+    """Accuracy, a star where it differs from dense (p < .05), the likelihood with its change, and n if it is another."""
     if row is None:
         return ""
     likelihood = f"{row.nll:.3f}"
     if row.difference is not None:
         likelihood += f" ({row.difference.value:+.3f})"
+    if row.samples < samples:
+        likelihood += f", n {row.samples}"
     if row.accuracy is None:
         return likelihood
     star = "*" if row.paired is not None and row.paired.p_value < 0.05 else ""
