@@ -33,7 +33,7 @@ CASES = {
 }
 
 NODES = {"plain": 290}
-"""At most so many, of docs/architecture.md's 277: 33 comparisons behind each other, which TensorRT cannot build, were 392."""
+"""At most so many; 33 comparisons behind each other, which TensorRT cannot build, made 392 of it."""
 
 
 def make_inputs(batch, length, *, padded=True, model=True, seed=0):
