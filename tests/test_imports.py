@@ -14,17 +14,8 @@ import tsa_compile
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile": ROOT / "tsa_compile"}
-LEVELS = {
-    "errors": 0,
-    "text": 0,
-    "config": 0,
-    "reasons": 0,
-    "report": 0,
-    "kernels": 1,
-    "costs": 2,
-    "passes": 3,
-    "pipeline": 4,
-}
+ALONE = ("config", "errors", "reasons", "report", "text")
+LEVELS = {**dict.fromkeys(ALONE, 0), "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
 TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
 FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
