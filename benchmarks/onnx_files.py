@@ -182,13 +182,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def build_engine(path: Path) -> Row:
-    """Builds an engine beside a file; the seconds, or why there is none."""
-    started = time.perf_counter()
-    try:
-        tensorrt.build(path, path.with_suffix(".engine"))
-    except (ValueError, ImportError) as error:
-        return {"failed": "build", "said": str(error)[:600]}
-    return {"build_s": round(time.perf_counter() - started, 1)}
+    """Builds an engine beside a file, if not for this GPU then for one that the library knows; the seconds, and refusals."""
+    refused = {}
+    for capabilities in ((), ("8.9",)):
+        started = time.perf_counter()
+        try:
+            tensorrt.build(path, path.with_suffix(".engine"), capabilities=capabilities)
+        except (ValueError, ImportError) as error:
+            refused[" ".join(capabilities) or "any"] = str(error)[:600]
+            continue
+        return {"build_s": round(time.perf_counter() - started, 1), "refused": refused}
+    return {"failed": "build", "said": json.dumps(refused)}
 
 
 def table(rows: list[Row]) -> str:

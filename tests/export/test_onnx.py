@@ -32,6 +32,9 @@ CASES = {
     "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, False),
 }
 
+NODES = {"plain": 290}
+"""At most so many; 33 comparisons behind each other, which TensorRT cannot build, made 392 of it."""
+
 
 def make_inputs(batch, length, *, padded=True, model=True, seed=0):
     """Token ids, or query, key and value; and a mask whose items are padded left, right and not at all."""
@@ -114,6 +117,8 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
     assert tensorrt.check(path, runtime="tables") == []
     assert not {"TopK", "NonZero", "Unique", "Compress", "Loop", "RotaryEmbedding"} & {op for _, op in op_types(model)}
     assert {entry.key: entry.value for entry in model.metadata_props}["tsa_compile.length"] == "40..300"
+    if case in NODES:
+        assert len(model.graph.node) <= NODES[case]
 
     session = onnxruntime.InferenceSession(path)
     shapes = [["batch", "length"]] if model_too else [["batch", heads, "length", 8] for heads in (4, 2, 2)]

@@ -29,6 +29,11 @@ CALLS = {
     "groups": (FLOOR.replace(granularity="group"), torch.float16, True),
     "coverage": (FLOOR.replace(budget=Coverage(0.2), capacity=36), torch.float16, True),
 }
+MODELS = {
+    **{name: (name, torch.float16, True) for name in DECODERS},
+    "llama, bfloat16": ("llama", torch.bfloat16, True),
+    "llama, not padded": ("llama", torch.float16, False),
+}
 
 
 class Call(torch.nn.Module):
@@ -67,14 +72,17 @@ def test_calls_are_parsed_and_built(case, tmp_path):
 
 @library
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DECODERS)
-def test_models_are_parsed_and_built(name, tmp_path):
-    """Two layers, the second sparse with a floor, and padding."""
-    inputs = {"input_ids": tokens(3, 80), "attention_mask": mixed_padding(80)}
+@pytest.mark.parametrize("case", MODELS)
+def test_models_are_parsed_and_built(case, tmp_path):
+    """Two layers, the second sparse with a floor."""
+    name, dtype, padded = MODELS[case]
+    inputs = {"input_ids": tokens(3, 80), **({"attention_mask": mixed_padding(80)} if padded else {})}
     layers = {"n_layer": 2} if name == "gpt2" else {"num_hidden_layers": 2}
     if name == "gemma3":
         layers["layer_types"] = ["sliding_attention", "full_attention"]
-    model = tiny(name, **layers).to(torch.float16)
+    model = tiny(name, **layers).to(dtype)
+    if name == "mixtral":
+        model.set_experts_implementation("batched_mm")  # transformers' default is an operator that ONNX has not
     program = export_program(model, inputs, FLOOR.replace(layers=[1]), dynamic_lengths=(70, 200), dynamic_batch=(1, 8))
     tsa_onnx.save(program, tmp_path / "model.onnx")
     assert tensorrt.check(tmp_path / "model.onnx", runtime="rtx") == []
