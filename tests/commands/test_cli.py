@@ -346,6 +346,7 @@ def test_the_installed_command_fails_in_one_line(installed, tmp_path):
     assert done.stderr.startswith("error: there is no folder 'nowhere'") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_the_installed_command_is_interrupted(installed, tmp_path, request):
     """Ctrl-C while it works, which the spinner on stderr shows (TTY_COMPATIBLE: as if that were a terminal)."""
