@@ -256,7 +256,7 @@ def test_calibrate_reads_text_with_the_folders_tokenizer(folder, tmp_path):
     arguments = ["--prompts", str(tmp_path / "book.txt"), "--length", "20", "--json"]
     found = Calibration.from_dict(json.loads(run("calibrate", str(tmp_path / "model"), *arguments).stdout))
     assert (found.prompts, found.tokens) == (2, 40)
-    assert "has no tokenizer" in fails(2, "calibrate", str(folder), *arguments)
+    assert "holds no tokenizer (tokenizer.json, tokenizer.model" in fails(2, "calibrate", str(folder), *arguments)
 
 
 @pytest.mark.parametrize(("certain", "code"), [(True, 1), (False, 0), (None, 0)])
