@@ -28,7 +28,7 @@ from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.layers import layer_name, placed, places_of
 from tsa_compile.passes.operators import arguments, aten, is_attention, without_copies
 from tsa_compile.passes.record import record
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 
 class FindCalls(Pass):
@@ -38,7 +38,10 @@ class FindCalls(Pass):
         self.state.aten, self.state.frame = record(graph_module), frame_of(graph_module)
         calls = calls_of(self.state.aten)
         places = places_of(calls, graph_module, self.state.frame)
-        self.state.plans = [CallPlan(placed(call, place), place) for call, place in zip(calls, places, strict=True)]
+        self.state.plans = [
+            CallPlan(placed(call, place), place, self.state.config.of_layer(place.number, place.names))
+            for call, place in zip(calls, places, strict=True)
+        ]
         return self.result(graph_module, len(calls), modified=False)
 
 

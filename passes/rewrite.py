@@ -21,7 +21,7 @@ from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import insert
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
 
@@ -43,18 +43,17 @@ class RewriteSparse(Pass):
         return self.result(graph_module, matched)
 
     def _attention(self, graph_module: GraphModule, plan: CallPlan) -> Node:
-        config = self.state.config
         if plan.decision is Decision.SPARSE:
-            return self._sparse(graph_module, plan, config)
+            return self._sparse(graph_module, plan, plan.config)
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
             return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
-        return self._sparse(graph_module, plan, keeping_all(config, plan.kernel))
+        return self._sparse(graph_module, plan, keeping_all(plan.config, plan.kernel))
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
         call, graph = plan.call, graph_module.graph
-        options = options_of(config, scale_of(call))
+        options = options_of(config, scale_of(call), plan.group)
         operands = [call.query, call.key, call.value]
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options)
@@ -67,9 +66,11 @@ def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
     return config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=kernel)
 
 
-def options_of(config: TSAConfig, scale: Any) -> tuple[Any, ...]:
+def options_of(config: TSAConfig, scale: Any, group: str | None = None) -> tuple[Any, ...]:
     """The arguments of the ops behind their tensors (kernels/fused.py)."""
     budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
-    floor = () if config.floor is None else (config.floor.window, config.floor.sinks)
+    behind: tuple[Any, ...] = () if config.floor is None else (config.floor.window, config.floor.sinks)
+    if group is not None:
+        behind = (*(behind or (None, 0)), group)
     selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
-    return (scale, config.window, config.pool, *selection, config.kernel, *floor)
+    return (scale, config.window, config.pool, *selection, config.kernel, *behind)

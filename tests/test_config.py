@@ -17,7 +17,8 @@ INVALID = {
     "pool": [0, -1, 2, 8, 7.0, "7", True, None],
     "min_tokens": [-1, 1.5, "1024", True, None],
     "layers": [
-        3, "model.layers.3", [1, "a"], [-1], [1.0], [True], [""], [None], [[1]], {1: 2}, range(10**12), range(10**12, 0, -1),
+        3, "model.layers.3", [1, "a"], [-1], [1.0], [True], [""], [None], [[1]], {1: 2}, {1: "a"}, {-1: 0.5}, {1: True},
+        {1: 0.5, "1": 0.25}, {1: 0.5, "a": 0.5}, range(10**12), range(10**12, 0, -1),
     ],
     "floor": [3, True, (256, 16), {"width": 3}, {"window": 8, "sinks": 1, "more": 0}],
     "granularity": ["heads", "", None, 1, ["head"]],
@@ -42,7 +43,7 @@ def test_the_settings_of_the_publication():
 
 def test_defaults():
     config = TSAConfig()
-    assert (config.budget, config.floor) == (KeepRatio(0.3), Floor(window=256, sinks=16))
+    assert (config.budget, config.floor) == (KeepRatio(0.15), Floor(window=256, sinks=16))
     assert (config.window, config.pool, config.min_tokens) == (128, 7, 1024)
     assert (config.layers, config.granularity, config.kernel, config.compiler) == (None, "head", "auto", "inductor")
     assert (config.capacity, config.min_length, config.dense_kernel, config.strict) == (None, None, None, False)
@@ -107,6 +108,27 @@ def test_fraction_is_what_was_written(ratio, fraction):
 )
 def test_layers_become_a_tuple(layers, stored):
     assert TSAConfig(layers=layers).layers == stored
+
+
+def test_layers_may_have_a_budget_each():
+    config = TSAConfig(layers={3: 0.5, 1: Coverage(0.01), 2: KeepRatio(1)})
+    assert config.layers == {3: KeepRatio(0.5), 1: Coverage(0.01), 2: KeepRatio(1)}
+    assert config.budgets == (KeepRatio(0.5), Coverage(0.01), KeepRatio(1))
+    assert TSAConfig(layers=[1]).budgets == (TSAConfig().budget,)
+    assert list(config.layers) == [3, 1, 2] and hash(config) == hash(TSAConfig.from_json(config.to_json()))
+    assert TSAConfig.from_json(config.to_json()) == config and config.replace(layers=config.layers) == config
+    assert json.loads(config.to_json())["layers"] == {"3": 0.5, "1": {"coverage": 0.01}, "2": 1.0}
+    assert TSAConfig(layers={}).layers == () and TSAConfig(layers={"7": 0.5}).layers == {7: KeepRatio(0.5)}
+    assert config != config.replace(layers=[3, 1, 2]) and config != config.replace(layers={1: 0.5})
+
+
+def test_a_layer_has_the_budget_of_the_first_entry_that_names_it():
+    config = TSAConfig(layers={"model.layers.1*": 0.5, "*.attn": 0.25}, window=8)
+    budget = lambda *names: config.of_layer(None, names).budget  # noqa: E731
+    assert [budget("model.layers.1.attn"), budget("model.layers.2.attn")] == [KeepRatio(0.5), KeepRatio(0.25)]
+    assert config.of_layer(None, ["a"]) == config and TSAConfig(layers=[3]).of_layer(3, ["a"]) == TSAConfig(layers=[3])
+    numbered = TSAConfig(layers={1: 0.5, 2: 0.125})
+    assert numbered.of_layer(2, ["model.layers.1"]) == numbered.replace(budget=KeepRatio(0.125))
 
 
 def test_a_config_is_frozen_and_hashable():

@@ -186,21 +186,6 @@ def test_static_cache(padded):
     assert all(row.decision is not Decision.SPARSE for report in reports()[1:] for row in report)
 
 
-def test_chunked_prefill():
-    """The first chunk attends to itself and is sparse, later ones also see the cache and stay dense."""
-    model = llama()
-    compiled = torch.compile(model, backend="tsa", options={"config": KEEP_ALL})
-    caches = [DynamicCache(config=model.config) for _ in range(2)]
-    ids = tokens(3, 60)
-    for low, high in ((0, 24), (24, 40), (40, 60)):
-        with torch.no_grad():
-            logits, plain = (
-                m(ids[:, low:high], past_key_values=cache).logits for m, cache in zip((compiled, model), caches, strict=True)
-            )
-        assert difference(logits, plain) < ATOL
-    assert [reasons(report) for report in reports()] == [SPARSE, BEHIND_A_CACHE, BEHIND_A_CACHE]
-
-
 @pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "gpt2"], "llama"))
 def test_generate(name):
     """Greedy tokens equal the plain model's where every token is kept."""

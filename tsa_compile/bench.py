@@ -29,8 +29,9 @@ from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
-from tsa_compile.report import as_text, reports
+from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
+from tsa_compile.text import as_text
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
@@ -293,8 +294,10 @@ def elapsed_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _budget_words(config: TSAConfig) -> str:
-    budget = config.budget
-    text = f"coverage {budget.tau:g}" if isinstance(budget, Coverage) else f"keep {budget.ratio:g}"
+    kinds = [
+        f"coverage {budget.tau:g}" if isinstance(budget, Coverage) else f"keep {budget.ratio:g}" for budget in config.budgets
+    ]
+    text = " or ".join(kinds)
     return text if config.floor is not None else f"{text}, no floor"
 
 

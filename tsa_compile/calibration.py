@@ -1,7 +1,8 @@
-"""`calibrate(model, prompts)`: which layers of a model may be sparse, from the drift of their representations.
+"""`calibrate(model, prompts)`: which layers of a model may be sparse, by representation drift or by what they cost.
 
-Where a layer changes its input little, little is lost with the tokens that its attention skips (arXiv 2602.03216,
-"representation drift"). The layers of least drift become sparse: those with rank / layers <= delta.
+By what they cost in the answers: loss_calibration.py. By drift: where a layer changes its input little, little is lost with
+the tokens that its attention skips (arXiv 2602.03216). The layers of least drift become sparse: those with
+rank / layers <= delta.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tsa_compile.calibrated import Calibrated, checked, device_of, evaluating, running
 from tsa_compile.config import Coverage, TSAConfig, check_int
 from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, read_prompts
 from tsa_compile.errors import ConfigError, TSAWarning
-from tsa_compile.files import new_figure, save_figure
-from tsa_compile.fingerprint import Fingerprint, text_config, unwrapped
+from tsa_compile.files import new_figure, read_json, save_figure
+from tsa_compile.fingerprint import Fingerprint, unwrapped
+from tsa_compile.loss_calibration import LossCalibration, calibrate_loss
 from tsa_compile.progress import Progress, bar
-from tsa_compile.saved import Saved
 
 
 @dataclass(frozen=True)
-class Calibration(Saved):
+class Calibration(Calibrated):
     """The drift of each decoder layer of one model, and which of them are sparse at `delta`.
 
     `dataclasses.replace(calibration, delta=0.25)` asks for other layers without measuring again.
@@ -83,23 +84,6 @@ class Calibration(Saved):
             warnings.warn(text, TSAWarning, stacklevel=2)
         return TSAConfig(layers=self.sparse_layers).replace(**changes)
 
-    def check(self, model: nn.Module) -> bool:
-        """Whether `model` may be the one that was calibrated; a TSAWarning that says in what it differs if not.
-
-        Its architecture, its sizes and samples of its weights are compared, whatever its dtype and device. Weights that were
-        changed by less than the rounding of bfloat16, or that are quantised or on the meta device, are not told apart.
-        """
-        layers = _layer_list(model, self.layers)
-        if layers is None:
-            different = [f"no layers {_stem(self.layers[0])}.0..{len(self.layers) - 1}"]
-        else:
-            different = self.fingerprint.differences(Fingerprint.of(model, layers))
-        if different:
-            name = type(unwrapped(model)).__name__
-            text = f"this calibration belongs to another model than this {name} ({'; '.join(different)})"
-            warnings.warn(f"{text}: calibrate anew, or choose `layers` yourself", TSAWarning, stacklevel=2)
-        return not different
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of `from_dict`."""
         layers = [
@@ -140,6 +124,16 @@ class Calibration(Saved):
         save_figure(figure, path)
 
 
+@overload
+def calibrate(
+    model: nn.Module, prompts: Iterable[Any], delta: float = ..., *, tokenizer: Any = ..., progress: bool = ...,
+    batch_size: int = ..., objective: Literal["drift"] = ...,
+) -> Calibration: ...  # fmt: skip
+@overload
+def calibrate(
+    model: nn.Module, prompts: Iterable[Any], delta: float = ..., *, tokenizer: Any = ..., progress: bool = ...,
+    batch_size: int = ..., objective: Literal["loss"], max_kl: float, **search: Any,
+) -> LossCalibration: ...  # fmt: skip
 def calibrate(
     model: nn.Module,
     prompts: Iterable[Any],
@@ -148,35 +142,51 @@ def calibrate(
     tokenizer: Any = None,
     progress: bool = True,
     batch_size: int = 1,
-) -> Calibration:
-    """Measures the representation drift of every decoder layer over prompts, best long ones of the kind that will be used.
+    objective: str = "drift",
+    **search: Any,
+) -> Calibration | LossCalibration:
+    """Which decoder layers may be sparse, from prompts, best long ones of the kind that will be used.
 
-    The model runs dense, in evaluation mode, without gradients, cache and head. Memory does not grow with the number of
-    prompts: they are taken one by one from an iterable, and no hidden states are kept.
+    objective "drift": the layers that change hidden states least. The model runs once, dense, without cache and head.
+    objective "loss": the layers, and how much each keeps, that change the probabilities of answers by at most `max_kl`. The
+    model runs once for each layer and keep ratio and a few times more; see `calibrate_loss` for its further options.
+
+    Either way it runs in evaluation mode without gradients, and activations of no more than a batch are in memory.
 
     Args:
         model: a causal language model of transformers, or a module that takes token ids [B, L] and has a list of layers.
         prompts: token ids (lists or tensors [L] or [B, L]), mappings with input_ids and perhaps attention_mask, whose pad
             tokens do not count, or text.
-        delta: the share of the layers to be sparse, in (0, 1].
+        delta: the share of the layers to be sparse, in (0, 1]; of "drift".
         tokenizer: needed for text alone.
         progress: whether to show a progress bar, on stderr.
-        batch_size: how many prompts run at once, padded on the right.
+        batch_size: how many prompts run at once; for "drift" padded on the right, for "loss" only such of one length.
 
     Raises:
         ConfigError: the model has no decoder layers, or a prompt or an option is not allowed.
     """
-    delta = _share(delta)
     check_int("batch_size", batch_size, 1)
+    if objective == "loss":
+        return calibrate_loss(model, prompts, tokenizer=tokenizer, progress=progress, batch_size=batch_size, **search)
+    if objective != "drift":
+        raise ConfigError(f"objective={objective!r} is not allowed: it must be 'drift' or 'loss'")
+    if search:
+        raise ConfigError(f"{', '.join(search)} go with objective='loss', found objective='drift'")
+    return _by_drift(model, prompts, _share(delta), tokenizer, progress, batch_size)
+
+
+def _by_drift(
+    model: nn.Module, prompts: Iterable[Any], delta: float, tokenizer: Any, progress: bool, batch_size: int
+) -> Calibration:
     model = unwrapped(model)
-    device = _device(model)
+    device = device_of(model)
     prompts = items(prompts)
-    rows = ((place, _checked(model, place, ids)) for place, ids in read_prompts(prompts, tokenizer))
+    rows = ((place, checked(model, place, ids)) for place, ids in read_prompts(prompts, tokenizer))
     meter, count, taken, total = None, 0, 0, operator.length_hint(prompts, 0) or None
-    with _evaluating(model), bar(progress) as show, contextlib.ExitStack() as hooks:
+    with evaluating(model), bar(progress) as show, contextlib.ExitStack() as hooks:
         for place, ids, mask in batches(rows, batch_size):
             ids, mask = ids.to(device), None if mask is None else mask.to(device)
-            with _running(ids, place):
+            with running(len(ids), ids.shape[1], place, device):
                 if meter is None:
                     meter = DriftMeter(find_layers(model, ids[:1, :PROBE]))
                     hooks.enter_context(meter.watching())
@@ -188,21 +198,20 @@ def calibrate(
     return Calibration(names, meter.drift, delta, meter.tokens, count, Fingerprint.of(model, layers))
 
 
+def load_calibration(path: str | os.PathLike[str]) -> Calibration | LossCalibration:
+    """Reads what either of them has saved.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else; the message names it.
+    """
+    values = read_json(path, "pass a file that Calibration.save wrote")
+    by_loss = isinstance(values, Mapping) and values.get("format") == LossCalibration.FORMAT
+    return LossCalibration.load(path) if by_loss else Calibration.load(path)
+
+
 def _step(show: Progress, taken: int, prompts: int, total: int | None, share: float) -> None:
     """A batch of so many prompts, of which a share of the layers is done."""
     show("prompts", taken + prompts * share, total)
-
-
-@contextlib.contextmanager
-def _running(ids: Tensor, place: int) -> Iterator[None]:
-    """Says which prompts a model does not take, and why."""
-    batch = f"a batch of {ids.shape[0]} x {ids.shape[1]} tokens, up to prompt {place},"
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"{batch} does not fit {ids.device}: shorten prompts or lower batch_size") from error
-    except IndexError as error:
-        raise ConfigError(f"{batch} does not fit the model ({error}): check token ids and lengths of the prompts") from error
 
 
 def _share(delta: object) -> float:
@@ -211,59 +220,6 @@ def _share(delta: object) -> float:
             f"delta={delta!r} is not allowed: delta must be a number in (0, 1], the share of layers to be sparse"
         )
     return float(delta)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where token ids belong; refuses what cannot run."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {type(model).__name__}: pass a causal language model, a torch.nn.Module")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are calibrated")
-    devices = [parameter.device for parameter in model.parameters()]
-    real = [device for device in devices if device.type != "meta"]
-    if devices and not real:
-        raise ConfigError(f"{type(model).__name__} has no weights, all are on the meta device: load it first")
-    return real[0] if real else torch.device("cpu")
-
-
-def _checked(model: nn.Module, place: int, ids: Tensor) -> Tensor:
-    """A prompt's token ids [L], if the model knows all of them and takes so many."""
-    config = text_config(model)
-    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
-        wrong, size = (low if low < 0 else high), vocabulary if isinstance(vocabulary, int) else "n"
-        raise ConfigError(f"prompt {place} has the token id {wrong}: token ids lie in [0, {size})")
-    if isinstance(longest, int) and len(ids) > longest > 0:
-        raise ConfigError(
-            f"prompt {place} has {len(ids)} tokens, the model takes {longest} (config.max_position_embeddings): shorten it"
-        )
-    return ids
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's mode is put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # Inference tensors have no version, by which a layer that overwrites its input is found.
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _layer_list(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module] | None:
-    """The list of layers that carries the calibrated name, whatever its length; None if there is none."""
-    stem = _stem(names[0])
-    found: Any = dict(unwrapped(model).named_modules()).get(stem)
-    return list(found) if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) else None
 
 
 @dataclass(frozen=True)

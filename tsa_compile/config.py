@@ -11,7 +11,7 @@ import difflib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -122,9 +122,38 @@ class Floor:
 
 
 Budget = Coverage | KeepRatio
+
+
+class LayerBudgets(Mapping[int | str, Budget]):
+    """Layers, by index or by pattern, each with a budget of its own. Immutable and hashable; the order counts."""
+
+    def __init__(self, budgets: Iterable[tuple[int | str, Budget]]) -> None:
+        self._budgets = dict(budgets)
+
+    def __getitem__(self, layer: int | str) -> Budget:
+        return self._budgets[layer]
+
+    def __iter__(self) -> Iterator[int | str]:
+        return iter(self._budgets)
+
+    def __len__(self) -> int:
+        return len(self._budgets)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._budgets)
+
+
 Compiler = str | Callable[..., Any]
-Layers = Sequence[int] | Sequence[str]
-"""As they may be given; a TSAConfig holds a tuple."""
+Layers = Sequence[int] | Sequence[str] | Mapping[int, Budget | float] | Mapping[str, Budget | float] | LayerBudgets
+"""As they may be given."""
+HeldLayers = tuple[int, ...] | tuple[str, ...] | LayerBudgets
+"""As a TSAConfig holds them."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,9 @@ class TSAConfig:
         pool: width of the average pooling over the scores; odd.
         min_tokens: at least this many tokens are kept besides the window.
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
-            (``"model.layers.1?.*"``). A pattern matches the whole name. Empty: none, and the graph stays exact.
+            (``"model.layers.1?.*"``). A pattern matches the whole name. Empty: none, and the graph stays exact. A mapping
+            ``{15: 0.3, 16: 0.1}`` gives each of them a keep ratio, or a budget, of its own, in the place of `budget`; of
+            several patterns that match a layer the first counts.
         granularity: "head" selects per query head, "group" per key/value head.
         capacity: static size of the selection, at least the window; None means the sequence length.
         min_length: shortest sequence to compress; None leaves it to the compiler.
@@ -217,6 +248,23 @@ class TSAConfig:
         _check_names(fields, (*OPTIONS, "config"))
         return (base if base is not None else cls()).replace(**fields)
 
+    def of_layer(self, number: int | None, names: Iterable[str]) -> TSAConfig:
+        """What holds for one of the sparse layers: with the budget that `layers` gives it, if it gives any.
+
+        Args:
+            number, names: of the layer and its modules, as for `is_named`.
+        """
+        if not isinstance(self.layers, LayerBudgets):
+            return self
+        known = tuple(names)
+        own = next((budget for layer, budget in self.layers.items() if is_named(layer, number, known)), self.budget)
+        return dataclasses.replace(self, budget=own)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The different budgets of its sparse layers."""
+        return tuple(dict.fromkeys(self.layers.values())) if isinstance(self.layers, LayerBudgets) else (self.budget,)
+
     def replace(self, **changes: Any) -> TSAConfig:
         """A copy with some fields changed; an unknown name is a ConfigError."""
         _check_names(changes, OPTIONS)
@@ -228,10 +276,10 @@ class TSAConfig:
         That name is for reports: it does not read back, so `to_json` refuses it.
         """
         values = {name: getattr(self, name) for name in OPTIONS}
-        values["budget"] = _budget_dict(self.budget)
+        values["budget"] = budget_dict(self.budget)
         values["floor"] = None if self.floor is None else dataclasses.asdict(self.floor)
         values["skip_passes"] = list(self.skip_passes)
-        values["layers"] = None if self.layers is None else list(self.layers)
+        values["layers"] = _layers_dict(self.layers)
         if not isinstance(self.compiler, str):
             values["compiler"] = getattr(self.compiler, "__qualname__", type(self.compiler).__qualname__)
         return values
@@ -312,26 +360,49 @@ def _floor(value: object) -> Floor | None:
     raise _reject("floor", value, 'Floor(window, sinks), in JSON {"window": ..., "sinks": ...}, or None')
 
 
-def _budget_dict(budget: Budget) -> dict[str, float]:
+def budget_dict(budget: Budget) -> dict[str, float]:
+    """A budget's JSON form."""
     return {"coverage": budget.tau} if isinstance(budget, Coverage) else {"keep_ratio": budget.ratio}
 
 
-def _layers(value: object) -> Layers | None:
-    """None, or a tuple of all ints or all strings, in the order given, without repeats."""
-    allowed = "None, a list of layer indices >= 0, or a list of module-name patterns"
+def _layers_dict(layers: Layers | None) -> Any:
+    """Plain JSON types, in whose mappings every key is text and a keep ratio a number."""
+    if not isinstance(layers, LayerBudgets):
+        return None if layers is None else list(layers)
+    found = {str(layer): budget_dict(budget) for layer, budget in layers.items()}
+    return {layer: budget.get("keep_ratio", budget) for layer, budget in found.items()}
+
+
+def _layers(value: object) -> HeldLayers | None:
+    """None, or a tuple of all ints or all strings, in the order given, without repeats; or such with a budget each."""
+    allowed = (
+        "None, a list of layer indices >= 0 or of module-name patterns, or a mapping of either to keep ratios or budgets"
+    )
     if value is None:
         return None
     if isinstance(value, range):
         if value and max(value[0], value[-1]) >= MOST_LAYERS:
             raise _reject("layers", value, f"{allowed}; an index is at most {MOST_LAYERS - 1:,}")
         value = tuple(value)
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, Mapping)):
         raise _reject("layers", value, allowed)
-    indices = all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value)
-    patterns = all(isinstance(item, str) and item for item in value)
-    if indices or patterns:
-        return tuple(dict.fromkeys(value))
-    raise _reject("layers", value, allowed)
+    keys = tuple(value)
+    if isinstance(value, Mapping):  # of which JSON has text as keys only
+        keys = tuple(int(key) if isinstance(key, str) and key.isdecimal() else key for key in keys)
+    indices = all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in keys)
+    patterns = all(isinstance(item, str) and item for item in keys)
+    if not (indices or patterns):
+        raise _reject("layers", value, allowed)
+    if not isinstance(value, Mapping) or not value:
+        return tuple(dict.fromkeys(keys))
+    if len(set(keys)) < len(keys):
+        raise _reject("layers", value, allowed)
+    return LayerBudgets(zip(keys, map(_own_budget, value.values()), strict=True))
+
+
+def _own_budget(value: object) -> Budget:
+    """A layer's budget; a number is a keep ratio."""
+    return _budget(value) if isinstance(value, (Mapping, Coverage, KeepRatio)) else KeepRatio(value)  # type: ignore[arg-type]
 
 
 def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -239,7 +239,7 @@ def read_prompts(prompts: Iterable[Any], tokenizer: Any = None) -> Iterator[tupl
     """
     place = -1
     for place, prompt in enumerate(prompts):
-        for ids in _rows(place, prompt, tokenizer):
+        for ids in rows_of(place, prompt, tokenizer):
             if not len(ids):
                 raise ConfigError(
                     f"prompt {place} has no tokens: leave it out (tokens that attention_mask hides do not count)"
@@ -251,7 +251,8 @@ def read_prompts(prompts: Iterable[Any], tokenizer: Any = None) -> Iterator[tupl
         )
 
 
-def _rows(place: int, prompt: Any, tokenizer: Any) -> Iterator[Tensor]:
+def rows_of(place: int, prompt: Any, tokenizer: Any = None) -> Iterator[Tensor]:
+    """The token ids [L] of each row of a prompt, without pad tokens."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ConfigError(f"prompt {place} is text: pass tokenizer=, or token ids instead")

@@ -5,116 +5,22 @@ Every compilation records its `RewriteReport`; `reports()` gives the last ones b
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import textwrap
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
 from itertools import groupby
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.text import as_text, number, spans, wrapped
+
 MAX_REPORTS = 256
-_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-
-
-class Decision(StrEnum):
-    """What became of an attention call. `DENSE`, `DENSE_PADDED` and `UNCHANGED` compute exactly what the model wrote."""
-
-    SPARSE = "sparse"
-    DENSE = "dense"  # dense, its mask removed: is_causal
-    DENSE_PADDED = "dense (padding)"  # dense, its L x L mask replaced by the padding mask behind it
-    KERNEL = "kernel"  # all tokens, by the kernel that `dense_kernel` names: as exact as that kernel is
-    UNCHANGED = "unchanged"
-
-
-class Reason(StrEnum):
-    """Why an attention call became sparse or stayed dense."""
-
-    SPARSE = "SPARSE"
-    LAYER_NOT_SELECTED = "LAYER_NOT_SELECTED"
-    LAYER_COUNT_UNKNOWN = "LAYER_COUNT_UNKNOWN"
-    TOO_SHORT = "TOO_SHORT"
-    LENGTH_UNKNOWN = "LENGTH_UNKNOWN"
-    MASK_OPAQUE = "MASK_OPAQUE"
-    NOT_CAUSAL = "NOT_CAUSAL"
-    SLIDING_WINDOW = "SLIDING_WINDOW"
-    CHUNKED = "CHUNKED"
-    PACKED = "PACKED"
-    NOT_SELF_ATTENTION = "NOT_SELF_ATTENTION"
-    NEEDS_GRAD = "NEEDS_GRAD"
-    DROPOUT = "DROPOUT"
-    HEAD_DIM = "HEAD_DIM"
-    DTYPE = "DTYPE"
-    RANK = "RANK"
-    DEVICE = "DEVICE"
-    KERNEL = "KERNEL"
-    UNSUPPORTED_FORM = "UNSUPPORTED_FORM"
-    PASS_SKIPPED = "PASS_SKIPPED"
-    PASS_FAILED = "PASS_FAILED"
-
-    @property
-    def explanation(self) -> str:
-        """One sentence that says what was found."""
-        return EXPLANATIONS[self]
-
-    @property
-    def remedy(self) -> str | None:
-        """What a user can do about it, or None where nothing is to be done."""
-        return REMEDIES.get(self)
-
-    def said(self, detail: str = "") -> str:
-        """The code, what was found, and what can be done."""
-        found = f"{self}: {self.explanation}" + (f" ({detail})" if detail else "")
-        return "  ".join(filter(None, (found, self.remedy)))
-
-
-EXPLANATIONS: dict[Reason, str] = {
-    Reason.SPARSE: "The call was rewritten to token sparse attention.",
-    Reason.LAYER_NOT_SELECTED: "The layer is not among those that were selected to be sparse.",
-    Reason.LAYER_COUNT_UNKNOWN: "The call cannot be placed among the model's layers, so no default selects it.",
-    Reason.TOO_SHORT: "The sequence is too short for compression to drop tokens or to gain time.",
-    Reason.LENGTH_UNKNOWN: "The sequence length is not known well enough to prove the rewrite right and worth it.",
-    Reason.MASK_OPAQUE: "The meaning of the mask could not be proven.",
-    Reason.NOT_CAUSAL: "The attention is not causal.",
-    Reason.SLIDING_WINDOW: "The mask is a sliding window.",
-    Reason.CHUNKED: "The mask splits the sequence into chunks that do not see each other.",
-    Reason.PACKED: "The mask separates sequences that may be packed into one row.",
-    Reason.NOT_SELF_ATTENTION: "Query and key lengths are not proven equal, as in a decode step or cross-attention.",
-    Reason.NEEDS_GRAD: "A gradient may be needed, and only inference is rewritten.",
-    Reason.DROPOUT: "The attention uses dropout.",
-    Reason.HEAD_DIM: "The head size is not supported.",
-    Reason.DTYPE: "The data type is not supported.",
-    Reason.RANK: "The inputs do not have the four dimensions batch, heads, length, head size.",
-    Reason.DEVICE: "The device is not supported.",
-    Reason.KERNEL: "No registered attention kernel fits the call.",
-    Reason.UNSUPPORTED_FORM: "The call was recognised as attention, but not in a form that can be rewritten.",
-    Reason.PASS_SKIPPED: "The pass that would rewrite the call is switched off.",
-    Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
-}
-
-REMEDIES: dict[Reason, str] = {
-    Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
-    Reason.LAYER_COUNT_UNKNOWN: "Compile the whole model without graph breaks, or name modules by pattern in `layers`.",
-    Reason.TOO_SHORT: "Set `min_length`, or lower `min_tokens` and `window`, to compress shorter sequences.",
-    Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
-    Reason.MASK_OPAQUE: "Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input.",
-    Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
-    Reason.NOT_SELF_ATTENTION: "A prefill is sparse in one call over an empty cache that grows, not over a static one.",
-    Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
-    Reason.DROPOUT: "Call model.eval().",
-    Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
-    Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
-    Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",
-    Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",
-}
 
 
 @dataclass(frozen=True)
@@ -124,6 +30,7 @@ class CallRow:
     Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
     proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now. `expected_dense_ms` and
     `expected_ms` are what a cost model expects the call to take dense and as decided, where a device's costs were asked for.
+    `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
     """
 
     index: int
@@ -141,8 +48,11 @@ class CallRow:
     detail: str = ""
     expected_dense_ms: float | None = None
     expected_ms: float | None = None
+    budget: tuple[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            object.__setattr__(self, "budget", tuple(self.budget))
         for name in ("query", "key", "value"):
             shape = tuple(dim if type(dim) is int else str(dim) for dim in getattr(self, name))
             object.__setattr__(self, name, shape)
@@ -188,6 +98,11 @@ class RewriteReport:
     def count(self, decision: Decision) -> int:
         """How many calls met this decision."""
         return sum(row.decision is decision for row in self.rows)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether a call has several queries, or a number of them that varies."""
+        return any(len(row.query) > 1 and row.query[-2] != 1 for row in self.rows)
 
     @property
     def sparse(self) -> int:
@@ -285,22 +200,21 @@ def render(report: RewriteReport, width: int | None = None) -> str:
     return "\n".join(table + (lines if width is None else wrapped(lines, width)))
 
 
-def wrapped(lines: Iterable[str], width: int) -> list[str]:
-    """Lines of at most so many characters; what goes on is indented. A word that is longer stays whole."""
-    return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
-
-
 def _sight(report: RewriteReport) -> list[str]:
     """What the rows of sparse calls see."""
     if not report.sparse or "budget" not in report.config:
         return []
-    ((kind, amount),) = report.config["budget"].items()
-    chosen = f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
+    budgets = dict.fromkeys(row.budget for row in report.rows if row.budget is not None)
+    chosen = " or ".join(_budget_words(*budget) for budget in budgets or report.config["budget"].items())
     floor = report.config.get("floor")
     if floor is None:
         return [f"sparse: the rows that {chosen} selects see each other; all other rows become 0 (floor=None, as published)"]
     near = f"the last {floor['window']} tokens and the first {floor['sinks']}"
     return [f"sparse: every row sees {near}; the rows that {chosen} selects see each other as well"]
+
+
+def _budget_words(kind: str, amount: float) -> str:
+    return f"KeepRatio({amount:g})" if kind == "keep_ratio" else f"Coverage({amount:g})"
 
 
 def _expectation(report: RewriteReport) -> list[str]:
@@ -331,7 +245,7 @@ def _narrow_table(rows: tuple[CallRow, ...]) -> Table:
         table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     for group in _collapse(rows):
         row = group[0]
-        table.add_row(_name(group), f"x{len(group)}", str(row.decision), str(row.reason))
+        table.add_row(_name(group), f"x{len(group)}", _decided(row), str(row.reason))
     return table
 
 
@@ -348,14 +262,6 @@ def _wide_table(rows: tuple[CallRow, ...]) -> Table:
         detail = [" ".join(group[0].detail.split())] if detailed else []
         table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
     return table
-
-
-def as_text(table: Table, width: int = 100_000) -> str:
-    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
-    sink = io.StringIO()
-    console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
 def _collapse(rows: tuple[CallRow, ...]) -> list[list[CallRow]]:
@@ -383,7 +289,11 @@ def _cells(group: list[CallRow]) -> list[str]:
     row = group[0]
     shapes = [f"[{', '.join(map(str, shape))}]" for shape in (row.query, row.key, row.value)]
     cells = [_name(group), f"x{len(group)}", *shapes, row.dtype, row.form, row.mask]
-    return [*cells, str(row.decision), str(row.reason), row.kernel]
+    return [*cells, _decided(row), str(row.reason), row.kernel]
+
+
+def _decided(row: CallRow) -> str:
+    return " ".join([str(row.decision), *([] if row.budget is None else [_budget_words(*row.budget)])])
 
 
 def _times(row: CallRow) -> list[str]:
@@ -393,28 +303,12 @@ def _times(row: CallRow) -> list[str]:
     return [number(dense), f"{number(now)} ({dense / now:.2f}x)"]
 
 
-def number(ms: float) -> str:
-    """Three digits: expected times are no better."""
-    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
-
-
 def _name(group: list[CallRow]) -> str:
     """The name with the group's numbers, as in model.layers.0..15.self_attn; gaps are kept: 0..3,5."""
     before, first, after = _split(group[0])
     if not first:
         return before or "?"
     return before + spans(int(_split(row)[1]) for row in group) + after
-
-
-def spans(indices: Iterable[int]) -> str:
-    """Numbers as text, neighbours together: 0..3,5."""
-    runs: list[list[int]] = []
-    for index in dict.fromkeys(indices):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
 
 
 _history: deque[RewriteReport] = deque(maxlen=MAX_REPORTS)
@@ -427,10 +321,14 @@ def record(report: RewriteReport) -> None:
         _history.append(report)
 
 
-def reports() -> list[RewriteReport]:
-    """The reports of this process's compilations, newest last."""
+def reports(*, prefill: bool = False) -> list[RewriteReport]:
+    """The reports of this process's compilations, newest last.
+
+    Args:
+        prefill: those of graphs that have attention of several queries alone, without decode steps and graphs without any.
+    """
     with _lock:
-        return list(_history)
+        return [report for report in _history if report.is_prefill or not prefill]
 
 
 def clear_reports() -> None:

@@ -29,6 +29,7 @@ from tsa_compile.config import KeepRatio
 from tsa_compile.costs.devices import MEASURED
 from tsa_compile.errors import ConfigError
 from tsa_compile.export.tensorrt import Finding
+from tsa_compile.loss_calibration import LossCalibration
 
 from ..support import without_interpreter
 from .support import QUICK, TINY, fails, run
@@ -235,6 +236,23 @@ def test_calibrate_writes_what_explain_reads(calibration, traced):
     run("explain", *TINY, *QUICK, "--sparse-layers", str(calibration))
     chosen = Calibration.load(calibration).sparse_layers
     assert len(chosen) == 1 and traced[0].layers == chosen
+
+
+def test_calibrate_by_loss_writes_a_ratio_for_each_layer(traced, tmp_path):
+    path, config = tmp_path / "layers.json", tmp_path / "config.json"
+    config.write_text(TSAConfig(window=4, min_tokens=0).to_json())
+    search = ["--objective", "loss", "--max-kl", "100", "--ratios", "0.5,0.25", "--answer", "8", "--config", str(config)]
+    done = run("calibrate", *TINY, "--random", "2", "--length", "40", *search, "--out", str(path))
+    assert done.exit_code == 0 and "2 of 2 layers sparse" in done.stdout and f"--sparse-layers {path}" in done.stdout
+    found = LossCalibration.load(path)
+    assert (found.prompts, found.tokens, found.length, found.ratios) == (2, 16, 32, (0.25, 0.25))
+    run("explain", *TINY, *QUICK, "--sparse-layers", str(path))
+    assert traced[0].layers == {0: KeepRatio(0.25), 1: KeepRatio(0.25)}
+    assert texts.setting(f"layers={path},window=8") == ({"layers": found.sparse_layers, "window": 8}, False)
+    said = fails(2, "explain", *TINY, *QUICK, "--sparse-layers", str(path), "--budget", "keep:0.5")
+    assert "the budget keep:0.5, and layers with a budget each: leave one of them out" in said
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        texts.setting(f"keep:0.5,layers={path}")
 
 
 def test_calibrate_reads_token_ids_from_a_file(tmp_path):

@@ -1,4 +1,4 @@
-"""`tsa-compile calibrate`: which layers of a model may be sparse, from the drift of their representations."""
+"""`tsa-compile calibrate`: which layers of a model may be sparse, by representation drift or by what they cost."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import Batch, FigureOptions, Length, ModelOptions, command
+from tsa_compile.commands.options import Batch, FigureOptions, Length, ModelOptions, command, read_config
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from tsa_compile.calibration import Calibration
     from tsa_compile.commands.loading import Source
+    from tsa_compile.loss_calibration import LossCalibration
 
 _SHORTEST = 16  # tokens of a prompt; of fewer, each of which sees next to nothing, drift says nothing about long ones
 _RANDOM = 2  # with random weights more prompts say nothing more
@@ -26,8 +27,8 @@ _RANDOM = 2  # with random weights more prompts say nothing more
         "tsa-compile calibrate my-llama --prompts texts.jsonl --out layers.json",
     ),
     (
-        "A quarter of them, from one long text cut into pieces of 16K tokens",
-        "tsa-compile calibrate my-llama --prompts book.txt --length 16K --delta 0.25",
+        "Which layers, and how much each keeps, for answers that stay near?",
+        "tsa-compile calibrate my-llama --prompts a.txt --objective loss --max-kl 0.1",
     ),
 )
 def calibrate(
@@ -46,21 +47,41 @@ def calibrate(
     length: Length = "1K",
     batch: Batch = 1,
     count: Annotated[int | None, typer.Option("--count", min=1, help="At most so many prompts of the file.")] = None,
-    delta: Annotated[float, typer.Option("--delta", help="The share of the layers to be sparse, in (0, 1].")] = 0.5,
+    delta: Annotated[
+        float | None, typer.Option("--delta", help="The share of the layers to be sparse, in (0, 1]. Default: 0.5.")
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option("--objective", help="drift: how much a layer changes its input; loss: what it costs in the answers."),
+    ] = "drift",
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", help="loss: how far answers may be from dense: mean KL of their tokens, in nats."),
+    ] = None,
+    ratios: Annotated[
+        str | None, typer.Option("--ratios", help="loss: the keep ratios to choose from. Default: 0.5,0.3,0.15,0.08.")
+    ] = None,
+    answer: Annotated[
+        int | None,
+        typer.Option("--answer", min=1, help="loss: so many last tokens of a prompt are its answer. Default: 64."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="loss: a TSAConfig as JSON (floor, window, min_tokens, ...).")
+    ] = None,
 ) -> None:
-    """Measure how much every layer changes its input; the layers that change it least may be sparse.
+    """Find the layers that may be sparse: those that change their input least, or cost the answers least.
 
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
-    if not 0 < delta <= 1:
-        raise ConfigError(f"--delta {delta} is not allowed: it must lie in (0, 1], the share of layers to be sparse")
+    search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, config=config)
     if tokens < _SHORTEST:
         raise ConfigError(
             f"--length {length} is too short to calibrate: take {_SHORTEST} or more, best what the model will see"
         )
     if file is not None and random is not None:
         raise ConfigError("both --prompts and --random given: choose one")
+    out.check()
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
@@ -69,11 +90,41 @@ def calibrate(
         loaded = source.load(tokens, batch)
     from tsa_compile.calibration import calibrate as measure
 
-    found = measure(loaded, chosen, delta, batch_size=batch, progress=output.stderr().is_terminal)
+    found: Any = measure(loaded, chosen, batch_size=batch, progress=output.stderr().is_terminal, **search)
     if source.folder is None:
         output.say("note", "the weights are random: this shows how calibration runs, not which layers a trained model has")
-    out.draw(found.plot)
-    out.show(_table(found, out.out), found.to_dict())
+    if objective == "drift":
+        out.draw(found.plot)
+    out.show(_table(found, out.out) if objective == "drift" else _costs(found, out.out), found.to_dict())
+
+
+def _search(objective: str, delta: float | None, out: FigureOptions, **given: Any) -> dict[str, Any]:
+    """The options of `calibrate` that belong to its objective; ConfigError where they belong to the other."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if objective == "drift":
+        if names:
+            raise ConfigError(f"{', '.join(names)} goes with --objective loss")
+        delta = 0.5 if delta is None else delta
+        if not 0 < delta <= 1:
+            raise ConfigError(f"--delta {delta} is not allowed: it must lie in (0, 1], the share of layers to be sparse")
+        return {"delta": delta}
+    if objective != "loss":
+        raise ConfigError(f"--objective {objective} is not known: it is drift or loss")
+    if delta is not None or out.figure is not None:
+        raise ConfigError(f"{'--delta' if delta is not None else '--figure'} goes with --objective drift")
+    if given["max_kl"] is None:
+        raise ConfigError("--objective loss needs --max-kl: how far answers may be from dense, as --max-kl 0.01")
+    search: dict[str, Any] = {"objective": "loss", "max_kl": given["max_kl"]}
+    search |= {} if given["ratios"] is None else {"ratios": _ratios(given["ratios"])}
+    search |= {} if given["answer"] is None else {"answer": given["answer"]}
+    return search | ({} if given["config"] is None else {"config": read_config(given["config"])})
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [float(part) for part in texts.names(text)]
+    except ValueError:
+        raise ConfigError(f"--ratios {text} is not understood: write keep ratios with commas between them") from None
 
 
 def _prompts(source: Source, file: Path | None, random: int | None, length: int, count: int | None) -> Any:
@@ -105,3 +156,24 @@ def _table(found: Calibration, path: Path | None) -> str:
     )
     lines.append(f"use them: --sparse-layers {path or chosen}" if sparse else "no layer is sparse: take a larger --delta")
     return "\n".join(lines)
+
+
+def _costs(found: LossCalibration, path: Path | None) -> str:
+    """What each layer costs alone, what it keeps now, and what all of it costs."""
+    ratios = sorted({ratio for costs in found.alone for ratio in costs}, reverse=True)
+    width = max(map(len, found.layers))
+    lines = [f"{'layer'.ljust(width)}  " + "".join(f"{f'keep {ratio:g}':<11}" for ratio in ratios) + "chosen"]
+    for name, costs, ratio in zip(found.layers, found.alone, found.ratios, strict=True):
+        cells = "".join(f"{costs[each]:<11.2g}" if each in costs else f"{'':<11}" for each in ratios)
+        lines.append(f"{name.ljust(width)}  {cells}{'dense' if ratio is None else f'keep {ratio:g}'}")
+    lines.append(
+        f"(KL of the answers to dense with that layer alone sparse; {found.tokens:,} tokens of {found.prompts:,} answers)"
+    )
+    chosen = found.sparse_layers
+    lines.append(
+        f"{len(chosen)} of {len(found.layers)} layers sparse: KL {found.kl:.2g} as a whole, of {found.max_kl:g} allowed; "
+        f"{found.saved:.0%} of the pairs of queries and keys left out of selected attention"
+    )
+    if not chosen:
+        return "\n".join([*lines, "no layer is sparse: allow a larger --max-kl, or larger --ratios"])
+    return "\n".join([*lines, f"use them: --sparse-layers {path or '(the file that --out writes)'}"])

@@ -20,12 +20,12 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import MOST_LAYERS, Layers, TSAConfig
+from tsa_compile.config import MOST_LAYERS, HeldLayers, LayerBudgets, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibrated import Calibrated
     from tsa_compile.commands.loading import Source
 
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
@@ -161,6 +161,7 @@ class SparseOptions:
 
         if self.sparse_layers is not None:
             changes["layers"], _ = chosen_layers(self.sparse_layers, source)
+            texts.check_one_budget(self.budget, changes["layers"])
         config = self._but_layers().replace(**changes)
         _check_layers(config, source)
         if config.kernel != registry.AUTO:
@@ -174,7 +175,7 @@ class SparseOptions:
             texts.check_layers(self.sparse_layers)
 
     def _but_layers(self) -> TSAConfig:
-        base = TSAConfig() if self.config is None else _read_config(self.config)
+        base = TSAConfig() if self.config is None else read_config(self.config)
         given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
         changes = {name: value for name, value in given.items() if value is not None}
         if self.budget is not None:
@@ -190,21 +191,22 @@ class SparseOptions:
             chosen.check(model)
 
 
-def _read_config(path: Path) -> TSAConfig:
+def read_config(path: Path) -> TSAConfig:
+    """A TSAConfig of a JSON file; ConfigError names the file."""
     try:
         return TSAConfig.from_json(path)
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-def chosen_layers(text: str, source: Source) -> tuple[Layers | None, Calibration | None]:
+def chosen_layers(text: str, source: Source) -> tuple[HeldLayers | None, Calibrated | None]:
     """The layers that a text names, and the calibration that chose them, if one did.
 
     Raises:
         ConfigError: it names none, or the calibration is of a model of another architecture or of other sizes.
     """
     found = texts.layers(text)
-    if found is None or isinstance(found, tuple):
+    if found is None or isinstance(found, (tuple, LayerBudgets)):
         return found, None
     if len(found.layers) != source.layers:
         count = len(found.layers)

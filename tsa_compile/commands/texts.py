@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
 from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibrated import Calibrated
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -70,9 +70,14 @@ def budget(text: str) -> Budget:
 
 
 def setting(text: str) -> tuple[dict[str, Any], bool]:
-    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected."""
+    """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
+
+    Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json.
+    """
     first, *others = text.split(",")
-    changes: dict[str, Any] = {"budget": budget(first)}
+    calibrated = first.startswith("layers=")  # which may have a budget each
+    changes: dict[str, Any] = {} if calibrated else {"budget": budget(first)}
+    others = [first, *others] if calibrated else others
     random = False
     for part in others:
         name, _, value = (word.strip() for word in part.partition("="))
@@ -85,7 +90,14 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
                 f"--setting {text}: {part!r} is not understood: behind the budget write {FIELDS} or select=random"
             )
         changes |= change
+    check_one_budget(None if calibrated else first, changes.get("layers"))
     return changes, random
+
+
+def check_one_budget(budget: str | None, layers: object) -> None:
+    """Raises ConfigError where a budget was written and layers have one each."""
+    if budget is not None and isinstance(layers, LayerBudgets):
+        raise ConfigError(f"the budget {budget}, and layers with a budget each: leave one of them out")
 
 
 FIELDS = (
@@ -118,7 +130,7 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibration | None:
+def layers(text: str) -> HeldLayers | Calibrated | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:
@@ -130,12 +142,12 @@ def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibration | None:
     if text == "none":
         return ()
     if not re.fullmatch(r"[-,\s\d]*", text) or os.path.isfile(text):
-        from tsa_compile.calibration import PRESETS, Calibration
+        from tsa_compile.calibration import PRESETS, load_calibration
 
         if text in PRESETS:
             return PRESETS[text].layers
         if text.endswith(".json") or os.path.isfile(text):
-            return Calibration.load(text)
+            return load_calibration(text)
     parts = names(text)
     if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))

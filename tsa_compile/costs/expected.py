@@ -11,7 +11,8 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, shortest
 from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import DeviceCosts, costs_of
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 
 def with_expectations(
@@ -25,10 +26,12 @@ def with_expectations(
     rows = tuple(_with_times(row, config, costs) for row in report.rows)
     expected: dict[str, Any] = {"device": costs.name}
     candidates = [row for row in rows if row.reason in (Reason.SPARSE, Reason.TOO_SHORT)]
-    shapes = [shape for row in candidates if (shape := _shape(row, config)) is not None]
+    shapes = [(row, shape) for row in candidates if (shape := _shape(row, config)) is not None]
     if shapes:
         decider = None if getattr(device, "type", device) == "cpu" else costs  # as the calls were decided about
-        expected["break_even"] = shortest(config, decider, shapes[0], len(candidates) / len(rows))
+        share = len(candidates) / len(rows)
+        known = [shortest(_own(row, config), decider, shape, share) for row, shape in shapes]
+        expected["break_even"] = min((length for length in known if length is not None), default=None)
     return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
 
 
@@ -36,9 +39,16 @@ def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
+    if row.key[2] != length:  # behind a cache, of which the cost model knows nothing
+        return row
     dense = dense_ms(shape, costs)(length)
-    sparse = sparse_ms(shape, costs)(length, expected_kept(config, length))
+    sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length))
     return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)
+
+
+def _own(row: CallRow, config: TSAConfig) -> TSAConfig:
+    """The configuration of a row's layer."""
+    return config if row.budget is None else config.replace(budget=dict([row.budget]))
 
 
 def _shape(row: CallRow, config: TSAConfig) -> CallShape | None:
@@ -50,4 +60,4 @@ def _shape(row: CallRow, config: TSAConfig) -> CallShape | None:
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
     heads, kv_heads, head_dim, value_head_dim = map(int, sizes)
-    return CallShape.configured(config, row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize)
+    return CallShape.configured(_own(row, config), row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize)

@@ -30,7 +30,8 @@ from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.score import MAX_HEAD_DIM
-from tsa_compile.report import Reason, as_text, number, spans, wrapped
+from tsa_compile.reasons import Reason
+from tsa_compile.text import as_text, number, spans, wrapped
 
 _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}
 
@@ -228,14 +229,16 @@ def _predict(
     selected = _selected(config, model)
     share = len(selected) / len(model.layers)
     itemsize = model.dtype.itemsize
+    configs = [config.of_layer(index, sizes.modules) for index, sizes in enumerate(model.layers)]
     shapes = [
-        CallShape.configured(config, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
-        for layer in model.layers
+        CallShape.configured(own, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
+        for own, layer in zip(configs, model.layers, strict=True)
     ]
-    sparse_kept = expected_kept(config, length) if kept is None else float(kept)
+    minima = [shortest(own, costs, shape, share) for own, shape in zip(configs, shapes, strict=True)]
     layers = []
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
-        reason = _reason(sizes, index in selected, length, shortest(config, costs, shape, share))
+        reason = _reason(sizes, index in selected, length, minima[index])
+        sparse_kept = expected_kept(configs[index], length) if kept is None else float(kept)
         dense = dense_work(shape, costs) if sizes.attends else NOTHING
         sparse = sparse_path(shape, costs) if sizes.kind == FULL else NOTHING
         rest = rest_work(RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, itemsize), costs)
@@ -248,11 +251,12 @@ def _predict(
             )
         )  # fmt: skip
     head = rest_work(RestShape(batch, 1, model.head, model.head, 0, itemsize), costs)
-    first = next((shape for shape, layer in zip(shapes, model.layers, strict=True) if layer.kind == FULL), None)
+    full = [index for index, layer in enumerate(model.layers) if layer.kind == FULL]
+    gaining = [minima[index] for index in [index for index in full if index in selected] or full[:1]]
     said = dict.fromkeys((*notes, *_notes(config, model, kept)))
     return Prediction(
         model=model, config=config, costs=costs, length=length, batch=batch, layers=tuple(layers), head=head,
-        head_ms=head.ms_at(length), break_even=None if first is None else shortest(config, costs, first, share),
+        head_ms=head.ms_at(length), break_even=min((length for length in gaining if length is not None), default=None),
         notes=tuple(said), kept=kept,
     )  # fmt: skip
 
@@ -287,8 +291,9 @@ def _reason(layer: LayerSizes, selected: bool, length: int, minimum: int | None)
 
 def _notes(config: TSAConfig, model: ModelSizes, kept: float | None) -> list[str]:
     notes = []
-    if isinstance(config.budget, Coverage) and kept is None:
-        notes.append(f"what {config.budget} keeps depends on the input: expected is what the publication found")
+    counted = [budget for budget in config.budgets if isinstance(budget, Coverage)]
+    if counted and kept is None:
+        notes.append(f"what {counted[0]} keeps depends on the input: expected is what the publication found")
     if any(layer.kind in _WINDOWS for layer in model.layers):
         notes.append("layers with a window are charged as causal attention over all tokens, dense and unchanged")
     others = sorted({layer.kind for layer in model.layers if not layer.attends})

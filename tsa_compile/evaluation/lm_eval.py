@@ -163,13 +163,15 @@ def read_config(given: Mapping[str, Any]) -> TSAConfig:
     changes: dict[str, Any] = {"strict": True}
     # It is accuracy that is asked for, not time.
     changes |= {"min_length": 1} if config.min_length is None else {}
-    changes |= {"budget": texts.budget(written.pop("budget"))} if "budget" in written else {}
+    budget = written.pop("budget", None)
+    changes |= {} if budget is None else {"budget": texts.budget(budget)}
     changes |= {"compiler": written.pop("compiler")} if "compiler" in written else {}
     for name, value in written.items():
         change = texts.field(name, value)
         if change is None:
             raise ConfigError(f"--model_args {name}={value} is not understood: write budget=keep:0.15, {texts.FIELDS}")
         changes |= change
+    texts.check_one_budget(budget, changes.get("layers"))
     config = config.replace(**changes)
     if config.kernel != registry.AUTO:
         registry.get(config.kernel)

@@ -230,6 +230,10 @@ class PlanExported(PlanCalls):
             )
         return result
 
+    def _group(self, plan: CallPlan) -> str | None:
+        """None: a program that asks other processes is no part of what is exported."""
+        return None
+
     def _say_what_was_not_found(self, text: str | None) -> None:
         """An error here: a program is exported once, and there is no other graph that could have the layer."""
         if text is not None:
@@ -237,7 +241,7 @@ class PlanExported(PlanCalls):
 
     def _settled(self, plan: CallPlan, sparse_layers: float) -> TSAConfig:
         """A configuration with which no comparison of the length needs a guard."""
-        config, call = self.state.config, plan.call
+        config, call = plan.config, plan.call
         length = fake(call.query).shape[2]
         if not isinstance(length, torch.SymInt):
             return config

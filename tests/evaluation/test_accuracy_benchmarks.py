@@ -1,0 +1,142 @@
+"""The benchmarks of scores and of calibrations: what they compute, that they go on, and their tables."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsa_compile.backend import tsa_backend
+from tsa_compile.config import KeepRatio, TSAConfig
+from tsa_compile.kernels import reference
+
+from .small import TEXT, llama, tokenizer
+
+pytestmark = pytest.mark.usefixtures("fresh")
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)  # where dataclasses look up annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return script("scores")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    llama(2).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def drawn(length, heads=4, groups=2):
+    torch.manual_seed(0)
+    return [torch.randn(1, count, length, 8) for count in (heads, groups, groups)]
+
+
+def test_scores_are_the_references(scores):
+    query, key, value = drawn(200)
+    for name, combine in scores.SCORES.items():
+        if name == "random":
+            continue
+        wanted = reference.score(
+            query.double(), key.double(), None, 0.3, scores.WINDOW, scores.POOL, combine,
+            value.double() if name.endswith("_values") else None,
+        )  # fmt: skip
+        found = scores.score(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), 0.3, name)
+        torch.testing.assert_close(found.double(), wanted[..., : 200 - scores.WINDOW], rtol=1e-4, atol=1e-7)
+
+
+def test_ways_to_combine_rows(scores):
+    weights = torch.tensor([[0.9, 0.0], [0.1, 0.2], [0.2, 0.4]])
+    found = {name: combine(weights).tolist() for name, combine in scores.SCORES.items()}
+    assert found["mean"] == pytest.approx([0.4, 0.2]) and found["max"] == pytest.approx([0.9, 0.4])
+    assert scores.highest(2)(weights).tolist() == pytest.approx([0.55, 0.3])
+    assert scores.last(2)(weights).tolist() == pytest.approx([0.15, 0.3])
+    assert scores.recent(1)(weights).tolist() == pytest.approx([(0.9 + 0.2 + 0.8) / 7, (0.4 + 1.6) / 7])
+    assert found["renormalised"] == pytest.approx([(1 + 1 / 3 + 1 / 3) / 3, (2 / 3 + 2 / 3) / 3])
+    assert scores.larger(scores.mean, scores.last(1))(weights).tolist() == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_sparse_layers_are_those_of_the_backend(scores):
+    """Logits behind the study's own attention, which is SDPA under a mask, equal the compiled model's."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    plain, model, ids = llama(2), llama(2), torch.randint(400, (1, 500))
+    config = TSAConfig(KeepRatio(0.1), 128, scores.FLOOR, min_tokens=0, min_length=1, layers=[1], compiler="eager")
+    attention = scores.Attention(2)
+    AttentionInterface.register("scores-test", attention)
+    AttentionMaskInterface.register("scores-test", lambda *_, **__: None)
+    model.set_attn_implementation("scores-test")
+    with torch.no_grad():
+        wanted = torch.compile(plain, backend=tsa_backend, options={"config": config})(ids, use_cache=False).logits
+        dense = model(ids, use_cache=False).logits
+        torch.testing.assert_close(dense, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        attention.name, attention.ratio = "mean", 0.1
+        found = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, dense, atol=1e-2)
+
+
+@pytest.mark.parametrize("task", ["keys", "values"])
+def test_samples_have_their_length_and_their_answers(scores, task):
+    words = tokenizer()
+    text = words(TEXT * 2)["input_ids"]
+    for question in scores.QUESTIONS:
+        made = scores.sample(words, text, task, question, 1200, 3)
+        assert len(made.prompt) == 1200 and made == scores.sample(words, text, task, question, 1200, 3)
+        written, answer = words.decode(made.prompt), words.decode(made.answer)
+        numbers = answer.replace(" and", ",").strip().split(", ")
+        assert len(numbers) == (1 if task == "keys" else 4) and all(f" {number}." in written for number in numbers)
+        assert (numbers[0] in written[: written.index(scores._TOLD[:20])]) if question == "told" else True
+    assert made != scores.sample(words, text, task, "code", 1200, 3)
+
+
+def test_scores_go_on_and_are_rendered(scores, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "topics", {"book": TEXT * 3})
+    out = tmp_path / "scores.json"
+    given = ["--model", str(folder), "--out", str(out), "--lengths", "600", "--questions", "short", "--ratios", "0.1"]
+    assert scores.main([*given, "--samples", "1", "--scores", "mean", "--minutes", "0"]) == 3
+    assert scores.main([*given, "--samples", "2", "--scores", "mean", "random"]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert {name: len(rows) for name, rows in cells["600/keys/short"].items()} == {
+        "dense": 2, "mean, keep 0.1": 2, "random, keep 0.1": 2,
+    }  # fmt: skip
+    assert [row[2] for row in cells["600/values/short"]["dense"]] == [0, 0]
+    assert scores.main(["--render", str(tmp_path / "scores.md"), "--out", str(out)]) == 0
+    lines = (tmp_path / "scores.md").read_text().splitlines()
+    assert "**600 tokens, 2 samples**" in lines and sum(line.startswith("| random, keep 0.1 |") for line in lines) == 1
+
+
+def test_calibrations_go_on_and_are_rendered(folder, tmp_path, monkeypatch):
+    module = script("calibrate")
+    monkeypatch.setattr(module, "topics", {"book": TEXT * 3})
+    out = tmp_path / "calibrate.json"
+    given = ["--model", str(folder), "--out", str(out), "--length", "600", "--tasks", "needle", "--ratios", "0.3", "0.1"]
+    given += ["--samples", "1", "--unseen", "1"]
+    assert module.main([*given, "--minutes", "0"]) == 3
+    first = json.loads(out.read_text())["costs"]["1/needle/0"]
+    assert first and module.main(given) == 0
+    data = json.loads(out.read_text())
+    assert data["costs"]["1/needle/0"].items() >= first.items()
+    rows = {row["name"]: row for row in data["rows"]}
+    assert (
+        rows["upper half, keep 0.1"]["choice"] == "1:0.1" and rows["upper two thirds, keep 0.3"]["choice"] == "0:0.3,1:0.3"
+    )
+    for name, row in rows.items():
+        assert row["kl"] == row["tasks"]["needle"] == data["costs"]["2/needle/0"][row["choice"]]
+        assert "max_kl" not in name or row["seen"] <= float(name.split()[-1])
+    assert module.main(["--render", str(tmp_path / "c.md"), "--out", str(out)]) == 0
+    assert "| **by loss" in (tmp_path / "c.md").read_text()
+    with pytest.raises(SystemExit, match="other conditions"):
+        module.main([*given, "--length", "500"])

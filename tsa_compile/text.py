@@ -1,0 +1,42 @@
+"""Tables, lines, numbers and runs of numbers as plain text."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def wrapped(lines: Iterable[str], width: int) -> list[str]:
+    """Lines of at most so many characters; what goes on is indented. A word that is longer stays whole."""
+    return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
+
+
+def as_text(table: Table, width: int = 100_000) -> str:
+    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
+    sink = io.StringIO()
+    console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
+
+
+def number(ms: float) -> str:
+    """Three digits: expected times are no better."""
+    return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
+
+
+def spans(indices: Iterable[int]) -> str:
+    """Numbers as text, neighbours together: 0..3,5."""
+    runs: list[list[int]] = []
+    for index in dict.fromkeys(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)
