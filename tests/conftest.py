@@ -69,6 +69,9 @@ LONG = (
 def pytest_configure(config: pytest.Config) -> None:
     # Modules go to workers in the order of `LONG`: by itself, pytest-xdist begins with those of most tests, which are not
     # those that take longest, and one worker would be left alone with a long one in the end.
+    missing = [name for name in LONG if not (Path(__file__).parent / name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which are not there: take them out")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
     quicken_dynamo()
