@@ -114,6 +114,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Each test begins with gradients enabled: a benchmark's `main` switches them off for its process, which here is others' as
+    well."""
+    with torch.enable_grad():
+        yield
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """A compiler without memory: no compiled code, no reports."""
