@@ -116,8 +116,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def gradients() -> Iterator[None]:
-    """Each test begins with gradients enabled: a benchmark's `main` switches them off for its process, which here is others' as
-    well."""
+    """Each test begins with gradients enabled: a benchmark's `main` switches them off for its process, in which others run."""
     with torch.enable_grad():
         yield
 
