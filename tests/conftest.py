@@ -116,7 +116,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def gradients() -> Iterator[None]:
-    """Each test begins with gradients enabled: a benchmark's `main` switches them off for its process, in which others run."""
+    """Each test begins with gradients enabled: a benchmark's `main` switches them off for the whole process."""
     with torch.enable_grad():
         yield
 
