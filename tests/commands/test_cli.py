@@ -20,7 +20,7 @@ import transformers
 from tsa_compile import RewriteReport, TSAConfig, shapes
 from tsa_compile.bench import MODES
 from tsa_compile.calibration import Calibration
-from tsa_compile.cli import COMMANDS
+from tsa_compile.cli import COMMANDS, main
 from tsa_compile.commands import errors, export, output, texts
 from tsa_compile.commands.bench import MODE_NAMES
 from tsa_compile.commands.loading import DTYPES, Source
@@ -153,6 +153,26 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported():
 
 def test_version():
     assert run("--version").stdout.strip() == f"tsa-compile {version('tsa-compile')}"
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("ca", ["calibrate"]),
+        ("explain --shape qwen3", ["qwen3-0.6b", "qwen3-8b"]),
+        ("explain --device h", ["h200", "h100"]),
+        ("bench --dtype bf", ["bfloat16", "bf16"]),
+        ("eval --sam", ["--samples"]),
+    ],
+)
+def test_the_shell_completes(line, wanted, monkeypatch, capsys):
+    """As bash asks; `tsa-compile --install-completion` teaches it to."""
+    monkeypatch.setenv("_TSA_COMPILE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"tsa-compile {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None) and capsys.readouterr().out.split() == wanted
 
 
 def examples(name):
