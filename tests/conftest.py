@@ -69,6 +69,9 @@ LONG = (
 def pytest_configure(config: pytest.Config) -> None:
     # Modules go to workers in the order of `LONG`: by itself, pytest-xdist begins with those of most tests, which are not
     # those that take longest, and one worker would be left alone with a long one in the end.
+    missing = [name for name in LONG if not (Path(__file__).parent / name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which are not there: take them out")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
     quicken_dynamo()
@@ -87,15 +90,35 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
+def thin_out(items: list[pytest.Item]) -> None:
+    """Of a kernel's or a pass's test that has more than six cases, the quick round has every third."""
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.path.parent.name in ("kernels", "sparse", "passes") and not item.get_closest_marker("gpu"):
+            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for same in cases.values():
+        for number, item in enumerate(same if len(same) > 6 else ()):
+            if number % 3:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path, len(LONG)))
+    thin_out(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Each test begins with gradients enabled: a benchmark's `main` switches them off for the whole process."""
+    with torch.enable_grad():
+        yield
 
 
 @pytest.fixture
@@ -107,3 +130,15 @@ def fresh() -> Iterator[None]:
     clear_reports()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights, its tokenizer, its chat template and a text, book.txt; not to be written to."""
+    from .evaluation.small import TEXT, llama, tokenizer
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    llama(1).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    (path / "book.txt").write_text(TEXT)
+    return path

@@ -23,7 +23,7 @@ from tsa_compile.kernels import reference, registry
 from tsa_compile.kernels.sparse import a_shape_lists, block_sparse
 from tsa_compile.testing import count_ops, widest_elements
 
-from .support import Attention, Stack, difference, heads, mixed_padding, oracle, tiny, tokens
+from .support import Attention, Stack, difference, heads, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -60,7 +60,7 @@ def test_both_spellings_of_the_backend(backend):
     assert difference(out, half_of(*inputs)) < ATOL
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", slow_but([False, True], True))
 def test_a_floor_leaves_no_valid_row_blind(padded):
     model, ids = tiny("llama"), tokens(2, 60)
     mask = mixed_padding(60, (0, 11)) if padded else torch.ones_like(ids)
@@ -81,6 +81,7 @@ def test_entry_point_is_listed():
     assert "tsa" in torch._dynamo.list_backends()
 
 
+@pytest.mark.slow
 def test_defaults_leave_short_sequences_alone():
     model = tiny("llama", num_hidden_layers=2)
     ids = tokens(2, 40)
@@ -178,6 +179,7 @@ def test_a_registered_kernel_by_name():
         registry.unregister("test kernel")
 
 
+@pytest.mark.slow
 def test_block_sparse_kernels_under_a_floor(registered):
     """Over the kept rows, and over all rows in the layer that is not sparse: of few rows two see all, the third does not."""
     registered.append(block_sparse("narrow", a_shape_lists, sinks=1, window=1))
@@ -268,7 +270,7 @@ def test_what_is_not_allowed_is_named(options, said):
         assert part in str(failure.value), part
 
 
-@pytest.mark.parametrize("layers", [[7], ["decoder.*"]], ids=str)
+@pytest.mark.parametrize("layers", slow_but([[7], ["decoder.*"]], [7]), ids=str)
 def test_layers_that_the_model_does_not_have_are_said_once(layers):
     """Once for a model, at whatever lengths it is compiled; a warning, as a stage of a pipeline has a part of them too."""
     model = tiny("llama")
@@ -403,6 +405,7 @@ def test_a_graph_without_attention():
     assert [len(report) for report in reports()] == [0]
 
 
+@pytest.mark.slow
 def test_no_mask_is_built_in_exact_mode():
     """The largest tensor of the rewritten graph is far below L x L."""
     keeper = Keeper()
@@ -446,7 +449,7 @@ def broken_in_a_layer():
 
 
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
-@pytest.mark.parametrize("layers", [None, [0], [2], ["model.layers.2.*"], []], ids=str)
+@pytest.mark.parametrize("layers", slow_but([None, [0], [2], ["model.layers.2.*"], []], None), ids=str)
 def test_layers_that_are_compiled_one_by_one(layers):
     """Such a graph does not know which layer it is: no layer may be sparse that was not asked for, and none may fail."""
     model, ids = broken_in_a_layer(), tokens(2, 40)

@@ -451,6 +451,7 @@ def test_long_prefills_are_repeated_less_often(load, monkeypatch, length, rounds
     assert (row["ms"], row["mask"], row["length"]) == (5000.0, False, length)
 
 
+@pytest.mark.slow
 def test_architectures_are_examined(load, tmp_path, capsys):
     models = load("models")
     assert models.main(["--models", "llama", "bert", "--out", str(tmp_path)]) == 0

@@ -47,7 +47,10 @@ def wanted_logits(config, length, **inputs):
         return llama("oracle")(tokens(3, length), use_cache=False, **inputs).logits
 
 
-@pytest.mark.parametrize("config, padded", [(HALF, False), (COVERAGE, True)], ids=["half-plain", "coverage-padded"])
+@pytest.mark.parametrize(
+    "config, padded",
+    [pytest.param(HALF, False, id="half-plain"), pytest.param(COVERAGE, True, id="coverage-padded", marks=pytest.mark.slow)],
+)
 def test_one_compilation_serves_all_long_lengths(config, padded):
     """dynamic=True: a guard at the shortest compressed length, two graphs in all, each right on its side."""
     compiled = torch.compile(llama(), backend="tsa", options={"config": config}, dynamic=True)
@@ -63,6 +66,7 @@ def test_one_compilation_serves_all_long_lengths(config, padded):
     assert [reasons(report) for report in reports()] == [SPARSE, TOO_SHORT]
 
 
+@pytest.mark.slow
 def test_short_calls_first_leave_long_ones_sparse():
     """The guard works from below, too: what was compiled as dense is not reused for a long sequence."""
     compiled = torch.compile(llama(), backend="tsa", options={"config": HALF}, dynamic=True)
@@ -73,6 +77,7 @@ def test_short_calls_first_leave_long_ones_sparse():
     assert [reasons(report) for report in reports()] == [TOO_SHORT, SPARSE]
 
 
+@pytest.mark.slow
 def test_min_length_moves_the_guard():
     config = HALF.replace(min_length=32)
     compiled = torch.compile(llama(), backend="tsa", options={"config": config}, dynamic=True)
@@ -85,7 +90,7 @@ def test_min_length_moves_the_guard():
     assert [reasons(report) for report in reports()] == [SPARSE, TOO_SHORT]
 
 
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
 def test_automatic_dynamic_shapes(form):
     """The first length is static, the second compiles a graph for all others."""
     compiled = torch.compile(llama(form), backend="tsa", options={"config": HALF})
@@ -123,7 +128,7 @@ def test_inductor_serves_many_lengths_with_one_compilation():
     assert [report.sparse for report in reports()] == [1]
 
 
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
 def test_prefill_then_decode(form, padded):
     """The prefill is sparse and fills the cache with every token; decode steps are dense over all of it."""
@@ -183,6 +188,7 @@ def test_generate(name):
     assert sparse[0] == 2 and not any(sparse[1:])
 
 
+@pytest.mark.slow
 def test_generate_over_dropped_tokens():
     """Generation goes on from a sparse prefill: the same tokens as with the reference in its place."""
     settings = dict(max_new_tokens=6, do_sample=False)

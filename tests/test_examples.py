@@ -43,6 +43,7 @@ def test_quickstart_compares_exact_and_sparse_with_the_plain_model(monkeypatch):
         assert quickstart.difference(sparse.logits, plain.logits) > 1e-4
 
 
+@pytest.mark.slow
 def test_custom_kernel_computes_what_the_built_in_one_does():
     example = load("custom_kernel")
     try:
@@ -51,6 +52,7 @@ def test_custom_kernel_computes_what_the_built_in_one_does():
         registry.unregister("tiled")
 
 
+@pytest.mark.slow
 def test_write_a_pass_understands_the_mask_and_halves_the_selections():
     understood, (before, after) = load("write_a_pass").main()
     assert understood

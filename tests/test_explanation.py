@@ -126,6 +126,7 @@ def test_a_model_without_attention():
     assert len(explain(torch.nn.Linear(3, 3), torch.ones(2, 3))) == 0
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_many_questions_leave_room_for_the_compilation():
     """Dynamo stops compiling a function after a number of recompilations; questions must not use them up."""

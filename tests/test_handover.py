@@ -1,6 +1,7 @@
 """What torch.compile keeps: options as they were when it was called, and nothing that another process compiled."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -152,51 +153,57 @@ def test_other_backends_are_left_alone():
 
 # Across processes
 
-PROCESS = """
-    import sys, warnings
-    import torch
-    from tsa_compile import KeepRatio, reports
+PROCESSES = """
+    import json, os, sys
+    import torch, torch._inductor.compile_fx
+    from tsa_compile import KeepRatio, pipeline, reports
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     def attention(query, key, value):
         return sdpa(query, key, value, is_causal=True)
 
-    query, key, value = torch.randn(3, 1, 2, 40, 8)
-    backend, number = sys.argv[1:]
-    options = {"layers": [0], "compiler": "inductor", "window": 4, "floor": None, "min_tokens": 1, "min_length": 1}
-    options = {**options, "budget": KeepRatio(float(number))} if backend == "tsa" else None
-    with torch.no_grad():
-        out = torch.compile(attention, backend=backend, options=options)(query, key, value)
-    torch.compiler.save_cache_artifacts()
-    print((out[0, 0] != 0).any(-1).sum().item(), len(reports()))
+    def run(backend, ratio):
+        query, key, value = torch.randn(3, 1, 2, 40, 8)
+        options = {"layers": [0], "compiler": "inductor", "window": 4, "floor": None, "min_tokens": 1, "min_length": 1}
+        options = {**options, "budget": KeepRatio(ratio)} if backend == "tsa" else None
+        with torch.no_grad():
+            out = torch.compile(attention, backend=backend, options=options)(query, key, value)
+        torch.compiler.save_cache_artifacts()
+        return [(out[0, 0] != 0).any(-1).sum().item(), len(reports())]
+
+    for call in json.loads(sys.argv[1]):
+        ours, theirs = os.pipe()
+        if not os.fork():
+            os.dup2(theirs, 2)
+            print(json.dumps(run(*call)), flush=True)
+            os._exit(0)
+        os.close(theirs)
+        said = open(ours).read()
+        code = os.waitstatus_to_exitcode(os.wait()[1])
+        switched_off = "caching_precompile (TORCH_CACHING_PRECOMPILE) is switched off" in said
+        print(json.dumps([code, switched_off, said[-2000:]]), flush=True)
 """
 
 
-@pytest.fixture
-def process(tmp_path):
-    """A backend and a ratio, in a process of its own that shares torch's caches with the others: rows kept, reports."""
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_no_process_runs_what_another_compiled(tmp_path):
+    """Neither with other options nor with another backend, before or after: (rows kept, reports) of processes that share
+    torch's caches on the disk. They are forks of one that has imported torch and compiled nothing."""
+    calls = [("inductor", 0), ("tsa", 0.9), ("tsa", 0.1), ("inductor", 0)]
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(PROCESS))
+    script.write_text(textwrap.dedent(PROCESSES))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TORCH_CACHING_PRECOMPILE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     # In an empty cache Inductor would first try out every vector extension and compile its headers: a fifth of the time.
     environment |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
-
-    def run(backend, ratio):
-        command = [sys.executable, "-P", str(script), backend, str(ratio)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert ("caching_precompile (TORCH_CACHING_PRECOMPILE) is switched off" in done.stderr) == (backend == "tsa")
-        return [int(number) for number in done.stdout.split()]
-
-    return run
-
-
-@pytest.mark.slow
-def test_no_process_runs_what_another_compiled(process):
-    """Neither with other options nor with another backend, before or after."""
-    calls = [("inductor", 0), ("tsa", 0.9), ("tsa", 0.1), ("inductor", 0)]
-    assert [process(*call) for call in calls] == [[40, 0], [37, 1], [8, 1], [40, 0]]
+    command = [sys.executable, "-P", str(script), json.dumps(calls)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2 * len(calls), done.stdout + done.stderr
+    assert lines[::2] == [[40, 0], [37, 1], [8, 1], [40, 0]]
+    for (backend, _), (code, switched_off, said) in zip(calls, lines[1::2], strict=True):
+        assert (code, switched_off) == (0, backend == "tsa"), said
 
 
 def test_a_graph_of_a_backend_around_this_one_is_not_kept():

@@ -146,7 +146,7 @@ def test_a_damaged_tokenizer_is_named(name, text, copy, tmp_path):
     (tmp_path / "book.txt").write_text("one one")
     if (name, text) == ("tokenizer_config.json", '{"version": "1.0"}'):
         return  # another tokenizer's, but one
-    said = fails(2, "calibrate", str(copy), "--prompts", str(tmp_path / "book.txt"), "--length", "2")
+    said = fails(2, "calibrate", str(copy), "--prompts", str(tmp_path / "book.txt"), "--length", "16")
     assert "has no tokenizer that can be loaded" in said and f"{name}' is damaged" in said
 
 
@@ -154,7 +154,7 @@ def test_text_that_a_tokenizer_cannot_encode(copy, tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 5}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(copy)
     (tmp_path / "book.txt").write_text("two")
-    said = fails(2, "calibrate", str(copy), "--prompts", str(tmp_path / "book.txt"), "--length", "2")
+    said = fails(2, "calibrate", str(copy), "--prompts", str(tmp_path / "book.txt"), "--length", "16")
     assert "the folder's tokenizer cannot encode" in said and "book.txt" in said
 
 

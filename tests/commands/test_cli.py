@@ -20,7 +20,7 @@ import transformers
 from tsa_compile import RewriteReport, TSAConfig, shapes
 from tsa_compile.bench import MODES
 from tsa_compile.calibration import Calibration
-from tsa_compile.cli import COMMANDS
+from tsa_compile.cli import COMMANDS, main
 from tsa_compile.commands import errors, export, output, texts
 from tsa_compile.commands.bench import MODE_NAMES
 from tsa_compile.commands.loading import DTYPES, Source
@@ -155,6 +155,26 @@ def test_version():
     assert run("--version").stdout.strip() == f"tsa-compile {version('tsa-compile')}"
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("ca", ["calibrate"]),
+        ("explain --shape qwen3", ["qwen3-0.6b", "qwen3-8b"]),
+        ("explain --device h", ["h200", "h100"]),
+        ("bench --dtype bf", ["bfloat16", "bf16"]),
+        ("eval --sam", ["--samples"]),
+    ],
+)
+def test_the_shell_completes(line, wanted, monkeypatch, capsys):
+    """As bash asks; `tsa-compile --install-completion` teaches it to."""
+    monkeypatch.setenv("_TSA_COMPILE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"tsa-compile {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None) and capsys.readouterr().out.split() == wanted
+
+
 def examples(name):
     """The command lines at the end of a command's help."""
     done = run(name, "--help")
@@ -274,7 +294,7 @@ def test_calibrate_reads_text_with_the_folders_tokenizer(folder, tmp_path):
     arguments = ["--prompts", str(tmp_path / "book.txt"), "--length", "20", "--json"]
     found = Calibration.from_dict(json.loads(run("calibrate", str(tmp_path / "model"), *arguments).stdout))
     assert (found.prompts, found.tokens) == (2, 40)
-    assert "has no tokenizer" in fails(2, "calibrate", str(folder), *arguments)
+    assert "holds no tokenizer (tokenizer.json, tokenizer.model" in fails(2, "calibrate", str(folder), *arguments)
 
 
 @pytest.mark.parametrize(("certain", "code"), [(True, 1), (False, 0), (None, 0)])
@@ -364,6 +384,7 @@ def test_the_installed_command_fails_in_one_line(installed, tmp_path):
     assert done.stderr.startswith("error: there is no folder 'nowhere'") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_the_installed_command_is_interrupted(installed, tmp_path, request):
     """Ctrl-C while it works, which the spinner on stderr shows (TTY_COMPATIBLE: as if that were a terminal)."""

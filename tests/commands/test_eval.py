@@ -8,7 +8,6 @@ from tsa_compile.commands import texts
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.evaluation import TASKS, Study
 
-from ..evaluation.small import TEXT, llama, tokenizer
 from .support import fails, run
 
 pytest.importorskip("statsmodels")
@@ -16,26 +15,16 @@ pytestmark = pytest.mark.usefixtures("fresh")
 QUICK = ["--length", "300", "--samples", "2", "--min-tokens", "0", "--window", "16", "--sparse-layers", "0"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with random weights, a tokenizer and its chat template."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    llama(1).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    (path / "book.txt").write_text(TEXT)
-    return path
-
-
-def evaluated(trained, *arguments):
-    done = run("eval", str(trained), *QUICK, "--text", str(trained / "book.txt"), *arguments)
+def evaluated(word_model, *arguments):
+    done = run("eval", str(word_model), *QUICK, "--text", str(word_model / "book.txt"), *arguments)
     assert done.exit_code == 0, done.output
     return done
 
 
-def test_settings_are_compared_with_dense(trained, tmp_path):
+def test_settings_are_compared_with_dense(word_model, tmp_path):
     path = tmp_path / "study.json"
     settings = ["--setting", "dense", "--setting", "keep:0.15", "--setting", "keep:0.15,floor=none"]
-    done = evaluated(trained, "--tasks", "copy,needle", *settings, "--json", "--out", str(path))
+    done = evaluated(word_model, "--tasks", "copy,needle", *settings, "--json", "--out", str(path))
     found = json.loads(done.stdout)
     rows = [(row["task"], row.get("setting")) for row in found["summary"]]
     assert rows == [("copy", "dense"), ("copy", "keep:0.15"), ("copy", "keep:0.15,floor=none"), ("needle", None)]
@@ -47,19 +36,19 @@ def test_settings_are_compared_with_dense(trained, tmp_path):
     assert all(cell.samples == 2 for cell in study.cells) and study.names("length") == [300]
 
 
-def test_a_file_goes_on_and_belongs_to_its_model(trained, tmp_path):
+def test_a_file_goes_on_and_belongs_to_its_model(word_model, tmp_path):
     path = tmp_path / "study.json"
     chosen = ["--budget", "keep:0.2", "--tasks", "copy", "--out", str(path)]
-    first = evaluated(trained, *chosen).stdout
+    first = evaluated(word_model, *chosen).stdout
     saved = path.read_text()
-    assert evaluated(trained, *chosen).stdout == first and path.read_text() == saved
+    assert evaluated(word_model, *chosen).stdout == first and path.read_text() == saved
     assert max(map(len, first.splitlines())) <= 80 and "copy, 300 tokens, 2 samples" in first
-    found = fails(2, "eval", str(trained), *QUICK, "--text", str(trained / "book.txt"), *chosen, "--seed", "1")
+    found = fails(2, "eval", str(word_model), *QUICK, "--text", str(word_model / "book.txt"), *chosen, "--seed", "1")
     assert "holds a study with another seed" in found
 
 
-def test_prompts_that_are_too_long_are_refused_with_the_numbers(trained):
-    found = fails(2, "eval", str(trained), "--length", "8K")
+def test_prompts_that_are_too_long_are_refused_with_the_numbers(word_model):
+    found = fails(2, "eval", str(word_model), "--length", "8K")
     assert "8,192 tokens and 80 of an answer make 8,272, LlamaForCausalLM has 4,096 positions" in found
 
 
@@ -80,6 +69,6 @@ def test_a_setting_is_a_budget_and_what_differs():
     )  # fmt: skip
 
 
-def test_statsmodels_is_missed_before_the_work(trained, monkeypatch):
+def test_statsmodels_is_missed_before_the_work(word_model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "statsmodels.stats", None)
-    assert "pip install 'tsa-compile[eval]'" in fails(1, "eval", str(trained))
+    assert "pip install 'tsa-compile[eval]'" in fails(1, "eval", str(word_model))

@@ -10,8 +10,6 @@ import pytest
 from tsa_compile.config import Floor, KeepRatio
 from tsa_compile.evaluation import Study
 
-from .small import TEXT, llama, tokenizer
-
 pytestmark = pytest.mark.usefixtures("fresh")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "pretrained.py"
 
@@ -24,15 +22,6 @@ def pretrained():
     spec.loader.exec_module(module)
     yield module
     sys.path.remove(str(SCRIPT.parent))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    llama(1).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    (path / "book.txt").write_text(TEXT)
-    return path
 
 
 def test_settings_are_what_their_names_say(pretrained):
@@ -50,11 +39,11 @@ def test_settings_are_what_their_names_say(pretrained):
     assert found["floor alone, upper half"].config.budget == KeepRatio(0)
 
 
-def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, folder, tmp_path, capsys):
+def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, word_model, tmp_path, capsys):
     pytest.importorskip("statsmodels")
     path = tmp_path / "small.json"
-    arguments = ["--model", str(folder), "--out", str(path), "--lengths", "400", "--tasks", "copy", "--samples", "2"]
-    arguments += ["--settings", "floor, keep .15, upper half", "--text", str(folder / "book.txt"), "--device", "cpu"]
+    arguments = ["--model", str(word_model), "--out", str(path), "--lengths", "400", "--tasks", "copy", "--samples", "2"]
+    arguments += ["--settings", "floor, keep .15, upper half", "--text", str(word_model / "book.txt"), "--device", "cpu"]
     assert pretrained.main([*arguments, "--minutes", "0"]) == 3 and Study.load(path).cells == ()
     assert "the same command goes on" in capsys.readouterr().err
     assert pretrained.main(arguments) == 0

@@ -71,6 +71,7 @@ def test_every_setting_runs_on_the_same_samples_and_a_file_keeps_it(run, runs, t
     assert steps[0] == ("300 tokens, needle, dense", 0, 6) and steps[-1] == ("done", 6, 6)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(run, runs, tmp_path):
     given, path = dict(settings=SETTINGS[:1]), tmp_path / "study.json"
     whole = run(**given)
@@ -89,6 +90,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(run, runs, tmp_path):
     assert columns(run(**given, file=path)) == columns(whole) and runs == []
 
 
+@pytest.mark.slow
 def test_samples_and_settings_can_be_added(run, runs, tmp_path):
     path = tmp_path / "study.json"
     run(file=path, samples=1, settings=[])

@@ -54,6 +54,7 @@ def case(folder, number):
     return dict(zip(("input_ids", "attention_mask"), saved["inputs"], strict=True)), saved["outputs"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_equals_the_program(folder, package, number):
     inputs, expected = case(folder, number)
@@ -119,6 +120,7 @@ def run(build, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_call_outside_the_range_says_the_range(package):
     short = {"input_ids": torch.ones(2, 63, dtype=torch.long), "attention_mask": torch.ones(2, 63, dtype=torch.long)}
     with pytest.raises(
@@ -130,6 +132,7 @@ def test_a_call_outside_the_range_says_the_range(package):
         package(**many)
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_fit_each_other_or_the_program(folder, package):
     inputs, _ = case(folder, 0)
     with pytest.raises(ConfigError, match=r"takes input_ids, attention_mask; found input_ids"):
@@ -170,6 +173,7 @@ def test_what_cannot_be_loaded(tmp_path):
         aoti.load(tmp_path / "model.pt2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_package_that_was_cut_off_is_named(share, folder, tmp_path):
     content = (folder / "model.pt2").read_bytes()

@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "llama-floor"))
+@pytest.mark.parametrize("case", slow_but(CASES, "qwen2-groups"))
 def test_equals_the_compiled_model(case, tmp_path):
     name, attention, config, padded, lower = CASES[case]
     changes = {"sliding_window": None} if name == "mistral" else {}
@@ -74,6 +74,7 @@ def test_equals_the_compiled_model(case, tmp_path):
         assert difference(result["logits"], expected) < ATOL, length
 
 
+@pytest.mark.slow
 def test_exports_again_for_the_same_range():
     inputs = model_inputs(40, True)
     model = tiny("llama", num_hidden_layers=2)
@@ -85,6 +86,7 @@ def test_exports_again_for_the_same_range():
     torch.testing.assert_close(again.module()(**inputs), program.module()(**inputs))
 
 
+@pytest.mark.slow
 def test_an_unpadded_batch_of_one_is_no_constant():
     program = export_program(
         tiny("llama", num_hidden_layers=2),

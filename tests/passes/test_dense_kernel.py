@@ -57,7 +57,9 @@ def test_with_padding_only_the_valid_tokens_are_attended_to(calls, passes):
     assert sorted(shape[2] for shape in calls) == [9, 10] and not out[~valid].any()
 
 
-@pytest.mark.parametrize("pads", [(0, 0, 0), (0, 9, -13)], ids=["mask of ones", "padded"])
+@pytest.mark.parametrize(
+    "pads", [pytest.param((0, 0, 0), id="mask of ones", marks=pytest.mark.slow), pytest.param((0, 9, -13), id="padded")]
+)
 def test_beside_sparse_layers(calls, pads):
     model, ids, mask = tiny("llama"), tokens(3, LENGTH), mixed_padding(LENGTH, pads)
     options = {"config": CONFIG, "compiler": "eager"}

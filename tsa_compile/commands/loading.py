@@ -16,6 +16,10 @@ from tsa_compile.costs import memory
 from tsa_compile.costs.models import require_transformers
 from tsa_compile.errors import ConfigError
 
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer_config.json",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,6 +73,10 @@ class Source:
         except MemoryError:
             raise
         except Exception as error:  # of tokenizers, sentencepiece, a package that is missing, ...
+            inside = texts.is_hub_id(self.folder) or texts.gguf_file(self.folder) is not None
+            if not inside and not any((self.folder / name).exists() for name in _TOKENIZER_FILES):
+                few = ", ".join(_TOKENIZER_FILES[:3])
+                raise ConfigError(f"{str(self.folder)!r} holds no tokenizer ({few}, ...): {advice}") from error
             reason = why(self.folder, error, TOKENIZER)
             raise ConfigError(f"{str(self.folder)!r} has no tokenizer that can be loaded ({reason}): {advice}") from error
 

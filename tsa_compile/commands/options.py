@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_type_hints
@@ -43,6 +43,22 @@ def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, help=help, **more)
 
 
+def _starting(incomplete: str, values: Iterable[str]) -> list[str]:
+    return [value for value in values if value.startswith(incomplete)]
+
+
+def _shapes(incomplete: str) -> list[str]:
+    return _starting(incomplete, SHAPE_NAMES)
+
+
+def _devices(incomplete: str) -> list[str]:
+    return _starting(incomplete, ("auto", "cpu", "cuda", *GPU_NAMES))
+
+
+def _dtypes(incomplete: str) -> list[str]:
+    return _starting(incomplete, ("auto", *texts.DTYPES))
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, where, and in which dtype."""
@@ -60,7 +76,7 @@ class ModelOptions:
         _option(
             "--shape",
             panel=_MODEL,
-            autocompletion=lambda: list(SHAPE_NAMES),
+            autocompletion=_shapes,
             help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}.",
         ),
     ] = None
@@ -71,14 +87,14 @@ class ModelOptions:
     device: Annotated[
         str,
         _option(
-            "--device", panel=_MODEL, autocompletion=lambda: ["auto", "cpu", "cuda", *GPU_NAMES],
+            "--device", panel=_MODEL, autocompletion=_devices,
             help="auto (a GPU if there is one), cpu, cuda or cuda:N. For explain also h100 or h200, which may be elsewhere.",
         ),
     ] = "auto"  # fmt: skip
     dtype: Annotated[
         str,
         _option(
-            "--dtype", panel=_MODEL, autocompletion=lambda: ["auto", *texts.DTYPES],
+            "--dtype", panel=_MODEL, autocompletion=_dtypes,
             help="auto (the folder's; of shapes bfloat16 on GPUs, float32 on CPUs), float32, float16 (fp16) or bfloat16 "
             "(bf16).",
         ),
