@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
+    from tsa_compile.loss_calibration import LossCalibration
     from tsa_compile.report import CallRow, Decision, Reason, RewriteReport, clear_reports, reports
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Floor",
     "KeepRatio",
     "KernelError",
+    "LossCalibration",
     "Prediction",
     "Reason",
     "RewriteError",
@@ -61,6 +63,7 @@ _HOMES = {
     "config": ("Coverage", "Floor", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explanation": ("explain",),
+    "loss_calibration": ("LossCalibration",),
     "costs.predict": ("Prediction", "predict"),
     "report": ("Decision", "Reason", "RewriteReport", "CallRow", "clear_reports", "reports"),
 }
