@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tsa_compile import Coverage, TSAConfig, reports
-from tsa_compile.report import Decision, clear_reports
+from tsa_compile.reasons import Decision
+from tsa_compile.report import clear_reports
 
 LENGTH, PADDING, LARGEST, TOLERANCE = 48, 7, 60e6, 1e-4
 VOCAB, WIDTH, LAYERS, HEADS = 64, 32, 2, 4

@@ -18,6 +18,9 @@ a figure.
     python benchmarks/prefill.py --lengths 131072 --modes eager wide kernel composed --masks ones \\
         --name prefill_block_sparse --out benchmarks/results             with a block-sparse kernel in the other layers
 
+    python benchmarks/prefill.py --chunk 8192 --lengths 65536 131072 --modes exact sparse --masks ones \
+        --out benchmarks/results             whole prompts against chunks of 8K through a cache (prefill_chunks.py)
+
 With random weights attention has no structure. So a kernel whose work depends on it finds little to leave out, which says
 nothing about real models ("minference": its diagonals lie anywhere and so touch every tile); that of "a_shape" is fixed.
 
@@ -37,6 +40,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prefill_chunks
 import torch
 from prefill_report import COMPOSED, DESCRIPTIONS, UPPER, Row, mask_name, table, write
 
@@ -246,6 +250,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--wide-keep", type=float, default=0.15, help='the share kept, for "wide" and "composed"')
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", help="the prompt in chunks of so many tokens as well")
     parser.add_argument("--turns", action="store_true", help="modes take turns at each length")
     parser.add_argument("--resume", action="store_true", help="keep what is there already in --out")
     parser.add_argument(
@@ -292,12 +297,24 @@ def run(arguments: argparse.Namespace, conditions: Row, make_model: Callable[[in
     return ordered(rows), True
 
 
+def in_chunks(arguments: argparse.Namespace, conditions: Row) -> None:
+    """Prompts whole and in chunks, by all modes that were asked for."""
+    model, masks = build_model(arguments.layers), MASKS[arguments.masks]
+    options = (masks, arguments.lengths, arguments.chunk, arguments.repeats)
+    rows = prefill_chunks.run(model, compiled, modes(arguments), *options)
+    if arguments.out is not None:
+        prefill_chunks.write(rows, conditions | {"chunk": arguments.chunk}, arguments.out / f"{arguments.name}_chunks")
+    print(f"\n{json.dumps(conditions)}\n\n{prefill_chunks.table(rows)}\n")
+
+
 def main() -> None:
     """Measures, prints and writes."""
     arguments = parse()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; examples/quickstart.py also runs on a CPU")
     conditions = describe_run(arguments)
+    if arguments.chunk is not None:
+        return in_chunks(arguments, conditions)
     rows, complete = run(arguments, conditions, build_model)
     print(f"\n{json.dumps(conditions)}\n\n{table(rows)}\n")
     print("complete" if complete else "stopped early: go on with --resume")

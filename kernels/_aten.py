@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def running_count(flags: Tensor) -> Tensor:
@@ -18,6 +19,11 @@ def running_count(flags: Tensor) -> Tensor:
     TensorRT cumulates floats alone; float32 is exact up to 2^24 tokens.
     """
     return flags.to(torch.float32).cumsum(dim=-1).to(torch.int64)
+
+
+def keys_before(query: Tensor, key: Tensor) -> int:
+    """How many of the keys [B, G, L, D] lie before the first query [B, H, Lq, D]; 0 where a trace knows that none does."""
+    return 0 if statically_known_true(query.shape[2] == key.shape[2]) else key.shape[2] - query.shape[2]
 
 
 def at_least(numbers: Tensor, least: int) -> Tensor:

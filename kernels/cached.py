@@ -6,13 +6,13 @@
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
 The queries are the last Lq of Lk positions, so causality is aligned lower right. No operator of torch's says so for every
-kernel; each kernel of the registry that can has `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its full
+kernel; those of the registry that can have `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its full
 rate: all queries over the past without causality, and the chunk over itself, merged by their log-sum-exp,
 
     out = (exp(l) o + exp(l') o') / (exp(l) + exp(l'))
 
-which reads and writes 3 B H Lq Dv elements more. Where no kernel has it, and for few rows, rows are computed in blocks with the
-boolean mask [rows, keys] of each.
+which reads and writes 3 B H Lq Dv elements more. Where no kernel has it, and for few rows, rows are computed in blocks with
+the boolean mask [rows, keys] of each.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention import sdpa_kernel
 
-from tsa_compile.kernels._aten import as_rows
+from tsa_compile.kernels._aten import as_rows, keys_before
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.registry import KernelRequest, choose
-from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.kernels.sdpa import PRIORITY, SDPA
 
 ROWS = 256
 """Query rows of a block, where a block has a mask of its own."""
@@ -54,19 +53,18 @@ def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:
-    """Kv <= q + Lk - Lq: bool [Lq, Lk]."""
+    """Where kv <= q + Lk - Lq: bool [Lq, Lk]."""
     return torch.arange(key.shape[2], device=query.device) <= query_positions(query, key)[:, None]
 
 
 def query_positions(query: Tensor, key: Tensor) -> Tensor:
     """The queries' positions among the keys': int64 [Lq]."""
-    positions = torch.arange(query.shape[2], device=query.device)
-    past = key.shape[2] - query.shape[2]
-    return positions if statically_known_true(past == 0) else positions + past
+    positions, past = torch.arange(query.shape[2], device=query.device), keys_before(query, key)
+    return positions if isinstance(past, int) and past == 0 else positions + past
 
 
 def check_lengths(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """ValueError where key and value differ in length, which a graph with symbolic lengths may not know, or are too short."""
+    """ValueError where key and value differ in length, as a graph with symbols for them cannot know, or are too short."""
     if key.shape[2] != value.shape[2] or key.shape[2] < query.shape[2]:
         raise ValueError(
             f"tsa::{op}: {query.shape[2]} queries over {key.shape[2]} keys and {value.shape[2]} values; expected as many "
@@ -81,8 +79,7 @@ def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return choose(request).causal(query, key, value, scale)
     if query.is_cuda and rows >= FEW:
         kernel = choose(request, lse=True, behind=True)
-        if kernel.priority > 0:
-            assert kernel.run_behind is not None
+        if kernel is not SDPA and kernel.run_behind is not None:  # that one writes out the products of all rows
             return kernel.run_behind(query, key, value, scale)[0]
     return in_blocks(query, key, value, None, scale)
 

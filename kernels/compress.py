@@ -29,6 +29,7 @@ from tsa_compile.kernels.tiles import (
     at_head,
     count_of,
     gather_rows,
+    lower_bound,
     row_alignment,
     row_strides,
     rows_contiguous,
@@ -53,16 +54,19 @@ def _copy_rows(
     tl.store(target, b_rows, mask=(slots < capacity)[:, None] & (dims < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=[*stride_names("qkv"), "stride_ib", "stride_is", "capacity"])
+@triton.jit(do_not_specialize=[*stride_names("qkv"), "stride_ib", "stride_is", "capacity", "past", "rows"])
 def _compress_kernel(
-    p_query, p_key, p_value, p_indices, p_count, p_query_out, p_key_out, p_value_out,
+    p_query, p_key, p_value, p_indices, p_count, p_query_out, p_key_out, p_value_out, p_first,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_ib, stride_is, capacity,
+    stride_ib, stride_is, capacity, past, rows,
     HEADS: tl.constexpr, HEADS_PER_SELECTION: tl.constexpr, HEADS_PER_KV: tl.constexpr,
     DIM: tl.constexpr, DIM_POW2: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIM_POW2: tl.constexpr,
     ALIGN: tl.constexpr, FILLER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK slots of one query head, and of its key and value head where it is the first to share them."""
+    """One program: BLOCK slots of one query head, and of its key and value head where it is the first to share them.
+
+    With `p_first` queries are a chunk's, from position `past` on, and have the last `rows` slots.
+    """
     head = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
     item = tl.program_id(2).to(tl.int64)
@@ -79,8 +83,17 @@ def _compress_kernel(
     positions = tl.load(p_indices + slots, mask=b_real, other=0).to(tl.int64)
 
     p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
-    p_query_out += (item * HEADS + head) * capacity * DIM
-    _copy_rows(p_query, p_query_out, stride_ql, positions, slots, capacity, b_real, DIM, DIM_POW2, ALIGN)
+    p_query_out += (item * HEADS + head) * rows * DIM
+    if p_first is None:
+        _copy_rows(p_query, p_query_out, stride_ql, positions, slots, capacity, b_real, DIM, DIM_POW2, ALIGN)
+    else:
+        b_asks = b_real & (positions >= past)
+        targets = tl.where(b_asks, slots - (count - rows), rows)
+        _copy_rows(p_query, p_query_out, stride_ql, positions - past, targets, rows, b_asks, DIM, DIM_POW2, ALIGN)
+        leads = (start == 0) & (head % HEADS_PER_SELECTION == 0)
+        if leads:
+            before = lower_bound(p_indices, past, count, 32)
+            tl.store(p_first + item * (HEADS // HEADS_PER_SELECTION) + selection, before - (count - rows))
     if head % HEADS_PER_SELECTION == 0:
         target = (item * (HEADS // HEADS_PER_SELECTION) + selection) * capacity
         p_key = at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN)
@@ -100,20 +113,46 @@ def compress_triton(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel; also runs on CPU tensors in the Triton interpreter."""
+    outputs = _allocate(query, key, value, indices)
+    _launch(query, key, value, indices, count, outputs, None, 0)
+    return outputs
+
+
+def compress_behind_triton(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `compress_triton`, of a chunk's queries [B, H, Lq, D] and of all keys [B, G, L, D], selected among L positions.
+
+    Returns:
+        q^ [B, H, M, D] for the last M = min(C, Lq) of the count slots, unwritten where a slot's position is before the
+        chunk, k^, v^ as ever, and from which row of q^ on there are queries: int32 [B, Hs].
+    """
+    rows = min(indices.shape[2], query.shape[2])
+    outputs = _allocate(query, key, value, indices)
+    outputs = (query.new_empty(*query.shape[:2], rows, query.shape[3]), *outputs[1:])
+    first = indices.new_empty(indices.shape[:2])
+    _launch(query, key, value, indices, count, outputs, first, key.shape[2] - query.shape[2])
+    return (*outputs, first)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor],
+    first: Tensor | None, past: int,
+) -> None:  # fmt: skip
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     indices = rows_contiguous(indices)
-    outputs = _allocate(query, key, value, indices)
-    batch, heads, capacity, dim = outputs[0].shape
+    batch, heads, rows, dim = outputs[0].shape
+    capacity = indices.shape[2]
     if outputs[0].numel() == 0:
-        return outputs
+        return
     value_dim = value.shape[3]
     align = row_alignment(query, key, value)
     block = block_rows(max(dim, value_dim), query.element_size())
     launch(
         _compress_kernel,
         (heads, cdiv(capacity, block), batch),
-        (query, key, value, indices, count, *outputs),
-        (*row_strides(align, query, key, value), *indices.stride()[:2], capacity),
+        (query, key, value, indices, count, *outputs, first),
+        (*row_strides(align, query, key, value), *indices.stride()[:2], capacity, past, rows),
         HEADS=heads,
         HEADS_PER_SELECTION=heads // indices.shape[1],
         HEADS_PER_KV=heads // key.shape[1],
@@ -126,7 +165,6 @@ def compress_triton(
         BLOCK=block,
         num_warps=4,
     )
-    return outputs
 
 
 def _allocate(query: Tensor, key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ from tsa_compile.kernels.tiles import (
     at_head,
     count_of,
     gather_rows,
+    lower_bound,
     row_alignment,
     row_strides,
     rows_contiguous,
@@ -33,73 +34,64 @@ from tsa_compile.kernels.tiles import (
 )
 
 
-@triton.jit
-def _lower_bound(p_sorted, target, high, FAN: tl.constexpr):
-    """How many of sorted[:high] are below target.
-
-    Every round asks FAN evenly spaced elements at once: four dependent loads for 2^20 elements instead of twenty.
-    """
-    low = 0
-    while low < high:
-        step = tl.cdiv(high - low, FAN)
-        probes = low + (tl.arange(0, FAN) + 1) * step - 1
-        b_values = tl.load(p_sorted + probes, mask=probes < high, other=2147483647)
-        low += tl.sum((b_values < target).to(tl.int32), axis=0) * step
-        high = tl.minimum(high, low + step - 1)
-    return low
-
-
-@triton.jit(do_not_specialize=[*stride_names("co"), "stride_ib", "stride_is", "seq_len", "capacity"])
+@triton.jit(do_not_specialize=[*stride_names("co"), "stride_ib", "stride_is", "seq_len", "capacity", "past", "rows"])
 def _decompress_kernel(
     p_compressed, p_indices, p_count, p_output,
     stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_ib, stride_is, seq_len, capacity,
+    past, rows, BEHIND: tl.constexpr,
     HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, DIM_POW2: tl.constexpr,
     ALIGN: tl.constexpr, FAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK positions of one head."""
+    """One program: BLOCK positions of one head, of those from `past` on; with BEHIND rows are of the last slots alone."""
     head = tl.program_id(0)
-    start = tl.program_id(1) * BLOCK
+    start = past + tl.program_id(1) * BLOCK
     item = tl.program_id(2).to(tl.int64)
     count = count_of(p_count, item, capacity)
     p_indices += item * stride_ib + (head // HEADS_PER_SELECTION).to(tl.int64) * stride_is
 
     # Distinct ascending positions: the tile's slots lie in the BLOCK slots from the first that is not before the tile.
-    slots = _lower_bound(p_indices, start, count, FAN) + tl.arange(0, BLOCK)
+    slots = lower_bound(p_indices, start, count, FAN) + tl.arange(0, BLOCK)
     found = tl.load(p_indices + slots, mask=slots < count, other=-1)
     positions = start + tl.arange(0, BLOCK)
     b_match = positions[:, None] == found[None, :]
     b_slot = tl.max(tl.where(b_match, slots[None, :], -1), axis=1).to(tl.int64)
 
     p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
-    b_rows = gather_rows(p_compressed, b_slot * stride_cl * ALIGN, b_slot >= 0, 0, DIM, DIM_POW2)  # [BLOCK, DIM_POW2]
+    b_row = b_slot
+    if BEHIND:
+        b_row -= count - rows
+    b_rows = gather_rows(p_compressed, b_row * stride_cl * ALIGN, b_slot >= 0, 0, DIM, DIM_POW2)  # [BLOCK, DIM_POW2]
     p_output = at_head(p_output, stride_ob, stride_oh, item, head, ALIGN)
     dims = tl.arange(0, DIM_POW2)
-    target = p_output + (positions.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
+    target = p_output + ((positions - past).to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
     tl.store(target, b_rows, mask=(positions < seq_len)[:, None] & (dims < DIM)[None, :])
 
 
 def decompress_triton(
-    compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int, output: Tensor | None = None
+    compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int, output: Tensor | None = None, past: int = 0
 ) -> Tensor:
     """Launch the kernel; also runs on CPU tensors in the Triton interpreter.
 
     Args:
+        past: how many positions lie before a chunk, whose rows are wanted: `compressed` [B, H, M, Dv] then has the last M of
+            the count slots, as `compress_behind_triton` gives them.
         output: where to write, [B, H, L, Dv] with a dense last dimension: a part of a larger tensor, for example.
     """
     compressed, indices = rows_contiguous(compressed), rows_contiguous(indices)
     if output is None:
-        output = empty_output(compressed, seq_len, compressed.shape[3])
+        output = empty_output(compressed, seq_len - past, compressed.shape[3])
     if output.numel() == 0:
         return output
-    batch, heads, capacity, dim = compressed.shape
+    batch, heads, rows, dim = compressed.shape
     align = row_alignment(compressed, output)
     # Every position is compared with every slot of its tile, so tiles stay small.
     block = block_rows(dim, compressed.element_size(), at_most=64)
     launch(
         _decompress_kernel,
-        (heads, cdiv(seq_len, block), batch),
+        (heads, cdiv(seq_len - past, block), batch),
         (compressed, indices, count, output),
-        (*row_strides(align, compressed, output), *indices.stride()[:2], seq_len, capacity),
+        (*row_strides(align, compressed, output), *indices.stride()[:2], seq_len, indices.shape[2], past, rows),
+        BEHIND=past > 0,
         HEADS_PER_SELECTION=heads // indices.shape[1],
         DIM=dim,
         DIM_POW2=next_power_of_2(dim),

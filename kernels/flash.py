@@ -28,17 +28,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels.flash_behind import run_behind
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
     Tiles,
-    add_tile,
     aligned_rows,
     at_head,
-    attend_tile,
     count_of,
     descriptors,
     diagonal,
+    full_tiles,
     load_rows,
     positive_scale,
     row_alignment,
@@ -52,24 +52,6 @@ from tsa_compile.kernels.tiles import (
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@triton.jit
-def _full_tiles(
-    b_query, b_acc, b_max, b_sum, key, value, stop, scale_log2,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, LAG: tl.constexpr,
-):  # fmt: skip
-    """The tiles [0, stop), every key of which every row sees; stop is a multiple of BLOCK_N."""
-    b_keep = tl.full([b_query.shape[0]], 1.0, tl.float32)
-    b_weights = tl.zeros([b_query.shape[0], BLOCK_N], tl.float32)
-    for start in tl.range(0, stop, BLOCK_N):
-        b_acc, b_keep, b_weights, b_max, b_sum = attend_tile(
-            b_query, b_acc, b_keep, b_weights, b_max, b_sum, key, value, start, tl.maximum(start - BLOCK_N, 0), scale_log2,
-            DIM, VALUE_DIM, ALIGN, BLOCK_N, LAG,
-        )  # fmt: skip
-    if LAG and stop > 0:
-        b_acc = add_tile(b_acc, b_keep, b_weights, value, stop - BLOCK_N, VALUE_DIM, ALIGN, BLOCK_N)
-    return b_acc, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=[*stride_names("qkvo"), "capacity", "heads_per_kv"])
@@ -98,7 +80,7 @@ def _flash_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc, b_max, b_sum = _full_tiles(
+    b_acc, b_max, b_sum = full_tiles(
         b_query, b_acc, b_max, b_sum, key, value, start_m, scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N, LAG
     )
     b_acc, b_max, b_sum = diagonal(
@@ -177,4 +159,12 @@ def supports(request: KernelRequest) -> str | None:
 
 
 # Behind the others, which are faster where the host knows the count; what "auto" captures in a CUDA graph.
-KERNEL = AttentionKernel("triton", run=run, run_lse=run_lse, supports=supports, priority=-10, device_count=True)
+KERNEL = AttentionKernel(
+    "triton",
+    run=run,
+    run_lse=run_lse,
+    run_behind=run_behind,
+    supports=supports,
+    priority=-10,
+    device_count=True,
+)

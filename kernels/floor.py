@@ -9,7 +9,8 @@
 
     out[i] = (exp(l^) o^ + exp(l') o') / (exp(l^) + exp(l'))                               nothing is counted twice
 
-    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides but for the last, 1
+    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides but for the last, 1; the launcher also takes a
+    chunk's queries [B, H, Lq, D], those of the last Lq positions, and gives their rows
     compressed [B, H, C, Dv] with lse float32 [B, H, C], natural logarithms, of the rows `indices` int32 [B, Hs, C],
     ascending up to `count` int32 [B] (None: all C); padding bool [B, L] (True = valid) or None
     ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]; rows of invalid tokens are 0
@@ -33,7 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, take_rows
+from tsa_compile.kernels._aten import at_least, keys_before, take_rows
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
@@ -135,46 +136,64 @@ def _near(
 
 
 @triton.jit(
-    do_not_specialize=[*stride_names("qkvco"), "stride_lb", "stride_lh", "seq_len", "heads_per_kv", "window", "sinks"]
+    do_not_specialize=[
+        *stride_names("qkvco"),
+        "stride_lb",
+        "stride_lh",
+        "seq_len",
+        "past",
+        "rows",
+        "capacity",
+        "slots_of",
+        "heads_per_kv",
+        "window",
+        "sinks",
+    ]
 )
 def _floor_kernel(
-    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_out, desc_query, desc_key, desc_value,
-    desc_out, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_row_order, p_row_valid, p_count, p_out,
+    desc_query, desc_key, desc_value, desc_out,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_lb, stride_lh,
-    seq_len, stride_slots, heads_per_kv, window, sinks, scale_log2,
+    seq_len, past, rows, capacity, stride_slots, slots_of, heads_per_kv, window, sinks, scale_log2, BEHIND: tl.constexpr,
     HEADS_PER_SELECTION: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: the rows of BLOCK_M ranks of one head.
+    """One program: the rows of BLOCK_M ranks of one head, of those from position `past` on.
 
+    With BEHIND the compressed rows are `capacity` ones, of the last of `slots_of` slots.
     A selected row's sums begin with its compressed row: 2^b_max = exp(lse) is the weight of all that it has seen.
     """
     scale_log2 = tl.cast(scale_log2, tl.float32)
     head, item = tl.program_id(0), tl.program_id(2)
-    first = tl.program_id(1) * BLOCK_M
+    first_row = tl.program_id(1) * BLOCK_M
     valid = count_of(p_valid, item, seq_len)
+    first = first_row + valid - count_of(p_row_valid, item, rows)
     selections = tl.num_programs(0) // HEADS_PER_SELECTION
     p_slots += (item.to(tl.int64) * selections + head // HEADS_PER_SELECTION) * stride_slots
     ranks = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    b_inside, b_real = ranks < seq_len, ranks < valid
-    positions = ranks
+    far = first_row + tl.arange(0, BLOCK_M)
+    b_inside, b_real = far < rows, ranks < valid
     if p_order is not None:
         p_order += item.to(tl.int64) * seq_len
-        positions = tl.load(p_order + ranks, mask=b_inside, other=0)
-    slots = tl.load(p_slots + positions, mask=b_real, other=0) - 1
+        far = tl.load(p_row_order + item.to(tl.int64) * rows + far, mask=b_inside, other=0)
+    slots = tl.load(p_slots + past + far, mask=b_real & b_inside, other=0) - 1
+    places = slots
+    if BEHIND:
+        places -= count_of(p_count, item, slots_of) - capacity
     p_lse += item.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
-    b_lse = tl.load(p_lse + slots, mask=slots >= 0, other=_LOWEST)
+    b_lse = tl.load(p_lse + places, mask=slots >= 0, other=_LOWEST)
     b_chosen = b_lse > _LOWEST
     b_max = tl.maximum(b_lse, _LOWEST) * _LOG2_E
     p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
-    offsets = slots.to(tl.int64) * stride_cl * ALIGN
+    offsets = places.to(tl.int64) * stride_cl * ALIGN
     b_acc = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
-    far = positions.to(tl.int64)
+    far = far.to(tl.int64)
     if desc_query is not None:
-        b_query = tl.reshape(desc_query.load([item, head, first, 0]), [BLOCK_M, BLOCK_D])
+        b_query = tl.reshape(desc_query.load([item, head, first_row, 0]), [BLOCK_M, BLOCK_D])
     else:
         p_query = at_head(p_query, stride_qb, stride_qh, item, head, ALIGN)
-        b_query = gather_rows(p_query, far * stride_ql * ALIGN, b_real, 0, DIM, BLOCK_D)
+        b_query = gather_rows(p_query, far * stride_ql * ALIGN, b_real & b_inside, 0, DIM, BLOCK_D)
     kv_head = head // heads_per_kv
     key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
     value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
@@ -187,7 +206,7 @@ def _floor_kernel(
         b_out = tl.where(b_real[:, None], b_out, 0.0)
     b_out = b_out.to(p_out.dtype.element_ty)
     if desc_out is not None:
-        desc_out.store([item, head, first, 0], tl.reshape(b_out, [1, 1, BLOCK_M, BLOCK_DV]))
+        desc_out.store([item, head, first_row, 0], tl.reshape(b_out, [1, 1, BLOCK_M, BLOCK_DV]))
     else:
         dims = tl.arange(0, BLOCK_DV)
         p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
@@ -206,13 +225,17 @@ def merge_floor_triton(
     """
     query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
     query, scale_log2 = positive_scale(query, scale)
-    batch, heads, seq_len, dim = query.shape
+    batch, heads, rows, dim = query.shape
+    seq_len, past = key.shape[2], keys_before(query, key)
+    is_chunk = not (isinstance(past, int) and past == 0)
     selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
     if output is None:
         output = empty_output(query, query.shape[2], value.shape[3])
     if output.numel() == 0:
         return output
-    order, valid = (None, None) if padding is None else _order(padding)
+    order, valid = row_order, row_valid = (None, None) if padding is None else _order(padding)
+    if padding is not None and is_chunk:
+        row_order, row_valid = _order(padding[:, past:])
     align = row_alignment(query, key, value, compressed, output)
     tiles = _tiles(query, key, value, output, whole=padding is None)
     rows_tiles = tiles._replace(block_n=tiles.block_m)  # of what has a row for every row
@@ -223,15 +246,17 @@ def merge_floor_triton(
         launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)
     launch(
         _floor_kernel,
-        (heads, cdiv(seq_len, tiles.block_m), batch),
-        (query, key, value, compressed, lse, slots, order, valid, output),
+        (heads, cdiv(rows, tiles.block_m), batch),
+        (query, key, value, compressed, lse, slots, order, valid, row_order, row_valid, count, output),
         (
             *row_strides(align, query, key, value, compressed, output), *lse.stride()[:2],
-            seq_len, slots.shape[2], heads // key.shape[1], window, sinks, scale_log2,
+            seq_len, past, rows, compressed.shape[2], slots.shape[2], capacity, heads // key.shape[1],
+            window, sinks, scale_log2,
         ),
         descriptors=(
             *descriptors(rows_tiles, query), *descriptors(tiles, key, value), *descriptors(rows_tiles, output),
         ),
+        BEHIND=is_chunk,
         HEADS_PER_SELECTION=heads // selections,
         DIM=dim,
         BLOCK_D=block_dim(dim),

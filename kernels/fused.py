@@ -2,8 +2,9 @@
 
     out = decompress(attend(compress(query, key, value, select(score(query, key), count))))
 
-    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], any strides; padding bool [B, L] (True = valid)
-    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]
+    query [B, H, Lq, D], key [B, G, L, D], value [B, G, L, Dv], any strides; padding bool [B, L] (True = valid); the queries
+    are those of the last Lq positions: all L, or a chunk of a prompt behind a cache (flash_behind.py)
+    ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
 It computes what the single ops compute, one after the other, and is there for what only their sum can do:
 
@@ -14,6 +15,7 @@ It computes what the single ops compute, one after the other, and is there for w
 - With padding, each item is cut to its valid range, which `valid_ranges` has told the host once for all layers: so the mask
   of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
 - An item of which everything is kept takes plain causal attention.
+- With `group`, the name of a process group, a coverage is decided by the mean over all heads of its processes (ranks.py).
 - With `floor_window` every row also sees its neighbourhood and the sinks (floor.py); without, rows that are not kept are 0.
 
 `sparse_attention` can be captured in a CUDA graph: the count then stays on the device, and a kernel that reads it there
@@ -25,18 +27,23 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.attend import attend, attend_lse
 from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
-from tsa_compile.kernels.compress import compress_aten, compress_triton
+from tsa_compile.kernels.cached import behind
+from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
+from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
+from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_sorting, select_triton
@@ -47,7 +54,8 @@ STREAM_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Options:
-    """The scalars of the ops. `shared`: the heads of a group share one selection. See TSAConfig for the others."""
+    """The scalars of the ops. `shared`: the heads of a group share one selection. `group`: the process group whose processes
+    have the other heads. See TSAConfig for the others."""
 
     scale: float
     window: int
@@ -60,10 +68,11 @@ class Options:
     kernel: str
     floor_window: int | None = None
     floor_sinks: int = 0
+    group: str | None = None
 
-    def kept(self, valid: int) -> int | None:
-        """How many of an item's valid tokens are kept, if that follows from their number alone."""
-        kept = kept_tokens(valid, self.window, self.coverage, self.keep_ratio, self.min_tokens)
+    def kept(self, valid: int, rows: int) -> int | None:
+        """How many of an item's valid tokens are kept, if that follows from their number and that of those with a query."""
+        kept = kept_tokens(valid, min(self.window, rows), self.coverage, self.keep_ratio, self.min_tokens)
         return kept if kept is None or self.capacity is None else min(kept, self.capacity)
 
     def limit(self, seq_len: int) -> int:
@@ -89,11 +98,11 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
     keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0,
+    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
     options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group
     )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, None, options)
@@ -107,11 +116,11 @@ _op(sparse_attention)
 def padded_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int, pool: int,
     coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0,
+    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
     options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group
     )
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, options)
@@ -125,7 +134,7 @@ _op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
 
 def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """Without padding; also runs on CPU tensors in the Triton interpreter."""
-    if options.kept(query.shape[2]) == query.shape[2]:
+    if options.kept(key.shape[2], query.shape[2]) == key.shape[2]:
         return _dense(query, key, value, options)
     output = _output(query, value)
     _sparse(output, query, key, value, None, options)
@@ -136,9 +145,8 @@ def padded_sparse_triton(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, options: Options
 ) -> Tensor:
     """With padding: runs of items with equal valid ranges are computed together."""
-    seq_len = query.shape[2]
     items = [tuple(row) for row in valid_ranges.tolist()]
-    if all(item == (0, seq_len, 1) for item in items):
+    if all(item == (0, key.shape[2], 1) for item in items):
         return sparse_triton(query, key, value, options)
     output, first = _output(query, value), 0
     for (start, stop, contiguous), same in itertools.groupby(items):
@@ -153,26 +161,43 @@ def padded_sparse_triton(
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> Tensor:
-    """The steps in ATen ops."""
-    seq_len = query.shape[2]
+    """The steps in ATen ops. For the keys before a chunk there are queries of zeros, whose rows are computed in vain."""
+    rows, seq_len = query.shape[2], key.shape[2]
     scores = score_aten(query, key, padding, options.scale, options.window, options.pool)
+    if rows < seq_len:
+        whole = _kept_rows(F.pad(query, (0, 0, seq_len - rows, 0)), key, value, padding, scores, rows, options)
+        return as_rows(whole[:, :, seq_len - rows :])
+    return _kept_rows(query, key, value, padding, scores, rows, options)
+
+
+def _kept_rows(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scores: Tensor, rows: int, options: Options
+) -> Tensor:
+    """What follows the scores, in ATen ops; `rows` of the queries are the model's."""
+    seq_len = key.shape[2]
     scores = _grouped(scores, key, options)
-    kept = options.kept(seq_len) if padding is None else None
+    kept = options.kept(seq_len, rows) if padding is None else None
     count = None
     if kept is None:
         kept = options.limit(seq_len)
-        count = budget_aten(scores, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
+        weighed = _of_all_heads(scores, options)
+        count = budget_aten(weighed, options.coverage, options.keep_ratio, options.min_tokens).clamp(max=kept)
     indices = select_by_sorting(scores, count, kept)
-    rows = compress_aten(query, key, value, indices, count)
+    compressed = compress_aten(query, key, value, indices, count)
     if options.floor_window is None:
-        return decompress_aten(attend(*rows, count, options.scale, options.kernel), indices, count, seq_len)
-    out, lse = attend_lse(*rows, count, options.scale, options.kernel)
+        return decompress_aten(attend(*compressed, count, options.scale, options.kernel), indices, count, seq_len)
+    out, lse = attend_lse(*compressed, count, options.scale, options.kernel)
     near = (options.scale, options.floor_window, options.floor_sinks)
     return merge_floor_by_heads(query, key, value, out, lse, indices, count, padding, *near)
 
 
 def _grouped(scores: Tensor, key: Tensor, options: Options) -> Tensor:
     return scores.unflatten(1, (key.shape[1], -1)).mean(2) if options.shared else scores
+
+
+def _of_all_heads(scores: Tensor, options: Options) -> Tensor:
+    """What decides how many tokens are kept: the scores, or their mean where other processes have heads too."""
+    return scores if options.group is None or not options.coverage else mean_over_ranks(scores, options.group)
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_count: bool) -> AttentionKernel:
@@ -184,19 +209,23 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """Everything is kept; no copy where the kernel keeps the layout of a query that is [B, L, H, D] in memory."""
+    if query.shape[2] < key.shape[2]:
+        return as_rows(behind(query, key, value, options.scale))
     kernel = choose(KernelRequest.of(query, key, value), options.kernel)
-    out = kernel.causal(query, key, value, options.scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return as_rows(kernel.causal(query, key, value, options.scale))
 
 
 def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, options: Options) -> None:
     """Items whose valid tokens are exactly [start, stop): unpadded ones, between rows of zeros."""
-    output[:, :, :start].zero_()
-    output[:, :, stop:].zero_()
-    output, query, key, value = (tensor[:, :, start:stop] for tensor in (output, query, key, value))
-    if start == stop:
+    past = key.shape[2] - query.shape[2]
+    first, last = max(start - past, 0), max(stop - past, 0)
+    output[:, :, :first].zero_()
+    output[:, :, last:].zero_()
+    output, query = output[:, :, first:last], query[:, :, first:last]
+    key, value = key[:, :, start:stop], value[:, :, start:stop]
+    if first >= last:
         return
-    if options.kept(stop - start) == stop - start:
+    if options.kept(stop - start, last - first) == stop - start:
         output.copy_(_dense(query, key, value, options))
     else:
         _sparse(output, query, key, value, None, options)
@@ -205,7 +234,9 @@ def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start
 def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> None:
     """Scores, decides how many rows there are, and attends to them."""
     seq_len = query.shape[2]
-    kept = options.kept(seq_len) if padding is None else None
+    if seq_len < key.shape[2]:
+        return _sparse_behind(output, query, key, value, padding, options)
+    kept = options.kept(seq_len, seq_len) if padding is None else None
     if kept is not None:
         kernel = _kernel(query, key, value, options, device_count=False)
         rows, count = kept, None
@@ -235,6 +266,35 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
     return None
 
 
+def _sparse_behind(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options
+) -> None:
+    """Of a chunk behind a cache, which heads selected different numbers of rows: by the kernel that finds them itself."""
+    seq_len = key.shape[2]
+    kept = options.kept(seq_len, query.shape[2]) if padding is None else None
+    if kept is not None:
+        count, indices = None, _best(query, key, None, options, kept)
+    else:
+        limit = options.limit(seq_len)
+        scores, count = _scored(query, key, padding, options)
+        count = count.clamp_(max=limit) if limit < seq_len else count
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        on_host = None if capturing else _Fetched(count)
+        indices = _selected(scores, count, limit)  # while the count travels
+        most = limit if on_host is None else max(on_host.get())
+        indices = indices[:, :, : max(most, 1)]
+    past = seq_len - query.shape[2]
+    for tensors in _streamed(output, query, key, value, indices, STREAM_BYTES):
+        target, query_part, key_part, value_part, chosen = tensors
+        asked, keys, values, first = _compressed_behind(query_part, key_part, value_part, chosen, count)
+        out, lse = _attended_behind(asked, keys, values, count, first, options.scale)
+        if options.floor_window is None:
+            _decompressed(out, chosen, count, seq_len, target, past)
+            continue
+        near = (options.scale, options.floor_window, options.floor_sinks)
+        _merged(query_part, key_part, value_part, out, lse, chosen, count, padding, *near, target)
+
+
 def _scores(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> Tensor:
     """One line for each selection."""
     return _grouped(score_cuda(query, key, padding, options.scale, options.window, options.pool), key, options)
@@ -246,15 +306,31 @@ def _best(query: Tensor, key: Tensor, count: Tensor | None, options: Options, ro
     return select_triton(_scores(query, key, None, options), count, rows)
 
 
-@remembered
 def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Scores and count."""
-    scores = _scores(query, key, padding, options)
-    return scores, budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
+    if options.group is None:
+        return _scored_here(query, key, padding, options)
+    scores = _scored_alone(query, key, padding, options)
+    return scores, _counted(_of_all_heads(scores, options), options)
 
+
+def _count_of(scores: Tensor, options: Options) -> Tensor:
+    return budget_cuda(scores, options.coverage, options.keep_ratio, options.min_tokens)
+
+
+@remembered
+def _scored_here(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    scores = _scores(query, key, padding, options)
+    return scores, _count_of(scores, options)
+
+
+_scored_alone = remembered(_scores)
+_counted = remembered(_count_of)
 
 _selected = remembered(select_triton)
 _compressed = remembered(compress_triton)
+_compressed_behind = remembered(compress_behind_triton)
+_attended_behind = remembered(behind_triton)
 _decompressed = remembered(decompress_triton)
 _merged = remembered(merge_floor_triton)
 
@@ -282,16 +358,8 @@ def _attend(
     padding: Tensor | None, kernel: AttentionKernel, options: Options,
 ) -> None:  # fmt: skip
     """Compresses, attends and decompresses, some groups of heads at a time."""
-    heads, groups, seq_len = query.shape[1], key.shape[1], query.shape[2]
-    batch, selections, rows = indices.shape
-    row_bytes = heads * (query.shape[3] + value.shape[3]) + selections * (key.shape[3] + value.shape[3])
-    parts = -(-batch * rows * row_bytes * query.element_size() // (kernel.stream_bytes or STREAM_BYTES))
-    step = max(1, groups // parts)
-    for first in range(0, groups, step):
-        tensors = [output, query, key, value, indices]
-        if step < groups:
-            shares = (slice(first * t.shape[1] // groups, (first + step) * t.shape[1] // groups) for t in tensors)
-            tensors = [tensor[:, share] for tensor, share in zip(tensors, shares, strict=True)]
+    seq_len = query.shape[2]
+    for tensors in _streamed(output, query, key, value, indices, kernel.stream_bytes or STREAM_BYTES):
         target, query_part, key_part, value_part, chosen = tensors
         kept = _compressed(query_part, key_part, value_part, chosen, count)
         if options.floor_window is None:
@@ -300,3 +368,20 @@ def _attend(
         out, lse = kernel.causal_lse(*kept, options.scale, count)
         near = (options.scale, options.floor_window, options.floor_sinks)
         _merged(query_part, key_part, value_part, out, lse, chosen, count, padding, *near, target)
+
+
+def _streamed(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, indices: Tensor, stream_bytes: int
+) -> Iterator[list[Tensor]]:
+    """The operands of as many heads at a time as have their compressed rows in `stream_bytes`."""
+    heads, groups = query.shape[1], key.shape[1]
+    batch, selections, rows = indices.shape
+    row_bytes = heads * (query.shape[3] + value.shape[3]) + selections * (key.shape[3] + value.shape[3])
+    parts = max(1, -(-batch * rows * row_bytes * query.element_size() // stream_bytes))
+    step = max(1, groups // parts)
+    for first in range(0, groups, step):
+        tensors = [output, query, key, value, indices]
+        if step < groups:
+            shares = (slice(first * t.shape[1] // groups, (first + step) * t.shape[1] // groups) for t in tensors)
+            tensors = [tensor[:, share] for tensor, share in zip(tensors, shares, strict=True)]
+        yield tensors

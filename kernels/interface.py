@@ -59,8 +59,8 @@ class AttentionKernel:
     exact: False for a kernel that leaves attention out, as a block-sparse one does: it runs only where it is named.
     run_lse: as `run`, and returns the log-sum-exp of each row's scaled logits as well, natural, float32 [B, H, rows], over
         the keys that it looked at; None: the kernel does not give it, and is refused under a floor (floor.py).
-    run_behind: `(query [B, H, R, D], key [B, Hk, C, D], value, scale) -> (out, lse)`, as run_lse, of queries that are the last R
-        of C > R positions: query i sees keys up to i + C - R; None: the kernel takes equal lengths alone.
+    run_behind: `(query [B, H, R, D], key [B, Hk, C, D], value, scale) -> (out, lse)`, as run_lse, of queries that are the
+        last R of C > R positions: query i sees keys up to i + C - R; None: the kernel takes equal lengths alone.
     stream_bytes: compressed rows of how many heads it is handed at a time, in bytes; None: fused.STREAM_BYTES. More suits a
         kernel of which a call has a cost of its own.
     """

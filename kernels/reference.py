@@ -44,28 +44,28 @@ def score(
 ) -> Tensor:  # fmt: skip
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
 
-    `combine` makes one number for each candidate of the window's weights [rows, n]. With `value` [B,G,L,Dv] it is multiplied
-    by the length of the candidate's value. The kernels know the mean alone; see benchmarks/accuracy/scores.py for others.
-
-    +inf marks the window itself (the last min(window, n_b) valid tokens), -inf the invalid tokens; the other entries
-    are the candidates. So the best tokens of a row can be found without its padding mask and without the window.
+    Queries are those of the last positions, all L or a chunk of them. +inf marks the window itself (the last `window` valid
+    tokens that have a query), -inf the invalid tokens; the other entries are the candidates. So the best tokens of a row can
+    be found without its padding mask and without the window.
 
     A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, which are why, and 0 to the others.
     """
-    batch, heads, seq_len, _ = query.shape
-    group = heads // key.shape[1]
+    batch, heads, seq_len = *query.shape[:2], key.shape[2]
+    past, group = seq_len - query.shape[2], heads // key.shape[1]
     query, key = _wide(query), _wide(key)
     scores = torch.full((batch, heads, seq_len), -math.inf, dtype=query.dtype, device=query.device)
     for b in range(batch):
         valid = valid_positions(padding, b, seq_len)
-        candidates, rows = valid[: max(len(valid) - window, 0)], valid[-window:]
+        rows = valid[valid >= past][-window:]
+        candidates = valid[: len(valid) - len(rows)]
         for h in range(heads):
-            logits = scale * query[b, h, rows] @ key[b, h // group, valid].T
+            logits = scale * query[b, h, rows - past] @ key[b, h // group, valid].T
             future = valid[None, :] > rows[:, None]
             weights = logits.masked_fill(future.to(logits.device), -math.inf).softmax(dim=-1)
             weights[weights.isnan() & (logits < math.inf)] = 0.0
             scores[b, h, rows] = math.inf
-            if len(candidates) > 0:
+            scores[b, h, candidates] = 0.0
+            if len(candidates) > 0 and len(rows) > 0:
                 row = combine(weights[:, : len(candidates)])
                 if value is not None:
                     row = row * _wide(value)[b, h // group, candidates].norm(dim=-1)
@@ -205,6 +205,11 @@ def floor_mask(padding: Tensor | None, selected: Tensor, window: int, sinks: int
     return mask
 
 
+def _among(selected: Tensor) -> Tensor:
+    """What selected rows see without a floor: the selected tokens up to themselves; bool [B,H,L,L]."""
+    return (selected[..., None] & selected[:, :, None]).tril()
+
+
 def attention_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Dense attention under any mask [B,H,L,L]; a row that may look nowhere is 0: [B,H,L,Dv]."""
     batch, heads, _, _ = query.shape
@@ -268,11 +273,13 @@ def token_sparse_attention(
     floor_window: int | None = None,
     floor_sinks: int = 0,
 ) -> Tensor:
-    """The whole layer: [B,H,L,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,L,Dv]. A keep ratio, where given, replaces coverage.
+    """The whole layer: [B,H,Lq,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,Lq,Dv]. A keep ratio, where given, replaces coverage.
 
-    With `floor_window` it is dense attention under A(i), `floor_mask`; without, rows that are not selected are 0.
+    The queries are those of the last Lq positions: all L, or a chunk behind a cache, whose rows are what is computed. With
+    `floor_window` it is dense attention under A(i), `floor_mask`; without, rows that are not selected are 0.
     """
-    seq_len, head_dim = query.shape[2:]
+    seq_len, head_dim = key.shape[2], query.shape[3]
+    past = seq_len - query.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     capacity = seq_len if capacity is None else capacity
     scores = score(query, key, padding, scale, window, pool)
@@ -282,7 +289,11 @@ def token_sparse_attention(
     indices = select(scores, count, capacity)
     if floor_window is not None:
         mask = floor_mask(padding, is_selected(indices, count, query.shape[1], seq_len), floor_window, floor_sinks)
-        return attention_under(mask, query, key, value, scale)
+        return attention_under(mask[:, :, past:], query, key, value, scale)
+    if past > 0:
+        return attention_under(
+            _among(is_selected(indices, count, query.shape[1], seq_len))[:, :, past:], query, key, value, scale
+        )
     rows = compress(query, key, value, indices, count)
     return decompress(attend(*rows, count, scale), indices, count, seq_len)
 

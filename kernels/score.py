@@ -4,7 +4,8 @@
     raw[b,h,t]  = mean_i A[b,h,i,t]                                t a candidate: valid and before the window
     scores      = average pooling of raw along the candidates, stride 1, zero padded, the divisor always `pool`
 
-    query [B,H,L,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32;
+    query [B,H,L,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32; of queries behind a cache the launchers and
+    the ATen form also take the last Lq alone: [B,H,Lq,D], and the window is of those;
     padding bool [B,L] (True = valid) or None
     -> scores float32 [B,H,L], contiguous: +inf at the window's tokens (the last W_b = min(window, n_b) valid ones),
     -inf at invalid tokens, and at the candidates what the formula says, or NaN.
@@ -39,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count, take_rows
+from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, running_count, take_rows
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows
@@ -70,11 +71,11 @@ def _accumulate(
     return log_sum(logits, row_max, row_sum, 1)
 
 
-@triton.jit(do_not_specialize=["seq_len", "window", "split_len"])
+@triton.jit(do_not_specialize=["seq_len", "past", "window", "split_len"])
 def _row_stats_kernel(
     p_query, p_key, p_padding, p_rank, p_rows, p_partial,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl,
-    scale_log2, seq_len, window, split_len, heads, group,
+    scale_log2, seq_len, past, window, split_len, heads, group,
     HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +86,7 @@ def _row_stats_kernel(
     head, row_tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
     split = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    candidates, rows = candidates_of(p_rank, b, seq_len, window, HAS_PADDING)
+    candidates, rows = candidates_of(p_rank, b, seq_len, past, window, HAS_PADDING)
 
     slots = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     live = slots < rows
@@ -93,7 +94,7 @@ def _row_stats_kernel(
     p_key += b * stride_kb + (head // group).to(tl.int64) * stride_kg
     p_padding += b * seq_len
     b_query, row_positions = load_window(
-        p_query, p_rows, b, slots, candidates, live, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
+        p_query, p_rows, b, slots, candidates, live, past, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
     )
 
     start = split * split_len
@@ -118,9 +119,9 @@ def _row_stats_kernel(
     tl.store(p_partial + slots, row_max + tl.log2(row_sum), mask=live)
 
 
-@triton.jit(do_not_specialize=["seq_len", "window", "splits"])
+@triton.jit(do_not_specialize=["seq_len", "past", "window", "splits"])
 def _combine_kernel(
-    p_partial, p_rank, p_row_lse, seq_len, window, heads, splits,
+    p_partial, p_rank, p_row_lse, seq_len, past, window, heads, splits,
     HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """row_lse[b,h,w] = log2 sum_split 2^partial; +inf for slots without a row, whose weights thereby become 0.
@@ -128,7 +129,7 @@ def _combine_kernel(
     And +inf where it is NaN: then only those weights of the row are NaN whose own logits are NaN or +inf.
     """
     line = tl.program_id(1).to(tl.int64)
-    _, rows = candidates_of(p_rank, line // heads, seq_len, window, HAS_PADDING)
+    _, rows = candidates_of(p_rank, line // heads, seq_len, past, window, HAS_PADDING)
     slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     parts = tl.arange(0, BLOCK_S)
     pointers = p_partial + (line * splits + parts)[:, None] * window + slots[None, :]
@@ -140,11 +141,11 @@ def _combine_kernel(
     tl.store(p_row_lse + line * window + slots, row_lse, mask=slots < window)
 
 
-@triton.jit(do_not_specialize=["seq_len", "window"])
+@triton.jit(do_not_specialize=["seq_len", "past", "window"])
 def _column_mean_kernel(
     p_query, p_key, p_padding, p_rank, p_rows, p_row_lse, p_raw,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl,
-    scale_log2, seq_len, window, heads, group,
+    scale_log2, seq_len, past, window, heads, group,
     HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +154,7 @@ def _column_mean_kernel(
     start = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    candidates, rows = candidates_of(p_rank, b, seq_len, window, HAS_PADDING)
+    candidates, rows = candidates_of(p_rank, b, seq_len, past, window, HAS_PADDING)
     if start >= seq_len - rows:  # no candidate can stand in the last `rows` places
         return
 
@@ -175,7 +176,7 @@ def _column_mean_kernel(
         # Slots behind the last row repeat it: zeros in its place would make NaN of an infinite key that no row sees.
         held = tl.minimum(slots, rows - 1)
         b_query, _ = load_window(
-            p_head, p_rows, b, held, candidates, held >= 0, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
+            p_head, p_rows, b, held, candidates, held >= 0, past, window, stride_ql, HAS_PADDING, HEAD_DIM, BLOCK_D
         )
         row_lse = tl.load(p_row_lse + (b * heads + head) * window + slots, mask=slots < window, other=float("inf"))
         logits = tl.dot(b_key, tl.trans(b_query), input_precision="ieee") * scale_log2
@@ -183,12 +184,12 @@ def _column_mean_kernel(
         total = tl.where(row_tile == 0, weights, total + weights)
         stored = tl.where(row_tile == row_tiles - 1, candidates, 0)
         p_out = p_raw + (b * heads + head) * seq_len + columns
-        tl.store(p_out, total / rows, mask=valid & (columns < stored))
+        tl.store(p_out, total / tl.maximum(rows, 1), mask=valid & (columns < stored))
 
 
-@triton.jit(do_not_specialize=["seq_len", "window"])
+@triton.jit(do_not_specialize=["seq_len", "past", "window"])
 def _pool_kernel(
-    p_raw, p_padding, p_rank, p_scores, seq_len, window, heads,
+    p_raw, p_padding, p_rank, p_scores, seq_len, past, window, heads,
     HAS_PADDING: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scores[b,h,t]: the mean of the raw scores around candidate t, +inf in the window, -inf where invalid.
@@ -197,7 +198,7 @@ def _pool_kernel(
     """
     line = tl.program_id(1).to(tl.int64)
     b = line // heads
-    candidates, _ = candidates_of(p_rank, b, seq_len, window, HAS_PADDING)
+    candidates, _ = candidates_of(p_rank, b, seq_len, past, window, HAS_PADDING)
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < seq_len
     valid, columns = columns_of(p_padding, p_rank, b, positions, seq_len, HAS_PADDING)
@@ -217,7 +218,8 @@ def score_triton(
     query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, split_len: int = 0
 ) -> Tensor:
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
-    batch, heads, seq_len, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
+    seq_len, past = key.shape[2], keys_before(query, key)
     query, key = rows_contiguous(query), rows_contiguous(key)
     block_d = block_dim(head_dim)
     tiles = _tiles(query.dtype, block_d, window)
@@ -232,7 +234,7 @@ def score_triton(
     row_lse = scores.new_empty((batch, heads, window))
 
     has_padding = padding is not None
-    mask, rank, rows = window_rows(padding, scores, window)
+    mask, rank, rows = window_rows(padding, scores, past, window)
     strides = row_strides(1, query, key)
     scale_log2 = float(scale) / math.log(2)
     group = heads // key.shape[1]
@@ -242,19 +244,19 @@ def score_triton(
     }  # fmt: skip
     launch(_row_stats_kernel, (heads * row_tiles, splits, batch),
         (query, key, mask, rank, rows, partial),
-        (*strides, scale_log2, seq_len, window, split_len, heads, group), **options,
+        (*strides, scale_log2, seq_len, past, window, split_len, heads, group), **options,
     )  # fmt: skip
     launch(_combine_kernel, (cdiv(window, 64), batch * heads),
-        (partial, rank, row_lse), (seq_len, window, heads, splits),
+        (partial, rank, row_lse), (seq_len, past, window, heads, splits),
         HAS_PADDING=has_padding, BLOCK_S=most_splits, BLOCK_M=64,
     )  # fmt: skip
     launch(_column_mean_kernel, (cdiv(seq_len, tiles.block_n), key.shape[1], batch),
         (query, key, mask, rank, rows, row_lse, raw),
-        (*strides, scale_log2, seq_len, window, heads, group), **options,
+        (*strides, scale_log2, seq_len, past, window, heads, group), **options,
     )  # fmt: skip
     launch(
         _pool_kernel, (cdiv(seq_len, 1024), batch * heads),
-        (raw, mask, rank, scores), (seq_len, window, heads), HAS_PADDING=has_padding, POOL=pool, BLOCK=1024,
+        (raw, mask, rank, scores), (seq_len, past, window, heads), HAS_PADDING=has_padding, POOL=pool, BLOCK=1024,
     )  # fmt: skip
     return scores
 
@@ -302,20 +304,21 @@ def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool
 
 def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
     """The same in ATen ops, on any device. Holds the weights of 32 rows of the window at a time: [B,H,32,L]."""
-    seq_len = query.shape[2]
+    seq_len = key.shape[2]
+    past = keys_before(query, key)
     slots = torch.arange(window, device=query.device)
     if padding is None:
         rank = torch.arange(1, seq_len + 1, device=query.device)[None]
         rows = (slots + (seq_len - window))[None]
-        alive = rows >= 0  # where the window is longer than the sequence
+        alive = rows >= past  # where the window is longer than the queries
         rows, row_count = at_least(rows, 0), alive.sum(dim=1, keepdim=True)
         candidates = rank[:, -1:] - row_count
     else:
         rank = running_count(padding)
-        row_count = torch.minimum(rank[:, -1:], torch.full_like(rank[:, -1:], window))
+        row_count = torch.minimum(rank[:, -1:] - _valid_before(padding, past), torch.full_like(rank[:, -1:], window))
         candidates = rank[:, -1:] - row_count
         rows, alive = positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
-    total, faulty = _window_sum(query, key, padding, rows, alive, scale)
+    total, faulty = _window_sum(query, key, padding, rows, alive, scale, past)
     raw = torch.where(faulty, 0.0, total / at_least(row_count, 1)[:, None].to(total.dtype))
     pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
@@ -324,14 +327,22 @@ def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
     return scores.to(torch.float32)
 
 
+def _valid_before(padding: Tensor, past: int) -> Tensor | int:
+    """How many tokens of each item are valid before position `past`: [B, 1]."""
+    if isinstance(past, int) and past == 0:
+        return 0
+    before = torch.arange(padding.shape[1], device=padding.device) < past
+    return (padding & before).sum(dim=1, keepdim=True)
+
+
 def _window_sum(
-    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float
+    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float, past: int
 ) -> tuple[Tensor, Tensor]:
     """Weights [B,H,L], summed over those rows [B or 1, W] of the window that are alive and not NaN.
 
     And whether a row has a logit there, bool [B,H,L], that is NaN or +inf.
     """
-    batch, heads, seq_len, _ = query.shape
+    batch, heads, seq_len = *query.shape[:2], key.shape[2]
     kv_heads, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
     positions = torch.arange(seq_len, device=query.device)
     transposed_key = key.to(wide).transpose(2, 3)
@@ -339,7 +350,8 @@ def _window_sum(
     faulty = torch.zeros_like(total, dtype=torch.bool)
     for first in range(0, rows.shape[1], 32):
         chunk = rows[:, None, first : first + 32]
-        picked = take_rows(query, chunk.expand(batch, heads, -1)).to(wide) * scale
+        at = chunk if isinstance(past, int) and past == 0 else at_least(chunk - past, 0)
+        picked = take_rows(query, at.expand(batch, heads, -1)).to(wide) * scale
         logits = picked.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ transposed_key
         logits = logits.unflatten(2, (-1, chunk.shape[2])).flatten(1, 2)
         allowed = positions <= chunk[..., None]

@@ -17,6 +17,7 @@ from torch.backends import cuda as cuda_backends
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+from tsa_compile.kernels.merge import merged
 
 PRIORITY = (
     SDPBackend.CUDNN_ATTENTION,
@@ -106,12 +107,6 @@ def _flash_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
     if not query.is_cuda:
         return written_out_lse(query, key, value, scale)
     return _flash_lse(query, key, value, scale)
-
-
-def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention over two sets of keys from that over each, and its log-sum-exp: [B, H, R, Dv], float32 [B, H, R]."""
-    share = torch.sigmoid(other_lse - lse)[..., None]
-    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
 def _repeated(tensor: Tensor, query: Tensor) -> Tensor:

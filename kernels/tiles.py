@@ -245,6 +245,40 @@ def diagonal(
     return b_acc, b_max, b_sum
 
 
+@triton.jit
+def full_tiles(
+    b_query, b_acc, b_max, b_sum, key, value, stop, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """The tiles [0, stop), every key of which every row sees; stop is a multiple of BLOCK_N."""
+    b_keep = tl.full([b_query.shape[0]], 1.0, tl.float32)
+    b_weights = tl.zeros([b_query.shape[0], BLOCK_N], tl.float32)
+    for start in tl.range(0, stop, BLOCK_N):
+        b_acc, b_keep, b_weights, b_max, b_sum = attend_tile(
+            b_query, b_acc, b_keep, b_weights, b_max, b_sum, key, value, start, tl.maximum(start - BLOCK_N, 0), scale_log2,
+            DIM, VALUE_DIM, ALIGN, BLOCK_N, LAG,
+        )  # fmt: skip
+    if LAG and stop > 0:
+        b_acc = add_tile(b_acc, b_keep, b_weights, value, stop - BLOCK_N, VALUE_DIM, ALIGN, BLOCK_N)
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def lower_bound(p_sorted, target, high, FAN: tl.constexpr):
+    """How many of sorted[:high] are below target.
+
+    Every round asks FAN evenly spaced elements at once: four dependent loads for 2^20 elements instead of twenty.
+    """
+    low = 0
+    while low < high:
+        step = tl.cdiv(high - low, FAN)
+        probes = low + (tl.arange(0, FAN) + 1) * step - 1
+        b_values = tl.load(p_sorted + probes, mask=probes < high, other=2147483647)
+        low += tl.sum((b_values < target).to(tl.int32), axis=0) * step
+        high = tl.minimum(high, low + step - 1)
+    return low
+
+
 def block_dim(size: int) -> int:
     """A head size as tiles have it: a power of two that tensor cores take."""
     return max(16, next_power_of_2(size))

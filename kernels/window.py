@@ -4,6 +4,7 @@
     rows[b,w]     the position of the w-th row of the window: the last min(window, n_b) valid tokens    int32 [B,W]
 
 Candidates are the valid tokens before the window, numbered by `rank - 1`. Without padding nothing of this is in memory.
+Where queries are a chunk's, `past` positions are before the first of them, and n_b counts the valid tokens of the chunk.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import gather_rows
 
 
-@triton.jit(do_not_specialize=["seq_len", "window"])
-def _window_rows_kernel(p_padding, p_rank, p_rows, seq_len, window, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["seq_len", "past", "window"])
+def _window_rows_kernel(p_padding, p_rank, p_rows, seq_len, past, window, BLOCK: tl.constexpr):
     """rows[b, w] = position of the w-th row of the window: the last min(window, n_b) valid tokens, ascending."""
     b = tl.program_id(1).to(tl.int64)
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < seq_len
     valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
     rank = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0)
-    candidates, _ = candidates_of(p_rank, b, seq_len, window, True)
+    candidates, _ = candidates_of(p_rank, b, seq_len, past, window, True)
     slots = rank - 1 - candidates
     tl.store(p_rows + b * window + slots, positions, mask=inside & valid & (slots >= 0))
 
 
 @triton.jit
-def candidates_of(p_rank, b, seq_len, window, HAS_PADDING: tl.constexpr):
+def candidates_of(p_rank, b, seq_len, past, window, HAS_PADDING: tl.constexpr):
     """Number of candidates and number of window rows of item b; rank counts the valid tokens up to each position."""
     if HAS_PADDING:
         valid_tokens = tl.load(p_rank + b * seq_len + seq_len - 1)
+        before = tl.load(p_rank + b * seq_len + past - 1, mask=past > 0, other=0)
     else:
         valid_tokens = seq_len
-    rows = tl.minimum(valid_tokens, window)
+        before = past
+    rows = tl.minimum(valid_tokens - before, window)
     return valid_tokens - rows, rows
 
 
@@ -53,7 +56,7 @@ def columns_of(p_padding, p_rank, b, positions, seq_len, HAS_PADDING: tl.constex
 
 @triton.jit
 def load_window(
-    p_query, p_rows, b, slots, candidates, live, window, stride_ql,
+    p_query, p_rows, b, slots, candidates, live, past, window, stride_ql,
     HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Query rows of the window's slots, and their positions."""
@@ -61,10 +64,10 @@ def load_window(
         positions = tl.load(p_rows + b * window + slots, mask=live, other=0)
     else:
         positions = candidates + slots
-    return gather_rows(p_query, positions.to(tl.int64) * stride_ql, live, 0, HEAD_DIM, BLOCK_D), positions
+    return gather_rows(p_query, (positions - past).to(tl.int64) * stride_ql, live, 0, HEAD_DIM, BLOCK_D), positions
 
 
-def window_rows(padding: Tensor | None, stand_in: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def window_rows(padding: Tensor | None, stand_in: Tensor, past: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Padding as kernels read it, rank and rows; where nothing is padded a tensor that stands for them, never read."""
     if padding is None:
         return stand_in, stand_in, stand_in
@@ -72,5 +75,5 @@ def window_rows(padding: Tensor | None, stand_in: Tensor, window: int) -> tuple[
     padding = padding.contiguous()
     rank = padding.cumsum(dim=1, dtype=torch.int32)
     rows = rank.new_empty((batch, window))
-    launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (padding, rank, rows), (seq_len, window), BLOCK=1024)
+    launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (padding, rank, rows), (seq_len, past, window), BLOCK=1024)
     return padding, rank, rows

@@ -27,7 +27,7 @@ from tsa_compile.passes.layers import Place
 from tsa_compile.passes.layout import conform
 from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.padding import PaddingBuilder
-from tsa_compile.report import Decision, Reason
+from tsa_compile.reasons import Decision, Reason
 
 __all__ = ["CallPlan", "GraphState", "Pass", "PassResult"]
 
@@ -37,8 +37,8 @@ class CallPlan:
     """What is known and decided about one call; filled in pass by pass.
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
-    `padding`: the bool tensor [B, L] of its valid tokens, once it is written.
-    `config`: what holds for its layer.
+    `padding`: the bool tensor [B, L] of its valid tokens, once it is written. `group`: the name of the process group with
+    its other heads, where they matter. `config`: what holds for its layer.
     """
 
     call: AttentionCall
@@ -47,6 +47,7 @@ class CallPlan:
     mask: MaskInfo | None = None
     selected: bool = False
     padding: Node | None = None
+    group: str | None = None
     unplaced: bool = False
     decision: Decision = Decision.UNCHANGED
     reason: Reason = Reason.UNSUPPORTED_FORM

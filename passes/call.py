@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.aten import AtenGraph
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 Form = Literal["sdpa", "eager", "other"]
 Problem = tuple[Reason, str]

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 
 class CanonicalizeDense(Pass):

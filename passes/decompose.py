@@ -14,7 +14,8 @@
              o       = tsa.merge_floor(q, k, v, o^, lse, indices, count, padding, scale, window, sinks)
 
 C is L, the capacity, or, for a keep ratio, an expression in L: no shape depends on data. A keep ratio without padding
-needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L].
+needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L]. Where
+other processes have heads too, a coverage is decided by tsa.mean_over_ranks(scores, group), [B, 1, L].
 
 Exported programs are opened, and what a callable `compiler` is given. Nothing is put together again: whoever wants the one
 op switches the pass off, `TSAConfig(skip_passes=["Decompose"])`.
@@ -47,7 +48,8 @@ class Decompose(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:
         graph = graph_module.graph
         whole = (tsa.sparse_attention.default, tsa.padded_sparse_attention.default)
-        found = [node for node in graph.nodes if node.target in whole]
+        # The steps are those of a whole prompt; a chunk's op stays.
+        found = [node for node in graph.nodes if node.target in whole and _is_whole_prompt(node)]
         for node in found:
             with graph.inserting_before(node):
                 last = _open(graph, _SparseCall.of(node))
@@ -59,6 +61,11 @@ class Decompose(Pass):
                 source for source in read if not source.users
             )  # the valid ranges, if nobody else has them
         return self.result(graph_module, len(found))
+
+
+def _is_whole_prompt(node: Node) -> bool:
+    query, key = (fake(operand) for operand in node.args[:2])
+    return known(query.shape[2] == key.shape[2])
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class _SparseCall:
     kernel: str
     floor_window: int | None
     floor_sinks: int
+    group: str | None
     padding: Node | None = None
     valid_ranges: Node | None = None
 
@@ -131,6 +139,8 @@ def _count(graph: Graph, call: _SparseCall, scores: Node, capacity: int | Node) 
     """How many slots are real, per batch item; None if all are, which a keep ratio without padding knows beforehand."""
     if call.keep_ratio is not None and call.padding is None:
         return None
+    if call.group is not None and call.coverage:
+        scores = insert(graph, tsa.mean_over_ranks.default, scores, call.group)
     count = insert(graph, tsa.budget.default, scores, call.coverage, call.keep_ratio, call.min_tokens)
     return count if call.capacity is None else insert(graph, torch.clamp, count, max=capacity)
 

@@ -25,7 +25,7 @@ from tsa_compile.passes.aten import AtenGraph, users
 from tsa_compile.passes.call import MaskTerm, RecordedCall
 from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.operators import arguments, aten, functional, without_copies
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 _CASTS = (
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 
 class EmitPadding(Pass):

@@ -28,7 +28,7 @@ from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.layers import layer_name, placed, places_of
 from tsa_compile.passes.operators import arguments, aten, is_attention, without_copies
 from tsa_compile.passes.record import record
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 
 class FindCalls(Pass):

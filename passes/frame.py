@@ -19,7 +19,7 @@ from types import CellType
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 from torch.nn import Module
 
@@ -188,27 +188,3 @@ def is_split(value: Any) -> bool:
     """Whether a tensor is spread over devices in parts."""
     placements = getattr(value, "placements", ())
     return isinstance(value, torch.Tensor) and any(placement.is_shard() for placement in placements)
-
-
-def splits_heads(graph_module: GraphModule, frame: Frame | None) -> str | None:
-    """What shows that a graph sees some of a layer's heads only, as in tensor parallel; None if nothing does.
-
-    o = attention(q, k, v)       [B, H / devices, L, D]
-    y = all_reduce(o @ w)        each device adds its heads' part
-    """
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and is_split(node.meta.get("example_value", node.meta.get("val"))):
-            return f"its input `{node.name}` is split over devices"
-        if node.op == "call_function" and _is_reduction(node):
-            return f"it calls `{node.target}`"
-    return "parameters of the model are split over devices" if frame is not None and frame.sharded else None
-
-
-def _is_reduction(node: Node) -> bool:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name
-    else:
-        name = str(getattr(target, "_qualified_op_name", None) or getattr(target, "__module__", ""))
-        name += f".{getattr(target, '__name__', '')}"
-    return ("c10d" in name or "torch.distributed" in name) and ("all_reduce" in name or "reduce_scatter" in name)

@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from tsa_compile.config import Layers, TSAConfig, is_named, upper_half
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import Frame
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
 _AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")

@@ -29,17 +29,19 @@ from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
 from tsa_compile.kernels.score import MAX_HEAD_DIM
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.frame import in_marked_range, splits_heads
+from tsa_compile.passes.frame import in_marked_range
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.mask_info import MaskInfo, MaskKind
-from tsa_compile.report import Decision, Reason
+from tsa_compile.passes.ranks import group_of_heads, splits_heads
+from tsa_compile.reasons import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_QUERIES = 16
 """Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
+_DROPPABLE = "where tokens can be dropped"
 _MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.UPPER_LEFT: Reason.NOT_SELF_ATTENTION,
@@ -67,21 +69,23 @@ class PlanCalls(Pass):
             with self.state.attempt(plan, graph_module.graph, "planning"):
                 self._decide(plan, reason, share)
         self._say_what_was_not_found(not_found(places, self.state.config, graph_module, self.state.frame))
-        self._refuse_split_heads(graph_module)
+        self._gather_split_heads(graph_module)
         planned = sum(plan.decision is not Decision.UNCHANGED for plan in self.state.plans)
         return self.result(graph_module, planned, modified=False)
 
-    def _refuse_split_heads(self, graph_module: GraphModule) -> None:
+    def _gather_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
         sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE and _needs_all_heads(plan)]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
-        if found is not None:
-            name, budget = sparse[0].call.layer, sparse[0].config.budget
-            raise ConfigError(
-                f"budget={budget!r} is not possible in {name!r}: the graph runs on several devices "
-                f"that each have some of the heads ({found}), and Coverage keeps what matters in the mean over all heads. "
-                "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
-            )
+        for plan in sparse if found is not None else ():
+            plan.group = group_of_heads(plan.call.node)
+            if plan.group is None:
+                raise ConfigError(
+                    f"budget={plan.config.budget!r} is not possible in {plan.call.layer!r}: the graph runs on several "
+                    f"devices that each have some of the heads ({found}), Coverage keeps what matters in the mean over all "
+                    "heads, and no sum of the layer's output over a process group says where the others are. "
+                    "Choose budget=KeepRatio(...), which each head follows by itself, or layers=[] for none"
+                )
 
     def _say_what_was_not_found(self, text: str | None) -> None:
         """Once for a model, however many graphs it is compiled in."""
@@ -106,15 +110,12 @@ class PlanCalls(Pass):
         assert plan.mask is not None
         plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
-        cached = is_behind_cache(plan)
-        if reason is None and cached:
-            reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
             settled = self._settled(plan, sparse_layers)
             reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif not cached and self.state.config.dense_kernel is not None and kernel_obstacle(*_operands(plan))[0] is None:
+        elif self._has_dense_kernel(plan):
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
@@ -125,6 +126,12 @@ class PlanCalls(Pass):
             plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
             plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
         return None
+
+    def _has_dense_kernel(self, plan: CallPlan) -> bool:
+        """Whether the configured kernel runs a dense call: one over as many queries as keys."""
+        if self.state.config.dense_kernel is None or is_behind_cache(plan):
+            return False
+        return kernel_obstacle(*_operands(plan))[0] is None
 
 
 def _needs_all_heads(plan: CallPlan) -> bool:
@@ -160,6 +167,15 @@ def is_behind_cache(plan: CallPlan) -> bool:
     if mask is None or mask.kind not in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
         return False
     return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
+
+
+def is_decode_step(plan: CallPlan) -> bool:
+    """Whether one query, or a few of assisted decoding, look at a cache, by whatever operator."""
+    query, key = fake(plan.call.query), fake(plan.call.key)
+    if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor) or query.dim() < 3 or key.dim() < 3:
+        return False
+    few = known(query.shape[-2] < FEW_QUERIES) and not known(query.shape[-2] == key.shape[-2])
+    return known(query.shape[-2] == 1) or few
 
 
 def is_cached_prefill(plan: CallPlan) -> bool:
@@ -232,7 +248,9 @@ def sparse_obstacle(
         return reason, detail
     shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    return _length_obstacle(query.shape[2], minimum, why, all_kept_below(config))
+    # Of a chunk all keys are selected from, but what is gained grows with its own length.
+    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
+    return _length_obstacle(length, minimum, why, all_kept_below(config))
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
@@ -270,7 +288,7 @@ def minimum_length(
         return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
     if costs is not None and minimum != shortest(config, None, shape):
         return minimum, f"where the sparse path breaks even on {costs.name}"
-    return minimum, "where tokens can be dropped"
+    return minimum, _DROPPABLE
 
 
 def all_kept_below(config: TSAConfig) -> int:
@@ -304,5 +322,8 @@ def kernel_of(query: Tensor, key: Tensor, value: Tensor, decision: Decision, con
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
-    lse = decision is Decision.SPARSE and config.floor is not None
-    return choose(KernelRequest.of(query, key, value), configured or AUTO, lse=lse).name
+    sparse = decision is Decision.SPARSE
+    behind = sparse and not known(query.shape[2] == key.shape[2])
+    request = KernelRequest.of(query, key, value)
+    chosen = choose(request, configured or AUTO, lse=sparse and config.floor is not None, behind=behind).name
+    return "triton" if behind and query.is_cuda else chosen  # it takes rows of which each head has another number

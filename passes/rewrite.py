@@ -21,7 +21,7 @@ from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import insert
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
 
@@ -53,7 +53,7 @@ class RewriteSparse(Pass):
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
         call, graph = plan.call, graph_module.graph
-        options = options_of(config, scale_of(call))
+        options = options_of(config, scale_of(call), plan.group)
         operands = [call.query, call.key, call.value]
         if plan.padding is None:
             return insert(graph, tsa.sparse_attention.default, *operands, *options)
@@ -66,9 +66,11 @@ def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
     return config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=kernel)
 
 
-def options_of(config: TSAConfig, scale: Any) -> tuple[Any, ...]:
+def options_of(config: TSAConfig, scale: Any, group: str | None = None) -> tuple[Any, ...]:
     """The arguments of the ops behind their tensors (kernels/fused.py)."""
     budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
-    floor = () if config.floor is None else (config.floor.window, config.floor.sinks)
+    behind: tuple[Any, ...] = () if config.floor is None else (config.floor.window, config.floor.sinks)
+    if group is not None:
+        behind = (*(behind or (None, 0)), group)
     selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
-    return (scale, config.window, config.pool, *selection, config.kernel, *floor)
+    return (scale, config.window, config.pool, *selection, config.kernel, *behind)

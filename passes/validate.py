@@ -1,7 +1,7 @@
 """A second line behind the proofs: each accepted call is computed twice on small random inputs, and must agree.
 
     original      the graph's own nodes behind the call, run as they are: mask, repeated heads, written-out products
-    normal form   softmax(scale * q k^T where kv <= q + Lk - Lq and padding[b, kv]) v, in float64, of the same q, k, v, inputs
+    normal form   softmax(scale * q k^T where kv <= q + Lk - Lq and padding[b, kv]) v, in float64, of the same inputs
 
 The graph's inputs get random numbers, those of masks the extremes of their types among them. Long static lengths are run
 short: every number in the graph that equals the length becomes a small one. A call that differs is left as the model wrote
@@ -28,7 +28,7 @@ from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, map_leaves
 from tsa_compile.passes.operators import aten
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 _log = logging.getLogger(__name__)
 _LONGEST = 64  # a static length up to which nothing is shortened

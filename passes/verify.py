@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 
 
 class Verify(Pass):

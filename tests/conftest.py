@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +56,21 @@ def quicken_dynamo() -> None:
     logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
 
 
-def pytest_configure() -> None:
+# The modules that take longest, a minute to a quarter of one, longest first.
+LONG = (
+    "test_models.py", "passes/test_programs_fuzz.py", "export/test_onnx.py", "passes/test_masks_fuzz.py", "test_backend.py",
+    "test_dynamic.py", "export/test_aoti.py", "export/test_program.py", "passes/test_models_masks.py",
+    "kernels/test_fused.py", "test_handover.py", "test_readme.py", "test_failures.py", "test_explanation.py",
+    "test_benchmarks.py", "commands/test_cli.py", "kernels/test_score.py", "kernels/test_floor.py", "export/test_triton.py",
+    "commands/test_full_disk.py", "export/test_tensorrt.py", "test_examples.py", "passes/test_lower.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Modules go to workers in the order of `LONG`: by itself, pytest-xdist begins with those of most tests, which are not
+    # those that take longest, and one worker would be left alone with a long one in the end.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
     quicken_dynamo()
     if os.environ.get("TRITON_INTERPRET") == "1":
         quicken_interpreter()
@@ -73,6 +88,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

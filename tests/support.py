@@ -7,6 +7,7 @@ or the ops, and padding reaches it through the mask that the model builds.
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -82,6 +83,12 @@ OTHERS = {
     ),
 }  # fmt: skip
 
+MEDIUM = dict(
+    hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, head_dim=64,
+    max_position_embeddings=65536,
+)  # fmt: skip
+"""Sizes of a model for GPUs."""
+
 
 def slow_but(names, *quick):
     """The parameters, single ones or tuples, of which all but a few are for the whole suite alone."""
@@ -126,7 +133,6 @@ def oracle(layers, **settings):
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         if module.layer_idx not in layers or query.shape[2] == 1:  # decode steps are dense
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        assert query.shape[2] == key.shape[2], "the reference compresses prefill alone"
         padding = None
         if attention_mask is not None:  # the last query sees every valid key
             padding = attention_mask[:, 0, -1].expand(len(query), -1)
@@ -143,6 +149,16 @@ def difference(left, right, mask=None):
     gap = (left - right).abs()
     assert not gap.isnan().any()
     return float((gap if mask is None else gap[mask.bool()]).max())
+
+
+def chunks(model, ids, mask, size):
+    """The logits of a prompt that goes through a model in chunks."""
+    cache, found = transformers.DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for low in range(0, ids.shape[1], size):
+            seen = {} if mask is None else {"attention_mask": mask[:, : low + size]}
+            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
+    return torch.cat(found, dim=1)
 
 
 class Attention(torch.nn.Module):
@@ -198,3 +214,19 @@ def without_interpreter(source):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def medians(*functions, rounds=40, calls=3):
+    """Milliseconds a call of each: functions take turns, so that a change of clocks meets all alike."""
+    times = [[] for _ in functions]
+    for turn in range(rounds + 8):
+        for function, found in zip(functions, times, strict=True):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                function()
+            stop.record()
+            stop.synchronize()
+            if turn >= 8:
+                found.append(start.elapsed_time(stop) / calls)
+    return [statistics.median(found) for found in times]

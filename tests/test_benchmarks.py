@@ -14,6 +14,8 @@ import torch
 from tsa_compile import Floor, KeepRatio, TSAConfig
 from tsa_compile.kernels import reference
 
+from .support import tiny
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 LENGTH = 1500
 
@@ -423,6 +425,20 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
     assert rows["compile"]["error"] == "out of memory: CUDA out of memory" and "report" not in rows["compile"]
     text = prefill.table(list(rows.values()))
     assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
+
+
+def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path):
+    chunks, model = load("prefill_chunks"), tiny("llama", num_hidden_layers=1)
+
+    def compiled(model, mode):
+        return torch.compile(model, backend="tsa", options={"config": TSAConfig(layers=[], compiler="eager")})
+
+    (row,) = rows = chunks.run(model, compiled, ["exact"], (True,), [120], 24, 1)
+    assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 3, 0)
+    assert row["relative_difference"] < 1e-4 and row["ratio"] > 0
+    chunks.write([*rows, {**row, "error": "out of memory"}], {"device": "none"}, tmp_path / "chunks")
+    assert json.loads((tmp_path / "chunks.json").read_text())["rows"][0] == row
+    assert "| out of memory |" in (tmp_path / "chunks.md").read_text()
 
 
 @pytest.mark.parametrize("length, rounds", [(32768, 5), (131072, 2)])

@@ -113,9 +113,8 @@ def test_layers_become_a_tuple(layers, stored):
 def test_layers_may_have_a_budget_each():
     config = TSAConfig(layers={3: 0.5, 1: Coverage(0.01), 2: KeepRatio(1)})
     assert config.layers == {3: KeepRatio(0.5), 1: Coverage(0.01), 2: KeepRatio(1)}
-    assert config.budgets == (KeepRatio(0.5), Coverage(0.01), KeepRatio(1)) and TSAConfig(layers=[1]).budgets == (
-        TSAConfig().budget,
-    )
+    assert config.budgets == (KeepRatio(0.5), Coverage(0.01), KeepRatio(1))
+    assert TSAConfig(layers=[1]).budgets == (TSAConfig().budget,)
     assert list(config.layers) == [3, 1, 2] and hash(config) == hash(TSAConfig.from_json(config.to_json()))
     assert TSAConfig.from_json(config.to_json()) == config and config.replace(layers=config.layers) == config
     assert json.loads(config.to_json())["layers"] == {"3": 0.5, "1": {"coverage": 0.01}, "2": 1.0}

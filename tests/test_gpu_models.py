@@ -1,7 +1,5 @@
 """Models on CUDA through Inductor: right in every mode, no L x L memory, and no slower where nothing is padded."""
 
-import statistics
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tsa_compile import Coverage, KeepRatio, TSAConfig, reports
 from tsa_compile.kernels.padded import padded_attention, valid_ranges
 
-from .support import difference, heads, mixed_padding, oracle, tiny, tokens
+from .support import MEDIUM, difference, heads, medians, mixed_padding, oracle, tiny, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,10 +20,6 @@ EXACT = TSAConfig(layers=[])
 KEEP_ALL = TSAConfig(budget=Coverage(0), **SMALL)
 HALF = TSAConfig(budget=KeepRatio(0.5), **SMALL)
 COVERAGE = TSAConfig(budget=Coverage(0.2), **SMALL)
-MEDIUM = dict(
-    hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, head_dim=64,
-    max_position_embeddings=65536,
-)  # fmt: skip
 
 
 def with_cuda_graphs(graph_module, example_inputs):
@@ -126,22 +120,6 @@ def test_no_quadratic_memory_under_a_mask_of_ones(config):
             torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < length * length / 4
     assert reports()[-1].unchanged == 0
-
-
-def medians(*functions, rounds=40, calls=3):
-    """Milliseconds a call of each: functions take turns, so that a change of clocks meets all alike."""
-    times = [[] for _ in functions]
-    for turn in range(rounds + 8):
-        for function, found in zip(functions, times, strict=True):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                function()
-            stop.record()
-            stop.synchronize()
-            if turn >= 8:
-                found.append(start.elapsed_time(stop) / calls)
-    return [statistics.median(found) for found in times]
 
 
 def test_a_mask_of_ones_costs_nothing():

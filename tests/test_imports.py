@@ -14,7 +14,8 @@ import tsa_compile
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile": ROOT / "tsa_compile"}
-LEVELS = {"errors": 0, "text": 0, "config": 0, "report": 0, "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
+ALONE = ("config", "errors", "reasons", "report", "text")
+LEVELS = {**dict.fromkeys(ALONE, 0), "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
 TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
 FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
@@ -63,8 +64,8 @@ def faults(source, module, *, is_package=False):
             yield f"line {node.lineno}: {name} is a public name; import it from its module"
         elif level(name) > level(module):
             yield f"line {node.lineno}: {name} points back up the arrow"
-        elif level(module) == 0 and rest[0] not in ("errors", "text"):
-            yield f"line {node.lineno}: {name}; config, errors, text and report stand alone"
+        elif level(module) == 0 and rest[0] not in ("errors", "reasons", "text"):
+            yield f"line {node.lineno}: {name}; {', '.join(ALONE)} stand alone"
     if module != "tsa_compile.cli":
         yield from (
             f"line {node.lineno}: print"

@@ -8,7 +8,8 @@ from tsa_compile.backend import tsa_backend
 from tsa_compile.bench import Benchmark
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.costs.predict import predict
-from tsa_compile.report import Reason, RewriteReport, reports
+from tsa_compile.reasons import Reason
+from tsa_compile.report import RewriteReport, reports
 from tsa_compile.shapes import model_config
 
 from .support import tiny, tokens

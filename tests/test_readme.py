@@ -114,7 +114,9 @@ def test_tables_are_those_of_the_last_runs(name, file):
     assert all(line in results for line in table.strip().splitlines())
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/architecture.md", "docs/serving.md"]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):

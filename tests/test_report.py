@@ -9,18 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsa_compile.report import (
-    EXPLANATIONS,
-    MAX_REPORTS,
-    REMEDIES,
-    CallRow,
-    Decision,
-    Reason,
-    RewriteReport,
-    clear_reports,
-    record,
-    reports,
-)
+from tsa_compile.reasons import EXPLANATIONS, REMEDIES, Decision, Reason
+from tsa_compile.report import MAX_REPORTS, CallRow, RewriteReport, clear_reports, record, reports
 
 
 def row(index=0, **changes):

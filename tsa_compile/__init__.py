@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
     from tsa_compile.loss_calibration import LossCalibration
-    from tsa_compile.report import CallRow, Decision, Reason, RewriteReport, clear_reports, reports
+    from tsa_compile.reasons import Decision, Reason
+    from tsa_compile.report import CallRow, RewriteReport, clear_reports, reports
 
 __version__ = "0.1.0"
 

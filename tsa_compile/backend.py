@@ -27,7 +27,8 @@ from tsa_compile.handover import keep_out_of_packages, take_over
 from tsa_compile.kernels.sdpa import PRIORITY
 from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
-from tsa_compile.report import Decision, Reason, RewriteReport, record
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import RewriteReport, record
 
 Compiled = Callable[..., Any]
 

@@ -150,8 +150,10 @@ class LayerBudgets(Mapping[int | str, Budget]):
 
 
 Compiler = str | Callable[..., Any]
-Layers = Sequence[int] | Sequence[str] | Mapping[int, float | Budget] | Mapping[str, float | Budget] | LayerBudgets
-"""As they may be given; a TSAConfig holds a tuple, or LayerBudgets."""
+Layers = Sequence[int] | Sequence[str] | Mapping[int, Budget | float] | Mapping[str, Budget | float] | LayerBudgets
+"""As they may be given."""
+HeldLayers = tuple[int, ...] | tuple[str, ...] | LayerBudgets
+"""As a TSAConfig holds them."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,7 @@ def _layers_dict(layers: Layers | None) -> Any:
     return {layer: budget.get("keep_ratio", budget) for layer, budget in found.items()}
 
 
-def _layers(value: object) -> Layers | None:
+def _layers(value: object) -> HeldLayers | None:
     """None, or a tuple of all ints or all strings, in the order given, without repeats; or such with a budget each."""
     allowed = (
         "None, a list of layer indices >= 0 or of module-name patterns, or a mapping of either to keep ratios or budgets"

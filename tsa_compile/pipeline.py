@@ -27,6 +27,7 @@ from tsa_compile.kernels import (
     floor,
     fused,
     padded,
+    ranks,
     registry,
     score,
     select,
@@ -40,14 +41,15 @@ from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.masks import InferMasks
-from tsa_compile.passes.plan import PlanCalls, is_cached_prefill
+from tsa_compile.passes.plan import PlanCalls, is_cached_prefill, is_decode_step
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, fused, sparse)
+OPS = (score, budget, select, compress, attend, decompress, floor, cached, padded, ranks, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py
@@ -174,10 +176,19 @@ def _shape(value: object) -> tuple[int | str, ...]:
 # A call that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
 _NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CAUSAL)
+# What a model has beside sparse layers, or what was warned of already.
+_BESIDE_SPARSE = (
+    Reason.SPARSE,
+    Reason.SLIDING_WINDOW,
+    Reason.CHUNKED,
+    Reason.TOO_SHORT,
+    Reason.PASS_FAILED,
+    Reason.PASS_SKIPPED,
+)
 
 
 def _announce_misses(state: GraphState) -> None:
-    """No rewrite is silent: layers were asked to be sparse, the graph has causal attention, and none became sparse.
+    """No rewrite is silent: layers were asked to be sparse, the graph has causal attention, and none, or not all, became so.
 
     With `strict=True` a single selected call that was not understood is an error.
     """
@@ -188,16 +199,23 @@ def _announce_misses(state: GraphState) -> None:
     if config.strict and missed:
         said = "; ".join(f"{plan.call.layer}: {plan.reason} ({plan.detail})" for plan in missed)
         raise RewriteError(f"not sparse although asked for, because not understood: {said} (strict=True)")
-    reasons = {plan.reason: plan.detail for plan in reversed(plans) if _is_miss(plan)}
-    if reasons and all(plan.decision is not Decision.SPARSE for plan in plans):
+    misses = [plan for plan in plans if _is_miss(plan)]
+    if any(plan.decision is Decision.SPARSE for plan in plans):
+        misses = [plan for plan in misses if plan.reason not in _BESIDE_SPARSE]
+        text = (
+            f"{len(misses)} of the {len(plans)} attention calls of this graph stay dense although their layers were selected"
+        )
+    else:
+        text = f"no attention call of this graph became sparse ({len(plans)} calls)"
+    if misses:
+        reasons = {plan.reason: plan.detail for plan in reversed(misses)}
         said = "; ".join(reason.said(detail) for reason, detail in reversed(reasons.items()))
-        text = f"no attention call of this graph became sparse ({len(plans)} calls). {said}"
-        warnings.warn(text, TSAWarning, stacklevel=2)
+        warnings.warn(f"{text}. {said}", TSAWarning, stacklevel=2)
 
 
 def _is_miss(plan: CallPlan) -> bool:
     """Whether a call was or may have been asked to be sparse, and is of the kind that becomes so; a decode step is not."""
-    if not (plan.selected or plan.unplaced):
+    if not (plan.selected or plan.unplaced) or is_decode_step(plan):
         return False
     prefill = plan.reason is Reason.NOT_SELF_ATTENTION and is_cached_prefill(plan)
     return prefill or plan.reason not in _ORDINARY

@@ -48,7 +48,7 @@ def _over_lengths(study: Study) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
     title = f"**All lengths together** ({', '.join(f'{length:,}' for length in lengths)} tokens)"
     return (
-        f"{title}: points of accuracy won or lost against dense and McNemar's p; of tasks that are scored by likelihood, its "
+        f"{title}: points of accuracy won or lost against dense and McNemar's p; of tasks scored by likelihood, its "
         f"change; and the mean KL divergence from dense of all tasks\n\n{table}\n\n"
     )
 
@@ -59,7 +59,8 @@ def _change(pairs: list[tuple[Cell, Cell]]) -> str:
     if not count:
         return ""
     if not pairs[0][0].right:
-        return f"{math.fsum(x - y for cell, dense in pairs for x, y in zip(cell.nll, dense.nll)) / count:+.3f}"
+        changes = (ours - theirs for cell, dense in pairs for ours, theirs in zip(cell.nll, dense.nll))
+        return f"{math.fsum(changes) / count:+.3f}"
     answers = [(ours, theirs) for cell, dense in pairs for ours, theirs in zip(cell.right, dense.right)]
     paired = mcnemar([ours for ours, _ in answers], [theirs for _, theirs in answers])
     return f"{100 * (paired.gained - paired.lost) / count:+.1f} (p {paired.p_value:.2f})"

@@ -52,7 +52,7 @@ def logits(model, *inputs, **named):
         return model(*inputs, **named).logits
 
 
-def rows(report):
+def rows_of(report):
     return [(row.layer_index, row.decision, row.reason) for row in report]
 
 
@@ -77,7 +77,7 @@ def test_equal_to_the_compiled_model(name):
     wanted = logits(torch.compile(tiny(name), backend="tsa", options={"config": FLOOR}), **inputs)
     assert difference(found, wanted, inputs["attention_mask"]) < ATOL
     (report,) = reports()
-    assert rows(attention.report(model)) == rows(report)
+    assert rows_of(attention.report(model)) == rows_of(report)
     for mine, compiled in zip(attention.report(model), report, strict=True):
         assert (mine.layer, mine.query, mine.key, mine.kernel) == (
             compiled.layer,
@@ -126,20 +126,29 @@ def test_generate(cache):
     assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE], "a decode step leaves no row"
 
 
-def test_chunks_of_a_prompt_are_dense_and_said_so():
-    ids = tokens(1, LENGTH)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("pads", [(0, 0, 0), (0, 9, 35)], ids=["plain", "padded"])
+@pytest.mark.parametrize("rows", [20, 5])
+def test_chunks_of_a_prompt_are_dense_and_said_so(rows, pads, static):
+    """Behind equal caches the plain model computes the same; a few rows keep their mask."""
+    ids, mask, start = tokens(3, LENGTH), mixed_padding(LENGTH, pads), LENGTH - rows
     model, plain = sparse("llama"), tiny("llama")
-    cache, plain_cache = transformers.DynamicCache(), transformers.DynamicCache()
-    first = logits(model, ids[:, :20], past_key_values=cache)
-    assert reasons(model)[0] is Reason.SPARSE
-    logits(plain, ids[:, :20], past_key_values=plain_cache)
-    assert difference(first, logits(plain, ids[:, :20])) > 100 * ATOL
-    for layer, plain_layer in zip(cache.layers, plain_cache.layers, strict=True):
-        layer.keys, layer.values = plain_layer.keys, plain_layer.values
-    with pytest.warns(TSAWarning, match="NOT_SELF_ATTENTION.*behind a cache"):
-        second = logits(model, ids[:, 20:], past_key_values=cache)
-    assert difference(second, logits(plain, ids[:, 20:], past_key_values=plain_cache)) < ATOL
-    assert reasons(model) == [Reason.NOT_SELF_ATTENTION] * 3
+    caches = [_cache(each, static) for each in (model, plain)]
+    for each, cache in zip((plain, plain), caches, strict=True):
+        logits(each, ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
+    with pytest.warns(TSAWarning, match=r"NOT_SELF_ATTENTION.*behind a cache") as said:
+        found, wanted = (
+            logits(each, ids[:, start:], attention_mask=mask, past_key_values=cache)
+            for each, cache in zip((model, plain), caches, strict=True)
+        )
+    assert sum(issubclass(each.category, TSAWarning) for each in said) == 1
+    assert difference(found, wanted, mask[:, start:]) < ATOL
+    assert rows_of(attention.report(model))[0][2] is Reason.NOT_SELF_ATTENTION
+    assert reasons(model)[1] is (Reason.LAYER_NOT_SELECTED if rows == 20 else Reason.NOT_SELF_ATTENTION)
+
+
+def _cache(model, static):
+    return transformers.StaticCache(config=model.config, max_cache_len=64) if static else transformers.DynamicCache()
 
 
 @pytest.mark.parametrize(
@@ -306,7 +315,7 @@ def test_a_dense_kernel():
     model = sparse("llama", FLOOR.replace(dense_kernel="sdpa"))
     for mask in (None, mixed_padding(LENGTH)):
         found = logits(model, tokens(3, LENGTH), attention_mask=mask)
-        assert rows(attention.report(model))[1] == (1, Decision.KERNEL, Reason.LAYER_NOT_SELECTED)
+        assert rows_of(attention.report(model))[1] == (1, Decision.KERNEL, Reason.LAYER_NOT_SELECTED)
         wanted = logits(sparse("llama"), tokens(3, LENGTH), attention_mask=mask)
         assert difference(found, wanted, mask) < ATOL
     model = sparse("llama", FLOOR.replace(kernel="triton"))

@@ -1,4 +1,4 @@
-"""benchmarks/export.py at a tiny size on the CPU; what the C++ program prints is read in test_aoti.py."""
+"""benchmarks/export.py and onnx_files.py at a tiny size on the CPU; what the C++ program prints is read in test_aoti.py."""
 
 import importlib.util
 import json
@@ -13,8 +13,8 @@ FILE = Path(__file__).parents[2] / "benchmarks" / "export.py"
 OPTIONS = ["--shape", "tiny", "--lengths", "96", "160", "--device", "cpu", "--layers", "2", "--repeats", "2"]
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("export_benchmark", FILE)
+def load(name="export"):
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FILE.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -78,3 +78,15 @@ def test_command_line(options, said, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         load().main([*OPTIONS, *options])
     assert said in capsys.readouterr().err
+
+
+def test_a_runtime_that_ends_early_is_a_row_with_the_step(monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(FILE.parent)
+    files = load("onnx_files")
+    torch.save({"inputs": {}, "output": torch.zeros(1), "cuda": False}, tmp_path / "case.pt")
+    (tmp_path / "model.onnx").write_bytes(b"something else")
+    row = files.in_child(files.by_onnxruntime, str(tmp_path / "model.onnx"), str(tmp_path / "case.pt"), "1")
+    assert row["failed"] == "InferenceSession with CPUExecutionProvider" and "model.onnx" in row["said"]
+    text = files.table([{"form": "dense", "length": 1024, "runtime": "onnxruntime", **row}])
+    assert "| dense | 1,024 | onnxruntime | failed at InferenceSession with CPUExecutionProvider: " in text

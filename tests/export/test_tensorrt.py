@@ -38,6 +38,10 @@ def topk(k, **attributes):
     return model_of(node, inputs=[("x", FLOAT, ["batch", "length"])], constants=[("k", [k])])
 
 
+def check(model):
+    return tensorrt.check(model, runtime="tables")
+
+
 X = [("x", FLOAT, ["batch", "length"])]
 N = [("n", INT64, ["length"])]
 REFUSED = {
@@ -108,14 +112,14 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(case):
     model, node, reason = REFUSED[case]
-    findings = [finding for finding in tensorrt.check(model) if finding.node == node]
+    findings = [finding for finding in check(model) if finding.node == node]
     assert any(reason in finding.reason for finding in findings), findings
     assert all("https://" in str(finding) and support.VERSION in str(finding) for finding in findings)
 
 
 def test_takes_what_is_documented():
-    assert tensorrt.check(topk(3840)) == []
-    assert tensorrt.check(model_of(("CumSum", ["x", "a"], ["y"], {}), inputs=X, constants=[("a", 1)])) == []
+    assert check(topk(3840)) == []
+    assert check(model_of(("CumSum", ["x", "a"], ["y"], {}), inputs=X, constants=[("a", 1)])) == []
 
 
 def test_looks_into_branches_and_functions():
@@ -123,18 +127,18 @@ def test_looks_into_branches_and_functions():
     for graph in (then, otherwise):
         del graph.input[:]
     branch = ("If", ["c"], ["y"], {"then_branch": then, "else_branch": otherwise})
-    found = tensorrt.check(model_of(branch, inputs=[*X, ("c", BOOL, [])]))
+    found = check(model_of(branch, inputs=[*X, ("c", BOOL, [])]))
     assert [finding.operator for finding in found] == ["TopK"]
 
     body = [onnx.helper.make_node("BitwiseNot", ["x"], ["y"])]
     function = onnx.helper.make_function("tsa", "Inner", ["x"], ["y"], body, [onnx.helper.make_opsetid("", 23)])
     call = ("Inner", ["n"], ["y"], {"domain": "tsa"})
-    found = tensorrt.check(model_of(call, inputs=N, functions=[function]))
+    found = check(model_of(call, inputs=N, functions=[function]))
     assert [finding.operator for finding in found] == ["BitwiseNot"]
 
 
 def test_what_it_does_not_evaluate_is_named_and_marked():
-    (finding,) = tensorrt.check(model_of(("Hardmax", ["x"], ["y"], {}), inputs=X))
+    (finding,) = check(model_of(("Hardmax", ["x"], ["y"], {}), inputs=X))
     assert not finding.certain and "(not checked)" in str(finding)
 
 
@@ -174,21 +178,20 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"something else")
     for name in ("model.onnx", "none.onnx"):
         with pytest.raises(ConfigError, match=rf"{name}' cannot be read as an ONNX model .*export it again"):
-            tensorrt.check(tmp_path / name)
+            check(tmp_path / name)
 
 
 def test_an_exported_layer_passes_and_the_domain_needs_plugins(tmp_path):
     pytest.importorskip("onnxscript")
     program, path = layer_program(), tmp_path / "model.onnx"
     tsa_onnx.save(program, path, opset=24)
-    assert tensorrt.check(path) == []
+    assert check(path) == []
     tsa_onnx.save(program, path, domain="tsa")
-    found = {finding.operator for finding in tensorrt.check(path)}
+    found = {finding.operator for finding in check(path)}
     assert found == {f"tsa::{schema.name}" for schema in tsa_onnx.schemas()}
 
 
 @pytest.mark.gpu
-@pytest.mark.tensorrt
 @pytest.mark.parametrize("floor", [None, Floor(6, 2)], ids=str)
 def test_an_engine_computes_what_torch_does(floor, tmp_path):
     pytest.importorskip("torch_tensorrt")
@@ -234,5 +237,5 @@ def test_without_torch_tensorrt_the_extra_is_named(tmp_path):
     try:
         import torch_tensorrt  # noqa: F401
     except ImportError:
-        with pytest.raises(ImportError, match=r"tsa-compile\[tensorrt\]"):
+        with pytest.raises(ImportError, match=r"tsa-compile\[torch-tensorrt\]"):
             tensorrt.save(program, tmp_path / "model.engine")

@@ -9,9 +9,10 @@ from tsa_compile.errors import KernelError
 from tsa_compile.kernels import cached, reference, sdpa
 from tsa_compile.kernels.cached import cached_attention, cached_attention_aten
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+from tsa_compile.kernels.merge import merge_triton, merged
 from tsa_compile.kernels.registry import choose, get
 
-from .support import TOLERANCE, close, qkv
+from .support import TOLERANCE, close, qkv, tensor
 
 KERNELS = ["sdpa", pytest.param("flash", marks=pytest.mark.gpu), pytest.param("cudnn", marks=pytest.mark.gpu)]
 
@@ -73,15 +74,27 @@ def test_two_sets_of_keys_are_merged():
     rows = query[:, :, 40:]
     own = sdpa.written_out_lse(rows, key[:, :, 40:], value[:, :, 40:], 0.2)
     logits = 0.2 * rows @ key[:, :, :40].mT
-    merged = sdpa.merged(*own, logits.softmax(-1) @ value[:, :, :40], logits.logsumexp(-1))
-    for got, wanted in zip(merged, whole, strict=True):
+    found = merged(*own, logits.softmax(-1) @ value[:, :, :40], logits.logsumexp(-1))
+    for got, wanted in zip(found, whole, strict=True):
         close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout, dim", [("BLHD", 64), ("BHLD", 80), ("odd", 32)])
+def test_launched_merge(triton_device, dtype, layout, dim):
+    out, other = (tensor(2, 3, 75, dim, layout, dtype, triton_device) for _ in range(2))
+    lse, other_lse = (40 * torch.randn(2, 3, 75, device=triton_device) for _ in range(2))
+    wide = [x.cpu().double() for x in (out, lse, other, other_lse)]
+    rows, sums = merge_triton(out, lse, other, other_lse)
+    assert rows is out and sums is lse
+    close(rows.cpu(), torch.lerp(wide[0], wide[2], torch.sigmoid(wide[3] - wide[1])[..., None]), dtype)
+    close(sums.cpu(), torch.logaddexp(wide[1], wide[3]))
 
 
 def test_extreme_logits_are_merged_without_overflow():
     out, other = torch.ones(1, 1, 2, 3), torch.full((1, 1, 2, 3), 5.0)
     lse, other_lse = torch.tensor([[[900.0, -900.0]]]), torch.tensor([[[-900.0, 900.0]]])
-    rows, sums = sdpa.merged(out, lse, other, other_lse)
+    rows, sums = merged(out, lse, other, other_lse)
     assert torch.equal(rows[0, 0, :, 0], torch.tensor([1.0, 5.0])) and torch.equal(sums, torch.full((1, 1, 2), 900.0))
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.decompress import _lower_bound, decompress, decompress_aten, decompress_triton
+from tsa_compile.kernels.decompress import decompress, decompress_aten, decompress_triton
 from tsa_compile.kernels.launch import tl, triton
+from tsa_compile.kernels.tiles import lower_bound
 
 from .support import FLOATS, choose_tokens, poison_behind, tensor
 
@@ -52,7 +53,7 @@ def test_search_over_long_rows(triton_device, count, capacity, seq_len):
 @triton.jit(do_not_specialize=["size"])
 def search(p_sorted, p_targets, p_found, size, FAN: tl.constexpr):
     target = tl.load(p_targets + tl.program_id(0))
-    tl.store(p_found + tl.program_id(0), _lower_bound(p_sorted, target, size, FAN))
+    tl.store(p_found + tl.program_id(0), lower_bound(p_sorted, target, size, FAN))
 
 
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 700, 1025])

@@ -50,7 +50,7 @@ def nothing_valid():
 def expected(query, key, value, padding, options):
     scalars = dataclasses.asdict(options)
     scalars["granularity"] = "group" if scalars.pop("shared") else "head"
-    scalars.pop("kernel")
+    scalars.pop("kernel"), scalars.pop("group")
     wide = (tensor.cpu().double() for tensor in (query, key, value))
     return reference.token_sparse_attention(*wide, padding, **scalars)
 
@@ -96,6 +96,52 @@ def test_launched_steps_equal_the_reference_layer(triton_device, padding, name):
         padding = padding()
         out = padded_sparse_triton(*inputs, padding.to(triton_device), valid_ranges(padding), OPTIONS[name])
     close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
+
+
+BEHIND = [
+    "keep_ratio",
+    "coverage",
+    "group",
+    "capacity_of_a_ratio",
+    "floor",
+    "floor_coverage",
+    "floor_group",
+    "floor_keep_all",
+]
+
+
+@pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
+class TestQueriesBehindACache:
+    """A chunk's rows, also where its window is cut short by its own beginning or by padding."""
+
+    def inputs(self, rows, device):
+        query, key, value = qkv(3, 4, 2, L, 32, 32, device=device)
+        return query[:, :, L - rows :], key, value
+
+    @pytest.mark.parametrize("name", BEHIND)
+    @pytest.mark.parametrize("rows", [3, 21])
+    def test_op(self, rows, padding, name):
+        inputs, scalars = self.inputs(rows, "cpu"), dataclasses.astuple(OPTIONS[name])
+        if padding is None:
+            out = torch.ops.tsa.sparse_attention(*inputs, *scalars)
+        else:
+            padding = padding()
+            out = torch.ops.tsa.padded_sparse_attention(*inputs, padding, valid_ranges(padding), *scalars)
+        assert out.transpose(1, 2).is_contiguous()
+        close(out, expected(*inputs, padding, OPTIONS[name]))
+
+    @pytest.mark.parametrize(
+        "rows, name",
+        [(3, "floor"), (21, "coverage"), (21, "capacity_of_a_ratio"), (21, "floor_coverage"), (21, "floor_group")],
+    )
+    def test_launched_steps(self, rows, padding, name, triton_device):
+        inputs = self.inputs(rows, triton_device)
+        if padding is None:
+            out = sparse_triton(*inputs, OPTIONS[name])
+        else:
+            padding = padding()
+            out = padded_sparse_triton(*inputs, padding.to(triton_device), valid_ranges(padding), OPTIONS[name])
+        close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
 
 
 # Every fault meets every budget and every padding, and every budget meets every padding; test_score has all faults alone.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .program_pieces import (
     ADDITIVE,
     BOOLEAN_STEP,
@@ -14,6 +16,7 @@ from .program_pieces import (
     PAD_WRITE,
     POSITIONS,
     VALID,
+    Due,
     MaskLines,
     Table,
 )
@@ -179,22 +182,24 @@ CHAINED = (
     "0.5 * q - {o}.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True).tanh()", "q * 0.9",
 )  # fmt: skip
 WRITTEN = (SCORES, SCALED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE)
-TABLES = (
+MASK_TABLES = (
     POSITIONS, CAUSAL, VALID, BROADCAST, JOINED, BOOLEAN_STEP, ADDITIVE, FLOAT_STEP, BOOLEAN_WRITE, FLOAT_WRITE, PAD_WRITE,
+)  # fmt: skip
+ATTENTION_TABLES = (
     SDPA, GROUPED, SCORES, SCALED, BIASED, FILLED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE,
 )  # fmt: skip
 
 
-def spellings() -> list[tuple[Table | tuple[str, ...], str]]:
+def spellings(tables: tuple[Table | tuple[str, ...], ...]) -> list[Due]:
     """Every spelling once, with its table."""
-    every = [(table, (*table.same, *table.near) if isinstance(table, Table) else table) for table in TABLES]
+    every = [(table, (*table.same, *table.near) if isinstance(table, Table) else table) for table in tables]
     return [(table, spelling) for table, texts in every for spelling in dict.fromkeys(texts)]
 
 
 class AttentionLines(MaskLines):
     """Adds the lines of attention calls. `local`: an output's row depends on no other row of the query."""
 
-    def __init__(self, seed: int, due: tuple[Table | tuple[str, ...], str], grouped: bool) -> None:
+    def __init__(self, seed: int, due: Sequence[Due], grouped: bool) -> None:
         super().__init__(seed, due)
         self.grouped = grouped
         self.local = True

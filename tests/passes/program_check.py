@@ -18,7 +18,8 @@ import torch
 import torch._dynamo.guards
 
 from tsa_compile import KeepRatio, TSAConfig, tsa_backend
-from tsa_compile.report import Decision, Reason, clear_reports, reports
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import clear_reports, reports
 
 from .programs import Program
 

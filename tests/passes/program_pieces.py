@@ -9,6 +9,7 @@ Lines may use B, H, L, D, Dv (sizes), i (positions), n (queries of a key head), 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -211,15 +212,18 @@ PAD_WRITE = (
 )  # fmt: skip
 
 
+Due = tuple[Table | tuple[str, ...], str]
+
+
 class Lines:
     """A program's lines in the making; `trap` is how often a near miss is drawn in place of the thing itself.
 
-    `due` is a table and one of its spellings, which the first draw from that table gives: so no spelling is left out.
+    `due` are tables and one spelling of each, which the first draw from that table gives: so no spelling is left out.
     """
 
-    def __init__(self, seed: int, due: tuple[Table | tuple[str, ...], str]) -> None:
+    def __init__(self, seed: int, due: Sequence[Due]) -> None:
         self.rng = random.Random(seed)
-        self.due: tuple[Table | tuple[str, ...], str] | None = due
+        self.due = list(due)
         self.half = False  # whether scores are half precision
         self.lines: list[str] = []
         self.trap = self.rng.choice([0.0, 0.0, 0.03, 0.08])
@@ -229,13 +233,13 @@ class Lines:
         return self.rng.random() < chance
 
     def wants(self, *tables: Table | tuple[str, ...]) -> bool:
-        """Whether the spelling that is due is in one of these tables."""
-        return self.due is not None and any(self.due[0] is table for table in tables)
+        """Whether a spelling that is due is in one of these tables."""
+        return any(due is table for due, _ in self.due for table in tables)
 
     def draw(self, table: Table | tuple[str, ...]) -> str:
         if self.wants(table):
-            spelling, self.due = self.due[1], None
-            return spelling
+            place = next(place for place, (due, _) in enumerate(self.due) if due is table)
+            return self.due.pop(place)[1]
         if not isinstance(table, Table):
             return self.rng.choice(table)
         if table.near and self.maybe(self.trap):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .program_attention import CHAINED, GROUPED, OPERAND_WRITE, AttentionLines, spellings
+from .program_attention import ATTENTION_TABLES, CHAINED, GROUPED, MASK_TABLES, OPERAND_WRITE, AttentionLines, spellings
 from .program_pieces import BOOLEAN_WRITE, FLOAT_WRITE, PAD_WRITE
 
 HEADER = (
@@ -154,15 +154,17 @@ def _sizes(seed: int, rng: random.Random, dynamic: str) -> Sizes:
     )
 
 
-_SPELLINGS = random.Random("order").sample(spellings(), len(spellings()))
+_SPELLINGS = [
+    random.Random("order").sample(each, len(each)) for each in (spellings(MASK_TABLES), spellings(ATTENTION_TABLES))
+]
 
 
 def generate(seed: int) -> Program:
     """The program of a seed."""
     rng = random.Random(f"sizes {seed}")
     dynamic = rng.choice(["maybe", "maybe", "maybe", "mark", "all"]) if rng.random() < 0.08 else ""
-    sizes, due = _sizes(seed, rng, dynamic), _SPELLINGS[seed % len(_SPELLINGS)]
-    if due[0] is GROUPED:
+    sizes, due = _sizes(seed, rng, dynamic), [each[seed % len(each)] for each in _SPELLINGS]
+    if due[1][0] is GROUPED:
         sizes = replace(sizes, kv_heads=2)
     p = AttentionLines(seed, due, sizes.kv_heads < sizes.heads)
     p.half = sizes.dtype in (torch.float16, torch.bfloat16)
@@ -170,7 +172,7 @@ def generate(seed: int) -> Program:
     recipe: list[str] = []
     mask, additive = "", False
     for layer in range(2 if dynamic else rng.choice([2, 2, 2, 2, 3, 3, 4])):
-        kind = 0.5 if due[0] is PAD_WRITE else rng.random()
+        kind = 0.5 if due[0][0] is PAD_WRITE else rng.random()
         if not layer or kind > 0.75:  # a mask of its own
             start = len(p.lines)
             mask, additive = p.mask(writes)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 from tsa_compile.testing import capture_all, graph_text
 
 from .support import (

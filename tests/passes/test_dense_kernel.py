@@ -8,7 +8,8 @@ from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels import registry
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
-from tsa_compile.report import Decision, Reason, reports
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import reports
 from tsa_compile.testing import capture_all, count_ops
 
 from ..support import difference, mixed_padding, tiny, tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 from .call_reading import B, D, G, H, L, attention_of, bias, expect, inputs, lowest, read, repeat_kv, triangle
 

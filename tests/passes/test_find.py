@@ -12,7 +12,7 @@ from torch import nn
 
 from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 from tsa_compile.testing import capture_all
 
 from .call_reading import B, D, G, H, L, bias, expect, inputs, read, repeat_kv, sdpa, triangle

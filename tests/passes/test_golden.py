@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from tsa_compile.config import Coverage, Floor, KeepRatio
 from tsa_compile.kernels import reference
 from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Decision, Reason
+from tsa_compile.reasons import Decision, Reason
 from tsa_compile.testing import count_ops, graph_text, widest_elements
 
 from .support import (

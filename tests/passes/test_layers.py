@@ -10,7 +10,8 @@ from tsa_compile.errors import TSAWarning
 from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.layers import layer_name, unwrapped
 from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Reason, reports
+from tsa_compile.reasons import Reason
+from tsa_compile.report import reports
 from tsa_compile.testing import capture, capture_all
 
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, compiler="eager")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, TSAConfig
+from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, valid_ranges, valid_ranges_aten
 from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.lower import lower_program, with_joined_floors
+from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
 from ..support import Attention, Stack, heads
@@ -38,11 +39,46 @@ def test_padded_attention_without_the_host(name, holes):
         padding[:, 5] = False
     assert torch.equal(valid_ranges_aten(padding), valid_ranges(padding))
     query, key, value = heads(length=12)
-    for mean_rows in (False, True):
-        expected = padded_attention(query, key, value, padding, valid_ranges(padding), 0.3, mean_rows)
-        actual = padded_attention_aten(query, key, value, padding, None, 0.3, mean_rows)
+    for mean_rows, rows in ((False, 12), (True, 12), (False, 7), (True, 7)):
+        operands = (query[:, :, 12 - rows :], key, value, padding)
+        expected = padded_attention(*operands, valid_ranges(padding), 0.3, mean_rows)
+        actual = padded_attention_aten(*operands, None, 0.3, mean_rows)
         torch.testing.assert_close(actual, expected)
         assert actual.stride() == expected.stride()
+
+
+class Chunk(torch.nn.Module):
+    """A chunk's attention behind a cache of another length."""
+
+    def forward(self, query, key, value, past_key, past_value, attention_mask=None):
+        key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        positions = past_key.shape[2] + torch.arange(query.shape[2])
+        mask = (torch.arange(key.shape[2]) <= positions[:, None])[None, None]
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def chunk_inputs(rows, past, padded):
+    query, key, value = heads(length=rows)
+    _, past_key, past_value = heads(length=past)
+    inputs = (query, key, value, past_key, past_value)
+    return (*inputs, torch.ones(2, rows + past).index_fill(1, torch.arange(3), 0)) if padded else inputs
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_chunk_behind_a_cache_becomes_aten(padded):
+    """One program for any lengths of both."""
+    rows, past = torch.export.Dim("rows", min=16, max=500), torch.export.Dim("past", min=2, max=500)
+    shapes = ({2: rows},) * 3 + ({2: past},) * 2 + (({1: torch.export.Dim.AUTO},) if padded else ())
+    traced = torch.export.export(Chunk(), chunk_inputs(40, 60, padded), dynamic_shapes=shapes)
+    report = run_passes(traced.graph_module, TSAConfig(layers=[]))
+    assert report.rows[0].decision is (Decision.DENSE_PADDED if padded else Decision.DENSE)
+    lowered = lower_program(traced)
+    assert not any("tsa" in str(node.target) for node in lowered.graph.nodes)
+    for sizes in ((40, 60), (17, 3), (21, 300)):
+        inputs = chunk_inputs(*sizes, padded)
+        torch.testing.assert_close(lowered.module()(*inputs), Chunk()(*inputs))
 
 
 def export(**options):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Decision, Reason
+from tsa_compile.reasons import Decision, Reason
 from tsa_compile.testing import capture_all, graph_text
 
 from .support import (

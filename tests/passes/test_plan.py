@@ -12,8 +12,9 @@ from tsa_compile.costs.devices import H200
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.passes import plan
 from tsa_compile.passes.plan import minimum_length
-from tsa_compile.pipeline import run_passes
-from tsa_compile.report import Decision, Reason, reports
+from tsa_compile.pipeline import WHOLE, run_passes
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import reports
 from tsa_compile.testing import capture, capture_all
 
 SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, floor=None)
@@ -22,14 +23,14 @@ SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, floor=None)
 class Layer(nn.Module):
     """Attention over [B, L, H * D] with query = key = value and a causal mask."""
 
-    def __init__(self, heads=2, **options):
+    def __init__(self, heads=2, residual=True, **options):
         super().__init__()
-        self.heads, self.options = heads, {"is_causal": True, **options}
+        self.heads, self.residual, self.options = heads, residual, {"is_causal": True, **options}
 
     def forward(self, hidden):
         x = hidden.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = nn.functional.scaled_dot_product_attention(x, x, x, **self.options)
-        return hidden + out.transpose(1, 2).flatten(2)
+        out = nn.functional.scaled_dot_product_attention(x, x, x, **self.options).transpose(1, 2).flatten(2)
+        return hidden + out if self.residual else out
 
 
 class Stack(nn.Module):
@@ -192,13 +193,35 @@ class TestPrefillBehindACache:
 
     @pytest.mark.parametrize("queries, decision", [(16, Decision.DENSE), (15, Decision.UNCHANGED)])
     def test_is_exact_without_its_mask_unless_it_is_of_a_few_tokens(self, queries, decision):
+        assert self.behind(queries, 40, layers=[]) == (decision, "causal (behind a cache)")
+
+    def behind(self, queries, keys, **options):
         def step(query, key):
             positions = torch.arange(query.shape[2]) + (key.shape[2] - query.shape[2])
             return masked(query, key, torch.arange(key.shape[2]) <= positions[:, None])
 
-        graph = capture(step, torch.randn(1, 2, queries, 8), torch.randn(1, 2, 40, 8))
-        (row,) = run_passes(graph, SPARSE.replace(layers=[])).rows
-        assert (row.decision, row.mask) == (decision, "causal (behind a cache)")
+        graph = capture(step, torch.randn(1, 2, queries, 8), torch.randn(1, 2, keys, 8))
+        (row,) = run_passes(graph, SPARSE.replace(**{"layers": ["*"], **options})).rows
+        self.reason = row.reason
+        return row.decision, row.mask
+
+    def test_is_sparse_where_tokens_of_all_can_be_dropped(self):
+        assert self.behind(20, 60, window=20, min_tokens=20)[0] is Decision.SPARSE
+        with pytest.warns(TSAWarning, match="60 < 200"):
+            assert self.behind(20, 60, window=100, min_tokens=99)[0] is Decision.DENSE
+        assert self.reason is Reason.TOO_SHORT
+
+    def test_a_configured_minimum_is_of_the_chunk(self):
+        with pytest.warns(TSAWarning, match="length 20 < 30"):
+            assert self.behind(20, 60, window=4, min_tokens=4, min_length=30)[0] is Decision.DENSE
+
+    def test_a_kernel_that_takes_no_queries_behind_a_cache_leaves_it_dense(self):
+        with pytest.warns(TSAWarning, match="run_behind"):
+            assert self.behind(20, 60, window=4, min_tokens=4, floor=None, kernel="a_shape")[0] is Decision.DENSE
+        assert self.reason is Reason.KERNEL
+
+    def test_another_dense_kernel_is_for_whole_prompts(self):
+        assert self.behind(20, 60, layers=[], dense_kernel="sdpa")[0] is Decision.DENSE
 
     @pytest.mark.parametrize(
         "queries, mask",
@@ -208,6 +231,32 @@ class TestPrefillBehindACache:
     def test_near_misses_are_not(self, queries, mask, recwarn):
         assert self.plan(queries, mask) == f"{queries} queries over 40 keys"
         assert not recwarn.list
+
+
+def test_a_selected_layer_that_stays_dense_beside_sparse_ones_is_said():
+    def two(x, given):
+        positions = torch.arange(32)
+        return masked(x, x, positions <= positions[:, None]) + masked(x, x, given)
+
+    graph = capture(two, torch.randn(1, 2, 32, 8), torch.ones(32, 32).tril().bool())
+    with pytest.warns(TSAWarning, match="1 of the 2 attention calls of this graph stay dense .* MASK_OPAQUE"):
+        report = run_passes(graph, SPARSE.replace(layers=["*"]))
+    assert report.sparse == 1
+
+
+@pytest.mark.parametrize("queries, said", [(1, False), (3, False), (32, True)])
+def test_only_a_prefill_warns(queries, said, recwarn):
+    """A form that nobody reads, of one query, of a few and of many."""
+
+    def attention(query, key):
+        scores = (query @ key.transpose(-1, -2)).tanh()  # a soft cap
+        return scores.softmax(-1) @ key
+
+    report = run_passes(
+        capture(attention, torch.randn(1, 2, queries, 8), torch.randn(1, 2, 32, 8)), SPARSE.replace(layers=["*"])
+    )
+    assert report.rows[0].reason is Reason.UNSUPPORTED_FORM
+    assert bool(recwarn.list) is said and report.is_prefill is (queries > 1)
 
 
 class TestWhereAMaskComesFrom:
@@ -259,15 +308,34 @@ class TestTensorParallel:
         torch.distributed.destroy_process_group()
 
     class Parallel(Stack):
+        """What is summed: the heads' outputs by their weights, or, as nobody would, the residual with them."""
+
+        def __init__(self, count, how="sum", residual=False):
+            super().__init__(count, residual=residual)
+            self.how = how
+            self.weight, self.gate = nn.Parameter(torch.eye(32)), nn.Linear(32, 32)
+
         def forward(self, hidden):
-            group = torch.distributed.group.WORLD
             for layer in self.layers:
-                hidden = torch.distributed._functional_collectives.all_reduce(layer(hidden), "sum", group)
+                out = (layer(hidden) * self.gate(hidden).sigmoid()) @ self.weight.T
+                out = torch.distributed._functional_collectives.all_reduce(out, self.how, torch.distributed.group.WORLD)
+                hidden = hidden + out
             return hidden
 
-    def test_coverage_is_refused(self):
+    def test_coverage_asks_the_group_that_sums_the_output(self):
+        graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
+        run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)), WHOLE)
+        (call,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)
+        assert call.args[-1] == torch.distributed.group.WORLD.group_name
+        graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
+        run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)))
+        (mean,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.mean_over_ranks.default)
+        assert [user.target for user in mean.users] == [torch.ops.tsa.budget.default]
+
+    @pytest.mark.parametrize("options", [{"residual": True}, {"how": "avg"}], ids=str)
+    def test_coverage_is_refused_where_no_group_is_named(self, options):
         with pytest.raises(ConfigError, match=r"Coverage\(tau=0.1\).*'layers.1'.*all_reduce.*KeepRatio"):
-            rows(self.Parallel(2), SPARSE.replace(budget=Coverage(0.1)))
+            rows(self.Parallel(2, **options), SPARSE.replace(budget=Coverage(0.1)))
 
     @pytest.mark.parametrize("budget", [KeepRatio(0.5), Coverage(0)], ids=str)
     def test_what_needs_no_other_head_is_not(self, budget):

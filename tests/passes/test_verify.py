@@ -13,7 +13,7 @@ from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.passes.mask_info import MaskInfo, MaskKind
 from tsa_compile.passes.verify import Verify
-from tsa_compile.report import Decision
+from tsa_compile.reasons import Decision
 from tsa_compile.testing import graph_text
 
 from .support import EXACT, SPARSE, causal_attention, inputs, padded_attention, padding, passed

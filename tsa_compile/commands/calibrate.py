@@ -81,6 +81,7 @@ def calibrate(
         )
     if file is not None and random is not None:
         raise ConfigError("both --prompts and --random given: choose one")
+    out.check()
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)

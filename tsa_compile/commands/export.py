@@ -45,7 +45,7 @@ SUFFIXES = {
         "tsa-compile export my-llama --format aoti --out model.pt2 --min-length 1024",
     ),
     (
-        "Standard ONNX operators, held against TensorRT's support tables",
+        "Standard ONNX operators, held against what TensorRT takes",
         "tsa-compile export my-llama --format onnx --out model.onnx --check",
     ),
 )
@@ -63,7 +63,7 @@ def export(
         typer.Option("--batches", metavar="MIN MAX", help="A range of batch sizes. Default: 1 alone."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Hold an ONNX file against TensorRT's support tables; findings are failures.")
+        bool, typer.Option("--check", help="Hold an ONNX file against what TensorRT takes; findings are failures.")
     ] = False,
 ) -> None:
     """Export the prefill for a range of lengths: for C++ (AOTInductor), ONNX, TensorRT, or as a torch.export program."""
@@ -92,7 +92,7 @@ def export(
     }  # fmt: skip
     if check:
         data["tensorrt_findings"] = [str(finding) for finding in findings]
-        text += "".join(f"\nTensorRT: {finding}" for finding in findings) or "\nTensorRT: nothing that its tables refuse"
+        text += "".join(f"\nTensorRT: {finding}" for finding in findings) or "\nTensorRT: nothing that it refuses"
     result.show(text, data)
     if any(finding.certain for finding in findings):
         raise typer.Exit(1)

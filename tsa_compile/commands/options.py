@@ -20,7 +20,7 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import MOST_LAYERS, LayerBudgets, Layers, TSAConfig
+from tsa_compile.config import MOST_LAYERS, HeldLayers, LayerBudgets, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
 
@@ -199,7 +199,7 @@ def read_config(path: Path) -> TSAConfig:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-def chosen_layers(text: str, source: Source) -> tuple[Layers | None, Calibrated | None]:
+def chosen_layers(text: str, source: Source) -> tuple[HeldLayers | None, Calibrated | None]:
     """The layers that a text names, and the calibration that chose them, if one did.
 
     Raises:

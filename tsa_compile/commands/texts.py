@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, KeepRatio, LayerBudgets
+from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
 from tsa_compile.errors import ConfigError, unknown_shape
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def floor(text: str) -> Floor | None:
     return Floor(int(found[1]), int(found[2]))
 
 
-def layers(text: str) -> tuple[int, ...] | tuple[str, ...] | Calibrated | None:
+def layers(text: str) -> HeldLayers | Calibrated | None:
     """Layers, or a calibration that knows them; None for the default, the upper half.
 
     Raises:

@@ -11,7 +11,8 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, shortest
 from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import DeviceCosts, costs_of
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 
 def with_expectations(
@@ -37,6 +38,8 @@ def with_expectations(
 def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
+        return row
+    if row.key[2] != length:  # behind a cache, of which the cost model knows nothing
         return row
     dense = dense_ms(shape, costs)(length)
     sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length))

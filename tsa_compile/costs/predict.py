@@ -30,7 +30,7 @@ from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.score import MAX_HEAD_DIM
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 from tsa_compile.text import as_text, number, spans, wrapped
 
 _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}

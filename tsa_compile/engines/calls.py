@@ -1,7 +1,8 @@
 """A call of a transformers attention function: what was asked for, why it must stay as it is, and how it runs then.
 
-By the conventions for SDPA and FlashAttention: without a mask `is_causal` tells, a mask bool [B, L] of a causal module is
-its padding, and any other is bool or additive, [B, 1 or H, Lq, Lk].
+By the conventions for SDPA and FlashAttention: without a mask `is_causal` tells, a mask bool [B, tokens so far] of a causal
+module is its padding, and any other is bool or additive, [B, 1 or H, Lq, Lk]. Tokens so far may be fewer than a static
+cache has room for, and more than there are queries, which are the last of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.sdpa import PRIORITY
 from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 MASK_KIND, VALID_RANGES = "tsa_kind", "tsa_valid_ranges"
 """Attributes of a mask: what it means, and on the host where its valid tokens lie. A copy of it has none."""
@@ -58,7 +59,10 @@ _own: dict[str, tuple[str, ...]] = {}
 
 @dataclass(frozen=True)
 class Call:
-    """A call of several queries. `padding`: valid tokens [B, L] of a causal mask; `mask`: any other, [B, 1 or H, Lq, Lk]."""
+    """A call of several queries. `padding`: valid tokens [B, Lk] of a causal mask; `mask`: any other, [B, 1 or H, Lq, Lk].
+
+    Key and value are those of the tokens so far where the mask is causal.
+    """
 
     module: Module
     query: Tensor
@@ -85,7 +89,7 @@ class Call:
             return Reason.DROPOUT, f"dropout {self.dropout}"
         if not self.scale > 0:
             return Reason.UNSUPPORTED_FORM, f"the scale is {self.scale}, not positive, as causal kernels need it"
-        if self.query.shape[2] != self.key.shape[2]:
+        if self.query.shape[2] != self.key.shape[2] and not self.is_behind:
             cached = ": a prefill behind a cache" if self.is_chunk else ""
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
         reason = _MASK_REASONS.get(self.kind)
@@ -97,9 +101,16 @@ class Call:
         """Whether it belongs to a prompt that is run in parts."""
         return self.is_causal and self.query.shape[2] < self.key.shape[2]
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether it is one whose queries are known to be the last of the keys' positions."""
+        return self.is_chunk and self.kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING)
+
     def full_mask(self) -> Tensor | None:
         """The mask as SDPA takes it; None if nothing is hidden but, where it is causal, the future."""
-        return self.mask if self.padding is None else self._causal() & self.padding[:, None, None, :]
+        if self.padding is not None:
+            return self._causal() & self.padding[:, None, None, :]
+        return self._causal() if self.is_behind else self.mask
 
     def additive_mask(self) -> Tensor | None:
         """The mask as the models' eager functions take it, which know of no causality."""
@@ -110,8 +121,8 @@ class Call:
         return torch.where(mask, zero, torch.finfo(self.query.dtype).min)
 
     def _causal(self) -> Tensor:
-        length = self.query.shape[2]
-        return torch.ones(1, 1, length, length, dtype=torch.bool, device=self.query.device).tril()
+        rows, keys = self.query.shape[2], self.key.shape[2]
+        return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=self.query.device).tril(keys - rows)
 
 
 def read(
@@ -123,7 +134,8 @@ def read(
     length, padding, kind = query.shape[2], None, MaskKind.NONE
     if mask is not None and mask.dim() == 2:
         if causal and length > 1:
-            padding, mask, kind = mask, None, MaskKind.CAUSAL_PADDING
+            kind, length = getattr(mask, MASK_KIND, MaskKind.CAUSAL_PADDING), mask.shape[1]
+            padding, mask = mask if kind is MaskKind.CAUSAL_PADDING else None, None
         else:
             mask, kind = mask[:, None, None, :].to(torch.bool), MaskKind.PADDING
     elif mask is not None:
@@ -132,7 +144,7 @@ def read(
             kind = MaskKind.CHUNKED
     elif causal and length > 1:
         kind = MaskKind.CAUSAL
-    if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):  # keys of a static cache that nothing was written to yet
+    if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):  # without those of a static cache that are still to be written
         key, value = key[:, :, :length], value[:, :, :length]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return Call(module, query, key, value, padding, mask, kind, scale, dropout, causal, others)
@@ -160,7 +172,7 @@ def as_written(call: Call) -> tuple[Tensor, Tensor | None]:
     changed = _changed(call.module, call.others)
     if call.others.get("output_attentions") or not all(name in known for name in changed):
         return _eager(call)
-    causal = call.kind is MaskKind.CAUSAL
+    causal = call.kind is MaskKind.CAUSAL and not call.is_behind
     with sdpa_kernel(list(PRIORITY), set_priority=True) if causal and call.query.is_cuda else nullcontext():
         return sdpa_attention_forward(
             call.module, call.query, call.key, call.value, call.full_mask(),

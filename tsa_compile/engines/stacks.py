@@ -17,7 +17,7 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.errors import TSAWarning
 from tsa_compile.passes.frame import running_modules
 from tsa_compile.passes.layers import Place, is_among, place_in, said_of_unused, select_layers, unused_layers
-from tsa_compile.report import Reason
+from tsa_compile.reasons import Reason
 
 _APPLIED_AGAIN = "one module is applied several times"
 

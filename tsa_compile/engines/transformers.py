@@ -1,10 +1,11 @@
 """transformers' AttentionInterface and AttentionMaskInterface: the attention of a model that is not compiled.
 
     the model asks for a mask     causal, nothing hidden       None
-                                  causal and padding           bool [B, L], with its valid ranges
+                                  causal and padding           bool [B, tokens so far], with its valid ranges
+                                  causal, behind a cache       the same, with or without padding
                                   anything else                bool [B, 1, Lq, Lk], as SDPA has it
     a layer asks for attention    prefill, layer selected      tsa.sparse_attention, tsa.padded_sparse_attention
-                                  prefill, layer dense         SDPA, tsa.padded_attention
+                                  prefill, layer dense         SDPA, tsa.cached_attention, tsa.padded_attention
                                   anything else                as the model wrote it: SDPA, or its own eager function
 
 What a mask means is not inferred here but known: transformers says how it is made of causality, a window, chunks, padding.
@@ -24,15 +25,17 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile import pipeline  # registers the ops
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, read
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
 from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.passes.plan import kernel_obstacle, kernel_of, sparse_obstacle
+from tsa_compile.passes.plan import FEW_QUERIES, kernel_obstacle, kernel_of, sparse_obstacle
+from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
-from tsa_compile.report import CallRow, Decision, Reason, RewriteReport
+from tsa_compile.reasons import Decision, Reason
+from tsa_compile.report import CallRow, RewriteReport
 
 assert pipeline.OPS
 tsa = torch.ops.tsa
@@ -90,9 +93,11 @@ class Implementation:
         tracing = torch.compiler.is_compiling()
         if not tracing:
             self._check_caller()
-        prefill = not tracing and q_length > 1 and q_length <= kv_length and kv_offset == 0 and bool(q_offset == 0)
-        if prefill and allow_is_causal_skip and (local_size is None or q_length <= local_size):
-            return _padding(attention_mask, q_length)
+        past = -1 if tracing or kv_offset else int(q_offset)
+        so_far = past + q_length
+        prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
+        if prefill and allow_is_causal_skip and (local_size is None or so_far <= local_size):
+            return _padding(attention_mask, batch_size, so_far, past > 0, others.get("device"))
         mask = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
@@ -157,11 +162,13 @@ class Implementation:
         if reason is Reason.LAYER_COUNT_UNKNOWN:
             detail = seat.place.doubt
         operands = (call.query, call.key, call.value)
+        if reason is None and call.is_behind:
+            reason, detail = Reason.NOT_SELF_ATTENTION, "queries behind a cache"
         if reason is None:
             reason, detail = sparse_obstacle(*operands, config, seat.stack.share)
         if reason is None:
             return Decision.SPARSE, Reason.SPARSE, ""
-        if config.dense_kernel is not None and kernel_obstacle(*operands)[0] is None:
+        if config.dense_kernel is not None and not call.is_behind and kernel_obstacle(*operands)[0] is None:
             return Decision.KERNEL, reason, detail
         return Decision.DENSE if call.padding is None else Decision.DENSE_PADDED, reason, detail
 
@@ -185,10 +192,30 @@ class Implementation:
             )
         seat.stack.note(place, reason, detail, missed and (reason is not Reason.NOT_SELF_ATTENTION or call.is_chunk))
 
+    def _group(self, call: Call, config: TSAConfig) -> str | None:
+        """The process group that has the other heads of a layer, if `Coverage` must ask it for its scores.
+
+        Raises:
+            ConfigError: the heads are split, and nothing says over which processes.
+        """
+        budget, module = config.budget, call.module
+        if not isinstance(budget, Coverage) or not budget.tau or not _is_distributed():
+            return None
+        group = group_of_module(module)
+        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+        if group is None and isinstance(heads, int) and call.query.shape[1] < heads:
+            raise ConfigError(
+                f"budget={budget!r} is not possible in a {type(module).__name__} that has {call.query.shape[1]} of {heads} "
+                "heads: Coverage keeps what matters in the mean over all heads, and no parameter of the module says over "
+                "which processes they are split. Choose budget=KeepRatio(...), which each head follows by itself, or "
+                "layers=[] for none"
+            )
+        return group
+
     def _run(self, call: Call, decision: Decision, kernel: str, config: TSAConfig) -> tuple[Tensor, Tensor | None]:
         operands = (call.query, call.key, call.value)
         if decision is Decision.SPARSE:
-            return _sparse(call, config), None
+            return _sparse(call, config, self._group(call, config)), None
         if decision is Decision.KERNEL and call.padding is not None:
             return _sparse(call, keeping_all(config, kernel)), None
         if decision is Decision.KERNEL:
@@ -197,6 +224,8 @@ class Implementation:
             padding = call.padding
             out = tsa.padded_attention(*operands, padding, _valid_ranges(padding), call.scale, False)
             return _rows_first(out), None
+        if call.is_behind and decision is Decision.DENSE:
+            return _rows_first(tsa.cached_attention(*operands, call.scale)), None
         return as_written(call)
 
 
@@ -212,17 +241,24 @@ def _say_that_it_is_compiled(name: str, decoding: bool) -> None:
         )
 
 
-def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The valid ones of `length` tokens, bool [B, L], their ranges with them; None if all are. The host waits once."""
+def _padding(attention_mask: Tensor | None, batch: int, so_far: int, behind: bool, device: Any) -> Tensor | None:
+    """The valid ones of the tokens so far, bool [B, so_far], with their ranges. The host waits once.
+
+    Where all are valid: None, or, `behind` a cache, what says no more than how many there are.
+    """
     if attention_mask is None:
+        padding = torch.ones(batch, so_far, dtype=torch.bool, device=device) if behind else None
+    else:
+        padding = attention_mask[:, :so_far].to(torch.bool, copy=True)  # whatever is written to the model's own later
+        padding = torch.nn.functional.pad(padding, (0, so_far - padding.shape[1]))
+    if padding is None:
         return None
-    padding = attention_mask[:, :length].to(torch.bool, copy=True)  # whatever is written to the model's own later
-    if padding.shape[1] < length:
-        padding = torch.nn.functional.pad(padding, (0, length - padding.shape[1]))
     ranges = tsa.valid_ranges(padding)
-    if all(row == [0, length, 1] for row in ranges.tolist()):
+    whole = all(row == [0, so_far, 1] for row in ranges.tolist())
+    if whole and not behind:
         return None
     setattr(padding, VALID_RANGES, ranges)
+    setattr(padding, MASK_KIND, MaskKind.CAUSAL if whole else MaskKind.CAUSAL_PADDING)
     return padding
 
 
@@ -232,11 +268,15 @@ def _valid_ranges(padding: Tensor | None) -> Tensor:
     return tsa.valid_ranges(padding) if ranges is None else ranges
 
 
-def _sparse(call: Call, config: TSAConfig) -> Tensor:
-    operands, options = (call.query, call.key, call.value), options_of(config, call.scale)
+def _sparse(call: Call, config: TSAConfig, group: str | None = None) -> Tensor:
+    operands, options = (call.query, call.key, call.value), options_of(config, call.scale, group)
     if call.padding is None:
         return _rows_first(tsa.sparse_attention(*operands, *options))
     return _rows_first(tsa.padded_sparse_attention(*operands, call.padding, _valid_ranges(call.padding), *options))
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _rows_first(output: Tensor) -> Tensor:

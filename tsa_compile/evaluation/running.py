@@ -20,7 +20,8 @@ from tsa_compile.evaluation.cached import CachedModel, divergence, dynamo_rememb
 from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.prompts import Sample
 from tsa_compile.evaluation.settings import Setting
-from tsa_compile.report import Decision, reports
+from tsa_compile.reasons import Decision
+from tsa_compile.report import reports
 
 MORE = 16  # tokens of an output beyond the expected answer: a model may say it in other words
 

@@ -1,7 +1,7 @@
 """What TensorRT's ONNX parser takes, as NVIDIA documents it: operators, types of their data, restrictions, limits.
 
-Facts copied from the sources below and nothing measured: TensorRT itself was not at hand. `tensorrt.check` reads this
-table; where the documentation changes, change it here.
+Facts copied from the sources below and nothing measured. `tensorrt.check` reads this table, and asks TensorRT-RTX where
+that is installed; where the documentation changes, change it here.
 """
 
 from __future__ import annotations

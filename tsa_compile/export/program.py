@@ -230,6 +230,10 @@ class PlanExported(PlanCalls):
             )
         return result
 
+    def _group(self, plan: CallPlan) -> str | None:
+        """None: a program that asks other processes is no part of what is exported."""
+        return None
+
     def _say_what_was_not_found(self, text: str | None) -> None:
         """An error here: a program is exported once, and there is no other graph that could have the layer."""
         if text is not None:

@@ -1,25 +1,26 @@
-"""TensorRT: engines of exported programs, and whether its parser will take an ONNX model.
+"""TensorRT: whether it takes an ONNX model, and engines.
 
-    save(program, "model.engine")                an engine, built by torch-tensorrt on this machine's GPU
     onnx.save(program, "model.onnx")
     findings = check("model.onnx")               what TensorRT refuses, node by node; [] if nothing
+    build("model.onnx", "model.engine")          an engine for the ranges of lengths that the program was exported for
+    save(program, "model.ts")                    an engine by torch-tensorrt, on this machine's GPU: not run yet
 
-`check` holds a model against NVIDIA's documentation (_trt_support.py: versions and addresses): operators, the types of
-their data, restrictions, limits. It runs without TensorRT and proves no more than the documentation says.
+`check` holds a model against NVIDIA's documentation (_trt_support.py: versions and addresses), and where TensorRT-RTX is
+installed also against its parser. The documentation is of TensorRT; TensorRT-RTX is NVIDIA's library of the same interface
+for GPUs of compute capability 7.5 to 8.9 and 12, which can be installed from PyPI and builds engines without a GPU.
 
 `save` hands to torch-tensorrt what ONNX files in standard operators are made of. It is written against the sources of
-torch-tensorrt 2.14 and has not been run with it, as TensorRT could not be installed where it was written. What it hands over
-is tested.
+torch-tensorrt 2.14 and has not been run with it. What it hands over is tested.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,12 +28,18 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from tsa_compile.errors import ConfigError
-from tsa_compile.export import _trt_support as support
+from tsa_compile.export import _rtx
+from tsa_compile.export._trt_check import Finding, documented, read
 from tsa_compile.export.onnx import require, to_portable
 from tsa_compile.export.program import bounds
 from tsa_compile.files import StrPath, replacing, writable, write
-from tsa_compile.passes.base import summary
 from tsa_compile.passes.graph import fake
+
+__all__ = ["Finding", "build", "check", "save"]
+
+RUNTIMES = ("auto", "rtx", "tables")
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+Profile = Mapping[str, tuple[int, int]]
 
 FORMATS = {".engine": "engine", ".ts": "torchscript", ".pt2": "exported_program"}
 # Without these torch-tensorrt takes the mask of dense padded layers for a causal one, and leaves operators with sizes
@@ -59,7 +66,7 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
         ImportError: torch-tensorrt is missing.
     """
     target = writable(path, *FORMATS)
-    torch_tensorrt = require("torch_tensorrt", extra="tensorrt")[0]
+    torch_tensorrt = require("torch_tensorrt", extra="torch-tensorrt")[0]
     known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
     for option in options:
         if option not in known:  # torch-tensorrt takes any, and ignores it
@@ -102,213 +109,97 @@ def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[
     return args, kwargs
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that TensorRT refuses, or that nobody but a reader can decide (`certain` is False)."""
-
-    node: str
-    operator: str
-    reason: str
-    source: str
-    certain: bool = True
-
-    def __str__(self) -> str:
-        doubt = "" if self.certain else " (not checked)"
-        return f"{self.node} ({self.operator}): {self.reason}{doubt} [{support.VERSION}, {self.source}]"
-
-
-@dataclass
-class _Graph:
-    """What a node's rules look up: element types, shapes and constants of the values by name."""
-
-    onnx: Any
-    types: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, list[int | str | None]] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, graph: Any) -> None:
-        """Reads a graph; a subgraph sees its parent's values as well."""
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            tensor = value.type.tensor_type
-            self.types[value.name] = _type_name(self.onnx, tensor.elem_type)
-            if tensor.HasField("shape"):
-                sizes = ((dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None) for dim in tensor.shape.dim)
-                self.shapes[value.name] = list(sizes)
-        for tensor in graph.initializer:
-            self.types[tensor.name] = _type_name(self.onnx, tensor.data_type)
-            self.shapes[tensor.name] = list(tensor.dims)
-            self.constants[tensor.name] = tensor
-        for node in graph.node:
-            for attribute in node.attribute if node.op_type == "Constant" else ():
-                self.constants[node.output[0]] = attribute.t if attribute.name == "value" else attribute
-
-    def rank(self, name: str, default: int) -> int:
-        """How many dimensions a value has; `default` where that is unknown."""
-        return len(self.shapes[name]) if name in self.shapes else default
-
-    def value(self, name: str) -> Any:
-        """A constant's value as an array; None if it is none, or not a tensor."""
-        constant = self.constants.get(name)
-        return self.onnx.numpy_helper.to_array(constant) if isinstance(constant, self.onnx.TensorProto) else None
-
-
-def check(model: Any) -> list[Finding]:
-    """What TensorRT's parser would refuse in an ONNX model, in the order of the nodes; [] if it should take all of it.
+def check(model: Any, *, runtime: str = "auto") -> list[Finding]:
+    """What TensorRT would refuse in an ONNX model, in the order of the nodes; [] if it should take all of it.
 
     Args:
         model: an onnx.ModelProto, or the path of a file.
+        runtime: "tables" for NVIDIA's documentation of TensorRT alone; "rtx" for the parser of TensorRT-RTX, with what its
+            builder has no attention kernel for; "auto" for the tables, and the parser where it is installed.
 
     Raises:
-        ConfigError: the file cannot be read, or is no ONNX model.
-        ImportError: the package onnx is missing.
+        ConfigError: the file cannot be read or is no ONNX model; a runtime that is none of these.
+        ImportError: the package onnx is missing, or with "rtx" TensorRT-RTX.
     """
-    onnx = require("onnx", "onnx.inliner", extra="onnx")[0]
-    if isinstance(model, (str, os.PathLike)):
-        model = _read(onnx, model)
-    model = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model), data_prop=True)
-    findings = list(_opset(model))
-    graph = _Graph(onnx)
-    _check_graph(model.graph, graph, findings)
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime={runtime!r} is not allowed: runtime must be one of {', '.join(RUNTIMES)}")
+    findings = documented(model) if runtime != "rtx" else []
+    if runtime == "rtx":
+        _rtx.require_library()
+    if runtime == "rtx" or (runtime == "auto" and _rtx.installed()):
+        findings += _parse(model)
     return findings
 
 
-def _read(onnx: Any, path: StrPath) -> Any:
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own, which has a name in no package that must be there
-        raise ConfigError(f"{str(path)!r} cannot be read as an ONNX model ({summary(error)}): export it again") from error
+def _parse(model: Any) -> list[Finding]:
+    onnx = require("onnx", extra="onnx")[0]
+    if isinstance(model, (str, os.PathLike)):
+        read(onnx, model)
+        return _rtx.parse(os.fspath(model))
+    with TemporaryDirectory(prefix="tsa-rtx-") as folder:
+        path = os.path.join(folder, "model.onnx")
+        onnx.save(model, path)
+        return _rtx.parse(path)
 
 
-def _opset(model: Any) -> Iterator[Finding]:
-    first, last = support.OPSETS
-    for entry in model.opset_import:
-        if entry.domain in ("", "ai.onnx") and not first <= entry.version <= last:
-            reason = f"opset {entry.version} of ai.onnx; the parser takes {first} to {last}"
-            yield Finding("the model", "opset_import", reason, support.OPERATORS)
+def build(
+    model: StrPath, engine: StrPath, profiles: Sequence[Profile] | None = None, *, capabilities: Sequence[str] = (),
+    decompose: bool = False,
+) -> None:  # fmt: skip
+    """Builds an engine of an ONNX file with TensorRT-RTX, which needs no GPU.
+
+    Args:
+        model: a file in standard operators, as `onnx.save` writes it.
+        engine: where to write; ends in ".engine".
+        profiles: ranges of the sizes that vary, [{"batch": (1, 4), "length": (1024, 65536)}] for one profile; each is
+            tuned for its largest sizes. Default: those that the program was exported for, as the file says.
+        capabilities: of the GPUs that it is for, as "8.9". Default: all that the library knows.
+        decompose: whether attention that has no kernel (in float32, or with heads of more than 256) may become
+            products and a softmax, whose logits [B, H, L, L] are in memory.
+
+    Raises:
+        ConfigError: a path, range or capability that is not allowed; no engine can be built: the message says why.
+        WriteError: the engine could not be written whole; what was there before is as it was.
+        ImportError: TensorRT-RTX or the package onnx is missing.
+    """
+    target = writable(engine, ".engine")
+    onnx = require("onnx", extra="onnx")[0]
+    unknown = [capability for capability in capabilities if capability not in CAPABILITIES]
+    if unknown:
+        raise ConfigError(f"capabilities={unknown} are not allowed: TensorRT-RTX builds for {', '.join(CAPABILITIES)}")
+    proto = read(onnx, model)
+    ranges = [_exported_for(proto)] if profiles is None else profiles
+    shapes = [_shapes(proto, profile) for profile in ranges]
+    _rtx.require_library()
+    names = ["SM" + capability.replace(".", "") for capability in capabilities]
+    with replacing(target) as beside:
+        _rtx.build(os.fspath(model), beside, shapes, names, decompose)
 
 
-def _check_graph(proto: Any, graph: _Graph, findings: list[Finding]) -> None:
-    graph.add(proto)
-    for index, node in enumerate(proto.node):
-        name = node.name or f"node {index}"
-        for reason, source, certain in _refusals(node, graph):
-            findings.append(Finding(name, f"{node.domain}::{node.op_type}".removeprefix("::"), reason, source, certain))
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _check_graph(attribute.g, graph, findings)
+def _exported_for(model: Any) -> dict[str, tuple[int, int]]:
+    """The ranges that `onnx.save` wrote into the file's metadata."""
+    found = {entry.key: re.fullmatch(r"(\d+)\.\.(\d+)", entry.value) for entry in model.metadata_props}
+    return {
+        key.removeprefix("tsa_compile."): (int(match[1]), int(match[2]))
+        for key, match in found.items()
+        if match and key.startswith("tsa_compile.")
+    }
 
 
-Refusal = tuple[str, str, bool]
-
-
-def _refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
-    """Why a node would be refused."""
-    operator = node.op_type
-    if node.domain not in ("", "ai.onnx"):
-        reason = f"a custom operator: the parser looks for a plugin named {operator!r}, whatever the domain"
-        yield reason, support.PARSER, True
-        return
-    if operator not in support.TYPES:
-        listed = "listed as not supported" if operator in support.UNSUPPORTED else "not among the documented operators"
-        yield listed, support.OPERATORS, True
-        return
-    for reason in (*_type_refusals(node, graph), *_form_refusals(node, graph), *_own_refusals(node, graph)):
-        yield reason, support.OPERATORS, True
-    if operator in support.DATA_DEPENDENT:
-        page = f"{support.DOCS}{support.DATA_DEPENDENT[operator]}.html"
-        yield "the shape of its output depends on data: no profile bounds it", page, True
-    if operator in support.UNCHECKED:
-        yield support.UNCHECKED[operator], support.OPERATORS, False
-    yield from _size_refusals(node, graph)
-
-
-def _type_refusals(node: Any, graph: _Graph) -> Iterator[str]:
-    kind, position = support.DATA.get(node.op_type, ("input", 0))
-    values = node.input if kind == "input" else node.output
-    found = graph.types.get(values[position], "") if position < len(values) else ""
-    allowed = support.TYPES[node.op_type]
-    if found and {"DOUBLE": "FP32"}.get(found, found) not in allowed:
-        yield f"data of type {found}; the parser takes {', '.join(sorted(allowed))}"
-
-
-def _form_refusals(node: Any, graph: _Graph) -> Iterator[str]:
-    """What an operator may not have, whatever its values."""
-    position, name = support.CONSTANT_INPUTS.get(node.op_type, (0, ""))
-    if name and _input(node, position) and _input(node, position) not in graph.constants:
-        yield f"{name} is computed; it must be known when the engine is built"
-    if node.op_type in support.ONE_OUTPUT and any(node.output[1:]):
-        yield "only the first output is supported"
-    for attribute in support.NO_ATTRIBUTES.get(node.op_type, ()):
-        if _attribute(graph, node, attribute, 0):
-            yield f"the attribute {attribute} is not supported"
-
-
-def _size_refusals(node: Any, graph: _Graph) -> Iterator[Refusal]:
-    page = support.LIMITED.get(node.op_type)
-    for name in (*node.input, *node.output):
-        shape = graph.shapes.get(name, [])
-        if len(shape) > support.MAX_RANK:
-            yield f"{name} has {len(shape)} dimensions; at most {support.MAX_RANK} are allowed", support.DIMS, True
-        elements = math.prod(extent for extent in shape if isinstance(extent, int))  # a symbolic extent is at least 1
-        if page is not None and elements > support.MAX_ELEMENTS:
-            reason = f"{name} has {elements} elements; at most {support.MAX_ELEMENTS} are allowed"
-            yield reason, f"{support.DOCS}{page}.html", True
-
-
-def _own_refusals(node: Any, graph: _Graph) -> Iterator[str]:
-    """Restrictions of a single operator."""
-    operator, rank = node.op_type, graph.rank(_input(node, 0), 4)
-    reduction = _attribute(graph, node, "reduction", b"none")
-    positions = graph.types.get(_input(node, 3)) or "INT64"
-    if operator == "TopK":
-        yield from _topk(node, graph)
-    elif operator == "Attention":
-        yield from _attention(node, graph)
-    elif operator == "ScatterND" and reduction != b"none":
-        yield f"the reduction {reduction.decode()!r} is not supported"
-    elif operator == "RotaryEmbedding" and positions != "INT64":
-        yield f"position_ids is {positions}; it must be INT64"
-    elif operator == "GridSample" and rank != 4:
-        yield "the input must have 4 dimensions"
-    elif operator in ("AveragePool", "MaxPool") and rank not in (4, 5):
-        yield f"pools over {rank - 2} dimensions; 2 or 3 are supported"
-    if operator in ("AveragePool", "MaxPool", "LpPool") and set(_attribute(graph, node, "dilations", [])) - {1}:
-        yield "dilations must be 1"
-
-
-def _topk(node: Any, graph: _Graph) -> Iterator[str]:
-    if _attribute(graph, node, "sorted", 1) != 1:
-        yield "sorted is 0; it must be 1"
-    k = graph.value(_input(node, 1))
-    if k is None:
-        yield f"k is computed; it must be a constant of at most {support.MAX_TOPK}"
-    elif int(k.reshape(-1)[0]) > support.MAX_TOPK:
-        yield f"k is {int(k.reshape(-1)[0])}; at most {support.MAX_TOPK} are allowed"
-
-
-def _attention(node: Any, graph: _Graph) -> Iterator[str]:
-    names = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
-    for position, name in enumerate(names):
-        given = _input(node, position)
-        if given and position > 3:
-            yield f"the input {name} is not supported"
-        elif given and graph.rank(given, 4) != 4:
-            yield f"{name} has {graph.rank(given, 4)} dimensions; it must have 4"
-
-
-def _input(node: Any, position: int) -> str:
-    return node.input[position] if position < len(node.input) else ""
-
-
-def _attribute(graph: _Graph, node: Any, name: str, default: Any) -> Any:
-    found = (attribute for attribute in node.attribute if attribute.name == name)
-    return next(map(graph.onnx.helper.get_attribute_value, found), default)
-
-
-_TYPE_NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
-
-
-def _type_name(onnx: Any, element: int) -> str:
-    """NVIDIA's name of an ONNX element type; "" where none was inferred."""
-    name = onnx.TensorProto.DataType.Name(element) if element else ""
-    return _TYPE_NAMES.get(name, name)
+def _shapes(model: Any, profile: Profile) -> dict[str, list[list[int]]]:
+    """For each input with sizes that vary the smallest shape, the one to tune for, and the largest."""
+    shapes = {}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims):
+            continue
+        for dim in dims:
+            low, high = profile.get(dim.dim_param, (0, 0))
+            if not dim.HasField("dim_value") and not 0 < low <= high:
+                raise ConfigError(
+                    f"input {value.name!r} has a size {dim.dim_param!r} that varies, and no range of it is given: pass "
+                    f"profiles=[{{{dim.dim_param!r}: (1, 1024), ...}}]"
+                )
+        shortest, longest = ([dim.dim_value or profile[dim.dim_param][end] for dim in dims] for end in (0, 1))
+        shapes[value.name] = [shortest, longest, longest]
+    return shapes

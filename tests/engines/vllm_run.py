@@ -1,0 +1,52 @@
+"""One vLLM engine over the tiny Llama of a folder: writes each prompt's next tokens and all log-probabilities of each step.
+
+Run by `test_vllm.py` with TSA_CONFIG set: `vllm_run.py CHECKPOINT OUTPUT TENSOR_PARALLEL_SIZE`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+VOCAB = 64
+BATCH = 64
+CALLS = ([(50, 3)], [(20, 1), (24, 4), (30, 3), (3, 2)], [(90, 3)])
+"""Lengths of prompts and of what is to be generated. In the second call two run at a time, so that a prompt comes into a
+batch with another's decode step; 3 tokens are too few to be sparse. The last prompt is more than a batch."""
+
+
+def prompts():
+    """The token ids of each call's prompts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length, _ in call] for call in CALLS]
+
+
+def main(checkpoint, output, tensor_parallel_size):
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        checkpoint, dtype="float32", enforce_eager=True, enable_prefix_caching=False, skip_tokenizer_init=True,
+        max_model_len=128, max_num_batched_tokens=BATCH, max_num_seqs=2, block_size=32, max_logprobs=VOCAB,
+        tensor_parallel_size=int(tensor_parallel_size),
+    )  # fmt: skip
+    found = []
+    for call, ids in zip(CALLS, prompts(), strict=True):
+        asked = [
+            SamplingParams(max_tokens=steps, temperature=0, logprobs=VOCAB, detokenize=False, ignore_eos=True)
+            for _, steps in call
+        ]
+        outputs = engine.generate([{"prompt_token_ids": each} for each in ids], asked)
+        found.append([_plain(each.outputs[0]) for each in outputs])
+    Path(output).write_text(json.dumps(found))
+
+
+def _plain(completion):
+    steps = [[step[token].logprob for token in range(VOCAB)] for step in completion.logprobs]
+    return {"tokens": list(completion.token_ids), "logprobs": steps}
+
+
+if __name__ == "__main__":
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    main(*sys.argv[1:])
