@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
+    from tsa_compile.loss_calibration import LossCalibration
     from tsa_compile.reasons import Decision, Reason
     from tsa_compile.report import CallRow, RewriteReport, clear_reports, reports
 
@@ -39,6 +40,7 @@ __all__ = [
     "Floor",
     "KeepRatio",
     "KernelError",
+    "LossCalibration",
     "Prediction",
     "Reason",
     "RewriteError",
@@ -62,6 +64,7 @@ _HOMES = {
     "config": ("Coverage", "Floor", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explanation": ("explain",),
+    "loss_calibration": ("LossCalibration",),
     "costs.predict": ("Prediction", "predict"),
     "report": ("Decision", "Reason", "RewriteReport", "CallRow", "clear_reports", "reports"),
 }

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import sysconfig
@@ -273,6 +274,21 @@ def test_calibrate_by_loss_writes_a_ratio_for_each_layer(traced, tmp_path):
     assert "the budget keep:0.5, and layers with a budget each: leave one of them out" in said
     with pytest.raises(ConfigError, match="leave one of them out"):
         texts.setting(f"keep:0.5,layers={path}")
+
+
+def test_calibrate_by_loss_on_tasks(folder, tmp_path):
+    """Behind prompts of the asked length, in the text that was given."""
+    shutil.copytree(folder, tmp_path / "model")
+    letters = tokenizers.models.BPE({letter: place for place, letter in enumerate(sorted(set(string.printable)))}, [])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(letters)).save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text("A morning in May. " * 40)
+    (tmp_path / "config.json").write_text(TSAConfig(window=4, min_tokens=0).to_json())
+    search = ["--objective", "loss", "--max-kl", "100", "--ratios", "0.5", "--config", str(tmp_path / "config.json")]
+    asked = ["--tasks", "needle,copy", "--count", "1", "--length", "1200", "--prompts", str(tmp_path / "book.txt")]
+    done = run("calibrate", str(tmp_path / "model"), *search, *asked, "--json")
+    assert done.exit_code == 0, done.output
+    found = LossCalibration.from_dict(json.loads(done.stdout))
+    assert (found.prompts, found.length, found.ratios) == (2, 1200, (0.5, 0.5)) and found.tokens > 100
 
 
 def test_calibrate_reads_token_ids_from_a_file(tmp_path):

@@ -80,6 +80,15 @@ OTHERS = {
     "loss below zero": (["calibrate", *TINY, "--objective", "loss", "--max-kl", "-1"], "max_kl=-1.0 is not allowed"),
     "a limit of drift": (["calibrate", *TINY, "--max-kl", "1", "--answer", "8"], "--max-kl, --answer goes with --objective"),
     "delta of loss": (["calibrate", *TINY, "--objective", "loss", "--delta", "0.5"], "--delta goes with --objective drift"),
+    "tasks of drift": (["calibrate", *TINY, "--tasks", "needle"], "--tasks goes with --objective loss"),
+    "a task of loss that is not": (
+        ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--tasks", "riddle"],
+        "task='riddle' is not allowed",
+    ),
+    "tasks of a shape": (
+        ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--tasks", "needle"],
+        "'tiny' has no tokenizer",
+    ),
     "ratios that are none": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--ratios", "half"],
         "--ratios half is not understood",

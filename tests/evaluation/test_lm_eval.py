@@ -116,7 +116,7 @@ def test_prompts_too_short_to_be_sparse_are_said(model, words):
 TASK = """
 task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {data}.cache}}
 test_split: test
 doc_to_text: "{{{{text}}}}"
 """
@@ -133,9 +133,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
 
-def test_tasks_of_the_harness_run(model, words, expected, tmp_path, monkeypatch):
+def test_tasks_of_the_harness_run(model, words, expected, tmp_path):
     """As `--model tsa` runs them: from a folder, through the registry, with a local task of each kind."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model.save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
     data = tmp_path / "data.jsonl"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tsa_compile.loss_calibration import LossCalibration
 
 _SHORTEST = 16  # tokens of a prompt; of fewer, each of which sees next to nothing, drift says nothing about long ones
+_SEED, _EACH = 1, 4  # of the samples of a task
 _RANDOM = 2  # with random weights more prompts say nothing more
 
 
@@ -28,7 +29,7 @@ _RANDOM = 2  # with random weights more prompts say nothing more
     ),
     (
         "Which layers, and how much each keeps, for answers that stay near?",
-        "tsa-compile calibrate my-llama --prompts a.txt --objective loss --max-kl 0.1",
+        "tsa-compile calibrate my-llama --objective loss --max-kl 0.01 --tasks copy",
     ),
 )
 def calibrate(
@@ -65,6 +66,13 @@ def calibrate(
         int | None,
         typer.Option("--answer", min=1, help="loss: so many last tokens of a prompt are its answer. Default: 64."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="loss: prompts of these tasks of `tsa-compile eval`, --count (4) of each, hidden in the text of --prompts.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="loss: a TSAConfig as JSON (floor, window, min_tokens, ...).")
     ] = None,
@@ -74,18 +82,19 @@ def calibrate(
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
     tokens = texts.length(length)
-    search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, config=config)
+    search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, tasks=tasks, config=config)
     if tokens < _SHORTEST:
         raise ConfigError(
             f"--length {length} is too short to calibrate: take {_SHORTEST} or more, best what the model will see"
         )
-    if file is not None and random is not None:
-        raise ConfigError("both --prompts and --random given: choose one")
+    if random is not None and (file is not None or tasks is not None):
+        raise ConfigError(f"both {'--tasks' if file is None else '--prompts'} and --random given: choose one")
     out.check()
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
-        chosen = _prompts(source, file, random, tokens, count)
+        by_task = tasks is not None
+        chosen = _samples(source, tasks, file, tokens, count) if by_task else _prompts(source, file, random, tokens, count)
     with output.working(f"Loading {source.name}"):
         loaded = source.load(tokens, batch)
     from tsa_compile.calibration import calibrate as measure
@@ -125,6 +134,18 @@ def _ratios(text: str) -> list[float]:
         return [float(part) for part in texts.names(text)]
     except ValueError:
         raise ConfigError(f"--ratios {text} is not understood: write keep ratios with commas between them") from None
+
+
+def _samples(source: Source, tasks: str | None, file: Path | None, length: int, count: int | None) -> list[Any]:
+    """Prompts of `length` tokens with the answers that tasks expect; their seed is none that eval has by default."""
+    from tsa_compile.evaluation.prompts import Writer
+    from tsa_compile.evaluation.tasks import check
+
+    names = texts.names(tasks or "")
+    for name in names:
+        check(name)
+    writer = Writer(source.tokenizer("tasks are asked in words"), None if file is None else prompts.read_text(file))
+    return [writer.sample(name, length, _SEED, index) for index in range(count or _EACH) for name in names]
 
 
 def _prompts(source: Source, file: Path | None, random: int | None, length: int, count: int | None) -> Any:

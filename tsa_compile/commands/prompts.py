@@ -25,13 +25,7 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
     Raises:
         ConfigError: the file cannot be read or holds no prompts.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{str(path)!r} cannot be read ({reason}): pass a text file, or a JSONL file of prompts"
-        ) from error
+    text = read_text(path)
     if path.suffix in (".jsonl", ".ndjson"):
         found = [ids[:length] for ids in _lines(path, text, count, tokenizer)]
     else:
@@ -39,6 +33,17 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
     if not found:
         raise ConfigError(f"{str(path)!r} holds no prompts: it is empty")
     return found
+
+
+def read_text(path: Path) -> str:
+    """What a file holds; ConfigError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{str(path)!r} cannot be read ({reason}): pass a text file, or a JSONL file of prompts"
+        ) from error
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:
