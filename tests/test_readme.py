@@ -105,7 +105,7 @@ def test_option_table_names_every_option_and_its_default():
         ("attention", "attention-h100"),
         ("export", "export"),
         ("sparse", "sparse"),
-        ("accuracy", "pretrained_1k"),
+        ("accuracy", "pretrained"),
     ],
 )
 def test_tables_are_those_of_the_last_runs(name, file):
