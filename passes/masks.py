@@ -154,9 +154,12 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
         obstacle = unwritable(padding, atoms.table, evaluator.leaves, (atoms.sizes[B], atoms.sizes[KV]))
         if obstacle is not None:
             kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
+    positions = reading.positions(kind)
+    if positions is not None and fake(evaluator.leaves[positions]).dtype != torch.int64:
+        kind, detail, positions = MaskKind.OPAQUE, f"bounded by {positions}, which is no int64", None
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, positions=reading.positions(kind), detail=detail)
+    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, positions=positions, detail=detail)
 
 
 def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:

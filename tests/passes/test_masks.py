@@ -264,6 +264,10 @@ class TestQueriesAndKeysOfOtherLengths:
             extra=(at,),
         )
 
+    def test_positions_of_another_type_are_not_read(self):
+        at = torch.tensor([3, 0, 1, 2], dtype=torch.int32)
+        expect(OPAQUE, lambda n, m, pad, at: torch.arange(m) <= at[:, None], length=4, keys=8, extra=(at,))
+
     @pytest.mark.parametrize(
         "build",
         [
