@@ -60,7 +60,7 @@ def quicken_dynamo() -> None:
 LONG = (
     "test_models.py", "passes/test_programs_fuzz.py", "export/test_onnx.py", "passes/test_masks_fuzz.py", "test_backend.py",
     "test_dynamic.py", "export/test_aoti.py", "export/test_program.py", "passes/test_models_masks.py",
-    "kernels/test_fused.py", "test_handover.py", "test_readme.py", "test_failures.py", "test_explanation.py",
+    "kernels/test_fused.py", "test_handover.py", "test_documents.py", "test_failures.py", "test_explanation.py",
     "test_benchmarks.py", "commands/test_cli.py", "kernels/test_score.py", "kernels/test_floor.py", "export/test_triton.py",
     "commands/test_full_disk.py", "export/test_tensorrt.py", "test_examples.py", "passes/test_lower.py",
 )  # fmt: skip
