@@ -20,6 +20,7 @@ from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.passes import plan
 from tsa_compile.passes.mask_info import MaskKind
 from tsa_compile.reasons import Reason
 
@@ -89,8 +90,10 @@ class Call:
             return Reason.DROPOUT, f"dropout {self.dropout}"
         if not self.scale > 0:
             return Reason.UNSUPPORTED_FORM, f"the scale is {self.scale}, not positive, as causal kernels need it"
-        if self.query.shape[2] != self.key.shape[2] and not self.is_behind:
+        on = self.query.device.type
+        if self.query.shape[2] != self.key.shape[2] and not (self.is_behind and on in plan.BEHIND_ON):
             cached = ": a prefill behind a cache" if self.is_chunk else ""
+            cached += "" if not cached or on in plan.BEHIND_ON else f", which is not rewritten on {on} yet"
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
         reason = _MASK_REASONS.get(self.kind)
         opaque = reason is Reason.MASK_OPAQUE
