@@ -27,10 +27,12 @@ from torch import Tensor
 import tsa_compile.kernels
 from tsa_compile.kernels import fused
 from tsa_compile.kernels.budget import coverage_triton
-from tsa_compile.kernels.compress import compress_triton
+from tsa_compile.kernels.compress import compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import decompress_triton
 from tsa_compile.kernels.flash import flash_triton
+from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_triton
+from tsa_compile.kernels.merge import merge_triton
 from tsa_compile.kernels.padded import valid_ranges
 from tsa_compile.kernels.score import score_triton
 from tsa_compile.kernels.select import select_triton
@@ -43,6 +45,7 @@ from tsa_compile.kernels.sparse.vertical_slash import vertical_slash_triton
 from tsa_compile.kernels.sparse.xattention import xattention_triton
 
 SCALE = 0.2
+CHUNK = 119
 
 
 class Recorded:
@@ -132,6 +135,23 @@ def run(case: Case, device: str) -> None:
         merge_floor_triton(query, key, value, *found, indices, count, case.mask(device), SCALE, case.window, 5)
 
 
+def run_chunk(case: Case, device: str) -> None:
+    """The launchers of a chunk's queries behind a cache, and the one that merges two parts of their attention."""
+    query, key = case.tensor(4, case.dim, device), case.tensor(2, case.dim, device)
+    value, mask, past = case.tensor(2, case.value_dim, device), case.mask(device), case.length - CHUNK
+    query = query[:, :, past:]
+    scores = score_triton(query, key, mask, SCALE, case.window, 7)
+    if case.shared:
+        scores = scores.unflatten(1, (2, -1)).mean(2)
+    count = coverage_triton(scores, 0.1, 30).clamp(max=case.capacity) if case.counted else None
+    indices = select_triton(scores, count, case.capacity)
+    *rows, first = compress_behind_triton(query, key, value, indices, count)
+    out, lse = behind_triton(*rows, count, first, SCALE)
+    decompress_triton(out, indices, count, case.length, past=past)
+    merge_floor_triton(query, key, value, out, lse, indices, count, mask, SCALE, case.window, 5)
+    merge_triton(out, lse, out.clone(), lse.clone())
+
+
 def log_sums(query: Tensor) -> Tensor:
     """Room for the log-sum-exp of each row."""
     return query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -173,6 +193,7 @@ def main() -> int:
     torch.manual_seed(0)
     for case in CASES:
         run(case, "cuda")
+        run_chunk(case, "cuda")
         run_fused(case, "cuda")
         torch.cuda.synchronize()
         print(case, flush=True)

@@ -348,7 +348,9 @@ def test_memcheck_launches_every_kernel(load, monkeypatch):
     launches = memcheck.record(monkeypatch.setattr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Tiles by TMA need a number of rows that the stride divides.
-    memcheck.run(replace(memcheck.CASES[3], length=140, capacity=136, window=5, dim=32, value_dim=32), device)
+    case = replace(memcheck.CASES[3], length=140, capacity=136, window=5, dim=32, value_dim=32)
+    memcheck.run(case, device)
+    memcheck.run_chunk(case, device)
     assert [name for name, count in launches.items() if count == 0] == []
 
 
@@ -358,12 +360,12 @@ def test_modes_of_the_prefill_benchmark(load):
     modes = prefill.modes(arguments)
     assert modes == ["eager", "0.3", "0.5", "0.15@21", "a_shape", "a_shape+0.15@21"]
     settings = {mode: prefill.configuration(mode, 32) for mode in modes[1:]}
-    assert settings["0.3"] == TSAConfig()
+    assert settings["0.3"] == TSAConfig(budget=KeepRatio(0.3))
     assert settings["0.15@21"] == TSAConfig(budget=KeepRatio(0.15), layers=range(11, 32))
     assert settings["a_shape"] == TSAConfig(layers=[], dense_kernel="a_shape")
     assert settings["a_shape+0.15@21"] == settings["0.15@21"].replace(dense_kernel="a_shape")
     assert len({report.describe(mode) for mode in modes}) == len(modes)
-    assert prefill.modes(prefill.parse([])) == ["eager", "compile", "exact", "0.3", "0.15@21", "a_shape+0.15@21"]
+    assert prefill.modes(prefill.parse([])) == ["eager", "compile", "exact", "0.15", "0.15@21", "a_shape+0.15@21"]
     with pytest.raises(SystemExit):
         prefill.parse(["--resume"])
 
@@ -390,8 +392,8 @@ def test_a_prefill_run_goes_on_where_it_stopped(load, tmp_path, monkeypatch):
     assert run("--modes", "sparse", "eager", "--stop-after", "-1") == (rows, False) and asked == []
     rows, complete = run("--modes", "sparse", "eager", "exact")
     both = [([mode], masked, [1024, 2048]) for mode in ("eager", "exact") for masked in (True, False)]
-    assert complete and asked == [(["0.3"], False, [1024, 2048]), *both]
-    assert [row["mode"] for row in rows] == ["eager"] * 4 + ["exact"] * 4 + ["0.3"] * 4
+    assert complete and asked == [(["0.15"], False, [1024, 2048]), *both]
+    assert [row["mode"] for row in rows] == ["eager"] * 4 + ["exact"] * 4 + ["0.15"] * 4
     assert run("--modes", "eager", "exact") == (rows, True) and asked == []
     found = json.loads((tmp_path / "prefill.json").read_text())
     assert found["rows"] == rows and found["conditions"]["relative_error_against_eager"] == {"exact": 0.01}

@@ -209,9 +209,9 @@ def test_a_count_known_beforehand_is_the_budgets(valid, window, min_tokens, rati
     scores = torch.full((1, 2, 60), -torch.inf)
     scores[..., :valid] = torch.rand(1, 2, valid)
     scores[..., max(0, valid - window) : valid] = torch.inf
-    assert options.kept(valid) == int(reference.budget(scores, None, ratio, min_tokens)[0])
+    assert options.kept(valid, valid) == int(reference.budget(scores, None, ratio, min_tokens)[0])
     covered = dataclasses.replace(options, keep_ratio=None, coverage=0.3)
-    assert covered.kept(valid) in (None, int(reference.budget(scores, 0.3, None, min_tokens)[0]))
+    assert covered.kept(valid, valid) in (None, int(reference.budget(scores, 0.3, None, min_tokens)[0]))
 
 
 def test_opcheck(device):
