@@ -45,7 +45,7 @@ BEHIND_ON = ("cpu", "meta")
 Triton's interpreter, but have not passed `pytest -m gpu tests/test_gpu_chunks.py tests/kernels` on a GPU yet."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
-_MASK_REASONS = {
+MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
     MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
@@ -166,7 +166,7 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
         if cached and query.device.type not in BEHIND_ON:
             cached += f", which is not rewritten on {query.device.type} yet"
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
-    reason = _MASK_REASONS.get(plan.mask.kind)
+    reason = MASK_REASONS.get(plan.mask.kind)
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
 
 

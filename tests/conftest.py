@@ -53,7 +53,7 @@ def quicken_dynamo() -> None:
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
     # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
-    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
+    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]  # replaced on purpose
 
 
 # The modules that take longest, a minute to a quarter of one, longest first.

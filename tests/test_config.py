@@ -124,8 +124,8 @@ def test_layers_may_have_a_budget_each():
 
 def test_a_layer_has_the_budget_of_the_first_entry_that_names_it():
     config = TSAConfig(layers={"model.layers.1*": 0.5, "*.attn": 0.25}, window=8)
-    budget = lambda *names: config.of_layer(None, names).budget  # noqa: E731
-    assert [budget("model.layers.1.attn"), budget("model.layers.2.attn")] == [KeepRatio(0.5), KeepRatio(0.25)]
+    names = ("model.layers.1.attn", "model.layers.2.attn")
+    assert [config.of_layer(None, (name,)).budget for name in names] == [KeepRatio(0.5), KeepRatio(0.25)]
     assert config.of_layer(None, ["a"]) == config and TSAConfig(layers=[3]).of_layer(3, ["a"]) == TSAConfig(layers=[3])
     numbered = TSAConfig(layers={1: 0.5, 2: 0.125})
     assert numbered.of_layer(2, ["model.layers.1"]) == numbered.replace(budget=KeepRatio(0.125))

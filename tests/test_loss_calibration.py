@@ -127,8 +127,13 @@ def test_a_path_is_nested_and_close_to_the_best_where_costs_add_up(costs, limit)
     ratios = (0.5, 0.3, 0.1)
     saved = {ratio: 1 - ratio**2 for ratio in ratios}
     alone = {layer: dict(zip(ratios, itertools.accumulate(each), strict=True)) for layer, each in enumerate(costs)}
-    total = lambda choice: sum(alone[layer][ratio] for layer, ratio in choice.items())  # noqa: E731
-    value = lambda choice: sum(saved[ratio] for ratio in choice.values())  # noqa: E731
+
+    def total(choice):
+        return sum(alone[layer][ratio] for layer, ratio in choice.items())
+
+    def value(choice):
+        return sum(saved[ratio] for ratio in choice.values())
+
     steps = path(alone, saved)
     for before, after in itertools.pairwise([{}, *steps]):
         (changed,) = [layer for layer in after if before.get(layer) != after[layer]]
@@ -151,7 +156,11 @@ def test_what_is_left_is_used_in_a_few_measurements():
     saved = {0.5: 0.75, 0.1: 0.99}
     alone = {0: {0.5: 0.5, 0.1: 0.6}, **{layer: {0.1: 0.3} for layer in range(1, 21)}}
     seen = []
-    cost = lambda choice: seen.append(choice) or sum(2 * alone[layer][ratio] for layer, ratio in choice.items())  # noqa: E731
+
+    def cost(choice):
+        seen.append(choice)
+        return sum(2 * alone[layer][ratio] for layer, ratio in choice.items())
+
     assert fill({}, 0.0, lambda choice: cost(choice) / 2, alone, saved, 0.55) == ({1: 0.1}, 0.3)
     assert fill({}, 0.0, cost, {0: alone[0]}, saved, 1.0) == ({0: 0.5}, 1.0)
     del seen[:]

@@ -154,7 +154,8 @@ def run(given: argparse.Namespace) -> None:
 
 def by_loss(kept: Kept, seen: Sequence[Any], layers: Sequence[int], ratios: Iterable[float]) -> dict[str, Choice]:
     """Calibration by loss at every allowed KL; single layers are measured once for all of them."""
-    search = Search(kept, seen, lambda what, done, total: _say(f"{what} {done:.0f}/{total}"))  # type: ignore[arg-type]
+    meter: Any = kept  # measures as a LossMeter does, and remembers
+    search = Search(meter, seen, lambda what, done, total: _say(f"{what} {done:.0f}/{total}"))
     levels = sorted(ratios, reverse=True)
     alone, saved = search.alone(layers, levels), saving(ratios, len(seen[0][1].prompt))
     return {f"by loss, max_kl {limit:g}": search.best(alone, saved, limit)[0] for limit in MAX_KL}

@@ -190,7 +190,10 @@ TASKS = ("keys", "values")
 def sample(tokenizer: Any, text: Sequence[int], task: str, question: str, length: int, index: int) -> Sample:
     """Six numbers under six names, or four under one; a prompt of exactly `length` tokens."""
     draw = Random(f"{SEED}/{task}/{question}/{length}/{index}")
-    ids = lambda written: list(tokenizer(written, add_special_tokens=False)["input_ids"])  # noqa: E731
+
+    def ids(written: str) -> list[int]:
+        return list(tokenizer(written, add_special_tokens=False)["input_ids"])
+
     asked, forms = QUESTIONS[question], words.names(draw, 6)
     keys = forms if task == "keys" else forms[:1] * 4
     values = words.numbers(draw, len(keys))

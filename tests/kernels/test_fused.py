@@ -86,16 +86,21 @@ def test_op_equals_the_reference_layer(device, padding, options):
     close(out.cpu(), expected(*inputs, padding, options))
 
 
+def check_launched_steps(inputs, make_padding, options):
+    """The launchers against the reference, where the inputs are."""
+    padding = None if make_padding is None else make_padding()
+    if padding is None:
+        out = sparse_triton(*inputs, options)
+    else:
+        out = padded_sparse_triton(*inputs, padding.to(inputs[0].device), valid_ranges(padding), options)
+    close(out.cpu(), expected(*inputs, padding, options))
+
+
 @pytest.mark.parametrize("name", ["keep_ratio", "coverage", "group", "capacity", "floor", "floor_coverage", "floor_group"])
 @pytest.mark.parametrize("padding", PADDINGS, ids=lambda make_: "unpadded" if make_ is None else make_.__name__)
 def test_launched_steps_equal_the_reference_layer(triton_device, padding, name):
     inputs = qkv(3, 4, 2, L, 32, 32, device=triton_device)
-    if padding is None:
-        out = sparse_triton(*inputs, OPTIONS[name])
-    else:
-        padding = padding()
-        out = padded_sparse_triton(*inputs, padding.to(triton_device), valid_ranges(padding), OPTIONS[name])
-    close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
+    check_launched_steps(inputs, padding, OPTIONS[name])
 
 
 BEHIND = [
@@ -136,12 +141,7 @@ class TestQueriesBehindACache:
     )
     def test_launched_steps(self, rows, padding, name, triton_device):
         inputs = self.inputs(rows, triton_device)
-        if padding is None:
-            out = sparse_triton(*inputs, OPTIONS[name])
-        else:
-            padding = padding()
-            out = padded_sparse_triton(*inputs, padding.to(triton_device), valid_ranges(padding), OPTIONS[name])
-        close(out.cpu(), expected(*inputs, padding, OPTIONS[name]))
+        check_launched_steps(inputs, padding, OPTIONS[name])
 
 
 # Every fault meets every budget and every padding, and every budget meets every padding; test_score has all faults alone.

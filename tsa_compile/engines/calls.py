@@ -46,14 +46,6 @@ _COMMON = (
     "kwargs",
 )
 """What every attention function takes. That there is a window says the mask."""
-_MASK_REASONS = {
-    MaskKind.NONE: Reason.NOT_CAUSAL,
-    MaskKind.PADDING: Reason.NOT_CAUSAL,
-    MaskKind.SLIDING_WINDOW: Reason.SLIDING_WINDOW,
-    MaskKind.CHUNKED: Reason.CHUNKED,
-    MaskKind.PACKED: Reason.PACKED,
-    MaskKind.OPAQUE: Reason.MASK_OPAQUE,
-}
 
 _own: dict[str, tuple[str, ...]] = {}
 
@@ -95,7 +87,7 @@ class Call:
             cached = ": a prefill behind a cache" if self.is_chunk else ""
             cached += "" if not cached or on in plan.BEHIND_ON else f", which is not rewritten on {on} yet"
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
-        reason = _MASK_REASONS.get(self.kind)
+        reason = plan.MASK_REASONS.get(self.kind)
         opaque = reason is Reason.MASK_OPAQUE
         return None if reason is None else (reason, "it was not asked for as causal, a window or chunks" if opaque else "")
 
