@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,13 @@ class Calibrated(Saved):
     fingerprint: Fingerprint
 
     @property
+    @abstractmethod
     def sparse_layers(self) -> Any:
         """The layers that are sparse, as `TSAConfig(layers=...)` takes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self, **changes: Any) -> TSAConfig:
         """A config with these layers sparse; `changes` are its other options."""
-        raise NotImplementedError
 
     def check(self, model: nn.Module) -> bool:
         """Whether `model` may be the one that was calibrated; a TSAWarning that says in what it differs if not.

@@ -201,7 +201,8 @@ def dtype(text: str) -> str:
 def check_device(text: str, gpus: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for what names no device, and none of these GPUs."""
     if text.lower() not in gpus and not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", text):
-        raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N")
+        also = f"; explain takes {', '.join(gpus)} as well" if gpus else ""
+        raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N{also}")
 
 
 def check_shape(name: str, shapes: tuple[str, ...]) -> None:
