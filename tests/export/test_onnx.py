@@ -16,6 +16,7 @@ from tsa_compile.kernels import reference
 from tsa_compile.passes.lower import lower_program, with_joined_floors
 
 from ..support import slow_but
+from .support import Call
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -48,17 +49,6 @@ def make_inputs(batch, length, *, padded=True, model=True, seed=0):
     mask[0, :11] = 0
     mask[-1, length - 5 :] = 0 if batch > 1 else 1
     return {**inputs, "attention_mask": mask} if padded else inputs
-
-
-class Call(torch.nn.Module):
-    """One attention call, causal and padded."""
-
-    def forward(self, query, key, value, attention_mask=None):
-        positions = torch.arange(query.shape[2])
-        mask = (positions <= positions[:, None])[None, None]
-        if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None].bool()
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 def small_llama():
