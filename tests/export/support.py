@@ -10,11 +10,11 @@ QUICK = {"aot_inductor.debug_compile": True}
 
 
 class Call(torch.nn.Module):
-    """One attention call, causal, and padded if there is a mask [B, L]."""
+    """One attention call, causal, and padded if there is a mask [B, L]; the queries are those of the last positions."""
 
     def forward(self, query, key, value, attention_mask=None):
-        positions = torch.arange(query.shape[2])
-        mask = (positions <= positions[:, None])[None, None]
+        positions = torch.arange(key.shape[2])
+        mask = (positions <= positions[key.shape[2] - query.shape[2] :, None])[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None].bool()
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

@@ -187,11 +187,11 @@ def _symbolic_dims(exported: Any) -> Iterator[tuple[int, str]]:
 _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "Score",
-        "query T [B,H,L,D], key T [B,G,L,D], padding? bool [B,L]",
+        "query T [B,H,Lq,D], key T [B,G,L,D], padding? bool [B,L]",
         "scores float [B,H,L]",
         "pool int, scale float, window int",
-        "Mean attention of the last `window` valid queries to each earlier token, pooled over `pool` neighbours. +inf "
-        "marks the window's tokens, -inf invalid ones.",
+        "Mean attention of the last `window` valid queries, which are those of the last Lq <= L positions, to each earlier "
+        "token, pooled over `pool` neighbours. +inf marks the window's tokens, -inf invalid ones.",
     ),
     (
         "Budget",
