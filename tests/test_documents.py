@@ -28,14 +28,14 @@ BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOT
 # Of each page that runs: what holds after the block in which the first text stands.
 CLAIMS = {
     "README.md": [
-        ("model.generate(**prompt", "reports()[0].sparse == 2 and len(reports()[0].rows) == 4"),
+        ("model.generate(**prompt", "reports()[0].sparse == 2 and len(reports()[0].rows) == 4 and len(reports()) == 1"),
         ("explain(model, **prompt", "isinstance(tokens, torch.Tensor) and tokens.shape[1] == prompt.input_ids.shape[1] + 4"),
     ],
     "docs/guide.md": [
         ("print(reports()[-1])", "reports()[-1].sparse == 2"),
         ("TSAConfig.from_json", "again == config"),
         ("print(report.sparse", "report.sparse == report.dense_padded == 2"),
-        ("model.generate", "tokens.shape[1] == ids.shape[1] + 2"),
+        ("model.generate", "tokens.shape[1] == ids.shape[1] + 2 and reports()[-1].sparse == 2"),
         ("delta=0.5", "len(found.sparse_layers) == 2"),
         ("preset(", "preset('llama-3.1-8b-instruct').layers == tuple(range(15, 31))"),
         ('objective="loss"', "found.kl <= 0.01"),
