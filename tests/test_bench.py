@@ -1,5 +1,6 @@
 """`bench`: every mode at every length, turns, medians, and what is done where memory runs out."""
 
+import dataclasses
 import json
 
 import pytest
@@ -109,11 +110,19 @@ def test_json_holds_every_row(result):
         result.row("exact", 8192)
 
 
-def test_the_figure(result, tmp_path):
+def test_the_figure(result, tmp_path, monkeypatch):
+    """Lines over several lengths; of one length bars, as a line of one point is nothing to see."""
     pytest.importorskip("matplotlib")
     result.plot(tmp_path / "speed.svg")
     drawn = (tmp_path / "speed.svg").read_text()
     assert drawn.lstrip().startswith("<?xml") and len(drawn) > 5000
+    figures = []
+    monkeypatch.setattr("tsa_compile.bench.save_figure", lambda figure, path, **options: figures.append(figure))
+    result.plot("lines.png")
+    dataclasses.replace(result, rows=[row for row in result.rows if row.length == result.lengths[0]]).plot("bars.png")
+    lines, bars = (figure.axes[0] for figure in figures)
+    assert lines.lines and not lines.patches and bars.patches and not bars.lines
+    assert all(axes.get_legend() and str(result.conditions["device"]) in axes.get_title() for axes in (lines, bars))
 
 
 def test_modes_are_documented():

@@ -313,23 +313,34 @@ def _cell(row: Measurement) -> str:
     return text + ("" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB")
 
 
+_COLOURS = {"eager": "0.45", "compile": "0.7", "exact": "tab:blue", "sparse": "tab:orange"}
+
+
 def _plot(result: Benchmark, path: str | Path) -> None:
-    figure = new_figure(figsize=(6, 4))
+    """A line for each mode by length; of one length, a bar for each mode."""
+    figure = new_figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for mode in result.modes:
+    for position, mode in enumerate(result.modes):
         rows = [result.row(mode, length) for length in result.lengths]
         points = [(row.length, row.speed) for row in rows if row.speed is not None]
-        if points:
-            axes.plot(*zip(*points), marker="o", label=result.words(mode))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(result.lengths, [_length_words(length) for length in result.lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("prompt length")
+        style: dict[str, Any] = {"color": _COLOURS[mode], "label": result.words(mode)}
+        if points and len(result.lengths) > 1:
+            axes.plot(*zip(*points), marker="o", **style)
+        elif points:
+            axes.bar(position, points[0][1], **style)
+    if len(result.lengths) > 1:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(result.lengths, [_length_words(length) for length in result.lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("prompt length")
+    else:
+        axes.set_xticks(range(len(result.modes)), result.modes)
+        axes.set_xlabel(f"a prompt of {_length_words(result.lengths[0])} tokens")
     axes.set_ylabel(f"prefill speed, {result.words(result.modes[0])} = 1")
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.set_title(
         f"{result.conditions['model']}, {result.conditions['layers']} layers, {result.conditions['device']}", size=9
     )
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     save_figure(figure, path, dpi=150)

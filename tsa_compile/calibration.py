@@ -116,9 +116,10 @@ class Calibration(Calibrated):
         figure = new_figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")
         axes = figure.subplots()
         sparse = set(self.sparse_layers)
-        for label, colour, shown in (("dense", "0.7", False), (f"sparse (delta {self.delta:g})", "tab:blue", True)):
+        for label, colour, shown in (("dense", "0.7", False), (f"sparse (delta {self.delta:g})", "tab:orange", True)):
             indices = [index for index in range(len(self.drift)) if (index in sparse) == shown]
             axes.bar(indices, [self.drift[index] for index in indices], color=colour, label=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="layer", ylabel="drift", title=f"Drift over {self.tokens:,} tokens of {self.prompts:,} prompts")
         axes.legend()
         save_figure(figure, path)
