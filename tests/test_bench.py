@@ -110,6 +110,14 @@ def test_json_holds_every_row(result):
         result.row("exact", 8192)
 
 
+def test_in_a_narrow_terminal_lengths_are_rows(result):
+    assert result.narrow(1000) == str(result)
+    narrow = result.narrow(60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    cells = [line.split()[0] for line in narrow.splitlines()[1:]]
+    assert len(cells) >= len(result.lengths) * len(result.modes), "a row for each length and mode"
+
+
 def test_the_figure(result, tmp_path, monkeypatch):
     """Lines over several lengths; of one length bars, as a line of one point is nothing to see."""
     pytest.importorskip("matplotlib")

@@ -101,6 +101,19 @@ class Benchmark:
         """A figure of speed relative to the first mode, by length. Needs matplotlib."""
         _plot(self, path)
 
+    def narrow(self, width: int) -> str:
+        """As text in lines of at most so many characters: where a column for each length is too wide, a row for each."""
+        text = str(self)
+        if max(map(len, text.splitlines())) <= width:
+            return text
+        table = Table(box=None, pad_edge=False, header_style="")
+        for name in ("tokens", "mode", "prefill"):
+            table.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
+        for length in self.lengths:
+            for mode in self.modes:
+                table.add_row(_length_words(length), self.words(mode), _cell(self.row(mode, length)))
+        return as_text(table, width)
+
     def __str__(self) -> str:
         table = Table("", *map(_length_words, self.lengths), box=None, pad_edge=False, header_style="")
         for mode in self.modes:

@@ -321,8 +321,10 @@ def _render(prediction: Prediction, width: int | None = None) -> str:
         lines.append(f"layers become sparse from {prediction.break_even:,} tokens on")
     lines.extend(f"note: {note}" for note in prediction.notes)
     table = as_text(_table(prediction, _COLUMNS if width is None else _NARROW))
-    first, *rest = lines if width is None else wrapped(lines, width)
-    return "\n".join([first, table, *rest])
+    head, rest = lines[:1], lines[1:]
+    if width is not None:
+        head, rest = wrapped(head, width), wrapped(rest, width)
+    return "\n".join([*head, table, *rest])
 
 
 _COLUMNS = ("layers", "kind", "decision", "kept", "attention ms", "becomes", "saved", "gain", "rest ms")
