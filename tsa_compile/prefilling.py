@@ -36,8 +36,9 @@ class Prefill:
     def __init__(self, model: Module, config: TSAConfig, *, dynamic: bool | None, fullgraph: bool) -> None:
         self.model, self.config = model, config
         self._plain = model._call_impl
+        options: dict[str, Any] = {"config": config}
         self._compiled = torch.compile(
-            model._call_impl, backend=tsa_backend, options={"config": config}, dynamic=dynamic, fullgraph=fullgraph
+            model._call_impl, backend=tsa_backend, options=options, dynamic=dynamic, fullgraph=fullgraph
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
