@@ -173,15 +173,15 @@ FRONT = {
     "eager PyTorch": ("eager", "reference"),
     "torch.compile": ("torch.compile", "as eager"),
     "`tsa`, exact": ('backend="tsa", exact', "as eager"),
-    "`tsa`, keep 0.3 in the upper half": ('backend="tsa", keep 0.3 in the upper half', "floor, keep .3, upper half"),
-    "`tsa`, keep 0.15 in the upper half (default)": ("not timed", "floor, keep .15, upper half"),
+    "`tsa`, keep 0.3 in the upper half": ('backend="tsa", keep 0.3 in the upper half', "floor, keep 0.3, upper half"),
+    "`tsa`, keep 0.15 in the upper half (default)": ("not timed", "floor, keep 0.15, upper half"),
     "`tsa`, keep 0.15 in the last two thirds": (
         'backend="tsa", keep 0.15 in the last 21 layers',
-        "floor, keep .15, upper two thirds",
+        "floor, keep 0.15, upper two thirds",
     ),
     "the same, and `a_shape` in the other layers": (
         'backend="tsa", keep 0.15 in the last 21 layers, a_shape in the others',
-        "floor, keep .15, upper two thirds, a_shape in the others",
+        "floor, keep 0.15, upper two thirds, a_shape in the others",
     ),
 }
 

@@ -45,8 +45,8 @@ def tsa_backend(
 
     Args:
         graph_module, example_inputs: as Dynamo passes them to a backend.
-        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's. As they are
-            when torch.compile is called: a later change of the mapping changes nothing.
+        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's. They are read
+            when torch.compile is called; changing the mapping afterwards has no effect.
         mode: torch.compile's mode ("reduce-overhead", ...), for Inductor.
 
     Returns:

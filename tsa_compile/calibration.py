@@ -146,7 +146,7 @@ def calibrate(
     objective: str = "drift",
     **search: Any,
 ) -> Calibration | LossCalibration:
-    """Which decoder layers may be sparse, from prompts, best long ones of the kind that will be used.
+    """Measures on prompts which decoder layers may be sparse. Use long prompts of the kind that the model will see.
 
     objective "drift": the layers that change hidden states least. The model runs once, dense, without cache and head.
     objective "loss": the layers, and how much each keeps, that change the probabilities of answers by at most `max_kl`. The
@@ -161,7 +161,8 @@ def calibrate(
         delta: the share of the layers to be sparse, in (0, 1]; of "drift".
         tokenizer: needed for text alone.
         progress: whether to show a progress bar, on stderr.
-        batch_size: how many prompts run at once; for "drift" padded on the right, for "loss" only such of one length.
+        batch_size: how many prompts run at once. "drift" pads them on the right; "loss" puts only prompts of one length
+            together.
 
     Raises:
         ConfigError: the model has no decoder layers, or a prompt or an option is not allowed.

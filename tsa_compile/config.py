@@ -51,7 +51,7 @@ def check_int(option: str, value: object, minimum: int, *, optional: bool = Fals
 
 @dataclass(frozen=True)
 class Coverage:
-    """Drop the least-scored tokens whose scores sum up to `tau` of the mass: the budget adapts to the input.
+    """Drop the least-scored tokens whose scores sum up to the share `tau` of all scores: how many stay depends on the input.
 
     `tau` lies in [0, 1); 0 keeps every token. The published setting is 0.005.
     """
@@ -68,7 +68,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class KeepRatio:
-    """Keep the fraction `ratio` of the candidates, whatever their scores: the budget is a static shape expression.
+    """Keep the share `ratio` of the tokens, whatever their scores: how many that are follows from the length alone.
 
     `ratio` lies in [0, 1]; 1 keeps every token, 0 the window and `min_tokens`.
     """

@@ -198,10 +198,10 @@ def predict(
         model_config: a transformers configuration: layers, heads, sizes, windows, experts.
         length: tokens of each prompt.
         device: see `costs_of`.
-        batch: prompts.
+        batch: how many prompts run at once.
         dtype: of weights and attention; the configuration's if None.
-        kept: the share of all tokens that sparse layers keep, where it was measured. If None it is what the budget is
-            expected to keep, which for Coverage is the publication's finding.
+        kept: the share of all tokens that sparse layers keep, if you measured it. If None, the share that the budget is
+            expected to keep; for Coverage that is the share that the publication found.
 
     Raises:
         ConfigError: a value is not allowed, or the configuration is of no causal language model.
