@@ -93,13 +93,15 @@ def result():
 
 
 def test_the_table(result):
-    lines = [line.split("  ") for line in str(result).splitlines()]
+    *table, first_calls = str(result).splitlines()
+    lines = [line.split("  ") for line in table]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells == [
         ["2000", "8K"],
         ["eager", "9.50 ms (1.00x), 0.4 GiB", "253 ms (1.00x), 1.9 GiB"],
         ['backend="tsa", coverage 0.2', "out of memory", "206 ms (1.23x), 1.9 GiB"],
     ]
+    assert first_calls == 'first call, which compiles: eager 0.5 s, backend="tsa", coverage 0.2 20 s'
 
 
 def test_json_holds_every_row(result):

@@ -31,7 +31,7 @@ from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
 from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
-from tsa_compile.text import as_text
+from tsa_compile.text import as_text, wrapped
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
@@ -103,22 +103,30 @@ class Benchmark:
 
     def narrow(self, width: int) -> str:
         """As text in lines of at most so many characters: where a column for each length is too wide, a row for each."""
-        text = str(self)
-        if max(map(len, text.splitlines())) <= width:
-            return text
-        table = Table(box=None, pad_edge=False, header_style="")
-        for name in ("tokens", "mode", "prefill"):
-            table.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
-        for length in self.lengths:
-            for mode in self.modes:
-                table.add_row(_length_words(length), self.words(mode), _cell(self.row(mode, length)))
-        return as_text(table, width)
+        table = self._table()
+        if max(map(len, table.splitlines())) > width:
+            rows = Table(box=None, pad_edge=False, header_style="")
+            for name in ("tokens", "mode", "prefill"):
+                rows.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
+            for length in self.lengths:
+                for mode in self.modes:
+                    rows.add_row(_length_words(length), self.words(mode), _cell(self.row(mode, length)))
+            table = as_text(rows, width)
+        return "\n".join([table, *wrapped([self._first_calls()], width)])
 
-    def __str__(self) -> str:
+    def _table(self) -> str:
         table = Table("", *map(_length_words, self.lengths), box=None, pad_edge=False, header_style="")
         for mode in self.modes:
             table.add_row(self.words(mode), *(_cell(self.row(mode, length)) for length in self.lengths))
         return as_text(table)
+
+    def _first_calls(self) -> str:
+        """What compiling takes: each mode's longest first call."""
+        longest = {mode: max(row.first_call_s or 0.0 for row in self.rows if row.mode == mode) for mode in self.modes}
+        return "first call, which compiles: " + ", ".join(f"{self.words(mode)} {longest[mode]:.3g} s" for mode in self.modes)
+
+    def __str__(self) -> str:
+        return f"{self._table()}\n{self._first_calls()}"
 
 
 def bench(
