@@ -12,7 +12,7 @@ Row = dict[str, Any]
 COLUMNS: dict[str, dict[str, str]] = {
     "kernel": {
         "density": "density", "ms": "ms", "tflops": "TFLOP/s of listed blocks", "rate": "of dense cuDNN's rate",
-        "goal_ms": "goal, ms (density x dense / .7)", "flex_ms": "FlexAttention, ms", "settled_ms": "settled, ms",
+        "goal_ms": "goal, ms (density x dense / 0.7)", "flex_ms": "FlexAttention, ms", "settled_ms": "settled, ms",
         "settled_rate": "settled, of dense cuDNN's rate",
     },
     "selectors": {
