@@ -161,6 +161,7 @@ def test_option_table_names_every_option_and_its_default():
         ("export", "export"),
         ("sparse", "sparse"),
         ("accuracy", "pretrained"),
+        ("compile-time", "compile-time"),
     ],
 )
 def test_tables_are_those_of_the_last_runs(name, file):
