@@ -156,6 +156,13 @@ def test_where_a_gradient_may_be_needed_nothing_is_cut():
     assert x.grad is not None and "a gradient may be needed" in notes()
 
 
+@pytest.mark.parametrize("setting", ["freezing", "triton.cudagraphs"])
+def test_nothing_is_shared_where_inductor_holds_weights(setting):
+    with torch._inductor.config.patch(setting, True):
+        run(Model(Layer(), Layer(), Layer()), CONFIG.replace(regional=True, layers=[], compiler="eager"), heads()[0])
+    assert "hold the weights of one layer" in notes()
+
+
 def test_not_with_cuda_graphs():
     from tsa_compile.backend import resolve_compiler
 

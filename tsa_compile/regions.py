@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
@@ -50,6 +51,8 @@ def compile_by_region(
     """
     if torch.is_grad_enabled():
         raise NotCut("a gradient may be needed")
+    if inductor.freezing or inductor.triton.cudagraphs:
+        raise NotCut("Inductor's freezing and CUDA graphs hold the weights of one layer, whose code the others would run")
     parts = [_Part(graph_module, nodes) for nodes in _cut(graph_module.graph, _container(report))]
     keys = [part.key() for part in parts]
     if len(set(keys)) == len(keys):
