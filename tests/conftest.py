@@ -135,10 +135,6 @@ def fresh() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights, its tokenizer, its chat template and a text, book.txt; not to be written to."""
-    from .evaluation.small import TEXT, llama, tokenizer
+    from .evaluation.small import save
 
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    llama(1).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    (path / "book.txt").write_text(TEXT)
-    return path
+    return save(tmp_path_factory.mktemp("models") / "tiny", layers=1)

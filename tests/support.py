@@ -6,6 +6,7 @@ or the ops, and padding reaches it through the mask that the model builds.
 """
 
 import contextlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -204,6 +205,15 @@ def heads(batch=2, query_heads=4, kv_heads=2, length=40, head_dim=16, rows_first
         tensor = torch.randn(shape, generator=generator).to(**options)
         made.append(tensor.transpose(1, 2) if rows_first else tensor)
     return tuple(made)
+
+
+def script(path):
+    """A Python file of benchmarks/ or examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def without_interpreter(source):

@@ -1,6 +1,5 @@
 """The benchmark of a pretrained model: its settings, that it goes on, and its tables."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ import pytest
 from tsa_compile.config import Floor, KeepRatio
 from tsa_compile.evaluation import Study
 
+from ..support import script
+
 pytestmark = pytest.mark.usefixtures("fresh")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "pretrained.py"
 
@@ -17,10 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "pretrained.py"
 @pytest.fixture(scope="module")
 def pretrained():
     sys.path.insert(0, str(SCRIPT.parent))  # as where a script is run
-    spec = importlib.util.spec_from_file_location("pretrained", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield script(SCRIPT)
     sys.path.remove(str(SCRIPT.parent))
 
 
