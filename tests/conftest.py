@@ -1,5 +1,6 @@
 """What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
 
+import dataclasses
 import gc
 import inspect
 import logging
@@ -32,6 +33,10 @@ def quicken_interpreter() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
+    # It computes each sum, difference and product of int32 again in int64, for an assertion that only `debug` would make.
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     is_builtin, patch_builtin = interpreter.tl.core.is_builtin, interpreter._patch_builtin
     first: dict[Any, str] = {}
 
@@ -52,6 +57,10 @@ def quicken_dynamo() -> None:
 
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    # Nor the collection of garbage behind each compilation, and the messages about a function's side effects.
+    torch._dynamo.config.run_gc_after_compile = False
+    if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
+        torch._dynamo.config.side_effect_replay_policy = "silent"
     # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
     logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]  # replaced on purpose
 
