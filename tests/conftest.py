@@ -1,17 +1,15 @@
 """What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
 
-import dataclasses
 import gc
-import inspect
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from . import quick
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; read when its package is imported
 
@@ -24,45 +22,6 @@ settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("suite")
-
-
-def quicken_interpreter() -> None:
-    """Triton's interpreter looks through all of `triton.language` at every call of a device function, for what it has not
-    yet replaced. All builtins of a module are replaced at once: one look at the first tells, in a third less time."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    # It computes each sum, difference and product of int32 again in int64, for an assertion that only `debug` would make.
-    builder = interpreter.interpreter_builder
-    if not builder.options.debug:
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    is_builtin, patch_builtin = interpreter.tl.core.is_builtin, interpreter._patch_builtin
-    first: dict[Any, str] = {}
-
-    def patch_unless_patched(package: Any, *arguments: Any) -> None:
-        if package not in first:
-            names = (name for name, member in inspect.getmembers(package) if is_builtin(member))
-            first[package] = next(names, "")
-        if first[package] and is_builtin(getattr(package, first[package])):
-            patch_builtin(package, *arguments)
-
-    interpreter._patch_builtin = patch_unless_patched
-
-
-def quicken_dynamo() -> None:
-    """After each compilation Dynamo measures its guards with a flushed cache, for a log: more than half of the time that the
-    compilation of a small function takes. Nothing reads the figure."""
-    import torch._dynamo.guards
-
-    if hasattr(torch._dynamo.guards, "profile_guard_manager"):
-        torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
-    # Nor the collection of garbage behind each compilation, and the messages about a function's side effects.
-    torch._dynamo.config.run_gc_after_compile = False
-    if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
-        torch._dynamo.config.side_effect_replay_policy = "silent"
-    # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
-    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]  # replaced on purpose
 
 
 # The modules that take longest, a minute to a quarter of one, longest first.
@@ -83,9 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which are not there: take them out")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
-    quicken_dynamo()
+    quick.dynamo()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        quicken_interpreter()
+        quick.interpreter()
 
 
 def pytest_collection_finish() -> None:
