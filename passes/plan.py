@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +45,7 @@ BEHIND_ON = ("cpu", "meta")
 Triton's interpreter, but have not passed `pytest -m gpu tests/test_gpu_chunks.py tests/kernels` on a GPU yet."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
+Length = TypeVar("Length", int, torch.SymInt)
 MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
@@ -260,9 +261,16 @@ def sparse_obstacle(
         return reason, detail
     shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    # Of a chunk all keys are selected from, but what is gained grows with its own length.
-    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
+    length = length_that_counts(query.shape[2], key.shape[2], why)
     return _length_obstacle(length, minimum, why, all_kept_below(config))
+
+
+def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
+    """Which length of a call is compared with the minimum that `minimum_length` gave, for the reason that it gave.
+
+    Of a chunk all keys are selected from, but what is gained grows with its own length.
+    """
+    return keys if why == _DROPPABLE else queries
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
