@@ -1,4 +1,4 @@
-"""The vLLM plug-in: its core on plain tensors; where vLLM is installed (`tox -e vllm`), its classes and real engines on CPUs."""
+"""The vLLM plug-in: its core on plain tensors; where vLLM is installed (`tox -e vllm`), its classes, and engines on CPUs."""
 
 import importlib.util
 import itertools
