@@ -21,9 +21,6 @@ import torch
 from prefill_report import Row, describe, mask_name
 
 from tsa_compile import reports
-from tsa_compile.passes import plan
-
-plan.BEHIND_ON = (*plan.BEHIND_ON, "cuda")  # this is where it is found out whether it may be
 
 
 def prefill(call: Callable[..., Any], config: Any, ids: torch.Tensor, masked: bool, chunk: int) -> Any:
