@@ -30,8 +30,6 @@ SMALL = dict(window=4, min_tokens=4, layers=[0, 2], floor=Floor(8, 2))
 HALF = TSAConfig(budget=KeepRatio(0.5), **SMALL)
 COVERAGE = TSAConfig(budget=Coverage(0.2), **SMALL)
 
-CPU = torch.device("cpu")
-
 has_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: tox -e vllm")
 
 
@@ -43,7 +41,6 @@ ANY = core.Minimum(3, plan._DROPPABLE)
     [
         ([0, 9, 12], [9, 3], [True, True], ANY, [(0, 9), (9, 12)], ()),
         ([0, 1, 10, 30], [20, 9, 40], [False, True, True], ANY, [(1, 10), (10, 30)], (0,)),  # decode step, prompt, chunk
-        ([0, 20, 40], [20, 40], [True, True], replace(ANY, chunks=False), [(0, 20)], (1,)),  # where chunks cannot be
         ([0, 20, 40], [40, 20], None, ANY, [(20, 40)], (0,)),  # whether it is a chunk is not known
         ([0, 20, 35], [20, 35], [True, True], ANY, [(0, 20)], (1,)),  # a chunk of few queries
         ([0, 9, 11], [9, 2], [True, True], ANY, [(0, 9)], (1,)),  # too short
@@ -108,9 +105,8 @@ def test_tokens_are_gathered_from_their_blocks(length):
     assert torch.equal(core.gather(paged(tokens, 16, blocks), table, length), tokens[:length])
 
 
-@pytest.mark.parametrize("chunks, keys", [(True, 90), (False, 20)])
-def test_the_largest_request_is_rehearsed(chunks, keys):
-    """With as many keys as a request may have, where chunks can be sparse."""
+def test_the_largest_request_is_rehearsed():
+    """With as many keys as a request may have."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -120,9 +116,9 @@ def test_the_largest_request_is_rehearsed(chunks, keys):
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        core.rehearse(torch.randn(20, 4, 8), 2, 90, replace(ANY, chunks=chunks), 0.3, HALF)
+        core.rehearse(torch.randn(20, 4, 8), 2, 90, ANY, 0.3, HALF)
         core.rehearse(torch.randn(20, 4, 8), 2, 90, core.Minimum(None), 0.3, HALF)
-    assert seen == [[(1, 4, 20, 8), (1, 2, keys, 8), (1, 2, keys, 8)]]
+    assert seen == [[(1, 4, 20, 8), (1, 2, 90, 8), (1, 2, 90, 8)]]
 
 
 def test_without_a_configuration_nothing_happens(monkeypatch):
@@ -368,16 +364,16 @@ class TestRefused:
         from tsa_compile.engines.vllm.interface import check
 
         with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
-            check(self.settings(prefixes=True), HALF, CPU)
-        check(self.settings(prefixes=True), HALF.replace(layers=[]), CPU)
+            check(self.settings(prefixes=True), HALF)
+        check(self.settings(prefixes=True), HALF.replace(layers=[]))
         monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
-        check(self.settings(prefixes=True), HALF, CPU)
+        check(self.settings(prefixes=True), HALF)
 
     def test_context_parallel(self):
         from tsa_compile.engines.vllm.interface import check
 
         with pytest.raises(ConfigError, match="decode_context_parallel_size=2"):
-            check(self.settings(context=2), HALF, CPU)
+            check(self.settings(context=2), HALF)
 
     def test_other_versions(self, monkeypatch):
         from tsa_compile.engines.vllm import interface

@@ -18,7 +18,7 @@ from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.passes.layers import Place, place_in, said_of_unused, select_layers, unused_layers
-from tsa_compile.passes.plan import BEHIND_ON, FEW_QUERIES, length_that_counts, minimum_length
+from tsa_compile.passes.plan import FEW_QUERIES, length_that_counts, minimum_length
 from tsa_compile.passes.rewrite import options_of
 from tsa_compile.reasons import Reason
 
@@ -50,22 +50,18 @@ class Minimum:
 
     Attributes:
         why: what the length is compared for (passes/plan.py).
-        chunks: whether requests behind a cache can be sparse.
     """
 
     shortest: int | None
     why: str = ""
-    chunks: bool = True
 
     @classmethod
     def of(cls, config: TSAConfig, device: torch.device, shape: CallShape, share: float) -> Minimum:
         """For layers of one shape, of which `share` are sparse."""
-        return cls(*minimum_length(config, device, shape, share), device.type in BEHIND_ON)
+        return cls(*minimum_length(config, device, shape, share))
 
     def reached_by(self, request: Request) -> bool:
-        if self.shortest is None or request.rows < 2:
-            return False
-        if request.is_behind and (not self.chunks or request.rows < FEW_QUERIES):
+        if self.shortest is None or request.rows < (FEW_QUERIES if request.is_behind else 2):
             return False
         return length_that_counts(request.rows, request.length, self.why) >= self.shortest
 
@@ -175,7 +171,7 @@ def rehearse(query: Tensor, kv_heads: int, longest: int, minimum: Minimum, scale
         longest: how many tokens a request may have.
     """
     rows, _, width = query.shape
-    length = max(longest, rows) if minimum.chunks else rows
+    length = max(longest, rows)
     kept = query.new_zeros(length, kv_heads, 2 * width)  # keys and values side by side, as they are gathered
     key, value = kept.split(width, dim=-1)
     if minimum.reached_by(Request(0, 0, rows, length)):

@@ -33,7 +33,6 @@ from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.engines.vllm.core import Layers, Minimum, Request, Split, attend, choose_layers, gather, rehearse, split
 from tsa_compile.errors import ConfigError
-from tsa_compile.passes.plan import BEHIND_ON
 
 SUPPORTED = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
 PREFIXES = "TSA_ALLOW_PREFIX_CACHING"
@@ -118,7 +117,7 @@ class Builder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         config = installed()
-        check(vllm_config, config, device)
+        check(vllm_config, config)
         layers = layers_of(vllm_config)
         _log.info_once("Token Sparse Attention: %s", layers.summary)
         self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
@@ -311,8 +310,8 @@ def minimum_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.devi
     return Minimum.of(installed(), device, shape, len(layers.sparse) / max(len(layers.reasons), 1))
 
 
-def check(vllm_config: Any, config: TSAConfig, device: torch.device) -> None:
-    """Raises ConfigError where the engine's settings cannot go together with sparse layers; warns where they spoil them."""
+def check(vllm_config: Any, config: TSAConfig) -> None:
+    """Raises ConfigError where the engine's settings cannot go together with sparse layers."""
     if config.layers == ():
         return
     if vllm_config.cache_config.enable_prefix_caching and os.environ.get(PREFIXES) != "1":
@@ -326,14 +325,6 @@ def check(vllm_config: Any, config: TSAConfig, device: torch.device) -> None:
         found = getattr(parallel, name, 1)
         if found > 1:
             raise ConfigError(f"{name}={found} is not possible with TSA_CONFIG: a prompt must be in one process")
-    scheduler, chunks = vllm_config.scheduler_config, device.type in BEHIND_ON
-    if not chunks and scheduler.max_num_batched_tokens < vllm_config.model_config.max_model_len:
-        _log.warning_once(
-            "Token Sparse Attention: prompts that do not fit into a batch of %d tokens are run in chunks, of which the "
-            "first is sparse; on %s the others run vLLM's own attention so far. Pass a larger max_num_batched_tokens",
-            scheduler.max_num_batched_tokens,
-            device.type,
-        )
 
 
 def _obstacle(layer: Any, vllm_config: Any) -> str | None:
