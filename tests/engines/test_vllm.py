@@ -218,8 +218,9 @@ class TestCUDA:
         made = interface.CUDABuilder.__new__(interface.CUDABuilder)
         plain = dict.fromkeys(("aot_schedule", "use_full_cuda_graph", "fa4_hd256"), False)
         nothing = dict.fromkeys(("aot_sliding_window", "max_cudagraph_size", "rswa_window", "mm_prefix_query_ranges_np"))
-        made.__dict__.update(plain, **nothing, dcp_world_size=1, minimum=replace(ANY, shortest=9), group=None)
-        made.sparse_layers = {self.LAYER: HALF}
+        made.__dict__.update(plain, **nothing, dcp_world_size=1, kv_cache_spec=SimpleNamespace(sliding_window=None))
+        made.cache_config, made.kv_cache_dtype = SimpleNamespace(cache_dtype="auto"), torch.float32
+        made.minimum, made.group, made.sparse_layers = replace(ANY, shortest=9), None, {self.LAYER: HALF}
         return made
 
     def forward(self, impl, layer, query, key, value, cache, metadata, output, *_):
