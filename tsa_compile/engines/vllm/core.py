@@ -80,16 +80,18 @@ def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bo
     Args:
         starts: where each request's tokens begin in the batch, and where the last one's end.
         lengths: how many tokens each has, with those of earlier batches.
-        prefilling: whether each has tokens of its prompt in the batch; if that is not known, only those count whose tokens
-            are all in it, because a few tokens behind a cache may be speculative ones.
+        prefilling: whether each has tokens of its prompt in the batch, without those that fill it up; if that is not known,
+            only those count whose tokens are all in it, because a few tokens behind a cache may be speculative ones.
     """
     prompts, others = [], []
     for number, (start, stop) in enumerate(itertools.pairwise(starts)):
         request = Request(number, start, stop, lengths[number])
+        if not request.rows:  # it fills the batch up
+            continue
         is_prompt = not request.is_behind if prefilling is None else prefilling[number]
         if is_prompt and minimum.reached_by(request):
             prompts.append(request)
-        elif request.rows:  # requests without a token fill a batch up
+        else:
             others.append(number)
     return Split(tuple(prompts), tuple(others))
 
