@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,12 @@ def test_without_a_configuration_nothing_happens(monkeypatch):
     monkeypatch.setenv(plugin.CONFIG, '{"budget": 3}')
     with pytest.raises(ConfigError, match="budget"):
         plugin.register()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_configurations_of_the_pages_are_valid(page):
+    configs = re.findall(rf"^{plugin.CONFIG}='(.*?)'", (Path(__file__).parents[2] / page).read_text(), re.MULTILINE)
+    assert [TSAConfig.from_json(config) for config in configs] == [TSAConfig(budget=KeepRatio(0.3))]
 
 
 def engine(folder, config, processes, dtype="float32"):
