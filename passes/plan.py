@@ -42,6 +42,7 @@ FEW_QUERIES = 16
 """Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
+_CONFIGURED = "the configured min_length"
 Length = TypeVar("Length", int, torch.SymInt)
 MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
@@ -263,9 +264,15 @@ def sparse_obstacle(
 def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
     """Which length of a call is compared with the minimum that `minimum_length` gave, for the reason that it gave.
 
-    Of a chunk all keys are selected from, but what is gained grows with its own length.
+    Of a chunk all keys are selected from, and a configured minimum is one of its queries. Where time decides, what dense
+    attention computes is queries (2 keys - queries) / 2 pairs, and what the sparse path costs beside attention grows with
+    the keys: both as many times what they are for a whole prompt of queries (2 - queries / keys) tokens.
     """
-    return keys if why == _DROPPABLE else queries
+    if why == _DROPPABLE:
+        return keys
+    if why == _CONFIGURED or isinstance(queries, torch.SymInt) or isinstance(keys, torch.SymInt):
+        return queries
+    return queries * (2 * keys - queries) // keys
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
@@ -298,7 +305,7 @@ def minimum_length(
         costs = for_device(device)
     minimum = shortest(config, costs, shape, sparse_layers)
     if config.min_length is not None:
-        return minimum, "the configured min_length"
+        return minimum, _CONFIGURED
     if costs is not None and minimum is None:
         return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
     if costs is not None and minimum != shortest(config, None, shape):

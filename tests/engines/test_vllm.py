@@ -42,8 +42,9 @@ ANY = core.Minimum(3, plan._DROPPABLE)
         ([0, 20, 40], [40, 20], None, ANY, [(20, 40)], (0,)),  # whether it is a chunk is not known
         ([0, 20, 35], [20, 35], [True, True], ANY, [(0, 20)], (1,)),  # a chunk of few queries
         ([0, 9, 11], [9, 2], [True, True], ANY, [(0, 9)], (1,)),  # too short
-        ([0, 20, 50], [50, 80], [True, True], core.Minimum(25, "the configured min_length"), [(20, 50)], (0,)),
+        ([0, 20, 50], [50, 80], [True, True], core.Minimum(25, plan._CONFIGURED), [(20, 50)], (0,)),
         ([0, 20, 50], [50, 80], [True, True], core.Minimum(60, plan._DROPPABLE), [(20, 50)], (0,)),
+        ([0, 20, 40, 60], [20, 400, 30], [True] * 3, core.Minimum(30, "on a GPU"), [(20, 40)], (0, 2)),
         ([0, 1], [1], [True], core.Minimum(1), (), (0,)),  # a prompt of one token
         ([0, 9, 9], [9, 0], [True], ANY, [(0, 9)], ()),  # an empty request
         ([0, 9], [9], [True], core.Minimum(None), (), (0,)),
@@ -91,7 +92,7 @@ def test_a_prompt_is_computed_as_the_reference_does(rows):
     query = query[:, :, -rows:]
     output = torch.full_like(flat(query)[0], float("nan"))
     core.attend(*flat(query, key, value), output, 0.3, HALF, None)
-    settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2)
+    settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2, reduce="max")
     wanted = reference.token_sparse_attention(query, key, value, None, scale=0.3, **settings)
     assert torch.allclose(output, flat(wanted)[0], atol=1e-5)
 

@@ -87,7 +87,7 @@ class TestCUDA:
 
     def test_prompts_and_chunks_are_sparse_beside_decode_steps(self, monkeypatch):
         found, requests = self.run(monkeypatch, self.LAYER)
-        settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2)
+        settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2, reduce="max")
         for number, (each, request) in enumerate(zip(found, requests, strict=True)):
             sparse = reference.token_sparse_attention(*request, None, scale=0.3, **settings)
             dense = cached_attention_aten(*request, 0.3)
