@@ -57,6 +57,11 @@ def test_which_requests_are_prompts(starts, lengths, prefilling, minimum, prompt
     assert all(lengths[each.number] == each.length for each in batch.prompts)
 
 
+def test_what_the_log_says_of_lengths():
+    assert str(core.Minimum(64, "where it gains")) == "from 64 tokens on, where it gains"
+    assert str(core.Minimum(None, "it never gains")) == "for no length: it never gains"
+
+
 def test_layers_by_the_compilers_rule():
     names = {f"model.layers.{number}.self_attn.attn": torch.nn.Module for number in range(4)}
     upper = core.choose_layers(names, {}, TSAConfig())

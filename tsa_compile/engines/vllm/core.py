@@ -60,7 +60,11 @@ class Minimum:
         """For layers of one shape, of which `share` are sparse."""
         return cls(*minimum_length(config, device, shape, share))
 
+    def __str__(self) -> str:
+        return f"for no length: {self.why}" if self.shortest is None else f"from {self.shortest} tokens on, {self.why}"
+
     def reached_by(self, request: Request) -> bool:
+        """Whether it is sparse."""
         if self.shortest is None or request.rows < (FEW_QUERIES if request.is_behind else 2):
             return False
         return length_that_counts(request.rows, request.length, self.why) >= self.shortest

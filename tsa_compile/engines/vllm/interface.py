@@ -119,7 +119,6 @@ class Builder:
         config = installed()
         check(vllm_config, config)
         layers = layers_of(vllm_config)
-        _log.info_once("Token Sparse Attention: %s", layers.summary)
         self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
         self.group = _group(config)
         self.minimum = Minimum(None)
@@ -127,6 +126,10 @@ class Builder:
             impl = get_layers_from_vllm_config(vllm_config, Attention)[name].impl
             self.minimum = minimum_of(impl, vllm_config.model_config.dtype, layers, device)
             break
+        if self.sparse_layers:
+            _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.minimum)
+        elif not layers.sparse:
+            _log.info_once("Token Sparse Attention: %s", layers.summary)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
