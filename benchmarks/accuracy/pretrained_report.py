@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from tsa_compile.evaluation import Study
@@ -24,14 +25,15 @@ def report(study: Study) -> str:
     if stretch is not None:
         factors = ", ".join(f"{factor:g}" for factor in stretch["factors"])
         made += f"; positions of prompts that need it stretched by {factors} ({stretch['by']})"
-    return (
+    text = (
         f"{sizes}, {study.conditions['dtype']}; seed {study.conditions['seed']}; {made}\n\n{_over_lengths(study)}"
         "kept: mean share of the tokens in the sparse layers. Each task: % of the samples right (`*`: McNemar's exact test "
-        "rejects equality with dense at .05, not corrected for the number of tests), mean negative log-likelihood of the "
+        "rejects equality with dense at 0.05, not corrected for the number of tests), mean negative log-likelihood of the "
         "expected answer, and in brackets its mean difference to dense. copy and continuation are scored by likelihood "
         "alone.\n\n"
         f"{markdown(study)}\n"
     )
+    return re.sub(r"(?<= )\.(?=\d)", "0.", text)  # settings are named "keep .3", by which results are found again
 
 
 def _over_lengths(study: Study) -> str:
