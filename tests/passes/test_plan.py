@@ -5,59 +5,15 @@ import torch
 from torch import nn
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
-from tsa_compile.costs import breakeven
-from tsa_compile.costs.breakeven import break_even, expected_share
-from tsa_compile.costs.calls import CallShape
-from tsa_compile.costs.devices import H200
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.export.program import PlanExported
-from tsa_compile.passes import plan
 from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.masks import InferMasks
-from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
-from tsa_compile.report import reports
 from tsa_compile.testing import capture, capture_all
 
-SPARSE = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, floor=None)
-
-
-class Layer(nn.Module):
-    """Attention over [B, L, H * D] with query = key = value and a causal mask."""
-
-    def __init__(self, heads=2, residual=True, **options):
-        super().__init__()
-        self.heads, self.residual, self.options = heads, residual, {"is_causal": True, **options}
-
-    def forward(self, hidden):
-        x = hidden.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = nn.functional.scaled_dot_product_attention(x, x, x, **self.options).transpose(1, 2).flatten(2)
-        return hidden + out if self.residual else out
-
-
-class Stack(nn.Module):
-    """A numbered stack of layers, as every decoder has."""
-
-    def __init__(self, count, **options):
-        super().__init__()
-        self.layers = nn.ModuleList([Layer(**options) for _ in range(count)])
-
-    def forward(self, hidden):
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
-
-
-def rows(module, config, length=32, width=32, dtype=torch.float32, grad=False, **options):
-    hidden = torch.randn(1, length, width, dtype=dtype)
-    if grad:
-        hidden.requires_grad_(True)
-    return run_passes(capture(module, hidden, grad=grad, **options), config).rows
-
-
-def sparse_layers(module, config):
-    return [row.layer_index for row in rows(module, config) if row.decision is Decision.SPARSE]
+from .stacks import SPARSE, Layer, Stack, masked, rows, sparse_layers
 
 
 @pytest.mark.filterwarnings("ignore:no attention call")
@@ -177,65 +133,6 @@ def test_cross_attention_is_not_self_attention():
     assert (row.decision, row.reason) == (Decision.UNCHANGED, Reason.NOT_SELF_ATTENTION)
 
 
-def masked(query, key, mask):
-    return nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
-
-
-class TestPrefillBehindACache:
-    """Several queries over more keys than their own: not a decode step, so it is said that it stays dense."""
-
-    def plan(self, queries, mask):
-        graph = capture(masked, torch.randn(1, 2, queries, 8), torch.randn(1, 2, 40, 8), mask)
-        (row,) = run_passes(graph, SPARSE.replace(layers=["*"])).rows
-        assert (row.decision, row.reason) == (Decision.UNCHANGED, Reason.NOT_SELF_ATTENTION)
-        return row.detail
-
-    def test_is_said(self):
-        with pytest.warns(TSAWarning, match="30 queries over 40 keys: a prefill behind a cache"):
-            self.plan(30, torch.ones(30, 40).tril().bool())
-
-    @pytest.mark.parametrize("queries, decision", [(16, Decision.DENSE), (15, Decision.UNCHANGED)])
-    def test_is_exact_without_its_mask_unless_it_is_of_a_few_tokens(self, queries, decision):
-        assert self.behind(queries, 40, layers=[]) == (decision, "causal (behind a cache)")
-
-    def behind(self, queries, keys, **options):
-        def step(query, key):
-            positions = torch.arange(query.shape[2]) + (key.shape[2] - query.shape[2])
-            return masked(query, key, torch.arange(key.shape[2]) <= positions[:, None])
-
-        graph = capture(step, torch.randn(1, 2, queries, 8), torch.randn(1, 2, keys, 8))
-        (row,) = run_passes(graph, SPARSE.replace(**{"layers": ["*"], **options})).rows
-        self.reason = row.reason
-        return row.decision, row.mask
-
-    def test_is_sparse_where_tokens_of_all_can_be_dropped(self):
-        assert self.behind(20, 60, window=20, min_tokens=20)[0] is Decision.SPARSE
-        with pytest.warns(TSAWarning, match="60 < 200"):
-            assert self.behind(20, 60, window=100, min_tokens=99)[0] is Decision.DENSE
-        assert self.reason is Reason.TOO_SHORT
-
-    def test_a_configured_minimum_is_of_the_chunk(self):
-        with pytest.warns(TSAWarning, match="length 20 < 30"):
-            assert self.behind(20, 60, window=4, min_tokens=4, min_length=30)[0] is Decision.DENSE
-
-    def test_a_kernel_that_takes_no_queries_behind_a_cache_leaves_it_dense(self):
-        with pytest.warns(TSAWarning, match="run_behind"):
-            assert self.behind(20, 60, window=4, min_tokens=4, floor=None, kernel="a_shape")[0] is Decision.DENSE
-        assert self.reason is Reason.KERNEL
-
-    def test_another_dense_kernel_is_for_whole_prompts(self):
-        assert self.behind(20, 60, layers=[], dense_kernel="sdpa")[0] is Decision.DENSE
-
-    @pytest.mark.parametrize(
-        "queries, mask",
-        [(1, torch.ones(1, 40, dtype=torch.bool)), (30, None), (30, torch.ones(1, 1, 1, 40, dtype=torch.bool))],
-        ids=["a decode step", "cross-attention", "cross-attention with padding"],
-    )
-    def test_near_misses_are_not(self, queries, mask, recwarn):
-        assert self.plan(queries, mask) == f"{queries} queries over 40 keys"
-        assert not recwarn.list
-
-
 def test_a_selected_layer_that_stays_dense_beside_sparse_ones_is_said():
     def two(x, given):
         positions = torch.arange(32)
@@ -329,7 +226,7 @@ class TestTensorParallel:
         graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
         run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)), WHOLE)
         (call,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)
-        assert call.args[-1] == torch.distributed.group.WORLD.group_name
+        assert call.args[-2] == torch.distributed.group.WORLD.group_name
         graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
         run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)))
         (mean,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.mean_over_ranks.default)
@@ -373,149 +270,3 @@ def test_an_unknown_kernel_is_an_error_and_names_the_known_ones():
 def test_a_kernel_that_does_not_fit_leaves_the_call_dense():
     (row,) = rows(Stack(1), SPARSE.replace(kernel="cudnn"))  # on a CPU
     assert (row.decision, row.reason) == (Decision.DENSE, Reason.KERNEL)
-
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-LLAMA = CallShape(batch=1, heads=32, kv_heads=8, head_dim=128, value_head_dim=128, itemsize=2, window=128)
-
-
-@pytest.fixture
-def on_an_h200(monkeypatch):
-    """Calls of graphs on the CPU are planned as if they were on an H200."""
-
-    def planned(config, device, *shape):
-        return minimum_length(config, CUDA, *shape)
-
-    monkeypatch.setattr(plan, "for_device", lambda device: H200)
-    monkeypatch.setattr(plan, "minimum_length", planned)
-
-
-def test_on_a_cpu_the_minimum_is_where_something_can_be_dropped():
-    assert minimum_length(TSAConfig(min_tokens=100, window=28), CPU, LLAMA)[0] == 129
-    assert minimum_length(TSAConfig(budget=Coverage(0)), CPU, LLAMA)[0] == 1024 + 128 + 1
-    assert minimum_length(TSAConfig(min_length=7), CPU, LLAMA)[0] == 7
-
-
-def test_on_a_gpu_it_is_also_where_the_call_gains(on_an_h200, monkeypatch):
-    config = TSAConfig(budget=KeepRatio(0.5))
-    minimum, why = minimum_length(config, CUDA, LLAMA)
-    assert minimum == break_even(H200, LLAMA, config) > 1024 + 128 + 1
-    assert "NVIDIA H200" in why
-    assert minimum_length(config.replace(min_tokens=100_000), CUDA, LLAMA)[0] > 100_128
-    assert minimum_length(config.replace(min_length=7), CUDA, LLAMA)[0] == 7
-    monkeypatch.setattr(breakeven, "break_even", lambda *arguments: 256)
-    assert minimum_length(config, CUDA, LLAMA) == (1024 + 128 + 1, "where tokens can be dropped")
-
-
-@pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
-def test_a_budget_that_keeps_everything_has_no_minimum_on_a_gpu(on_an_h200, budget):
-    assert minimum_length(TSAConfig(budget=budget), CUDA, LLAMA)[0] is None
-    assert minimum_length(TSAConfig(budget=budget, min_length=2), CUDA, LLAMA)[0] == 2
-
-
-@pytest.mark.filterwarnings("ignore:no attention call")
-def test_a_call_below_its_break_even_length_says_the_numbers(on_an_h200):
-    config = TSAConfig(budget=KeepRatio(0.5), layers=[0])
-    shape = CallShape(1, 32, 32, 16, 16, itemsize=2, window=128, counted=False)
-    minimum = break_even(H200, shape, config, sparse_layers=1.0)
-
-    def row(length):
-        hidden = torch.empty(1, length, 32 * 16, dtype=torch.bfloat16)  # exported, as that runs nothing: these are long
-        return run_passes(torch.export.export(Stack(1, heads=32), (hidden,)).graph_module, config).rows[0]
-
-    short, enough = row(minimum - 1), row(minimum)
-    assert (short.decision, short.reason) == (Decision.DENSE, Reason.TOO_SHORT)
-    assert {str(minimum - 1), str(minimum), "H200"} <= set(short.detail.replace(",", "").split())
-    assert (enough.decision, enough.reason) == (Decision.SPARSE, Reason.SPARSE)
-
-
-@pytest.mark.filterwarnings("ignore:no attention call")
-@pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
-def test_a_call_that_never_gains_stays_dense(on_an_h200, budget):
-    (row,) = rows(Stack(1), SPARSE.replace(budget=budget))
-    assert (row.decision, row.reason) == (Decision.DENSE, Reason.TOO_SHORT)
-    (row,) = rows(Stack(1), SPARSE.replace(budget=budget, min_length=1))
-    assert row.decision is Decision.SPARSE
-
-
-@pytest.mark.parametrize(("layers", "share"), [(None, 0.5), ([3], 0.25), ([0, 1, 2, 3], 1.0)])
-def test_the_share_of_sparse_layers_is_counted(on_an_h200, monkeypatch, layers, share):
-    asked = []
-    monkeypatch.setattr(breakeven, "break_even", lambda costs, call, config, sparse_layers: asked.append(sparse_layers) or 1)
-    assert len(sparse_layers(Stack(4), SPARSE.replace(layers=layers))) == 4 * share == 4 * asked[0]
-
-
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.filterwarnings("ignore:no attention call")
-@pytest.mark.parametrize(
-    "queries, keys, length", [(8192, 8192, 8192), (8192, 16384, 12288), (8192, 131072, 15872), (1, 4096, 1)]
-)
-def test_a_chunk_counts_for_its_pairs_over_what_its_keys_cost(queries, keys, length):
-    """Between its own length and twice that: (pairs of the chunk) / keys is that of a whole prompt of such a length."""
-    assert plan.length_that_counts(queries, keys, "where the sparse path breaks even on a GPU") == length
-    pairs = queries * (2 * keys - queries) / 2
-    assert abs(pairs / keys - length**2 / 2 / length) <= 0.5
-    assert plan.length_that_counts(queries, keys, plan._DROPPABLE) == keys
-    assert plan.length_that_counts(queries, keys, plan._CONFIGURED) == queries
-
-
-def test_a_symbolic_length_is_guarded_once_at_the_break_even_length(on_an_h200, monkeypatch):
-    monkeypatch.setattr(breakeven, "break_even", lambda *arguments: 48)
-    config = SPARSE.replace(layers=[0, 1, 2], compiler="eager")
-    compiled = torch.compile(Stack(3), backend="tsa", options={"config": config})
-    decisions = []
-    for length in (60, 50, 48, 47, 30, 49):
-        hidden = torch.randn(1, length, 32)
-        torch._dynamo.mark_dynamic(hidden, 1)
-        with torch.no_grad():
-            compiled(hidden)
-        decisions.append([[row.decision for row in report] for report in reports()])
-    sparse, dense = [Decision.SPARSE] * 3, [Decision.DENSE] * 3
-    assert decisions == [[sparse]] * 3 + [[sparse, dense]] * 3
-
-
-class TestRangesThatTheUserMarked:
-    """`mark_dynamic(x, 1, min=..., max=...)` promises one graph for the whole range: a guard inside it is Dynamo's error."""
-
-    def decided(self, config, least=2, most=4096, lengths=(40, 12, 100)):
-        compiled = torch.compile(Stack(2), backend="tsa", options={"config": config.replace(compiler="eager")})
-        outputs = []
-        for length in lengths:
-            hidden = torch.randn(1, length, 32)
-            torch._dynamo.mark_dynamic(hidden, 1, min=least, max=most)
-            with torch.no_grad():
-                outputs.append((compiled(hidden), Stack(2)(hidden)))
-        (report,) = reports()
-        return report.rows[1], [torch.allclose(found, plain, atol=1e-5) for found, plain in outputs]
-
-    @pytest.mark.parametrize("budget", [Coverage(0.5), KeepRatio(0.5)], ids=str)
-    def test_the_op_decides_where_it_keeps_all_of_the_short_ones(self, fresh, budget):
-        row, dense = self.decided(SPARSE.replace(budget=budget, min_tokens=16))
-        assert row.reason is Reason.SPARSE and dense == [False, True, False]
-
-    def test_the_defaults_take_any_range(self, fresh):
-        row, dense = self.decided(TSAConfig())
-        assert row.reason is Reason.SPARSE and all(dense)
-
-    @pytest.mark.filterwarnings("ignore:no attention call")
-    @pytest.mark.parametrize("changes", [{"min_length": 64}, {"min_tokens": 16, "capacity": 12}], ids=str)
-    def test_it_cannot_where_it_would_drop_tokens_of_the_short_ones(self, fresh, changes):
-        row, dense = self.decided(SPARSE.replace(**changes))
-        assert row.reason is Reason.LENGTH_UNKNOWN and "both sides" in row.detail and all(dense)
-
-    @pytest.mark.filterwarnings("ignore:no attention call")
-    @pytest.mark.parametrize(
-        "least, most, reason", [(64, 512, Reason.SPARSE), (2, 63, Reason.TOO_SHORT), (63, 64, Reason.LENGTH_UNKNOWN)]
-    )
-    def test_a_range_on_one_side_decides(self, fresh, least, most, reason):
-        row, _ = self.decided(SPARSE.replace(min_length=64), least, most, [least])
-        assert row.reason is reason
-
-
-def test_shapes_of_calls_are_read_from_their_tensors():
-    query, key, value = (torch.empty(2, heads, 8, size, dtype=torch.bfloat16) for heads, size in ((4, 8), (2, 8), (2, 6)))
-    config = TSAConfig(budget=KeepRatio(0.5), window=4, floor=None)
-    assert CallShape.of(query, key, value, config) == CallShape(2, 4, 2, 8, 6, 2, 4, grouped=False, counted=False)
-    assert CallShape.of(query, key, value, config.replace(granularity="group")).selections == 2
-    assert CallShape.of(query, key, value, config.replace(budget=Coverage())).counted
-    assert expected_share(config.budget, 8) == 0.5
