@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .test_vllm import COVERAGE, HALF, compare, has_vllm
+from .vllm_support import COVERAGE, HALF, compare, has_vllm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1000), pytest.mark.filterwarnings("ignore")]
 NEAR = 0.02

@@ -1,37 +1,20 @@
 """The vLLM plug-in: its core on plain tensors, and, where vLLM is installed (`tox -e vllm`), engines on CPUs."""
 
-import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, attention
+from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig
 from tsa_compile.engines import vllm as plugin
 from tsa_compile.engines.vllm import core
 from tsa_compile.kernels import reference
 from tsa_compile.passes import plan
 
-from ..support import VOCAB, heads, tiny
-from .vllm_run import CALLS, prompts
-
-SMALL = dict(window=4, min_tokens=4, layers=[0, 2], floor=Floor(8, 2))
-HALF = TSAConfig(budget=KeepRatio(0.5), **SMALL)
-COVERAGE = TSAConfig(budget=Coverage(0.2), **SMALL)
-
-CPU = torch.device("cpu")
-
-has_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: tox -e vllm")
-
-
-ANY = core.Minimum(3, plan._DROPPABLE)
+from ..support import heads
+from .vllm_support import ANY, COVERAGE, CPU, HALF, compare, flat, has_vllm
 
 
 @pytest.mark.parametrize(
@@ -76,11 +59,6 @@ def test_layers_by_the_compilers_rule():
     assert {reason for reason, _ in core.choose_layers(stage, {}, TSAConfig()).reasons.values()} == {
         Reason.LAYER_COUNT_UNKNOWN
     }
-
-
-def flat(*tensors):
-    """Heads [1, H, L, D] as an engine has them: [L, H, D]."""
-    return [tensor[0].transpose(0, 1).contiguous() for tensor in tensors]
 
 
 def paged(tokens, size, blocks):
@@ -137,61 +115,6 @@ def test_without_a_configuration_nothing_happens(monkeypatch):
 def test_the_configurations_of_the_pages_are_valid(page):
     configs = re.findall(rf"^{plugin.CONFIG}='(.*?)'", (Path(__file__).parents[2] / page).read_text(), re.MULTILINE)
     assert [TSAConfig.from_json(config) for config in configs] == [TSAConfig(budget=KeepRatio(0.3))]
-
-
-def engine(folder, config, processes, dtype="float32"):
-    """What `vllm_run.py` found."""
-    output = folder / "found.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {plugin.CONFIG: config.to_json(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = str(Path(__file__).with_name("vllm_run.py"))
-    command = [sys.executable, "-P", run, str(folder), str(output), str(processes), dtype]
-    # In that folder: vLLM starts `python -m`, for which a checkout's `kernels` would stand for Hugging Face's package.
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    assert "Token Sparse Attention: sparse: model.layers.0" in done.stdout + done.stderr
-    return json.loads(output.read_text())
-
-
-def wanted(model, ids, chunks, tokens, later=None):
-    """The log-probabilities of each step, of a model that is not compiled and runs its prompt in the same chunks; behind the
-    first one with the attention `later`, if it is given."""
-    cache, found, own = transformers.DynamicCache(), [], model.config._attn_implementation
-    for part in [*torch.tensor(ids).split(chunks), *(torch.tensor([token]) for token in tokens[:-1])]:
-        with torch.no_grad():
-            logits = model(part[None].to(model.device), past_key_values=cache).logits[0, -1]
-        found.append(logits.float().log_softmax(-1).cpu())
-        model.set_attn_implementation(later or own)
-    model.set_attn_implementation(own)
-    return torch.stack(found[-len(tokens) :])
-
-
-def compare(folder, name, config, processes, dtype, device):
-    """For each prompt of an engine's calls, by its chunks, the largest differences of log-probabilities: from one process
-    that is sparse, from one that is dense, and from one that is sparse in the first chunk alone; infinite where that is
-    the same."""
-    model = tiny(name)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.unflatten(0, (4, -1)).mul_(torch.tensor([1, 2, 4, 8])[:, None, None])
-    model.save_pretrained(folder)
-    sparse, dense = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=own, dtype=getattr(torch, dtype))
-        .to(device)
-        .eval()
-        for own in (attention.register(config, name="tsa-vllm"), "sdpa")
-    )
-    gaps, nothing = {}, float("inf")
-    for call, ids, found in zip(CALLS, prompts(), engine(folder, config, processes, dtype), strict=True):
-        for (chunks, count), prompt, each in zip(call, ids, found, strict=True):
-            steps = torch.tensor(each["logprobs"])
-            assert steps.shape == (count, VOCAB)
-            case = (prompt, chunks, each["tokens"])
-            gaps[tuple(chunks)] = (
-                float((steps - wanted(sparse, *case)).abs().max()),
-                float((steps - wanted(dense, *case)).abs().max()) if sum(chunks) > 3 else nothing,
-                float((steps - wanted(sparse, *case, later="sdpa")).abs().max()) if len(chunks) > 1 else nothing,
-            )
-    return gaps
 
 
 @has_vllm

@@ -14,7 +14,7 @@ from tsa_compile.kernels import reference
 from tsa_compile.kernels.cached import cached_attention_aten
 
 from ..support import heads
-from .test_vllm import ANY, HALF, flat
+from .vllm_support import ANY, HALF, flat
 
 pytest.importorskip("vllm", reason="needs vLLM: tox -e vllm")
 
