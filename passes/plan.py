@@ -198,7 +198,7 @@ def is_cached_prefill(plan: CallPlan) -> bool:
     if plan.mask is None or plan.call.is_causal is True:
         return True
     masks = [fake(term.mask) for term in plan.call.masks]
-    by_query = any(mask.dim() > 1 and not known(mask.shape[-2] == 1) for mask in masks)
+    by_query = any(mask.dim() == 0 or (mask.dim() > 1 and not known(mask.shape[-2] == 1)) for mask in masks)
     return by_query and plan.mask.kind not in (MaskKind.NONE, MaskKind.PADDING)
 
 

@@ -91,7 +91,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
-    Reason.UNSUPPORTED_FORM: 'Load the model with attn_implementation="sdpa", whose masks are read, not flash or flex.',
+    Reason.UNSUPPORTED_FORM: 'Load the model with attn_implementation="sdpa", whose masks are read, not flash.',
     Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
     Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",
     Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",
