@@ -300,10 +300,13 @@ def run(arguments: argparse.Namespace, conditions: Row, make_model: Callable[[in
 def in_chunks(arguments: argparse.Namespace, conditions: Row) -> None:
     """Prompts whole and in chunks, by all modes that were asked for."""
     model, masks = build_model(arguments.layers), MASKS[arguments.masks]
-    options = (masks, arguments.lengths, arguments.chunk, arguments.repeats)
-    rows = prefill_chunks.run(model, compiled, modes(arguments), *options)
-    if arguments.out is not None:
-        prefill_chunks.write(rows, conditions | {"chunk": arguments.chunk}, arguments.out / f"{arguments.name}_chunks")
+    conditions = conditions | {"chunk": arguments.chunk}
+    results = None if arguments.out is None else arguments.out / f"{arguments.name}_chunks"
+    known: list[Row] = prefill_chunks.earlier(conditions, results) if arguments.resume and results is not None else []
+    rows, options = known, (masks, arguments.lengths, arguments.chunk, arguments.repeats)
+    for rows in prefill_chunks.run(model, compiled, modes(arguments), *options, known):
+        if results is not None:
+            prefill_chunks.write(rows, conditions, results)
     print(f"\n{json.dumps(conditions)}\n\n{prefill_chunks.table(rows)}\n")
 
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ import torch
 from prefill_report import Row, describe, mask_name
 
 from tsa_compile import reports
-from tsa_compile.passes import plan
-
-plan.BEHIND_ON = (*plan.BEHIND_ON, "cuda")  # this is where it is found out whether it may be
 
 
 def prefill(call: Callable[..., Any], config: Any, ids: torch.Tensor, masked: bool, chunk: int) -> Any:
@@ -85,23 +82,26 @@ def measure(
 
 def run(
     model: Any, compiled: Callable[[Any, str], Any], modes: list[str], masks: tuple[bool, ...], lengths: list[int],
-    chunk: int, repeats: int,
-) -> list[Row]:  # fmt: skip
-    """A row for each mode, kind of mask and length; running out of memory is a result."""
-    rows, device = [], next(model.parameters()).device
+    chunk: int, repeats: int, rows: list[Row],
+) -> Iterator[list[Row]]:  # fmt: skip
+    """All rows so far after each mode, kind of mask and length not among `rows`; running out of memory is a result."""
+    device = next(model.parameters()).device
     torch._dynamo.config.recompile_limit = 64
+    known = [(row["mode"], row["mask"], row["length"]) for row in rows]
     for mode, masked, length in itertools.product(modes, masks, lengths):
+        if (mode, masked, length) in known:
+            continue
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         try:
             with torch.no_grad():
                 row = measure(lambda mode=mode: compiled(model, mode), model.config, ids, masked, chunk, repeats)
         except torch.OutOfMemoryError as error:
             row = {"length": length, "mask": masked, "chunk": chunk, "error": "out of memory: " + str(error).split(".")[0]}
-        rows.append({"mode": mode, **row})
+        rows = [*rows, {"mode": mode, **row}]
         print(json.dumps(rows[-1]), flush=True)
+        yield rows
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return rows
 
 
 def table(rows: list[Row]) -> str:
@@ -119,6 +119,13 @@ def table(rows: list[Row]) -> str:
             f"{row['whole_peak_gib']} / {row['chunked_peak_gib']} |"
         )
     return "\n".join(lines)
+
+
+def earlier(conditions: Row, target: Path) -> list[Row]:
+    """The rows of `target`.json, if it was measured under the same conditions."""
+    path = target.with_suffix(".json")
+    found = json.loads(path.read_text()) if path.is_file() else {"conditions": None}
+    return found["rows"] if found["conditions"] == conditions else []
 
 
 def write(rows: list[Row], conditions: Row, target: Path) -> None:

@@ -40,9 +40,6 @@ _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_QUERIES = 16
 """Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
-BEHIND_ON = ("cpu", "meta")
-"""The devices on which queries behind a cache are rewritten. The CUDA kernels for them compile for Hopper and are right in
-Triton's interpreter, but have not passed `pytest -m gpu tests/test_gpu_chunks.py tests/kernels` on a GPU yet."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
 MASK_REASONS = {
@@ -163,8 +160,6 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     alike = known(query.shape[2] == key.shape[2]) and plan.mask.kind not in FILLED_KINDS
     if not alike and not is_behind_cache(plan):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
-        if cached and query.device.type not in BEHIND_ON:
-            cached += f", which is not rewritten on {query.device.type} yet"
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
     reason = MASK_REASONS.get(plan.mask.kind)
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
@@ -173,7 +168,7 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
 def is_behind_cache(plan: CallPlan) -> bool:
     """Whether the queries are proven to be the last of more keys, and more than a few, for which the mask is small."""
     query, key, mask = fake(plan.call.query), fake(plan.call.key), plan.mask
-    if mask is None or mask.kind not in CAUSAL_KINDS or query.device.type not in BEHIND_ON:
+    if mask is None or mask.kind not in CAUSAL_KINDS:
         return False
     if mask.kind in FILLED_KINDS:
         fits = plan.call.is_causal is False and known(query.shape[2] <= key.shape[2])

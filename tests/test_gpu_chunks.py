@@ -6,16 +6,10 @@ import torch
 from tsa_compile import Coverage, Floor, KeepRatio, TSAConfig, reports
 from tsa_compile.kernels.cached import cached_attention
 from tsa_compile.kernels.fused import Options, sparse_triton
-from tsa_compile.passes import plan
 
 from .support import MEDIUM, chunks, difference, heads, medians, mixed_padding, oracle, tiny, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh")]
-
-
-@pytest.fixture(autouse=True)
-def rewritten_on_cuda(monkeypatch):
-    monkeypatch.setattr(plan, "BEHIND_ON", (*plan.BEHIND_ON, "cuda"))
 
 
 SMALL = dict(window=16, min_tokens=16, min_length=1, layers=[0, 2])

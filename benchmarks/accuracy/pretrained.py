@@ -29,17 +29,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import STOPPED, folder_of, run_parts
 from pretrained_report import report
 
 from tsa_compile.commands.loading import source
@@ -159,26 +156,11 @@ def run(given: argparse.Namespace) -> Study:
 
 def run_jobs(given: argparse.Namespace, arguments: list[str]) -> int:
     """Runs this script for each length and task, several at a time, and puts their files together; the worst exit code."""
-    folder = given.out.with_name(given.out.name + ".parts")
-    folder.mkdir(exist_ok=True)
     pairs = [(length, task) for length in sorted(given.lengths, reverse=True) for task in given.tasks]  # the longest first
-    end = time.monotonic() + 60 * given.minutes
-
-    def start(pair: tuple[int, str]) -> int:
-        length, task = pair
-        own = ["--out", str(folder / f"{task}-{length}.json"), "--lengths", str(length), "--tasks", task, "--jobs", "1"]
-        left = max(0.0, (end - time.monotonic()) / 60)
-        command = [sys.executable, __file__, *arguments, *own, *(["--minutes", str(left)] if math.isfinite(left) else [])]
-        with open(folder / f"{task}-{length}.log", "a") as log:
-            return subprocess.run(command, stderr=log, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-
-    with ThreadPoolExecutor(given.jobs) as pool:
-        codes = list(pool.map(start, pairs))
-    for (length, task), code in zip(pairs, codes, strict=True):
-        if code not in (0, 3):
-            print(f"{task}, {length:,} tokens: exit code {code}, see {folder}/{task}-{length}.log", file=sys.stderr)
-    together([Study.load(path) for path in sorted(folder.glob("*.json"))]).save(given.out)
-    return 1 if set(codes) - {0, 3} else max(codes)
+    parts = {f"{task}-{length}": ["--lengths", str(length), "--tasks", task] for length, task in pairs}
+    code = run_parts(__file__, arguments, parts, given.out, given.jobs, given.minutes)
+    together([Study.load(path) for path in sorted(folder_of(given.out).glob("*.json"))]).save(given.out)
+    return code
 
 
 def together(studies: list[Study]) -> Study:
@@ -217,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
             run(given)
     except Stopped:
         print("stopped: the same command goes on from here", file=sys.stderr)
-        return 3
+        return STOPPED
     except TSAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,10 @@
 """Scores that hear a short question: other ways than the mean to make one score of the scoring window's rows.
 
-    python benchmarks/accuracy/scores.py --model smollm2 --out benchmarks/results/scores.json --minutes 9
+    python benchmarks/accuracy/scores.py --model smollm2 --out benchmarks/results/scores.json --minutes 9 --jobs 12
 
-The same command goes on where a call was stopped; `--render FILE.md` writes the tables and runs nothing. How to get the
-model: pretrained.py. On a CPU: --lengths 1024 --samples 4 --ratios 0.08 --scores mean max last_8 recent_16
+The same command goes on where a call was stopped; with `--jobs` every length and question is a process of its own.
+`--render FILE.md` writes the tables and runs nothing. How to get the model: pretrained.py.
+On a CPU: --lengths 1024 --samples 4 --ratios 0.08 --scores mean max last_8 recent_16
 
 The published score of a token is the mean attention that the last 128 tokens pay to it. Of a question of eight tokens, 120
 of these rows ask nothing, and weigh as much. Here the window's rows stay what is always kept, and what changes is how their
@@ -30,6 +31,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from jobs import STOPPED, folder_of, run_parts
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
@@ -223,6 +225,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a length and a question")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="write the tables there and run nothing")
     found = parser.parse_args(arguments)
     if found.model is None and not found.render:
@@ -264,6 +267,21 @@ def run(given: argparse.Namespace) -> bool:
                         return False
         print(f"{time.strftime('%H:%M:%S')} {index + 1}/{given.samples} samples", file=sys.stderr, flush=True)
     return True
+
+
+def run_jobs(given: argparse.Namespace, arguments: list[str]) -> int:
+    """Runs this script for each length and question, several at a time, and puts their files together; an exit code."""
+    pairs = [(length, question) for length in sorted(given.lengths, reverse=True) for question in given.questions]
+    parts = {f"{question}-{length}": ["--lengths", str(length), "--questions", question] for length, question in pairs}
+    code = run_parts(__file__, arguments, parts, given.out, given.jobs, given.minutes)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder_of(given.out).glob("*.json"))]
+    if not found:
+        raise SystemExit("nothing has run: no part has a file")
+    joined = {
+        name: {key: cell for part in found for key, cell in part[name].items()} for name in ("cells", "question_tokens")
+    }
+    write(given.out, json.dumps(found[0] | joined) + "\n")
+    return code
 
 
 def _end(tokenizer: Any, task: str, question: str) -> list[int]:
@@ -337,13 +355,15 @@ def _cell(rows: Sequence[Any], dense: Sequence[Any], name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when all is run, 3 when the time was over before."""
+    """0 when all is run, STOPPED when the time was over before."""
     given = parse(arguments)
     torch.set_grad_enabled(False)
     if given.render:
         given.render.write_text(tables(json.loads(given.out.read_text(encoding="utf-8"))), encoding="utf-8")
         return 0
-    return 0 if run(given) else 3
+    if given.jobs > 1:
+        return run_jobs(given, sys.argv[1:] if arguments is None else arguments)
+    return 0 if run(given) else STOPPED
 
 
 if __name__ == "__main__":

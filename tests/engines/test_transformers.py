@@ -23,7 +23,6 @@ from tsa_compile import (
     attention,
     reports,
 )
-from tsa_compile.passes import plan
 
 from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
@@ -142,16 +141,6 @@ def test_prompts_in_chunks(pads):
         difference(chunks(sparse("llama", KEEP_ALL), ids, mask, 25), logits(tiny("llama"), ids, attention_mask=mask), mask)
         < ATOL
     )
-
-
-@pytest.mark.parametrize("pads", [None, (0, 9, 20)], ids=["plain", "padded"])
-def test_chunks_keep_their_mask_where_kernels_are_untested(pads, monkeypatch):
-    monkeypatch.setattr(plan, "BEHIND_ON", ("meta",))
-    ids, mask = tokens(3, LENGTH), None if pads is None else mixed_padding(LENGTH, pads)
-    model = sparse("llama", KEEP_ALL)
-    with pytest.warns(TSAWarning, match="a prefill behind a cache, which is not rewritten on cpu yet"):
-        found = chunks(model, ids, mask, 25)
-    assert difference(found, logits(tiny("llama"), ids, attention_mask=mask), mask) < ATOL
 
 
 @pytest.mark.parametrize("rows", [20, 5])

@@ -26,6 +26,14 @@ def script(name):
     return module
 
 
+@pytest.fixture(scope="module", autouse=True)
+def beside():
+    """The scripts import what lies beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield
+
+
 @pytest.fixture(scope="module")
 def scores():
     return script("scores")
@@ -140,3 +148,36 @@ def test_calibrations_go_on_and_are_rendered(folder, tmp_path, monkeypatch):
     assert "| **by loss" in (tmp_path / "c.md").read_text()
     with pytest.raises(SystemExit, match="other conditions"):
         module.main([*given, "--length", "500"])
+
+
+def test_parts_run_as_processes_of_their_own_and_the_worst_exit_code_counts(tmp_path, capfd):
+    jobs = script("jobs")
+    child = tmp_path / "child.py"
+    child.write_text("import sys, pathlib; out = sys.argv[sys.argv.index('--out') + 1]; print('why', file=sys.stderr)\n"
+                     "pathlib.Path(out).write_text(' '.join(sys.argv[1:3])); sys.exit(int(sys.argv[2]))\n")  # fmt: skip
+    out = tmp_path / "found.json"
+    for codes, worst in (((0, 0), 0), ((0, 3), 3), ((3, 5), 1)):
+        parts = {f"part-{code}": [str(code)] for code in codes}
+        assert jobs.run_parts(str(child), ["given"], parts, out, 2, 1.0) == worst
+    assert (jobs.folder_of(out) / "part-5.json").read_text() == "given 5"
+    assert "why" in (jobs.folder_of(out) / "part-5.log").read_text() and "part-5: exit code 5" in capfd.readouterr().err
+
+
+def test_the_parts_of_scores_are_put_together(scores, tmp_path, monkeypatch):
+    out, asked = tmp_path / "scores.json", {}
+
+    def run_parts(script, arguments, parts, out, jobs, minutes):
+        asked.update(parts)
+        scores.folder_of(out).mkdir()
+        for name in parts:
+            part = {"model": "m", "cells": {name: {"dense": [[1, 0.5, 0.0]]}}, "question_tokens": {f"keys/{name}": 4}}
+            (scores.folder_of(out) / f"{name}.json").write_text(json.dumps(part))
+        return scores.STOPPED
+
+    monkeypatch.setattr(scores, "run_parts", run_parts)
+    given = ["--model", "m", "--out", str(out), "--lengths", "64", "128", "--questions", "code", "told", "--jobs", "4"]
+    assert scores.main(given) == scores.STOPPED
+    assert list(asked) == ["code-128", "told-128", "code-64", "told-64"]
+    assert asked["told-64"] == ["--lengths", "64", "--questions", "told"]
+    found = json.loads(out.read_text())
+    assert set(found["cells"]) == set(asked) and len(found["question_tokens"]) == 4 and found["model"] == "m"

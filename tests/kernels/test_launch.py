@@ -244,7 +244,7 @@ def test_an_op_runs_by_triton_on_the_gpu_of_its_first_tensor(monkeypatch, on_gpu
 def test_sparse_attention_is_replayed(budget, length, floor):
     options = Options(0.1, 128, 7, None, None, 256, None, False, "auto")
     options = dataclasses.replace(options, **budget, floor_window=floor)
-    steps = (fused._best,) if "keep_ratio" in budget else (fused._scored, fused._selected)
+    steps = (fused._best,) if "keep_ratio" in budget else (fused._scored_here, fused._selected)
     steps = (*steps, fused._compressed, fused._decompressed if floor is None else fused._merged)
     for step in steps:
         step.programs.clear()

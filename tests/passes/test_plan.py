@@ -214,12 +214,6 @@ class TestPrefillBehindACache:
             assert self.behind(20, 60, window=100, min_tokens=99)[0] is Decision.DENSE
         assert self.reason is Reason.TOO_SHORT
 
-    def test_stays_as_it_is_where_its_kernels_are_untested(self, monkeypatch):
-        monkeypatch.setattr(plan, "BEHIND_ON", ("meta",))
-        with pytest.warns(TSAWarning, match="which is not rewritten on cpu yet"):
-            assert self.behind(20, 60, window=20, min_tokens=20)[0] is Decision.UNCHANGED
-        assert self.reason is Reason.NOT_SELF_ATTENTION
-
     def test_a_configured_minimum_is_of_the_chunk(self):
         with pytest.warns(TSAWarning, match="length 20 < 30"):
             assert self.behind(20, 60, window=4, min_tokens=4, min_length=30)[0] is Decision.DENSE

@@ -82,10 +82,8 @@ class Call:
             return Reason.DROPOUT, f"dropout {self.dropout}"
         if not self.scale > 0:
             return Reason.UNSUPPORTED_FORM, f"the scale is {self.scale}, not positive, as causal kernels need it"
-        on = self.query.device.type
-        if self.query.shape[2] != self.key.shape[2] and not (self.is_behind and on in plan.BEHIND_ON):
+        if self.query.shape[2] != self.key.shape[2] and not self.is_behind:
             cached = ": a prefill behind a cache" if self.is_chunk else ""
-            cached += "" if not cached or on in plan.BEHIND_ON else f", which is not rewritten on {on} yet"
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
         reason = plan.MASK_REASONS.get(self.kind)
         opaque = reason is Reason.MASK_OPAQUE
