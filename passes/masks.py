@@ -257,6 +257,9 @@ class _Reading:
         said = " and ".join(
             [f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower]
         )
+        if len(upper) == len(lower) == 1 and not upper[0].is_number and sympy.expand(upper[0] - lower[0]).is_nonnegative:
+            width = sympy.expand(upper[0] - lower[0]) + 1  # in a cache that holds no more, wherever that begins
+            return MaskKind.SLIDING_WINDOW, f"{width} keys, as many as the cache holds before the queries"
         if not band or (bool(upper) != bool(lower) and not causal):
             return MaskKind.OPAQUE, said
         if self.kinds:

@@ -39,7 +39,7 @@ from tsa_compile.reasons import Decision, Reason
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_QUERIES = 16
-"""Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
+"""Fewer than that, as assisted decoding has in a step, are dense; where it is known while compiling, with their mask."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
 MASK_REASONS = {
@@ -50,6 +50,9 @@ MASK_REASONS = {
     MaskKind.PACKED: Reason.PACKED,
     MaskKind.OPAQUE: Reason.MASK_OPAQUE,
 }
+
+_SHORT_SIGHTED = (MaskKind.SLIDING_WINDOW, MaskKind.CHUNKED, MaskKind.PACKED)
+"""What a mask of these kinds keeps apart it keeps apart behind a cache too."""
 
 _said: WeakKeyDictionary[torch.nn.Module, set[Layers | None]] = WeakKeyDictionary()
 
@@ -158,6 +161,8 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
         )
     assert plan.mask is not None
     alike = known(query.shape[2] == key.shape[2]) and plan.mask.kind not in FILLED_KINDS
+    if not alike and plan.mask.kind in _SHORT_SIGHTED:
+        return MASK_REASONS[plan.mask.kind], _found_in_mask(plan, plan.mask)
     if not alike and not is_behind_cache(plan):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
@@ -253,6 +258,10 @@ def sparse_obstacle(
     reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
+    if not known(query.shape[2] == key.shape[2]):
+        reason, detail = _length_obstacle(query.shape[2], FEW_QUERIES, "more than a step of assisted decoding has", 0)
+        if reason is not None:
+            return reason, detail
     shape = CallShape.of(query, key, value, config)
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
     # Of a chunk all keys are selected from, but what is gained grows with its own length.

@@ -24,6 +24,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
+from torch.utils._sympy.functions import Max
 
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.operators import arguments
@@ -183,6 +184,8 @@ class Evaluator:
                 corners = [a * b for a in (low, high) for b in other]
                 low, high = min(corners), max(corners)
             return low, high
+        if isinstance(expr, (sympy.Max, Max)):
+            return max(low for low, _ in parts), max(high for _, high in parts)
         if isinstance(expr, sympy.floor):
             return sympy.floor(parts[0][0]), sympy.floor(parts[0][1])
         return -sympy.oo, sympy.oo
