@@ -83,7 +83,11 @@ def by_onnxruntime(file: str, case: str, repeats: str) -> None:
     torch.zeros(1, device=device)
     before = used_mib() if device == "cuda" else 0.0
     say(step=f"InferenceSession with {provider}")
-    session = onnxruntime.InferenceSession(file, providers=[provider])
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # CUDA's libraries, from the packages that torch's are in
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(Path(case).with_suffix(""))
+    session = onnxruntime.InferenceSession(file, options, providers=[provider])
     if session.get_providers()[0] != provider:
         raise SystemExit(f"{provider} was not taken: {onnxruntime.get_available_providers()}")
     say(step="run")
@@ -92,6 +96,7 @@ def by_onnxruntime(file: str, case: str, repeats: str) -> None:
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy(), device))
     binding.bind_output(session.get_outputs()[0].name, device)
     session.run_with_iobinding(binding)
+    elsewhere = not_by(provider, Path(session.end_profiling()))
     got = torch.from_numpy(binding.copy_outputs_to_cpu()[0])
     times = []
     for _ in range(int(repeats)):
@@ -100,7 +105,18 @@ def by_onnxruntime(file: str, case: str, repeats: str) -> None:
         binding.synchronize_outputs()
         times.append(1e3 * (time.perf_counter() - started))
     memory = used_mib() - before if device == "cuda" else None
-    say(ms=statistics.median(times), memory_mib=memory, error=relative_error(got, saved["output"]))
+    error = relative_error(got, saved["output"])
+    say(ms=statistics.median(times), memory_mib=memory, error=error, elsewhere=elsewhere)
+
+
+def not_by(provider: str, profile: Path) -> dict[str, float]:
+    """The milliseconds of operators that another provider than the one asked for ran in a profile, the longest first."""
+    found: dict[str, float] = {}
+    for event in json.loads(profile.read_text()):
+        ran = event.get("args", {})
+        if event.get("cat") == "Node" and ran.get("provider", provider) != provider:
+            found[ran["op_name"]] = round(found.get(ran["op_name"], 0.0) + event["dur"] / 1e3, 3)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def by_tensorrt(engine: str, case: str, repeats: str) -> None:
@@ -197,15 +213,19 @@ def build_engine(path: Path) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = ["| form | length | runtime | time | memory | largest difference |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| form | length | runtime | time | memory | largest difference | run on the CPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         head = f"| {row['form']} | {row['length']:,} | {row['runtime']} |"
         if "failed" in row:
-            lines.append(f"{head} failed at {row['failed']}: {row['said'].replace('|', '/')} | | |")
+            lines.append(f"{head} failed at {row['failed']}: {row['said'].replace('|', '/')} | | | |")
             continue
         memory = "" if row.get("memory_mib") is None else f"{row['memory_mib']:,.0f} MiB"
         error = "" if "error" not in row else f"{row['error']:.1e}"
-        lines.append(f"{head} {row['ms']:.2f} ms | {memory} | {error} |")
+        elsewhere = ", ".join(list(row.get("elsewhere", {}))[:4])
+        lines.append(f"{head} {row['ms']:.2f} ms | {memory} | {error} | {elsewhere} |")
     return "\n".join(lines)
 
 

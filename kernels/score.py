@@ -4,8 +4,8 @@
     raw[b,h,t]  = mean_i A[b,h,i,t]                                t a candidate: valid and before the window
     scores      = average pooling of raw along the candidates, stride 1, zero padded, the divisor always `pool`
 
-    query [B,H,L,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32; of queries behind a cache the launchers and
-    the ATen form also take the last Lq alone: [B,H,Lq,D], and the window is of those;
+    query [B,H,Lq,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32; queries are those of the last Lq positions,
+    all L or a chunk behind a cache, and the window is of those;
     padding bool [B,L] (True = valid) or None
     -> scores float32 [B,H,L], contiguous: +inf at the window's tokens (the last W_b = min(window, n_b) valid ones),
     -inf at invalid tokens, and at the candidates what the formula says, or NaN.
@@ -286,15 +286,16 @@ def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, wind
 
 @score.register_fake
 def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
-    return query.new_empty(query.shape[:3], dtype=torch.float32)
+    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
 def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool: int) -> None:
-    batch, heads, seq_len, head_dim = query.shape
-    if key.shape != (batch, key.shape[1], seq_len, head_dim) or heads % key.shape[1] != 0:
+    batch, heads, rows, head_dim = query.shape
+    seq_len = key.shape[2]
+    if key.shape != (batch, key.shape[1], seq_len, head_dim) or heads % key.shape[1] != 0 or rows > seq_len:
         raise ValueError(
             f"tsa::score: key {tuple(key.shape)} does not fit query {tuple(query.shape)}; expected [B,G,L,D] of the "
-            "same B, L and D, with the query's heads a multiple of G"
+            "same B and D and at least as many rows, with the query's heads a multiple of G"
         )
     if padding is not None and (padding.dtype != torch.bool or padding.shape != (batch, seq_len)):
         raise ValueError(f"tsa::score: padding is {padding.dtype} {tuple(padding.shape)}; expected bool {(batch, seq_len)}")

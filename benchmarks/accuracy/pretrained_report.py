@@ -19,7 +19,11 @@ def report(study: Study) -> str:
     """The tables, with what they need to be read."""
     model: Any = study.conditions["model"]
     sizes = f"{model['architecture']}, {model['layers']} layers of {model['sizes']['hidden_size']}"
+    stretch: Any = study.conditions.get("stretch")
     made = "; ".join(f"{name} {value}" for name, value in study.notes.items())
+    if stretch is not None:
+        factors = ", ".join(f"{factor:g}" for factor in stretch["factors"])
+        made += f"; positions of prompts that need it stretched by {factors} ({stretch['by']})"
     return (
         f"{sizes}, {study.conditions['dtype']}; seed {study.conditions['seed']}; {made}\n\n{_over_lengths(study)}"
         "kept: mean share of the tokens in the sparse layers. Each task: % of the samples right (`*`: McNemar's exact test "

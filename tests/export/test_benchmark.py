@@ -80,6 +80,40 @@ def test_command_line(options, said, capsys, monkeypatch):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+def test_files_are_run_and_refusals_told(monkeypatch, tmp_path):
+    """As on a GPU, where float16 takes float32's place; the graph that is held against it runs as it is in Python."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.syspath_prepend(FILE.parent)
+    files = load("onnx_files")
+    configurations = files.configurations
+    monkeypatch.setattr(
+        files, "configurations",
+        lambda arguments: {name: config.replace(compiler="eager") for name, config in configurations(arguments).items()},
+    )  # fmt: skip
+    assert files.main([*OPTIONS, "--floor", "8", "2", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "onnx_files.json").read_text())["rows"]
+    assert {(row["form"], row["length"]) for row in rows} == {
+        (form, length) for form in ("dense", "sparse") for length in (96, 160)
+    }
+    by_runtime = {name: [row for row in rows if row["runtime"] == name] for name in ("onnxruntime", "TensorRT-RTX")}
+    assert all(row["error"] < 1e-4 and row["ms"] > 0 and row["elsewhere"] == {} for row in by_runtime["onnxruntime"])
+    refusals = [row["said"] for row in by_runtime["TensorRT-RTX"] if row["failed"] == "build"]
+    assert len(refusals) == 4 and all("is not installed" in said or "no kernel for attention" in said for said in refusals)
+
+
+def test_operators_that_ran_elsewhere_are_told(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(FILE.parent)
+    nodes = [("MatMul", "GPU", 5000), ("Attention", "CPU", 2000), ("Shape", "CPU", 10), ("Attention", "CPU", 1000)]
+    events = [
+        {"cat": "Node", "dur": took, "args": {"op_name": name, "provider": provider}} for name, provider, took in nodes
+    ]
+    (tmp_path / "profile.json").write_text(json.dumps([{"cat": "Session", "dur": 9}, *events]))
+    assert load("onnx_files").not_by("GPU", tmp_path / "profile.json") == {"Attention": 3.0, "Shape": 0.01}
+
+
 def test_a_runtime_that_ends_early_is_a_row_with_the_step(monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime")
     monkeypatch.syspath_prepend(FILE.parent)

@@ -16,6 +16,7 @@ from tsa_compile.kernels import reference
 from tsa_compile.passes.lower import lower_program, with_joined_floors
 
 from ..support import slow_but
+from .support import Call
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -24,41 +25,33 @@ transformers = pytest.importorskip("transformers")
 LENGTHS = (40, 300)
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1, floor=None)
 SINGLE = CONFIG.replace(layers=[0])
-# configuration, padded, whether of a whole model or of one attention call, which is traced in a third of the time
+CHUNK = 30
+# configuration, padded, and of what: a whole model, one attention call, which is traced in a third of the time, or one whose
+# queries are the last CHUNK positions
 CASES = {
-    "padded model": (CONFIG.replace(floor=Floor(8, 3)), True, True),
-    "plain": (SINGLE, False, False),
-    "floor of a group": (SINGLE.replace(floor=Floor(9, 0), granularity="group"), False, False),
-    "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, False),
+    "padded model": (CONFIG.replace(floor=Floor(8, 3)), True, "model"),
+    "plain": (SINGLE, False, "call"),
+    "floor of a group": (SINGLE.replace(floor=Floor(9, 0), granularity="group"), False, "call"),
+    "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, "call"),
+    "chunk": (SINGLE.replace(floor=Floor(8, 3)), True, "chunk"),
 }
 
 NODES = {"plain": 290}
 """At most so many; 33 comparisons behind each other, which TensorRT cannot build, made 392 of it."""
 
 
-def make_inputs(batch, length, *, padded=True, model=True, seed=0):
-    """Token ids, or query, key and value; and a mask whose items are padded left, right and not at all."""
+def make_inputs(batch, length, *, padded=True, of="model", seed=0):
+    """Token ids, or key, value and query; and a mask whose items are padded left, right and not at all."""
     generator = torch.Generator().manual_seed(seed)
-    if model:
+    if of == "model":
         inputs = {"input_ids": torch.randint(0, 97, (batch, length), generator=generator)}
     else:
-        sizes = {"query": 4, "key": 2, "value": 2}
-        inputs = {name: torch.randn(batch, size, length, 8, generator=generator) for name, size in sizes.items()}
+        sizes = {"key": (2, length), "value": (2, length), "query": (4, CHUNK if of == "chunk" else length)}
+        inputs = {name: torch.randn(batch, *size, 8, generator=generator) for name, size in sizes.items()}
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[0, :11] = 0
     mask[-1, length - 5 :] = 0 if batch > 1 else 1
     return {**inputs, "attention_mask": mask} if padded else inputs
-
-
-class Call(torch.nn.Module):
-    """One attention call, causal and padded."""
-
-    def forward(self, query, key, value, attention_mask=None):
-        positions = torch.arange(query.shape[2])
-        mask = (positions <= positions[:, None])[None, None]
-        if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None].bool()
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 def small_llama():
@@ -67,9 +60,9 @@ def small_llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, vocab_size=97, **shape)).eval()
 
 
-def make_program(config, padded, model):
-    inputs = make_inputs(2, 80, padded=padded, model=model)
-    made = small_llama() if model else Call().eval()
+def make_program(config, padded, of):
+    inputs = make_inputs(2, 80, padded=padded, of=of)
+    made = small_llama() if of == "model" else Call().eval()
     return export_program(made, inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8))
 
 
@@ -105,14 +98,14 @@ def programs():
 @pytest.mark.parametrize("case", slow_but(CASES, "plain"))
 def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, programs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    padded, model_too = CASES[case][1:]
+    padded, of = CASES[case][1:]
     program, path = programs(case), tmp_path / "model.onnx"
     tsa_onnx.save(program, path)
 
     model = onnx.load(path)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     # The dense layer of the whole model has an L x L mask; sparse ones have nothing of that kind.
-    assert long_dimensions(inferred) == (2 if model_too else 1)
+    assert long_dimensions(inferred) == (2 if of == "model" else 1)
     assert {domain for domain, _ in op_types(model)} == {""}
     assert tensorrt.check(path, runtime="tables") == []
     assert not {"TopK", "NonZero", "Unique", "Compress", "Loop", "RotaryEmbedding"} & {op for _, op in op_types(model)}
@@ -121,10 +114,11 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
         assert len(model.graph.node) <= NODES[case]
 
     session = onnxruntime.InferenceSession(path)
-    shapes = [["batch", "length"]] if model_too else [["batch", heads, "length", 8] for heads in (4, 2, 2)]
+    rows = [(2, "length"), (2, "length"), (4, CHUNK if of == "chunk" else "length")]
+    shapes = [["batch", "length"]] if of == "model" else [["batch", *sizes, 8] for sizes in rows]
     assert [tensor.shape for tensor in session.get_inputs()] == shapes + [["batch", "length"]] * padded
     for batch, length in ((2, 80), (1, 41), (3, 150)):
-        inputs = make_inputs(batch, length, padded=padded, model=model_too, seed=length)
+        inputs = make_inputs(batch, length, padded=padded, of=of, seed=length)
         expected = output_of(program, inputs)
         got = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -189,6 +183,7 @@ DOMAIN = {
     "padded model": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget", "PaddedAttention"),
     "plain": (*BEFORE_ATTENTION, "Attend", "DecompressRows"),
     "floor of a group": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor"),
+    "chunk": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget"),
 }
 
 
@@ -196,7 +191,7 @@ DOMAIN = {
 def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(case, programs, tmp_path):
     from onnx.reference import ReferenceEvaluator
 
-    padded, model_too = CASES[case][1:]
+    padded, of = CASES[case][1:]
     program, path = programs(case), tmp_path / "model.onnx"
     tsa_onnx.save(program, path, domain="tsa")
     model = onnx.load(path)
@@ -207,7 +202,7 @@ def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(case, p
 
     evaluator = ReferenceEvaluator(model, new_ops=reference_ops())
     for batch, length in ((2, 60), (1, 41)):
-        inputs = make_inputs(batch, length, padded=padded, model=model_too)
+        inputs = make_inputs(batch, length, padded=padded, of=of)
         got = evaluator.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
         expected = output_of(program, inputs)
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)

@@ -1,16 +1,19 @@
 """TensorRT-RTX, where it is installed, parses the exported forms and builds engines of them; and what is said elsewhere."""
 
+import resource
 import signal
 
 import pytest
 import torch
 
+from tsa_compile import reports
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.export import _rtx, export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
 
 from ..support import DECODERS, mixed_padding, slow_but, tiny, tokens
+from .support import Call
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -29,27 +32,25 @@ CALLS = {
     "groups": (FLOOR.replace(granularity="group"), torch.float16, True),
     "coverage": (FLOOR.replace(budget=Coverage(0.2), capacity=36), torch.float16, True),
 }
-MODELS = {
+BUILT = {
     **{name: (name, torch.float16, True) for name in DECODERS},
-    "llama, bfloat16": ("llama", torch.bfloat16, True),
     "llama, not padded": ("llama", torch.float16, False),
+    "llama, bfloat16": ("llama", torch.bfloat16, True),
+    "llama, bfloat16, not padded": ("llama", torch.bfloat16, False),
 }
-
-
-class Call(torch.nn.Module):
-    """One attention call, causal, and padded if there is a mask."""
-
-    def forward(self, query, key, value, padding=None):
-        positions = torch.arange(query.shape[2])
-        mask = (positions <= positions[:, None])[None, None]
-        mask = mask if padding is None else mask & padding[:, None, None]
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+PARSED = {
+    f"{name}, {'floor' if config.floor else 'no floor'}, {'padded' if padded else 'not padded'}": (name, config, padded)
+    for name in DECODERS
+    for config, padded in ((FLOOR, False), (BARE, True), (BARE, False))
+}
+SECONDS = 60
+"""Of one core, which two layers may take to build."""
 
 
 def save_call(path, config, dtype, padded):
     inputs = {name: torch.randn(3, size, 80, 16, dtype=dtype) for name, size in (("query", 4), ("key", 2), ("value", 2))}
     if padded:
-        inputs["padding"] = mixed_padding(80).bool()
+        inputs["attention_mask"] = mixed_padding(80)
     program = export_program(Call().eval(), inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8))
     tsa_onnx.save(program, path)
     return path
@@ -70,23 +71,43 @@ def test_calls_are_parsed_and_built(case, tmp_path):
     assert (tmp_path / "model.engine").stat().st_size > 100_000
 
 
-@library
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MODELS)
-def test_models_are_parsed_and_built(case, tmp_path):
-    """Two layers, the second sparse with a floor."""
-    name, dtype, padded = MODELS[case]
+def save_model(path, name, config, dtype, padded):
+    """A model of two layers, the second sparse."""
     inputs = {"input_ids": tokens(3, 80), **({"attention_mask": mixed_padding(80)} if padded else {})}
     layers = {"n_layer": 2} if name == "gpt2" else {"num_hidden_layers": 2}
     if name == "gemma3":
         layers["layer_types"] = ["sliding_attention", "full_attention"]
+    if name == "mistral":
+        layers["sliding_window"] = None  # with which no layer can be sparse
     model = tiny(name, **layers).to(dtype)
     if name == "mixtral":
         model.set_experts_implementation("batched_mm")  # transformers' default is an operator that ONNX has not
-    program = export_program(model, inputs, FLOOR.replace(layers=[1]), dynamic_lengths=(70, 200), dynamic_batch=(1, 8))
-    tsa_onnx.save(program, tmp_path / "model.onnx")
-    assert tensorrt.check(tmp_path / "model.onnx", runtime="rtx") == []
-    tensorrt.build(tmp_path / "model.onnx", tmp_path / "model.engine", [{"batch": (1, 2), "length": (100, 150)}])
+    program = export_program(model, inputs, config.replace(layers=[1]), dynamic_lengths=(70, 200), dynamic_batch=(1, 8))
+    assert reports()[-1].sparse == 1
+    tsa_onnx.save(program, path)
+    return path
+
+
+@library
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BUILT)
+def test_models_are_parsed_and_built(case, tmp_path):
+    name, dtype, padded = BUILT[case]
+    path = save_model(tmp_path / "model.onnx", name, FLOOR, dtype, padded)
+    assert tensorrt.check(path, runtime="rtx") == []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    tensorrt.build(path, tmp_path / "model.engine", [{"batch": (1, 2), "length": (100, 150)}])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+
+
+@library
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PARSED)
+def test_the_other_forms_of_models_are_parsed(case, tmp_path):
+    name, config, padded = PARSED[case]
+    path = save_model(tmp_path / "model.onnx", name, config, torch.float16, padded)
+    assert tensorrt.check(path, runtime="rtx") == []
 
 
 @library

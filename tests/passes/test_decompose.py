@@ -12,7 +12,7 @@ from tsa_compile.passes.decompose import Decompose
 from tsa_compile.pipeline import WHOLE
 from tsa_compile.testing import count_ops
 
-from .support import SPARSE, Rewritten, causal_attention, inputs, padded_attention, padding
+from .support import SPARSE, Rewritten, causal, causal_attention, inputs, padded_attention, padding
 
 STEPS = ("score", "budget", "select", "compress", "attend", "decompress")
 
@@ -43,6 +43,40 @@ def test_the_steps_compute_what_the_op_does(budget, capacity, granularity, floor
     counted = isinstance(budget, Coverage) or padded
     steps = (*STEPS[:4], "attend_lse", "merge_floor") if floor else STEPS
     assert count_ops(graph, *steps) == {step: int(step != "budget" or counted) for step in steps}
+
+
+def behind_a_cache(query, key, value, pad=None):
+    mask = causal(key.shape[2])[key.shape[2] - query.shape[2] :]
+    if pad is not None:
+        mask = mask & pad.bool()[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    budget=st.sampled_from([Coverage(0.3), KeepRatio(0.4)]),
+    window=st.sampled_from([3, 30]),
+    granularity=st.sampled_from(["head", "group"]),
+    floor=st.sampled_from([None, Floor(2, 1)]),
+    padded=st.booleans(),
+)
+def test_the_steps_of_a_chunk_compute_what_the_op_does(budget, window, granularity, floor, padded):
+    """The last 20 of 50 positions, and a scoring window of more rows than these."""
+    config = SPARSE.replace(budget=budget, window=window, granularity=granularity, floor=floor)
+    query, key, value = inputs(50)
+    graph, given_ = rewritten(
+        behind_a_cache, query[:, :, 30:], key, value, *((padding(50),) if padded else ()), config=config
+    )
+    (whole,) = (node for node in graph.graph.nodes if "sparse_attention" in str(node.target))
+    strides, wanted = whole.meta["example_value"].stride(), graph(*given_)[0]
+    assert Decompose(GraphState(config))(graph).modified
+    graph.graph.lint()
+    torch.testing.assert_close(graph(*given_)[0], wanted)
+    assert count_ops(graph, "score", "sparse_attention", "padded_sparse_attention") == {
+        "score": 1, "sparse_attention": 0, "padded_sparse_attention": 0,
+    }  # fmt: skip
+    last = [node for node in graph.graph.nodes if node.target == "transpose"][-1]
+    assert last.meta["example_value"].stride() == strides
 
 
 def test_what_the_op_stood_for_keeps_its_metadata():

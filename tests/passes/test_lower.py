@@ -5,6 +5,8 @@ import torch
 
 from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, TSAConfig
 from tsa_compile.export import export_program
+from tsa_compile.export import onnx as tsa_onnx
+from tsa_compile.kernels import reference
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, valid_ranges, valid_ranges_aten
 from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
 from tsa_compile.passes.graph import fake
@@ -66,12 +68,16 @@ def chunk_inputs(rows, past, padded):
     return (*inputs, torch.ones(2, rows + past).index_fill(1, torch.arange(3), 0)) if padded else inputs
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_chunk_behind_a_cache_becomes_aten(padded):
+def exported_chunk(padded):
     """One program for any lengths of both."""
     rows, past = torch.export.Dim("rows", min=16, max=500), torch.export.Dim("past", min=2, max=500)
     shapes = ({2: rows},) * 3 + ({2: past},) * 2 + (({1: torch.export.Dim.AUTO},) if padded else ())
-    traced = torch.export.export(Chunk(), chunk_inputs(40, 60, padded), dynamic_shapes=shapes)
+    return torch.export.export(Chunk(), chunk_inputs(40, 60, padded), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_chunk_behind_a_cache_becomes_aten(padded):
+    traced = exported_chunk(padded)
     report = run_passes(traced.graph_module, TSAConfig(layers=[]))
     assert report.rows[0].decision is (Decision.DENSE_PADDED if padded else Decision.DENSE)
     lowered = lower_program(traced)
@@ -79,6 +85,23 @@ def test_a_chunk_behind_a_cache_becomes_aten(padded):
     for sizes in ((40, 60), (17, 3), (21, 300)):
         inputs = chunk_inputs(*sizes, padded)
         torch.testing.assert_close(lowered.module()(*inputs), Chunk()(*inputs))
+
+
+@pytest.mark.parametrize("padded", slow_but([False, True], True))
+def test_a_sparse_chunk_becomes_aten_for_all_lengths(padded):
+    traced = exported_chunk(padded)
+    floor = {"floor_window": 5, "floor_sinks": 2}
+    config = TSAConfig(KeepRatio(0.4), 20, Floor(5, 2), min_tokens=3, min_length=1, layers=[0])
+    assert run_passes(traced.graph_module, config).rows[0].decision is Decision.SPARSE
+    lowered = lower_program(traced)
+    assert not any("tsa" in str(node.target) for node in lowered.graph.nodes)
+    for sizes in ((40, 60), (17, 3), (21, 90)):
+        query, key, value, past_key, past_value, *mask = inputs = chunk_inputs(*sizes, padded)
+        key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+        options = {"keep_ratio": 0.4, "window": 20, "min_tokens": 3, **floor}
+        padding = mask[0].bool() if mask else None
+        expected = reference.token_sparse_attention(query, key, value, padding, **options)
+        torch.testing.assert_close(lowered.module()(*inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def export(**options):
@@ -199,3 +222,29 @@ def test_an_answer_that_does_not_hold_for_all_lengths_is_refused(monkeypatch):
     monkeypatch.setitem(FORMS["aten"], torch.ops.tsa.select.default, specialised)
     with pytest.raises(RewriteError, match="would hold for some lengths alone"):
         lower_program(export())
+
+
+class Whole(torch.nn.Module):
+    """A layer that is not opened."""
+
+    def __init__(self, static_cache):
+        super().__init__()
+        self.static_cache = static_cache
+
+    def forward(self, query, key, value):
+        options = (0.25, 4, 7, None, 0.5, 3, None, False, "auto")
+        if not self.static_cache:
+            return tsa.sparse_attention(query, key, value, *options)
+        positions = torch.arange(query.shape[2])
+        return tsa.filled_sparse_attention(query, key, value, None, None, positions, tsa.filled(positions), *options)
+
+
+@pytest.mark.parametrize("static_cache, why", [(False, "Decompose was left out"), (True, "into a static cache")])
+def test_a_layer_that_is_one_op_still_has_no_form(static_cache, why, tmp_path):
+    program = torch.export.export(Whole(static_cache), heads(length=40))
+    with pytest.raises(ConfigError, match=rf"has no form for lower='aten': .*{why}"):
+        lower_program(program)
+    pytest.importorskip("onnxscript")
+    for domain in (None, "tsa"):
+        with pytest.raises(ConfigError, match=rf"has no form for ONNX: .*{why}"):
+            tsa_onnx.save(program, tmp_path / "model.onnx", domain=domain)

@@ -51,7 +51,8 @@ class Source:
         self.check(length, batch)
         if self.folder is None:
             return shapes.build(self.config, self.device, self.dtype)
-        options = {"dtype": self.dtype, **_where(self.folder, self.trust_remote_code), **_unpacked(self.folder)}
+        options = {"config": self.config, "dtype": self.dtype, **_where(self.folder, self.trust_remote_code)}
+        options.update(_unpacked(self.folder))
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told, not ignored
         try:
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options, **told)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from tsa_compile.fingerprint import Fingerprint, text_config
 from tsa_compile.progress import Progress
 
 BATCH_TOKENS = 2**15
+ROOM = MORE + CONTINUED
+"""Positions that a model needs behind a prompt."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def evaluate(
     samples: int = 50,
     seed: int = 0,
     text: str | None = None,
+    conditions: Mapping[str, Any] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     file: str | os.PathLike[str] | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -80,6 +83,8 @@ def evaluate(
         lengths: of the prompts, in tokens.
         samples: of every task and length.
         text: what things are hidden in, and what "continuation" goes on with; None: a few sentences, repeated.
+        conditions: what else must be the same for results to belong together in a file, by names of the caller's; plain JSON
+            types.
         batch_tokens: tokens that run at once, at least one sample.
         file: keeps the results; those that it has already are not run again, and more samples, tasks, lengths and settings
             are added to it.
@@ -96,7 +101,7 @@ def evaluate(
     for length in plan.lengths:
         for task in plan.tasks:
             writer.sample(task, length, plan.seed, 0)  # what does not fit is found before the work
-    study = _start(plan, model, writer, file)
+    study = _start(plan, model, writer, file, conditions or {})
     todo = [(*batch, names) for batch in plan.batches() if (names := _missing(study, plan, batch))]
     done, total = 0, sum(map(len, (names for *_, names in todo)))
     runners = _Runners(model, tokenizer)
@@ -161,17 +166,19 @@ def _plan(
 
 def _check_positions(model: nn.Module, longest: int) -> None:
     positions = getattr(text_config(model), "max_position_embeddings", None)
-    room = MORE + CONTINUED
-    if isinstance(positions, int) and longest + room > positions:
+    if isinstance(positions, int) and longest + ROOM > positions:
         raise ConfigError(
-            f"prompts of {longest:,} tokens and {room} of an answer make {longest + room:,}, {type(model).__name__} has "
-            f"{positions:,} positions: lengths up to {positions - room:,} fit"
+            f"prompts of {longest:,} tokens and {ROOM} of an answer make {longest + ROOM:,}, {type(model).__name__} has "
+            f"{positions:,} positions: lengths up to {positions - ROOM:,} fit"
         )
 
 
-def _start(plan: Plan, model: nn.Module, writer: Writer, file: str | os.PathLike[str] | None) -> Study:
+def _start(
+    plan: Plan, model: nn.Module, writer: Writer, file: str | os.PathLike[str] | None, others: Mapping[str, Any]
+) -> Study:
     """An empty study, or what the file holds if it belongs together with this one."""
     conditions = {
+        **others,
         "model": _identity(model), **writer.identity(), "seed": plan.seed,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
@@ -188,7 +195,8 @@ def _start(plan: Plan, model: nn.Module, writer: Writer, file: str | os.PathLike
 
 
 def _check_same(study: Study, conditions: dict[str, Any], settings: dict[str, Any], file: Any) -> None:
-    different = [name for name, value in conditions.items() if study.conditions.get(name) != value]
+    names = dict.fromkeys((*conditions, *study.conditions))
+    different = [name for name in names if study.conditions.get(name) != conditions.get(name)]
     if different:
         raise ConfigError(
             f"{str(file)!r} holds a study with another {', another '.join(different)}: repeat that one, or name another file"

@@ -31,7 +31,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.lower import check_kernels, layer_of, with_joined_floors
+from tsa_compile.passes.lower import check_kernels, check_opened, layer_of, with_joined_floors
 
 if TYPE_CHECKING:
     import onnx
@@ -101,6 +101,7 @@ def to_portable(program: ExportedProgram) -> ExportedProgram:
 
 def _check_form(program: ExportedProgram) -> None:
     """Ops that only a compiled graph has, or that an earlier lowering joined or opened."""
+    check_opened(program, "ONNX")
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     steps = {str(op) for op in FORMS["standard"] if op is not tsa.attend_floor.default}
     foreign = sorted(name for name in targets if name.startswith("tsa.") and name not in steps)
@@ -187,11 +188,11 @@ def _symbolic_dims(exported: Any) -> Iterator[tuple[int, str]]:
 _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "Score",
-        "query T [B,H,L,D], key T [B,G,L,D], padding? bool [B,L]",
+        "query T [B,H,Lq,D], key T [B,G,L,D], padding? bool [B,L]",
         "scores float [B,H,L]",
         "pool int, scale float, window int",
-        "Mean attention of the last `window` valid queries to each earlier token, pooled over `pool` neighbours. +inf "
-        "marks the window's tokens, -inf invalid ones.",
+        "Mean attention of the last `window` valid queries, which are those of the last Lq <= L positions, to each earlier "
+        "token, pooled over `pool` neighbours. +inf marks the window's tokens, -inf invalid ones.",
     ),
     (
         "Budget",
