@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -118,7 +119,8 @@ class PlanCalls(Pass):
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
             settled = self._settled(plan, sparse_layers)
-            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs)
+            filled = plan.mask.kind in FILLED_KINDS
+            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs, filled=filled)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         elif self._has_dense_kernel(plan):
@@ -253,8 +255,15 @@ def sparse_obstacle(
     config: TSAConfig,
     sparse_layers: float,
     costs: DeviceCosts | None = None,
+    *,
+    filled: bool = False,
 ) -> tuple[Reason | None, str]:
-    """Why a call whose layer is selected stays dense all the same."""
+    """Why a call whose layer is selected stays dense all the same.
+
+    Args:
+        costs: of the device that is decided for; None for those of the query's.
+        filled: the keys are a cache of a fixed size, of which may be filled no more than the queries.
+    """
     reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
@@ -263,6 +272,7 @@ def sparse_obstacle(
         if reason is not None:
             return reason, detail
     shape = CallShape.of(query, key, value, config)
+    shape = replace(shape, past=0) if filled else shape
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
     # Of a chunk all keys are selected from, but what is gained grows with its own length.
     length = key.shape[2] if why == _DROPPABLE else query.shape[2]
