@@ -103,7 +103,7 @@ def filled_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
     filled: Tensor, scale: float, window: int, pool: int, coverage: float | None, keep_ratio: float | None, min_tokens: int,
     capacity: int | None, shared: bool, kernel: str, floor_window: int | None = None, floor_sinks: int = 0,
-    group: str | None = None,
+    group: str | None = None, reduce: str = "mean",
 ) -> Tensor:  # fmt: skip
     """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
     stop = keys_in_use(filled, query, key)
@@ -113,12 +113,12 @@ def filled_sparse_attention(
     if padding is None or valid_ranges is None:
         return sparse_attention(
             *used, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window,
-            floor_sinks, group,
+            floor_sinks, group, reduce,
         )  # fmt: skip
     ranges = torch.tensor(ranges_until(valid_ranges, stop), dtype=torch.int64).reshape(-1, 3)
     return padded_sparse_attention(
         *used, padding[:, :stop], ranges, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel,
-        floor_window, floor_sinks, group,
+        floor_window, floor_sinks, group, reduce,
     )  # fmt: skip
 
 

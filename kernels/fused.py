@@ -69,6 +69,7 @@ class Options:
     floor_window: int | None = None
     floor_sinks: int = 0
     group: str | None = None
+    reduce: str = "mean"
 
     def kept(self, valid: int, rows: int) -> int | None:
         """How many of an item's valid tokens are kept, if that follows from their number and that of those with a query."""
@@ -98,12 +99,13 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
 def sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
     keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None,
+    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None, reduce: str = "mean",
 ) -> Tensor:  # fmt: skip
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
     options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group
-    )
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group,
+        reduce,
+    )  # fmt: skip
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, None, options)
     with torch.cuda.device_of(query):
@@ -116,12 +118,13 @@ define_op(sparse_attention)
 def padded_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int, pool: int,
     coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None,
+    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None, reduce: str = "mean",
 ) -> Tensor:  # fmt: skip
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
     options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group
-    )
+        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group,
+        reduce,
+    )  # fmt: skip
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, options)
     with torch.cuda.device_of(query):
@@ -163,7 +166,7 @@ def padded_sparse_triton(
 def _plain(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options) -> Tensor:
     """The steps in ATen ops. For the keys before a chunk there are queries of zeros, whose rows are computed in vain."""
     rows, seq_len = query.shape[2], key.shape[2]
-    scores = score_aten(query, key, padding, options.scale, options.window, options.pool)
+    scores = score_aten(query, key, padding, options.scale, options.window, options.pool, options.reduce)
     if rows < seq_len:
         whole = _kept_rows(F.pad(query, (0, 0, seq_len - rows, 0)), key, value, padding, scores, rows, options)
         return as_rows(whole[:, :, seq_len - rows :])
@@ -297,7 +300,9 @@ def _sparse_behind(
 
 def _scores(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> Tensor:
     """One line for each selection."""
-    return _grouped(score_cuda(query, key, padding, options.scale, options.window, options.pool), key, options)
+    return _grouped(
+        score_cuda(query, key, padding, options.scale, options.window, options.pool, options.reduce), key, options
+    )
 
 
 @remembered

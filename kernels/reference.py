@@ -38,15 +38,26 @@ def mean_of_rows(weights: Tensor) -> Tensor:
     return weights.mean(dim=-2)
 
 
+def largest_of_rows(weights: Tensor) -> Tensor:
+    """What any of the window's rows [rows, n] looks at, so that most of them cannot drown a few: [n]."""
+    return weights.amax(dim=-2)
+
+
+REDUCED = {"mean": mean_of_rows, "max": largest_of_rows}
+
+
 def score(
     query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int,
-    combine: Callable[[Tensor], Tensor] = mean_of_rows, value: Tensor | None = None,
+    reduce: str | Callable[[Tensor], Tensor] = "mean", value: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
 
     Queries are those of the last positions, all L or a chunk of them. +inf marks the window itself (the last `window` valid
     tokens that have a query), -inf the invalid tokens; the other entries are the candidates. So the best tokens of a row can
     be found without its padding mask and without the window.
+
+    `reduce` makes one row [n] of the window's [rows, n]: "mean", "max", or a function. With `value` [B,G,L,Dv] a score is
+    multiplied by the length of the token's value.
 
     A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, which are why, and 0 to the others.
     """
@@ -66,7 +77,7 @@ def score(
             scores[b, h, rows] = math.inf
             scores[b, h, candidates] = 0.0
             if len(candidates) > 0 and len(rows) > 0:
-                row = combine(weights[:, : len(candidates)])
+                row = (REDUCED[reduce] if isinstance(reduce, str) else reduce)(weights[:, : len(candidates)])
                 if value is not None:
                     row = row * _wide(value)[b, h // group, candidates].norm(dim=-1)
                 scores[b, h, candidates] = _average_pool(row, pool)
@@ -272,6 +283,7 @@ def token_sparse_attention(
     capacity: int | None = None,
     floor_window: int | None = None,
     floor_sinks: int = 0,
+    reduce: str = "mean",
 ) -> Tensor:
     """The whole layer: [B,H,Lq,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,Lq,Dv]. A keep ratio, where given, replaces coverage.
 
@@ -282,7 +294,7 @@ def token_sparse_attention(
     past = seq_len - query.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     capacity = seq_len if capacity is None else capacity
-    scores = score(query, key, padding, scale, window, pool)
+    scores = score(query, key, padding, scale, window, pool, reduce)
     if granularity == "group":
         scores = group_scores(scores, key.shape[1])
     count = budget(scores, None if keep_ratio is not None else coverage, keep_ratio, min_tokens).clamp(max=capacity)

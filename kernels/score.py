@@ -1,7 +1,7 @@
 """Scores: how much attention the most recent queries pay to every earlier token.
 
     A[b,h,i,t]  = softmax_t(scale * <query[b,h,i], key[b,g,t]>)    i in the window, t valid and t <= i, g = h // (H/G)
-    raw[b,h,t]  = mean_i A[b,h,i,t]                                t a candidate: valid and before the window
+    raw[b,h,t]  = mean_i A[b,h,i,t], or max_i                      t a candidate: valid and before the window
     scores      = average pooling of raw along the candidates, stride 1, zero padded, the divisor always `pool`
 
     query [B,H,Lq,D], key [B,G,L,D] of any strides, float16 | bfloat16 | float32; queries are those of the last Lq positions,
@@ -18,14 +18,17 @@ On CUDA this is attention's first half, computed twice, because W x L weights ar
 
     _row_stats      one program per (rows of a head, split of the keys): log2-sum-exp of its logits   -> [B,H,S,W]
     _combine        the splits of a row become its log2-sum-exp                                       -> [B,H,W]
-    _column_mean    one program per tile of keys: recomputes the logits for all heads of the group
-                    (each key is loaded once) and averages the weights over the rows                  -> raw [B,H,L]
+    _columns        one program per tile of keys: recomputes the logits for all heads of the group
+                    (each key is loaded once) and reduces the weights over the rows                   -> raw [B,H,L]
     _pool           neighbours averaged, infinities placed                                            -> scores [B,H,L]
 
 Reads key twice; 4 W L D multiply-adds and 2 W L exponentials per query head. At L = 128K, H = 32, G = 8, D = 128,
 W = 128 in bfloat16: 0.5 GB of keys, 48 MB of scores, 0.27 TFLOP. The order of every sum is fixed by the shapes and is
 the same for every batch item, so the result is reproducible and an item scores alone as it does in a batch. Only the
 device knows how many tokens are valid: with padding, the window's rows are found there.
+
+The publication takes the mean. Where a short question stands in a window of 128 rows, most rows ask nothing and weigh as
+much; the maximum hears it (benchmarks/results/scores.md), at the same cost.
 
 Method: Token Sparse Attention, arXiv 2602.03216; the two passes follow FlashAttention (arXiv 2205.14135) and its
 split over the keys Flash-Decoding.
@@ -45,6 +48,7 @@ from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2,
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows
 
+REDUCTIONS = ("mean", "max")
 MAX_HEAD_DIM = 256
 SPLITS = 32
 MIN_SPLIT = 512
@@ -142,14 +146,14 @@ def _combine_kernel(
 
 
 @triton.jit(do_not_specialize=["seq_len", "past", "window"])
-def _column_mean_kernel(
+def _columns_kernel(
     p_query, p_key, p_padding, p_rank, p_rows, p_row_lse, p_raw,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl,
     scale_log2, seq_len, past, window, heads, group,
-    HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MAX: tl.constexpr, HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """raw[b,h,c] = mean over the rows of 2^(logit log2 e - row_lse) for the c-th candidate."""
+    """raw[b,h,c] = mean (with MAX: maximum) over the rows of 2^(logit log2 e - row_lse) for the c-th candidate."""
     scale_log2 = tl.cast(scale_log2, tl.float32)
     start = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
@@ -167,7 +171,7 @@ def _column_mean_kernel(
     b_key = gather_rows(p_key, offsets * stride_kl, inside, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     row_tiles = tl.cdiv(window, BLOCK_M)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.int32 if MAX else tl.float32)
     for step in range(0, group * row_tiles):  # one loop over heads and row tiles, so that its loads are pipelined
         head = kv_head * group + step // row_tiles
         row_tile = step % row_tiles
@@ -180,11 +184,19 @@ def _column_mean_kernel(
         )
         row_lse = tl.load(p_row_lse + (b * heads + head) * window + slots, mask=slots < window, other=float("inf"))
         logits = tl.dot(b_key, tl.trans(b_query), input_precision="ieee") * scale_log2
-        weights = tl.sum(tl.exp2(logits - row_lse[None, :]), axis=1)
-        total = tl.where(row_tile == 0, weights, total + weights)
+        weights = tl.exp2(logits - row_lse[None, :])
+        if MAX:
+            # As integers, without the sign that NaN may have: weights keep their order, and NaN is the largest.
+            weights = tl.max(weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+            total = tl.where(row_tile == 0, weights, tl.maximum(total, weights))
+            raw = total.to(tl.float32, bitcast=True)
+        else:
+            weights = tl.sum(weights, axis=1)
+            total = tl.where(row_tile == 0, weights, total + weights)
+            raw = total / tl.maximum(rows, 1)
         stored = tl.where(row_tile == row_tiles - 1, candidates, 0)
         p_out = p_raw + (b * heads + head) * seq_len + columns
-        tl.store(p_out, total / tl.maximum(rows, 1), mask=valid & (columns < stored))
+        tl.store(p_out, raw, mask=valid & (columns < stored))
 
 
 @triton.jit(do_not_specialize=["seq_len", "past", "window"])
@@ -215,8 +227,9 @@ def _pool_kernel(
 
 
 def score_triton(
-    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, split_len: int = 0
-) -> Tensor:
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean",
+    split_len: int = 0,
+) -> Tensor:  # fmt: skip
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
     batch, heads, _, head_dim = query.shape
     seq_len, past = key.shape[2], keys_before(query, key)
@@ -250,9 +263,9 @@ def score_triton(
         (partial, rank, row_lse), (seq_len, past, window, heads, splits),
         HAS_PADDING=has_padding, BLOCK_S=most_splits, BLOCK_M=64,
     )  # fmt: skip
-    launch(_column_mean_kernel, (cdiv(seq_len, tiles.block_n), key.shape[1], batch),
+    launch(_columns_kernel, (cdiv(seq_len, tiles.block_n), key.shape[1], batch),
         (query, key, mask, rank, rows, row_lse, raw),
-        (*strides, scale_log2, seq_len, past, window, heads, group), **options,
+        (*strides, scale_log2, seq_len, past, window, heads, group), MAX=reduce == "max", **options,
     )  # fmt: skip
     launch(
         _pool_kernel, (cdiv(seq_len, 1024), batch * heads),
@@ -262,7 +275,7 @@ def score_triton(
 
 
 def _tiles(dtype: torch.dtype, block_d: int, window: int) -> Tiles:
-    """Rows of the window and keys, for _row_stats and _column_mean: what fits into registers and shared memory."""
+    """Rows of the window and keys, for _row_stats and _columns: what fits into registers and shared memory."""
     rows = max(16, next_power_of_2(window))
     if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
         return Tiles(min(rows, 32), 64, 8, 2)
@@ -270,26 +283,35 @@ def _tiles(dtype: torch.dtype, block_d: int, window: int) -> Tiles:
     return Tiles(min(rows, 128), 128, 4, 2) if block_d <= 128 else Tiles(min(rows, 64), 128, 8 if rows >= 64 else 4, 2)
 
 
-def score_cuda(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+def score_cuda(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
+) -> Tensor:
     """By the kernels where they fit, else in ATen ops."""
     if query.dtype == torch.float64 or query.shape[3] > MAX_HEAD_DIM:
-        return score_aten(query, key, padding, scale, window, pool)
-    return score_triton(query, key, padding, scale, window, pool)
+        return score_aten(query, key, padding, scale, window, pool, reduce)
+    return score_triton(query, key, padding, scale, window, pool, reduce)
 
 
 @torch.library.custom_op("tsa::score", mutates_args=())
-def score(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
-    """Scores [B,H,L] float32 of every token; ValueError where shapes or options cannot be meant."""
-    _check(query, key, padding, window, pool)
-    return _compute(query, key, padding, scale, window, pool)
+def score(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
+) -> Tensor:
+    """Scores [B,H,L] float32 of every token; `reduce`, over the window's rows: "mean" or "max".
+
+    ValueError where shapes or options cannot be meant.
+    """
+    _check(query, key, padding, window, pool, reduce)
+    return _compute(query, key, padding, scale, window, pool, reduce)
 
 
 @score.register_fake
-def _(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
+) -> Tensor:
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
-def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool: int) -> None:
+def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool: int, reduce: str) -> None:
     batch, heads, rows, head_dim = query.shape
     seq_len = key.shape[2]
     if key.shape != (batch, key.shape[1], seq_len, head_dim) or heads % key.shape[1] != 0 or rows > seq_len:
@@ -301,9 +323,13 @@ def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool
         raise ValueError(f"tsa::score: padding is {padding.dtype} {tuple(padding.shape)}; expected bool {(batch, seq_len)}")
     if window < 1 or pool < 1 or pool % 2 == 0:
         raise ValueError(f"tsa::score: window {window} must be at least 1, pool {pool} odd and at least 1")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"tsa::score: reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}")
 
 
-def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int) -> Tensor:
+def score_aten(
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
+) -> Tensor:
     """The same in ATen ops, on any device. Holds the weights of 32 rows of the window at a time: [B,H,32,L]."""
     seq_len = key.shape[2]
     past = keys_before(query, key)
@@ -319,8 +345,10 @@ def score_aten(query: Tensor, key: Tensor, padding: Tensor | None, scale: float,
         row_count = torch.minimum(rank[:, -1:] - _valid_before(padding, past), torch.full_like(rank[:, -1:], window))
         candidates = rank[:, -1:] - row_count
         rows, alive = positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
-    total, faulty = _window_sum(query, key, padding, rows, alive, scale, past)
-    raw = torch.where(faulty, 0.0, total / at_least(row_count, 1)[:, None].to(total.dtype))
+    total, faulty = _over_window(query, key, padding, rows, alive, scale, past, reduce)
+    if reduce == "mean":
+        total = total / at_least(row_count, 1)[:, None].to(total.dtype)
+    raw = torch.where(faulty, 0.0, total)
     pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
     if padding is not None:
@@ -336,10 +364,10 @@ def _valid_before(padding: Tensor, past: int) -> Tensor | int:
     return (padding & before).sum(dim=1, keepdim=True)
 
 
-def _window_sum(
-    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float, past: int
+def _over_window(
+    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float, past: int, reduce: str
 ) -> tuple[Tensor, Tensor]:
-    """Weights [B,H,L], summed over those rows [B or 1, W] of the window that are alive and not NaN.
+    """The sum of weights [B,H,L], or their maximum, over those rows [B or 1, W] of the window that are alive and not NaN.
 
     And whether a row has a logit there, bool [B,H,L], that is NaN or +inf.
     """
@@ -361,7 +389,8 @@ def _window_sum(
         logits = torch.where(allowed, logits, -math.inf)
         weights = logits.softmax(dim=-1)
         sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
-        total = total + torch.where(alive[:, None, first : first + 32, None] & sound, weights, 0.0).sum(dim=2)
+        weights = torch.where(alive[:, None, first : first + 32, None] & sound, weights, 0.0)
+        total = total + weights.sum(dim=2) if reduce == "mean" else torch.maximum(total, weights.amax(dim=2))
         # NaN or +inf if one of them is (or if they pass 1e37); a maximum passes NaN over in some runtimes.
         faulty = faulty | ~(logits.sum(dim=2) < math.inf)
     return total, faulty

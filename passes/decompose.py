@@ -2,7 +2,7 @@
 
     before   o = tsa.sparse_attention(q, k, v, scale, window, pool, ...)                  without padding
              o = tsa.padded_sparse_attention(q, k, v, padding, valid_ranges, scale, ...)         with padding [B, L]
-    after    scores  = tsa.score(q, k, padding, scale, window, pool)                      [B, H, L] float32
+    after    scores  = tsa.score(q, k, padding, scale, window, pool, reduce)              [B, H, L] float32
              count   = tsa.budget(scores, coverage, keep_ratio, min_tokens)               [B] int32, on the device
              indices = tsa.select(scores, count, C)                                       [B, H, C] int32, ascending
              q^, k^, v^ = tsa.compress(q, k, v, indices, count)                           [B, H, C, D]
@@ -90,6 +90,7 @@ class _SparseCall:
     floor_window: int | None
     floor_sinks: int
     group: str | None
+    reduce: str
     padding: Node | None = None
     valid_ranges: Node | None = None
 
@@ -101,7 +102,8 @@ class _SparseCall:
 
 def _open(graph: Graph, call: _SparseCall) -> Node:
     rows, length = size(graph, call.query, 2), size(graph, call.key, 2)
-    scores = insert(graph, tsa.score.default, call.query, call.key, call.padding, call.scale, call.window, call.pool)
+    scored = (call.query, call.key, call.padding, call.scale, call.window, call.pool, call.reduce)
+    scores = insert(graph, tsa.score.default, *scored)
     if call.shared:
         scores = _group_mean(graph, call, scores)
     capacity = _capacity(graph, call, rows, length)

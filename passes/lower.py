@@ -1,6 +1,6 @@
 """The steps of sparse attention, opened into operators that run where there is no Python.
 
-    before   scores  = tsa.score(q, k, padding, scale, window, pool)                      opaque ops [B, H, L]
+    before   scores  = tsa.score(q, k, padding, scale, window, pool, reduce)              opaque ops [B, H, L]
              count   = tsa.budget(scores, tau, None, min_tokens)                          [B]
              ...
              o       = tsa.decompress(o^, indices, count, L)                              [B, H, L, Dv]

@@ -25,6 +25,8 @@ from tsa_compile.passes.graph import insert
 from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
+_DEFAULTS = (None, 0, None, "mean")
+"""Of the ops' last arguments: floor_window, floor_sinks, group, reduce."""
 
 
 class RewriteSparse(Pass):
@@ -68,14 +70,15 @@ class RewriteSparse(Pass):
 
 def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
     """What runs a kernel over all valid tokens: heads that all keep the same can share them."""
-    return config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, kernel=kernel)
+    return config.replace(budget=KeepRatio(1.0), capacity=None, granularity="group", floor=None, score="mean", kernel=kernel)
 
 
 def options_of(config: TSAConfig, scale: Any, group: str | None = None) -> tuple[Any, ...]:
     """The arguments of the ops behind their tensors (kernels/fused.py)."""
     budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
-    behind: tuple[Any, ...] = () if config.floor is None else (config.floor.window, config.floor.sinks)
-    if group is not None:
-        behind = (*(behind or (None, 0)), group)
+    floor = (None, 0) if config.floor is None else (config.floor.window, config.floor.sinks)
     selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
+    behind = [*floor, group, config.score]
+    while behind and behind[-1] == _DEFAULTS[len(behind) - 1]:
+        behind.pop()
     return (scale, config.window, config.pool, *selection, config.kernel, *behind)

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from tsa_compile import TSAConfig
 from tsa_compile.kernels import reference
 
 VOCAB = 64
@@ -128,7 +129,11 @@ def mixed_padding(length, pads=(0, 9, -13)):
 
 @contextlib.contextmanager
 def oracle(layers, **settings):
-    """Inside, a model built with attention="oracle" runs `token_sparse_attention(**settings)` in `layers`."""
+    """Inside, a model built with attention="oracle" runs `token_sparse_attention(**settings)` in `layers`.
+
+    With the default's score, unless `reduce` names another.
+    """
+    chosen = {"reduce": TSAConfig().score, **settings}
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
         if module.layer_idx not in layers or query.shape[2] == 1:  # decode steps are dense
@@ -136,7 +141,7 @@ def oracle(layers, **settings):
         padding = None
         if attention_mask is not None:  # the last query sees every valid key
             padding = attention_mask[:, 0, -1].expand(len(query), -1)
-        out = reference.token_sparse_attention(query, key, value, padding, scale=scaling, **settings)
+        out = reference.token_sparse_attention(query, key, value, padding, scale=scaling, **chosen)
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", attention)

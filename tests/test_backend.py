@@ -38,7 +38,8 @@ def compiled(model, backend="tsa", **options):
 
 def half_of(query, key, value, **settings):
     """What the reference computes for one causal call under `HALF`."""
-    return reference.token_sparse_attention(query, key, value, keep_ratio=0.5, **{"window": 4, "min_tokens": 4, **settings})
+    settings = {"window": 4, "min_tokens": 4, "reduce": "max", **settings}
+    return reference.token_sparse_attention(query, key, value, keep_ratio=0.5, **settings)
 
 
 class Keeper:

@@ -14,6 +14,7 @@ from tsa_compile.errors import ConfigError
 INVALID = {
     "budget": [None, 0.5, "coverage", {"coverage": 0.1, "keep_ratio": 0.5}, {"tau": 0.1}, {}],
     "window": [0, -1, 1.0, "128", True, None],
+    "score": ["median", "MAX", None, 3, True],
     "pool": [0, -1, 2, 8, 7.0, "7", True, None],
     "min_tokens": [-1, 1.5, "1024", True, None],
     "layers": [
@@ -35,7 +36,7 @@ INVALID = {
 def test_the_settings_of_the_publication():
     config = TSAConfig.published()
     assert (config.budget, config.window, config.pool, config.min_tokens) == (Coverage(0.005), 128, 7, 1024)
-    assert config.floor is None and config.layers is None
+    assert (config.score, config.floor, config.layers) == ("mean", None, None)
     assert TSAConfig.published(window=64) == config.replace(window=64)
     with pytest.raises(ConfigError, match="did you mean 'window'"):
         TSAConfig.published(windw=64)
@@ -44,7 +45,7 @@ def test_the_settings_of_the_publication():
 def test_defaults():
     config = TSAConfig()
     assert (config.budget, config.floor) == (KeepRatio(0.15), Floor(window=256, sinks=16))
-    assert (config.window, config.pool, config.min_tokens) == (128, 7, 1024)
+    assert (config.window, config.score, config.pool, config.min_tokens) == (128, "max", 7, 1024)
     assert (config.layers, config.granularity, config.kernel, config.compiler) == (None, "head", "auto", "inductor")
     assert (config.capacity, config.min_length, config.dense_kernel, config.strict) == (None, None, None, False)
 

@@ -165,6 +165,8 @@ class TSAConfig:
         window: the last tokens, always kept, whose attention scores all others.
         floor: what every row sees, whether it was selected or not, `Floor(window, sinks)`; None: rows that were not selected
             become 0, as published.
+        score: how the attention that the window's rows pay to a token becomes its score: their "max", which hears a question
+            shorter than the window, or their "mean", as published.
         pool: width of the average pooling over the scores; odd.
         min_tokens: at least this many tokens are kept besides the window.
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
@@ -187,6 +189,7 @@ class TSAConfig:
     budget: Budget = KeepRatio(0.15)
     window: int = 128
     floor: Floor | None = Floor()
+    score: Literal["max", "mean"] = "max"
     pool: int = 7
     min_tokens: int = 1024
     layers: Layers | None = None
@@ -209,6 +212,8 @@ class TSAConfig:
         if self.capacity is not None and self.capacity < self.window:
             raise _reject("capacity", self.capacity, f"at least window={self.window}, which is always kept, or None")
         check_int("min_length", self.min_length, 1, optional=True)
+        if self.score not in ("max", "mean"):
+            raise _reject("score", self.score, 'one of "max", "mean"')
         if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise _reject("pool", self.pool, "an odd integer >= 1")
         if self.granularity not in GRANULARITIES:
@@ -225,8 +230,8 @@ class TSAConfig:
 
     @classmethod
     def published(cls, **changes: Any) -> TSAConfig:
-        """The settings of arXiv 2602.03216: `Coverage(0.005)`, no floor; `changes` are other fields."""
-        return cls(budget=Coverage(0.005), window=128, floor=None, pool=7, min_tokens=1024).replace(**changes)
+        """The settings of arXiv 2602.03216: `Coverage(0.005)`, no floor, the mean as score; `changes` are other fields."""
+        return cls(budget=Coverage(0.005), window=128, floor=None, score="mean", pool=7, min_tokens=1024).replace(**changes)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> TSAConfig:

@@ -63,7 +63,7 @@ def test_a_prompt_is_computed_as_the_reference_does():
     flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     output = torch.full_like(flat[0], float("nan"))
     core.attend(*flat, output, 0.3, HALF, None)
-    settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2)
+    settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2, reduce="max")
     wanted = reference.token_sparse_attention(query, key, value, None, scale=0.3, **settings)
     assert torch.allclose(output, wanted[0].transpose(0, 1), atol=1e-5)
 

@@ -92,7 +92,7 @@ def test_the_probe_sees_what_the_reference_selects(model, ids, budget):
     selections = probe.take()
     assert len(selections) == len(spy.scored) == 2 and probe.take() == []
     for selection, (query, key) in zip(selections, spy.scored, strict=True):
-        scores = reference.score(query, key, None, 8**-0.5, WINDOW, 7)
+        scores = reference.score(query, key, None, 8**-0.5, WINDOW, 7, "max")
         if isinstance(budget, Coverage):
             count = reference.budget(scores, budget.tau, None, 8)
         else:

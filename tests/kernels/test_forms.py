@@ -113,11 +113,12 @@ def paddings(batch, seq_len):
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])
 @pytest.mark.parametrize("seq_len, window", [(61, 8), (61, 40), (5, 8)])
-def test_score(padding, seq_len, window):
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_score(padding, seq_len, window, reduce):
     query, key, _ = qkv(2, 4, 2, seq_len, 16, 24)
     padding = paddings(2, seq_len)[padding]
-    got = STANDARD["score"](query, key, padding, 0.25, window, 7)
-    torch.testing.assert_close(got, reference.score(query, key, padding, 0.25, window, 7), rtol=1e-5, atol=1e-7)
+    got = STANDARD["score"](query, key, padding, 0.25, window, 7, reduce)
+    torch.testing.assert_close(got, reference.score(query, key, padding, 0.25, window, 7, reduce), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "apart"])

@@ -68,6 +68,8 @@ OPTIONS = {
     "floor": dataclasses.replace(HALF, keep_ratio=0.2, floor_window=6, floor_sinks=2),
     "floor_coverage": dataclasses.replace(COVER, coverage=0.3, floor_window=6, floor_sinks=2),
     "floor_group": dataclasses.replace(COVER, coverage=0.3, shared=True, floor_window=9, floor_sinks=1),
+    "max": dataclasses.replace(COVER, reduce="max"),
+    "floor_max": dataclasses.replace(HALF, keep_ratio=0.2, floor_window=6, floor_sinks=2, reduce="max"),
     "floor_keep_all": dataclasses.replace(HALF, keep_ratio=1.0, floor_window=6, floor_sinks=2),
 }
 

@@ -19,20 +19,24 @@ def query_and_key(seq_len=100, sharpness=2.0, **options):
     return sharpness * query, key
 
 
-def assert_scores(got, query, key, padding, scale, window, pool, rtol=2e-5):
+REDUCED = pytest.mark.parametrize("reduce", ["mean", "max"])
+
+
+def assert_scores(got, query, key, padding, scale, window, pool, reduce="mean", rtol=2e-5):
     """Against a float64 evaluation: infinities in the same places, candidates to float32's accuracy."""
-    want = reference.score(query.double(), key.double(), padding, scale, window, pool)
+    want = reference.score(query.double(), key.double(), padding, scale, window, pool, reduce)
     assert got.dtype == torch.float32 and got.is_contiguous()
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-12, equal_nan=True)
 
 
+@REDUCED
 @pytest.mark.parametrize("kind", PADDINGS)
 @pytest.mark.parametrize("window", [1, 20, 40])
-def test_kernels_equal_reference_under_every_padding(triton_device, kind, window):
+def test_kernels_equal_reference_under_every_padding(triton_device, kind, window, reduce):
     padding = make_padding(kind, 2, 100, triton_device)
     query, key = (poison_padding(t, padding) for t in query_and_key(device=triton_device))
-    got = score_triton(query, key, padding, 0.2, window, 7)
-    assert_scores(got, query, key, padding, 0.2, window, 7)
+    got = score_triton(query, key, padding, 0.2, window, 7, reduce)
+    assert_scores(got, query, key, padding, 0.2, window, 7, reduce)
 
 
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD", "packed", "strided"])
@@ -54,16 +58,17 @@ def test_kernels_equal_reference_at_every_head_size(triton_device, dtype, dim):
 @pytest.mark.parametrize("seq_len, window, pool", [(1, 1, 1), (7, 20, 7), (64, 64, 3), (65, 64, 7), (200, 70, 1)])
 def test_kernels_equal_reference_at_every_length(triton_device, heads, kv_heads, seq_len, window, pool):
     query, key = query_and_key(seq_len, batch=1, heads=heads, kv_heads=kv_heads, device=triton_device)
-    got = score_triton(query, key, None, 0.2, window, pool)
-    assert_scores(got, query, key, None, 0.2, window, pool)
+    got = score_triton(query, key, None, 0.2, window, pool, "max")
+    assert_scores(got, query, key, None, 0.2, window, pool, "max")
 
 
+@REDUCED
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
-def test_kernels_equal_reference_over_several_splits(triton_device, kind):
+def test_kernels_equal_reference_over_several_splits(triton_device, kind, reduce):
     padding = make_padding(kind, 2, 300, triton_device)
     query, key = (poison_padding(t, padding) for t in query_and_key(seq_len=300, device=triton_device, sharpness=6.0))
-    got = score_triton(query, key, padding, 0.2, 40, 7, split_len=64)
-    assert_scores(got, query, key, padding, 0.2, 40, 7)
+    got = score_triton(query, key, padding, 0.2, 40, 7, reduce, split_len=64)
+    assert_scores(got, query, key, padding, 0.2, 40, 7, reduce)
 
 
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
@@ -77,30 +82,33 @@ def test_an_item_scores_alone_as_in_its_batch(triton_device, kind):
         assert torch.equal(score_triton(query[item], key[item], mask, 0.2, 20, 7, split_len=64), together[item])
 
 
+@REDUCED
 @pytest.mark.parametrize("kind", PADDINGS)
 @pytest.mark.parametrize("window, pool", [(1, 1), (40, 7), (70, 5), (200, 3)])
-def test_aten_form_equals_reference(device, kind, window, pool):
+def test_aten_form_equals_reference(device, kind, window, pool, reduce):
     padding = make_padding(kind, 2, 100, device)
     query, key = (poison_padding(t, padding) for t in query_and_key(device=device))
-    assert_scores(score_aten(query, key, padding, 0.2, window, pool), query, key, padding, 0.2, window, pool)
+    assert_scores(score_aten(query, key, padding, 0.2, window, pool, reduce), query, key, padding, 0.2, window, pool, reduce)
 
 
+@REDUCED
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
-def test_kernels_equal_reference_with_faulty_numbers(triton_device, kind, fault):
+def test_kernels_equal_reference_with_faulty_numbers(triton_device, kind, fault, reduce):
     padding = make_padding(kind, 2, 100, triton_device)
     query, key = (poison_padding(t, padding) for t in damaged(fault, *query_and_key(device=triton_device)))
-    got = score_triton(query, key, padding, 0.2, 20, 7, split_len=64)
-    assert_scores(got, query, key, padding, 0.2, 20, 7)
+    got = score_triton(query, key, padding, 0.2, 20, 7, reduce, split_len=64)
+    assert_scores(got, query, key, padding, 0.2, 20, 7, reduce)
 
 
+@REDUCED
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
 @pytest.mark.parametrize("window", [20, 40])
-def test_aten_form_equals_reference_with_faulty_numbers(device, kind, fault, window):
+def test_aten_form_equals_reference_with_faulty_numbers(device, kind, fault, window, reduce):
     padding = make_padding(kind, 2, 100, device)
     query, key = (poison_padding(t, padding) for t in damaged(fault, *query_and_key(device=device)))
-    assert_scores(score_aten(query, key, padding, 0.2, window, 7), query, key, padding, 0.2, window, 7)
+    assert_scores(score_aten(query, key, padding, 0.2, window, 7, reduce), query, key, padding, 0.2, window, 7, reduce)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -125,12 +133,13 @@ def test_a_nan_score_says_where_the_fault_is(device):
     assert not score(*damaged("NaN key in the window", query, key), None, 0.2, 20, 7).isnan().any()
 
 
+@REDUCED
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", [None, "holes"])
-def test_op_equals_reference(device, dtype, kind):
+def test_op_equals_reference(device, dtype, kind, reduce):
     padding = make_padding(kind, 3, 100, device)
     query, key = query_and_key(batch=3, heads=6, kv_heads=2, dim=64, dtype=dtype, device=device)
-    assert_scores(score(query, key, padding, 0.1, 24, 7), query, key, padding, 0.1, 24, 7)
+    assert_scores(score(query, key, padding, 0.1, 24, 7, reduce), query, key, padding, 0.1, 24, 7, reduce)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -145,10 +154,11 @@ def test_selected_sets_agree_with_float64_but_for_ties(device, dtype):
         assert ((disputed - threshold).abs() <= 1e-5 * threshold).all()
 
 
+@REDUCED
 @pytest.mark.parametrize("kind", [None, "left"])
-def test_opcheck(device, kind):
+def test_opcheck(device, kind, reduce):
     query, key = query_and_key(device=device)
-    torch.library.opcheck(score, (query, key, make_padding(kind, 2, 100, device), 0.2, 16, 7))
+    torch.library.opcheck(score, (query, key, make_padding(kind, 2, 100, device), 0.2, 16, 7, reduce))
 
 
 def test_what_does_not_fit_is_refused():
@@ -161,25 +171,27 @@ def test_what_does_not_fit_is_refused():
         ((query, key, padding.int(), 0.2, 16, 7), "int32"),
         ((query, key, None, 0.2, 0, 7), "window 0"),
         ((query, key, None, 0.2, 16, 4), "pool 4"),
+        ((query, key, None, 0.2, 16, 7, "median"), "reduce is 'median'; expected one of mean, max"),
     ):
         with pytest.raises(ValueError, match=message):
             score(*wrong)
 
 
+@REDUCED
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
 @pytest.mark.parametrize("heads, kv_heads, dim, window", [(8, 2, 128, 128), (4, 4, 64, 500), (4, 1, 256, 128)])
-def test_real_sizes(poisoned_empty, dtype, kind, heads, kv_heads, dim, window):
+def test_real_sizes(poisoned_empty, dtype, kind, heads, kv_heads, dim, window, reduce):
     padding = make_padding(kind, 2, 9001, "cuda")
     query, key = (
         poison_padding(t, padding)
         for t in query_and_key(9001, 4.0, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, device="cuda")
     )
-    got = score(query, key, padding, dim**-0.5, window, 7)
-    want = score_aten(query.double(), key.double(), padding, dim**-0.5, window, 7)
+    got = score(query, key, padding, dim**-0.5, window, 7, reduce)
+    want = score_aten(query.double(), key.double(), padding, dim**-0.5, window, 7, reduce)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-12)
-    assert torch.equal(score(query, key, padding, dim**-0.5, window, 7), got)
+    assert torch.equal(score(query, key, padding, dim**-0.5, window, 7, reduce), got)
 
 
 @pytest.mark.gpu

@@ -201,7 +201,7 @@ class TestSparse:
         assert_expected_inline(
             calls(rewritten.after),
             """\
-score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3)
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3, mean)
 select_default: int32[2, 4, 8] = select(score_default, None, 8)
 compress_default: tuple = compress(l_q_, l_k_, l_v_, select_default, None)
 getitem_4: float32[2, 4, 8, 8] = getitem(compress_default, 0)
@@ -223,7 +223,7 @@ merge_floor_default: float32[2, 4, 12, 8] = merge_floor(l_q_, l_k_, l_v_, getite
 eq: bool[2, 12] = eq(l_pad_, 0)
 logical_not: bool[2, 12] = not(eq)
 expand: bool[2, 12] = expand(logical_not, 2, 12)
-score_default: float32[2, 4, 12] = score(l_q_, l_k_, expand, 0.353553, 3, 3)
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, expand, 0.353553, 3, 3, mean)
 budget_default: int32[2] = budget(score_default, None, 0.5, 2)
 select_default: int32[2, 4, 8] = select(score_default, budget_default, 8)
 compress_default: tuple = compress(l_q_, l_k_, l_v_, select_default, budget_default)
@@ -246,7 +246,7 @@ merge_floor_default: float32[2, 4, 12, 8] = merge_floor(l_q_, l_k_, l_v_, getite
         assert_expected_inline(
             calls(rewritten.after),
             """\
-score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3)
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3, mean)
 select_default: int32[2, 4, 8] = select(score_default, None, 8)
 compress_default: tuple = compress(l_q_, l_k_, l_v_, select_default, None)
 getitem_4: float32[2, 4, 8, 8] = getitem(compress_default, 0)
@@ -266,7 +266,7 @@ decompress_default: float32[2, 4, 12, 8] = decompress(attend_default, select_def
 eq: bool[2, 12] = eq(l_pad_, 0)
 logical_not: bool[2, 12] = not(eq)
 expand: bool[2, 12] = expand(logical_not, 2, 12)
-score_default: float32[2, 4, 12] = score(l_q_, l_k_, expand, 0.353553, 3, 3)
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, expand, 0.353553, 3, 3, mean)
 budget_default: int32[2] = budget(score_default, 0.3, None, 2)
 select_default: int32[2, 4, 12] = select(score_default, budget_default, 12)
 compress_default: tuple = compress(l_q_, l_k_, l_v_, select_default, budget_default)
@@ -284,7 +284,7 @@ decompress_default: float32[2, 4, 12, 8] = decompress(attend_default, select_def
         assert_expected_inline(
             calls(rewritten.after),
             """\
-score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3)
+score_default: float32[2, 4, 12] = score(l_q_, l_k_, None, 0.353553, 3, 3, mean)
 unflatten: float32[2, 2, 2, 12] = unflatten(score_default, 1, (2, -1))
 mean: float32[2, 2, 12] = mean(unflatten, 2)
 budget_default: int32[2] = budget(mean, 0.3, None, 2)
@@ -311,8 +311,9 @@ decompress_default: float32[2, 4, 12, 8] = decompress(attend_default, select_def
             re.sub(r"\bs\d+\b", "L", calls(rewritten.after)),
             """\
 sym_size_int: SymInt = sym_size(l_q_, 2)
-score_default: float32[2, 4, L] = score(l_q_, l_q_, None, 0.353553, 3, 3)
-sub: SymInt = sub(sym_size_int, 3)
+sym_size_int_1: SymInt = sym_size(l_q_, 2)
+score_default: float32[2, 4, L] = score(l_q_, l_q_, None, 0.353553, 3, 3, mean)
+sub: SymInt = sub(sym_size_int_1, 3)
 mul: SymInt = mul(sub, 1)
 add: SymInt = add(mul, 1)
 floordiv: SymInt = floor_divide(add, 2)
@@ -324,7 +325,7 @@ getitem_6: float32[2, 4, Min(L - 3, ((L//2)) - 1) + 3, 8] = getitem(compress_def
 getitem_7: float32[2, 4, Min(L - 3, ((L//2)) - 1) + 3, 8] = getitem(compress_default, 1)
 getitem_8: float32[2, 4, Min(L - 3, ((L//2)) - 1) + 3, 8] = getitem(compress_default, 2)
 attend_default: float32[2, 4, Min(L - 3, ((L//2)) - 1) + 3, 8] = attend(getitem_6, getitem_7, getitem_8, None, 0.353553, auto)
-decompress_default: float32[2, 4, L, 8] = decompress(attend_default, select_default, None, sym_size_int)""",
+decompress_default: float32[2, 4, L, 8] = decompress(attend_default, select_default, None, sym_size_int_1)""",
         )
         self.check_against_reference(rewritten, q, q, q, keep_ratio=0.5)
         for length in (9, 31):

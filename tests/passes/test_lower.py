@@ -98,7 +98,7 @@ def test_a_sparse_chunk_becomes_aten_for_all_lengths(padded):
     for sizes in ((40, 60), (17, 3), (21, 90)):
         query, key, value, past_key, past_value, *mask = inputs = chunk_inputs(*sizes, padded)
         key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
-        options = {"keep_ratio": 0.4, "window": 20, "min_tokens": 3, **floor}
+        options = {"keep_ratio": 0.4, "window": 20, "min_tokens": 3, "reduce": "max", **floor}
         padding = mask[0].bool() if mask else None
         expected = reference.token_sparse_attention(query, key, value, padding, **options)
         torch.testing.assert_close(lowered.module()(*inputs), expected, rtol=1e-4, atol=1e-5)

@@ -190,8 +190,8 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "Score",
         "query T [B,H,Lq,D], key T [B,G,L,D], padding? bool [B,L]",
         "scores float [B,H,L]",
-        "pool int, scale float, window int",
-        "Mean attention of the last `window` valid queries, which are those of the last Lq <= L positions, to each earlier "
+        "pool int, reduce? string, scale float, window int",
+        "Attention of the last `window` valid queries, which are those of the last Lq <= L positions, to each earlier "
         "token, pooled over `pool` neighbours. +inf marks the window's tokens, -inf invalid ones.",
     ),
     (
@@ -319,8 +319,8 @@ def _translations() -> dict[str, Callable[..., Any]]:
     """
     ops: Any = require("onnxscript")[0].values.Opset(DOMAIN, DOMAIN_VERSION)
 
-    def score(query, key, padding, scale: float, window: int, pool: int):  # type: ignore[no-untyped-def]
-        return ops.Score(query, key, padding, scale=scale, window=window, pool=pool)
+    def score(query, key, padding, scale: float, window: int, pool: int, reduce: str):  # type: ignore[no-untyped-def]
+        return ops.Score(query, key, padding, scale=scale, window=window, pool=pool, reduce=reduce)
 
     def budget(scores, coverage: float, keep_ratio: float, min_tokens: int):  # type: ignore[no-untyped-def]
         if keep_ratio is None:
