@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from colors import color_of
+
 Row = dict[str, Any]
 GOALS = {
     8192: {0.08: 0.36, 0.15: 0.38, 0.3: 0.46, 0.5: 0.63},
@@ -159,8 +161,8 @@ def figure(rows: list[Row], path: Path, title: str) -> None:
     for number, name in enumerate(names):
         style = {"linestyle": ("-", "--", ":", "-.")[number % 4], "marker": "os^D"[number % 4]}
         _line(axes, rows, name, None, label=name, color="0.45", linewidth=1.2, **style)
-    for number, keep in enumerate(keeps):
-        draw = functools.partial(_line, axes, rows, keep=keep, color=f"C{number}")
+    for keep in keeps:
+        draw = functools.partial(_line, axes, rows, keep=keep, color=color_of(f"{keep:g}"))
         draw("ours", label=f"ours, {keep:g} of the tokens kept", linewidth=2.2)
         draw("ours, published", label="_", linewidth=1.2, linestyle="--")
     axes.plot([], [], color="0", linewidth=1.2, linestyle="--", label="the same without the floor, as published")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from colors import color_of
+
 Row = dict[str, Any]
 DESCRIPTIONS = {
     "eager": "eager",
@@ -72,10 +74,10 @@ def _cell(row: Row | None, base: Row | None) -> str:
 
 
 def figure(rows: list[Row], path: Path, device: str) -> None:
-    """Speed relative to the first mode, by length: a panel with a mask, one without; a mode has one colour in both."""
+    """Speed relative to the first mode, by length: a panel with a mask, one without."""
     from matplotlib import pyplot
 
-    halves, modes = by_mask(rows), [*dict.fromkeys(row["mode"] for row in rows)]
+    halves = by_mask(rows)
     drawing, panels = pyplot.subplots(1, len(halves), figsize=(6 * len(halves), 4.4), sharey=True, squeeze=False)
     for axes, (masked, chosen) in zip(panels[0], halves.items(), strict=True):
         base = {row["length"]: row["ms"] for row in chosen if row["mode"] == chosen[0]["mode"] and "ms" in row}
@@ -83,8 +85,7 @@ def figure(rows: list[Row], path: Path, device: str) -> None:
             timed = [row for row in chosen if row["mode"] == mode and "ms" in row and row["length"] in base]
             points = sorted((row["length"], base[row["length"]] / row["ms"]) for row in timed)
             if points:
-                color = f"C{modes.index(mode)}"
-                axes.plot(*zip(*points, strict=True), marker="o", color=color, label=describe(mode))
+                axes.plot(*zip(*points, strict=True), marker="o", color=color_of(mode), label=describe(mode))
             if points and any("error" in row for row in chosen if row["mode"] == mode):
                 axes.annotate("then out of memory", points[-1], xytext=(8, 0), textcoords="offset points", va="center")
         axes.set_xscale("log", base=2)
@@ -93,7 +94,7 @@ def figure(rows: list[Row], path: Path, device: str) -> None:
         axes.set_title(f"{mask_name(masked)}, one {device}", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"prefill speed, {describe(rows[0]['mode'])} = 1")
-    panels[0][0].set_ylim(0, 1.2 * panels[0][0].get_ylim()[1])  # room for the legend
+    panels[0][0].set_ylim(0, 1.4 * panels[0][0].get_ylim()[1])  # room for the legend
     panels[0][0].legend(loc="upper left", fontsize=8)
     drawing.tight_layout()
     drawing.savefig(path, dpi=150)
@@ -101,12 +102,12 @@ def figure(rows: list[Row], path: Path, device: str) -> None:
 
 
 def write(rows: list[Row], conditions: Row, results: Path) -> None:
-    """JSON, Markdown and a figure: `results` with three suffixes."""
+    """JSON, Markdown and, of several lengths, a figure: `results` with three suffixes."""
     results.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n"
     replaced = results.with_suffix(".json.tmp")  # a run may be cut short at any time
     replaced.write_text(text)
     replaced.replace(results.with_suffix(".json"))
     results.with_suffix(".md").write_text(f"{conditions}\n\n{table(rows)}\n")
-    if any("ms" in row for row in rows):
+    if len({row["length"] for row in rows if "ms" in row}) > 1:
         figure(rows, results.with_suffix(".png"), conditions["device"])

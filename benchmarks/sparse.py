@@ -69,13 +69,13 @@ log = logging.getLogger("attention")
 FLOOR = Floor(256, 16)
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 METHODS: dict[str, tuple[Callable[..., AnyLists], dict[str, float]]] = {
-    "FlashPrefill, alpha .1": (flashprefill_lists, {}),
-    "FlashPrefill, alpha .05": (flashprefill_lists, {"alpha": 0.05}),
-    "FlashPrefill, alpha .02": (flashprefill_lists, {"alpha": 0.02}),
-    "XAttention, stride 16, mass .9": (xattention_lists, {}),
-    "XAttention, stride 8, mass .9": (xattention_lists, {"stride": 8}),
-    "FlexPrefill, gamma .95": (flexprefill_lists, {}),
-    "FlexPrefill, gamma .9": (flexprefill_lists, {"gamma": 0.9}),
+    "FlashPrefill, alpha 0.1": (flashprefill_lists, {}),
+    "FlashPrefill, alpha 0.05": (flashprefill_lists, {"alpha": 0.05}),
+    "FlashPrefill, alpha 0.02": (flashprefill_lists, {"alpha": 0.02}),
+    "XAttention, stride 16, mass 0.9": (xattention_lists, {}),
+    "XAttention, stride 8, mass 0.9": (xattention_lists, {"stride": 8}),
+    "FlexPrefill, gamma 0.95": (flexprefill_lists, {}),
+    "FlexPrefill, gamma 0.9": (flexprefill_lists, {"gamma": 0.9}),
     "MInference, 1000 + 6096": (minference_lists, {}),
     "MInference, 3500 + 100": (minference_lists, {"vertical": 3500, "slash": 100}),
     "A-shape, 128 + 3968": (a_shape_lists, {}),
@@ -333,7 +333,7 @@ def write(folder: Path, run: Run, conditions: Row, text: str) -> None:
     (folder / "sparse.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "sparse.md").write_text(text + "\n")
     if run.parts.get("methods"):
-        run.attempt("figure", lambda: figure(run.parts["methods"], folder / "sparse.png"))
+        run.attempt("figure", lambda: figure(run.parts["methods"], folder / "sparse.png", conditions["device"]))
 
 
 def main() -> int:

@@ -19,9 +19,9 @@ four keys have little noise to average. At 128K, 32 heads, 8 key heads, from a s
 heads and two seeds:
 
                                                     here                  there
-    FlashPrefill, alpha .1, .05, .02: error         .33, .23-.25, .15     .32, .24, .16
+    FlashPrefill, alpha 0.1, .05, .02: error         .33, .23-.25, .15     .32, .24, .16
                                       density       6-7 %, 8-9 %, 13 %    4-5 %, 6-8 %, 12-15 % (from times)
-    FlexPrefill, gamma .95, .9: error               .4-.5, .6-.7          .22, .31
+    FlexPrefill, gamma 0.95, .9: error               .4-.5, .6-.7          .22, .31
     Token Sparse Attention, .675 kept: error        .08                   .093
     kept at coverage .005, .01, .02, .05            .88, .79, .65, .46    .85, .77, .66, .45
 

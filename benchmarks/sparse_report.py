@@ -12,7 +12,7 @@ Row = dict[str, Any]
 COLUMNS: dict[str, dict[str, str]] = {
     "kernel": {
         "density": "density", "ms": "ms", "tflops": "TFLOP/s of listed blocks", "rate": "of dense cuDNN's rate",
-        "goal_ms": "goal, ms (density x dense / .7)", "flex_ms": "FlexAttention, ms", "settled_ms": "settled, ms",
+        "goal_ms": "goal, ms (density x dense / 0.7)", "flex_ms": "FlexAttention, ms", "settled_ms": "settled, ms",
         "settled_rate": "settled, of dense cuDNN's rate",
     },
     "selectors": {
@@ -58,12 +58,12 @@ def report(conditions: Row, parts: dict[str, list[Row]], problems: list[str]) ->
     return "\n\n".join([str(conditions), *sections, closing])
 
 
-def figure(rows: list[Row], path: Path) -> None:
+def figure(rows: list[Row], path: Path, device: str) -> None:
     """Speed against error: an arrow from each method alone to the method over the rows that TSA keeps."""
     from matplotlib import colormaps, pyplot
 
     palette = colormaps["tab20"]
-    drawing, axes = pyplot.subplots(figsize=(9, 4.6))
+    drawing, axes = pyplot.subplots(figsize=(8, 5.4))
     good = [row for row in rows if "failed" not in row and row.get("error_all") is not None]
     for number, name in enumerate(dict.fromkeys(row["method"] for row in good)):
         mine = [row for row in good if row["method"] == name]
@@ -73,19 +73,16 @@ def figure(rows: list[Row], path: Path) -> None:
             marker, size = _marker(row["form"])
             axes.plot(row["error_all"], row["speedup"], marker, color=color, markersize=size)
         axes.plot([], [], "o", color=color, label=name)
+    for form, label in (("all", "alone"), ("kept", "composed with TSA"), ("groups", "composed, by groups")):
+        axes.plot([], [], _marker(form)[0], color="0.45", label=label)
     axes.set_yscale("log", base=2)
-    axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+    axes.set_ylim(1, 100)  # room for the legend
     axes.set_xlabel("relative output error, all rows")
     axes.set_ylabel("speedup over dense cuDNN")
+    axes.set_title(f"Block-sparse methods, alone and on the selected tokens, on one {device}", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(
-        frameon=False,
-        fontsize=8,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-        title="circle: alone, star: composed with TSA,\ndiamond: composed, by groups",
-        title_fontsize=8,
-    )
+    axes.legend(loc="upper left", fontsize=8, ncols=3)
     drawing.tight_layout()
     drawing.savefig(path, dpi=150)
     pyplot.close(drawing)

@@ -1,5 +1,6 @@
 """`bench`: every mode at every length, turns, medians, and what is done where memory runs out."""
 
+import dataclasses
 import json
 
 import pytest
@@ -92,13 +93,15 @@ def result():
 
 
 def test_the_table(result):
-    lines = [line.split("  ") for line in str(result).splitlines()]
+    *table, first_calls = str(result).splitlines()
+    lines = [line.split("  ") for line in table]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells == [
         ["2000", "8K"],
         ["eager", "9.50 ms (1.00x), 0.4 GiB", "253 ms (1.00x), 1.9 GiB"],
         ['backend="tsa", coverage 0.2', "out of memory", "206 ms (1.23x), 1.9 GiB"],
     ]
+    assert first_calls == 'first call, which compiles: eager 0.5 s, backend="tsa", coverage 0.2 20 s'
 
 
 def test_json_holds_every_row(result):
@@ -109,11 +112,27 @@ def test_json_holds_every_row(result):
         result.row("exact", 8192)
 
 
-def test_the_figure(result, tmp_path):
+def test_in_a_narrow_terminal_lengths_are_rows(result):
+    assert result.narrow(1000) == str(result)
+    narrow = result.narrow(60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    cells = [line.split()[0] for line in narrow.splitlines()[1:]]
+    assert len(cells) >= len(result.lengths) * len(result.modes), "a row for each length and mode"
+
+
+def test_the_figure(result, tmp_path, monkeypatch):
+    """Lines over several lengths; of one length bars, as a line of one point is nothing to see."""
     pytest.importorskip("matplotlib")
     result.plot(tmp_path / "speed.svg")
     drawn = (tmp_path / "speed.svg").read_text()
     assert drawn.lstrip().startswith("<?xml") and len(drawn) > 5000
+    figures = []
+    monkeypatch.setattr("tsa_compile.bench.save_figure", lambda figure, path, **options: figures.append(figure))
+    result.plot("lines.png")
+    dataclasses.replace(result, rows=[row for row in result.rows if row.length == result.lengths[0]]).plot("bars.png")
+    lines, bars = (figure.axes[0] for figure in figures)
+    assert lines.lines and not lines.patches and bars.patches and not bars.lines
+    assert all(axes.get_legend() and str(result.conditions["device"]) in axes.get_title() for axes in (lines, bars))
 
 
 def test_modes_are_documented():

@@ -435,7 +435,8 @@ def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path):
     def compiled(model, mode):
         return torch.compile(model, backend="tsa", options={"config": TSAConfig(layers=[], compiler="eager")})
 
-    (row,) = rows = chunks.run(model, compiled, ["exact"], (True,), [120], 24, 1)
+    (rows,) = chunks.run(model, compiled, ["exact"], (True,), [120], 24, 1, [])
+    (row,) = rows
     assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 3, 0)
     assert row["relative_difference"] < 1e-4 and row["ratio"] > 0
     chunks.write([*rows, {**row, "error": "out of memory"}], {"device": "none"}, tmp_path / "chunks")

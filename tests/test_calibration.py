@@ -188,11 +188,16 @@ class TestFingerprint:
 
 
 class TestFigure:
-    def test_one_bar_for_each_layer(self, tmp_path):
+    def test_one_bar_for_each_layer(self, tmp_path, monkeypatch):
         pytest.importorskip("matplotlib")
         made().plot(tmp_path / "drift.svg")
         text = (tmp_path / "drift.svg").read_text()
         assert text.count("<path") > 4 and "<svg" in text
+        figures = []
+        monkeypatch.setattr("tsa_compile.calibration.save_figure", lambda figure, path: figures.append(figure))
+        made().plot("drift.png")
+        assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks()), "layers have whole numbers"
+        monkeypatch.undo()
         made(delta=1.0).plot(tmp_path / "all.png")
         assert (tmp_path / "all.png").stat().st_size > 1000
 

@@ -4,6 +4,7 @@ import torch
 import tsa_compile
 
 fast = torch.compile(model, backend="tsa")
+tsa_compile.prefill(model)  # or in place, for model.generate: the prompts alone
 print(tsa_compile.explain(model, input_ids=ids))
 """
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
     from tsa_compile.loss_calibration import LossCalibration
+    from tsa_compile.prefilling import Prefill, prefill
     from tsa_compile.reasons import Decision, Reason
     from tsa_compile.report import CallRow, RewriteReport, clear_reports, reports
 
@@ -42,6 +44,7 @@ __all__ = [
     "KernelError",
     "LossCalibration",
     "Prediction",
+    "Prefill",
     "Reason",
     "RewriteError",
     "RewriteReport",
@@ -52,6 +55,7 @@ __all__ = [
     "clear_reports",
     "explain",
     "predict",
+    "prefill",
     "preset",
     "reports",
     "tsa_backend",
@@ -66,6 +70,7 @@ _HOMES = {
     "explanation": ("explain",),
     "loss_calibration": ("LossCalibration",),
     "costs.predict": ("Prediction", "predict"),
+    "prefilling": ("Prefill", "prefill"),
     "report": ("Decision", "Reason", "RewriteReport", "CallRow", "clear_reports", "reports"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -28,6 +28,7 @@ from tsa_compile.kernels.sdpa import PRIORITY
 from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
+from tsa_compile.regions import NotCut, compile_by_region
 from tsa_compile.report import RewriteReport, record
 
 Compiled = Callable[..., Any]
@@ -44,8 +45,8 @@ def tsa_backend(
 
     Args:
         graph_module, example_inputs: as Dynamo passes them to a backend.
-        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's. As they are
-            when torch.compile is called: a later change of the mapping changes nothing.
+        options: fields of `TSAConfig`, or {"config": TSAConfig(...)}, or both: fields override the config's. They are read
+            when torch.compile is called; changing the mapping afterwards has no effect.
         mode: torch.compile's mode ("reduce-overhead", ...), for Inductor.
 
     Returns:
@@ -63,7 +64,7 @@ def tsa_backend(
     report = run_passes(graph_module, config, WHOLE if isinstance(config.compiler, str) else PASSES)
     try:
         with _dense_kernels():
-            compiled = compiler(graph_module, list(example_inputs))
+            compiled, notes = _compile(graph_module, example_inputs, config, compiler, report)
     except (TorchDynamoException, TSAError):
         raise  # Dynamo's own control flow (a restart of the analysis among it), or an error that is already clear
     except Exception as error:
@@ -72,9 +73,22 @@ def tsa_backend(
         text = f"the rewritten graph could not be compiled ({summary(error)}); compiling the model's own"
         warnings.warn(text, TSAWarning, stacklevel=2)
         compiled = compiler(original, list(example_inputs))
-        report = untouched(report, text)
-    record(report)
+        report, notes = untouched(report, text), ()
+    record(replace(report, notes=(*report.notes, *notes)))
     return compiled
+
+
+def _compile(
+    graph_module: GraphModule, example_inputs: Sequence[Any], config: TSAConfig, compiler: Compiled, report: RewriteReport
+) -> tuple[Compiled, tuple[str, ...]]:
+    """The compiled graph, and notes for the report."""
+    if not config.regional:
+        return compiler(graph_module, list(example_inputs)), ()
+    try:
+        compiled, note = compile_by_region(graph_module, example_inputs, report, compiler)
+    except NotCut as error:
+        return compiler(graph_module, list(example_inputs)), (f"regional: the graph is compiled as a whole: {error}",)
+    return compiled, (f"regional: {note}",)
 
 
 take_over(tsa_backend)
@@ -90,7 +104,8 @@ def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:
     """What compiles the rewritten graph: a callable, or the Dynamo backend of that name.
 
     Raises:
-        ConfigError: no Dynamo backend has that name, or a mode is given to one that takes none.
+        ConfigError: no Dynamo backend has that name, a mode is given to one that takes none, or CUDA graphs are asked for
+            with `regional`.
     """
     compiler: Any = config.compiler
     if isinstance(compiler, str):
@@ -105,7 +120,13 @@ def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:
         return compiler
     if config.compiler != "inductor":
         raise ConfigError(f"mode={mode!r} is not allowed with compiler={config.compiler!r}: only Inductor has modes")
-    return partial(compiler, config_patches=_mode_options(mode))
+    patches = _mode_options(mode)
+    if config.regional and patches.get("triton.cudagraphs"):
+        raise ConfigError(
+            f"mode={mode!r} is not allowed with regional=True: a CUDA graph holds the addresses of one layer's weights, and "
+            "layers share their code here; choose one of the two"
+        )
+    return partial(compiler, config_patches=patches)
 
 
 def _mode_options(mode: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
 from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
-from tsa_compile.text import as_text
+from tsa_compile.text import as_text, wrapped
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
@@ -101,11 +101,32 @@ class Benchmark:
         """A figure of speed relative to the first mode, by length. Needs matplotlib."""
         _plot(self, path)
 
-    def __str__(self) -> str:
+    def narrow(self, width: int) -> str:
+        """As text in lines of at most so many characters: where a column for each length is too wide, a row for each."""
+        table = self._table()
+        if max(map(len, table.splitlines())) > width:
+            rows = Table(box=None, pad_edge=False, header_style="")
+            for name in ("tokens", "mode", "prefill"):
+                rows.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
+            for length in self.lengths:
+                for mode in self.modes:
+                    rows.add_row(_length_words(length), self.words(mode), _cell(self.row(mode, length)))
+            table = as_text(rows, width)
+        return "\n".join([table, *wrapped([self._first_calls()], width)])
+
+    def _table(self) -> str:
         table = Table("", *map(_length_words, self.lengths), box=None, pad_edge=False, header_style="")
         for mode in self.modes:
             table.add_row(self.words(mode), *(_cell(self.row(mode, length)) for length in self.lengths))
         return as_text(table)
+
+    def _first_calls(self) -> str:
+        """What compiling takes: each mode's longest first call."""
+        longest = {mode: max(row.first_call_s or 0.0 for row in self.rows if row.mode == mode) for mode in self.modes}
+        return "first call, which compiles: " + ", ".join(f"{self.words(mode)} {longest[mode]:.3g} s" for mode in self.modes)
+
+    def __str__(self) -> str:
+        return f"{self._table()}\n{self._first_calls()}"
 
 
 def bench(
@@ -313,23 +334,34 @@ def _cell(row: Measurement) -> str:
     return text + ("" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB")
 
 
+_COLOURS = {"eager": "0.45", "compile": "0.7", "exact": "tab:blue", "sparse": "tab:orange"}
+
+
 def _plot(result: Benchmark, path: str | Path) -> None:
-    figure = new_figure(figsize=(6, 4))
+    """A line for each mode by length; of one length, a bar for each mode."""
+    figure = new_figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for mode in result.modes:
+    for position, mode in enumerate(result.modes):
         rows = [result.row(mode, length) for length in result.lengths]
         points = [(row.length, row.speed) for row in rows if row.speed is not None]
-        if points:
-            axes.plot(*zip(*points), marker="o", label=result.words(mode))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(result.lengths, [_length_words(length) for length in result.lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("prompt length")
+        style: dict[str, Any] = {"color": _COLOURS[mode], "label": result.words(mode)}
+        if points and len(result.lengths) > 1:
+            axes.plot(*zip(*points), marker="o", **style)
+        elif points:
+            axes.bar(position, points[0][1], **style)
+    if len(result.lengths) > 1:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(result.lengths, [_length_words(length) for length in result.lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("prompt length")
+    else:
+        axes.set_xticks(range(len(result.modes)), result.modes)
+        axes.set_xlabel(f"a prompt of {_length_words(result.lengths[0])} tokens")
     axes.set_ylabel(f"prefill speed, {result.words(result.modes[0])} = 1")
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
     axes.set_title(
         f"{result.conditions['model']}, {result.conditions['layers']} layers, {result.conditions['device']}", size=9
     )
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", fontsize=8)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     save_figure(figure, path, dpi=150)

@@ -116,9 +116,10 @@ class Calibration(Calibrated):
         figure = new_figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")
         axes = figure.subplots()
         sparse = set(self.sparse_layers)
-        for label, colour, shown in (("dense", "0.7", False), (f"sparse (delta {self.delta:g})", "tab:blue", True)):
+        for label, colour, shown in (("dense", "0.7", False), (f"sparse (delta {self.delta:g})", "tab:orange", True)):
             indices = [index for index in range(len(self.drift)) if (index in sparse) == shown]
             axes.bar(indices, [self.drift[index] for index in indices], color=colour, label=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="layer", ylabel="drift", title=f"Drift over {self.tokens:,} tokens of {self.prompts:,} prompts")
         axes.legend()
         save_figure(figure, path)
@@ -145,7 +146,7 @@ def calibrate(
     objective: str = "drift",
     **search: Any,
 ) -> Calibration | LossCalibration:
-    """Which decoder layers may be sparse, from prompts, best long ones of the kind that will be used.
+    """Measures on prompts which decoder layers may be sparse. Use long prompts of the kind that the model will see.
 
     objective "drift": the layers that change hidden states least. The model runs once, dense, without cache and head.
     objective "loss": the layers, and how much each keeps, that change the probabilities of answers by at most `max_kl`. The
@@ -160,7 +161,8 @@ def calibrate(
         delta: the share of the layers to be sparse, in (0, 1]; of "drift".
         tokenizer: needed for text alone.
         progress: whether to show a progress bar, on stderr.
-        batch_size: how many prompts run at once; for "drift" padded on the right, for "loss" only such of one length.
+        batch_size: how many prompts run at once. "drift" pads them on the right; "loss" puts only prompts of one length
+            together.
 
     Raises:
         ConfigError: the model has no decoder layers, or a prompt or an option is not allowed.

@@ -51,7 +51,7 @@ def check_int(option: str, value: object, minimum: int, *, optional: bool = Fals
 
 @dataclass(frozen=True)
 class Coverage:
-    """Drop the least-scored tokens whose scores sum up to `tau` of the mass: the budget adapts to the input.
+    """Drop the least-scored tokens whose scores sum up to the share `tau` of all scores: how many stay depends on the input.
 
     `tau` lies in [0, 1); 0 keeps every token. The published setting is 0.005.
     """
@@ -68,7 +68,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class KeepRatio:
-    """Keep the fraction `ratio` of the candidates, whatever their scores: the budget is a static shape expression.
+    """Keep the share `ratio` of the tokens, whatever their scores: how many that are follows from the length alone.
 
     `ratio` lies in [0, 1]; 1 keeps every token, 0 the window and `min_tokens`.
     """
@@ -179,6 +179,8 @@ class TSAConfig:
         kernel: attention kernel over the kept rows: "auto" or a registered name.
         dense_kernel: attention kernel over all tokens in the causal layers that are not sparse, by its registered name; a
             block-sparse one makes them approximate as well. None: dense attention, exactly as the model wrote it.
+        regional: compile layers that are alike once, not each by itself (regional compilation): compiling takes less time,
+            and nothing is fused across the border of two layers. Not with CUDA graphs.
         strict: raise where a rewrite that was asked for is not made, instead of warning.
         compiler: what compiles the rewritten graph: a Dynamo backend's name, or a callable ``(gm, inputs)``, which is given
             the single steps of sparse attention.
@@ -198,6 +200,7 @@ class TSAConfig:
     min_length: int | None = None
     kernel: str = "auto"
     dense_kernel: str | None = None
+    regional: bool = False
     strict: bool = False
     compiler: Compiler = "inductor"
     skip_passes: Sequence[str] = ()
@@ -222,8 +225,9 @@ class TSAConfig:
             raise _reject("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
         if self.dense_kernel is not None and (not isinstance(self.dense_kernel, str) or not self.dense_kernel):
             raise _reject("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
-        if not isinstance(self.strict, bool):
-            raise _reject("strict", self.strict, "True or False")
+        for switch in ("regional", "strict"):
+            if not isinstance(getattr(self, switch), bool):
+                raise _reject(switch, getattr(self, switch), "True or False")
         object.__setattr__(self, "skip_passes", _names("skip_passes", self.skip_passes))
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise _reject("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')

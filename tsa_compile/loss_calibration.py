@@ -49,9 +49,9 @@ class LossCalibration(Calibrated):
         kl: of the choice as a whole: mean over the answers' tokens of KL(dense || sparse), in nats.
         max_kl: what was allowed.
         saved: the share of the pairs of queries and keys, of all layers, that the choice leaves out of selected attention.
-        tokens: of the answers.
-        prompts, length: how many, and how long on average.
-        base: the configuration but for layers and budgets.
+        tokens: how many tokens the answers have, all together.
+        prompts, length: how many prompts were used, and how many tokens they have on average.
+        base: the other options that were measured with: the configuration without its layers and budgets.
     """
 
     FORMAT = "tsa_compile.loss_calibration/1"

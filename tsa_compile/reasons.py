@@ -80,18 +80,28 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
 }
 
+_BY_LAYER = 'Where layers are compiled one by one (FSDP2, layer.compile()): attn_implementation="tsa" needs no graph.'
+
 REMEDIES: dict[Reason, str] = {
     Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
-    Reason.LAYER_COUNT_UNKNOWN: "Compile the whole model without graph breaks, or name modules by pattern in `layers`.",
+    Reason.LAYER_COUNT_UNKNOWN: (
+        "Compile the whole model without graph breaks (regional=True compiles its layers once), or name modules by pattern "
+        f"in `layers`. {_BY_LAYER}"
+    ),
     Reason.TOO_SHORT: "Set `min_length`, or lower `min_tokens` and `window`, to compress shorter sequences.",
     Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
-    Reason.MASK_OPAQUE: "Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input.",
+    Reason.MASK_OPAQUE: (
+        f"Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input. {_BY_LAYER}"
+    ),
     Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
     Reason.NOT_SELF_ATTENTION: "Let the model build the mask of a prefill itself, over a DynamicCache or a StaticCache.",
     Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
-    Reason.UNSUPPORTED_FORM: 'Load the model with attn_implementation="sdpa", whose masks are read, not flash.',
+    Reason.UNSUPPORTED_FORM: (
+        'Load the model with attn_implementation="sdpa", whose masks are read, not flash. Use regional=True in '
+        "place of torch.compiler.nested_compile_region."
+    ),
     Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
     Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",
     Reason.PASS_FAILED: "Use strict=True to see the error, and please report it.",

@@ -1,6 +1,6 @@
 """What the compiler did, and why: one row per attention call, a table to read and JSON to keep.
 
-Every compilation records its `RewriteReport`; `reports()` gives the last ones back, newest last.
+Every compilation records its `RewriteReport`. `reports()` returns the last ones, the newest at the end.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class RewriteReport:
     """What one compilation did: a row per attention call, the config it followed and notes on the whole graph.
 
     `expected` is empty, or names the "device" of the rows' expected times and the "break_even" length, from which calls
-    become sparse there (None: from no length on).
+    become sparse there (None: at no length).
     """
 
     rows: tuple[CallRow, ...]
@@ -325,7 +325,7 @@ def reports(*, prefill: bool = False) -> list[RewriteReport]:
     """The reports of this process's compilations, newest last.
 
     Args:
-        prefill: those of graphs that have attention of several queries alone, without decode steps and graphs without any.
+        prefill: leave out the graphs of decode steps, and graphs without attention.
     """
     with _lock:
         return [report for report in _history if report.is_prefill or not prefill]

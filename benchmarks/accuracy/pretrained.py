@@ -72,7 +72,7 @@ def setting(
     name: str, budget: Budget, which: Iterable[int], floor: Floor | None, random: bool = False, **others: Any
 ) -> Setting:
     """A setting in which nothing is left to a default that may change."""
-    fixed: dict[str, Any] = {"window": 128, "pool": 7, "min_tokens": 0, "min_length": 1, "granularity": "head", **others}
+    fixed = {"window": 128, "score": "mean", "pool": 7, "min_tokens": 0, "min_length": 1, "granularity": "head", **others}
     return Setting(name, TSAConfig(budget=budget, layers=tuple(which), floor=floor, **fixed), random)
 
 
@@ -84,6 +84,9 @@ def settings(layers: int) -> list[Setting]:
     found += [setting(f"published, Coverage {_short(tau)}", Coverage(tau), upper, None) for tau in (0.005, 0.01, 0.02)]
     found.append(setting("floor alone, upper half", KeepRatio(0), upper, FLOOR))
     found.append(setting("floor, keep .3 at random, upper half", KeepRatio(0.3), upper, FLOOR, random=True))
+    for ratio, name in ((0.15, "upper half"), (0.3, "upper half"), (0.08, "upper half"), (0.15, "upper two thirds")):
+        called = f"floor, keep {_short(ratio)}, {name}, max"
+        found.append(setting(called, KeepRatio(ratio), ranges[name], FLOOR, score="max"))
     for name, which in ranges.items():
         found += [
             setting(f"floor, keep {_short(ratio)}, {name}", KeepRatio(ratio), which, FLOOR)
@@ -103,7 +106,9 @@ def _with_methods(upper: range, two_thirds: range) -> list[Setting]:
         composed = {"kernel": method, "dense_kernel": method}
         found.append(setting(f"{method}, and floor, keep .3, upper half", KeepRatio(0.3), upper, FLOOR, **composed))
     name = "floor, keep .15, upper two thirds, a_shape in the others"
-    return [*found, setting(name, KeepRatio(0.15), two_thirds, FLOOR, dense_kernel="a_shape")]
+    for last, score in {"": "mean", ", max": "max"}.items():
+        found.append(setting(name + last, KeepRatio(0.15), two_thirds, FLOOR, dense_kernel="a_shape", score=score))
+    return found
 
 
 def _short(number: float) -> str:

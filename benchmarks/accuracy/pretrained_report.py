@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from tsa_compile.evaluation import Study
@@ -11,7 +12,7 @@ from tsa_compile.evaluation.settings import DENSE
 from tsa_compile.evaluation.statistics import mcnemar
 from tsa_compile.evaluation.tables import markdown, remark
 
-ENOUGH = 200
+ENOUGH = 32
 """Samples that a setting needs of every task at every length to stand in the table over all lengths."""
 
 
@@ -24,14 +25,15 @@ def report(study: Study) -> str:
     if stretch is not None:
         factors = ", ".join(f"{factor:g}" for factor in stretch["factors"])
         made += f"; positions of prompts that need it stretched by {factors} ({stretch['by']})"
-    return (
+    text = (
         f"{sizes}, {study.conditions['dtype']}; seed {study.conditions['seed']}; {made}\n\n{_over_lengths(study)}"
         "kept: mean share of the tokens in the sparse layers. Each task: % of the samples right (`*`: McNemar's exact test "
-        "rejects equality with dense at .05, not corrected for the number of tests), mean negative log-likelihood of the "
+        "rejects equality with dense at 0.05, not corrected for the number of tests), mean negative log-likelihood of the "
         "expected answer, and in brackets its mean difference to dense. copy and continuation are scored by likelihood "
         "alone.\n\n"
         f"{markdown(study)}\n"
     )
+    return re.sub(r"(?<= )\.(?=\d)", "0.", text)  # settings are named "keep .3", by which results are found again
 
 
 def _over_lengths(study: Study) -> str:
@@ -40,20 +42,23 @@ def _over_lengths(study: Study) -> str:
     lines = []
     for setting in study.names("setting"):
         cells = [[study.find(task, length, setting) for length in lengths] for task in tasks]
-        if setting == DENSE.name or min(cell.samples for row in cells for cell in row) < ENOUGH:
+        counts = [cell.samples for row in cells for cell in row]
+        if setting == DENSE.name or min(counts) < ENOUGH:
             continue
         mean_kl = math.fsum(math.fsum(cell.kl) / cell.samples for row in cells for cell in row) / len(tasks) / len(lengths)
         changes = [_change([(cell, study.dense(cell)) for cell in row if not remark(study, cell.task, cell.length)])
                    for row in cells]  # fmt: skip
-        lines.append([setting, *changes, f"{mean_kl:.4f}"])
+        samples = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        lines.append([setting, *changes, f"{mean_kl:.4f}", samples])
     if not lines:
         return ""
-    head = [["setting", *tasks, "KL"], ["---"] * (len(tasks) + 2)]
+    head = [["setting", *tasks, "KL", "samples"], ["---"] * (len(tasks) + 3)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
     title = f"**All lengths together** ({', '.join(f'{length:,}' for length in lengths)} tokens)"
     return (
         f"{title}: points of accuracy won or lost against dense and McNemar's p; of tasks scored by likelihood, its "
-        f"change; and the mean KL divergence from dense of all tasks\n\n{table}\n\n"
+        f"change; the mean KL divergence from dense of all tasks; and how many samples each task ran at each length\n\n"
+        f"{table}\n\n"
     )
 
 

@@ -199,6 +199,12 @@ class TestExpressions:
         assert four.dense_ms == pytest.approx(4 * one.dense_ms, rel=0.01)
         assert four.dense.flops.subs(LENGTH, 5) == 4 * one.dense.flops.subs(LENGTH, 5)
 
+    def test_in_a_narrow_terminal_sentences_stand_whole_above_and_below_the_table(self):
+        text = predict(TSAConfig(), LLAMA, 131072, "h100").narrow(80)
+        above, below = text.split("\nlayers  ", 1)
+        assert max(map(len, text.splitlines())) <= 80
+        assert " ".join(above.split()).endswith("NVIDIA H100 80GB HBM3") and "HBM3" not in below
+
     def test_the_table_names_what_it_is_about(self, llama):
         found = llama(0.675, 128 * K)
         text = str(found)

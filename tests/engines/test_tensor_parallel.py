@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
+from tsa_compile import Reason, TSAConfig, attention, reports
 from tsa_compile.kernels import fused, ranks
 from tsa_compile.kernels.fused import Options
 from tsa_compile.kernels.padded import valid_ranges
 
-from ..support import difference, heads, mixed_padding, tiny
+from ..support import difference, heads, mixed_padding, tiny, tokens
 
 CASES = ["exact", "keep ratio", "coverage", "coverage, groups", "coverage, floor"]
 
@@ -76,14 +77,55 @@ def test_coverage_is_refused_where_no_group_is_known(found):
     assert all("LlamaAttention that has 2 of 4 heads" in process["refused"] for process in found)
 
 
+@pytest.fixture
+def group(tmp_path):
+    """The name of a group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fresh", "group")
+@pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
+class TestFullySharded:
+    """FSDP2: not compiled, a model is sparse. Compiled, Dynamo breaks at every layer, and the report says what to do."""
+
+    CONFIG = TSAConfig(window=8, min_tokens=8, compiler="eager")
+
+    @pytest.fixture
+    def inputs(self):
+        return dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40))
+
+    def sharded(self, implementation):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        model, mesh = tiny("llama", implementation), init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def test_not_compiled_it_equals_the_plain_model(self, inputs):
+        name = attention.register(self.CONFIG, name="tsa-sharded")
+        model = self.sharded(name)
+        with torch.no_grad():
+            found, plain = model(**inputs).logits, tiny("llama", name)(**inputs).logits
+        assert difference(found, plain, inputs["attention_mask"]) == 0
+        assert attention.report(model).sparse == 2
+
+    @pytest.mark.slow
+    def test_compiled_it_names_what_needs_no_graph(self, inputs):
+        with torch.no_grad():
+            torch.compile(self.sharded("sdpa"), backend="tsa", options={"config": self.CONFIG})(**inputs)
+        rows = [row for report in reports() for row in report]
+        assert {row.reason for row in rows} == {Reason.MASK_OPAQUE}
+        for reason in (Reason.MASK_OPAQUE, Reason.LAYER_COUNT_UNKNOWN):
+            assert 'attn_implementation="tsa"' in reason.remedy
+
+
+@pytest.mark.usefixtures("group")
 class TestMeanOverRanks:
     """Of one process: the mean over its heads."""
-
-    @pytest.fixture(autouse=True)
-    def group(self, tmp_path):
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        yield torch.distributed.group.WORLD.group_name
-        torch.distributed.destroy_process_group()
 
     def test_mean(self, group):
         scores = torch.rand(2, 3, 9)

@@ -31,6 +31,7 @@ CALLS = {
     "floor, padded": (FLOOR, torch.float16, True),
     "groups": (FLOOR.replace(granularity="group"), torch.float16, True),
     "coverage": (FLOOR.replace(budget=Coverage(0.2), capacity=36), torch.float16, True),
+    "chunk": (FLOOR, torch.float16, True),
 }
 BUILT = {
     **{name: (name, torch.float16, True) for name in DECODERS},
@@ -47,8 +48,10 @@ SECONDS = 60
 """Of one core, which two layers may take to build."""
 
 
-def save_call(path, config, dtype, padded):
-    inputs = {name: torch.randn(3, size, 80, 16, dtype=dtype) for name, size in (("query", 4), ("key", 2), ("value", 2))}
+def save_call(path, config, dtype, padded, rows=80):
+    """Queries are those of the last `rows` of 80 positions: of all, or as many at every length."""
+    sizes = {"key": (2, 80), "value": (2, 80), "query": (4, rows)}
+    inputs = {name: torch.randn(3, *size, 16, dtype=dtype) for name, size in sizes.items()}
     if padded:
         inputs["attention_mask"] = mixed_padding(80)
     program = export_program(Call().eval(), inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8))
@@ -65,7 +68,7 @@ def save_graph(path, nodes=(), inputs=(), outputs=()):
 @library
 @pytest.mark.parametrize("case", slow_but(CALLS, "floor, padded"))
 def test_calls_are_parsed_and_built(case, tmp_path):
-    path = save_call(tmp_path / "model.onnx", *CALLS[case])
+    path = save_call(tmp_path / "model.onnx", *CALLS[case], rows=30 if case == "chunk" else 80)
     assert tensorrt.check(path) == tensorrt.check(onnx.load(path), runtime="rtx") == []
     tensorrt.build(path, tmp_path / "model.engine", capabilities=["8.9", "12.0"])
     assert (tmp_path / "model.engine").stat().st_size > 100_000

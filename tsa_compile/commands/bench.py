@@ -79,7 +79,7 @@ def bench(
             "note", f"speed is claimed on GPUs only: this CPU's figures (compiler {config.compiler}) show that all modes run"
         )
     out.draw(found.plot)
-    out.show(str(found), found.to_dict())
+    out.show(found.narrow(output.WIDTH), found.to_dict())
 
 
 def _run(

@@ -198,10 +198,10 @@ def predict(
         model_config: a transformers configuration: layers, heads, sizes, windows, experts.
         length: tokens of each prompt.
         device: see `costs_of`.
-        batch: prompts.
+        batch: how many prompts run at once.
         dtype: of weights and attention; the configuration's if None.
-        kept: the share of all tokens that sparse layers keep, where it was measured. If None it is what the budget is
-            expected to keep, which for Coverage is the publication's finding.
+        kept: the share of all tokens that sparse layers keep, if you measured it. If None, the share that the budget is
+            expected to keep; for Coverage that is the share that the publication found.
 
     Raises:
         ConfigError: a value is not allowed, or the configuration is of no causal language model.
@@ -321,8 +321,10 @@ def _render(prediction: Prediction, width: int | None = None) -> str:
         lines.append(f"layers become sparse from {prediction.break_even:,} tokens on")
     lines.extend(f"note: {note}" for note in prediction.notes)
     table = as_text(_table(prediction, _COLUMNS if width is None else _NARROW))
-    first, *rest = lines if width is None else wrapped(lines, width)
-    return "\n".join([first, table, *rest])
+    head, rest = lines[:1], lines[1:]
+    if width is not None:
+        head, rest = wrapped(head, width), wrapped(rest, width)
+    return "\n".join([*head, table, *rest])
 
 
 _COLUMNS = ("layers", "kind", "decision", "kept", "attention ms", "becomes", "saved", "gain", "rest ms")

@@ -1,0 +1,143 @@
+"""`prefill`: prompts run compiled, decode steps as before, through transformers' `generate` and its caches."""
+
+import copy
+import io
+import weakref
+
+import pytest
+import torch
+
+import tsa_compile
+from tsa_compile import ConfigError, Prefill, TSAConfig, attention, reports
+
+from .support import Stack, heads, mixed_padding, tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+CONFIG = TSAConfig(window=8, min_tokens=8, layers=[1, 2], compiler="eager")
+PROMPT = tokens(3, 60)
+MASK = mixed_padding(60, (0, 9, 4))
+
+
+def generate(model, **options):
+    return model.generate(PROMPT, attention_mask=MASK, max_new_tokens=4, do_sample=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options, graphs, sparse",
+    [
+        ({}, 1, 2),
+        ({"cache_implementation": "static"}, 1, 0),  # generate builds the mask itself, outside the model
+        ({"prefill_chunk_size": 30}, 2, 2),
+    ],
+    ids=["dynamic cache", "static cache", "chunks"],
+)
+@pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
+def test_generate_compiles_prompts_alone_and_only_once(options, graphs, sparse):
+    config = CONFIG if sparse else CONFIG.replace(layers=[])
+    expected = generate(tiny("llama", attention.register(config, name="tsa_prefilling")), **options)
+    model = tiny("llama")
+    tsa_compile.prefill(model, CONFIG)
+    assert torch.equal(generate(model, **options), expected)
+    assert [report.sparse for report in reports()] == [sparse] * graphs
+    assert reports(prefill=True) == reports()
+    assert torch.equal(generate(model, **options), expected)
+    assert len(reports()) == graphs, "a second prompt of that length compiles nothing"
+
+
+def test_short_calls_are_the_models_own():
+    model, ran = tiny("llama"), []
+    model.register_forward_hook(lambda *_: ran.append(torch.compiler.is_compiling()))
+    with tsa_compile.prefill(model, CONFIG), torch.no_grad():
+        model(PROMPT[:, :15])
+        assert not reports()
+        model(PROMPT[:, :17])
+        model(inputs_embeds=model.get_input_embeddings()(PROMPT))
+    assert [report.rows[0].query[2] for report in reports()] == [17, 60]
+    assert len(ran) == 3, "hooks run in both forms"
+
+
+def test_any_module_whose_first_tensor_has_a_length():
+    class Tower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = Stack(2)
+
+        def forward(self, rows, training=False):
+            split = rows.view(*rows.shape[:2], 4, 16).transpose(1, 2)
+            return self.stack(split, split, split)
+
+    tower, rows = Tower(), heads(length=40)[0].transpose(1, 2).flatten(2)
+    with tsa_compile.prefill(tower, TSAConfig(layers=[], compiler="eager")), torch.no_grad():
+        torch.testing.assert_close(tower(rows), tower.forward(rows))
+    assert len(reports()) == 1
+
+
+def test_it_can_be_undone_and_done_again():
+    model = tiny("llama")
+    dense = generate(model)
+    first = tsa_compile.prefill(model, CONFIG)
+    second = tsa_compile.prefill(model, CONFIG.replace(layers=[]))
+    first.remove()
+    assert torch.equal(generate(model), dense)
+    assert [report.sparse for report in reports()] == [0], "the second one is in place"
+    second.remove()
+    second.remove()
+    generate(model)
+    assert len(reports()) == 1
+    with pytest.raises(ZeroDivisionError), tsa_compile.prefill(model, CONFIG) as handle:
+        assert isinstance(handle, Prefill) and handle.model is model and handle.config == CONFIG
+        raise ZeroDivisionError
+    generate(model)
+    assert len(reports()) == 1, "an error in the block undoes it too"
+
+
+def test_copies_and_files_are_not_compiled():
+    model = tiny("llama")
+    handle = tsa_compile.prefill(model, CONFIG)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        generate(other)
+    assert not reports()
+    gone = weakref.ref(handle)
+    handle.remove()
+    del handle
+    assert gone() is None
+
+
+def test_somebody_elses_compiler_compiles_the_model_itself():
+    model = tiny("llama")
+    tsa_compile.prefill(model, CONFIG)
+    with torch.no_grad():
+        torch.compile(model.__call__, backend="eager", fullgraph=True)(PROMPT)
+    assert not reports()
+
+
+def compiled(model, how):
+    if how == "module":
+        model.compile(backend="tsa")
+    elif how == "forward":
+        model.forward = torch.compile(model.forward, backend="tsa")
+    return torch.compile(model, backend="tsa") if how == "wrapper" else model
+
+
+@pytest.mark.parametrize("how", ["module", "forward", "wrapper"])
+def test_a_model_that_is_compiled_already_is_refused(how):
+    with pytest.raises(ConfigError, match="compiled already"):
+        tsa_compile.prefill(compiled(tiny("llama"), how), CONFIG)
+
+
+def test_errors_say_what_to_do():
+    model = tiny("llama")
+    with pytest.raises(ConfigError, match="takes a TSAConfig"):
+        tsa_compile.prefill(model, {"layers": []})
+    with pytest.raises(ConfigError, match=r"torch\.compile\(function"):
+        tsa_compile.prefill(model.forward)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ConfigError, match="an encoder"):
+        tsa_compile.prefill(model)
+    model.config.is_encoder_decoder = False
+    with tsa_compile.prefill(model), pytest.raises(ConfigError, match=r"0 by position, labels by name.*input_ids"):
+        model(labels=None)

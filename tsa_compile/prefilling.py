@@ -1,0 +1,128 @@
+"""`prefill(model, config)`: a model whose prompts run compiled, and whose decode steps run as they did.
+
+    model(ids [B, 8192])    the compiled model: attention is rewritten and reported
+    model(ids [B, 1])       the model itself: nothing is traced, compiled or reported
+
+`model.compile(backend="tsa")` compiles both: each decode step that Dynamo has no code for yet costs a compilation, and gains
+nothing from this backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from tsa_compile.backend import tsa_backend
+from tsa_compile.config import TSAConfig
+from tsa_compile.errors import ConfigError
+from tsa_compile.passes.plan import FEW_QUERIES
+
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
+class Prefill:
+    """A model whose prefill is compiled, until `remove()`; as a context manager, until the block ends.
+
+    Attributes:
+        model: the module.
+        config: what its prefill is compiled with.
+    """
+
+    def __init__(self, model: Module, config: TSAConfig, *, dynamic: bool | None, fullgraph: bool) -> None:
+        self.model, self.config = model, config
+        self._plain = model._call_impl
+        options: dict[str, Any] = {"config": config}
+        self._compiled = torch.compile(
+            model._call_impl, backend=tsa_backend, options=options, dynamic=dynamic, fullgraph=fullgraph
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call; calls of fewer than 16 tokens are decode steps, and run as without `prefill`."""
+        if torch.compiler.is_compiling():  # somebody else compiles or exports the model: with one compiler, theirs
+            return self._plain(*args, **kwargs)
+        run = self._compiled if _length(args, kwargs) >= FEW_QUERIES else self._plain
+        return run(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Makes the model what it was. Does nothing if it is that already, or if a later `prefill` took over."""
+        if self.model._compiled_call_impl is self:
+            self.model._compiled_call_impl = None
+
+    def __enter__(self) -> Prefill:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<prefill of {type(self.model).__name__} by {self.config}>"
+
+
+def prefill(
+    model: Module, config: TSAConfig | None = None, *, dynamic: bool | None = None, fullgraph: bool = False
+) -> Prefill:
+    """Compiles the prefill of a model, in place: `model(...)` and `model.generate(...)` use it from now on.
+
+    A call of 16 tokens or more is a prefill, or a chunk of one (`generate(prefill_chunk_size=...)`). Shorter calls are
+    decode steps: the model runs them as before, so they are neither compiled nor reported. Copies of the model, and models
+    that are loaded from a file, are not compiled.
+
+    Args:
+        model: a module whose calls hold token ids [B, L] as `input_ids`, or embeddings [B, L, D] as `inputs_embeds`, or have
+            one of these as the first tensor.
+        config: the options of the backend; the defaults if None.
+        dynamic, fullgraph: as for `torch.compile`.
+
+    Returns:
+        A handle. `handle.remove()` undoes it, and so does leaving `with prefill(model):`. A second `prefill` of the same
+        model replaces the first.
+
+    Raises:
+        ConfigError: an argument is not allowed, or the model is compiled already. From a call of the model: no tensor of it
+            has a length, so that nothing tells a prompt from a decode step.
+    """
+    config = TSAConfig() if config is None else config
+    if not isinstance(config, TSAConfig):
+        raise ConfigError(f"config={config!r} is not allowed: prefill() takes a TSAConfig, or None for the defaults")
+    _check(model)
+    handle = Prefill(model, config, dynamic=dynamic, fullgraph=fullgraph)
+    model._compiled_call_impl = handle
+    return handle
+
+
+def _check(model: Any) -> None:
+    """Whether the prefill of a model can be compiled by itself."""
+    if not isinstance(model, Module):
+        raise ConfigError(
+            f"a {type(model).__name__} is not allowed: prefill() takes a torch.nn.Module; for a function, use "
+            'torch.compile(function, backend="tsa")'
+        )
+    compiled = hasattr(model, "_orig_mod") or hasattr(model.forward, "_torchdynamo_orig_callable")
+    if compiled or not isinstance(model._compiled_call_impl, (Prefill, type(None))):
+        raise ConfigError(
+            f"the {type(model).__name__} is compiled already, by torch.compile or model.compile(): its decode steps would "
+            "be compiled too. Pass the model as it was before"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"a {type(model).__name__} is not allowed: prefill() is for models that read the prompt in the decoder, and "
+            'this one has an encoder for it; compile it with torch.compile(model, backend="tsa")'
+        )
+
+
+def _length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many tokens a call has: the second dimension of its token ids or embeddings, or else of its first tensor."""
+    named = (kwargs.get(name) for name in _TOKENS)
+    for value in (*named, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    raise ConfigError(
+        f"no tensor [B, L] or [B, L, D] found among the arguments of a call ({len(args)} by position, "
+        f"{', '.join(kwargs) or 'none'} by name), so nothing says whether it is a prefill: pass {' or '.join(_TOKENS)}, "
+        'or compile all calls with model.compile(backend="tsa")'
+    )

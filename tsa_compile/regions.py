@@ -1,0 +1,231 @@
+"""Regional compilation: the layers of a graph compiled once, however many there are.
+
+    graph      embed | layer 0 | layer 1 | ... | layer 15 | layer 16 (sparse) | ... | layer 31 (sparse) | norm, head
+    compiled   a     | b       | b       | ... | b        | c                 | ... | c                 | d
+
+The passes have seen the whole graph by then, so masks and layers are known as without it. Then the graph is cut where one
+layer of the model ends and the next begins. Parts that are the same but for their inputs (weights among them: Dynamo makes
+them inputs) share one compiled function. Nothing is fused across a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor
+from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.nn import Module
+
+from tsa_compile.passes.graph import fake
+from tsa_compile.passes.layers import module_name
+from tsa_compile.report import RewriteReport
+
+_CONTEXTS = ("_enter_", "_exit_", "_set_grad_enabled", "_saved_tensors_hooks")
+
+
+class NotCut(Exception):
+    """Why a graph is compiled as a whole."""
+
+
+def compile_by_region(
+    graph_module: GraphModule, example_inputs: Sequence[Any], report: RewriteReport, compiler: Callable[..., Any]
+) -> tuple[Callable[..., Any], str]:
+    """Compiles a graph in parts, those that are alike once.
+
+    Args:
+        graph_module: after the passes, with fake values in its nodes' metadata.
+        example_inputs: one for each of its placeholders, as Dynamo passes them to a backend.
+        report: the passes': the names and numbers of the layers.
+        compiler: takes a graph and its example inputs.
+
+    Returns:
+        The compiled graph, and a sentence on how many parts there are.
+
+    Raises:
+        NotCut: the graph has no parts that are alike, or values would go from one part to another that are not tensors.
+    """
+    if torch.is_grad_enabled():
+        raise NotCut("a gradient may be needed")
+    if inductor.freezing or inductor.triton.cudagraphs:
+        raise NotCut("Inductor's freezing and CUDA graphs hold the weights of one layer, whose code the others would run")
+    parts = [_Part(graph_module, nodes) for nodes in _cut(graph_module.graph, _container(report))]
+    keys = [part.key() for part in parts]
+    if len(set(keys)) == len(keys):
+        raise NotCut("it has no two parts that are alike")
+    given = dict(zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    functions: dict[Hashable, Callable[..., Any]] = {}
+    for part, key in zip(parts, keys, strict=True):
+        if key not in functions:
+            functions[key] = compiler(part.graph_module(), [given.get(node, fake(node)) for node in part.inputs])
+    joined = _join(graph_module, parts, [functions[key] for key in keys])
+    return joined, f"{len(parts)} parts of the graph, of which {len(functions)} were compiled: the others are like them"
+
+
+def _container(report: RewriteReport) -> str:
+    """What holds the layers: "layers" of model.layers.3.self_attn; "" if the model itself does.
+
+    Raises:
+        NotCut: fewer than two layers have a number.
+    """
+    names = [(row.layer.split("."), str(row.layer_index)) for row in report.rows if row.layer_index is not None]
+    if len({number for _, number in names}) < 2:
+        raise NotCut("fewer than two attention calls are in numbered layers")
+    places = ({at for at, part in enumerate(parts) if part == number} for parts, number in names)
+    at = min(set.intersection(*places), default=None)
+    if at is None:
+        raise NotCut("its layers are not members of one list")
+    return "" if at == 0 else names[0][0][at - 1]
+
+
+def _cut(graph: Graph, container: str) -> list[list[Node]]:
+    """The nodes of each part, in the graph's order."""
+    parts: list[list[Node]] = [[]]
+    current, opened = "", 0
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        name = module_name(node)
+        layer = _layer(name.split("."), container) if name else current  # what passes insert belongs where it stands
+        if layer != current and not opened and parts[-1]:
+            parts.append([])
+        opened += _opens(node)
+        current = layer
+        parts[-1].append(node)
+    return parts
+
+
+def _layer(parts: list[str], container: str) -> str:
+    """The number of the layer that a module is in, as text; "" outside of all layers."""
+    for at, part in enumerate(parts):
+        if part.isdigit() and (parts[at - 1] if at else "") == container:
+            return part
+    return ""
+
+
+def _opens(node: Node) -> int:
+    """1 where a context such as autocast is entered, -1 where it is left.
+
+    Raises:
+        NotCut: the node changes what holds for all that follows.
+    """
+    name = getattr(node.target, "__name__", "")
+    if node.op != "call_function" or not name.startswith(_CONTEXTS):
+        return 0
+    if name.startswith(("_enter_", "_exit_")):
+        return 1 if name.startswith("_enter_") else -1
+    raise NotCut(f"{name} holds for all that follows it")
+
+
+@dataclass
+class _Part:
+    """Neighbouring nodes of a graph.
+
+    inputs: the nodes before them that they read. outputs: those of them that are read behind them.
+    """
+
+    whole: GraphModule
+    nodes: list[Node]
+
+    def __post_init__(self) -> None:
+        own = set(self.nodes)
+        self.inputs = list(dict.fromkeys(read for node in self.nodes for read in node.all_input_nodes if read not in own))
+        self.outputs = [node for node in self.nodes if any(user not in own for user in node.users)]
+        for node in (*self.inputs, *self.outputs):
+            if not _is_passed(fake(node)):
+                raise NotCut(f"{node.name!r} would go from one part to another and is a {type(fake(node)).__name__}")
+
+    def graph_module(self) -> GraphModule:
+        graph, copies = Graph(), {}
+        for node in self.inputs:
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta["example_value"] = fake(node)
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in self.outputs))
+        root = self.whole if any(node.op in ("get_attr", "call_module") for node in self.nodes) else Module()
+        return GraphModule(root, graph)
+
+    def key(self) -> Hashable:
+        """Equal for parts that one compiled function serves."""
+        number = {node: at for at, node in enumerate((*self.inputs, *self.nodes))}
+        nodes = tuple(
+            (node.op, self._target(node), _constant(node.args, number), _constant(node.kwargs, number))
+            for node in self.nodes
+        )
+        return nodes, tuple(number[node] for node in self.outputs), tuple(_described(map(fake, self.inputs)))
+
+    def _target(self, node: Node) -> Hashable:
+        if node.op not in ("get_attr", "call_module"):
+            return node.target
+        value: Any = self.whole
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return id(value)
+
+
+def _is_passed(value: Any) -> bool:
+    """Whether a value can go from one compiled function to another."""
+    return type(value) is FakeTensor or isinstance(value, (SymInt, SymFloat, SymBool, int, float, bool))
+
+
+def _described(values: Iterable[Any]) -> Iterator[Hashable]:
+    """What a compiled function may rely on of its inputs: types, sizes, strides, and which of them share memory."""
+    storages: dict[int, int] = {}
+    for value in values:
+        if not isinstance(value, Tensor):
+            yield type(value), str(value)
+            continue
+        storage = storages.setdefault(value.untyped_storage()._cdata, len(storages))
+        layout = (*value.shape, *value.stride(), value.storage_offset()) if value.layout is torch.strided else ()
+        yield value.dtype, value.device, value.layout, value.dim(), tuple(map(str, layout)), storage, value.is_conj()
+
+
+def _constant(value: Any, number: dict[Node, int]) -> Hashable:
+    """A node's arguments as a key: nodes by their number, constants by type and value, and other objects by themselves."""
+    if isinstance(value, Node):
+        return Node, number[value]
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_constant(item, number) for item in value)
+    if isinstance(value, dict):
+        return dict, tuple((name, _constant(item, number)) for name, item in value.items())
+    if isinstance(value, slice):
+        return slice, tuple(_constant(item, number) for item in (value.start, value.stop, value.step))
+    if isinstance(value, (SymInt, SymFloat, SymBool)):
+        return type(value), str(value)
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout))
+    return type(value), repr(value) if plain else id(value)
+
+
+class _Region(Module):
+    """A compiled part, as a member of the graph that calls it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+def _join(whole: GraphModule, parts: list[_Part], functions: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """The graph again, of calls of its parts' functions."""
+    root, graph, made = Module(), Graph(), {}
+    for node in whole.graph.find_nodes(op="placeholder"):
+        made[node] = graph.placeholder(node.name)
+    for at, (part, function) in enumerate(zip(parts, functions, strict=True)):
+        root.add_module(f"part_{at}", _Region(function))
+        results = graph.call_module(f"part_{at}", tuple(made[node] for node in part.inputs))
+        for position, node in enumerate(part.outputs):
+            made[node] = graph.call_function(_take, (results, position))
+    (output,) = whole.graph.find_nodes(op="output")
+    graph.node_copy(output, made.__getitem__)
+    return GraphModule(root, graph)
+
+
+def _take(results: Any, position: int) -> Any:
+    return results[position]
