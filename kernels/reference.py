@@ -207,12 +207,14 @@ def floor_mask(padding: Tensor | None, selected: Tensor, window: int, sinks: int
     batch, heads, seq_len = selected.shape
     mask = torch.zeros(batch, heads, seq_len, seq_len, dtype=torch.bool)
     for b in range(batch):
-        valid = valid_positions(padding, b, seq_len).tolist()
+        valid = valid_positions(padding, b, seq_len).cpu()
+        ranks = torch.arange(len(valid))
+        behind = ranks[:, None] - ranks
+        near = (behind < window) | (ranks < sinks)
         for h in range(heads):
-            for rank, i in enumerate(valid):
-                for other, j in enumerate(valid[: rank + 1]):
-                    near = rank - other < window or other < sinks
-                    mask[b, h, i, j] = near or bool(selected[b, h, i] and selected[b, h, j])
+            chosen = selected[b, h].cpu()[valid]
+            seen = (near | (chosen[:, None] & chosen)) & (behind >= 0)
+            mask[b, h, valid[:, None], valid] = seen
     return mask
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ _LIKE = ("ones_like", "zeros_like", "full_like")
 _COPIES = ("to", "_to_copy", "clone", "contiguous", "type_as", "expand_as", "reshape", "lift_fresh_copy")
 _LOGIC = ("__and__", "__or__", "__xor__")  # of Python's, the others of which are pointwise
 _REPEATABLE = frozenset((*_SOURCES, *_LIKE, *_COPIES, *_LOGIC, "index", "tril", "triu", "cumsum", "diff"))
+# Python's operators of which each calls one operator of ATen, if its first operand is a tensor.
+_ARITHMETIC = frozenset([
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg, operator.invert,
+    operator.and_, operator.or_, operator.xor, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+])  # fmt: skip
 _ATTENTION_WORDS = ("attention", "attn", "transformer_encoder_layer")
 
 
@@ -79,6 +85,48 @@ def is_repeatable(func: OpOverload) -> bool:
         return False
     view = any(returned.alias_info is not None for returned in func._schema.returns)
     return torch.Tag.pointwise in func.tags or view or func._opname in _REPEATABLE
+
+
+def is_all_of(node: Node, func: OpOverload, first: Any) -> bool:
+    """Whether a node of a graph does nothing but call an operator, once: the operator itself, or what torch has in C under
+    its name. A function in Python may be called as it likes and do more.
+
+    Args:
+        first: the node's first argument.
+    """
+    if isinstance(node.target, OpOverload):
+        return node.target is func
+    if node.op == "call_method":
+        return func._opname == node.target and _is_method_in_c(node.target)
+    if node.target in _ARITHMETIC:
+        return isinstance(first, Tensor)
+    name = func._opname
+    return type(node.target) is BuiltinFunctionType and node.target in (
+        getattr(torch, name, 0),
+        getattr(torch._C._nn, name, 0),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _is_method_in_c(name: str) -> bool:
+    return isinstance(getattr(Tensor, name, None), MethodDescriptorType)
+
+
+@lru_cache(maxsize=4096)
+def makes_one_tensor(func: OpOverload) -> bool:
+    """Whether an operator writes to nothing and returns a tensor, whose shape does not hang on numbers in memory."""
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    tensors = [str(returned.type) for returned in func._schema.returns] == ["Tensor"]
+    return tensors and not func._schema.is_mutable and not tags & {*func.tags}
+
+
+@lru_cache(maxsize=4096)
+def may_change_a_shape(func: Any) -> bool:
+    """Whether an operator may give a tensor that it writes to another shape, or other memory."""
+    if not isinstance(func, OpOverload) or torch.Tag.inplace_view in func.tags:
+        return True
+    outputs = any(argument.kwarg_only and argument.is_write for argument in func._schema.arguments)
+    return outputs or "resize" in func._opname or func._opname in ("set_", "set_data")
 
 
 def is_attention(target: Any) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,6 +43,8 @@ FEW_QUERIES = 16
 """Fewer than that, as assisted decoding has in a step, are dense; where it is known while compiling, with their mask."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
+_CONFIGURED = "the configured min_length"
+Length = TypeVar("Length", int, torch.SymInt)
 MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
@@ -274,9 +276,22 @@ def sparse_obstacle(
     shape = CallShape.of(query, key, value, config)
     shape = replace(shape, past=0) if filled else shape
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    # Of a chunk all keys are selected from, but what is gained grows with its own length.
-    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
+    length = length_that_counts(query.shape[2], key.shape[2], why)
     return _length_obstacle(length, minimum, why, all_kept_below(config))
+
+
+def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
+    """Which length of a call is compared with the minimum that `minimum_length` gave, for the reason that it gave.
+
+    Of a chunk all keys are selected from, and a configured minimum is one of its queries. Where time decides, what dense
+    attention computes is queries (2 keys - queries) / 2 pairs, and what the sparse path costs beside attention grows with
+    the keys: both as many times what they are for a whole prompt of queries (2 - queries / keys) tokens.
+    """
+    if why == _DROPPABLE:
+        return keys
+    if why == _CONFIGURED or isinstance(queries, torch.SymInt) or isinstance(keys, torch.SymInt):
+        return queries
+    return queries * (2 * keys - queries) // keys
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
@@ -309,7 +324,7 @@ def minimum_length(
         costs = for_device(device)
     minimum = shortest(config, costs, shape, sparse_layers)
     if config.min_length is not None:
-        return minimum, "the configured min_length"
+        return minimum, _CONFIGURED
     if costs is not None and minimum is None:
         return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
     if costs is not None and minimum != shortest(config, None, shape):

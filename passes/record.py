@@ -30,6 +30,7 @@ from tsa_compile.passes import operators
 from tsa_compile.passes.aten import AtenGraph, unknown
 from tsa_compile.passes.fakes import (
     alike,
+    functorch_depth,
     is_arithmetic,
     is_laid_out_like,
     is_plain,
@@ -47,9 +48,14 @@ from tsa_compile.passes.graph import fake, fake_mode
 
 def record(graph_module: GraphModule) -> AtenGraph:
     """Runs a graph on its fake values and records its operators; never raises for what a node does."""
-    recording = _Recording(graph_module)
-    recording.run(graph_module)
-    return recording.result
+    try:
+        return _Recording(graph_module, borrows=True).run(graph_module)
+    except _ChangeOfTrace:
+        return _Recording(graph_module, borrows=False).run(graph_module)
+
+
+class _ChangeOfTrace(BaseException):
+    """A tensor of the trace would be given another shape. No node's own failure, so no Exception."""
 
 
 class _Mode(SchemaCheckMode):
@@ -66,8 +72,16 @@ class _Mode(SchemaCheckMode):
 
 
 class _Recording:
-    def __init__(self, graph_module: GraphModule) -> None:
+    """One run of a graph. If it `borrows`, a node that is a single operator need not run: the trace has the tensor that it
+    makes, in memory of its own or in its input's. It ends with `_ChangeOfTrace` where the shape of such a tensor changes."""
+
+    def __init__(self, graph_module: GraphModule, borrows: bool) -> None:
         self.result = AtenGraph()
+        self.borrows = borrows
+        self.borrowed: set[int] = set()  # pieces of memory
+        self.traced: set[int] = set()  # ids of the trace's values up to the node that runs
+        self.laid: set[int] = set()  # the pieces of memory in which they lie
+        self.wanted: tuple[Node, Any, Any] | None = None  # the node, its first argument and its value in the trace
         self.mode = fake_mode(graph_module.graph)
         self.memory = self.result.memory
         self.known: dict[int, tuple[Tensor, Node, int]] = {}  # the tensor stays alive, so that its id stays its own
@@ -81,9 +95,10 @@ class _Recording:
         self.env: dict[Node, Any] = {}
         self.indices: dict[Any, list[Tensor]] = {}  # b, h, q and kv, as functions of positions are given them
 
-    def run(self, graph_module: GraphModule) -> None:
+    def run(self, graph_module: GraphModule) -> AtenGraph:
         with quiet(self.mode), _Mode(self):
             self._run_graph(graph_module)
+        return self.result
 
     def _run_graph(self, graph_module: GraphModule, given: Sequence[Any] = ()) -> Any:
         """Runs all nodes. Inputs for which a value is given have that one. Returns what the graph returns, recorded."""
@@ -99,6 +114,9 @@ class _Recording:
                 continue
             value = next(inputs, None) if node.op == "placeholder" else None
             self.env[node] = self._value(graph_module, node) if value is None else value
+            for tensor in tensors_in(fake(node)):
+                self.traced.add(id(tensor))
+                self.laid.add(self.memory.piece(tensor))
             if self.inside is None:
                 self._settle(node)
         return returned
@@ -116,6 +134,8 @@ class _Recording:
         if node.op == "call_method" and node.target == "item":
             return wanted  # a number that is read at run time; run again it would be another symbol
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
+        borrows = self.borrows and self.inside != FLEX.__name__  # whose functions have other inputs than in the trace
+        self.wanted = (node, args[0] if args else None, wanted) if borrows else None
         try:
             made = at_index(node, args) if self.inside == FLEX.__name__ else None
             made = run_node(node, args, kwargs) if made is None else made
@@ -151,7 +171,9 @@ class _Recording:
 
     def _agreed(self, node: Node, made: Any, wanted: Any) -> Any:
         """What a node made, if it is what the trace has: numbers are taken from the trace, which names their symbols."""
-        if wanted is None or (self.inside == FLEX.__name__ and not isinstance(wanted, Tensor)):
+        if wanted is None or made is wanted:
+            return made
+        if self.inside == FLEX.__name__ and not isinstance(wanted, Tensor):
             return made  # the trace has symbols of its own for numbers that a function captures
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(wanted)):
             return wanted
@@ -256,14 +278,37 @@ class _Recording:
             return self._call_wrapped(func, args, kwargs, written)
         if not isinstance(func, OpOverload) or written or not operators.is_pure(func, args, kwargs):
             self._mark_impure()
+        if operators.may_change_a_shape(func) and any(self.memory.piece(tensor) in self.borrowed for tensor in written):
+            raise _ChangeOfTrace
         inputs, options = self._to_values(args), self._to_values(kwargs)
         if torch.Tag.inplace_view in func.tags:
             self._freeze_shapes(written)
-        result = run_operator(func, args, kwargs)
+        result = self._borrow(func)
+        if result is None:
+            result = run_operator(func, args, kwargs)
         for tensor in written:
             self._write(tensor)
         self._keep_results(func, inputs, options, result, {id(tensor) for tensor in (*tensors_in((args, kwargs)),)}, written)
         return result
+
+    def _borrow(self, func: Any) -> Tensor | None:
+        """What the trace has for the operator that is a node: a new tensor, in new memory or in its first argument's."""
+        if self.wanted is None:
+            return None
+        (node, first, made), self.wanted = self.wanted, None
+        if not isinstance(func, OpOverload) or not operators.makes_one_tensor(func) or not is_plain(made):
+            return None
+        if id(made) in self.traced or getattr(made, "fake_mode", None) is not self.mode or functorch_depth():
+            return None
+        piece = self.memory.piece(made)
+        if piece in self.laid and (
+            not isinstance(first, Tensor) or self.memory.piece(first) != piece or is_laid_out_like(first, made)
+        ):
+            return None  # another tensor's memory, or the first argument itself
+        if not operators.is_all_of(node, func, first):
+            return None
+        self.borrowed.add(piece)
+        return made
 
     def _call_wrapped(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
         """Under torch.vmap a tensor is not what it looks like: attention is noted, writes are, values are not."""

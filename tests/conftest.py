@@ -1,16 +1,15 @@
 """What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
 
 import gc
-import inspect
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from . import quick
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; read when its package is imported
 
@@ -25,44 +24,14 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-def quicken_interpreter() -> None:
-    """Triton's interpreter looks through all of `triton.language` at every call of a device function, for what it has not
-    yet replaced. All builtins of a module are replaced at once: one look at the first tells, in a third less time."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    is_builtin, patch_builtin = interpreter.tl.core.is_builtin, interpreter._patch_builtin
-    first: dict[Any, str] = {}
-
-    def patch_unless_patched(package: Any, *arguments: Any) -> None:
-        if package not in first:
-            names = (name for name, member in inspect.getmembers(package) if is_builtin(member))
-            first[package] = next(names, "")
-        if first[package] and is_builtin(getattr(package, first[package])):
-            patch_builtin(package, *arguments)
-
-    interpreter._patch_builtin = patch_unless_patched
-
-
-def quicken_dynamo() -> None:
-    """After each compilation Dynamo measures its guards with a flushed cache, for a log: more than half of the time that the
-    compilation of a small function takes. Nothing reads the figure."""
-    import torch._dynamo.guards
-
-    if hasattr(torch._dynamo.guards, "profile_guard_manager"):
-        torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
-    # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
-    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]  # replaced on purpose
-
-
 # The modules that take longest, a minute to a quarter of one, longest first.
 LONG = (
-    "test_models.py", "passes/test_programs_fuzz.py", "export/test_onnx.py", "passes/test_masks_fuzz.py", "test_backend.py",
-    "test_dynamic.py", "export/test_aoti.py", "export/test_program.py", "passes/test_models_masks.py",
-    "kernels/test_fused.py", "test_handover.py", "test_documents.py", "test_failures.py", "test_explanation.py",
-    "test_benchmarks.py", "commands/test_cli.py", "kernels/test_score.py", "kernels/test_floor.py", "export/test_triton.py",
-    "commands/test_full_disk.py", "export/test_tensorrt.py", "test_examples.py", "passes/test_lower.py",
+    "passes/test_programs_fuzz.py", "test_models.py", "passes/test_masks_fuzz.py", "export/test_aoti.py",
+    "export/test_onnx.py", "export/test_program.py", "test_dynamic.py", "test_backend.py", "kernels/test_fused.py",
+    "passes/test_models_masks.py", "export/test_benchmark.py", "commands/test_cli.py", "test_documents.py",
+    "test_benchmarks.py", "test_explanation.py", "test_failures.py", "test_handover.py", "kernels/test_score.py",
+    "kernels/test_floor.py", "export/test_triton.py", "commands/test_full_disk.py", "export/test_tensorrt.py",
+    "test_examples.py", "passes/test_lower.py",
 )  # fmt: skip
 
 
@@ -74,9 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which are not there: take them out")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
-    quicken_dynamo()
+    quick.dynamo()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        quicken_interpreter()
+        quick.interpreter()
 
 
 def pytest_collection_finish() -> None:
@@ -135,10 +104,6 @@ def fresh() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights, its tokenizer, its chat template and a text, book.txt; not to be written to."""
-    from .evaluation.small import TEXT, llama, tokenizer
+    from .evaluation.small import save
 
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    llama(1).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    (path / "book.txt").write_text(TEXT)
-    return path
+    return save(tmp_path_factory.mktemp("models") / "tiny", layers=1)

@@ -6,6 +6,8 @@ or the ops, and padding reaches it through the mask that the model builds.
 """
 
 import contextlib
+import copy
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from tsa_compile import TSAConfig
+from tsa_compile.backend import tsa_backend
 from tsa_compile.kernels import reference
 
 VOCAB = 64
@@ -156,6 +159,26 @@ def difference(left, right, mask=None):
     return float((gap if mask is None else gap[mask.bool()]).max())
 
 
+def run_each(model, configs, **inputs):
+    """What the compiled model returns for each configuration. Dynamo, which takes longer than all else, traces it once."""
+    graphs = []
+
+    def backend(graph_module, example_inputs):
+        compiled = [
+            tsa_backend(copy.deepcopy(graph_module), example_inputs, options={"config": config}) for config in configs
+        ]
+        graphs.append(compiled)
+        return lambda *given: compiled[turn](*given)
+
+    traced, found = torch.compile(model, backend=backend), []
+    for turn in range(len(configs)):
+        known = len(graphs)
+        with torch.no_grad():
+            found.append(traced(**inputs))
+        assert turn == 0 or len(graphs) == known, "nothing is traced again"
+    return found
+
+
 def chunks(model, ids, mask, size):
     """The logits of a prompt that goes through a model in chunks."""
     cache, found = transformers.DynamicCache(config=model.config), []
@@ -209,6 +232,15 @@ def heads(batch=2, query_heads=4, kv_heads=2, length=40, head_dim=16, rows_first
         tensor = torch.randn(shape, generator=generator).to(**options)
         made.append(tensor.transpose(1, 2) if rows_first else tensor)
     return tuple(made)
+
+
+def script(path):
+    """A Python file of benchmarks/ or examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def without_interpreter(source):

@@ -23,7 +23,7 @@ from tsa_compile.kernels import reference, registry
 from tsa_compile.kernels.sparse import a_shape_lists, block_sparse
 from tsa_compile.testing import count_ops, widest_elements
 
-from .support import Attention, Stack, difference, heads, mixed_padding, oracle, slow_but, tiny, tokens
+from .support import Attention, Stack, difference, heads, mixed_padding, oracle, run_each, slow_but, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -69,9 +69,8 @@ def test_a_floor_leaves_no_valid_row_blind(padded):
     config = HALF.replace(layers=["*"], budget=KeepRatio(0.1), min_tokens=0)
     with torch.no_grad():
         wanted = model(**inputs).logits
-        blind = compiled(model, config=config)(**inputs).logits
-        whole = compiled(model, config=config.replace(floor=Floor(60, 0)))(**inputs).logits
-        near = compiled(model, config=config.replace(floor=Floor(20, 2)))(**inputs).logits
+    configs = [config.replace(floor=floor) for floor in (None, Floor(60, 0), Floor(20, 2))]
+    blind, whole, near = (output.logits for output in run_each(model, configs, **inputs))
     valid = mask.bool()
     assert difference(whole[valid], wanted[valid]) < ATOL  # a window of the whole length is dense attention
     assert difference(near[valid], wanted[valid]) < 0.5 * difference(blind[valid], wanted[valid])
@@ -450,19 +449,20 @@ def broken_in_a_layer():
 
 
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
-@pytest.mark.parametrize("layers", slow_but([None, [0], [2], ["model.layers.2.*"], []], None), ids=str)
-def test_layers_that_are_compiled_one_by_one(layers):
+def test_layers_that_are_compiled_one_by_one():
     """Such a graph does not know which layer it is: no layer may be sparse that was not asked for, and none may fail."""
     model, ids = broken_in_a_layer(), tokens(2, 40)
+    each = [None, [0], [2], ["model.layers.2.*"], []]
+    found = run_each(model, [HALF.replace(layers=layers) for layers in each], input_ids=ids)
     with torch.no_grad():
-        logits = compiled(model, layers=layers)(ids).logits
         wanted = {1: tiny("llama")(ids).logits}
         for asked in ([0], [2]):
             with oracle(asked, window=4, min_tokens=4, keep_ratio=0.5):
                 wanted[asked[0] * 10] = tiny("llama", "oracle")(ids).logits
-    allowed = [wanted[1]]
-    if layers == [0]:
-        allowed.append(wanted[0])
-    if layers in ([2], ["model.layers.2.*"]):
-        allowed.append(wanted[20])
-    assert min(difference(logits, one) for one in allowed) < ATOL
+    for layers, output in zip(each, found, strict=True):
+        allowed = [wanted[1]]
+        if layers == [0]:
+            allowed.append(wanted[0])
+        if layers in ([2], ["model.layers.2.*"]):
+            allowed.append(wanted[20])
+        assert min(difference(output.logits, one) for one in allowed) < ATOL, layers

@@ -27,7 +27,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name.startswith(("attention", "memcheck", "models", "prefill")):
+        if name.startswith(("attention", "memcheck", "models", "prefill", "vllm_serve")):
             del sys.modules[name]
 
 
@@ -471,3 +471,18 @@ def test_architectures_are_examined(load, tmp_path, capsys):
     assert not models.is_wrong(torchs_own) and "1e-01 (plain torch.compile too)" in models.table([torchs_own])
     with pytest.raises(SystemExit):
         models.main(["--models", "no-such-model"])
+
+
+def test_engines_of_vllm_are_compared_by_their_settings(load):
+    """Rows of the same settings are replaced; only lengths that both kinds of attention have are in the table."""
+    serve = load("vllm_serve")
+    row = dict(
+        device="GPU", vllm="0", shape="8b", layers=None, tensor_parallel=1, batch=8192, eager=False, length=32768,
+        attention="dense", first_token_s=3.0, decode_tokens_per_s=90.0,
+    )  # fmt: skip
+    sparse, slower = {**row, "attention": "sparse", "first_token_s": 1.5}, {**row, "first_token_s": 6.0}
+    longer = {**row, "length": 131072}
+    rows = serve.merged(serve.merged([row, longer], [sparse]), [slower])
+    assert rows == [longer, sparse, slower]
+    assert "| 32,768 | 1 GPU | 8,192 | 6.00 | 1.50 | 4.00x | 90.0 | 90.0 |" in serve.table(rows)
+    assert "131,072" not in serve.table(rows)

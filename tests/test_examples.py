@@ -1,7 +1,5 @@
 """Each example runs, and shows what it says."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,18 +8,15 @@ import pytest
 from tsa_compile import Decision
 from tsa_compile.kernels import registry
 
+from .support import script
+
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("fresh")
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script(FOLDER / f"{name}.py")
 
 
 def test_every_example_is_tested():

@@ -14,7 +14,7 @@ import tsa_compile
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"kernels": ROOT / "kernels", "passes": ROOT / "passes", "tsa_compile": ROOT / "tsa_compile"}
-ALONE = ("config", "errors", "reasons", "report", "text")
+ALONE = ("budgets", "config", "errors", "reasons", "report", "text")
 LEVELS = {**dict.fromkeys(ALONE, 0), "kernels": 1, "costs": 2, "passes": 3, "pipeline": 4}
 TOP = 5  # backend, explain, export, calibrate, cli, testing
 HEAVY = {"transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "torch_tensorrt", "matplotlib", "typer"}
@@ -64,7 +64,7 @@ def faults(source, module, *, is_package=False):
             yield f"line {node.lineno}: {name} is a public name; import it from its module"
         elif level(name) > level(module):
             yield f"line {node.lineno}: {name} points back up the arrow"
-        elif level(module) == 0 and rest[0] not in ("errors", "reasons", "text"):
+        elif level(module) == 0 and rest[0] not in ("budgets", "errors", "reasons", "text"):
             yield f"line {node.lineno}: {name}; {', '.join(ALONE)} stand alone"
     if module != "tsa_compile.cli":
         yield from (

@@ -4,8 +4,6 @@ Every padded batch holds one item without padding, one padded on the left and on
 without this package; the oracle for sparse layers is the same model over `kernels/reference.py` (`support.oracle`).
 """
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -20,10 +18,9 @@ from tsa_compile import (
     TSAWarning,
     clear_reports,
     reports,
-    tsa_backend,
 )
 
-from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, slow_but, tiny, tokens
+from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, run_each, slow_but, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -69,22 +66,10 @@ def run(model, config, **inputs):
     return logits, report
 
 
-def run_each(model, configs, **inputs):
-    """The same for each configuration: Dynamo, which takes longer than all else, traces the model once."""
-    compiled = []
-
-    def backend(graph_module, example_inputs):
-        for config in configs:
-            compiled.append(tsa_backend(copy.deepcopy(graph_module), example_inputs, options={"config": config}))
-        return lambda *given: compiled[turn](*given)
-
-    traced = torch.compile(model, backend=backend)
-    found = []
-    for turn in range(len(configs)):  # noqa: B007 the backend reads it
-        with torch.no_grad():
-            found.append(traced(**inputs).logits)
-    assert len(compiled) == len(reports()) == len(configs), "one graph"
-    return zip(found, reports(), strict=True)
+def reported(model, configs, **inputs):
+    """The same for each configuration."""
+    found = [output.logits for output in run_each(model, configs, **inputs)]
+    return zip(found, reports(), strict=True)  # one report each: one graph
 
 
 def plain(model, **inputs):
@@ -138,7 +123,7 @@ def test_decoders(name, form, case):
     same, padded = plain(model, **inputs), mask is not None
     configs = {"exact": EXACT, "all": KEEP_ALL, "half": HALF, "coverage": COVERAGE, "floor": FLOOR}
     configs = {kind: config.replace(layers=config.layers and chosen) for kind, config in configs.items()}
-    for kind, (logits, report) in zip(configs, run_each(model, [*configs.values()], **inputs), strict=True):
+    for kind, (logits, report) in zip(configs, reported(model, [*configs.values()], **inputs), strict=True):
         assert rows_of(report) == expected_rows(name, () if kind == "exact" else chosen, padded), kind
         assert {row.form for row in report} == {form}
         wanted = same
@@ -264,7 +249,7 @@ def test_any_other_model_computes_what_it_did(name):
         torch._dynamo.reset()
         clear_reports()
         wanted = plain(model, **inputs, use_cache=cache)
-        for logits, report in run_each(model, configs, **inputs, use_cache=cache):
+        for logits, report in reported(model, configs, **inputs, use_cache=cache):
             assert difference(logits, wanted, inputs["attention_mask"]) < ATOL, (form, cache, report)
 
 

@@ -1,4 +1,4 @@
-"""What a user can decide: `TSAConfig`, the two budgets and the floor, frozen, validated, JSON in and out.
+"""What a user can decide: `TSAConfig`, frozen, validated, JSON in and out. Its budgets and its floor are in budgets.py.
 
 A value that is not allowed raises `ConfigError`, which names the option, the value and what is allowed. Whether a layer
 exists and whether a kernel is registered is known only with a model at hand, so later stages check these.
@@ -8,120 +8,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from tsa_compile.budgets import (
+    Budget,
+    Coverage,
+    Floor,
+    KeepRatio,
+    budget_dict,
+    ceil_fraction,
+    check_int,
+    read_budget,
+    read_floor,
+    rejected,
+)
 from tsa_compile.errors import ConfigError
+
+__all__ = [
+    "MOST_LAYERS",
+    "OPTIONS",
+    "Budget",
+    "Coverage",
+    "Floor",
+    "HeldLayers",
+    "KeepRatio",
+    "LayerBudgets",
+    "Layers",
+    "TSAConfig",
+    "budget_dict",
+    "ceil_fraction",
+    "check_int",
+    "is_named",
+    "upper_half",
+]
 
 MOST_LAYERS = 10_000  # of a model: a longer list of indices is refused before it is written out
 GRANULARITIES = ("head", "group")
-
-
-def _reject(option: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"{option}={value!r} is not allowed: {option} must be {allowed}")
-
-
-def _number(option: str, value: object, allowed: str) -> float:
-    """`value` as a finite float; a bool is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _reject(option, value, allowed)
-    try:
-        number = float(value)
-    except OverflowError:
-        raise _reject(option, value, allowed) from None
-    if not math.isfinite(number):
-        raise _reject(option, value, allowed)
-    return number
-
-
-def check_int(option: str, value: object, minimum: int, *, optional: bool = False) -> None:
-    """Raises ConfigError unless `value` is an integer of at least `minimum`; a bool is none."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise _reject(option, value, f"an integer >= {minimum}" + (" or None" if optional else ""))
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Drop the least-scored tokens whose scores sum up to the share `tau` of all scores: how many stay depends on the input.
-
-    `tau` lies in [0, 1); 0 keeps every token. The published setting is 0.005.
-    """
-
-    tau: float = 0.005
-
-    def __post_init__(self) -> None:
-        allowed = "a number in [0, 1) (0 keeps every token)"
-        tau = _number("Coverage.tau", self.tau, allowed)
-        if not 0.0 <= tau < 1.0:
-            raise _reject("Coverage.tau", self.tau, allowed)
-        object.__setattr__(self, "tau", tau)
-
-
-@dataclass(frozen=True)
-class KeepRatio:
-    """Keep the share `ratio` of the tokens, whatever their scores: how many that are follows from the length alone.
-
-    `ratio` lies in [0, 1]; 1 keeps every token, 0 the window and `min_tokens`.
-    """
-
-    ratio: float
-
-    def __post_init__(self) -> None:
-        allowed = "a number in [0, 1]"
-        ratio = _number("KeepRatio.ratio", self.ratio, allowed)
-        if not 0.0 <= ratio <= 1.0:
-            raise _reject("KeepRatio.ratio", self.ratio, allowed)
-        object.__setattr__(self, "ratio", ratio)
-
-    @property
-    def fraction(self) -> Fraction:
-        """The ratio for integer arithmetic: ceil(fraction * n) is ceil(ratio * n) for every n below 2^31, in int64."""
-        return ceil_fraction(self.ratio)
-
-
-@functools.lru_cache(maxsize=64)
-def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
-    """The smallest fraction >= the decimal that `ratio` prints as, with a denominator of at most `limit`.
-
-    For every n <= limit, ceil(n * ratio) is the same with either, and n * numerator fits into int64, which it need not
-    do with the decimal itself: 1/3 prints as 0.3333333333333333.
-    """
-    exact = Fraction(str(ratio))
-    near = exact.limit_denominator(limit)
-    if near >= exact:
-        return near
-    # The successor of a/b among these fractions is c/d with c b - a d = 1 and the largest d <= limit.
-    a, b = near.numerator, near.denominator
-    d = limit - (limit + pow(a, -1, b)) % b if b > 1 else limit
-    return Fraction(a * d + 1, b * d)
-
-
-@dataclass(frozen=True)
-class Floor:
-    """Every row sees its neighbourhood: the last `window` tokens up to itself, and the item's first `sinks` tokens.
-
-    A selected row sees the selected tokens as well, in one softmax. Without a floor the rows that are not selected become 0,
-    as published, which costs a pretrained model most of what it should find (docs/semantics.md).
-    """
-
-    window: int = 256
-    sinks: int = 16
-
-    def __post_init__(self) -> None:
-        check_int("floor.window", self.window, 1)
-        check_int("floor.sinks", self.sinks, 0)
-
-
-Budget = Coverage | KeepRatio
 
 
 class LayerBudgets(Mapping[int | str, Budget]):
@@ -206,31 +133,31 @@ class TSAConfig:
     skip_passes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", _budget(self.budget))
-        object.__setattr__(self, "floor", _floor(self.floor))
+        object.__setattr__(self, "budget", read_budget(self.budget))
+        object.__setattr__(self, "floor", read_floor(self.floor))
         object.__setattr__(self, "layers", _layers(self.layers))
         check_int("window", self.window, 1)
         check_int("min_tokens", self.min_tokens, 0)
         check_int("capacity", self.capacity, 1, optional=True)
         if self.capacity is not None and self.capacity < self.window:
-            raise _reject("capacity", self.capacity, f"at least window={self.window}, which is always kept, or None")
+            raise rejected("capacity", self.capacity, f"at least window={self.window}, which is always kept, or None")
         check_int("min_length", self.min_length, 1, optional=True)
         if self.score not in ("max", "mean"):
-            raise _reject("score", self.score, 'one of "max", "mean"')
+            raise rejected("score", self.score, 'one of "max", "mean"')
         if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
-            raise _reject("pool", self.pool, "an odd integer >= 1")
+            raise rejected("pool", self.pool, "an odd integer >= 1")
         if self.granularity not in GRANULARITIES:
-            raise _reject("granularity", self.granularity, 'one of "head", "group"')
+            raise rejected("granularity", self.granularity, 'one of "head", "group"')
         if not isinstance(self.kernel, str) or not self.kernel:
-            raise _reject("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
+            raise rejected("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
         if self.dense_kernel is not None and (not isinstance(self.dense_kernel, str) or not self.dense_kernel):
-            raise _reject("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
+            raise rejected("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
         for switch in ("regional", "strict"):
             if not isinstance(getattr(self, switch), bool):
-                raise _reject(switch, getattr(self, switch), "True or False")
+                raise rejected(switch, getattr(self, switch), "True or False")
         object.__setattr__(self, "skip_passes", _names("skip_passes", self.skip_passes))
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
-            raise _reject("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
+            raise rejected("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
 
     @classmethod
     def published(cls, **changes: Any) -> TSAConfig:
@@ -249,11 +176,11 @@ class TSAConfig:
         if options is None:
             return cls()
         if not isinstance(options, Mapping):
-            raise _reject("options", options, "a mapping from option names to values, or None")
+            raise rejected("options", options, "a mapping from option names to values, or None")
         fields = dict(options)
         base = fields.pop("config", None)
         if base is not None and not isinstance(base, TSAConfig):
-            raise _reject("config", base, "a TSAConfig (TSAConfig.from_json reads a file)")
+            raise rejected("config", base, "a TSAConfig (TSAConfig.from_json reads a file)")
         _check_names(fields, (*OPTIONS, "config"))
         return (base if base is not None else cls()).replace(**fields)
 
@@ -343,35 +270,7 @@ def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
 def _names(option: str, value: object) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
         return tuple(value)
-    raise _reject(option, value, "a list of names")
-
-
-def _budget(value: object) -> Budget:
-    """A budget, also from its JSON form ``{"coverage": 0.005}`` or ``{"keep_ratio": 0.5}``."""
-    allowed = 'Coverage(tau) or KeepRatio(ratio), in JSON {"coverage": tau} or {"keep_ratio": ratio}'
-    if isinstance(value, (Coverage, KeepRatio)):
-        return value
-    if isinstance(value, Mapping) and len(value) == 1:
-        ((kind, number),) = value.items()
-        if kind == "coverage":
-            return Coverage(number)
-        if kind == "keep_ratio":
-            return KeepRatio(number)
-    raise _reject("budget", value, allowed)
-
-
-def _floor(value: object) -> Floor | None:
-    """A floor, also from its JSON form ``{"window": 256, "sinks": 16}``."""
-    if value is None or isinstance(value, Floor):
-        return value
-    if isinstance(value, Mapping) and set(value) <= {"window", "sinks"}:
-        return Floor(**value)
-    raise _reject("floor", value, 'Floor(window, sinks), in JSON {"window": ..., "sinks": ...}, or None')
-
-
-def budget_dict(budget: Budget) -> dict[str, float]:
-    """A budget's JSON form."""
-    return {"coverage": budget.tau} if isinstance(budget, Coverage) else {"keep_ratio": budget.ratio}
+    raise rejected(option, value, "a list of names")
 
 
 def _layers_dict(layers: Layers | None) -> Any:
@@ -391,27 +290,27 @@ def _layers(value: object) -> HeldLayers | None:
         return None
     if isinstance(value, range):
         if value and max(value[0], value[-1]) >= MOST_LAYERS:
-            raise _reject("layers", value, f"{allowed}; an index is at most {MOST_LAYERS - 1:,}")
+            raise rejected("layers", value, f"{allowed}; an index is at most {MOST_LAYERS - 1:,}")
         value = tuple(value)
     if not isinstance(value, (list, tuple, Mapping)):
-        raise _reject("layers", value, allowed)
+        raise rejected("layers", value, allowed)
     keys = tuple(value)
     if isinstance(value, Mapping):  # of which JSON has text as keys only
         keys = tuple(int(key) if isinstance(key, str) and key.isdecimal() else key for key in keys)
     indices = all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in keys)
     patterns = all(isinstance(item, str) and item for item in keys)
     if not (indices or patterns):
-        raise _reject("layers", value, allowed)
+        raise rejected("layers", value, allowed)
     if not isinstance(value, Mapping) or not value:
         return tuple(dict.fromkeys(keys))
     if len(set(keys)) < len(keys):
-        raise _reject("layers", value, allowed)
+        raise rejected("layers", value, allowed)
     return LayerBudgets(zip(keys, map(_own_budget, value.values()), strict=True))
 
 
 def _own_budget(value: object) -> Budget:
     """A layer's budget; a number is a keep ratio."""
-    return _budget(value) if isinstance(value, (Mapping, Coverage, KeepRatio)) else KeepRatio(value)  # type: ignore[arg-type]
+    return read_budget(value) if isinstance(value, (Mapping, Coverage, KeepRatio)) else KeepRatio(value)  # type: ignore[arg-type]
 
 
 def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -425,7 +324,7 @@ def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     elif isinstance(source, str):
         text = source
     else:
-        raise _reject("source", source, "JSON text, a path or a mapping")
+        raise rejected("source", source, "JSON text, a path or a mapping")
     name = "the config" if text is source else repr(str(source))
     try:
         values = json.loads(text)

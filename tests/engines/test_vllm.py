@@ -1,45 +1,65 @@
-"""The vLLM plug-in: its core on plain tensors, and, where vLLM is installed (`tox -e vllm`), real engines on the CPU."""
+"""The vLLM plug-in: its core on plain tensors, and, where vLLM is installed (`tox -e vllm`), engines on CPUs."""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, attention
 from tsa_compile.engines import vllm as plugin
 from tsa_compile.engines.vllm import core
 from tsa_compile.kernels import reference
+from tsa_compile.passes import plan
 
 from ..support import VOCAB, heads, tiny
-from .vllm_run import BATCH, CALLS, prompts
+from .vllm_run import CALLS, prompts
 
 SMALL = dict(window=4, min_tokens=4, layers=[0, 2], floor=Floor(8, 2))
 HALF = TSAConfig(budget=KeepRatio(0.5), **SMALL)
 COVERAGE = TSAConfig(budget=Coverage(0.2), **SMALL)
 
+CPU = torch.device("cpu")
+
 has_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: tox -e vllm")
 
 
+ANY = core.Minimum(3, plan._DROPPABLE)
+
+
 @pytest.mark.parametrize(
-    "starts, lengths, shortest, prompts, others",
+    "starts, lengths, prefilling, minimum, prompts, others",
     [
-        ([0, 9, 12], [9, 3], 3, ((0, 9), (9, 12)), ()),
-        ([0, 1, 10, 14], [20, 9, 11], 3, ((1, 10),), (0, 2)),  # a decode step, a prompt, a later chunk
-        ([0, 9, 11], [9, 2], 3, ((0, 9),), (1,)),  # too short
-        ([0, 1], [1], 1, (), (0,)),  # a prompt of one token
-        ([0, 9, 9], [9, 0], 3, ((0, 9),), ()),  # an empty request
-        ([0, 9], [9], None, (), (0,)),
+        ([0, 9, 12], [9, 3], [True, True], ANY, [(0, 9), (9, 12)], ()),
+        ([0, 1, 10, 30], [20, 9, 40], [False, True, True], ANY, [(1, 10), (10, 30)], (0,)),  # decode step, prompt, chunk
+        ([0, 20, 40], [40, 20], None, ANY, [(20, 40)], (0,)),  # whether it is a chunk is not known
+        ([0, 20, 35], [20, 35], [True, True], ANY, [(0, 20)], (1,)),  # a chunk of few queries
+        ([0, 9, 11], [9, 2], [True, True], ANY, [(0, 9)], (1,)),  # too short
+        ([0, 20, 50], [50, 80], [True, True], core.Minimum(25, plan._CONFIGURED), [(20, 50)], (0,)),
+        ([0, 20, 50], [50, 80], [True, True], core.Minimum(60, plan._DROPPABLE), [(20, 50)], (0,)),
+        ([0, 20, 40, 60], [20, 400, 30], [True] * 3, core.Minimum(30, "on a GPU"), [(20, 40)], (0, 2)),
+        ([0, 1], [1], [True], core.Minimum(1), (), (0,)),  # a prompt of one token
+        ([0, 9, 9], [9, 0], [True], ANY, [(0, 9)], ()),  # an empty request
+        ([0, 9], [9], [True], core.Minimum(None), (), (0,)),
     ],
 )
-def test_which_requests_are_prompts(starts, lengths, shortest, prompts, others):
-    assert core.split(starts, lengths, shortest) == core.Split(prompts, others)
+def test_which_requests_are_prompts(starts, lengths, prefilling, minimum, prompts, others):
+    batch = core.split(starts, lengths, prefilling, minimum)
+    assert [(each.start, each.stop) for each in batch.prompts] == [*prompts]
+    assert batch.others == others
+    assert all(lengths[each.number] == each.length for each in batch.prompts)
+
+
+def test_what_the_log_says_of_lengths():
+    assert str(core.Minimum(64, "where it gains")) == "from 64 tokens on, where it gains"
+    assert str(core.Minimum(None, "it never gains")) == "for no length: it never gains"
 
 
 def test_layers_by_the_compilers_rule():
@@ -58,14 +78,51 @@ def test_layers_by_the_compilers_rule():
     }
 
 
-def test_a_prompt_is_computed_as_the_reference_does():
-    query, key, value = heads(1)
-    flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-    output = torch.full_like(flat[0], float("nan"))
-    core.attend(*flat, output, 0.3, HALF, None)
+def flat(*tensors):
+    """Heads [1, H, L, D] as an engine has them: [L, H, D]."""
+    return [tensor[0].transpose(0, 1).contiguous() for tensor in tensors]
+
+
+def paged(tokens, size, blocks):
+    """Tokens [L, ...] in a cache of blocks of `size` that has them in those `blocks`; what else is in it is NaN."""
+    cache = tokens.new_full((max(blocks) + 2, size, *tokens.shape[1:]), float("nan"))
+    for number, part in zip(blocks, tokens.split(size), strict=True):
+        cache[number, : len(part)] = part
+    return cache
+
+
+@pytest.mark.parametrize("rows", [50, 20])
+def test_a_prompt_is_computed_as_the_reference_does(rows):
+    query, key, value = heads(1, 50)
+    query = query[:, :, -rows:]
+    output = torch.full_like(flat(query)[0], float("nan"))
+    core.attend(*flat(query, key, value), output, 0.3, HALF, None)
     settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2, reduce="max")
     wanted = reference.token_sparse_attention(query, key, value, None, scale=0.3, **settings)
-    assert torch.allclose(output, wanted[0].transpose(0, 1), atol=1e-5)
+    assert torch.allclose(output, flat(wanted)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 45])
+def test_tokens_are_gathered_from_their_blocks(length):
+    tokens, blocks = torch.randn(45, 2, 6), [4, 0, 2]
+    table = torch.tensor([*blocks, 99, 99], dtype=torch.int32)  # an engine's tables are as long as the longest request
+    assert torch.equal(core.gather(paged(tokens, 16, blocks), table, length), tokens[:length])
+
+
+def test_the_largest_request_is_rehearsed():
+    """With as many keys as a request may have."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.tsa.sparse_attention.default:
+                seen.append([tuple(each.shape) for each in args[:3]])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        core.rehearse(torch.randn(20, 4, 8), 2, 90, ANY, 0.3, HALF)
+        core.rehearse(torch.randn(20, 4, 8), 2, 90, core.Minimum(None), 0.3, HALF)
+    assert seen == [[(1, 4, 20, 8), (1, 2, 90, 8), (1, 2, 90, 8)]]
 
 
 def test_without_a_configuration_nothing_happens(monkeypatch):
@@ -76,82 +133,74 @@ def test_without_a_configuration_nothing_happens(monkeypatch):
         plugin.register()
 
 
-def engine(folder, config, processes):
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_configurations_of_the_pages_are_valid(page):
+    configs = re.findall(rf"^{plugin.CONFIG}='(.*?)'", (Path(__file__).parents[2] / page).read_text(), re.MULTILINE)
+    assert [TSAConfig.from_json(config) for config in configs] == [TSAConfig(budget=KeepRatio(0.3))]
+
+
+def engine(folder, config, processes, dtype="float32"):
     """What `vllm_run.py` found."""
     output = folder / "found.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {plugin.CONFIG: config.to_json(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("vllm_run.py")), str(folder), str(output), str(processes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    run = str(Path(__file__).with_name("vllm_run.py"))
+    command = [sys.executable, "-P", run, str(folder), str(output), str(processes), dtype]
+    # In that folder: vLLM starts `python -m`, for which a checkout's `kernels` would stand for Hugging Face's package.
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert "Token Sparse Attention: sparse: model.layers.0" in done.stdout + done.stderr
     return json.loads(output.read_text())
 
 
-def wanted(model, ids, tokens):
-    """The log-probabilities of each step, of a model that is not compiled: a prompt's first chunk by its own attention, and
-    what vLLM leaves dense, later chunks and decode steps, by SDPA."""
+def wanted(model, ids, chunks, tokens, later=None):
+    """The log-probabilities of each step, of a model that is not compiled and runs its prompt in the same chunks; behind the
+    first one with the attention `later`, if it is given."""
     cache, found, own = transformers.DynamicCache(), [], model.config._attn_implementation
-    for part in [*torch.tensor(ids).split(BATCH), *(torch.tensor([token]) for token in tokens[:-1])]:
+    for part in [*torch.tensor(ids).split(chunks), *(torch.tensor([token]) for token in tokens[:-1])]:
         with torch.no_grad():
-            found.append(model(part[None], past_key_values=cache).logits[0, -1].log_softmax(-1))
-        model.set_attn_implementation("sdpa")
+            logits = model(part[None].to(model.device), past_key_values=cache).logits[0, -1]
+        found.append(logits.float().log_softmax(-1).cpu())
+        model.set_attn_implementation(later or own)
     model.set_attn_implementation(own)
     return torch.stack(found[-len(tokens) :])
+
+
+def compare(folder, name, config, processes, dtype, device):
+    """For each prompt of an engine's calls, by its chunks, the largest differences of log-probabilities: from one process
+    that is sparse, from one that is dense, and from one that is sparse in the first chunk alone; infinite where that is
+    the same."""
+    model = tiny(name)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.unflatten(0, (4, -1)).mul_(torch.tensor([1, 2, 4, 8])[:, None, None])
+    model.save_pretrained(folder)
+    sparse, dense = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=own, dtype=getattr(torch, dtype))
+        .to(device)
+        .eval()
+        for own in (attention.register(config, name="tsa-vllm"), "sdpa")
+    )
+    gaps, nothing = {}, float("inf")
+    for call, ids, found in zip(CALLS, prompts(), engine(folder, config, processes, dtype), strict=True):
+        for (chunks, count), prompt, each in zip(call, ids, found, strict=True):
+            steps = torch.tensor(each["logprobs"])
+            assert steps.shape == (count, VOCAB)
+            case = (prompt, chunks, each["tokens"])
+            gaps[tuple(chunks)] = (
+                float((steps - wanted(sparse, *case)).abs().max()),
+                float((steps - wanted(dense, *case)).abs().max()) if sum(chunks) > 3 else nothing,
+                float((steps - wanted(sparse, *case, later="sdpa")).abs().max()) if len(chunks) > 1 else nothing,
+            )
+    return gaps
 
 
 @has_vllm
 @pytest.mark.timeout(1000)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("config, processes", [(HALF, 1), (COVERAGE, 2)], ids=["keep ratio", "coverage over two processes"])
-def test_engine_equals_one_process(tmp_path, config, processes):
-    """Whole prompts, a short one, one in chunks; a batch with another prompt's decode step."""
-    model = tiny("llama")
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.unflatten(0, (4, -1)).mul_(torch.tensor([1, 2, 4, 8])[:, None, None])
-    model.save_pretrained(tmp_path)
-    sparse = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation=attention.register(config, name="tsa-vllm"), dtype=torch.float32
-    ).eval()
-    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    for call, ids, found in zip(CALLS, prompts(), engine(tmp_path, config, processes), strict=True):
-        for (length, count), prompt, each in zip(call, ids, found, strict=True):
-            steps = torch.tensor(each["logprobs"])
-            assert steps.shape == (count, VOCAB)
-            assert float((steps - wanted(sparse, prompt, each["tokens"])).abs().max()) < 1e-4, length
-            if length > 3:
-                assert float((steps - wanted(dense, prompt, each["tokens"])).abs().max()) > 1e-3, "or nothing was tested"
-
-
-@has_vllm
-class TestRefused:
-    def settings(self, **changes):
-        scheduler = SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64)
-        cache = SimpleNamespace(enable_prefix_caching=changes.pop("prefixes", False))
-        parallel = SimpleNamespace(decode_context_parallel_size=changes.pop("context", 1), prefill_context_parallel_size=1)
-        return SimpleNamespace(
-            scheduler_config=scheduler, cache_config=cache, parallel_config=parallel,
-            model_config=SimpleNamespace(max_model_len=128),
-        )  # fmt: skip
-
-    def test_prefix_caching(self, monkeypatch):
-        from tsa_compile.engines.vllm.interface import check
-
-        with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
-            check(self.settings(prefixes=True), HALF)
-        check(self.settings(prefixes=True), HALF.replace(layers=[]))
-        monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
-        check(self.settings(prefixes=True), HALF)
-
-    def test_context_parallel(self):
-        from tsa_compile.engines.vllm.interface import check
-
-        with pytest.raises(ConfigError, match="decode_context_parallel_size=2"):
-            check(self.settings(context=2), HALF)
-
-    def test_other_versions(self, monkeypatch):
-        from tsa_compile.engines.vllm import interface
-
-        monkeypatch.setattr(interface.vllm, "__version__", "0.1.0")
-        with pytest.raises(ConfigError, match=r"vLLM 0.1.0 is not supported.*0\.32"):
-            interface.install(HALF)
+@pytest.mark.parametrize("name, config, processes", [("llama", HALF, 1), ("qwen3", COVERAGE, 2)])
+def test_engine_equals_one_process(tmp_path, name, config, processes):
+    """Whole prompts, a short one, some in chunks; in a batch with another prompt's decode step. By heads, and by a coverage
+    that two processes decide together."""
+    gaps = compare(tmp_path, name, config, processes, "float32", CPU)
+    assert all(gap < 1e-4 for gap, *_ in gaps.values()), gaps
+    assert all(dense > 1e-3 and first > 1e-3 for _, dense, first in gaps.values()), f"or nothing was tested: {gaps}"

@@ -1,6 +1,7 @@
-"""One vLLM engine over the tiny Llama of a folder: writes each prompt's next tokens and all log-probabilities of each step.
+"""One vLLM engine over the tiny model of a folder: writes each prompt's next tokens and all log-probabilities of each step.
 
-Run by `test_vllm.py` with TSA_CONFIG set: `vllm_run.py CHECKPOINT OUTPUT TENSOR_PARALLEL_SIZE`.
+Run by `test_vllm.py` with TSA_CONFIG set: `vllm_run.py CHECKPOINT OUTPUT TENSOR_PARALLEL_SIZE DTYPE`. On a CPU without
+vLLM's compilation, which takes a minute there; on a GPU with it, and with CUDA graphs.
 """
 
 import json
@@ -10,9 +11,15 @@ from pathlib import Path
 
 VOCAB = 64
 BATCH = 64
-CALLS = ([(50, 3)], [(20, 1), (24, 4), (30, 3), (3, 2)], [(90, 3)])
-"""Lengths of prompts and of what is to be generated. In the second call two run at a time, so that a prompt comes into a
-batch with another's decode step; 3 tokens are too few to be sparse. The last prompt is more than a batch."""
+CALLS = (
+    [([50], 3)],
+    [([20], 1), ([24], 4), ([30], 3), ([3], 2)],
+    [([64, 26], 3)],
+    [([20], 6), ([44, 63, 43], 3)],
+)
+"""Of each prompt the chunks that it is run in, and how many tokens to generate. Two prompts run at a time, in batches of at
+most `BATCH` tokens, so that a prompt or a chunk comes into a batch with another's decode step. A batch takes decode
+steps first, and of the next prompt what there is room for. 3 tokens are too few to be sparse."""
 
 
 def prompts():
@@ -20,16 +27,17 @@ def prompts():
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return [[torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length, _ in call] for call in CALLS]
+    return [[torch.randint(1, VOCAB, (sum(chunks),), generator=generator).tolist() for chunks, _ in call] for call in CALLS]
 
 
-def main(checkpoint, output, tensor_parallel_size):
+def main(checkpoint, output, tensor_parallel_size, dtype):
+    import torch
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        checkpoint, dtype="float32", enforce_eager=True, enable_prefix_caching=False, skip_tokenizer_init=True,
-        max_model_len=128, max_num_batched_tokens=BATCH, max_num_seqs=2, block_size=32, max_logprobs=VOCAB,
-        tensor_parallel_size=int(tensor_parallel_size),
+        checkpoint, dtype=dtype, enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False,
+        skip_tokenizer_init=True, max_model_len=192, max_num_batched_tokens=BATCH, max_num_seqs=2, block_size=32,
+        max_logprobs=VOCAB, gpu_memory_utilization=0.5, tensor_parallel_size=int(tensor_parallel_size),
     )  # fmt: skip
     found = []
     for call, ids in zip(CALLS, prompts(), strict=True):
@@ -48,5 +56,8 @@ def _plain(completion):
 
 
 if __name__ == "__main__":
-    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    # With the scheduler in a process of its own, a batch would hold what requests have arrived by then.
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )  # fmt: skip
     main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """A tokenizer trained on the spot, and models: a tiny Llama with random weights, and one that writes what it is told to."""
 
 import math
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.evaluation import words
 
 CHAT = (
@@ -16,6 +18,10 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEXT = words.sentences(Random(7), 400)
+CONFIG = TSAConfig(
+    budget=KeepRatio(0.25), window=8, min_tokens=0, min_length=1, layers=(0, 1), floor=None, skip_passes=("Validate",)
+)
+"""As published, for `llama()` and prompts of a few hundred tokens."""
 
 
 def tokenizer(chat=True):
@@ -42,6 +48,14 @@ def llama(layers=2, positions=4096, seed=0):
     )  # fmt: skip
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def save(folder: Path, layers):
+    """Writes a `llama` of some layers, its tokenizer, its chat template and a text, book.txt."""
+    llama(layers).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "book.txt").write_text(TEXT)
+    return folder
 
 
 class Told(nn.Module):

@@ -1,8 +1,6 @@
 """The benchmarks of scores and of calibrations: what they compute, that they go on, and their tables."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +10,11 @@ from tsa_compile.backend import tsa_backend
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.kernels import reference
 
-from .small import TEXT, llama, tokenizer
+from ..support import script
+from .small import TEXT, llama, save
 
 pytestmark = pytest.mark.usefixtures("fresh")
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)  # where dataclasses look up annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,15 +27,12 @@ def beside():
 
 @pytest.fixture(scope="module")
 def scores():
-    return script("scores")
+    return script(FOLDER / "scores.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    llama(2).save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return path
+    return save(tmp_path_factory.mktemp("models") / "tiny", layers=2)
 
 
 def drawn(length, heads=4, groups=2):
@@ -97,8 +85,7 @@ def test_sparse_layers_are_those_of_the_backend(scores):
 
 
 @pytest.mark.parametrize("task", ["keys", "values"])
-def test_samples_have_their_length_and_their_answers(scores, task):
-    words = tokenizer()
+def test_samples_have_their_length_and_their_answers(scores, words, task):
     text = words(TEXT * 2)["input_ids"]
     for question in scores.QUESTIONS:
         made = scores.sample(words, text, task, question, 1200, 3)
@@ -127,7 +114,7 @@ def test_scores_go_on_and_are_rendered(scores, folder, tmp_path, monkeypatch):
 
 
 def test_calibrations_go_on_and_are_rendered(folder, tmp_path, monkeypatch):
-    module = script("calibrate")
+    module = script(FOLDER / "calibrate.py")
     monkeypatch.setattr(module, "topics", {"book": TEXT * 3})
     out = tmp_path / "calibrate.json"
     given = ["--model", str(folder), "--out", str(out), "--length", "600", "--tasks", "needle", "--ratios", "0.3", "0.1"]
@@ -151,7 +138,7 @@ def test_calibrations_go_on_and_are_rendered(folder, tmp_path, monkeypatch):
 
 
 def test_parts_run_as_processes_of_their_own_and_the_worst_exit_code_counts(tmp_path, capfd):
-    jobs = script("jobs")
+    jobs = script(FOLDER / "jobs.py")
     child = tmp_path / "child.py"
     child.write_text("import sys, pathlib; out = sys.argv[sys.argv.index('--out') + 1]; print('why', file=sys.stderr)\n"
                      "pathlib.Path(out).write_text(' '.join(sys.argv[1:3])); sys.exit(int(sys.argv[2]))\n")  # fmt: skip

@@ -13,7 +13,7 @@ from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import Setting
 from tsa_compile.report import reports
 
-from .small import TEXT, llama, tokenizer
+from .small import TEXT
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'tsa-compile[eval]'")
 from lm_eval import evaluator, tasks
@@ -25,16 +25,6 @@ from tsa_compile.evaluation.lm_eval import TSALM, read_config
 pytestmark = pytest.mark.usefixtures("fresh")
 GIVEN = {"budget": "keep:0.1", "floor": "4+1", "window": 8, "min_tokens": 0, "layers": "0+1", "compiler": "eager"}
 CONTEXTS, ANSWERS = [TEXT[:500], TEXT[100:900]], [" one fox", " the old lamp"]
-
-
-@pytest.fixture(scope="module")
-def words():
-    return tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return llama()
 
 
 def requests(kind, *arguments):

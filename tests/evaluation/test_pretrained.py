@@ -1,6 +1,5 @@
 """The benchmark of a pretrained model: its settings, that it goes on, and its tables."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ from tsa_compile.config import Floor, KeepRatio
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import Study
 
+from ..support import script
 from .small import TEXT, llama, tokenizer
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -24,10 +24,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "pretrained.py"
 @pytest.fixture(scope="module")
 def pretrained():
     sys.path.insert(0, str(SCRIPT.parent))  # as where a script is run
-    spec = importlib.util.spec_from_file_location("pretrained", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield script(SCRIPT)
     sys.path.remove(str(SCRIPT.parent))
 
 

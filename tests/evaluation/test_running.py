@@ -5,30 +5,17 @@ import math
 import pytest
 import torch
 
-from tsa_compile.config import KeepRatio, TSAConfig
+from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.cached import check_model
 from tsa_compile.evaluation.prompts import Sample, Writer
 from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
 
-from .small import TEXT, Told, llama, tokenizer
+from .small import CONFIG, TEXT, Told
 
 pytestmark = pytest.mark.usefixtures("fresh")
 LENGTH = 12
-CONFIG = TSAConfig(
-    budget=KeepRatio(0.25), window=8, min_tokens=0, min_length=1, layers=(0, 1), floor=None, skip_passes=("Validate",)
-)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return llama()
 
 
 @pytest.fixture(scope="module")

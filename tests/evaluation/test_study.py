@@ -6,24 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tsa_compile.config import Floor, KeepRatio, TSAConfig
+from tsa_compile.config import Floor
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import DENSE, Setting, Study, evaluate
 from tsa_compile.evaluation.running import Runner
 
+from . import small
 from .small import TEXT, llama, tokenizer
 
 pytestmark = pytest.mark.usefixtures("fresh")
-CONFIG = TSAConfig(
-    budget=KeepRatio(0.25), window=8, min_tokens=0, min_length=1, layers=(0,), floor=None, skip_passes=("Validate",)
-)
+CONFIG = small.CONFIG.replace(layers=(0,))
 SETTINGS = [Setting("published", CONFIG), Setting("floor", CONFIG.replace(floor=Floor(16, 4)))]
 LENGTH = 300
-
-
-@pytest.fixture(scope="module")
-def words():
-    return tokenizer()
 
 
 @pytest.fixture(scope="module")

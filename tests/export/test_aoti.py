@@ -1,6 +1,5 @@
 """AOTInductor packages: run in Python, and by the C++ program of examples/aoti_cpp without it."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,34 +12,19 @@ from tsa_compile import ConfigError, Floor, KeepRatio
 from tsa_compile.export import aoti, export_program
 from tsa_compile.testing import count_ops
 
-from ..support import Attention, difference, heads
+from ..support import Attention, difference, heads, script
 from .support import QUICK, SMALL
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "aoti_cpp"
+BENCHMARK = EXAMPLE.parents[1] / "benchmarks" / "export.py"
 TOLERANCE = 1e-5
-
-
-def imported(path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def example():
-    return imported(EXAMPLE / "export_model.py")
-
-
-def benchmark():
-    return imported(EXAMPLE.parents[1] / "benchmarks" / "export.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the example writes; its one compilation serves every test."""
     path = tmp_path_factory.mktemp("package")
-    example().main([str(path)], **QUICK)
+    script(EXAMPLE / "export_model.py").main([str(path)], **QUICK)
     return path
 
 
@@ -104,7 +88,7 @@ def test_runs_from_cpp(folder, tmp_path):
     assert done.stdout.count("max error") == 2 and "times_ms" not in done.stdout
     done = run(tmp_path, "--time", "3", "--tolerance", "1e-9", folder / "model.pt2", *cases)
     rows = [{"case": str(path), "compiled_ms": [1.0, 2.0, 3.0]} for path in cases]
-    assert benchmark().read_output(done.stdout, rows) > 0
+    assert script(BENCHMARK).read_output(done.stdout, rows) > 0
     assert [len(row["package_ms"]) for row in rows] == [3, 3] and all(0 <= row["error"] < 1e-3 for row in rows)
     assert done.returncode == int(max(row["error"] for row in rows) >= 1e-9)
     inputs, output = case(folder, 1)

@@ -1,6 +1,5 @@
 """benchmarks/export.py and onnx_files.py at a tiny size on the CPU; what the C++ program prints is read in test_aoti.py."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,21 +8,16 @@ import torch
 
 from tsa_compile.export import aoti
 
+from ..support import script
+
 FILE = Path(__file__).parents[2] / "benchmarks" / "export.py"
 OPTIONS = ["--shape", "tiny", "--lengths", "96", "160", "--device", "cpu", "--layers", "2", "--repeats", "2"]
 
 
-def load(name="export"):
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FILE.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def script(monkeypatch):
+def benchmark(monkeypatch):
     """With graphs run as they are in Python, and the program in the package's place: neither is what this test is about."""
-    module, programs = load(), []
+    module, programs = script(FILE), []
     make_config = module.make_config
 
     def save(program, path):
@@ -49,8 +43,8 @@ def script(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
-def test_measures_and_writes(script, tmp_path, capsys):
-    assert script.main([*OPTIONS, "--out", str(tmp_path)]) == 0
+def test_measures_and_writes(benchmark, tmp_path, capsys):
+    assert benchmark.main([*OPTIONS, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "export.json").read_text())
     assert found["conditions"]["device"] == "cpu" and found["package"]["load_s"] == 1.5
     assert found["package"]["size_mib"] == 0.5 and "1 of 2 attention calls sparse" in found["package"]["report"]
@@ -66,7 +60,7 @@ def test_measures_and_writes(script, tmp_path, capsys):
 
 def test_output_of_another_kind_ends_it():
     with pytest.raises(SystemExit, match="something else than 2 cases"):
-        load().read_output("loaded_ms 3\ntimes_ms 1\na max error 0.1", [{}, {}])
+        script(FILE).read_output("loaded_ms 3\ntimes_ms 1\na max error 0.1", [{}, {}])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +70,7 @@ def test_output_of_another_kind_ends_it():
 def test_command_line(options, said, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        load().main([*OPTIONS, *options])
+        script(FILE).main([*OPTIONS, *options])
     assert said in capsys.readouterr().err
 
 
@@ -87,7 +81,7 @@ def test_files_are_run_and_refusals_told(monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     monkeypatch.syspath_prepend(FILE.parent)
-    files = load("onnx_files")
+    files = script(FILE.with_name("onnx_files.py"))
     configurations = files.configurations
     monkeypatch.setattr(
         files, "configurations",
@@ -111,13 +105,16 @@ def test_operators_that_ran_elsewhere_are_told(monkeypatch, tmp_path):
         {"cat": "Node", "dur": took, "args": {"op_name": name, "provider": provider}} for name, provider, took in nodes
     ]
     (tmp_path / "profile.json").write_text(json.dumps([{"cat": "Session", "dur": 9}, *events]))
-    assert load("onnx_files").not_by("GPU", tmp_path / "profile.json") == {"Attention": 3.0, "Shape": 0.01}
+    assert script(FILE.with_name("onnx_files.py")).not_by("GPU", tmp_path / "profile.json") == {
+        "Attention": 3.0,
+        "Shape": 0.01,
+    }
 
 
 def test_a_runtime_that_ends_early_is_a_row_with_the_step(monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime")
     monkeypatch.syspath_prepend(FILE.parent)
-    files = load("onnx_files")
+    files = script(FILE.with_name("onnx_files.py"))
     torch.save({"inputs": {}, "output": torch.zeros(1), "cuda": False}, tmp_path / "case.pt")
     (tmp_path / "model.onnx").write_bytes(b"something else")
     row = files.in_child(files.by_onnxruntime, str(tmp_path / "model.onnx"), str(tmp_path / "case.pt"), "1")

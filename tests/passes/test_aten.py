@@ -8,8 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from tsa_compile.passes.aten import unknown, users
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.operators import arguments
-from tsa_compile.passes.record import record
-from tsa_compile.testing import capture
+from tsa_compile.passes.record import _Recording, record
+from tsa_compile.testing import capture, capture_all
+
+from .program_check import quick
+from .programs import generate
 
 aten = torch.ops.aten
 
@@ -212,3 +215,54 @@ def test_symbolic_sizes_add_no_guards():
     before = len(shapes.guards)
     graph = record(graph_module)
     assert not graph.problems and len(shapes.guards) == before
+
+
+class TestWhatTheTraceHas:
+    """Single operators are not run again: the trace has what they make."""
+
+    def written(self, graph):
+        """All that is recorded, as text."""
+        values = [
+            (str(call.format_node()), call.meta["origin"], call.meta["inside"], layout(call.meta["val"]))
+            for call in graph.calls.nodes
+        ]
+        return values, graph.problems, graph.impure, graph.order, str(graph.holders), str(graph.values)
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_it_is_what_running_them_makes(self, seed):
+        program = generate(seed)
+        with quick(program):
+            (graph_module, *_) = capture_all(program.function(), *program.inputs(0), dynamic=bool(program.dynamic)).graphs
+        run_again = _Recording(graph_module, borrows=False).run(graph_module)
+        assert self.written(record(graph_module)) == self.written(run_again)
+
+    def test_it_is_not_run(self):
+        graph_module, graph = recorded(lambda x: (x * 2).view(-1).relu(), torch.randn(3, 4))
+        held = [
+            graph.values[node].meta["val"] is fake(node) for node in graph_module.graph.nodes if node.op.startswith("call")
+        ]
+        assert held == [True] * 3
+
+    def test_a_cast_to_the_type_that_it_has_is_its_input(self):
+        _, graph = recorded(lambda x: x.to(torch.float32).contiguous() + 1, torch.randn(3))
+        assert targets(graph) == [aten.add.Tensor]
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda y: y.unsqueeze_(0), lambda y: y.view(6).unsqueeze_(0), lambda y: y.t_()],
+        ids=["of itself", "of a view", "its strides"],
+    )
+    def test_a_change_of_its_shape_leaves_it_alone(self, change):
+        def function(x):
+            y = x + 1
+            return y.sum(), change(y)
+
+        graph_module = capture(function, torch.randn(2, 3))
+        before = {node: layout(fake(node)) for node in graph_module.graph.nodes}
+        graph = record(graph_module)
+        assert {node: layout(fake(node)) for node in graph_module.graph.nodes} == before
+        assert self.written(graph) == self.written(_Recording(graph_module, borrows=False).run(graph_module))
+
+
+def layout(value):
+    return f"{value.shape} {value.stride()} {value.dtype}" if isinstance(value, torch.Tensor) else str(value)

@@ -259,7 +259,7 @@ def hold_against(info, call, values, mask, padding, symbols):
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 @pytest.mark.parametrize("block", slow_but(range(6), 0))
 def test_random_masks(block, symbolic):
-    cases = 30 if symbolic else 200
+    cases = 30 if symbolic else 320
     kinds = Counter()
     for seed in range(block * cases, (block + 1) * cases):
         seed = seed + (1_000_000 if symbolic else 0)

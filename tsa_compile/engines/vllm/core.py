@@ -1,8 +1,8 @@
 """What of a batch is sparse, and how it is computed: on plain tensors, without vLLM.
 
-A batch is flat: the tokens of its requests, one request after the other, query [T, H, D], key and value [T, G, D]. A request
-whose tokens in the batch are all that it has is a prompt, or the first chunk of one, and is computed by itself. The others,
-decode steps and later chunks, stay the engine's.
+A batch is flat: the tokens of its requests, one after the other, query [T, H, D], key and value [T, G, D]. Those of a
+request are a whole prompt, a chunk of one, or what a decode step adds. Prompts and chunks are computed one by one; keys and
+values of earlier chunks are gathered from the paged cache. Decode steps stay the engine's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.calls import CallShape
 from tsa_compile.passes.layers import Place, place_in, said_of_unused, select_layers, unused_layers
+from tsa_compile.passes.plan import FEW_QUERIES, length_that_counts, minimum_length
 from tsa_compile.passes.rewrite import options_of
 from tsa_compile.reasons import Reason
 
@@ -24,26 +26,76 @@ assert pipeline.OPS
 
 
 @dataclass(frozen=True)
-class Split:
-    """The requests of a batch. `prompts`: the token ranges of those that are sparse. `others`: the numbers of the rest."""
+class Request:
+    """A request of a batch: its number there, the range of its tokens, and how many it has with those of earlier batches."""
 
-    prompts: tuple[tuple[int, int], ...]
+    number: int
+    start: int
+    stop: int
+    length: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether keys of earlier batches are to be gathered."""
+        return self.rows < self.length
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """From what length on a request is sparse, by the compiler's rule; `shortest` None: none is.
+
+    Attributes:
+        why: what the length is compared for (passes/plan.py).
+    """
+
+    shortest: int | None
+    why: str = ""
+
+    @classmethod
+    def of(cls, config: TSAConfig, device: torch.device, shape: CallShape, share: float) -> Minimum:
+        """For layers of one shape, of which `share` are sparse."""
+        return cls(*minimum_length(config, device, shape, share))
+
+    def __str__(self) -> str:
+        return f"for no length: {self.why}" if self.shortest is None else f"from {self.shortest} tokens on, {self.why}"
+
+    def reached_by(self, request: Request) -> bool:
+        """Whether it is sparse."""
+        if self.shortest is None or request.rows < (FEW_QUERIES if request.is_behind else 2):
+            return False
+        return length_that_counts(request.rows, request.length, self.why) >= self.shortest
+
+
+@dataclass(frozen=True)
+class Split:
+    """The requests of a batch. `prompts`: those that are sparse. `others`: the numbers of the rest."""
+
+    prompts: tuple[Request, ...]
     others: tuple[int, ...]
 
 
-def split(starts: Sequence[int], lengths: Sequence[int], shortest: int | None) -> Split:
-    """Which requests are prompts of at least `shortest` tokens; None: none is.
+def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bool] | None, minimum: Minimum) -> Split:
+    """Which requests are prompts, or chunks of them, that are long enough.
 
     Args:
         starts: where each request's tokens begin in the batch, and where the last one's end.
-        lengths: how many tokens each has, with those of earlier steps.
+        lengths: how many tokens each has, with those of earlier batches.
+        prefilling: whether each has tokens of its prompt in the batch, without those that fill it up; if that is not known,
+            only those count whose tokens are all in it, because a few tokens behind a cache may be speculative ones.
     """
     prompts, others = [], []
     for number, (start, stop) in enumerate(itertools.pairwise(starts)):
-        rows = stop - start
-        if shortest is not None and 1 < rows == lengths[number] and rows >= shortest:
-            prompts.append((start, stop))
-        elif rows:  # requests without a token fill a batch up
+        request = Request(number, start, stop, lengths[number])
+        if not request.rows:  # it fills the batch up
+            continue
+        is_prompt = not request.is_behind if prefilling is None else prefilling[number]
+        if is_prompt and minimum.reached_by(request):
+            prompts.append(request)
+        else:
             others.append(number)
     return Split(tuple(prompts), tuple(others))
 
@@ -95,10 +147,38 @@ def choose_layers(names: Mapping[str, type], obstacles: Mapping[str, str], confi
     return Layers(reasons, sparse, said_of_unused(unused, places) if unused else "")
 
 
+def gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of a request [length, ...] in a paged cache [all blocks, tokens of a block, ...].
+
+    Args:
+        blocks: the numbers of the request's blocks, in order; at least as many as its tokens fill.
+    """
+    positions = torch.arange(length, device=cache.device)
+    return cache[blocks[positions // cache.shape[1]].long(), positions % cache.shape[1]]
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, config: TSAConfig, group: str | None
 ) -> None:
-    """Sparse attention of one prompt: query [L, H, D], key [L, G, D], value [L, G, Dv] into output [L, H, Dv]."""
+    """Sparse attention of one prompt or chunk: query [Lq, H, D] into output [Lq, H, Dv].
+
+    The queries are the last of the positions of key [Lk, G, D] and value [Lk, G, Dv], whose earlier chunks were gathered.
+    """
     heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     out = torch.ops.tsa.sparse_attention(*heads_first, *options_of(config, scale, group))
     output.copy_(out[0].transpose(0, 1))
+
+
+def rehearse(query: Tensor, kv_heads: int, longest: int, minimum: Minimum, scale: float, config: TSAConfig) -> None:
+    """Computes, and throws away, the largest request that can come, so that an engine that measures its memory sees it.
+
+    Args:
+        query: [rows, H, D], as many rows as the largest batch has; their values do not matter.
+        longest: how many tokens a request may have.
+    """
+    rows, _, width = query.shape
+    length = max(longest, rows)
+    kept = query.new_zeros(length, kv_heads, 2 * width)  # keys and values side by side, as they are gathered
+    key, value = kept.split(width, dim=-1)
+    if minimum.reached_by(Request(0, 0, rows, length)):
+        attend(query, key, value, torch.empty_like(query), scale, config, None)

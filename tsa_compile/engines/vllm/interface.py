@@ -1,14 +1,16 @@
-"""Everything that depends on vLLM's version: its backend for CPUs, with prompts of the chosen layers taken out.
+"""Everything that depends on vLLM's version: its backends, with the prompts of the chosen layers taken out.
 
     metadata of a batch      as vLLM builds it; beside it those of its other requests alone, if it has both kinds
-    a sparse layer           prompts by core.attend; the others by vLLM's own kernel, from its paged cache
+    a sparse layer           prompts and chunks by core.attend; the others by vLLM's own kernel, from its paged cache
     any other layer          vLLM's own
 
-Keys and values are in the cache before attention runs, so later steps find all tokens there.
+Keys and values are in the cache before attention runs, so later chunks and decode steps find all tokens there. `Builder` and
+`Impl` are what both platforms share; below them are vLLM's classes for each, and how its cache is read.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,50 +19,55 @@ from typing import Any
 import torch
 import vllm
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
+from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends import cpu_attn, flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines.vllm.core import Split, attend, choose_layers, split
+from tsa_compile.engines.vllm.core import Layers, Minimum, Request, Split, attend, choose_layers, gather, rehearse, split
 from tsa_compile.errors import ConfigError
-from tsa_compile.passes.plan import minimum_length
 
-SUPPORTED = ("0.32",)
+SUPPORTED = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
 PREFIXES = "TSA_ALLOW_PREFIX_CACHING"
+_CACHES = ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "_seq_lens_cpu", "_num_computed_tokens_cpu")
+"""What vLLM's metadata of a batch remember of it, by version."""
 
 _log = init_logger("vllm.tsa_compile")
 _installed: TSAConfig | None = None
 
 
 def install(config: TSAConfig) -> None:
-    """Overrides vLLM's backend for CPUs in this process.
+    """Overrides vLLM's backend for this platform, in this process.
 
     Raises:
         ConfigError: another version or platform.
     """
     global _installed
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in SUPPORTED)):
+    platform = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
+    if platform is None:
         raise ConfigError(
-            f"TSA_CONFIG is set, but vLLM {vllm.__version__} is not supported: its interfaces change with its version, and "
-            f"this package knows {', '.join(SUPPORTED)}. Install one of them, or unset TSA_CONFIG"
+            f"TSA_CONFIG is set, but vLLM runs on {current_platform.device_name!r}: the plug-in supports its platforms "
+            f"{' and '.join(SUPPORTED)}"
         )
-    if not current_platform.is_cpu():
+    known = SUPPORTED[platform]
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in known)):
         raise ConfigError(
-            f"TSA_CONFIG is set, but vLLM runs on {current_platform.device_name!r}: the plug-in supports its CPU platform"
+            f"TSA_CONFIG is set, but vLLM {vllm.__version__} is not supported on {platform!r}: its interfaces change with "
+            f"its version, and this package knows {', '.join(known)} there. Install one of them, or unset TSA_CONFIG"
         )
     _installed = config
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.SparseBackend")
+    if platform == "cpu":
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{CPUBackend.__name__}")
+    else:
+        register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{CUDABackend.__name__}")
+    _say_what_else_is_chosen()
 
 
 def installed() -> TSAConfig:
@@ -69,109 +76,245 @@ def installed() -> TSAConfig:
     return _installed
 
 
+def _say_what_else_is_chosen() -> None:
+    """One line of the log for layers that vLLM gives to another backend, as it does with MLA: nothing here sees them."""
+    choose = current_platform.get_attn_backend_cls
+    if hasattr(choose, "__wrapped__"):
+        return
+
+    @functools.wraps(choose)
+    def get_attn_backend_cls(*args: Any, **kwargs: Any) -> str:
+        path = choose(*args, **kwargs)
+        if not path.startswith(f"{__name__}."):
+            _log.info_once("Token Sparse Attention: dense in layers for which vLLM chose %s", path)
+        return path
+
+    current_platform.get_attn_backend_cls = get_attn_backend_cls
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a batch is for sparse layers.
 
     Attributes:
         layers: the configurations of the sparse layers, by their names.
-        prompts: the token ranges of the requests that are computed by `core.attend`.
+        prompts: the requests that are computed by `core.attend`.
         others: vLLM's metadata of the other requests alone, and which tokens are theirs; None if there are none.
         group: the process group that has the other heads, where they matter.
     """
 
     layers: Mapping[str, TSAConfig]
-    prompts: tuple[tuple[int, int], ...]
-    others: tuple[CPUAttentionMetadata, Tensor] | None
+    prompts: tuple[Request, ...]
+    others: tuple[Any, Tensor] | None
     group: str | None
 
 
-class SparseBuilder(CPUAttentionMetadataBuilder):
+class Builder:
     """vLLM's metadata, with a `Plan` as attribute `tsa` for batches that have prompts."""
 
+    supports_update_block_table = False  # layers of another group would get this one's plan
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         config = installed()
         check(vllm_config, config)
-        layers = get_layers_from_vllm_config(vllm_config, Attention)
-        obstacles = {name: obstacle for name, layer in layers.items() if (obstacle := _obstacle(layer.impl)) is not None}
-        chosen = choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, config)
-        _log.info("Token Sparse Attention: %s", chosen.summary)
-        self.sparse_layers = {name: own for name, own in chosen.sparse.items() if name in layer_names}
+        layers = layers_of(vllm_config)
+        self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
         self.group = _group(config)
-        shape = CallShape.configured(
-            config, 1, self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.dtype.itemsize
-        )
-        share = len(chosen.sparse) / max(len(layers), 1)
-        self.shortest = minimum_length(config, device, shape, share)[0] if self.sparse_layers else None
+        self.minimum = Minimum(None)
+        for name in self.sparse_layers:  # which have one shape, that of their cache
+            impl = get_layers_from_vllm_config(vllm_config, Attention)[name].impl
+            self.minimum = minimum_of(impl, vllm_config.model_config.dtype, layers, device)
+            break
+        if self.sparse_layers:
+            _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.minimum)
+        elif not layers.sparse:
+            _log.info_once("Token Sparse Attention: %s", layers.summary)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> CPUAttentionMetadata:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        starts, lengths = _on_host(common_attn_metadata)
-        batch = split(starts, lengths, self.shortest if metadata.causal is True else None)
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        if self.minimum.shortest is None or metadata.causal is not True:
+            return metadata
+        starts, lengths, prefilling = _on_host(common_attn_metadata)
+        batch = split(starts, lengths, prefilling, self.minimum)
         if batch.prompts:
-            others = self._others(common_attn_metadata, batch, starts, fast_build) if batch.others else None
-            metadata.tsa = Plan(self.sparse_layers, batch.prompts, others, self.group)  # type: ignore[attr-defined]
+            others = self._others(common_attn_metadata, batch, starts) if batch.others else None
+            metadata.tsa = Plan(self.sparse_layers, batch.prompts, others, self.group)
         return metadata
 
-    def _others(
-        self, common: CommonAttentionMetadata, batch: Split, starts: list[int], fast_build: bool
-    ) -> tuple[CPUAttentionMetadata, Tensor]:
-        """The metadata of some requests, as if the batch had no others."""
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """Without a plan: a graph of a whole step is replayed for decode steps only."""
+        return super().build(0, common_attn_metadata)  # type: ignore[misc]
+
+    def _others(self, common: CommonAttentionMetadata, batch: Split, starts: list[int]) -> tuple[Any, Tensor]:
+        """The metadata of some requests, as if the batch had no others, and their tokens.
+
+        By `fast_build`: what vLLM schedules ahead lies in a buffer that the metadata of the whole batch use.
+        """
         device = common.seq_lens.device
         requests = torch.tensor(batch.others, device=device)
         tokens = torch.cat([torch.arange(starts[number], starts[number + 1], device=device) for number in batch.others])
         rows = [starts[number + 1] - starts[number] for number in batch.others]
-        offsets = torch.tensor([0, *rows], dtype=common.query_start_loc_cpu.dtype).cumsum(0, dtype=torch.int32)
+        offsets = torch.tensor([0, *rows], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         some = common.replace(
             query_start_loc=offsets.to(device), query_start_loc_cpu=offsets, seq_lens=common.seq_lens[requests],
             num_reqs=len(rows), num_actual_tokens=sum(rows), max_query_len=max(rows),
             block_table_tensor=common.block_table_tensor[requests], slot_mapping=common.slot_mapping[tokens],
             seq_lens_cpu_upper_bound=_some(common.seq_lens_cpu_upper_bound, requests),
             is_prefilling=_some(common.is_prefilling, requests), positions=_some(common.positions, tokens),
-            logits_indices_padded=None, _num_computed_tokens_cache=None, _token_to_req_indices_cache=None,
+            logits_indices_padded=None, **{name: None for name in _CACHES if hasattr(common, name)},
         )  # fmt: skip
-        return super().build(0, some, fast_build), tokens
+        return super().build(0, some, True), tokens  # type: ignore[misc]
 
 
-class SparseImpl(CPUAttentionBackendImpl):
+class Impl:
     """vLLM's attention, with the prompts of sparse layers taken out."""
+
+    rehearses = False
+    scale: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._vllm_config, self._rehearsed = get_current_vllm_config(), not self.rehearses
+
+    def read(self, layer: Any, kv_cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` keys and values [length, G, D] of a request, from its blocks of the paged cache."""
+        raise NotImplementedError
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
         output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        own_forward = super().forward  # type: ignore[misc]
         plan = getattr(attn_metadata, "tsa", None)
-        if plan is None or layer.layer_name not in plan.layers:
+        config = None if plan is None else plan.layers.get(layer.layer_name)
+        if plan is None or config is None:
+            if attn_metadata is None and not self._rehearsed:
+                self._rehearse(layer, query)
             more = (output_scale, output_block_scale)
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *more)
-        for start, stop in plan.prompts:
-            rows = (query[start:stop], key[start:stop], value[start:stop], output[start:stop])
-            attend(*rows, self.scale, plan.layers[layer.layer_name], plan.group)
+            return own_forward(layer, query, key, value, kv_cache, attn_metadata, output, *more)
+        for request in plan.prompts:
+            rows = slice(request.start, request.stop)
+            keys, values = key[rows], value[rows]
+            if request.is_behind:
+                keys, values = self.read(layer, kv_cache, attn_metadata.block_table[request.number], request.length)
+            attend(query[rows], keys, values, output[rows], self.scale, config, plan.group)
         if plan.others is not None:
             metadata, tokens = plan.others
             found = torch.empty_like(output[tokens])
-            super().forward(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, found)
+            own_forward(layer, query[tokens], key[tokens], value[tokens], kv_cache, metadata, found)
             output[tokens] = found
         return output
 
+    def _rehearse(self, layer: Any, query: Tensor) -> None:
+        """Called when vLLM runs a batch without metadata, once, to see how much memory is left for its cache."""
+        self._rehearsed, vllm_config = True, self._vllm_config
+        layers = layers_of(vllm_config)
+        config = layers.sparse.get(layer.layer_name)
+        if config is not None:
+            minimum = minimum_of(self, query.dtype, layers, query.device)
+            longest = vllm_config.model_config.max_model_len
+            rehearse(query[:longest], self.num_kv_heads, longest, minimum, self.scale, config)  # type: ignore[attr-defined]
 
-class SparseBackend(CPUAttentionBackend):
-    """vLLM's backend for CPUs with the two above."""
+
+class CPUBuilder(Builder, cpu_attn.CPUAttentionMetadataBuilder):
+    """Its cache is as large as it is told to be, not as memory is left: nothing is rehearsed."""
+
+
+class CPUImpl(Impl, cpu_attn.CPUAttentionBackendImpl):
+    """Attention on a CPU."""
+
+    def read(self, layer: Any, kv_cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A block of a head holds its keys and then its values, each in the order that the kernels of the CPU like."""
+        size, width = kv_cache.shape[2], kv_cache.shape[3] // 2
+        some = kv_cache[blocks[: -(-length // size)].long()].flatten(2)
+        key, value = (
+            half[..., places].unflatten(-1, (size, width)).transpose(1, 2).flatten(0, 1)[:length]
+            for half, places in zip(some.chunk(2, dim=-1), cpu_places(layer.isa, size, width, some.dtype), strict=True)
+        )
+        return key, value
+
+
+class CPUBackend(cpu_attn.CPUAttentionBackend):
+    """What vLLM asks for both."""
 
     @staticmethod
-    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        return SparseImpl
+    def get_impl_cls() -> type[CPUImpl]:
+        return CPUImpl
 
     @staticmethod
-    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return SparseBuilder
+    def get_builder_cls() -> type[CPUBuilder]:
+        return CPUBuilder
+
+
+@functools.cache
+def cpu_places(isa: str, size: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where vLLM's kernels for CPUs keep element (token, dimension) of a block's keys, and of its values: [size * width].
+
+    The order depends on the instruction set and is nowhere told, so vLLM is asked to write a block of numbered elements.
+    """
+    numbers = torch.arange(size * width).view(size, 1, width)
+    found = torch.zeros(2, size * width, dtype=torch.int64)
+    for unit in (1, 64, 64**2):  # digits are exact in every type
+        digits = (numbers // unit % 64).to(dtype)
+        block = torch.zeros(1, 1, 2 * size, width, dtype=dtype)
+        ops.cpu_attn_reshape_and_cache(digits, digits, *block.chunk(2, dim=2), torch.arange(size), isa)
+        found += block.view(2, -1).long() * unit
+    if not bool((found.sort(dim=1).values == torch.arange(size * width)).all()):
+        raise ConfigError(
+            f"vLLM's cache for CPUs (instruction set {isa!r}, blocks of {size} tokens, heads of {width}, {dtype}) does not "
+            "hold each element once, as this package expects: chunks of a prompt cannot be sparse. Pass another block_size, "
+            "or a max_num_batched_tokens of at least max_model_len"
+        )
+    key, value = found.argsort(dim=1)
+    return key, value
+
+
+class CUDABuilder(Builder, flash_attn.FlashAttentionMetadataBuilder):
+    """Graphs hold attention for decode steps; of other batches attention runs between the graphs."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+
+class CUDAImpl(Impl, flash_attn.FlashAttentionImpl):
+    """Attention on a GPU."""
+
+    rehearses = True
+
+    def read(self, layer: Any, kv_cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """A token of a head holds its key and then its value."""
+        key, value = gather(kv_cache.transpose(1, 2), blocks, length).chunk(2, dim=-1)
+        return key, value
+
+
+class CUDABackend(flash_attn.FlashAttentionBackend):
+    """What vLLM asks for both."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CUDAImpl]:
+        return CUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CUDABuilder]:
+        return CUDABuilder
+
+
+def layers_of(vllm_config: Any) -> Layers:
+    """Which layers of a model are sparse, and why the others are not."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    obstacles = {name: found for name, layer in layers.items() if (found := _obstacle(layer, vllm_config)) is not None}
+    return choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, installed())
+
+
+def minimum_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device) -> Minimum:
+    """From what length on requests are sparse in layers like this one."""
+    sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size, impl.head_size)
+    shape = CallShape.configured(installed(), 1, *sizes, dtype.itemsize)
+    return Minimum.of(installed(), device, shape, len(layers.sparse) / max(len(layers.reasons), 1))
 
 
 def check(vllm_config: Any, config: TSAConfig) -> None:
-    """Raises ConfigError where the engine's settings cannot go together with sparse layers; warns where they spoil them."""
+    """Raises ConfigError where the engine's settings cannot go together with sparse layers."""
     if config.layers == ():
         return
     if vllm_config.cache_config.enable_prefix_caching and os.environ.get(PREFIXES) != "1":
@@ -185,26 +328,24 @@ def check(vllm_config: Any, config: TSAConfig) -> None:
         found = getattr(parallel, name, 1)
         if found > 1:
             raise ConfigError(f"{name}={found} is not possible with TSA_CONFIG: a prompt must be in one process")
-    scheduler = vllm_config.scheduler_config
-    if scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens < vllm_config.model_config.max_model_len:
-        _log.warning_once(
-            "Token Sparse Attention: prompts that do not fit into a batch of %d tokens are run in chunks, of which the "
-            "first is sparse; the others run vLLM's own attention. Pass a larger max_num_batched_tokens",
-            scheduler.max_num_batched_tokens,
-        )
 
 
-def _obstacle(impl: Any) -> str | None:
+def _obstacle(layer: Any, vllm_config: Any) -> str | None:
     """What a layer asks for that sparse attention does not do."""
-    if impl.attn_type != AttentionType.DECODER:
-        return f"attention of type {impl.attn_type}"
+    impl, model = layer.impl, vllm_config.model_config
     found = {
-        "a sliding window": impl.sliding_window != -1,
+        "a pooling model": model.runner_type == "pooling",
+        f"attention by {type(layer).__name__}": type(layer) is not Attention,
+        f"attention of type {impl.attn_type}": impl.attn_type != AttentionType.DECODER,
+        f"attention by {type(impl).__name__}": not isinstance(impl, Impl),
+        "a sliding window": impl.sliding_window not in (None, -1, (-1, -1)),
+        "a window behind the prompt": getattr(model, "rswa_window", None) is not None,
+        "parts of a prompt that are not causal": bool(getattr(model, "is_mm_prefix_lm", False)),
         "ALiBi": impl.alibi_slopes is not None,
         "a soft cap on the logits": bool(impl.logits_soft_cap),
         "a sink in each softmax": impl.sinks is not None,
         "keys of another layer": impl.kv_sharing_target_layer_name is not None,
-        "a quantised cache": impl.is_fp8_kv_cache,
+        "a quantised cache": is_quantized_kv_cache(impl.kv_cache_dtype),
     }
     return next((what for what, is_so in found.items() if is_so), None)
 
@@ -218,10 +359,11 @@ def _group(config: TSAConfig) -> str | None:
     return group.device_group.group_name if needed and group.world_size > 1 else None
 
 
-def _on_host(common: CommonAttentionMetadata) -> tuple[list[int], list[int]]:
-    """Where each request's tokens begin in the batch, and how many it has in all."""
+def _on_host(common: CommonAttentionMetadata) -> tuple[list[int], list[int], list[bool] | None]:
+    """Where each request's tokens begin in the batch, how many it has in all, and whether they are its prompt's."""
     lengths = common.seq_lens if common.seq_lens_cpu_upper_bound is None else common.seq_lens_cpu_upper_bound
-    return common.query_start_loc_cpu[: common.num_reqs + 1].tolist(), lengths[: common.num_reqs].tolist()
+    prefilling = None if common.is_prefilling is None else common.is_prefilling[: common.num_reqs].tolist()
+    return common.query_start_loc_cpu[: common.num_reqs + 1].tolist(), lengths[: common.num_reqs].tolist(), prefilling
 
 
 def _some(values: Tensor | None, which: Tensor) -> Tensor | None:

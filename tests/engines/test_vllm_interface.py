@@ -1,0 +1,219 @@
+"""What meets vLLM's interfaces: the plug-in's classes with vLLM's own metadata and caches (`tox -e vllm`)."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from tsa_compile import ConfigError
+from tsa_compile.engines.vllm import core
+from tsa_compile.kernels import reference
+from tsa_compile.kernels.cached import cached_attention_aten
+
+from ..support import heads
+from .test_vllm import ANY, HALF, flat
+
+pytest.importorskip("vllm", reason="needs vLLM: tox -e vllm")
+
+
+class TestCUDA:
+    """Its classes on plain tensors, with vLLM's own metadata, and FlashAttention over a paged cache written out."""
+
+    LENGTHS: ClassVar = {0: (1, 21), 1: (20, 50), 2: (30, 30), 3: (3, 3), 4: (1, 17)}  # tokens in the batch, and in all
+    LAYER = "model.layers.0.self_attn.attn"
+
+    def batch(self):
+        """Metadata, query, key, value and the cache [blocks, G, 16, 2 D]; each request's heads."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        lengths = [length for _, length in self.LENGTHS.values()]
+        starts = torch.tensor([0, *(rows for rows, _ in self.LENGTHS.values())]).cumsum(0).to(torch.int32)
+        free, table = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist(), []
+        requests, cache = [], torch.full((20, 2, 16, 64), float("nan"))
+        for number, (rows, length) in self.LENGTHS.items():
+            query, key, value = heads(1, length=length, head_dim=32)
+            requests.append((query[:, :, -rows:] + number, key, value))
+            table.append([free.pop() for _ in range(0, length, 16)])
+            tokens = torch.cat(flat(key, value), dim=-1)
+            for block, part in zip(table[-1], tokens.split(16), strict=True):
+                cache[block, :, : len(part)] = part.transpose(0, 1)
+        blocks = torch.tensor([(row + [0] * 4)[:4] for row in table], dtype=torch.int32)
+        lengths_there = torch.tensor(lengths, dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lengths_there, num_reqs=5,
+            num_actual_tokens=int(starts[-1]), max_query_len=30, max_seq_len=50, block_table_tensor=blocks,
+            slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64), seq_lens_cpu_upper_bound=lengths_there,
+            is_prefilling=torch.tensor([False, True, True, True, False]),
+        )  # fmt: skip
+        joined = [torch.cat([flat(each[part][:, :, -rows:])[0] for each, (rows, _) in zip(requests, self.LENGTHS.values())])
+                  for part in range(3)]  # fmt: skip
+        return common, joined, cache, requests
+
+    def builder(self, interface):
+        made = interface.CUDABuilder.__new__(interface.CUDABuilder)
+        plain = dict.fromkeys(("aot_schedule", "use_full_cuda_graph", "fa4_hd256"), False)
+        nothing = dict.fromkeys(("aot_sliding_window", "max_cudagraph_size", "rswa_window", "mm_prefix_query_ranges_np"))
+        made.__dict__.update(plain, **nothing, dcp_world_size=1, kv_cache_spec=SimpleNamespace(sliding_window=None))
+        made.cache_config, made.kv_cache_dtype = SimpleNamespace(cache_dtype="auto"), torch.float32
+        made.minimum, made.group, made.sparse_layers = replace(ANY, shortest=9), None, {self.LAYER: HALF}
+        return made
+
+    def forward(self, impl, layer, query, key, value, cache, metadata, output, *_):
+        """FlashAttention with a paged cache."""
+        assert metadata.scheduler_metadata is None
+        for number, (start, stop) in enumerate(itertools.pairwise(metadata.query_start_loc.tolist())):
+            length = int(metadata.seq_lens[number])
+            tokens = core.gather(cache.transpose(1, 2), metadata.block_table[number], length)
+            keys, values = (half.transpose(0, 1)[None] for half in tokens.chunk(2, dim=-1))
+            asked = query[start:stop].transpose(0, 1)[None]
+            output[start:stop] = flat(cached_attention_aten(asked, keys, values, impl.scale))[0]
+        return output
+
+    def run(self, monkeypatch, name):
+        """The output of a layer for each request, and what the requests were."""
+        from tsa_compile.engines.vllm import interface
+
+        common, joined, cache, requests = self.batch()
+        metadata = self.builder(interface).build(0, common)
+        monkeypatch.setattr(interface.flash_attn.FlashAttentionImpl, "forward", lambda *given: self.forward(*given))
+        impl = interface.CUDAImpl.__new__(interface.CUDAImpl)
+        impl.scale, impl._rehearsed = 0.3, True
+        output = torch.full_like(joined[0], float("nan"))
+        impl.forward(SimpleNamespace(layer_name=name), *joined, cache, metadata, output)
+        return output.split([rows for rows, _ in self.LENGTHS.values()]), requests
+
+    def test_prompts_and_chunks_are_sparse_beside_decode_steps(self, monkeypatch):
+        found, requests = self.run(monkeypatch, self.LAYER)
+        settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2, reduce="max")
+        for number, (each, request) in enumerate(zip(found, requests, strict=True)):
+            sparse = reference.token_sparse_attention(*request, None, scale=0.3, **settings)
+            dense = cached_attention_aten(*request, 0.3)
+            assert not torch.allclose(sparse, dense, atol=1e-2) or number not in (1, 2), "or nothing was tested"
+            assert torch.allclose(each, flat(sparse if number in (1, 2) else dense)[0], atol=1e-5), number
+
+    def test_other_layers_are_vllms(self, monkeypatch):
+        for each, request in zip(*self.run(monkeypatch, "model.layers.1.self_attn.attn"), strict=True):
+            assert torch.allclose(each, flat(cached_attention_aten(*request, 0.3))[0], atol=1e-5)
+
+    def test_graphs_of_whole_steps_have_no_plan(self):
+        from tsa_compile.engines.vllm import interface
+
+        common, *_ = self.batch()
+        assert not hasattr(self.builder(interface).build_for_cudagraph_capture(common), "tsa")
+        assert hasattr(self.builder(interface).build(0, common), "tsa")
+        assert interface.CUDABuilder.get_cudagraph_support(None, None).name == "UNIFORM_BATCH"
+        assert not interface.CUDABuilder.supports_update_block_table
+
+    def test_profiling_sees_the_largest_request(self, monkeypatch):
+        from tsa_compile.engines.vllm import interface
+
+        seen = []
+        monkeypatch.setattr(interface, "rehearse", lambda query, *given: seen.append((len(query), *given[:2])))
+        monkeypatch.setattr(interface, "layers_of", lambda _: core.Layers({self.LAYER: None}, {self.LAYER: HALF}))
+        monkeypatch.setattr(interface, "_installed", HALF)
+        monkeypatch.setattr(interface.flash_attn.FlashAttentionImpl, "forward", lambda *given: given[-3].fill_(0))
+        impl = interface.CUDAImpl.__new__(interface.CUDAImpl)
+        impl.__dict__.update(scale=0.3, num_heads=4, num_kv_heads=2, head_size=32, _rehearsed=not impl.rehearses)
+        impl._vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=90))
+        rows = torch.randn(64, 4, 32)
+        for _ in range(2):
+            impl.forward(SimpleNamespace(layer_name=self.LAYER), rows, None, None, None, None, torch.empty_like(rows))
+        assert seen == [(64, 2, 90)], "once"
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_of_cpus_is_read(isa, dtype):
+    from vllm import _custom_ops as ops
+
+    from tsa_compile.engines.vllm.interface import CPUImpl
+
+    key, value = (torch.randn(45, 2, 64).to(dtype) for _ in range(2))
+    cache, blocks = torch.full((6, 2, 32, 128), float("nan"), dtype=dtype), torch.tensor([4, 1, 0], dtype=torch.int32)
+    halves = cache.view(6, 2, 64, 64).chunk(2, dim=2)
+    positions = torch.arange(45)
+    ops.cpu_attn_reshape_and_cache(key, value, *halves, blocks[positions // 32].long() * 32 + positions % 32, isa)
+    for length in (45, 32, 7):
+        found = CPUImpl.read(None, SimpleNamespace(isa=isa), cache, blocks, length)
+        assert all(torch.equal(each, tokens[:length]) for each, tokens in zip(found, (key, value), strict=True))
+
+
+class TestObstacles:
+    def found(self, model=None, kind=None, **changes):
+        from vllm.model_executor.layers.attention import Attention
+
+        from tsa_compile.engines.vllm import interface
+
+        impl = interface.CUDAImpl.__new__(interface.CUDAImpl)
+        impl.__dict__.update(
+            attn_type="decoder", sliding_window=(-1, -1), alibi_slopes=None, logits_soft_cap=0, sinks=None,
+            kv_sharing_target_layer_name=None, kv_cache_dtype="auto",
+        )  # fmt: skip
+        impl.__dict__.update(changes)
+        layer = (kind or Attention).__new__(kind or Attention)
+        object.__setattr__(layer, "impl", impl)
+        settings = SimpleNamespace(**{"runner_type": "generate", **(model or {})})
+        return interface._obstacle(layer, SimpleNamespace(model_config=settings))
+
+    def test_a_plain_layer_has_none(self):
+        assert self.found() is None
+        assert self.found(sliding_window=-1, logits_soft_cap=None) is None
+
+    @pytest.mark.parametrize(
+        "changes, said",
+        [
+            (dict(sliding_window=(15, 0)), "a sliding window"),
+            (dict(sliding_window=16), "a sliding window"),
+            (dict(alibi_slopes=torch.ones(4)), "ALiBi"),
+            (dict(logits_soft_cap=30.0), "a soft cap"),
+            (dict(sinks=torch.ones(4)), "a sink"),
+            (dict(kv_sharing_target_layer_name="model.layers.0"), "keys of another layer"),
+            (dict(kv_cache_dtype="fp8_e4m3"), "a quantised cache"),
+            (dict(attn_type="encoder_only"), "attention of type encoder_only"),
+            (dict(model=dict(runner_type="pooling")), "a pooling model"),
+            (dict(model=dict(is_mm_prefix_lm=True)), "not causal"),
+        ],
+    )
+    def test_said(self, changes, said):
+        assert said in self.found(**changes)
+
+    def test_layers_of_other_classes(self):
+        from vllm.model_executor.layers.attention import Attention
+
+        assert self.found(kind=type("ChunkedLocalAttention", (Attention,), {})) == "attention by ChunkedLocalAttention"
+
+
+class TestRefused:
+    def settings(self, **changes):
+        scheduler = SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64)
+        cache = SimpleNamespace(enable_prefix_caching=changes.pop("prefixes", False))
+        parallel = SimpleNamespace(decode_context_parallel_size=changes.pop("context", 1), prefill_context_parallel_size=1)
+        return SimpleNamespace(
+            scheduler_config=scheduler, cache_config=cache, parallel_config=parallel,
+            model_config=SimpleNamespace(max_model_len=128),
+        )  # fmt: skip
+
+    def test_prefix_caching(self, monkeypatch):
+        from tsa_compile.engines.vllm.interface import check
+
+        with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
+            check(self.settings(prefixes=True), HALF)
+        check(self.settings(prefixes=True), HALF.replace(layers=[]))
+        monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
+        check(self.settings(prefixes=True), HALF)
+
+    def test_context_parallel(self):
+        from tsa_compile.engines.vllm.interface import check
+
+        with pytest.raises(ConfigError, match="decode_context_parallel_size=2"):
+            check(self.settings(context=2), HALF)
+
+    def test_other_versions(self, monkeypatch):
+        from tsa_compile.engines.vllm import interface
+
+        monkeypatch.setattr(interface.vllm, "__version__", "0.1.0")
+        with pytest.raises(ConfigError, match=r"vLLM 0.1.0 is not supported.*0\.32"):
+            interface.install(HALF)

@@ -1,0 +1,67 @@
+"""Triton's interpreter and Dynamo without work whose results nobody sees: a quarter of the suite's time."""
+
+import dataclasses
+import inspect
+import logging
+from typing import Any
+
+
+def interpreter() -> None:
+    """Makes Triton's interpreter quicker, if there is a Triton."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    # Each sum, difference and product of int32 is computed again in int64, for an assertion that only `debug` would make.
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    interpreter._get_np_dtype = _remembered_types(interpreter)
+    interpreter._patch_builtin = _patched_once(interpreter)
+
+
+def _remembered_types(interpreter: Any) -> Any:
+    """numpy's type for one of Triton's, for which a table of all types is built each time."""
+    look_up, blocks, pointers = interpreter._get_np_dtype, interpreter.tl.block_type, interpreter.tl.pointer_type
+    known: dict[str, Any] = {}
+
+    def numpy_type(kind: Any) -> Any:
+        scalar = kind.element_ty if isinstance(kind, blocks) else kind
+        if isinstance(scalar, pointers):
+            return look_up(scalar)
+        if scalar.name not in known:
+            known[scalar.name] = look_up(scalar)
+        return known[scalar.name]
+
+    return numpy_type
+
+
+def _patched_once(interpreter: Any) -> Any:
+    """All of `triton.language` is looked through at every call of a device function, for what is not yet replaced. All
+    builtins of a module are replaced at once: one look at the first tells, in a third less time."""
+    is_builtin, patch_builtin = interpreter.tl.core.is_builtin, interpreter._patch_builtin
+    first: dict[Any, str] = {}
+
+    def patch_unless_patched(package: Any, *arguments: Any) -> None:
+        if package not in first:
+            names = (name for name, member in inspect.getmembers(package) if is_builtin(member))
+            first[package] = next(names, "")
+        if first[package] and is_builtin(getattr(package, first[package])):
+            patch_builtin(package, *arguments)
+
+    return patch_unless_patched
+
+
+def dynamo() -> None:
+    """Makes compilations quicker. Behind each, Dynamo measures its guards with a flushed cache, for a log: more than half of
+    the time that the compilation of a small function takes."""
+    import torch._dynamo.guards
+
+    if hasattr(torch._dynamo.guards, "profile_guard_manager"):
+        torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    # Garbage is collected behind each as well, and a function's side effects are told with the stack of each.
+    torch._dynamo.config.run_gc_after_compile = False
+    if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
+        torch._dynamo.config.side_effect_replay_policy = "silent"
+    # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
+    logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]  # replaced on purpose

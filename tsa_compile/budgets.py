@@ -1,0 +1,143 @@
+"""How much of attention stays: the two budgets and the floor, frozen, validated, to JSON's types and back.
+
+A value that is not allowed raises `ConfigError`, which names the option, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tsa_compile.errors import ConfigError
+
+
+def rejected(option: str, value: object, allowed: str) -> ConfigError:
+    """The error about an option's value."""
+    return ConfigError(f"{option}={value!r} is not allowed: {option} must be {allowed}")
+
+
+def _number(option: str, value: object, allowed: str) -> float:
+    """`value` as a finite float; a bool is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise rejected(option, value, allowed)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise rejected(option, value, allowed) from None
+    if not math.isfinite(number):
+        raise rejected(option, value, allowed)
+    return number
+
+
+def check_int(option: str, value: object, minimum: int, *, optional: bool = False) -> None:
+    """Raises ConfigError unless `value` is an integer of at least `minimum`; a bool is none."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise rejected(option, value, f"an integer >= {minimum}" + (" or None" if optional else ""))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Drop the least-scored tokens whose scores sum up to `tau` of the mass: the budget adapts to the input.
+
+    `tau` lies in [0, 1); 0 keeps every token. The published setting is 0.005.
+    """
+
+    tau: float = 0.005
+
+    def __post_init__(self) -> None:
+        allowed = "a number in [0, 1) (0 keeps every token)"
+        tau = _number("Coverage.tau", self.tau, allowed)
+        if not 0.0 <= tau < 1.0:
+            raise rejected("Coverage.tau", self.tau, allowed)
+        object.__setattr__(self, "tau", tau)
+
+
+@dataclass(frozen=True)
+class KeepRatio:
+    """Keep the fraction `ratio` of the candidates, whatever their scores: the budget is a static shape expression.
+
+    `ratio` lies in [0, 1]; 1 keeps every token, 0 the window and `min_tokens`.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        allowed = "a number in [0, 1]"
+        ratio = _number("KeepRatio.ratio", self.ratio, allowed)
+        if not 0.0 <= ratio <= 1.0:
+            raise rejected("KeepRatio.ratio", self.ratio, allowed)
+        object.__setattr__(self, "ratio", ratio)
+
+    @property
+    def fraction(self) -> Fraction:
+        """The ratio for integer arithmetic: ceil(fraction * n) is ceil(ratio * n) for every n below 2^31, in int64."""
+        return ceil_fraction(self.ratio)
+
+
+@functools.lru_cache(maxsize=64)
+def ceil_fraction(ratio: float, limit: int = 2**31 - 1) -> Fraction:
+    """The smallest fraction >= the decimal that `ratio` prints as, with a denominator of at most `limit`.
+
+    For every n <= limit, ceil(n * ratio) is the same with either, and n * numerator fits into int64, which it need not
+    do with the decimal itself: 1/3 prints as 0.3333333333333333.
+    """
+    exact = Fraction(str(ratio))
+    near = exact.limit_denominator(limit)
+    if near >= exact:
+        return near
+    # The successor of a/b among these fractions is c/d with c b - a d = 1 and the largest d <= limit.
+    a, b = near.numerator, near.denominator
+    d = limit - (limit + pow(a, -1, b)) % b if b > 1 else limit
+    return Fraction(a * d + 1, b * d)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Every row sees its neighbourhood: the last `window` tokens up to itself, and the item's first `sinks` tokens.
+
+    A selected row sees the selected tokens as well, in one softmax. Without a floor the rows that are not selected become 0,
+    as published, which costs a pretrained model most of what it should find (docs/semantics.md).
+    """
+
+    window: int = 256
+    sinks: int = 16
+
+    def __post_init__(self) -> None:
+        check_int("floor.window", self.window, 1)
+        check_int("floor.sinks", self.sinks, 0)
+
+
+Budget = Coverage | KeepRatio
+
+
+def read_budget(value: object) -> Budget:
+    """A budget, also from its JSON form ``{"coverage": 0.005}`` or ``{"keep_ratio": 0.5}``."""
+    allowed = 'Coverage(tau) or KeepRatio(ratio), in JSON {"coverage": tau} or {"keep_ratio": ratio}'
+    if isinstance(value, (Coverage, KeepRatio)):
+        return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((kind, number),) = value.items()
+        if kind == "coverage":
+            return Coverage(number)
+        if kind == "keep_ratio":
+            return KeepRatio(number)
+    raise rejected("budget", value, allowed)
+
+
+def read_floor(value: object) -> Floor | None:
+    """A floor, also from its JSON form ``{"window": 256, "sinks": 16}``."""
+    if value is None or isinstance(value, Floor):
+        return value
+    if isinstance(value, Mapping) and set(value) <= {"window", "sinks"}:
+        return Floor(**value)
+    raise rejected("floor", value, 'Floor(window, sinks), in JSON {"window": ..., "sinks": ...}, or None')
+
+
+def budget_dict(budget: Budget) -> dict[str, float]:
+    """A budget's JSON form."""
+    return {"coverage": budget.tau} if isinstance(budget, Coverage) else {"keep_ratio": budget.ratio}
