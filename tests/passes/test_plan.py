@@ -226,7 +226,7 @@ class TestTensorParallel:
         graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
         run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)), WHOLE)
         (call,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)
-        assert call.args[-1] == torch.distributed.group.WORLD.group_name
+        assert call.args[-2] == torch.distributed.group.WORLD.group_name
         graph_module = capture(self.Parallel(2), torch.randn(1, 32, 32))
         run_passes(graph_module, SPARSE.replace(budget=Coverage(0.1)))
         (mean,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tsa.mean_over_ranks.default)

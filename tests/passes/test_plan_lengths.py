@@ -98,6 +98,18 @@ def test_the_share_of_sparse_layers_is_counted(on_an_h200, monkeypatch, layers, 
     assert len(sparse_layers(Stack(4), SPARSE.replace(layers=layers))) == 4 * share == 4 * asked[0]
 
 
+@pytest.mark.parametrize(
+    "queries, keys, length", [(8192, 8192, 8192), (8192, 16384, 12288), (8192, 131072, 15872), (1, 4096, 1)]
+)
+def test_a_chunk_counts_for_its_pairs_over_what_its_keys_cost(queries, keys, length):
+    """Between its own length and twice that: (pairs of the chunk) / keys is that of a whole prompt of such a length."""
+    assert plan.length_that_counts(queries, keys, "where the sparse path breaks even on a GPU") == length
+    pairs = queries * (2 * keys - queries) / 2
+    assert abs(pairs / keys - length**2 / 2 / length) <= 0.5
+    assert plan.length_that_counts(queries, keys, plan._DROPPABLE) == keys
+    assert plan.length_that_counts(queries, keys, plan._CONFIGURED) == queries
+
+
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.filterwarnings("ignore:no attention call")
 def test_a_symbolic_length_is_guarded_once_at_the_break_even_length(on_an_h200, monkeypatch):
