@@ -276,12 +276,15 @@ def sparse_obstacle(
     shape = CallShape.of(query, key, value, config)
     shape = replace(shape, past=0) if filled else shape
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    length = length_that_counts(query.shape[2], key.shape[2], why)
+    # The minimum is one of rows behind these keys; but of a chunk all keys are selected from.
+    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
     return _length_obstacle(length, minimum, why, all_kept_below(config))
 
 
 def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
-    """Which length of a call is compared with the minimum that `minimum_length` gave, for the reason that it gave.
+    """Which length of a chunk is compared with the minimum that `minimum_length` gave a whole prompt, for the reason it gave.
+
+    An engine with one minimum for all its requests asks this; a call of a graph has a minimum behind its own cache.
 
     Of a chunk all keys are selected from, and a configured minimum is one of its queries. Where time decides, what dense
     attention computes is queries (2 keys - queries) / 2 pairs, and what the sparse path costs beside attention grows with
