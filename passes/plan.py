@@ -282,7 +282,7 @@ def sparse_obstacle(
 
 
 def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
-    """Which length of a chunk is compared with the minimum that `minimum_length` gave a whole prompt, for the reason it gave.
+    """Which length of a chunk is compared with the minimum that `minimum_length` gave a whole prompt, for its reason.
 
     An engine with one minimum for all its requests asks this; a call of a graph has a minimum behind its own cache.
 
