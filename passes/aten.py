@@ -32,7 +32,8 @@ class AtenGraph:
     Attributes:
         calls: one node a value. `meta["val"]` is its fake value, `meta["origin"]` the graph's node that was running,
             `meta["inside"]` the higher-order operator whose body it is in, `meta["constant"]` a small constant's numbers,
-            `meta["failed"]` is set for a node of the graph that could not be recorded.
+            `meta["failed"]` is set for a node of the graph that could not be recorded. In functions of positions (flex.py)
+            `meta["position"]` is set for b, h, q and kv, and `meta["positional"]` for whatever may depend on them.
         values: what each node of the graph was when it had run: recorded nodes in place of tensors.
     """
 
@@ -59,6 +60,11 @@ class AtenGraph:
             return value
         found = (node for node, since in self.holders.get(value, ()) if self._holds(node, since, self.order[at]))
         return next(found, None)
+
+    def number(self, expr: str, at: Node) -> Node | None:
+        """The graph's node that is a symbolic number, if it runs before `at`."""
+        found = self.scalars.get(expr)
+        return found if found is not None and self.order[found] < self.order[at] else None
 
     def holder(self, value: Node) -> Node | None:
         """The first of the graph's nodes that held a recorded value."""

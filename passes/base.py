@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -23,6 +24,7 @@ from tsa_compile.errors import RewriteError, TSAWarning
 from tsa_compile.passes.aten import AtenGraph
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import Frame
+from tsa_compile.passes.graph import insert
 from tsa_compile.passes.layers import Place
 from tsa_compile.passes.layout import conform
 from tsa_compile.passes.mask_info import MaskInfo
@@ -38,7 +40,8 @@ class CallPlan:
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
     `padding`: the bool tensor [B, L] of its valid tokens, once it is written. `filled`: with a static cache the tensor [Lq]
-    that says up to which key a query sees, and what the host is told of it, once they are written. `group`: the name of the
+    that says up to which key a query sees, and what the host is told of it, once they are written. `alike`: of
+    FlexAttention whether its lists of blocks are those of its mask, which the host is told. `group`: the name of the
     process group with its other heads, where they matter. `config`: what holds for its layer.
     """
 
@@ -49,6 +52,7 @@ class CallPlan:
     selected: bool = False
     padding: Node | None = None
     filled: tuple[Node, Node] | None = None
+    alike: Node | None = None
     group: str | None = None
     unplaced: bool = False
     decision: Decision = Decision.UNCHANGED
@@ -145,6 +149,8 @@ class Pass(PassBase):
     def replace(self, plan: CallPlan, new: Node) -> None:
         """Lets every reader of the call's output read `new`; the old nodes are left to the clean-up."""
         old = plan.call.node
+        if plan.alike is not None:
+            self._as_listed(plan, new)
         new = conform(new, old, self.state.aten)
         value = new.meta["example_value"]
         new.meta = {**old.meta, **{"val" if "val" in old.meta else "example_value": value}}
@@ -152,6 +158,15 @@ class Pass(PassBase):
         self.state.detached.append(old)
         for other in self.state.plans:
             other.call = reading(other.call, old, new)
+
+    @staticmethod
+    def _as_listed(plan: CallPlan, new: Node) -> None:
+        """FlexAttention goes over lists of blocks, which need not be those of its mask."""
+        call, positions = plan.call, None if plan.filled is None else plan.filled[0]
+        assert call.lists is not None
+        operands = (call.query, call.key, call.value, *call.lists.tensors, plan.padding, positions)
+        shape = (call.scale, call.lists.rows, call.lists.columns)
+        insert(new.graph, torch.ops.tsa.as_listed_.default, new, plan.alike, *operands, *shape)
 
 
 def reading(call: AttentionCall, old: Node, new: Node) -> AttentionCall:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from tsa_compile.passes.aten import AtenGraph
 from tsa_compile.reasons import Reason
 
-Form = Literal["sdpa", "eager", "other"]
+Form = Literal["sdpa", "eager", "flex", "other"]
 Problem = tuple[Reason, str]
 
 
@@ -35,6 +35,21 @@ class MaskTerm:
     dtype: torch.dtype = torch.float32
 
 
+@dataclass(frozen=True)
+class BlockLists:
+    """Which blocks of keys FlexAttention's kernel goes over (kernels/listed.py): recorded values, or nodes of the graph.
+
+    Attributes:
+        tensors: for blocks in which the mask function is asked, and for those in which all is allowed, how many are listed
+            for each block of rows, and which: int32 [B', H', I] and [B', H', I, J]. The latter two may be None.
+        rows, columns: the size of a block.
+    """
+
+    tensors: tuple[Any, Any, Any, Any]
+    rows: Any
+    columns: Any
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """An attention call in normal form: query [B,H,Lq,D], key [B,G,Lk,D], value [B,G,Lk,Dv], H % G == 0.
@@ -48,6 +63,7 @@ class AttentionCall:
         layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
         layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where no number is known to be the layer's.
         wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
+        lists: of FlexAttention, which blocks it goes over.
         problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
     """
 
@@ -67,6 +83,7 @@ class AttentionCall:
     problem: Problem | None = None
     wide_key: Node | None = None
     wide_value: Node | None = None
+    lists: BlockLists | None = None
 
     @property
     def peeled(self) -> bool:
@@ -88,4 +105,5 @@ class RecordedCall:
     scale: Any = None
     dropout: Any = 0.0
     grouped: bool = False
+    lists: BlockLists | None = None
     problem: Problem | None = None

@@ -2,7 +2,8 @@
 
     aten.scaled_dot_product_attention.default(q, k, v, m, ...)      however it was spelled                  form "sdpa"
     matmul(softmax(matmul(q, k.mT) * scale + m), v)                 written out, see eager.py               form "eager"
-    flex_attention, fused layers, bodies of higher-order operators  a row in the report, never rewritten
+    flex_attention(q, k, v, score_mod, block_mask)                  its functions read, see flex.py         form "flex"
+    fused layers, bodies of higher-order operators                  a row in the report, never rewritten
 
     all with k and v [B, G, L, D] as they were before being repeated to H heads (repeat_kv is peeled)
 
@@ -21,8 +22,9 @@ from torch.fx import GraphModule, Node
 
 from tsa_compile.passes.aten import AtenGraph, unknown
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.call import AttentionCall, MaskTerm, Problem, RecordedCall
+from tsa_compile.passes.call import AttentionCall, BlockLists, MaskTerm, Problem, RecordedCall
 from tsa_compile.passes.eager import WrittenOut
+from tsa_compile.passes.flex import read_flex
 from tsa_compile.passes.frame import frame_of
 from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.layers import layer_name, placed, places_of
@@ -56,7 +58,7 @@ def calls_of(graph: AtenGraph) -> list[AttentionCall]:
     calls = []
     for node in list(graph.calls.nodes):
         try:
-            read = read_sdpa(node) or written_out.read(node) or read_other(node)
+            read = read_sdpa(node) or written_out.read(node) or read_flex(node) or read_other(node)
             call = None if read is None else normal_form(graph, read)
         except Exception as error:  # noqa: BLE001  # one call that cannot be read must not hide the others
             call = _unreadable(graph, node, f"reading it failed: {type(error).__name__}: {error}")
@@ -104,13 +106,25 @@ def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
         problem = Reason.UNSUPPORTED_FORM, "the scale is computed inside another operator"
     if problem is None:
         problem = _kind_problem(node, *located)
+    lists = None if call.lists is None else _located(graph, call.lists, node)
+    if problem is None and call.lists is not None and lists is None:
+        problem = Reason.UNSUPPORTED_FORM, "its lists of blocks are written to, or are made inside another operator"
     layer, container, layer_index = layer_name(node)
     shown = [place if place is not None else recorded for place, recorded in zip(located, (query, key, value), strict=True)]
     return AttentionCall(
         node=node, aten=graph, form=call.form, query=shown[0], key=shown[1], value=shown[2], masks=call.masks,
         is_causal=call.is_causal, scale=scale, dropout=call.dropout, layer=layer, layer_index=layer_index,
         container=container, problem=problem, wide_key=wide_key, wide_value=wide_value,
+        lists=lists,
     )  # fmt: skip
+
+
+def _located(graph: AtenGraph, lists: BlockLists, node: Node) -> BlockLists | None:
+    """Lists of blocks as nodes of the graph; None if one of them is nowhere in it."""
+    recorded = (*lists.tensors, lists.rows, lists.columns)
+    first, second, third, fourth, rows, columns = found = [graph.source(value, node) for value in recorded]
+    missing = any(place is None and value is not None for place, value in zip(found, recorded, strict=True))
+    return None if missing else BlockLists((first, second, third, fourth), rows, columns)
 
 
 def _place(graph: AtenGraph, call: RecordedCall) -> tuple[Node, Problem | None]:

@@ -42,7 +42,8 @@ class MaskInfo:
         leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
         mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
         nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.
-        positions: of kinds FILLED and FILLED_PADDING the leaf that says up to which key each query sees; None: it is q.
+        positions: of kinds FILLED and FILLED_PADDING the leaf that says up to which key each query sees; None: it is
+            q + `offset`, in the graph's shape symbols.
         detail: for a person: the window's size, or why the mask is opaque.
     """
 
@@ -54,6 +55,7 @@ class MaskInfo:
     mean_rows: bool = False
     nan_rows: bool = False
     positions: str | None = None
+    offset: sympy.Expr = sympy.S.Zero
     detail: str = ""
 
     def __str__(self) -> str:

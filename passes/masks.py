@@ -28,7 +28,16 @@ from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
-from tsa_compile.passes.symbolic import MAX_ATOMS, Evaluator, NotUnderstood, Unsupported, as_number, exact, round_constant
+from tsa_compile.passes.symbolic import (
+    MAX_ATOMS,
+    Evaluator,
+    NotUnderstood,
+    Unsupported,
+    as_number,
+    exact,
+    is_distance,
+    round_constant,
+)
 
 _RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
 _WITH_PADDING = (MaskKind.CAUSAL_PADDING, MaskKind.FILLED_PADDING, MaskKind.PADDING)
@@ -84,6 +93,9 @@ def held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
     for name, value in info.leaves.items():
         if call.aten.source(value, call.node) is None:
             return MaskInfo(MaskKind.OPAQUE, detail=f"it reads {name}, which has been written to since")
+    missing = sorted(str(symbol) for symbol in info.offset.free_symbols if call.aten.number(str(symbol), call.node) is None)
+    if missing:
+        return MaskInfo(MaskKind.OPAQUE, detail=f"{info.detail}, and {missing[0]} is no value of the graph")
     return info
 
 
@@ -159,7 +171,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
         kind, detail, positions = MaskKind.OPAQUE, f"bounded by {positions}, which is no int64", None
     leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, positions=positions, detail=detail)
+    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, False, positions, reading.offset, detail)
 
 
 def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:
@@ -182,6 +194,7 @@ class _Reading:
         self.upper: list[sympy.Expr] = []  # kv - q <= upper
         self.lower: list[sympy.Expr] = []  # kv - q >= lower
         self.given: list[str] = []  # kv <= name(q)
+        self.offset: sympy.Expr = sympy.Integer(0)  # kv <= q + offset, where that is neither of the two alignments
         self.kinds: list[MaskKind] = []
         self.unread: list[str] = []
 
@@ -225,6 +238,10 @@ class _Reading:
             kind, detail = self._band(sympy.Integer(0), "")
             if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
                 return (MaskKind.FILLED_PADDING if self.padding else MaskKind.FILLED), ""
+        alone = len(self.upper) == 1 and not (self.lower or self.kinds)
+        if kind is MaskKind.OPAQUE and alone and not self.upper[0].is_number and is_distance(self.upper[0]):
+            self.offset = self.upper[0]
+            return (MaskKind.FILLED_PADDING if self.padding else MaskKind.FILLED), f"kv <= q + {self.offset}"
         return kind, detail
 
     def positions(self, kind: MaskKind) -> str | None:
@@ -240,6 +257,9 @@ class _Reading:
         said = " and ".join(
             [f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower]
         )
+        if len(upper) == len(lower) == 1 and not upper[0].is_number and sympy.expand(upper[0] - lower[0]).is_nonnegative:
+            width = sympy.expand(upper[0] - lower[0]) + 1  # in a cache that holds no more, wherever that begins
+            return MaskKind.SLIDING_WINDOW, f"{width} keys, as many as the cache holds before the queries"
         if not band or (bool(upper) != bool(lower) and not causal):
             return MaskKind.OPAQUE, said
         if self.kinds:

@@ -33,7 +33,8 @@ _DROPOUTS = frozenset([aten.dropout.default, aten.feature_dropout.default, aten.
 _SOURCES = ("arange", "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor")
 _LIKE = ("ones_like", "zeros_like", "full_like")
 _COPIES = ("to", "_to_copy", "clone", "contiguous", "type_as", "expand_as", "reshape", "lift_fresh_copy")
-_REPEATABLE = frozenset((*_SOURCES, *_LIKE, *_COPIES, "index", "tril", "triu", "cumsum", "diff"))
+_LOGIC = ("__and__", "__or__", "__xor__")  # of Python's, the others of which are pointwise
+_REPEATABLE = frozenset((*_SOURCES, *_LIKE, *_COPIES, *_LOGIC, "index", "tril", "triu", "cumsum", "diff"))
 # Python's operators of which each calls one operator of ATen, if its first operand is a tensor.
 _ARITHMETIC = frozenset([
     operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg, operator.invert,

@@ -18,7 +18,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.call import AttentionCall
+from tsa_compile.passes.call import AttentionCall, BlockLists
 from tsa_compile.passes.graph import fake, insert, is_erased, known, size
 from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.predicate import KV, Atom, B
@@ -101,6 +101,7 @@ class PaddingBuilder:
         self.graph = graph
         self._padding: dict[Any, Node] = {}
         self._first: dict[Any, Node] = {}
+        self._alike: dict[Any, Node] = {}
 
     def padding(self, call: AttentionCall, info: MaskInfo) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a call; None if all are. Must be called in front of the call."""
@@ -126,7 +127,7 @@ class PaddingBuilder:
         Must be called in front of the call.
         """
         if info.positions is None:
-            given: Node | None = self._first_positions(call)
+            given: Node | None = self._counted_positions(call, info.offset)
         else:
             given = call.aten.source(info.leaves[info.positions], call.node)
         if given is None:
@@ -140,12 +141,32 @@ class PaddingBuilder:
         with self.graph.inserting_after(given):
             return given, insert(self.graph, filled, given)
 
-    def _first_positions(self, call: AttentionCall) -> Node:
-        """The numbers of a call's queries, where these are the first positions of a cache; int64 [Lq]."""
-        key = str(fake(call.query).shape[2])
+    def alike(self, call: AttentionCall, lists: BlockLists, padding: Node | None, positions: Node | None) -> Node:
+        """What the host is told of lists of blocks: whether they are those of the mask. Once for all calls with the same.
+
+        Must be called in front of the call.
+        """
+        extents = [size(self.graph, call.query, 2), size(self.graph, call.key, 2)]
+        arguments = (*lists.tensors, padding, positions, *extents, lists.rows, lists.columns)
+        lengths = (str(fake(call.query).shape[2]), str(fake(call.key).shape[2]))
+        key = (lists, padding, positions, lengths)
+        if key not in self._alike or is_erased(self._alike[key]):
+            self._alike[key] = insert(self.graph, torch.ops.tsa.listed.default, *arguments)
+        return self._alike[key]
+
+    def _counted_positions(self, call: AttentionCall, offset: sympy.Expr) -> Node:
+        """The numbers of a call's queries in a cache, one after the other from `offset` on; int64 [Lq]."""
+        key = str(fake(call.query).shape[2]), str(offset)
         if key not in self._first or is_erased(self._first[key]):
             extent = size(self.graph, call.query, 2)
-            self._first[key] = insert(self.graph, torch.arange, extent, device=fake(call.key).device)
+            positions = insert(self.graph, torch.arange, extent, device=fake(call.key).device)
+            for term in sympy.Add.make_args(offset):
+                factor, symbol = term.as_coeff_Mul()  # plus or minus a symbol, or a number
+                number = call.aten.number(str(symbol), call.node) if symbol.is_Symbol else int(factor)
+                if number != 0:
+                    join = operator.sub if symbol.is_Symbol and factor < 0 else operator.add
+                    positions = insert(self.graph, join, positions, number)
+            self._first[key] = positions
         return self._first[key]
 
 

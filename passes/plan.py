@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -39,7 +40,7 @@ from tsa_compile.reasons import Decision, Reason
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_QUERIES = 16
-"""Fewer than that, as assisted decoding has in a step, keep their mask over all keys."""
+"""Fewer than that, as assisted decoding has in a step, are dense; where it is known while compiling, with their mask."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
 _DROPPABLE = "where tokens can be dropped"
 _CONFIGURED = "the configured min_length"
@@ -52,6 +53,9 @@ MASK_REASONS = {
     MaskKind.PACKED: Reason.PACKED,
     MaskKind.OPAQUE: Reason.MASK_OPAQUE,
 }
+
+_SHORT_SIGHTED = (MaskKind.SLIDING_WINDOW, MaskKind.CHUNKED, MaskKind.PACKED)
+"""What a mask of these kinds keeps apart it keeps apart behind a cache too."""
 
 _said: WeakKeyDictionary[torch.nn.Module, set[Layers | None]] = WeakKeyDictionary()
 
@@ -117,7 +121,8 @@ class PlanCalls(Pass):
         reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
         if reason is None:
             settled = self._settled(plan, sparse_layers)
-            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs)
+            filled = plan.mask.kind in FILLED_KINDS
+            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs, filled=filled)
         if reason is None:
             plan.decision, reason = Decision.SPARSE, Reason.SPARSE
         elif self._has_dense_kernel(plan):
@@ -160,6 +165,8 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
         )
     assert plan.mask is not None
     alike = known(query.shape[2] == key.shape[2]) and plan.mask.kind not in FILLED_KINDS
+    if not alike and plan.mask.kind in _SHORT_SIGHTED:
+        return MASK_REASONS[plan.mask.kind], _found_in_mask(plan, plan.mask)
     if not alike and not is_behind_cache(plan):
         cached = ": a prefill behind a cache, or into a static one" if is_cached_prefill(plan) else ""
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
@@ -195,7 +202,7 @@ def is_cached_prefill(plan: CallPlan) -> bool:
     if plan.mask is None or plan.call.is_causal is True:
         return True
     masks = [fake(term.mask) for term in plan.call.masks]
-    by_query = any(mask.dim() > 1 and not known(mask.shape[-2] == 1) for mask in masks)
+    by_query = any(mask.dim() == 0 or (mask.dim() > 1 and not known(mask.shape[-2] == 1)) for mask in masks)
     return by_query and plan.mask.kind not in (MaskKind.NONE, MaskKind.PADDING)
 
 
@@ -250,19 +257,34 @@ def sparse_obstacle(
     config: TSAConfig,
     sparse_layers: float,
     costs: DeviceCosts | None = None,
+    *,
+    filled: bool = False,
 ) -> tuple[Reason | None, str]:
-    """Why a call whose layer is selected stays dense all the same."""
+    """Why a call whose layer is selected stays dense all the same.
+
+    Args:
+        costs: of the device that is decided for; None for those of the query's.
+        filled: the keys are a cache of a fixed size, of which may be filled no more than the queries.
+    """
     reason, detail = kernel_obstacle(query, key, value)
     if reason is not None:
         return reason, detail
+    if not known(query.shape[2] == key.shape[2]):
+        reason, detail = _length_obstacle(query.shape[2], FEW_QUERIES, "more than a step of assisted decoding has", 0)
+        if reason is not None:
+            return reason, detail
     shape = CallShape.of(query, key, value, config)
+    shape = replace(shape, past=0) if filled else shape
     minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    length = length_that_counts(query.shape[2], key.shape[2], why)
+    # The minimum is one of rows behind these keys; but of a chunk all keys are selected from.
+    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
     return _length_obstacle(length, minimum, why, all_kept_below(config))
 
 
 def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
-    """Which length of a call is compared with the minimum that `minimum_length` gave, for the reason that it gave.
+    """Which length of a chunk is compared with the minimum that `minimum_length` gave a whole prompt, for its reason.
+
+    An engine with one minimum for all its requests asks this; a call of a graph has a minimum behind its own cache.
 
     Of a chunk all keys are selected from, and a configured minimum is one of its queries. Where time decides, what dense
     attention computes is queries (2 keys - queries) / 2 pairs, and what the sparse path costs beside attention grows with

@@ -13,7 +13,7 @@ its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ from tsa_compile.passes.fakes import (
     run_operator,
     tensors_in,
 )
+from tsa_compile.passes.flex import FLEX, RecordedFlex, at_index, flex_arguments
 from tsa_compile.passes.graph import fake, fake_mode
 
 
@@ -92,27 +93,33 @@ class _Recording:
         self.named: dict[int, Node] = {}  # the graph's node whose value a tensor is
         self.paused = False
         self.env: dict[Node, Any] = {}
+        self.indices: dict[Any, list[Tensor]] = {}  # b, h, q and kv, as functions of positions are given them
 
     def run(self, graph_module: GraphModule) -> AtenGraph:
         with quiet(self.mode), _Mode(self):
             self._run_graph(graph_module)
         return self.result
 
-    def _run_graph(self, graph_module: GraphModule) -> None:
+    def _run_graph(self, graph_module: GraphModule, given: Sequence[Any] = ()) -> Any:
+        """Runs all nodes. Inputs for which a value is given have that one. Returns what the graph returns, recorded."""
+        inputs, returned = iter(given), None
         for node in graph_module.graph.nodes:
             if self.inside is None:
                 self.tick += 1
                 self.origin = node
                 self.result.order[node] = self.tick
             if node.op == "output":
-                self._node(unknown, (map_arg(node.args[0], lambda read: self._to_values(self.env[read])),), None)
+                returned = map_arg(node.args[0], lambda read: self._to_values(self.env[read]))
+                self._node(unknown, (returned,), None)
                 continue
-            self.env[node] = self._value(graph_module, node)
+            value = next(inputs, None) if node.op == "placeholder" else None
+            self.env[node] = self._value(graph_module, node) if value is None else value
             for tensor in tensors_in(fake(node)):
                 self.traced.add(id(tensor))
                 self.laid.add(self.memory.piece(tensor))
             if self.inside is None:
                 self._settle(node)
+        return returned
 
     def _value(self, graph_module: GraphModule, node: Node) -> Any:
         wanted = fake(node)
@@ -120,14 +127,18 @@ class _Recording:
             return tree_map(lambda leaf: self._input(node, leaf), wanted)
         if node.op == "get_attr":
             return self._attribute(graph_module, node)
+        if node.target is FLEX:
+            return self._flex(node, wanted)
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
             return self._body(graph_module, node, wanted)
         if node.op == "call_method" and node.target == "item":
             return wanted  # a number that is read at run time; run again it would be another symbol
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-        self.wanted = (node, args[0] if args else None, wanted) if self.borrows else None
+        borrows = self.borrows and self.inside != FLEX.__name__  # whose functions have other inputs than in the trace
+        self.wanted = (node, args[0] if args else None, wanted) if borrows else None
         try:
-            made = run_node(node, args, kwargs)
+            made = at_index(node, args) if self.inside == FLEX.__name__ else None
+            made = run_node(node, args, kwargs) if made is None else made
         except Exception as error:  # noqa: BLE001  # whatever it is, this node's value is unknown, and the others' are not
             self.result.problems[node] = f"{type(error).__name__}: {error}"
             return self._unknown(node, wanted)
@@ -162,6 +173,8 @@ class _Recording:
         """What a node made, if it is what the trace has: numbers are taken from the trace, which names their symbols."""
         if wanted is None or made is wanted:
             return made
+        if self.inside == FLEX.__name__ and not isinstance(wanted, Tensor):
+            return made  # the trace has symbols of its own for numbers that a function captures
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(wanted)):
             return wanted
         ours, theirs = tree_leaves(made), tree_leaves(wanted)
@@ -170,23 +183,57 @@ class _Recording:
         self.result.problems[node] = "its value is another one than the trace has"
         return self._unknown(node, wanted)
 
-    def _unknown(self, node: Node, wanted: Any, writes: bool = True) -> Any:
-        """A node that may have done anything with its inputs: its outputs are new values that may share their memory."""
+    def _unknown(self, node: Node, wanted: Any, writes: bool = True, flex: RecordedFlex | None = None) -> Any:
+        """A node that may have done anything with its inputs: its outputs are new values that may share their memory.
+
+        FlexAttention's do not, and if it was read it does nothing else.
+        """
         read = tensors_in(map_arg((node.args, node.kwargs), self.env.__getitem__))
         inputs = tuple(self.node_of(tensor) for tensor in read)
         for tensor in read if writes else ():
             self._write(tensor)
-        self.result.impure.add(node)
+        if flex is None:
+            self.result.impure.add(node)
         with self._pause():
             values = tree_map(lambda leaf: leaf.detach() if is_plain(leaf) else leaf, wanted)
         target = node.target if isinstance(node.target, HigherOrderOperator) else unknown
         call = self._node(target, inputs, values)
-        call.meta["failed"] = True
+        call.meta.update(failed=True, flex=flex)
         made = tensors_in(values)
         for tensor in made:
             self._keep(tensor, call if isinstance(values, Tensor) else self._node(unknown, (call,), tensor))
-        self.memory.share([*made, *read])
+        if flex is None:
+            self.memory.share([*made, *read])
         return values
+
+    def _flex(self, node: Node, wanted: Any) -> Any:
+        """FlexAttention: its functions are recorded at positions that all calls share, its value is unknown."""
+        call = map_arg(flex_arguments(node), self.env.__getitem__)
+        score_mod, mask_mod = call["score_mod"], call["block_mask"][-1]
+        if not (isinstance(score_mod, GraphModule) and isinstance(mask_mod, GraphModule)):
+            return self._unknown(node, wanted)
+        recorded = self._to_values(call)  # what is captured is no value of the functions
+        before, indices = self.tick, self._indices(call["query"].device)
+        outside, self.inside = self.inside, FLEX.__name__
+        modified = self._run_graph(score_mod, [None, *indices, *call["score_mod_other_buffers"]])
+        allowed = self._run_graph(mask_mod, [*indices, *call["mask_mod_other_buffers"]])
+        self.inside = outside
+        if self.tick > before:  # one of them writes
+            return self._unknown(node, wanted)
+        score = self._to_values(self.env[next(iter(score_mod.graph.nodes))])
+        operands = {name: recorded[name] for name in ("query", "key", "value", "scale", "block_mask")}
+        read = RecordedFlex(**operands, score=score, modified=modified, allowed=allowed)
+        return self._unknown(node, wanted, writes=False, flex=read)
+
+    def _indices(self, device: torch.device) -> list[Tensor]:
+        if device not in self.indices:
+            with self._pause():
+                self.indices[device] = [torch.empty((), dtype=torch.int32, device=device) for _ in range(4)]
+            for position, index in enumerate(self.indices[device]):
+                leaf = self._node(unknown, (), index)
+                leaf.meta["position"] = position
+                self._keep(index, leaf)
+        return self.indices[device]
 
     def _body(self, graph_module: GraphModule, node: Node, wanted: Any) -> Any:
         """A higher-order operator: its bodies are recorded for the attention in them, its value is unknown.
@@ -305,6 +352,8 @@ class _Recording:
         node = graph.create_node("call_function", target, name=f"value_{len(graph.nodes)}")
         node.args, node.kwargs = tuple(args), dict(kwargs or {})  # with symbols as they are, which `create_node` warns of
         node.meta = {"val": value, "origin": self.origin, "inside": self.inside, "named": False}
+        unread = target is unknown and self.inside == FLEX.__name__
+        node.meta["positional"] = unread or any(read.meta["positional"] for read in node.all_input_nodes)
         if self.origin is not None:
             self.result.ran.setdefault(self.origin, set()).add(target)
         return node

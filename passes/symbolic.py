@@ -24,10 +24,11 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
+from torch.utils._sympy.functions import Max
 
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.operators import arguments
-from tsa_compile.passes.predicate import Atoms
+from tsa_compile.passes.predicate import KV, Atoms, B, H, Q
 
 Index = tuple[sympy.Expr, ...]
 Cases = list[tuple[Boolean, sympy.Expr]]
@@ -99,6 +100,8 @@ class Evaluator:
         self._steps += 1
         number = node.meta.get("constant")
         evaluate = RULES.get(node.target)
+        if "position" in node.meta:  # what functions of positions are given
+            return [(sympy.true, (B, H, Q, KV)[node.meta["position"]])]
         try:
             if number is not None and number.numel() == 1:
                 return self._as_dtype(constant(number.item()), value.dtype)
@@ -120,6 +123,8 @@ class Evaluator:
         """An uninterpreted element of a node."""
         dtype = fake(node).dtype
         self.leaves[node.name] = node
+        if node.meta.get("positional"):  # computed inside a function of positions, with or without indices of its own
+            index = (*index, B, H, Q, KV)
         if dtype == torch.bool:
             return self.atoms.opaque(sympy.Function(node.name)(*index))
         integer = not (dtype.is_floating_point or dtype.is_complex)
@@ -154,7 +159,8 @@ class Evaluator:
         low, high = self._bounds(number)
         largest = 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(_integer(dtype)).max
         smallest = -largest if dtype.is_floating_point else torch.iinfo(_integer(dtype)).min
-        if number.is_integer is not True or not (smallest <= low and high <= largest):
+        within = smallest <= low and high <= largest
+        if number.is_integer is not True or not (within or (dtype == torch.int32 and is_distance(number))):
             raise NotUnderstood
         return number
 
@@ -167,7 +173,8 @@ class Evaluator:
             info = torch.iinfo(_integer(held))
             return sympy.Integer(info.min), sympy.Integer(info.max)
         if expr.is_Symbol:
-            return sympy.Integer(0), self._largest(expr)
+            lowest = 0 if expr in self.atoms.sizes else max(-self.atoms.upper_bound(-expr), 1 - _WIDEST)
+            return sympy.Integer(lowest), self._largest(expr)
         parts = [self._bounds(part) for part in expr.args]
         if isinstance(expr, sympy.Add):
             return sum(low for low, _ in parts), sum(high for _, high in parts)
@@ -177,6 +184,8 @@ class Evaluator:
                 corners = [a * b for a in (low, high) for b in other]
                 low, high = min(corners), max(corners)
             return low, high
+        if isinstance(expr, (sympy.Max, Max)):
+            return max(low for low, _ in parts), max(high for _, high in parts)
         if isinstance(expr, sympy.floor):
             return sympy.floor(parts[0][0]), sympy.floor(parts[0][1])
         return -sympy.oo, sympy.oo
@@ -194,6 +203,12 @@ class Evaluator:
         if dtype.is_floating_point and not all(number.is_number for _, number in cases):
             raise NotUnderstood
         return [(condition, self.held_by(number, dtype)) for condition, number in cases]
+
+
+def is_distance(number: sympy.Expr) -> bool:
+    """Sums of positions and lengths: those of a cache and what goes into it are below 2^31 together, and so fit in int32."""
+    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(number)]
+    return all((rest.is_Symbol and abs(factor) == 1) or (rest == 1 and abs(factor) < _WIDEST) for factor, rest in terms)
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,9 @@ Calls that are computed alike, node by node, are computed once. `TSAConfig(skip_
 
 from __future__ import annotations
 
+import copy
 import logging
+from operator import attrgetter
 from typing import Any
 
 import sympy
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
+from tsa_compile.passes.flex import FLEX, flex_arguments
 from tsa_compile.passes.graph import fake, map_leaves
 from tsa_compile.passes.mask_info import FILLED_KINDS
 from tsa_compile.passes.operators import aten
@@ -114,7 +117,7 @@ class Case:
             if len(needed) > _MOST_NODES:
                 raise Skipped("too many nodes are behind it")
             if not self._is_given(node):
-                pending.extend(node.all_input_nodes)
+                pending.extend(_read(node))
             pending.extend(aten.writers(node))
         return sorted(needed, key=order.__getitem__)
 
@@ -130,7 +133,8 @@ class Case:
             for node in self.nodes
         ]
         ends = [places.get(end, -1) if isinstance(end, Node) else str(end) for end in (*self.operands, self.plan.padding)]
-        return tuple(lines), tuple(ends), str(self.call.scale), self.call.is_causal
+        bodies = [self._attribute(node).code for node in self.nodes if _is_body(node)]
+        return tuple(lines), tuple(ends), str(self.call.scale), self.call.is_causal, tuple(bodies)
 
     def _is_given(self, node: Node) -> bool:
         return self._operand(node) is not None or node.op in ("placeholder", "get_attr") or _is_number(fake(node))
@@ -164,9 +168,11 @@ class Case:
         if operand is not None:
             env[operand] = self._given(operand, generator, trial)
             return env[operand]
+        if _is_body(node):
+            return self._short_body(node)
         if self._is_given(node):
             return self._given(node, generator, trial)
-        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), env.get if node.target is FLEX else env.__getitem__)
         args, kwargs = map_leaves(self.sizes.shorten, args), map_leaves(self.sizes.shorten, kwargs)
         call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         if not callable(call) or node.op not in ("call_function", "call_method"):
@@ -177,6 +183,18 @@ class Case:
         if getattr(self.call.aten.values.get(node), "target", None) in _UNINITIALISED:
             result.zero_()  # what this memory held before is nothing that an operand is made of
         return result
+
+    def _attribute(self, node: Node) -> Any:
+        return attrgetter(str(node.target))(self.module)
+
+    def _short_body(self, node: Node) -> GraphModule:
+        """A function of positions, for the lengths that are run."""
+        body = self._attribute(node)
+        short = GraphModule(body, copy.deepcopy(body.graph))
+        for inner in short.graph.nodes:
+            inner.args, inner.kwargs = (map_leaves(self.sizes.shorten, part) for part in (inner.args, inner.kwargs))
+        short.recompile()
+        return short
 
     def _given(self, node: Node, generator: torch.Generator, trial: int) -> Any:
         value = fake(node)
@@ -198,7 +216,10 @@ class Case:
         if info is None or info.kind not in FILLED_KINDS:
             return None
         if info.positions is None:
-            return torch.arange(self.sizes.of(fake(self.call.query).shape[2]))
+            first = info.offset.xreplace({symbol: sympy.Integer(size) for symbol, size in self.sizes.symbols.items()})
+            if not first.is_Integer:
+                raise Skipped(f"{info.offset} is not known")
+            return torch.arange(self.sizes.of(fake(self.call.query).shape[2])) + int(first)
         given = self.call.aten.source(info.leaves[info.positions], self.call.node)
         if given is None or given not in env:
             raise Skipped(f"{info.positions} is not computed on the way")
@@ -237,7 +258,8 @@ class _Sizes:
         if any(isinstance(size, int) and size in self.short for size in others):
             self.short = {}
         self.symbols: dict[sympy.Symbol, int] = {}
-        symbolic = [size for node in nodes for size in getattr(fake(node), "shape", ()) if isinstance(size, torch.SymInt)]
+        extents = [size for node in nodes for size in getattr(fake(node), "shape", (fake(node),))]
+        symbolic = [size for size in extents if isinstance(size, torch.SymInt)]
         for size in symbolic:
             ranges = size.node.shape_env.var_to_range
             for symbol in sorted(size.node.expr.free_symbols, key=str):
@@ -327,6 +349,22 @@ def random_tensor(shape: list[int], dtype: torch.dtype, generator: torch.Generat
         choices = [0, 1, *(value for value in extremes if trial > 0 and info.min <= value <= info.max)]
     picked = torch.randint(len(choices), shape, generator=generator)
     return torch.tensor(choices, dtype=dtype)[picked]
+
+
+def _is_body(node: Node) -> bool:
+    """Whether a node is a graph: a function that another operator is given."""
+    return node.op == "get_attr" and fake(node) is None
+
+
+def _read(node: Node) -> list[Node]:
+    """What a node needs to run. FlexAttention in eager form needs no lists of blocks."""
+    if node.target is not FLEX:
+        return node.all_input_nodes
+    others = flex_arguments(node)
+    others["block_mask"] = others["block_mask"][-1]
+    read: list[Node] = []
+    map_arg(tuple(others.values()), read.append)
+    return read
 
 
 def _is_number(value: Any) -> bool:

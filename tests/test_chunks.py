@@ -1,10 +1,13 @@
 """Prompts in chunks through the caches of transformers: tiny models with random weights, against the whole prompt."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, reports, tsa_backend
+from tsa_compile import Coverage, Decision, Floor, KeepRatio, Reason, TSAConfig, TSAWarning, reports, tsa_backend
 
 from .support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
@@ -57,16 +60,74 @@ def test_chunks_equal_the_whole_prompt(name, form, padded):
     assert not any(map(read_masks, graphs)), "no mask of a chunk is left"
 
 
-@pytest.mark.parametrize("name", slow_but(["gemma3", "mistral"], "gemma3"))
-def test_windows_of_caches_stay_as_they_are(name):
-    """Layers whose cache holds a window keep their mask; full ones beside them lose it."""
-    model = tiny(name)
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=128),
+}
+WINDOWS = [
+    (name, cache, padded, sparse)
+    for name in ("gemma3", "mistral")
+    for cache in CACHES
+    for padded in (False, True)
+    for sparse in (False, True)
+]
+QUICK = [("gemma3", "dynamic", True, True), ("gemma3", "static", False, False)]
+
+
+def into(cache, model, ids, mask=None, size=CHUNK):
+    """The logits of a prompt that goes through a model in chunks, into a cache."""
+    found = []
+    with torch.no_grad():
+        for low in range(0, ids.shape[1], size):
+            seen = {} if mask is None else {"attention_mask": mask[:, : low + size]}
+            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
+@pytest.mark.parametrize("name, cache, padded, sparse", slow_but(WINDOWS, *QUICK))
+def test_windows_of_caches_stay_as_they_are(name, cache, padded, sparse):
+    """Layers whose cache holds a window keep their mask, and the reason says so; full ones lose it, or are sparse."""
+    model, mask = tiny(name), PADDING[:, :80] if padded else None
+    config = SPARSE.replace(layers=[0, 1, 2]) if sparse else EXACT
+    compiled, ids = torch.compile(model, backend="tsa", options={"config": config}), tokens(3, 80)
+    found = into(CACHES[cache](model.config), compiled, ids, mask)
+    assert difference(found, whole(model, ids, mask), mask) < ATOL
+    full = {Decision.SPARSE} if sparse else {Decision.DENSE, Decision.DENSE_PADDED}
+    for row in (row for report in reports() for row in report):
+        if name == "gemma3" and row.layer != "model.layers.1.self_attn":
+            assert row.decision in full
+        else:
+            assert (row.decision, row.reason) == (Decision.UNCHANGED, Reason.SLIDING_WINDOW)
+
+
+def test_a_prefix_that_is_used_again():
+    """Each question behind a copy of one prefilled context, as if its prompt were whole; the context's cache stays."""
+    model = tiny("llama", num_hidden_layers=2)
     compiled = torch.compile(model, backend="tsa", options={"config": EXACT})
-    ids = tokens(3, 80)
-    assert difference(chunks(compiled, ids, None, CHUNK), whole(model, ids)) < ATOL
-    full = 0 if name == "mistral" else 2
-    assert [report.dense for report in reports()] == [full] * 3
-    assert [report.unchanged for report in reports()] == [3 - full] * 3
+    cache, ids = DynamicCache(config=model.config), tokens(3, LENGTH)
+    into(cache, compiled, ids[:, :60])
+    for seed, length in ((1, 20), (2, 31)):
+        question = tokens(3, length, seed)
+        found = into(copy.deepcopy(cache), compiled, question, size=length)
+        assert difference(found, whole(model, torch.cat([ids[:, :60], question], dim=1))[:, 60:]) < ATOL
+    assert cache.get_seq_length() == 60
+    assert all(report.dense == 2 for report in reports())
+
+
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen3", "gemma3"], "qwen3"))
+def test_assisted_decoding(name):
+    """Its steps of a few tokens stay dense, exact and without a warning; it generates what plain decoding does."""
+    model = tiny(name, pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    ids = tokens(1, 12).repeat(1, 4)  # what comes next stands in the prompt
+    settings = dict(max_new_tokens=10, do_sample=False)
+    plain = model.generate(ids, **settings)
+    model.forward = torch.compile(model.forward, backend=tsa_backend, options={"config": SPARSE})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TSAWarning)
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **settings), plain)
+    prefill, *steps = reports()
+    assert prefill.sparse and steps and not any(report.sparse for report in steps)
 
 
 def test_a_filled_cache_goes_on():
@@ -102,16 +163,18 @@ def test_a_static_cache_is_prefilled_as_far_as_it_is_filled(padded, sparse):
     assert len(reports()) <= 3
 
 
-def test_generate():
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen3", "mistral", "gemma3"], "llama"))
+def test_generate(name):
     """`prefill_chunk_size` is all that a user sets."""
-    model = tiny("llama", pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    model = tiny(name, pad_token_id=0, eos_token_id=None, bos_token_id=None)
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=PADDING)
     settings = dict(max_new_tokens=4, do_sample=False)
     plain = model.generate(**inputs, **settings)
     model.forward = torch.compile(model.forward, backend=tsa_backend, options={"config": EXACT})
     assert torch.equal(model.generate(**inputs, prefill_chunk_size=CHUNK, **settings), plain)
+    full = {"mistral": 0, "gemma3": 2}.get(name, 3)
     prefill = [report for report in reports() if report.dense_padded]
-    assert [report.dense_padded for report in prefill] == [3] * len(prefill) and len(prefill) <= 4
+    assert [report.dense_padded for report in prefill] == [full] * len(prefill) and len(prefill) <= 4
 
 
 BUDGETS = {

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tsa_compile import ConfigError, Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
+from tsa_compile.costs.breakeven import expected_kept
+from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import H200
 
 from .support import Attention, Stack, heads, mixed_padding, tiny, tokens
@@ -97,6 +99,18 @@ class TestExpectations:
         torch._dynamo.mark_dynamic(ids, 1)
         report = explain(tiny("llama"), input_ids=ids, config=CONFIG.replace(min_length=1), device="h200")
         assert report.sparse == 2 and report.expected_ms is None
+
+    @pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
+    def test_a_chunk_is_one_of_all_keys(self):
+        def chunk(query, key, value):
+            allowed = torch.arange(80) <= torch.arange(40)[:, None] + 40
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=True)
+
+        query, key, value = heads(length=80)
+        (row,) = explain(chunk, query[:, :, :40], key, value, config=CONFIG.replace(layers=[0], min_length=1), device="h200")
+        call = CallShape.configured(CONFIG, 2, 4, 2, 16, 16, itemsize=4, past=40)
+        assert row.decision is Decision.SPARSE and row.expected_dense_ms == dense_ms(call, H200)(40)
+        assert row.expected_ms == sparse_ms(call, H200)(40, expected_kept(CONFIG, 80))
 
     def test_what_is_long_enough_is_decided_for_the_device_that_is_asked_about(self):
         report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="h200")

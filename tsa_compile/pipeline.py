@@ -27,6 +27,7 @@ from tsa_compile.kernels import (
     filled,
     floor,
     fused,
+    listed,
     padded,
     ranks,
     registry,
@@ -50,7 +51,7 @@ from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, cached, filled, padded, ranks, fused, sparse)
+OPS = (score, budget, select, compress, attend, decompress, floor, cached, filled, listed, padded, ranks, fused, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py

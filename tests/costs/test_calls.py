@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.costs import breakeven
-from tsa_compile.costs.breakeven import LONGEST, MARGIN, break_even, expected_share, gains, kept_share, largest_share
+from tsa_compile.costs.breakeven import (
+    LONGEST,
+    MARGIN,
+    break_even,
+    expected_share,
+    gains,
+    kept_share,
+    largest_share,
+    shortest,
+)
 from tsa_compile.costs.calls import (
     KEPT,
     LENGTH,
@@ -379,3 +388,41 @@ def test_the_floor_takes_what_was_measured(length, ms):
     assert sparse_work(floor, H100)["decompress"].ms_at(length, 0.5) == pytest.approx(ms, rel=0.1)
     assert sparse_ms(floor, H100)(length, 0.5) > sparse_ms(LLAMA, H100)(length, 0.5)
     assert CallShape.configured(TSAConfig(floor=Floor(250, 22)), 1, 32, 8, 128, 128, 2).floor == 272
+
+
+# -- chunks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8 * K, 16 * K])
+def test_chunks_of_a_prompt_are_all_of_its_work(size):
+    """Operations add up exactly; times nearly, by what each call takes to start."""
+    whole = dense_work(LLAMA, H200)
+    chunks = [(dense_work(dataclasses.replace(LLAMA, past=past), H200), size) for past in range(0, 64 * K, size)]
+    assert sum(work.flops.subs(LENGTH, length) for work, length in chunks) == whole.flops.subs(LENGTH, 64 * K)
+    assert sum(work.ms_at(length) for work, length in chunks) == pytest.approx(whole.ms_at(64 * K), rel=0.06)
+
+
+def test_a_chunk_gains_more_the_longer_its_cache_is():
+    def shortest_behind(past):
+        return shortest(TSAConfig(), H200, dataclasses.replace(LLAMA, past=past, floor=272))
+
+    found = [shortest_behind(past) for past in (0, 8 * K, 32 * K, 128 * K)]
+    assert found == sorted(found, reverse=True) and found[-1] < found[0]
+    for past, length in zip((8 * K, 32 * K, 128 * K), found[1:], strict=True):
+        call = dataclasses.replace(LLAMA, past=past, floor=272)
+        kept = kept_share(TSAConfig(), length + past, 0.15)
+        assert sparse_ms(call, H200)(length, kept) <= (1 - MARGIN) * dense_ms(call, H200)(length)
+
+
+def test_a_chunk_of_which_all_is_kept_gains_nothing():
+    call = dataclasses.replace(LLAMA, past=32 * K, floor=272)
+    assert sparse_ms(call, H200)(8 * K, 1.0) > dense_ms(call, H200)(8 * K)
+
+
+def test_a_chunk_keeps_its_window():
+    """Bytes of the rows that are gathered: those of the window are in the chunk, whatever else is."""
+    call = dataclasses.replace(LLAMA, past=60 * K, window=4 * K)
+    few = dataclasses.replace(call, window=1)
+    with_window, without = (sparse_work(each, H200)["attend"].flops for each in (call, few))
+    at = {LENGTH: 4 * K, KEPT: 0.1}
+    assert float(with_window.subs(at)) > 5 * float(without.subs(at))

@@ -168,3 +168,37 @@ def test_the_parts_of_scores_are_put_together(scores, tmp_path, monkeypatch):
     assert asked["told-64"] == ["--lengths", "64", "--questions", "told"]
     found = json.loads(out.read_text())
     assert set(found["cells"]) == set(asked) and len(found["question_tokens"]) == 4 and found["model"] == "m"
+
+
+class TestPrefixes:
+    """A context's cache that another question left."""
+
+    @pytest.fixture
+    def prefix(self):
+        return script("prefix")
+
+    @pytest.mark.parametrize("keeps_all", [True, False])
+    def test_handing_on_costs_what_the_selection_does(self, prefix, keeps_all):
+        """Where all is kept, a context is what it is whatever ended it; else what follows depends on that."""
+        from tsa_compile import attention
+
+        budget = KeepRatio(1.0) if keeps_all else KeepRatio(0.1)
+        config = TSAConfig(budget=budget, layers=(0,), floor=None, window=20, min_tokens=0, min_length=1)
+        form, prefills = attention.register(config, name="prefixtest"), prefix.Prefills(llama())
+        context, other, question, answer = (
+            torch.randint(0, 40, (1, length), generator=torch.Generator().manual_seed(length)) for length in (60, 20, 24, 3)
+        )
+        with torch.no_grad():
+            dense = prefills.score(*prefills.whole("sdpa", context, question), answer)["nll"]
+            own = prefills.score(*prefills.whole(form, context, question), answer)["nll"]
+            handed_on = prefills.score(*prefills.handed_on(form, context, other, question), answer)["nll"]
+        if keeps_all:
+            assert own == pytest.approx(dense, abs=1e-5) and handed_on == pytest.approx(dense, abs=1e-5)
+        else:
+            assert len({round(nll, 6) for nll in (dense, own, handed_on)}) == 3
+
+    def test_the_table(self, prefix):
+        rows = [{"dense": {"nll": 0.5, "exact": True}, "a": {"nll": 0.5 + more, "exact": more < 0.2}} for more in (0.1, 0.3)]
+        *_, dense, other = prefix.table({"length": 64, "rows": rows}).splitlines()
+        assert dense == "| dense | 100% | 0.500 | +0.000 (0.000) |"
+        assert other == "| a | 50% | 0.700 | +0.200 (0.100) |"

@@ -56,7 +56,7 @@ encoder = nn.TransformerEncoder(
 triangle = nn.Transformer.generate_square_subsequent_mask(L)
 
 FORMS = {
-    "flex_attention": (lambda q, k, v: flex_attention(q, k, v), qkv),
+    "flex_attention": (lambda q, k, v: flex_attention(q, k, v, score_mod=lambda score, *_: score.tanh()), qkv),
     "checkpoint": (lambda q, k, v: checkpoint(plain, q, k, v, use_reentrant=False), qkv),
     "cond": (lambda q, k, v: torch.cond(q.sum() > 0, plain, lambda q, k, v: plain(q, k, v) + 1, (q, k, v)), qkv),
     "vmap": (lambda q, k, v: torch.vmap(lambda a, b, c: F.scaled_dot_product_attention(a, b, c))(q, k, v), qkv),

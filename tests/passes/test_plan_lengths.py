@@ -48,6 +48,18 @@ def test_on_a_gpu_it_is_also_where_the_call_gains(on_an_h200, monkeypatch):
     assert minimum_length(config, CUDA, LLAMA) == (1024 + 128 + 1, "where tokens can be dropped")
 
 
+def test_a_chunk_needs_fewer_rows_the_longer_its_cache_is(on_an_h200):
+    """The same 3,072 rows: alone they are too short, behind 32K keys they gain; in a static cache nobody knows."""
+
+    def obstacle(keys, **options):
+        query, key = (torch.empty(1, count, rows, 128, dtype=torch.half) for count, rows in ((32, 3072), (8, keys)))
+        return plan.sparse_obstacle(query, key, key, TSAConfig(), 0.5, H200, **options)[0]
+
+    assert obstacle(3072) is Reason.TOO_SHORT
+    assert obstacle(3072 + 32 * 1024) is None
+    assert obstacle(3072 + 32 * 1024, filled=True) is Reason.TOO_SHORT
+
+
 @pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
 def test_a_budget_that_keeps_everything_has_no_minimum_on_a_gpu(on_an_h200, budget):
     assert minimum_length(TSAConfig(budget=budget), CUDA, LLAMA)[0] is None

@@ -62,8 +62,9 @@ def gains(costs: DeviceCosts, call: CallShape, config: TSAConfig, length: int, s
     of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
     """
     dense, sparse = dense_ms(call, costs)(length), sparse_ms(call, costs)
-    expected = sparse(length, expected_kept(config, length))
-    worst = sparse(length, kept_share(config, length, largest_share(config.budget)))
+    keys = length + call.past
+    expected = sparse(length, expected_kept(config, keys))
+    worst = sparse(length, kept_share(config, keys, largest_share(config.budget)))
     weights = LAYER_WEIGHTS * (call.heads * call.head_dim) ** 2
     layer = dense + 2 * call.batch * length * weights / (costs.matmul_tflops * 1e9)
     loss = max(worst, costs.host_ms) - dense
@@ -71,7 +72,7 @@ def gains(costs: DeviceCosts, call: CallShape, config: TSAConfig, length: int, s
 
 
 def break_even(costs: DeviceCosts, call: CallShape, config: TSAConfig, sparse_layers: float = 0.5) -> int | None:
-    """The shortest length from which a call gains, here and at every longer one; None if it never does.
+    """The shortest length, of a chunk its own, from which a call gains, here and at every longer one; None if none does.
 
     Args:
         sparse_layers: the share of the model's layers that are sparse.
@@ -114,7 +115,7 @@ def shortest(config: TSAConfig, costs: DeviceCosts | None, call: CallShape, spar
     if config.min_length is not None or costs is None:
         return droppable(config)
     gaining = break_even(costs, call, config, sparse_layers)
-    return None if gaining is None else max(gaining, droppable(config))
+    return None if gaining is None else max(gaining, droppable(config) - call.past)
 
 
 def droppable(config: TSAConfig) -> int:

@@ -1,6 +1,7 @@
 """What one attention call costs, dense and sparse, and what the rest of its layer does.
 
     dense(L)     = attention over L rows
+    with `past` keys before them        over L + past keys, of which s are kept
     sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress, or the floor
     rest(L)      = a layer's projections and MLP, and what is between them
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 
 from tsa_compile.config import Coverage, TSAConfig
@@ -33,6 +35,9 @@ ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the h
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
 FLOOR_RATE = sympy.Rational(57, 100)  # of dense attention's: a program of the floor's kernel has few tiles
 FLOOR_MS = sympy.Rational(2, 100)  # its launches
+BEHIND_RATE = sympy.Rational(
+    3, 4
+)  # of dense attention's: kernels/flash.py takes 511 to 522 TFLOP/s where cuDNN takes 623 to 657
 FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
@@ -55,6 +60,8 @@ class CallShape:
     """Whether the number of kept rows is known on the device only, as with Coverage."""
     floor: int = 0
     """How many tokens every row sees besides the selected ones: window and sinks. 0: none, and no floor."""
+    past: int = 0
+    """How many keys lie before those of the L queries: a chunk of a prompt, or a prefill onto a filled cache."""
 
     @property
     def selections(self) -> int:
@@ -63,24 +70,34 @@ class CallShape:
 
     @classmethod
     def configured(
-        cls, config: TSAConfig, batch: Any, heads: int, kv_heads: int, head_dim: int, value_head_dim: int, itemsize: int
+        cls,
+        config: TSAConfig,
+        batch: Any,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_head_dim: int,
+        itemsize: int,
+        past: Any = 0,
     ) -> CallShape:
         """A call of these sizes as the configuration makes it sparse. A symbolic batch is 1.
 
-        Launches weigh most there, and the graph that is compiled for one batch size serves the others.
+        Launches weigh most there, and the graph that is compiled for one batch size serves the others. A cache of symbolic
+        length is as long as it is when this is asked: behind longer ones a chunk gains more.
         """
+        hint = past.node.hint if isinstance(past, torch.SymInt) else past
         return cls(
             batch if isinstance(batch, int) else 1, heads, kv_heads, head_dim, value_head_dim, itemsize, config.window,
             grouped=config.granularity == "group", counted=isinstance(config.budget, Coverage),
-            floor=0 if config.floor is None else config.floor.window + config.floor.sinks,
+            floor=0 if config.floor is None else config.floor.window + config.floor.sinks, past=max(0, int(hint or 0)),
         )  # fmt: skip
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig) -> CallShape:
-        """The call on these [B,H,L,D], [B,G,L,D], [B,G,L,Dv]."""
-        batch, heads, _, head_dim = query.shape
-        kv_heads = key.shape[1] if isinstance(key.shape[1], int) else heads
-        return cls.configured(config, batch, heads, kv_heads, head_dim, value.shape[3], query.dtype.itemsize)
+        """The call on these [B,H,Lq,D], [B,G,Lk,D], [B,G,Lk,Dv]."""
+        batch, heads, length, head_dim = query.shape
+        kv_heads, past = key.shape[1] if isinstance(key.shape[1], int) else heads, key.shape[2] - length
+        return cls.configured(config, batch, heads, kv_heads, head_dim, value.shape[3], query.dtype.itemsize, past)
 
 
 @dataclass(frozen=True)
@@ -99,15 +116,21 @@ class Work:
 NOTHING = Work(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
 
-def attention_work(call: CallShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int) -> Work:
-    """Causal attention over [B,H,rows,D], with key and value at `kv_heads` heads. Its bytes hide behind its FLOPs."""
+def attention_work(
+    call: CallShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int, keys: sympy.Expr | None = None
+) -> Work:
+    """Causal attention of [B,H,rows,D] over as many keys, or as the last of `keys`, at `kv_heads` heads. Its bytes hide
+    behind its FLOPs.
+    """
+    keys = rows if keys is None else keys
     width = call.head_dim + call.value_head_dim
     per_pair = call.batch * call.heads * width  # 2 FLOPs, for half of the pairs
-    pairs = rows * (rows + costs.attention_half_length)
+    seen = rows * (2 * keys - rows)
+    pairs = seen + rows * costs.attention_half_length
     running = per_pair * slowness(width, costs.attention_exponential) * pairs / (costs.attention_tflops * 1e9)
     slower = costs.attention_slowdown * sympy.Max(0, running - costs.attention_sustained_ms)
-    moved = call.batch * (call.heads + kv_heads) * width * call.itemsize * rows
-    return Work(per_pair * rows**2, moved, costs.attention_ms + running + slower)
+    moved = call.batch * (call.heads * rows + kv_heads * keys) * width * call.itemsize
+    return Work(per_pair * seen, moved, costs.attention_ms + running + slower)
 
 
 def slowness(width: int, exponential: float) -> float:
@@ -118,13 +141,14 @@ def slowness(width: int, exponential: float) -> float:
 @functools.lru_cache(maxsize=512)
 def dense_work(call: CallShape, costs: DeviceCosts) -> Work:
     """The call as the model wrote it, by the fastest dense kernel."""
-    return attention_work(call, costs, LENGTH, call.kv_heads)
+    return attention_work(call, costs, LENGTH, call.kv_heads, LENGTH + call.past)
 
 
 def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
     """The sparse path by steps, of which "launches" is what it takes at any length."""
     batch, heads, size = call.batch, call.heads, call.itemsize
-    kept, selections, zero = KEPT * LENGTH, call.selections, sympy.Integer(0)
+    keys, selections, zero = LENGTH + call.past, call.selections, sympy.Integer(0)
+    kept, rows = KEPT * keys, _kept_rows(call)
 
     def moved(count: sympy.Expr, rate: float, flops: sympy.Expr = zero) -> Work:
         return Work(flops, count, count / (rate * 1e9) + flops / (costs.score_tflops * 1e9))
@@ -132,18 +156,18 @@ def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
     indices = 4 * batch * selections * kept
     # Key is read twice and the products are made twice, since the weights are too many to keep; the scores are written,
     # read for pooling and written again.
-    products = 4 * batch * heads * max(call.head_dim, SCORED_DIM) * call.window * LENGTH
-    scored = (2 * call.kv_heads * call.head_dim * size + 12 * heads) * batch * LENGTH
+    products = 4 * batch * heads * max(call.head_dim, SCORED_DIM) * call.window * keys
+    scored = (2 * call.kv_heads * call.head_dim * size + 12 * heads) * batch * keys
     # A row of key and value is read from memory once, for however many heads of its group.
     pair = call.head_dim + call.value_head_dim
-    pair_in = LENGTH * sympy.Min(1, KEPT * (heads // call.kv_heads)) * call.kv_heads * pair
-    gathered = 2 * kept * heads * call.head_dim + pair_in + kept * selections * pair
-    scattered = batch * heads * call.value_head_dim * size * (LENGTH + kept)
+    pair_in = keys * sympy.Min(1, KEPT * (heads // call.kv_heads)) * call.kv_heads * pair
+    gathered = 2 * rows * heads * call.head_dim + pair_in + kept * selections * pair
+    scattered = batch * heads * call.value_head_dim * size * (LENGTH + rows)
     return {
         "launches": Work(zero, zero, sympy.Float(costs.sparse_ms + (costs.count_ms if call.counted else 0.0))),
         "score": moved(scored, costs.bandwidth_tbs, products),
-        "budget": moved(batch * (4 * heads + 12) * LENGTH if call.counted else zero, costs.bandwidth_tbs),
-        "select": moved(4 * batch * heads * (5 * LENGTH + kept), costs.select_tbs),
+        "budget": moved(batch * (4 * heads + 12) * keys if call.counted else zero, costs.bandwidth_tbs),
+        "select": moved(4 * batch * heads * (5 * keys + kept), costs.select_tbs),
         "compress": moved(batch * size * gathered + indices, costs.bandwidth_tbs),
         "attend": _attend_work(call, costs),
         "decompress": moved(scattered + indices, costs.bandwidth_tbs) if not call.floor else _floor_work(call, costs),
@@ -165,9 +189,20 @@ def sparse_path(call: CallShape, costs: DeviceCosts) -> Work:
     return added(sparse_work(call, costs).values())
 
 
+def _kept_rows(call: CallShape, kept: sympy.Expr = KEPT) -> sympy.Expr:
+    """How many of the L rows are kept, of `kept` of all keys: of a chunk's the whole window is."""
+    return kept * LENGTH + sympy.Integer(call.window * call.past) / (LENGTH + call.past) if call.past else kept * LENGTH
+
+
 def _attend_work(call: CallShape, costs: DeviceCosts) -> Work:
-    """Attention over the kept rows; with a count, at worst one call per item, on as many more rows as are rounded up."""
-    exact = attention_work(call, costs, KEPT * LENGTH, call.selections)
+    """Attention over the kept rows; with a count, at worst one call per item, on as many more rows as are rounded up.
+
+    A chunk's runs by our own kernel, at `BEHIND_RATE` of the fastest one's rate.
+    """
+    keys = LENGTH + call.past
+    exact = attention_work(call, costs, _kept_rows(call), call.selections, KEPT * keys)
+    if call.past:
+        return replace(exact, ms=exact.ms / BEHIND_RATE)
     if not call.counted:
         return exact
     rounded = attention_work(call, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), call.selections)

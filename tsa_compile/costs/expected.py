@@ -39,10 +39,8 @@ def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
-    if row.key[2] != length:  # behind a cache, of which the cost model knows nothing
-        return row
     dense = dense_ms(shape, costs)(length)
-    sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length))
+    sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length + shape.past))
     return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)
 
 
@@ -56,8 +54,20 @@ def _shape(row: CallRow, config: TSAConfig) -> CallShape | None:
     dtype = getattr(torch, row.dtype, None)
     if not (len(row.query) == len(row.key) == len(row.value) == 4 and isinstance(dtype, torch.dtype)):
         return None
+    past = 0 if row.query[2] == row.key[2] else _past(row)
+    if past is None:
+        return None
     sizes = (row.query[1], row.key[1], row.query[3], row.value[3])
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
     heads, kv_heads, head_dim, value_head_dim = map(int, sizes)
-    return CallShape.configured(_own(row, config), row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize)
+    return CallShape.configured(
+        _own(row, config), row.query[0], heads, kv_heads, head_dim, value_head_dim, dtype.itemsize, past
+    )
+
+
+def _past(row: CallRow) -> int | None:
+    """How many keys lie before a chunk's; None where that is not known while compiling: of a cache of a fixed size, too."""
+    queries, keys = row.query[2], row.key[2]
+    known = isinstance(queries, int) and isinstance(keys, int) and "filled cache" not in row.mask
+    return int(keys) - int(queries) if known and int(keys) > int(queries) else None
