@@ -64,12 +64,14 @@ def test_ways_to_combine_rows(scores):
     assert scores.larger(scores.mean, scores.last(1))(weights).tolist() == pytest.approx([2 / 3, 2 / 3])
 
 
-def test_sparse_layers_are_those_of_the_backend(scores):
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_sparse_layers_are_those_of_the_backend(scores, reduce):
     """Logits behind the study's own attention, which is SDPA under a mask, equal the compiled model's."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     plain, model, ids = llama(2), llama(2), torch.randint(400, (1, 500))
     config = TSAConfig(KeepRatio(0.1), 128, scores.FLOOR, min_tokens=0, min_length=1, layers=[1], compiler="eager")
+    config = config.replace(score=reduce)
     attention = scores.Attention(2)
     AttentionInterface.register("scores-test", attention)
     AttentionMaskInterface.register("scores-test", lambda *_, **__: None)
@@ -78,7 +80,7 @@ def test_sparse_layers_are_those_of_the_backend(scores):
         wanted = torch.compile(plain, backend=tsa_backend, options={"config": config})(ids, use_cache=False).logits
         dense = model(ids, use_cache=False).logits
         torch.testing.assert_close(dense, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-        attention.name, attention.ratio = "mean", 0.1
+        attention.name, attention.ratio = reduce, 0.1
         found = model(ids, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, dense, atol=1e-2)

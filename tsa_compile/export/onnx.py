@@ -319,7 +319,7 @@ def _translations() -> dict[str, Callable[..., Any]]:
     """
     ops: Any = require("onnxscript")[0].values.Opset(DOMAIN, DOMAIN_VERSION)
 
-    def score(query, key, padding, scale: float, window: int, pool: int, reduce: str):  # type: ignore[no-untyped-def]
+    def score(query, key, padding, scale: float, window: int, pool: int, reduce: str = "mean"):  # type: ignore[no-untyped-def]
         return ops.Score(query, key, padding, scale=scale, window=window, pool=pool, reduce=reduce)
 
     def budget(scores, coverage: float, keep_ratio: float, min_tokens: int):  # type: ignore[no-untyped-def]
