@@ -177,7 +177,7 @@ class TestPrefixes:
 
     @pytest.fixture
     def prefix(self):
-        return script("prefix")
+        return script(FOLDER / "prefix.py")
 
     @pytest.mark.parametrize("keeps_all", [True, False])
     def test_handing_on_costs_what_the_selection_does(self, prefix, keeps_all):

@@ -79,7 +79,7 @@ def test_every_part_runs_and_is_reported(sparse, load, arguments, tmp_path):
     text = sparse.report({"device": "none"}, run.parts, [])
     assert text.count("| XAttention, stride 16") == 5 and "failed" not in text
     pytest.importorskip("matplotlib")
-    sparse.write(tmp_path, run, {}, text)
+    sparse.write(tmp_path, run, {"device": "none"}, text)
     assert json.loads((tmp_path / "sparse.json").read_text())["kernel"][0]["goal_ms"] > 0
     assert (tmp_path / "sparse.png").stat().st_size > 0
 
