@@ -10,7 +10,7 @@ import torch
 import tsa_compile
 from tsa_compile import ConfigError, Prefill, TSAConfig, attention, reports
 
-from .support import Stack, heads, mixed_padding, tiny, tokens
+from .support import Stack, chunks, difference, heads, mixed_padding, slow_but, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -43,6 +43,19 @@ def test_generate_compiles_prompts_alone_and_only_once(options, graphs, sparse):
     assert reports(prefill=True) == reports()
     assert torch.equal(generate(model, **options), expected)
     assert len(reports()) == graphs, "a second prompt of that length compiles nothing"
+
+
+@pytest.mark.parametrize("masked", slow_but([False, True], True))
+def test_two_graphs_serve_chunks_of_any_prompt(masked):
+    """Of equal lengths too: the second chunk is as long as the cache before it."""
+    config = CONFIG.replace(min_length=1)
+    expected = tiny("llama", attention.register(config, name="tsa_chunks"))
+    model = tiny("llama")
+    tsa_compile.prefill(model, config, dynamic=True)
+    for length in (90, 75):
+        ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long) if masked else None
+        assert difference(chunks(model, ids, mask, 30), chunks(expected, ids, mask, 30)) < 1e-4
+    assert [report.sparse for report in reports()] == [2, 2]
 
 
 def test_short_calls_are_the_models_own():

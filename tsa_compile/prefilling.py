@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as symbols_config
 from torch import Tensor
 from torch.nn import Module
 
@@ -34,7 +35,7 @@ class Prefill:
     """
 
     def __init__(self, model: Module, config: TSAConfig, *, dynamic: bool | None, fullgraph: bool) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.dynamic = model, config, dynamic
         self._plain = model._call_impl
         options: dict[str, Any] = {"config": config}
         self._compiled = torch.compile(
@@ -45,8 +46,14 @@ class Prefill:
         """The model's call; calls of fewer than 16 tokens are decode steps, and run as without `prefill`."""
         if torch.compiler.is_compiling():  # somebody else compiles or exports the model: with one compiler, theirs
             return self._plain(*args, **kwargs)
-        run = self._compiled if _length(args, kwargs) >= FEW_QUERIES else self._plain
-        return run(*args, **kwargs)
+        if _length(args, kwargs) < FEW_QUERIES:
+            return self._plain(*args, **kwargs)
+        if not self.dynamic:
+            return self._compiled(*args, **kwargs)
+        # The second chunk is as long as the cache before it. Dynamo would take both for one length, and the third for a
+        # new case: a graph more. So would it a mask that is a piece of a longer one, until it is all of it.
+        with symbols_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # torch adds it when imported
+            return self._compiled(*map(_whole, args), **{name: _whole(value) for name, value in kwargs.items()})
 
     def remove(self) -> None:
         """Makes the model what it was. Does nothing if it is that already, or if a later `prefill` took over."""
@@ -76,7 +83,8 @@ def prefill(
         model: a module whose calls hold token ids [B, L] as `input_ids`, or embeddings [B, L, D] as `inputs_embeds`, or have
             one of these as the first tensor.
         config: the options of the backend; the defaults if None.
-        dynamic, fullgraph: as for `torch.compile`.
+        dynamic, fullgraph: as for `torch.compile`. With `dynamic=True` a prompt in chunks takes two graphs, for the first
+            chunk and for all others, and they serve prompts of any length.
 
     Returns:
         A handle. `handle.remove()` undoes it, and so does leaving `with prefill(model):`. A second `prefill` of the same
@@ -113,6 +121,12 @@ def _check(model: Any) -> None:
             f"a {type(model).__name__} is not allowed: prefill() is for models that read the prompt in the decoder, and "
             'this one has an encoder for it; compile it with torch.compile(model, backend="tsa")'
         )
+
+
+def _whole(value: Any) -> Any:
+    """Token ids and masks [B, L] as dense tensors; all else as it is."""
+    ids = isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+    return value.contiguous() if ids else value
 
 
 def _length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
