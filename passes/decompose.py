@@ -111,8 +111,10 @@ def _open(graph: Graph, call: _SparseCall) -> Node:
     indices = insert(graph, tsa.select.default, scores, count, capacity)
     if known(fake(call.query).shape[2] == fake(call.key).shape[2]):
         return _attend(graph, call, indices, count, length)
-    symbolic = isinstance(length, Node) or isinstance(rows, Node)
-    past = insert(graph, operator.sub, length, rows) if symbolic else length - rows  # type: ignore[operator]  # two ints
+    if isinstance(length, Node) or isinstance(rows, Node):
+        past: int | Node = insert(graph, operator.sub, length, rows)
+    else:
+        past = length - rows
     query = insert(graph, torch.nn.functional.pad, call.query, (0, 0, past, 0))
     output = _attend(graph, replace(call, query=query), indices, count, length)
     output = insert(graph, "transpose", insert(graph, torch.narrow, output, 2, past, rows), 1, 2)

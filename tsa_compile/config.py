@@ -310,7 +310,9 @@ def _layers(value: object) -> HeldLayers | None:
 
 def _own_budget(value: object) -> Budget:
     """A layer's budget; a number is a keep ratio."""
-    return read_budget(value) if isinstance(value, (Mapping, Coverage, KeepRatio)) else KeepRatio(value)  # type: ignore[arg-type]
+    if isinstance(value, (Mapping, Coverage, KeepRatio)):
+        return read_budget(value)
+    return KeepRatio(value)  # type: ignore[arg-type]  # which refuses what is no number, by name
 
 
 def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -139,7 +139,10 @@ class TestMaskFunctions:
         def function(new, past, pad):
             key = torch.cat([past, new], dim=2)
             queries, keys = new.shape[2], key.shape[2]
-            mask_mod = lambda b, h, q, kv: (kv <= q + keys - queries) & pad[b, kv]  # noqa: E731
+
+            def mask_mod(b, h, q, kv):
+                return (kv <= q + keys - queries) & pad[b, kv]
+
             mask = BlockMask.from_kv_blocks(*ask_everywhere(queries, keys), BLOCK, mask_mod, seq_lengths=(queries, keys))
             return attend(new.repeat_interleave(2, dim=1), key, key, mask)
 

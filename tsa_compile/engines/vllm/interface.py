@@ -10,6 +10,7 @@ Keys and values are in the cache before attention runs, so later chunks and deco
 
 from __future__ import annotations
 
+import abc
 import functools
 import os
 from collections.abc import Mapping
@@ -115,7 +116,7 @@ class Builder:
     supports_update_block_table = False  # layers of another group would get this one's plan
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # of the vLLM class beside this one
         config = installed()
         check(vllm_config, config)
         layers = layers_of(vllm_config)
@@ -132,7 +133,7 @@ class Builder:
             _log.info_once("Token Sparse Attention: %s", layers.summary)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # vLLM's, beside this one
         if self.minimum.shortest is None or metadata.causal is not True:
             return metadata
         starts, lengths, prefilling = _on_host(common_attn_metadata)
@@ -144,7 +145,7 @@ class Builder:
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """Without a plan: a graph of a whole step is replayed for decode steps only."""
-        return super().build(0, common_attn_metadata)  # type: ignore[misc]
+        return super().build(0, common_attn_metadata)  # type: ignore[misc]  # vLLM's, beside this one
 
     def _others(self, common: CommonAttentionMetadata, batch: Split, starts: list[int]) -> tuple[Any, Tensor]:
         """The metadata of some requests, as if the batch had no others, and their tokens.
@@ -164,7 +165,7 @@ class Builder:
             is_prefilling=_some(common.is_prefilling, requests), positions=_some(common.positions, tokens),
             logits_indices_padded=None, **{name: None for name in _CACHES if hasattr(common, name)},
         )  # fmt: skip
-        return super().build(0, some, True), tokens  # type: ignore[misc]
+        return super().build(0, some, True), tokens  # type: ignore[misc]  # vLLM's, beside this one
 
 
 class Impl:
@@ -177,15 +178,15 @@ class Impl:
         super().__init__(*args, **kwargs)
         self._vllm_config, self._rehearsed = get_current_vllm_config(), not self.rehearses
 
+    @abc.abstractmethod
     def read(self, layer: Any, kv_cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values [length, G, D] of a request, from its blocks of the paged cache."""
-        raise NotImplementedError
 
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
         output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        own_forward = super().forward  # type: ignore[misc]
+        own_forward = super().forward  # type: ignore[misc]  # vLLM's, beside this one
         plan = getattr(attn_metadata, "tsa", None)
         config = None if plan is None else plan.layers.get(layer.layer_name)
         if plan is None or config is None:
@@ -214,7 +215,7 @@ class Impl:
         if config is not None:
             minimum = minimum_of(self, query.dtype, layers, query.device)
             longest = vllm_config.model_config.max_model_len
-            rehearse(query[:longest], self.num_kv_heads, longest, minimum, self.scale, config)  # type: ignore[attr-defined]
+            rehearse(query[:longest], self.num_kv_heads, longest, minimum, self.scale, config)  # type: ignore[attr-defined]  # vLLM sets the heads
 
 
 class CPUBuilder(Builder, cpu_attn.CPUAttentionMetadataBuilder):
