@@ -141,8 +141,9 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path):
             "bench --shape tiny --lengths x", "export --shape tiny",
             "eval --shape tiny --setting keep:0.5,flor=none", "eval --shape tiny --text nowhere.txt",
             "eval --shape tiny --setting keep:0.5,window=0", "eval --shape tiny --tasks poetry",
-            "eval --shape tiny --tasks ,", "eval --shape tiny --out {tmp_path}/config.json", "explain --shape tiny --sparse-layers ,",
-            "calibrate {tmp_path}", "explain --shape tiny --sparse-layers {tmp_path}/config.json", "calibrate --shape tiny --prompts nowhere.txt",
+            "eval --shape tiny --tasks ,", "eval --shape tiny --out {tmp_path}/config.json",
+            "explain --shape tiny --sparse-layers ,", "explain --shape tiny --sparse-layers {tmp_path}/config.json",
+            "calibrate {tmp_path}", "calibrate --shape tiny --prompts nowhere.txt",
             "calibrate --shape tiny --objective loss --max-kl 1 --ratios 2",
             "calibrate --shape tiny --objective loss --max-kl 1 --tasks poetry",
         )
