@@ -173,7 +173,9 @@ def calibrate(
     if objective != "drift":
         raise ConfigError(f"objective={objective!r} is not allowed: it must be 'drift' or 'loss'")
     if search:
-        raise ConfigError(f"{', '.join(search)} go with objective='loss', found objective='drift'")
+        raise ConfigError(
+            f"{', '.join(search)}: objective='drift' has no such option; max_kl, ratios, config and answer are for 'loss'"
+        )
     return _by_drift(model, prompts, _share(delta), tokenizer, progress, batch_size)
 
 

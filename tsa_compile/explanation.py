@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.expected import with_expectations
-from tsa_compile.errors import TSAWarning
+from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import RewriteReport
 
@@ -45,8 +46,12 @@ def explain(
         A report over all graphs that the call consists of. `print` shows it as a table, `to_json()` as data.
 
     Raises:
-        ConfigError: `device` or a value of `config` is not allowed.
+        ConfigError: `model` is none, or `config`, a value of it or `device` is not allowed.
     """
+    if not callable(model):
+        raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
+    if not isinstance(config, (TSAConfig, NoneType)):
+        raise ConfigError(f"config={config!r} is not allowed: explain() takes a TSAConfig, or None for the defaults")
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
     decider = None if device is None or _is_cpu(device) else costs
     config = TSAConfig() if config is None else config
