@@ -175,7 +175,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scal
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query key^T, over `allowed`) value for one head; a row that may look nowhere is 0."""
+    """softmax(scale * query key^T, over `allowed`) value for one head; a row that may attend to no token is 0."""
     logits = (scale * _wide(query) @ _wide(key).T).masked_fill(~allowed, -math.inf)
     weights = logits.softmax(dim=-1).masked_fill(~allowed, 0.0)
     return (weights @ _wide(value)).to(value.dtype)
@@ -224,7 +224,7 @@ def _among(selected: Tensor) -> Tensor:
 
 
 def attention_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Dense attention under any mask [B,H,L,L]; a row that may look nowhere is 0: [B,H,L,Dv]."""
+    """Dense attention under any mask [B,H,L,L]; a row that may attend to no token is 0: [B,H,L,Dv]."""
     batch, heads, _, _ = query.shape
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     for b in range(batch):
@@ -252,7 +252,7 @@ def padded_attention(
 ) -> Tensor:
     """Dense attention of the last Lq of Lk positions under (kv <= q + Lk - Lq) & padding[b, kv]: [B,H,Lq,Dv].
 
-    A row that may look nowhere (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all Lk
+    A row that may attend to no token (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all Lk
     keys: what a softmax over equal, finitely masked logits gives.
     """
     batch, heads, rows, _ = query.shape

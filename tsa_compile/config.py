@@ -92,8 +92,8 @@ class TSAConfig:
         window: the last tokens, always kept, whose attention scores all others.
         floor: what every row sees, whether it was selected or not, `Floor(window, sinks)`; None: rows that were not selected
             become 0, as published.
-        score: how the attention that the window's rows pay to a token becomes its score: their "max", which hears a question
-            shorter than the window, or their "mean", as published.
+        score: how the attention that the window's rows pay to a token becomes its score: "max" over the rows, so that a
+            question of fewer rows than the window has counts in full, or their "mean", as published.
         pool: width of the average pooling over the scores; odd.
         min_tokens: at least this many tokens are kept besides the window.
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names

@@ -257,8 +257,8 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "query T [B,H,Lq,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
         "output T [B,H,Lq,Dv]",
         "mean_rows int, scale float",
-        "Dense attention under (kv <= q + L - Lq) and padding[b,kv], with Lq <= L. A row that may look nowhere is 0, or "
-        "with mean_rows the mean of value.",
+        "Dense attention under (kv <= q + L - Lq) and padding[b,kv], with Lq <= L. A row without any token to attend to is "
+        "0, or with mean_rows the mean of value.",
     ),
 )
 
