@@ -13,8 +13,8 @@ A row that may attend to no token (no valid token at or before it) is 0, which i
 What the padding leaves of the computation is decided from `valid_ranges`, which costs one host synchronisation for a whole
 graph, since all layers share a padding mask:
 
-    all valid             one causal call, at the price of no mask at all
-    one range [s, e)       rows in [s, e): causal behind s;  rows from e: all of [s, e);  rows before s: nowhere
+    all valid             one causal call without a mask
+    one range [s, e)       rows in [s, e): causal behind s;  rows from e: all of [s, e);  rows before s: no token
     valid tokens apart    chunks of query rows, each with the [rows, keys] boolean mask of its own
 
 Neighbouring items with equal valid ranges share their calls. Key and value heads are never repeated: where a kernel takes

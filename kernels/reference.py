@@ -1,6 +1,6 @@
 """Token Sparse Attention in plain PyTorch: the oracle that every kernel is tested against.
 
-One function per op and one for the whole layer, written for the eye: loops over batch items and heads, slices where
+One function per op and one for the whole layer, written to be read: loops over batch items and heads, slices where
 the kernels use masks. Nothing here is fast, and nothing shares code with the implementations that it checks.
 
     score             where does the window of the last queries look?          [B,H,L]
@@ -39,7 +39,7 @@ def mean_of_rows(weights: Tensor) -> Tensor:
 
 
 def largest_of_rows(weights: Tensor) -> Tensor:
-    """What any of the window's rows [rows, n] looks at, so that most of them cannot drown a few: [n]."""
+    """The largest weight that any of the window's rows [rows, n] gives each candidate: [n]."""
     return weights.amax(dim=-2)
 
 
@@ -59,7 +59,7 @@ def score(
     `reduce` makes one row [n] of the window's [rows, n]: "mean", "max", or a function. With `value` [B,G,L,Dv] a score is
     multiplied by the length of the token's value.
 
-    A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, which are why, and 0 to the others.
+    A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, the cause, and 0 to the others.
     """
     batch, heads, seq_len = *query.shape[:2], key.shape[2]
     past, group = seq_len - query.shape[2], heads // key.shape[1]

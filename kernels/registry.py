@@ -17,8 +17,8 @@ Adding a kernel takes one `register` call and nothing in this package changes:
 
     register(AttentionKernel("flash3", run, supports, priority=50))
 
-From then on `TSAConfig(kernel="flash3")` asks for it by name, and "auto" takes it where it fits and nothing of a higher
-priority does.
+From then on `TSAConfig(kernel="flash3")` names it, and "auto" takes it where it fits and no kernel of a higher priority
+does.
 """
 
 from __future__ import annotations

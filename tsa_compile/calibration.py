@@ -34,7 +34,7 @@ from tsa_compile.progress import Progress, bar
 class Calibration(Calibrated):
     """The drift of each decoder layer of one model, and which of them are sparse at `delta`.
 
-    `dataclasses.replace(calibration, delta=0.25)` asks for other layers without measuring again.
+    `dataclasses.replace(calibration, delta=0.25)` chooses other layers without measuring again.
     """
 
     FORMAT = "tsa_compile.calibration/1"

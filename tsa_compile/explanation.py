@@ -31,22 +31,22 @@ def explain(
 
     The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form:
     dense, and without L x L masks where they are proven causal. Nothing is compiled and nothing is recorded. Like
-    `torch._dynamo.explain` it resets Dynamo: what was compiled before compiles anew at its next call.
+    `torch._dynamo.explain` it resets Dynamo: what was compiled before is compiled again at its next call.
 
     Args:
         model: a module or function.
         args, kwargs: its inputs.
         config: what would be passed to the backend; the defaults if None.
         device: whose costs give the expected time of each call, dense and as decided: a device, costs, or the name of a
-            measured device ("h200", "h100"). If None, the CUDA device that the inputs are on; on a CPU no times are
-            expected. Which calls are long enough to become sparse is decided for it as well; a CPU, of whose speed nothing
-            is known, makes calls of any length sparse.
+            measured device ("h200", "h100"). If None, the CUDA device that the inputs are on. It also decides which calls
+            are long enough to become sparse. CPUs have no costs: no times are expected there, and calls become sparse at
+            any length at which tokens can be dropped.
 
     Returns:
         A report over all graphs that the call consists of. `print` shows it as a table, `to_json()` as data.
 
     Raises:
-        ConfigError: `model` is none, or `config`, a value of it or `device` is not allowed.
+        ConfigError: `model` cannot be called, or `config`, a value in it or `device` is not allowed.
     """
     if not callable(model):
         raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")

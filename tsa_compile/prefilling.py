@@ -3,8 +3,7 @@
     model(ids [B, 8192])    the compiled model: attention is rewritten and reported
     model(ids [B, 1])       the model itself: nothing is traced, compiled or reported
 
-`model.compile(backend="tsa")` compiles both: each decode step that Dynamo has no code for yet costs a compilation, and gains
-nothing from this backend.
+`model.compile(backend="tsa")` compiles both, although decode steps gain nothing from this backend.
 """
 
 from __future__ import annotations
@@ -91,8 +90,8 @@ def prefill(
         model replaces the first.
 
     Raises:
-        ConfigError: an argument is not allowed, or the model is compiled already. From a call of the model: no tensor of it
-            has a length, so that nothing tells a prompt from a decode step.
+        ConfigError: an argument is not allowed, or the model is compiled already. A later call of the model raises it as
+            well if none of its tensors has a length, which tells a prompt from a decode step.
     """
     config = TSAConfig() if config is None else config
     if not isinstance(config, TSAConfig):
