@@ -1,6 +1,6 @@
 """What a mask means, inferred from the graph that builds it.
 
-    before   arange, <=, &, x[b, kv], expand, where ...  ->  [B, 1, L, L] tensor   (nobody knows what it says)
+    before   arange, <=, &, x[b, kv], expand, where ...  ->  [B, 1, L, L] tensor   (its meaning is not known)
     after    MaskInfo(kind=CAUSAL_PADDING, padding=attention_mask[b, kv] != 0)
 
 The mask is evaluated at the symbolic position (b, h, q, kv) (`symbolic.py`), which gives a formula of what is allowed

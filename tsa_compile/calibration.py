@@ -110,7 +110,7 @@ class Calibration(Calibrated):
 
         Raises:
             ConfigError: no file can be written there, or the suffix names no format.
-            WriteError: it could not be written whole; what was there is as it was.
+            WriteError: it could not be written whole; a file that was there is unchanged.
             ImportError: matplotlib is missing.
         """
         figure = new_figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")

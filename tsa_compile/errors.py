@@ -21,7 +21,7 @@ class KernelError(TSAError, RuntimeError):
 
 
 class WriteError(TSAError, OSError):
-    """A file could not be written whole, as on a full disk; what was there before is as it was."""
+    """A file could not be written whole, as on a full disk; a file that was there before is unchanged."""
 
 
 class TSAWarning(UserWarning):

@@ -49,7 +49,8 @@ from tsa_compile.kernels.sparse.xattention import xattention_lists
 PRIORITY = -20
 STREAM_BYTES = 2**32
 """So many bytes of rows at a time: a selector's small launches take as long for few heads. Over 0.675 of 128K tokens,
-H = 32, D = 128, MInference's 3500 columns and 100 diagonals take 15.9 ms in four streams, 14.3 in one; XAttention 34.8 and 32.5."""
+H = 32, D = 128, MInference's 3500 columns and 100 diagonals take 15.9 ms in four streams, 14.3 in one; XAttention
+34.8 and 32.5."""
 
 AnySelector = Selector | Callable[..., VerticalSlash]
 

@@ -108,7 +108,7 @@ class ModelOptions:
     ] = False
 
     def check(self) -> None:
-        """Raises ConfigError for what is wrong at first sight, before PyTorch is imported."""
+        """Raises ConfigError for what can be seen to be wrong before PyTorch is imported."""
         if (self.folder is None) == (self.shape is None):
             found = "both a folder and --shape" if self.folder is not None else "no model"
             raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")

@@ -245,7 +245,7 @@ def gguf_file(folder: Path) -> str | None:
     """The name of the one .gguf file that a folder without config.json holds instead; None where there is none.
 
     Raises:
-        ConfigError: there are several, so that nobody knows which is meant.
+        ConfigError: there are several, so that it is not clear which is meant.
     """
     if (folder / "config.json").is_file():
         return None

@@ -69,5 +69,5 @@ def divergence(dense: Tensor, scored: Tensor) -> Tensor:
 
 
 def dynamo_remembers() -> Any:
-    """Every setting is compiled from the same code, and is none that was compiled anew for lack of generality."""
+    """Settings share their code, so Dynamo counts each as a recompilation of it: this raises its limits."""
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192)

@@ -3,7 +3,7 @@
     save(program, "model.pt2")        lowers what is not lowered yet, compiles, packs kernels and weights
     load("model.pt2")(input_ids=...)  the same file in Python
 
-The compiled code checks nothing: at a length for which it was not made it answers, wrongly. So the package carries what it
+The compiled code checks nothing: at a length for which it was not made its results are wrong. So the package carries what it
 was exported for (`INPUTS_KEY` in its metadata, JSON), and the loaded package holds every call against that:
 
     [{"name": "input_ids", "dtype": "int64", "device": "cpu", "shape": [["s43", 1, 8], ["s53", 1024, 131072]]}, ...]
@@ -51,7 +51,7 @@ def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> st
     Raises:
         ConfigError: a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that Inductor
             does not have.
-        WriteError: the package could not be written whole, as on a full disk; what was at `path` is as it was.
+        WriteError: the package could not be written whole, as on a full disk; a file at `path` is unchanged.
     """
     target = writable(path, SUFFIX)
     require_compiler()

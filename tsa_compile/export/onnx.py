@@ -56,7 +56,7 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     Raises:
         ConfigError: an option, path or program that is not allowed; with standard operators also a coverage without a
             capacity. The message names the layer and the remedy.
-        WriteError: the model could not be written whole, as on a full disk; what was at `path` is as it was.
+        WriteError: the model could not be written whole, as on a full disk; a file at `path` is unchanged.
         ImportError: the packages onnx and onnxscript are missing.
     """
     onnx = require("onnx", "onnxscript")[0]

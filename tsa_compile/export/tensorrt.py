@@ -62,7 +62,7 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
 
     Raises:
         ConfigError: a path, option or program that is not allowed; a coverage without a capacity.
-        WriteError: the file could not be written whole, as on a full disk; what was at `path` is as it was.
+        WriteError: the file could not be written whole, as on a full disk; a file at `path` is unchanged.
         ImportError: torch-tensorrt is missing.
     """
     target = writable(path, *FORMATS)
@@ -159,7 +159,7 @@ def build(
 
     Raises:
         ConfigError: a path, range or capability that is not allowed; no engine can be built: the message says why.
-        WriteError: the engine could not be written whole; what was there before is as it was.
+        WriteError: the engine could not be written whole; a file that was there is unchanged.
         ImportError: TensorRT-RTX or the package onnx is missing.
     """
     target = writable(engine, ".engine")
