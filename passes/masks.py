@@ -255,7 +255,8 @@ class _Reading:
         band = all(_at_least_zero(bound) for bound in upper) and all(_at_least_zero(-bound) for bound in lower)
         query = f"q + {past}" if past != 0 else "q"
         said = " and ".join(
-            [f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower]
+            [f"kv <= {query}" + (f" + {bound}" if bound != 0 else "") for bound in upper]
+            + [f"kv >= {query} - {-bound}" for bound in lower]
         )
         if len(upper) == len(lower) == 1 and not upper[0].is_number and sympy.expand(upper[0] - lower[0]).is_nonnegative:
             width = sympy.expand(upper[0] - lower[0]) + 1  # in a cache that holds no more, wherever that begins
