@@ -68,15 +68,6 @@ def test_functions_and_positional_inputs():
     assert report.sparse == 1
 
 
-@pytest.mark.parametrize(
-    ("model", "config", "said"),
-    [("my-llama", None, "a str is not allowed: explain"), (lambda query: query, "exact", "config='exact' is not allowed")],
-)
-def test_what_is_no_model_or_no_configuration_is_refused(model, config, said):
-    with pytest.raises(ConfigError, match=said):
-        explain(model, torch.ones(1), config=config)
-
-
 def test_table_and_json():
     report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG)
     assert RewriteReport.from_json(report.to_json()) == report

@@ -245,6 +245,15 @@ class TSAConfig:
         return cls().replace(**values)
 
 
+def given(config: object, function: str) -> TSAConfig:
+    """The configuration that a function was called with, for None the defaults; ConfigError for anything else."""
+    if config is None:
+        return TSAConfig()
+    if not isinstance(config, TSAConfig):
+        raise ConfigError(f"config={config!r} is not allowed: {function}() takes a TSAConfig, or None for the defaults")
+    return config
+
+
 OPTIONS = tuple(f.name for f in dataclasses.fields(TSAConfig))
 
 

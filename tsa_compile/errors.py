@@ -28,6 +28,12 @@ class TSAWarning(UserWarning):
     """Something that was asked for did not happen; the computation is still right."""
 
 
+def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raises ConfigError unless an argument is of a type; `wanted` is what to pass instead."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is a {type(value).__name__}: pass {wanted}")
+
+
 def unknown_shape(name: str, shapes: Iterable[str]) -> ConfigError:
     """The error for a built-in shape that is not there, with the nearest name."""
     known = list(shapes)

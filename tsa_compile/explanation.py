@@ -6,13 +6,12 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.expected import with_expectations
 from tsa_compile.errors import ConfigError, TSAWarning
@@ -50,11 +49,9 @@ def explain(
     """
     if not callable(model):
         raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
-    if not isinstance(config, (TSAConfig, NoneType)):
-        raise ConfigError(f"config={config!r} is not allowed: explain() takes a TSAConfig, or None for the defaults")
+    config = given(config, "explain")
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
     decider = None if device is None or _is_cpu(device) else costs
-    config = TSAConfig() if config is None else config
     seen: list[RewriteReport] = []
     devices: list[torch.device] = []
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile.backend import tsa_backend
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import TSAConfig, given
 from tsa_compile.errors import ConfigError
 from tsa_compile.passes.plan import FEW_QUERIES
 
@@ -93,9 +93,7 @@ def prefill(
         ConfigError: an argument is not allowed, or the model is compiled already. A later call of the model raises it as
             well if none of its tensors has a length, which tells a prompt from a decode step.
     """
-    config = TSAConfig() if config is None else config
-    if not isinstance(config, TSAConfig):
-        raise ConfigError(f"config={config!r} is not allowed: prefill() takes a TSAConfig, or None for the defaults")
+    config = given(config, "prefill")
     _check(model)
     handle = Prefill(model, config, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = handle

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.text import as_text, number, spans, wrapped
 
@@ -172,9 +173,12 @@ class RewriteReport:
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> RewriteReport:
-        """Reads what `to_json` or `to_dict` wrote."""
-        values = json.loads(text) if isinstance(text, str) else text
-        return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
+        """Reads what `to_json` or `to_dict` wrote; ConfigError for anything else."""
+        try:
+            values = json.loads(text) if isinstance(text, str) else text
+            return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"no report can be read ({error!r}): pass what RewriteReport.to_json wrote") from error
 
     def narrow(self, width: int) -> str:
         """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""

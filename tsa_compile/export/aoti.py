@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from tsa_compile.backend import _dense_kernels
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.export._toolchain import require_compiler, toolchain
 from tsa_compile.export.program import bounds
 from tsa_compile.files import StrPath, stream, writable
@@ -49,10 +49,11 @@ def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> st
         The path.
 
     Raises:
-        ConfigError: a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that Inductor
-            does not have.
+        ConfigError: no program, a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that
+            Inductor does not have.
         WriteError: the package could not be written whole, as on a full disk; a file at `path` is unchanged.
     """
+    check_type("program", program, ExportedProgram, "what export_program returns")
     target = writable(path, SUFFIX)
     require_compiler()
     known = torch._inductor.config.get_config_copy()

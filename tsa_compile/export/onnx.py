@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from tsa_compile.config import KeepRatio
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
@@ -59,6 +59,7 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
         WriteError: the model could not be written whole, as on a full disk; a file at `path` is unchanged.
         ImportError: the packages onnx and onnxscript are missing.
     """
+    check_type("program", program, ExportedProgram, "what export_program returns")
     onnx = require("onnx", "onnxscript")[0]
     if opset not in OPSETS:
         raise ConfigError(

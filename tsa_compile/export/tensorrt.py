@@ -27,7 +27,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.export import _rtx
 from tsa_compile.export._trt_check import Finding, documented, read
 from tsa_compile.export.onnx import require, to_portable
@@ -65,6 +65,7 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
         WriteError: the file could not be written whole, as on a full disk; a file at `path` is unchanged.
         ImportError: torch-tensorrt is missing.
     """
+    check_type("program", program, ExportedProgram, "what export_program returns")
     target = writable(path, *FORMATS)
     torch_tensorrt = require("torch_tensorrt", extra="torch-tensorrt")[0]
     known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
