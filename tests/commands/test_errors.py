@@ -104,6 +104,11 @@ OTHERS = {
     "export to nothing": (["export", *TINY], "pass --out model.pt2"),
     "export with another ending": (["export", *TINY, "--out", "x.onnx"], "must end in .pt2"),
     "export of a range upside down": (["export", *TINY, "--out", "x.pt2", "--lengths", "4K", "1K"], "is not a range"),
+    "batches from none on": (["export", *TINY, "--out", "x.pt2", "--batches", "0", "4"], "--batches 0 4 is not a range"),
+    "batches upside down": (
+        ["export", *TINY, "--out", "x.pt2", "--batches", "4", "1"],
+        "write the smaller size first, as 1 8",
+    ),
     "a check of no ONNX file": (["export", *TINY, "--out", "x.pt2", "--check"], "--check goes with --format onnx"),
     "a format that is not": (["export", *TINY, "--out", "x.pt2", "--format", "zip"], "--format"),
     "more samples than fit into memory": (["eval", *TINY, "--samples", "99999999999"], "--samples"),
