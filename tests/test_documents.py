@@ -175,7 +175,6 @@ FRONT = {
     "eager PyTorch": ("eager", "reference"),
     "torch.compile": ("torch.compile", "as eager"),
     "`tsa`, exact": ('backend="tsa", exact', "as eager"),
-    "`tsa`, keep 0.3 in the upper half": ('backend="tsa", keep 0.3 in the upper half', "floor, keep 0.3, upper half, max"),
     "`tsa`, keep 0.15 in the upper half (default)": (
         'backend="tsa", keep 0.15 in the upper half',
         "floor, keep 0.15, upper half, max",
