@@ -242,7 +242,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--masked", action="store_true", help="pass an attention_mask of ones")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--engines", nargs="*", choices=["dense", "sparse"], help="forms that TensorRT-RTX gets (default: both)")
+    parser.add_argument(
+        "--engines", nargs="*", choices=["dense", "sparse"], help="forms that TensorRT-RTX gets (default: both)"
+    )
     parser.add_argument("--out", type=Path, help="folder for onnx_files.json and onnx_files.md")
     found = parser.parse_args(arguments)
     if found.device == "cuda" and not torch.cuda.is_available():
