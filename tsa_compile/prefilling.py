@@ -20,8 +20,8 @@ from torch.nn import Module
 
 from tsa_compile.backend import tsa_backend
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.errors import ConfigError
-from tsa_compile.passes.plan import FEW_QUERIES
 
 _TOKENS = ("input_ids", "inputs_embeds")
 
