@@ -7,7 +7,7 @@ from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.costs import breakeven
 from tsa_compile.costs.breakeven import FEW_QUERIES, MARGIN, Minimum, break_even, expected_kept, kept_share, minimum
 from tsa_compile.costs.calls import CallShape, dense_ms, dense_work, sparse_ms, sparse_path
-from tsa_compile.costs.devices import H200
+from tsa_compile.costs.devices import H100, H200
 
 K, CPU, CUDA = 1024, torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = TSAConfig()
@@ -15,8 +15,8 @@ DROPPABLE = 1024 + 128 + 1
 """Of the defaults: where tokens can be dropped."""
 
 
-def shape(past=0, config=CONFIG, heads=32):
-    return CallShape.configured(config, 1, heads, 8, 128, 128, 2, past)
+def shape(past=0, config=CONFIG, heads=32, kv_heads=8):
+    return CallShape.configured(config, 1, heads, kv_heads, 128, 128, 2, past)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,15 @@ def test_times_behind_a_cache_of_any_length_are_those_of_that_length(past):
         call, kept = shape(past, config), kept_share(config, 8 * K + past, 0.2)
         assert dense_ms(call, H200)(8 * K) == pytest.approx(dense_work(call, H200).ms_at(8 * K), rel=1e-9)
         assert sparse_ms(call, H200)(8 * K, kept) == pytest.approx(sparse_path(call, H200).ms_at(8 * K, kept), rel=1e-9)
+
+
+@pytest.mark.parametrize("heads, lengths", [(32, (6144, 2560, 512)), (16, (9216, 4608, 768))])
+def test_lengths_in_the_documentation(heads, lengths):
+    """docs/serving.md: on an H100, alone and behind 8K and 64K tokens."""
+    found = [minimum(CONFIG, shape(past, heads=heads, kv_heads=heads // 4), 0.5, H100).tokens for past in (0, 8 * K, 64 * K)]
+    assert found == [*lengths]
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    assert all(f"{length:,}" in page for length in lengths)
 
 
 def test_what_is_said_of_it():
