@@ -1,5 +1,7 @@
 """The one rule of lengths: from which on a call is compressed, whole or behind a cache, for compilers and engines."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
