@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig
 from tsa_compile.costs.devices import H200
 from tsa_compile.engines import vllm as plugin
-from tsa_compile.engines.vllm import core
+from tsa_compile.engines.vllm import core, settings
 from tsa_compile.kernels import reference
 
 from ..support import heads
@@ -112,45 +112,45 @@ def test_the_largest_request_is_rehearsed():
 
 
 def test_a_wrong_configuration_is_refused_at_once(monkeypatch):
-    monkeypatch.setenv(plugin.CONFIG, '{"budget": 3}')
+    monkeypatch.setenv(settings.CONFIG, '{"budget": 3}')
     with pytest.raises(ConfigError, match="budget"):
         plugin.register()
 
 
 class TestAnEnginesConfiguration:
-    GIVEN: ClassVar = {plugin.KEY: {"budget": {"keep_ratio": 0.25}, "layers": [1]}, "of another plug-in": 3}
+    GIVEN: ClassVar = {settings.KEY: {"budget": {"keep_ratio": 0.25}, "layers": [1]}, "of another plug-in": 3}
     WANTED: ClassVar = TSAConfig(budget=KeepRatio(0.25), layers=[1])
 
     @pytest.fixture(autouse=True)
     def nothing_in_the_environment(self, monkeypatch):
-        monkeypatch.delenv(plugin.CONFIG, raising=False)
+        monkeypatch.delenv(settings.CONFIG, raising=False)
 
     def test_is_in_the_additional_config(self):
-        assert plugin.config_of(SimpleNamespace(additional_config=self.GIVEN)) == self.WANTED
-        as_text = {plugin.KEY: self.WANTED.to_json()}
-        assert plugin.config_of(SimpleNamespace(additional_config=as_text)) == self.WANTED
+        assert settings.config_of(SimpleNamespace(additional_config=self.GIVEN)) == self.WANTED
+        as_text = {settings.KEY: self.WANTED.to_json()}
+        assert settings.config_of(SimpleNamespace(additional_config=as_text)) == self.WANTED
 
     @pytest.mark.parametrize("additional", [{}, {"other": 1}, None, object()])
     def test_or_nowhere(self, additional):
-        assert plugin.config_of(SimpleNamespace(additional_config=additional)) is None
-        assert plugin.config_of(None) is None
+        assert settings.config_of(SimpleNamespace(additional_config=additional)) is None
+        assert settings.config_of(None) is None
 
     def test_or_in_the_environment_and_not_in_both(self, monkeypatch):
-        monkeypatch.setenv(plugin.CONFIG, self.WANTED.to_json())
-        assert plugin.config_of(SimpleNamespace(additional_config={})) == self.WANTED
+        monkeypatch.setenv(settings.CONFIG, self.WANTED.to_json())
+        assert settings.config_of(SimpleNamespace(additional_config={})) == self.WANTED
         with pytest.raises(ConfigError, match=r'TSA_CONFIG is set.*"tsa".*Leave out one'):
-            plugin.config_of(SimpleNamespace(additional_config=self.GIVEN))
+            settings.config_of(SimpleNamespace(additional_config=self.GIVEN))
 
     def test_that_is_wrong_is_refused(self):
         with pytest.raises(ConfigError, match="keep_ratios"):
-            plugin.config_of(SimpleNamespace(additional_config={plugin.KEY: {"budget": {"keep_ratios": 1}}}))
+            settings.config_of(SimpleNamespace(additional_config={settings.KEY: {"budget": {"keep_ratios": 1}}}))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
 def test_the_configurations_of_the_pages_are_valid(page):
     text = (Path(__file__).parents[2] / page).read_text()
-    configs = re.findall(rf"^{plugin.CONFIG}='(.*?)'", text, re.MULTILINE)
-    configs += [json.loads(given)[plugin.KEY] for given in re.findall(r"--additional-config '(.*?)'", text)]
+    configs = re.findall(rf"^{settings.CONFIG}='(.*?)'", text, re.MULTILINE)
+    configs += [json.loads(given)[settings.KEY] for given in re.findall(r"--additional-config '(.*?)'", text)]
     assert configs and {TSAConfig.from_json(config) for config in configs} == {TSAConfig(budget=KeepRatio(0.3))}
 
 

@@ -227,10 +227,10 @@ class TestWatched:
         from vllm.platforms import current_platform
 
         from tsa_compile.engines import vllm as plugin
-        from tsa_compile.engines.vllm import interface
+        from tsa_compile.engines.vllm import interface, settings
 
         self.installed = []
-        monkeypatch.delenv(plugin.CONFIG, raising=False)
+        monkeypatch.delenv(settings.CONFIG, raising=False)
         monkeypatch.setattr(current_platform, "get_attn_backend_cls", lambda *arguments: "vllm's")
         monkeypatch.setattr(interface, "install", lambda: self.installed.append(True))
         plugin.register()

@@ -13,8 +13,7 @@ import transformers
 
 from tsa_compile import Coverage, Floor, KeepRatio, TSAConfig, attention
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines import vllm as plugin
-from tsa_compile.engines.vllm import core
+from tsa_compile.engines.vllm import core, settings
 
 from ..support import VOCAB, tiny
 from .vllm_run import CALLS, prompts
@@ -43,11 +42,11 @@ def engine(folder, config, processes, dtype="float32", additional=False):
     output = folder / "found.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (
-        {} if additional else {plugin.CONFIG: config.to_json()}
+        {} if additional else {settings.CONFIG: config.to_json()}
     )
     run = str(Path(__file__).with_name("vllm_run.py"))
     command = [sys.executable, "-P", run, str(folder), str(output), str(processes), dtype]
-    command += [json.dumps({plugin.KEY: config.to_dict()})] if additional else []
+    command += [json.dumps({settings.KEY: config.to_dict()})] if additional else []
     # In that folder: vLLM starts `python -m`, for which a checkout's `kernels` would stand for Hugging Face's package.
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

@@ -12,13 +12,9 @@ was given "tsa". core.py knows nothing of vLLM, interface.py all that changes wi
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError
-
-CONFIG, KEY = "TSA_CONFIG", "tsa"
+from tsa_compile.engines.vllm.settings import config_of, from_environment
 
 
 def register() -> None:
@@ -27,30 +23,11 @@ def register() -> None:
     Raises:
         ConfigError: `TSA_CONFIG` is not valid, or vLLM's version or platform is not supported.
     """
-    if os.environ.get(CONFIG) is None:
+    if from_environment() is None:
         return _watch()
-    TSAConfig.from_json(os.environ[CONFIG])
     from tsa_compile.engines.vllm.interface import install
 
     install()
-
-
-def config_of(vllm_config: Any) -> TSAConfig | None:
-    """The configuration of an engine; None if it has none.
-
-    Raises:
-        ConfigError: it is not valid, or there are two.
-    """
-    additional = getattr(vllm_config, "additional_config", None)
-    given = additional.get(KEY) if isinstance(additional, dict) else None
-    everywhere = os.environ.get(CONFIG)
-    if given is not None and everywhere is not None:
-        raise ConfigError(
-            f'{CONFIG} is set, and vLLM\'s additional config has "{KEY}": {given!r}. Leave out one of them: the first holds '
-            "for all engines, the second for one"
-        )
-    source = everywhere if given is None else given
-    return None if source is None else TSAConfig.from_json(source)
 
 
 def _watch() -> None:

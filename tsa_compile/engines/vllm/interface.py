@@ -32,8 +32,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines.vllm import CONFIG, KEY, config_of
 from tsa_compile.engines.vllm.core import Layers, Request, Rule, Split, attend, choose_layers, gather, rehearse, split
+from tsa_compile.engines.vllm.settings import CONFIG, KEY, config_of
 from tsa_compile.errors import ConfigError
 
 SUPPORTED = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
