@@ -14,6 +14,8 @@ over all Lk keys.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,7 @@ from tsa_compile.kernels._aten import as_rows, repeat_heads
 from tsa_compile.kernels.cached import behind
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
+from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.padded import attend_ranges
 
 # What a CUDA graph captured would be replayed with the first call's positions.
@@ -101,25 +104,18 @@ def filled_attention_aten(
 
 def filled_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
-    filled: Tensor, scale: float, window: int, pool: int, coverage: float | None, keep_ratio: float | None, min_tokens: int,
-    capacity: int | None, shared: bool, kernel: str, floor_window: int | None = None, floor_sinks: int = 0,
-    group: str | None = None, reduce: str = "mean",
+    filled: Tensor, *options: Any,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
     stop = keys_in_use(filled, query, key)
     if stop is None:
+        scale = Options(*options).scale
         return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, False)
     used = (query, key[:, :, :stop], value[:, :, :stop])
     if padding is None or valid_ranges is None:
-        return sparse_attention(
-            *used, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window,
-            floor_sinks, group, reduce,
-        )  # fmt: skip
+        return sparse_attention(*used, *options)
     ranges = torch.tensor(ranges_until(valid_ranges, stop), dtype=torch.int64).reshape(-1, 3)
-    return padded_sparse_attention(
-        *used, padding[:, :stop], ranges, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel,
-        floor_window, floor_sinks, group, reduce,
-    )  # fmt: skip
+    return padded_sparse_attention(*used, padding[:, :stop], ranges, *options)
 
 
 define_op(filled_sparse_attention, *_HOST)

@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from inspect import Signature, signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +37,14 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.attend import attend, attend_lse
-from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
+from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.cached import behind
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
 from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
+from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -52,40 +54,14 @@ STREAM_BYTES = 2**30
 """The compressed rows of as many heads as fit in this are in memory at a time, unless the kernel asks for more."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The scalars of the ops. `shared`: the heads of a group share one selection. `group`: the process group whose processes
-    have the other heads. See TSAConfig for the others."""
-
-    scale: float
-    window: int
-    pool: int
-    coverage: float | None
-    keep_ratio: float | None
-    min_tokens: int
-    capacity: int | None
-    shared: bool
-    kernel: str
-    floor_window: int | None = None
-    floor_sinks: int = 0
-    group: str | None = None
-    reduce: str = "mean"
-
-    def kept(self, valid: int, rows: int) -> int | None:
-        """How many of an item's valid tokens are kept, if that follows from their number and that of those with a query."""
-        kept = kept_tokens(valid, min(self.window, rows), self.coverage, self.keep_ratio, self.min_tokens)
-        return kept if kept is None or self.capacity is None else min(kept, self.capacity)
-
-    def limit(self, seq_len: int) -> int:
-        """No item keeps more than this."""
-        return seq_len if self.capacity is None else min(seq_len, self.capacity)
-
-
 def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
-    """Registers an op of query, key, value and others.
+    """Registers an op of tensors, query, key and value first, and of `*options`, which are the fields of Options.
 
     The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120.
     """
+    tensors = list(signature(function).parameters.values())[:-1]
+    parameters = [*tensors, *signature(Options).parameters.values()]
+    vars(function)["__signature__"] = Signature(parameters, return_annotation=Tensor)
     name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(name, ("cpu", "cuda"), function)
@@ -96,39 +72,25 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
     return empty_output(query, query.shape[2], value.shape[3])
 
 
-def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
-    keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None, reduce: str = "mean",
-) -> Tensor:  # fmt: skip
+def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
-    options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group,
-        reduce,
-    )  # fmt: skip
     if not (query.is_cuda and HAS_TRITON):
-        return _plain(query, key, value, None, options)
+        return _plain(query, key, value, None, Options(*options))
     with torch.cuda.device_of(query):
-        return sparse_triton(query, key, value, options)
+        return sparse_triton(query, key, value, Options(*options))
 
 
 define_op(sparse_attention)
 
 
 def padded_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int, pool: int,
-    coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None, reduce: str = "mean",
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, *options: Any
+) -> Tensor:
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
-    options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group,
-        reduce,
-    )  # fmt: skip
     if not (query.is_cuda and HAS_TRITON):
-        return _plain(query, key, value, padding, options)
+        return _plain(query, key, value, padding, Options(*options))
     with torch.cuda.device_of(query):
-        return padded_sparse_triton(query, key, value, padding, valid_ranges, options)
+        return padded_sparse_triton(query, key, value, padding, valid_ranges, Options(*options))
 
 
 # It looks at the valid ranges on the host: what a CUDA graph captured would be replayed with the first batch's.

@@ -19,14 +19,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.kernels.options import Options
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import insert
 from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
-_DEFAULTS = (None, 0, None, "mean")
-"""Of the ops' last arguments: floor_window, floor_sinks, group, reduce."""
 
 
 class RewriteSparse(Pass):
@@ -74,11 +73,10 @@ def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
 
 
 def options_of(config: TSAConfig, scale: Any, group: str | None = None) -> tuple[Any, ...]:
-    """The arguments of the ops behind their tensors (kernels/fused.py)."""
+    """The arguments of the ops behind their tensors (kernels/options.py)."""
     budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
     floor = (None, 0) if config.floor is None else (config.floor.window, config.floor.sinks)
     selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
-    behind = [*floor, group, config.score]
-    while behind and behind[-1] == _DEFAULTS[len(behind) - 1]:
-        behind.pop()
-    return (scale, config.window, config.pool, *selection, config.kernel, *behind)
+    return Options(
+        scale, config.window, config.pool, *selection, config.kernel, *floor, group, config.score
+    ).arguments()  # fmt: skip
