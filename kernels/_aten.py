@@ -9,6 +9,7 @@ what must not be written goes to places of its own behind the part that is kept.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -49,6 +50,13 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     """[B, Hs, ...] -> [B, H, ...], each for its H // Hs heads; a trace learns nothing about sizes, as with a view."""
     share = heads // tensor.shape[1]
     return tensor if share == 1 else tensor.index_select(1, torch.arange(heads, device=tensor.device) // share)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, whose key heads may be fewer: causal over as many queries as keys, or under a mask."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 def take_rows(source: Tensor, rows: Tensor) -> Tensor:

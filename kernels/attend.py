@@ -23,10 +23,9 @@ Which kernel runs says registry.py.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import repeat_heads, slots_below
+from tsa_compile.kernels._aten import repeat_heads, slots_below, torch_attention
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 
 
@@ -94,8 +93,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> N
 
 def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
     """The same in ATen ops, for any exact kernel: all C rows, whatever the count, then zeros behind it."""
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    out = torch_attention(query, key, value, scale)
     if count is not None:
         out = torch.where(slots_below(count, query.shape[2])[..., None], out, 0.0)
     return out.contiguous()

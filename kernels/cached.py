@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from tsa_compile.kernels._aten import as_rows, keys_before
+from tsa_compile.kernels._aten import as_rows, keys_before, torch_attention
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import PRIORITY, SDPA
@@ -47,9 +47,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The same in ATen ops, on any device; holds a bool mask [Lq, Lk]."""
-    allowed = causal_behind(query, key)
-    gqa = query.shape[1] != key.shape[1]
-    return as_rows(F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa))
+    return as_rows(torch_attention(query, key, value, scale, causal_behind(query, key)))
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:

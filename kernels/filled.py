@@ -17,15 +17,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import as_rows, repeat_heads
+from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.cached import behind
 from tsa_compile.kernels.decompress import empty_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
-from tsa_compile.kernels.padded import attend_ranges
+from tsa_compile.kernels.padded import attend_ranges, masked_attention_aten
 
 # What a CUDA graph captured would be replayed with the first call's positions.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -93,13 +92,7 @@ def filled_attention_aten(
     if padding is not None:
         allowed = allowed & padding[:, None, None]
     sees = allowed.any(dim=-1, keepdim=True)
-    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~sees, scale=scale, enable_gqa=gqa)
-    elsewhere = torch.zeros_like(value[:, :, :1])
-    if mean_rows:
-        elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
-    return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
+    return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows)
 
 
 def filled_sparse_attention(

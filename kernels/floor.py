@@ -36,7 +36,7 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, keys_before, take_rows
 from tsa_compile.kernels.decompress import empty_output
-from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
 from tsa_compile.kernels.tiles import (
     DESCRIPTOR,
@@ -317,20 +317,7 @@ def merge_floor(
     """Every row in its place, with its floor; ValueError where shapes do not fit. See the module's docstring."""
     tensors = (query, key, value, compressed, lse, indices, count, padding)
     _check(*tensors, window, sinks)
-    return merge_floor_by_heads(*tensors, scale, window, sinks)
-
-
-@merge_floor.register_kernel("cuda")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
-) -> Tensor:  # fmt: skip
-    tensors = (query, key, value, compressed, lse, indices, count, padding)
-    _check(*tensors, window, sinks)
-    if not HAS_TRITON:
-        return merge_floor_by_heads(*tensors, scale, window, sinks)
-    with torch.cuda.device_of(query):
-        return merge_floor_triton(*tensors, scale, window, sinks)
+    return _compute(*tensors, scale, window, sinks)
 
 
 @merge_floor.register_fake
@@ -373,3 +360,6 @@ def _check(
         raise ValueError(f"tsa::merge_floor: expected count {(batch,)} and padding {(batch, seq_len)}")
     if window < 1 or sinks < 0:
         raise ValueError(f"tsa::merge_floor: window {window} and sinks {sinks}; expected at least 1 and 0")
+
+
+_compute = by_device(merge_floor_triton, merge_floor_by_heads)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsa_compile.kernels._aten import torch_attention
+
 # What a CUDA graph captured would be replayed with the first call's lists.
 _HOST = (torch.Tag.cudagraph_unsafe,)
 _MASK_ELEMENTS = 2**26
@@ -112,9 +114,7 @@ def as_listed_(
         pairs = [times[:, :, at // rows][..., column // columns] for times in (whole, found)]
         times = pairs[0] + pairs[1] * allowed
         bias = times.to(query.dtype).log()  # what is listed twice counts twice, as in FlexAttention's kernel
-        part = F.scaled_dot_product_attention(
-            query[:, :, at], key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        part = torch_attention(query[:, :, at], key, value, scale, bias)
         output[:, :, at] = torch.where((times > 0).any(3, keepdim=True), part, 0.0)
 
 
