@@ -70,3 +70,22 @@ def take_rows(source: Tensor, rows: Tensor) -> Tensor:
 def as_rows(output: Tensor) -> Tensor:
     """[B, H, L, Dv] in the memory layout [B, L, H, Dv]: no copy where it has that already."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def whole_blocks(count: Tensor | None, block: int, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Tensors [B, *, C, D] with as many rows as whole blocks have, zeros from the count on.
+
+    Returns:
+        Which rows are none, bool [B or 1, Q * block], and the tensors.
+    """
+    capacity, device = tensors[0].shape[2], tensors[0].device
+    rows = torch.arange(-(-capacity // block) * block, device=device)
+    none = rows >= (rows.new_tensor([capacity]) if count is None else count.clamp(max=capacity))[:, None]
+    longer = (F.pad(tensor, (0, 0, 0, len(rows) - capacity)) for tensor in tensors)
+    return none, [tensor.masked_fill(none[:, None, :, None], 0) for tensor in longer]
+
+
+def block_means_aten(rows: Tensor, none: Tensor, block: int) -> Tensor:
+    """The mean of each block's rows, [B, *, Q * block, D] -> [B, *, Q, D]; 0 where there is no row."""
+    members = (~none).unflatten(1, (-1, block)).sum(dim=2).clamp(min=1)
+    return rows.unflatten(2, (-1, block)).sum(dim=3) / members[:, None, :, None]
