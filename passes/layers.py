@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
@@ -63,7 +63,7 @@ def module_name(node: Node) -> str:
     Dynamo writes `L['self'].layers[3].attn`. A decorated forward finds its module among its arguments, `L['args'][0]`: that
     is the root, unless it is itself among the modules that were called. Then the place is a number of its own.
     """
-    paths = _paths(node)
+    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if not paths:
         return ""
     path = paths[-1]
@@ -74,22 +74,6 @@ def module_name(node: Node) -> str:
         path = path[among.end() :].removeprefix(".")
     path = _ROOT.sub("", _CLOSURE.sub("", path))
     return _SUBSCRIPT.sub(r".\1", _HIDDEN.sub("", path)).strip(".")
-
-
-def _paths(node: Node) -> list[str]:
-    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def layer_name(node: Node) -> tuple[str, str, int | None]:
-    """A node's module, as far as the node alone tells: its name, the name with `*` for the number, the number.
-
-    With several numbers in the name, other calls must say which is the layer's: `places_of`.
-    """
-    path = module_name(node)
-    numbered = _numbered(path)
-    if not path or len(numbered) != 1:
-        return path or node.name, "", None
-    return path, _starred(path, numbered), int(path.split(".")[numbered[0]])
 
 
 def _numbered(name: str) -> list[int]:
@@ -112,11 +96,6 @@ def _starred(name: str, positions: Iterable[int]) -> str:
     for position in positions:
         parts[position] = "*"
     return ".".join(parts)
-
-
-def placed(call: AttentionCall, place: Place) -> AttentionCall:
-    """A call with the name and the number of its place."""
-    return replace(call, layer=place.names[0], container=place.stack, layer_index=place.number)
 
 
 def is_whole(graph_module: GraphModule) -> bool:

@@ -156,7 +156,7 @@ def _row(index: int, plan: CallPlan) -> CallRow:
     dtype = str(getattr(fake(call.query), "dtype", "")).removeprefix("torch.")
     mask = "causal" if plan.mask is None and call.is_causal is True else str(plan.mask or "not read")
     return CallRow(
-        index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
+        index=index, layer=call.layer, layer_index=plan.place.number, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
         budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,
