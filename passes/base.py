@@ -88,6 +88,13 @@ class GraphState:
             self._builder = PaddingBuilder(graph)
         return self._builder
 
+    def operands(self, plan: CallPlan, graph: Graph) -> tuple[Any, ...]:
+        """The tensors of the op for a call: with padding it and its valid ranges follow, with a static cache four more."""
+        call, padding = plan.call, plan.padding
+        masked = (None, None) if padding is None else (padding, self.builder(graph).valid_ranges(padding))
+        filled = plan.filled or ()
+        return (call.query, call.key, call.value, *(masked if filled or padding is not None else ()), *filled)
+
     @contextmanager
     def attempt(self, plan: CallPlan, graph: Graph, doing: str) -> Iterator[None]:
         """Runs a block for one call; if it raises, the graph is as before and the call stays as the model wrote it."""

@@ -21,7 +21,6 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
-from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.reasons import Decision
 
 
@@ -42,22 +41,12 @@ class CanonicalizeDense(Pass):
         return self.result(graph_module, matched)
 
     def _dense(self, graph: Graph, plan: CallPlan) -> Node:
-        if plan.filled is not None and plan.mask is not None:
-            return self._filled(graph, plan, plan.mask, plan.filled)
-        return _causal(graph, plan.call) if plan.decision is Decision.DENSE else self._padded(graph, plan)
-
-    def _filled(self, graph: Graph, plan: CallPlan, info: MaskInfo, filled: tuple[Node, Node]) -> Node:
-        call, builder = plan.call, self.state.builder(graph)
-        ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
-        operands = (call.query, call.key, call.value, plan.padding, ranges, *filled, scale_of(call))
-        return insert(graph, torch.ops.tsa.filled_attention.default, *operands, info.mean_rows)
-
-    def _padded(self, graph: Graph, plan: CallPlan) -> Node:
-        call, info, padding = plan.call, plan.mask, plan.padding
-        assert info is not None and padding is not None
-        valid_ranges = self.state.builder(graph).valid_ranges(padding)
-        operands = (call.query, call.key, call.value, padding, valid_ranges, scale_of(call))
-        return insert(graph, torch.ops.tsa.padded_attention.default, *operands, info.mean_rows)
+        if plan.filled is None and plan.decision is Decision.DENSE:
+            return _causal(graph, plan.call)
+        assert plan.mask is not None
+        op = torch.ops.tsa.padded_attention if plan.filled is None else torch.ops.tsa.filled_attention
+        operands = (*self.state.operands(plan, graph), scale_of(plan.call))
+        return insert(graph, op.default, *operands, plan.mask.mean_rows)
 
 
 def scale_of(call: AttentionCall) -> Any:

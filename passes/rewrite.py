@@ -54,17 +54,13 @@ class RewriteSparse(Pass):
         return self._sparse(graph_module, plan, keeping_all(plan.config, plan.kernel))
 
     def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
-        call, graph = plan.call, graph_module.graph
-        options = options_of(config, scale_of(call), plan.group)
-        operands, builder = [call.query, call.key, call.value], self.state.builder(graph)
+        graph, op = graph_module.graph, tsa.sparse_attention
         if plan.filled is not None:
-            ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
-            operands += [plan.padding, ranges, *plan.filled]
-            return insert(graph, tsa.filled_sparse_attention.default, *operands, *options)
-        if plan.padding is None:
-            return insert(graph, tsa.sparse_attention.default, *operands, *options)
-        operands += [plan.padding, builder.valid_ranges(plan.padding)]
-        return insert(graph, tsa.padded_sparse_attention.default, *operands, *options)
+            op = tsa.filled_sparse_attention
+        elif plan.padding is not None:
+            op = tsa.padded_sparse_attention
+        options = options_of(config, scale_of(plan.call), plan.group)
+        return insert(graph, op.default, *self.state.operands(plan, graph), *options)
 
 
 def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
