@@ -109,10 +109,6 @@ def shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | Non
     if allowed is not None:
         allowed = allowed.repeat(1, 1, group, 1)
     with sdpa_kernel(list(PRIORITY), set_priority=True):
-        out = F.scaled_dot_product_attention(grouped_rows(query, group), key, value, attn_mask=allowed, scale=scale)
+        rows = query.unflatten(1, (-1, group)).flatten(2, 3)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=allowed, scale=scale)
     return out.unflatten(2, (group, query.shape[2])).flatten(1, 2)
-
-
-def grouped_rows(query: Tensor, group: int) -> Tensor:
-    """[B, H, R, D] -> [B, G, (H / G) R, D]."""
-    return query.unflatten(1, (-1, group)).flatten(2, 3)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from inspect import Signature, signature
 from typing import Any
 
@@ -167,9 +168,8 @@ def _of_all_heads(scores: Tensor, options: Options) -> Tensor:
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_count: bool) -> AttentionKernel:
     """The kernel for the compressed rows, which have a key head for every selection."""
-    request = KernelRequest.of(query, key, value)
-    return choose(request.with_kv_heads(key.shape[1] if options.shared else query.shape[1]), options.kernel,
-                  device_count=device_count, lse=options.floor_window is not None)  # fmt: skip
+    request = replace(KernelRequest.of(query, key, value), kv_heads=(key if options.shared else query).shape[1])
+    return choose(request, options.kernel, device_count=device_count, lse=options.floor_window is not None)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

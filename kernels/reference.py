@@ -33,17 +33,10 @@ def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
     return padding[item].cpu().nonzero().flatten()
 
 
-def mean_of_rows(weights: Tensor) -> Tensor:
-    """The published score of candidates: what the window's rows [rows, n] look at on average, [n]."""
-    return weights.mean(dim=-2)
-
-
-def largest_of_rows(weights: Tensor) -> Tensor:
-    """What any of the window's rows [rows, n] looks at, so that most of them cannot drown a few: [n]."""
-    return weights.amax(dim=-2)
-
-
-REDUCED = {"mean": mean_of_rows, "max": largest_of_rows}
+REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda weights: weights.mean(dim=-2),  # the published score: what the window's rows look at on average
+    "max": lambda weights: weights.amax(dim=-2),  # what any of them looks at, so that most cannot drown a few
+}
 
 
 def score(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -93,6 +94,11 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, slice):
         return slice(*(map_leaves(function, part) for part in (tree.start, tree.stop, tree.step)))
     return function(tree)
+
+
+def expr_of(extent: int | torch.SymInt) -> sympy.Expr:
+    """A size as an expression in the graph's shape symbols."""
+    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
 
 
 def known(condition: Any) -> bool:

@@ -80,7 +80,8 @@ class PlanCalls(Pass):
 
     def _gather_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
-        sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE and _needs_all_heads(plan)]
+        all_sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        sparse = [plan for plan in all_sparse if isinstance(plan.config.budget, Coverage) and plan.config.budget.tau > 0]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
         for plan in sparse if found is not None else ():
             plan.group = self._group(plan)
@@ -142,10 +143,6 @@ class PlanCalls(Pass):
         if self.state.config.dense_kernel is None or is_behind_cache(plan):
             return False
         return kernel_obstacle(*_operands(plan))[0] is None
-
-
-def _needs_all_heads(plan: CallPlan) -> bool:
-    return isinstance(plan.config.budget, Coverage) and plan.config.budget.tau > 0
 
 
 def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -155,9 +156,7 @@ class _Recording:
         return value
 
     def _attribute(self, graph_module: GraphModule, node: Node) -> Any:
-        value: Any = graph_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = attrgetter(str(node.target))(graph_module)
         if not isinstance(value, Tensor):
             return value
         made = value
@@ -272,7 +271,7 @@ class _Recording:
         if self.paused:
             return func(*args, **kwargs)
         written = list(operators.written(func, args, kwargs))
-        if operators.changes_nothing(func):
+        if func in operators.CHANGES_NOTHING:
             return func(*args, **kwargs)
         if is_wrapped(args, kwargs):
             return self._call_wrapped(func, args, kwargs, written)

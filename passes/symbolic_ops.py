@@ -275,11 +275,7 @@ def choose(evaluator: Evaluator, node: Node, condition: Any, chosen: Value, othe
         return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
     cases = [(sympy.And(condition, c), number) for c, number in as_number(chosen)]
     cases += [(sympy.And(sympy.Not(condition), c), number) for c, number in as_number(other)]
-    merged: dict[sympy.Expr, Any] = {}
-    for case, number in cases:
-        if case != sympy.false:
-            merged[number] = sympy.Or(merged.get(number, sympy.false), case)
-    return [(case, number) for number, case in merged.items()]
+    return combine(lambda number: number, cases)
 
 
 @rule("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")

@@ -10,6 +10,7 @@ them inputs) share one compiled function. Nothing is fused across a cut.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,10 +163,7 @@ class _Part:
     def _target(self, node: Node) -> Hashable:
         if node.op not in ("get_attr", "call_module"):
             return node.target
-        value: Any = self.whole
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
-        return id(value)
+        return id(operator.attrgetter(str(node.target))(self.whole))
 
 
 def _is_passed(value: Any) -> bool:
@@ -221,11 +219,7 @@ def _join(whole: GraphModule, parts: list[_Part], functions: list[Callable[..., 
         root.add_module(f"part_{at}", _Region(function))
         results = graph.call_module(f"part_{at}", tuple(made[node] for node in part.inputs))
         for position, node in enumerate(part.outputs):
-            made[node] = graph.call_function(_take, (results, position))
+            made[node] = graph.call_function(operator.getitem, (results, position))
     (output,) = whole.graph.find_nodes(op="output")
     graph.node_copy(output, made.__getitem__)
     return GraphModule(root, graph)
-
-
-def _take(results: Any, position: int) -> Any:
-    return results[position]
