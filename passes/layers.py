@@ -25,6 +25,7 @@ from tsa_compile.config import Layers, TSAConfig, is_named, upper_half
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import Frame
 from tsa_compile.reasons import Reason
+from tsa_compile.text import spans
 
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
 _AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")
@@ -298,8 +299,4 @@ def _present(places: list[Place]) -> str:
     stacks: dict[str, list[int]] = {}
     for place in places:
         stacks.setdefault(place.stack or place.names[0], []).extend([] if place.number is None else [place.number])
-    return ", ".join(f"{_span(found)} ({name})" if found else name for name, found in stacks.items())
-
-
-def _span(found: list[int]) -> str:
-    return str(min(found)) if len(found) == 1 else f"{min(found)}..{max(found)}"
+    return ", ".join(f"{spans(sorted(found))} ({name})" if found else name for name, found in stacks.items())

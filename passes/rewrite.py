@@ -70,9 +70,11 @@ def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
 
 def options_of(config: TSAConfig, scale: Any, group: str | None = None) -> tuple[Any, ...]:
     """The arguments of the ops behind their tensors (kernels/options.py)."""
-    budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
-    floor = (None, 0) if config.floor is None else (config.floor.window, config.floor.sinks)
-    selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
+    budget, floor = config.budget, config.floor
     return Options(
-        scale, config.window, config.pool, *selection, config.kernel, *floor, group, config.score
+        scale, config.window, config.pool, coverage=budget.tau if isinstance(budget, Coverage) else None,
+        keep_ratio=budget.ratio if isinstance(budget, KeepRatio) else None, min_tokens=config.min_tokens,
+        capacity=config.capacity, shared=config.granularity == "group", kernel=config.kernel,
+        floor_window=None if floor is None else floor.window, floor_sinks=0 if floor is None else floor.sinks,
+        group=group, reduce=config.score,
     ).arguments()  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,14 @@ _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": F
 def wrapped(lines: Iterable[str], width: int) -> list[str]:
     """Lines of at most so many characters; what goes on is indented. A word that is longer stays whole."""
     return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
+
+
+def new_table(*columns: str, right: Container[str] = (), fold: Container[str] = ()) -> Table:
+    """An empty table without lines. Some columns are aligned on the right; some may be broken into several lines."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in fold, overflow="fold")
+    return table
 
 
 def as_text(table: Table, width: int = 100_000) -> str:

@@ -326,7 +326,7 @@ def test_lines_of_json_are_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no prompts"),
+        ("", "is empty"),
         ('"a"\n{', "line 2 is not JSON"),
         ('{"input_ids": [1.5]}', "line 1 is no prompt"),
         ("3", "is no"),

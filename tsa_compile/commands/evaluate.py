@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tsa_compile.commands import output, texts
+from tsa_compile.commands import output, prompts, texts
 from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, command
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import writable
@@ -89,7 +89,7 @@ def evaluate(
             texts.setting(name)
     if out is not None:
         writable(out)
-    request |= {"text": _read(text)} if text else {}
+    request |= {"text": prompts.read_text(text, "--text")} if text else {}
     with output.working("Loading PyTorch and transformers"):
         from tsa_compile.evaluation.statistics import require_statsmodels
         from tsa_compile.evaluation.tasks import TASKS, check
@@ -166,14 +166,3 @@ def _bytes() -> Any:
     made = Tokenizer(models.BPE({letter: place for place, letter in enumerate(sorted(spelt.alphabet()))}, []))
     made.pre_tokenizer, made.decoder = spelt, decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--text {str(path)!r} cannot be read ({reason}): pass a text file in UTF-8") from error
-    if not text.strip():
-        raise ConfigError(f"--text {str(path)!r} is empty: pass a text file with words")
-    return text
