@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_HEAD_DIM = 256
+"""Of the heads that this package's Triton kernels take."""
+
 
 @dataclass(frozen=True)
 class KernelRequest:

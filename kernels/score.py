@@ -44,12 +44,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, take_rows
+from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
 from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows, window_rows_aten
 
 REDUCTIONS = ("mean", "max")
-MAX_HEAD_DIM = 256
 SPLITS = 32
 MIN_SPLIT = 512
 

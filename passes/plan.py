@@ -25,9 +25,9 @@ from tsa_compile.costs.breakeven import shortest
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import DeviceCosts, for_device
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
+from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
-from tsa_compile.kernels.score import MAX_HEAD_DIM
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.frame import in_marked_range
