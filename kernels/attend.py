@@ -22,6 +22,8 @@ The work follows the count in one of three ways:
 Which kernel runs says registry.py.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def attend_lse(
 
 
 @attend_lse.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
@@ -117,5 +119,5 @@ def _attend_counts(
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

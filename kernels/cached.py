@@ -17,6 +17,8 @@ the boolean mask [rows, keys] of each.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +43,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 
 @cached_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
     return empty_output(query, query.shape[2], value.shape[3])
 
 

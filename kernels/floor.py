@@ -30,6 +30,7 @@ Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unse
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,9 +234,9 @@ def merge_floor_triton(
         output = empty_output(query, query.shape[2], value.shape[3])
     if output.numel() == 0:
         return output
-    order, valid = row_order, row_valid = (None, None) if padding is None else _order(padding)
+    order, valid = row_order, row_valid = (None, None) if padding is None else valid_first(padding)
     if padding is not None and is_chunk:
-        row_order, row_valid = _order(padding[:, past:])
+        row_order, row_valid = valid_first(padding[:, past:])
     align = row_alignment(query, key, value, compressed, output)
     tiles = _tiles(query, key, value, output, whole=padding is None)
     rows_tiles = tiles._replace(block_n=tiles.block_m)  # of what has a row for every row
@@ -303,7 +304,7 @@ def merge_floor_aten(
     return placed_aten(output.to(value.dtype), padding, rank)
 
 
-def _order(padding: Tensor) -> tuple[Tensor, Tensor]:
+def valid_first(padding: Tensor) -> tuple[Tensor, Tensor]:
     """Every item's positions, the valid ones first, ascending: int32 [B, L]; and how many are valid: int32 [B]."""
     order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices
     return order.to(torch.int32), padding.sum(dim=1, dtype=torch.int32)
@@ -321,10 +322,7 @@ def merge_floor(
 
 
 @merge_floor.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
-) -> Tensor:  # fmt: skip
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
     return empty_output(query, query.shape[2], value.shape[3])
 
 

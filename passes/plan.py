@@ -150,16 +150,10 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     call = plan.call
     if call.problem is not None:
         return call.problem
-    query, key, value = (fake(node) for node in (call.query, call.key, call.value))
-    if query.requires_grad or key.requires_grad or value.requires_grad:
-        return Reason.NEEDS_GRAD, ""
-    if not isinstance(call.dropout, (int, float)) or call.dropout != 0:
-        return Reason.DROPOUT, f"dropout {call.dropout}"
-    if not _is_positive(call.scale):
-        return (
-            Reason.UNSUPPORTED_FORM,
-            f"the scale is {fake(call.scale)}, not positive, as causal kernels need it",
-        )
+    query, key, value = _operands(plan)
+    obstacle = inputs_obstacle(query, key, value, call.dropout, call.scale)
+    if obstacle is not None:
+        return obstacle
     assert plan.mask is not None
     alike = known(query.shape[2] == key.shape[2]) and plan.mask.kind not in FILLED_KINDS
     if not alike and plan.mask.kind in _SHORT_SIGHTED:
@@ -169,6 +163,17 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
     reason = MASK_REASONS.get(plan.mask.kind)
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
+
+
+def inputs_obstacle(query: Tensor, key: Tensor, value: Tensor, dropout: Any, scale: Any) -> tuple[Reason, str] | None:
+    """Why a call of these inputs must stay as it is, whatever its mask."""
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        return Reason.NEEDS_GRAD, ""
+    if not isinstance(dropout, (int, float)) or dropout != 0:
+        return Reason.DROPOUT, f"dropout {dropout}"
+    if not _is_positive(scale):
+        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(scale)}, not positive, as causal kernels need it"
+    return None
 
 
 def is_behind_cache(plan: CallPlan) -> bool:
