@@ -118,31 +118,43 @@ class PlanCalls(Pass):
         if obstacle is not None:
             return plan.keep(*obstacle)
         assert plan.mask is not None
-        plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
-        reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
-        if reason is None:
-            settled = self._settled(plan, sparse_layers)
-            filled = plan.mask.kind in FILLED_KINDS
-            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs, filled=filled)
-        if reason is None:
-            plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif self._has_dense_kernel(plan):
-            plan.decision = Decision.KERNEL
-        plan.reason, plan.detail = reason, detail
+        plan.decision, plan.reason, plan.detail, plan.kernel = decide(
+            _operands(plan), plan.config, selected, plan.place.doubt, sparse_layers,
+            padded=plan.mask.padding is not None, behind=is_behind_cache(plan), filled=plan.mask.kind in FILLED_KINDS,
+            settled=self._settled(plan, sparse_layers) if selected is None else None, costs=self.state.costs,
+        )  # fmt: skip
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
-            return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
-        try:
-            plan.kernel = kernel_of(*_operands(plan), plan.decision, plan.config)
-        except KernelError as error:  # a kernel that was asked for by name and does not fit this call
-            plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
-            plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
+            plan.kernel = ""
+            plan.keep(plan.reason, plan.detail or "it stays as it is: a row that may look nowhere is NaN in it")
         return None
 
-    def _has_dense_kernel(self, plan: CallPlan) -> bool:
-        """Whether the configured kernel runs a dense call: one over as many queries as keys."""
-        if self.state.config.dense_kernel is None or is_behind_cache(plan):
-            return False
-        return kernel_obstacle(*_operands(plan))[0] is None
+
+def decide(
+    operands: tuple[Tensor, Tensor, Tensor], config: TSAConfig, unselected: Reason | None, doubt: str,
+    sparse_layers: float, *, padded: bool, behind: bool, filled: bool = False, settled: TSAConfig | None = None,
+    costs: DeviceCosts | None = None,
+) -> tuple[Decision, Reason, str, str]:  # fmt: skip
+    """What becomes of a call that need not stay as the model wrote it: the decision, its reason, a detail and the kernel.
+
+    Args:
+        unselected: why its layer is not to be sparse; None if it is. doubt: why its place is not known, if that is why.
+        sparse_layers: the share of the layers that are.
+        padded, behind: some keys are invalid; the queries are the last of more keys.
+        filled, costs: see `sparse_obstacle`.
+        settled: by which its length is judged, if not by `config`.
+    """
+    dense = Decision.DENSE_PADDED if padded else Decision.DENSE
+    decision, reason, detail = dense, unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else ""
+    if reason is None:
+        reason, detail = sparse_obstacle(*operands, settled or config, sparse_layers, costs, filled=filled)
+    if reason is None:
+        decision, reason = Decision.SPARSE, Reason.SPARSE
+    elif config.dense_kernel is not None and not behind and kernel_obstacle(*operands)[0] is None:
+        decision = Decision.KERNEL
+    try:
+        return decision, reason, detail, kernel_of(*operands, decision, config)
+    except KernelError as error:  # a kernel that was asked for by name and does not fit this call
+        return dense, Reason.KERNEL, str(error), ""
 
 
 def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Container, Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -26,11 +26,11 @@ def new_table(*columns: str, right: Container[str] = (), fold: Container[str] = 
     return table
 
 
-def as_text(table: Table, width: int = 100_000) -> str:
-    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
+def as_text(content: RenderableType, width: int = 100_000) -> str:
+    """A table, say, as plain text, by default wider than any row: no column is ever cut, whatever the terminal."""
     sink = io.StringIO()
     console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
-    console.print(table)
+    console.print(content)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
