@@ -5,7 +5,6 @@ What a node of a model's graph computes is not asked here: a name proves nothing
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,57 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
-
-_ALIASES = {
-    "bitwise_and": "and",
-    "logical_and": "and",
-    "bitwise_or": "or",
-    "logical_or": "or",
-    "bitwise_not": "not",
-    "logical_not": "not",
-    "invert": "not",
-    "bitwise_xor": "xor",
-    "logical_xor": "xor",
-    "less_equal": "le",
-    "less": "lt",
-    "greater_equal": "ge",
-    "greater": "gt",
-    "not_equal": "ne",
-    "subtract": "sub",
-    "multiply": "mul",
-    "true_divide": "div",
-    "truediv": "div",
-    "divide": "div",
-    "floordiv": "floor_divide",
-    "negative": "neg",
-    "_unsafe_view": "view",
-    "_softmax": "softmax",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-}
-
-
-def op_name(node: Node) -> str:
-    """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`.
-
-    For people and tests; no pass decides by it.
-    """
-    target = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        name = packet.__name__
-        namespace = packet._qualified_op_name.split("::")[0]
-        if namespace not in ("aten", "prims", "tsa"):  # another library's `softmax` may be anything
-            return f"{namespace}::{name}"
-    else:
-        name = getattr(target, "__name__", str(target))
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-    elif target in (operator.and_, operator.or_, operator.not_):
-        name = name.rstrip("_")
-    return _ALIASES.get(name, name)
 
 
 def fake(node: Any) -> Any:
