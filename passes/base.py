@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -152,6 +152,21 @@ class Pass(PassBase):
         if modified:
             graph_module.recompile()
         return PassResult(graph_module, modified)
+
+    def replace_calls(
+        self, graph_module: GraphModule, doing: str, form: Callable[[Graph, CallPlan], Node | None]
+    ) -> PassResult:
+        """Replaces each call of this pass's decisions by what `form` inserts in front of it; None: it is right as it is."""
+        graph, matched = graph_module.graph, 0
+        for plan in self.state.plans:
+            if plan.decision not in self.decisions:
+                continue
+            with self.state.attempt(plan, graph, doing), graph.inserting_before(plan.call.node):
+                new = form(graph, plan)
+                if new is not None:
+                    self.replace(plan, new)
+                    matched += 1
+        return self.result(graph_module, matched)
 
     def replace(self, plan: CallPlan, new: Node) -> None:
         """Lets every reader of the call's output read `new`; the old nodes are left to the clean-up."""

@@ -31,31 +31,23 @@ class CanonicalizeDense(Pass):
     optional = True
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        graph, matched = graph_module.graph, 0
-        for plan in self.state.plans:
-            if plan.decision not in self.decisions or _is_canonical(plan.call):
-                continue
-            with self.state.attempt(plan, graph, "dense rewriting"), graph.inserting_before(plan.call.node):
-                self.replace(plan, self._dense(graph, plan))
-                matched += 1
-        return self.result(graph_module, matched)
+        return self.replace_calls(graph_module, "dense rewriting", self._dense)
 
-    def _dense(self, graph: Graph, plan: CallPlan) -> Node:
+    def _dense(self, graph: Graph, plan: CallPlan) -> Node | None:
+        call = plan.call
+        if call.form == "sdpa" and not call.masks and not call.peeled:
+            return None
         if plan.filled is None and plan.decision is Decision.DENSE:
-            return _causal(graph, plan.call)
+            return _causal(graph, call)
         assert plan.mask is not None
         op = torch.ops.tsa.padded_attention if plan.filled is None else torch.ops.tsa.filled_attention
-        operands = (*self.state.operands(plan, graph), scale_of(plan.call))
+        operands = (*self.state.operands(plan, graph), scale_of(call))
         return insert(graph, op.default, *operands, plan.mask.mean_rows)
 
 
 def scale_of(call: AttentionCall) -> Any:
     """A call's scale as an argument: a number or a node."""
     return 1.0 / math.sqrt(fake(call.query).shape[3]) if call.scale is None else call.scale
-
-
-def _is_canonical(call: AttentionCall) -> bool:
-    return call.form == "sdpa" and not call.masks and not call.peeled
 
 
 def _causal(graph: Graph, call: AttentionCall) -> Node:

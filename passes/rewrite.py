@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.kernels.options import Options
@@ -35,26 +35,19 @@ class RewriteSparse(Pass):
     optional = True
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        graph, matched = graph_module.graph, 0
-        for plan in self.state.plans:
-            if plan.decision not in self.decisions:
-                continue
-            with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.call.node):
-                self.replace(plan, self._attention(graph_module, plan))
-                matched += 1
-        return self.result(graph_module, matched)
+        return self.replace_calls(graph_module, "sparse rewriting", self._attention)
 
-    def _attention(self, graph_module: GraphModule, plan: CallPlan) -> Node:
+    def _attention(self, graph: Graph, plan: CallPlan) -> Node:
         if plan.decision is Decision.SPARSE:
-            return self._sparse(graph_module, plan, plan.config)
+            return self._sparse(graph, plan, plan.config)
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
-            return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
-        return self._sparse(graph_module, plan, keeping_all(plan.config, plan.kernel))
+            return insert(graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
+        return self._sparse(graph, plan, keeping_all(plan.config, plan.kernel))
 
-    def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
-        graph, op = graph_module.graph, tsa.sparse_attention
+    def _sparse(self, graph: Graph, plan: CallPlan, config: TSAConfig) -> Node:
+        op = tsa.sparse_attention
         if plan.filled is not None:
             op = tsa.filled_sparse_attention
         elif plan.padding is not None:
