@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, command
-from tsa_compile.errors import ConfigError
+from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, check_layers, command
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
@@ -139,10 +138,9 @@ def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[S
         if name == DENSE.name:
             continue
         changes, random = texts.setting(name)
-        layers = changes.get("layers")
-        if layers is not None and any(isinstance(layer, int) and layer >= source.layers for layer in layers):
-            raise ConfigError(f"--setting {name}: {source.name} has the layers 0 to {source.layers - 1}")
-        found.append(Setting(name, base.replace(**changes), random))
+        config = base.replace(**changes)
+        check_layers(config, source)
+        found.append(Setting(name, config, random))
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
-from tsa_compile.errors import ConfigError, unknown_shape
+from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from tsa_compile.calibrated import Calibrated
@@ -203,12 +203,6 @@ def check_device(text: str, gpus: tuple[str, ...] = ()) -> None:
     if text.lower() not in gpus and not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", text):
         also = f"; explain takes {', '.join(gpus)} as well" if gpus else ""
         raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N{also}")
-
-
-def check_shape(name: str, shapes: tuple[str, ...]) -> None:
-    """Raises ConfigError where no built-in shape has that name."""
-    if name not in shapes:
-        raise unknown_shape(name, shapes)
 
 
 def is_hub_id(folder: Path) -> bool:
