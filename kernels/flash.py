@@ -124,6 +124,7 @@ def flash_triton(
         (*row_strides(align, query, key, value, out), capacity, heads // key.shape[1], scale_log2),
         descriptors=descriptors(tiles, key, value),
         **tile_options(tiles, key, value, align),
+        LAG=tiles.lag,
         HEADS_INNER=tiles.heads_inner,
     )
     return out

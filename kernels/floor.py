@@ -47,6 +47,7 @@ from tsa_compile.kernels.tiles import (
     add_values,
     at_head,
     block_dim,
+    choose_tiles,
     count_of,
     descriptors,
     gather_rows,
@@ -58,6 +59,7 @@ from tsa_compile.kernels.tiles import (
     rows_contiguous,
     scores,
     stride_names,
+    tile_options,
     tma_fits,
     weigh,
 )
@@ -226,10 +228,10 @@ def merge_floor_triton(
     """
     query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
     query, scale_log2 = positive_scale(query, scale)
-    batch, heads, rows, dim = query.shape
+    batch, heads, rows, _ = query.shape
     seq_len, past = key.shape[2], keys_before(query, key)
     is_chunk = not (isinstance(past, int) and past == 0)
-    selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
+    selections, capacity = indices.shape[1:]
     if output is None:
         output = empty_output(query, query.shape[2], value.shape[3])
     if output.numel() == 0:
@@ -259,15 +261,7 @@ def merge_floor_triton(
         ),
         BEHIND=is_chunk,
         HEADS_PER_SELECTION=heads // selections,
-        DIM=dim,
-        BLOCK_D=block_dim(dim),
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dim(value_dim),
-        ALIGN=align,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tile_options(tiles, key, value, align),
     )  # fmt: skip
     return output
 
@@ -280,7 +274,7 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, output: Tensor, whole: boo
     """
     block_d = block_dim(max(key.shape[3], value.shape[3]))
     if query.dtype == torch.float32:
-        return Tiles(16, 16, 4, 1) if block_d > 128 else Tiles(32, 16 if block_d > 64 else 32, 4, 1)
+        return choose_tiles(query.dtype, block_d, hopper=False)
     tiles = Tiles(64, 32 if block_d > 64 else 64, 4, 2)
     if whole and type(query) is Tensor and on_hopper(query):
         tiles = tiles._replace(use_tma=all(tma_fits(tensor) for tensor in (query, key, value, output)))

@@ -229,6 +229,7 @@ def blocks_triton(
         ),
         descriptors=descriptors(tiles, key, value),
         **tile_options(tiles, key, value, align),
+        LAG=tiles.lag,
         BLOCK=block,
     )
     return out
