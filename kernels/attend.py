@@ -101,15 +101,19 @@ def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None,
     return out.contiguous()
 
 
+def runs_of(counts: list[int]) -> list[tuple[slice, int]]:
+    """The items that are computed together, with their count: all if their counts are equal, else each by itself."""
+    return [(slice(None), counts[0])] if len(set(counts)) == 1 else [(slice(b, b + 1), n) for b, n in enumerate(counts)]
+
+
 def _attend_counts(
     kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, counts: list[int], scale: float
 ) -> Tensor:
-    """One call for all items if their counts are equal, else one for each item."""
+    """A call for each of `runs_of`."""
     shape = (*query.shape[:3], value.shape[3])
     # On CUDA filler is left unwritten: at 128K the zeros alone would cost as much as decompress.
     output = query.new_empty(shape) if query.is_cuda else query.new_zeros(shape)
-    runs = [(slice(None), counts[0])] if len(set(counts)) == 1 else [(slice(b, b + 1), n) for b, n in enumerate(counts)]
-    for items, n in runs:
+    for items, n in runs_of(counts):
         if n == 0:
             continue
         rows = min(kernel.round_rows(n), query.shape[2])

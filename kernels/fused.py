@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
-from tsa_compile.kernels.attend import attend, attend_lse
+from tsa_compile.kernels.attend import attend, attend_lse, runs_of
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.cached import behind
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
@@ -218,9 +218,7 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
         return _attend(output, query, key, value, _selected(scores, count, limit), count, padding, kernel, options)
     on_host = _Fetched(count)
     indices = _selected(scores, count, limit)  # while the count travels
-    counts = on_host.get()
-    alike = len(set(counts)) == 1
-    for items, n in [(slice(None), counts[0])] if alike else [(slice(b, b + 1), n) for b, n in enumerate(counts)]:
+    for items, n in runs_of(on_host.get()):
         if n == 0:
             output[items].zero_()
             continue
