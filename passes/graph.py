@@ -14,7 +14,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 from torch.fx.node import map_arg
 
 
@@ -54,6 +54,21 @@ def known(condition: Any) -> bool:
     if isinstance(condition, torch.SymBool):
         return bool(statically_known_true(condition))
     return bool(condition)
+
+
+def in_marked_range(size: torch.SymInt) -> bool:
+    """Whether the user marked a range (`mark_dynamic(x, 1, min=2, max=4096)`) for a size that this one depends on.
+
+    A guard within such a range is an error of Dynamo's. One on a size that is dynamic without a range compiles anew.
+    """
+    symbols = size.node.expr.free_symbols
+    for tracked in size.node.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for extent, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            marked = isinstance(constraint, StrictMinMaxConstraint) and isinstance(extent, torch.SymInt)
+            if marked and symbols & extent.node.expr.free_symbols:
+                return True
+    return False
 
 
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
