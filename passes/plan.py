@@ -124,7 +124,7 @@ class PlanCalls(Pass):
         )  # fmt: skip
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
             plan.kernel = ""
-            plan.keep(plan.reason, plan.detail or "it stays as it is: a row that may look nowhere is NaN in it")
+            plan.keep(plan.reason, plan.detail or "it stays as it is: a row that may attend to no token is NaN in it")
         return None
 
 

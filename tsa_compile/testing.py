@@ -183,7 +183,7 @@ _ALIASES = {
 
 
 def op_name(node: Node) -> str:
-    """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`."""
+    """One name for every way of writing an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`."""
     target = node.target
     if node.op == "call_method":
         name = str(target)
