@@ -20,14 +20,12 @@ The op stands in programs that are being lowered (passes/lower.py); compiled gra
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, repeat_heads, take_rows, torch_attention
 from tsa_compile.kernels.attend import attend_lse
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.floor import merge_floor
 from tsa_compile.kernels.neighbourhood import near_aten, placed_aten
 
@@ -93,6 +91,4 @@ def attend_floor(
     return merge_floor(query, key, value, compressed, lse, indices, count, padding, scale, window, sinks)
 
 
-@attend_floor.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+attend_floor.register_fake(attention_output)

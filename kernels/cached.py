@@ -17,15 +17,13 @@ the boolean mask [rows, keys] of each.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.kernels._aten import as_rows, keys_before, torch_attention
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import PRIORITY, SDPA
 
@@ -42,9 +40,7 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return as_rows(behind(query, key, value, scale))
 
 
-@cached_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+cached_attention.register_fake(attention_output)
 
 
 def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -89,7 +85,7 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None,
 
     Every row must see a key: with padding, the first one must be valid.
     """
-    output = empty_output(query, query.shape[2], value.shape[3])
+    output = attention_output(query, key, value)
     past = key.shape[2] - query.shape[2]
     keys = torch.arange(key.shape[2], device=query.device)
     for low in range(0, query.shape[2], ROWS):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.cached import behind
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.padded import attend_ranges, masked_attention_aten
@@ -62,9 +62,7 @@ def filled_attention(
     return attend_ranges(*used, padding[:, :stop], ranges_until(valid_ranges, stop), scale, value if mean_rows else None)
 
 
-@filled_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+filled_attention.register_fake(attention_output)
 
 
 def keys_in_use(filled: Tensor, query: Tensor, key: Tensor) -> int | None:

@@ -30,13 +30,12 @@ Method: the sinks and the window are StreamingLLM's, arXiv 2309.17453; that unse
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, keys_before, take_rows
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
 from tsa_compile.kernels.tiles import (
@@ -233,7 +232,7 @@ def merge_floor_triton(
     is_chunk = not (isinstance(past, int) and past == 0)
     selections, capacity = indices.shape[1:]
     if output is None:
-        output = empty_output(query, query.shape[2], value.shape[3])
+        output = attention_output(query, key, value)
     if output.numel() == 0:
         return output
     order, valid = row_order, row_valid = (None, None) if padding is None else valid_first(padding)
@@ -315,9 +314,7 @@ def merge_floor(
     return _compute(*tensors, scale, window, sinks)
 
 
-@merge_floor.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+merge_floor.register_fake(attention_output)
 
 
 def merge_floor_by_heads(
@@ -325,7 +322,7 @@ def merge_floor_by_heads(
     padding: Tensor | None, scale: float, window: int, sinks: int,
 ) -> Tensor:  # fmt: skip
     """The ATen form for one key head at a time, so that the logits of all heads are not in memory at once."""
-    output, groups = empty_output(query, query.shape[2], value.shape[3]), key.shape[1]
+    output, groups = attention_output(query, key, value), key.shape[1]
     for g in range(groups):
         tensors = (query, key, value, compressed, lse, indices)
         parts = [x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in (output, *tensors)]

@@ -41,7 +41,7 @@ from tsa_compile.kernels.attend import attend, attend_lse, runs_of
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.cached import behind
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
-from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
+from tsa_compile.kernels.decompress import attention_output, decompress_aten, decompress_triton
 from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
@@ -66,11 +66,7 @@ def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
     name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(name, ("cpu", "cuda"), function)
-    torch.library.register_fake(name, lambda query, key, value, *_, **__: _output(query, value))
-
-
-def _output(query: Tensor, value: Tensor) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+    torch.library.register_fake(name, attention_output)
 
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
@@ -102,7 +98,7 @@ def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -
     """Without padding; also runs on CPU tensors in the Triton interpreter."""
     if options.kept(key.shape[2], query.shape[2]) == key.shape[2]:
         return _dense(query, key, value, options)
-    output = _output(query, value)
+    output = attention_output(query, key, value)
     _sparse(output, query, key, value, None, options)
     return output
 
@@ -114,7 +110,7 @@ def padded_sparse_triton(
     items = [tuple(row) for row in valid_ranges.tolist()]
     if all(item == (0, key.shape[2], 1) for item in items):
         return sparse_triton(query, key, value, options)
-    output, first = _output(query, value), 0
+    output, first = attention_output(query, key, value), 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
         first = group.stop

@@ -22,7 +22,6 @@ equally many heads only, a group's query heads become further rows of the same k
 """
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count, torch_attention
 from tsa_compile.kernels.cached import behind, causal_behind, check_lengths, in_blocks, query_positions, shared_keys
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -67,7 +66,7 @@ def attend_ranges(
     """The same with the valid ranges on the host, one an item; rows that see nothing are the mean of `mean_of`, or 0."""
     if all(item == (0, key.shape[2], 1) for item in items):
         return as_rows(behind(query, key, value, scale))
-    output = empty_output(query, query.shape[2], value.shape[3])
+    output = attention_output(query, key, value)
     past, first = key.shape[2] - query.shape[2], 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
@@ -82,9 +81,7 @@ def attend_ranges(
     return output
 
 
-@padded_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+padded_attention.register_fake(attention_output)
 
 
 def valid_ranges_aten(padding: Tensor) -> Tensor:
