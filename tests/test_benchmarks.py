@@ -313,12 +313,52 @@ def test_a_failure_is_a_cell_and_a_wrong_output_is_counted(load):
 def test_command_line(load):
     attention = load("attention")
     arguments = attention.parse(["--parts", "shapes", "--lengths", "4096"])
-    assert set(attention.parts(arguments)) == {"main", "stages", "shapes", "attend"}
+    assert set(attention.parts(arguments)) == {"main", "stages", "shapes", "attend", "behind"}
+    assert attention.parts(attention.parse([]))["behind"][1] == [16384, 32768, 65536, 131072]
     assert arguments.keep == [0.08, 0.15, 0.3, 0.5]
     goals = load("attention_report").GOALS
     assert all([*found] == arguments.keep for found in goals.values())
     with pytest.raises(SystemExit):
         attention.parse(["--parts", "nothing"])
+
+
+# The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_chunk_is_measured_beside_the_whole_prompt(load, methods, monkeypatch):
+    pytest.importorskip("triton")
+    attention, chunks, report = load("attention"), load("attention_behind"), load("attention_report")
+    torch.manual_seed(0)
+    inputs = methods.make_inputs(small(methods), 700, "cpu")
+    found = {method.name: method for method in chunks.behind_methods(inputs, 0.3, rows=300)}
+    assert max(method.check() for method in found.values()) < 1e-5
+    width, heads = 16 + 16, 4
+    assert found[chunks.WHOLE].flops == width * heads * 700**2
+    assert found['chunk, kernel="triton"'].flops == width * heads * (700**2 - 400**2)
+    whole, chunk = (found[name].flops for name in ("kept rows, cuDNN", chunks.KEPT))
+    assert 0.2 * whole < chunk < whole  # of the kept rows those of the chunk, with its whole window
+
+    timing = load("attention_timing").Timing(2.0, 1.0, 3.0, 5)
+    monkeypatch.setattr(attention, "take_turns", lambda calls, seconds: dict.fromkeys(calls, timing))
+    monkeypatch.setattr(attention, "behind_methods", lambda *_: [*found.values()])
+    monkeypatch.setattr(attention, "make_inputs", lambda *_: inputs)
+    run = attention.Run(0.1)
+    run.parts["behind"] = []
+    attention.behind_part(run, attention.parse([]), 16384)
+    rows = {row["method"]: row for row in run.parts["behind"]}
+    assert rows[chunks.KEPT]["model_rate"] == round(found[chunks.KEPT].model_ms / 2.0, 3) > 0
+    table = report.behind_table(run.parts["behind"])
+    assert f"BEHIND_RATE of costs/calls.py by these: {rows[chunks.KEPT]['model_rate']:.2f}" in table and "| 16K |" in table
+
+
+def test_a_chunk_that_is_computed_wrongly_is_found(load, methods, monkeypatch):
+    pytest.importorskip("triton")
+    checks, chunks = load("attention_checks"), load("attention_behind")
+    inputs = methods.make_inputs(small(methods), 400, "cpu")
+    right = chunks.merged
+    monkeypatch.setattr(chunks, "merged", lambda *parts: (right(*parts)[0].roll(1, 2), right(*parts)[1]))
+    (merge,) = (method for method in chunks.behind_methods(inputs, 0.3, rows=150) if "merge of" in method.name)
+    with pytest.raises(checks.WrongOutputError, match="merge of two results"):
+        merge.check()
 
 
 # The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.

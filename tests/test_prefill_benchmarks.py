@@ -87,15 +87,18 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
     assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
 
 
-def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path):
-    chunks, model = load("prefill_chunks"), tiny("llama", num_hidden_layers=1)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, monkeypatch, dynamic):
+    chunks, prefill, model = load("prefill_chunks"), load("prefill"), tiny("llama", num_hidden_layers=1)
+    settings = TSAConfig(layers=[], compiler="eager")
+    monkeypatch.setattr(prefill, "configuration", lambda mode, layers, regional: settings.replace(regional=regional))
 
-    def compiled(model, mode):
-        return torch.compile(model, backend="tsa", options={"config": TSAConfig(layers=[], compiler="eager")})
+    def compiled(model, mode, chunked):
+        return prefill.compiled(model, mode, dynamic, dynamic and chunked)
 
     (rows,) = chunks.run(model, compiled, ["exact"], (True,), [120], 24, 1, [])
     (row,) = rows
-    assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 3, 0)
+    assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 2 if dynamic else 3, 0)
     assert row["relative_difference"] < 1e-4 and row["ratio"] > 0
     chunks.write([*rows, {**row, "error": "out of memory"}], {"device": "none"}, tmp_path / "chunks")
     assert json.loads((tmp_path / "chunks.json").read_text())["rows"][0] == row
