@@ -24,13 +24,12 @@ equally many heads only, a group's query heads become further rows of the same k
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count
+from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count, torch_attention
 from tsa_compile.kernels.cached import behind, causal_behind, check_lengths, in_blocks, query_positions, shared_keys
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -67,7 +66,7 @@ def attend_ranges(
     """The same with the valid ranges on the host, one an item; rows that see nothing are the mean of `mean_of`, or 0."""
     if all(item == (0, key.shape[2], 1) for item in items):
         return as_rows(behind(query, key, value, scale))
-    output = empty_output(query, query.shape[2], value.shape[3])
+    output = attention_output(query, key, value)
     past, first = key.shape[2] - query.shape[2], 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
@@ -82,11 +81,7 @@ def attend_ranges(
     return output
 
 
-@padded_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
-) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+padded_attention.register_fake(attention_output)
 
 
 def valid_ranges_aten(padding: Tensor) -> Tensor:
@@ -109,15 +104,25 @@ def padded_attention_aten(
     sees = running_count(padding) > 0
     if not statically_known_true(query.shape[2] == key.shape[2]):
         sees = sees.index_select(1, query_positions(query, key))
-    sees = sees[:, None, :, None]
-    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
-    allowed = (causal_behind(query, key) & padding[:, None, None, :]) | ~sees
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
-    elsewhere = torch.zeros_like(value[:, :, :1])
-    if mean_rows:
-        elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
+    allowed = causal_behind(query, key) & padding[:, None, None, :]
+    return masked_attention_aten(query, key, value, allowed, sees[:, None, :, None], scale, mean_rows)
+
+
+def masked_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, sees: Tensor, scale: float, mean_rows: bool
+) -> Tensor:
+    """Attention under a mask; rows that see nothing, as `sees` [B or 1, 1, Lq, 1] says, are 0 or the mean of value.
+
+    They look at everything instead: runtimes differ on a softmax over nothing.
+    """
+    out = torch_attention(query, key, value, scale, allowed | ~sees)
+    elsewhere = _mean(value).to(value.dtype) if mean_rows else torch.zeros_like(value[:, :, :1])
     return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
+
+
+def _mean(value: Tensor) -> Tensor:
+    """Over all keys: [B, G, 1, Dv], in at least float32."""
+    return value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
 def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
@@ -125,8 +130,7 @@ def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
     if output.shape[2] == 0:
         return
     if value is not None:
-        mean = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
-        output.copy_(mean.repeat_interleave(output.shape[1] // value.shape[1], 1))
+        output.copy_(repeat_heads(_mean(value), output.shape[1]))
     else:
         output.zero_()
 
