@@ -162,6 +162,8 @@ def test_option_table_names_every_option_and_its_default():
         ("sparse", "sparse"),
         ("accuracy", "pretrained"),
         ("chunks", "prefill-h100_chunks"),
+        ("dynamic", "firstcall-dynamic_chunks"),
+        ("regional", "firstcall-regional_chunks"),
         ("compile-time", "compile-time"),
         ("vllm", "vllm"),
         ("onnx", "onnx_files"),
