@@ -1,4 +1,4 @@
-"""Triton's interpreter and Dynamo without work whose results nobody sees: a quarter of the suite's time."""
+"""Triton's interpreter, Dynamo and exports without work whose results nobody sees: a quarter of the suite's time."""
 
 import dataclasses
 import inspect
@@ -56,6 +56,7 @@ def dynamo() -> None:
     """Makes compilations quicker. Behind each, Dynamo measures its guards with a flushed cache, for a log: more than half of
     the time that the compilation of a small function takes."""
     import torch._dynamo.guards
+    import torch.fx.config
 
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
@@ -63,5 +64,8 @@ def dynamo() -> None:
     torch._dynamo.config.run_gc_after_compile = False
     if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
         torch._dynamo.config.side_effect_replay_policy = "silent"
+    # Exports and Inductor's traces look for a line of the model on the stack for each node, as programs of users do.
+    if hasattr(torch.fx.config, "do_not_emit_stack_traces"):
+        torch.fx.config.do_not_emit_stack_traces = True
     # Its trace is written only where somebody listens, and pytest does, to show it beside a test that fails.
     logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]  # replaced on purpose
