@@ -43,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which are not there: take them out")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the workers run the tests, and start only then: Dynamo's import, some seconds, is theirs
     quick.dynamo()
     if os.environ.get("TRITON_INTERPRET") == "1":
         quick.interpreter()
