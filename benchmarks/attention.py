@@ -10,7 +10,7 @@
     shapes   other head sizes and numbers of heads, batches, float16
     attend   kernels over a number of rows that only the device knows
 
-Shares are those of KeepRatio with min_tokens 0: with the default 1024, 8K tokens would keep more than .08 of them. Inputs
+Shares are those of KeepRatio with min_tokens 0: with the default 1024, 8K tokens would keep more than 0.08 of them. Inputs
 are random with a few dominant tokens. Methods of one length take turns, times are medians, and ratios are to dense cuDNN in
 the same run. Every output is checked before it is timed (attention_checks.py): a sample of its rows, selected ones and
 others, against float64; without a floor, rows that were not selected against 0. The exit code is 1 if an output is wrong,

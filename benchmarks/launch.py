@@ -7,7 +7,7 @@ The variants and dense cuDNN take turns in one run. `ms` is from call to call, b
 the host, with nothing waited for. Outputs must be equal.
 
 A third variant was measured in November 2026 and given up: compiled kernels kept by all that they depend on, and launched
-without Triton's own launch. Replayed it was as fast (.44 of dense either way, H100), and without replay .57 to .70.
+without Triton's own launch. Replayed it was as fast (0.44 of dense either way, H100), and without replay 0.57 to 0.70.
 """
 
 from __future__ import annotations

@@ -187,13 +187,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
     for form, path in files:
-        engine, built = path.with_suffix(".engine"), build_engine(path)
+        wanted = arguments.engines is None or form in arguments.engines
+        engine, built = path.with_suffix(".engine"), build_engine(path) if wanted else {}
         for length in arguments.lengths:
             case, repeats = str(folder / f"{form}-{length}.pt"), str(arguments.repeats)
             row = {"form": form, "length": length}
             rows.append({**row, "runtime": "onnxruntime", **in_child(by_onnxruntime, str(path), case, repeats)})
-            ran = in_child(by_tensorrt, str(engine), case, repeats) if engine.exists() else {}
-            rows.append({**row, "runtime": "TensorRT-RTX", **built, **ran})
+            if wanted:
+                ran = in_child(by_tensorrt, str(engine), case, repeats) if engine.exists() else {}
+                rows.append({**row, "runtime": "TensorRT-RTX", **built, **ran})
     return rows
 
 
@@ -240,6 +242,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--masked", action="store_true", help="pass an attention_mask of ones")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--engines", nargs="*", choices=["dense", "sparse"], help="forms that TensorRT-RTX gets (default: both)"
+    )
     parser.add_argument("--out", type=Path, help="folder for onnx_files.json and onnx_files.md")
     found = parser.parse_args(arguments)
     if found.device == "cuda" and not torch.cuda.is_available():

@@ -10,7 +10,7 @@ included, as the host sees it: the median after a first, unmeasured request of t
 tokens after the first one, of one request, behind a prompt of that length.
 
 Rows go to `--json`, by default benchmarks/results/vllm.json, as soon as an engine is done; what the file has of other
-settings stays.
+settings stays. Beside it lies a table of all of them.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def main() -> None:
         for name in ("dense", "sparse"):
             rows += in_a_process(arguments, name, folder)
             old = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-            arguments.json.write_text(json.dumps(merged(old, rows), indent=1) + "\n")
+            rows_of_all = merged(old, rows)
+            arguments.json.write_text(json.dumps(rows_of_all, indent=1) + "\n")
+            arguments.json.with_suffix(".md").write_text(table(rows_of_all) + "\n")
     print(table(rows))
 
 

@@ -19,7 +19,7 @@ The work follows the count in one of three ways:
 - a count while a CUDA graph is captured: a kernel with `device_count` reads it on the device, as "triton" does (see
   flash.py); without such a kernel all C rows are computed, which is correct and no cheaper than a count of C.
 
-Which kernel runs says registry.py.
+registry.py decides which kernel runs.
 """
 
 import torch

@@ -12,8 +12,8 @@ key. Its logit is l'; its value is 0, and 1 in a further column, where every oth
     p[i]       = exp(l'[i]) / (exp(l'[i]) + exp(l^[i])),    a[i] = (1 - p[i]) o^[i]
     out[i]     = a[i] + p[i] o'[i]
 
-So plain causal attention does, at any magnitude of logits, and l^ is never computed. ONNX's Attention does not give it, and
-of ATen's calls each serves one device; computed apart it would take [B, H, C, C] logits.
+So plain causal attention is enough, at any magnitude of logits, and l^ is never computed: ONNX's Attention does not give it,
+each of ATen's calls that do serves one device, and computed separately it would take [B, H, C, C] logits.
 
 The op stands in programs that are being lowered (passes/lower.py); compiled graphs call the two.
 """

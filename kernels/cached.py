@@ -5,9 +5,9 @@
     query [B, H, Lq, D], key [B, G, Lk, D], value [B, G, Lk, Dv], g = h // (H / G), Lq <= Lk
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
-The queries are the last Lq of Lk positions, so causality is aligned lower right. No operator of torch's says so for every
-kernel; those of the registry that can have `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its full
-rate: all queries over the past without causality, and the chunk over itself, merged by their log-sum-exp,
+The queries are the last Lq of Lk positions, so causality is aligned lower right. No operator of torch has this for every
+kernel. Kernels of the registry that can do it have `run_behind`. cuDNN, the fastest on Hopper, takes two calls, both at its
+full rate: all queries over the past without causality, and the chunk over itself, merged by their log-sum-exp,
 
     out = (exp(l) o + exp(l') o') / (exp(l) + exp(l'))
 

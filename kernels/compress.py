@@ -125,7 +125,7 @@ def compress_behind_triton(
 
     Returns:
         q^ [B, H, M, D] for the last M = min(C, Lq) of the count slots, unwritten where a slot's position is before the
-        chunk, k^, v^ as ever, and from which row of q^ on there are queries: int32 [B, Hs].
+        chunk, k^, v^ as there, and from which row of q^ on there are queries: int32 [B, Hs].
     """
     rows = min(indices.shape[2], query.shape[2])
     outputs = _allocate(query, key, value, indices)

@@ -5,7 +5,7 @@
     compressed [B, H, C, Dv], indices int32 [B, Hs, C] ascending up to count, count int32 [B] or None (every slot real)
     ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv], which the output projection reads as [B, L, H * Dv]
 
-The output drives: a program owns a tile of positions, finds the tile's slots by searching the ascending indices, and
+One program for each tile of output positions: it finds the tile's slots by searching the ascending indices, and
 writes each row once, zeros included, so there is no separate fill. Slots from count on are never read; whatever they
 hold, NaN included, cannot reach the output. Nothing synchronises.
 

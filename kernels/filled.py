@@ -6,10 +6,10 @@
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
 A graph knows the buffer's length Lk and a tensor of positions, no number. `filled` reads two numbers from it, once for all
-layers of a graph: the first position, and whether the others follow one by one. If so, keys behind the last position are
-cut off on the host, and what is left are queries behind a cache (cached.py, padded.py, fused.py). Any other positions
-are right as well, dense with a mask [Lq, Lk]. Rows that may look nowhere are 0, or with `mean_rows` the mean of value
-over all Lk keys.
+layers of a graph: the first position, and whether the others follow one by one. If so, keys behind the last position are cut
+off on the host, and what is left are queries behind a cache (cached.py, padded.py, fused.py). Any other positions are
+computed correctly as well, dense with a mask [Lq, Lk]. Rows that may attend to no token are 0, or with `mean_rows` the mean
+of value over all Lk keys.
 """
 
 from __future__ import annotations

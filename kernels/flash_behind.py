@@ -9,11 +9,11 @@
 
 Of a chunk of a prompt, the selected rows are the last ones among all that a head selected, and how many they are differs
 from head to head. So rows have room for M of them, aligned at the end, and programs whose rows are all before `first` leave
-at once: the work is what the selected rows of the chunk need, without a word to the host. Without `first` it is a chunk's
-dense attention behind a cache.
+at once: the work is what the selected rows of the chunk need, and nothing is read on the host. Without `first` it is a
+chunk's dense attention behind a cache.
 
 One program computes BLOCK_M rows, as in flash.py, but its diagonal begins at any key. With m = M - first rows and n = count
-keys, 4 m (n - m / 2) H D flops. At H = 32, D = 128, m = 2.4K, n = 20K (8K of 64K tokens, .3 kept): 0.7 TFLOP.
+keys, 4 m (n - m / 2) H D flops. At H = 32, D = 128, m = 2.4K, n = 20K (8K of 64K tokens, 0.3 kept): 0.7 TFLOP.
 
 Method: FlashAttention-2, arXiv 2307.08691.
 """

@@ -6,14 +6,14 @@
     are those of the last Lq positions: all L, or a chunk of a prompt behind a cache (flash_behind.py)
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
-It computes what the single ops compute, one after the other, and is there for what only their sum can do:
+It computes what the single ops compute one after the other, and saves what they cost as single calls:
 
 - One call through torch's dispatcher instead of six, and launches without what leads to them (`launch.remembered`): at 8K
   the steps take the GPU less time than six calls the host.
 - Buffers of exactly as many rows as are kept, because the count, where it lies on the device, is read before they are
   allocated; while it travels, `select` runs. Large ones exist for some heads at a time (STREAM_BYTES).
-- With padding, each item is cut to its valid range, which `valid_ranges` has told the host once for all layers: so the mask
-  of ones that every tokenizer passes costs nothing, and a keep ratio's count is known without asking the device.
+- With padding, each item is cut to its valid range, which `valid_ranges` has told the host once for all layers. So the mask
+  of ones that every tokenizer passes adds no work, and a keep ratio's count is known without asking the device.
 - An item of which everything is kept takes plain causal attention.
 - With `group`, the name of a process group, a coverage is decided by the mean over all heads of its processes (ranks.py).
 - With `floor_window` every row also sees its neighbourhood and the sinks (floor.py); without, rows that are not kept are 0.

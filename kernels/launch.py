@@ -9,8 +9,8 @@ platforms without Triton. Kernels decorated by the stand-in can be defined but n
 `launch` is the only way in which this package launches a kernel; where a compiler traces, the kernel goes into its graph.
 
 A launch costs the host 15 to 30 us, as Triton examines and binds every argument anew, and around its launches a function
-computes strides, alignments and tile sizes and allocates: for the six of a sparse layer .15 to .5 ms of the host's time,
-while 8K tokens take the GPU .45 ms. All of this follows from the arguments' shapes, strides, dtypes and alignment and from
+computes strides, alignments and tile sizes and allocates: for the six of a sparse layer 0.15 to 0.5 ms of the host's time,
+while 8K tokens take the GPU 0.45 ms. All of this follows from the arguments' shapes, strides, dtypes and alignment and from
 the numbers among them. So `remembered` watches a function once for each such signature, notes what it allocates and
 launches, and then replays the notes on other arguments.
 

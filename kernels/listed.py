@@ -1,4 +1,4 @@
-"""Lists of blocks beside a causal mask: what a call of FlexAttention looks at, as far as its graph does not say it.
+"""Lists of blocks beside a causal mask: the part of a FlexAttention call's mask that its graph does not contain.
 
     seen[b, h, q, t] = full[b, h, i, j] + partial[b, h, i, j] * allowed[b, q, t]          i = q // rows, j = t // columns
     allowed[b, q, t] = t <= positions[q] and padding[b, t];          positions[q] is q + Lk - Lq where no tensor says it
@@ -7,9 +7,9 @@
     int32 [B', H', I, J], of which the first num_blocks count; B' in (1, B), H' in (1, H); I * rows >= Lq
 
 A BlockMask carries both a function of positions and these lists, and whoever makes one by hand (`BlockMask.from_kv_blocks`)
-may list fewer blocks than the function allows. The lists are numbers of the moment. So `listed` compares them, once for all
-layers of a graph, and tells the host whether seen and allowed are one; the call then is what its function says. If they are
-not, `as_listed_` computes the output by the lists, with a mask [B', H', some rows, Lk] at a time.
+may list fewer blocks than the function allows. The lists are known only when the graph runs. So `listed` compares them, once
+for all layers of a graph, and tells the host whether seen and allowed are one; the call then is what its function says. If
+they are not, `as_listed_` computes the output by the lists, with a mask [B', H', some rows, Lk] at a time.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@
     p(i) = i + Lk - Lq: the queries are the last Lq of Lk positions, all of them or a chunk behind a cache
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
-A row that may look nowhere (no valid token at or before it) is 0, which is what SDPA gives for a boolean mask. With
+A row that may attend to no token (no valid token at or before it) is 0, which is what SDPA gives for a boolean mask. With
 `mean_rows` it is the mean of value over all Lk keys, which is what softmax gives where a mask added a finite
 -3.4e38 to every logit. Both are what the model computed before, pad rows included.
 
 What the padding leaves of the computation is decided from `valid_ranges`, which costs one host synchronisation for a whole
 graph, since all layers share a padding mask:
 
-    all valid             one causal call, at the price of no mask at all
-    one range [s, e)       rows in [s, e): causal behind s;  rows from e: all of [s, e);  rows before s: nowhere
+    all valid             one causal call without a mask
+    one range [s, e)       rows in [s, e): causal behind s;  rows from e: all of [s, e);  rows before s: no token
     valid tokens apart    chunks of query rows, each with the [rows, keys] boolean mask of its own
 
 Neighbouring items with equal valid ranges share their calls. Key and value heads are never repeated: where a kernel takes
@@ -121,7 +121,7 @@ def padded_attention_aten(
 
 
 def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
-    """Rows that may look nowhere: the mean of values, or 0."""
+    """Rows that may attend to no token: the mean of values, or 0."""
     if output.shape[2] == 0:
         return
     if value is not None:

@@ -1,6 +1,6 @@
 """Token Sparse Attention in plain PyTorch: the oracle that every kernel is tested against.
 
-One function per op and one for the whole layer, written for the eye: loops over batch items and heads, slices where
+One function per op and one for the whole layer, written to be read: loops over batch items and heads, slices where
 the kernels use masks. Nothing here is fast, and nothing shares code with the implementations that it checks.
 
     score             where does the window of the last queries look?          [B,H,L]
@@ -39,7 +39,7 @@ def mean_of_rows(weights: Tensor) -> Tensor:
 
 
 def largest_of_rows(weights: Tensor) -> Tensor:
-    """What any of the window's rows [rows, n] looks at, so that most of them cannot drown a few: [n]."""
+    """The largest weight that any of the window's rows [rows, n] gives each candidate: [n]."""
     return weights.amax(dim=-2)
 
 
@@ -59,7 +59,7 @@ def score(
     `reduce` makes one row [n] of the window's [rows, n]: "mean", "max", or a function. With `value` [B,G,L,Dv] a score is
     multiplied by the length of the token's value.
 
-    A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, which are why, and 0 to the others.
+    A query whose softmax is NaN gives NaN to the keys whose logits are NaN or +inf, the cause, and 0 to the others.
     """
     batch, heads, seq_len = *query.shape[:2], key.shape[2]
     past, group = seq_len - query.shape[2], heads // key.shape[1]
@@ -175,7 +175,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scal
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query key^T, over `allowed`) value for one head; a row that may look nowhere is 0."""
+    """softmax(scale * query key^T, over `allowed`) value for one head; a row that may attend to no token is 0."""
     logits = (scale * _wide(query) @ _wide(key).T).masked_fill(~allowed, -math.inf)
     weights = logits.softmax(dim=-1).masked_fill(~allowed, 0.0)
     return (weights @ _wide(value)).to(value.dtype)
@@ -224,7 +224,7 @@ def _among(selected: Tensor) -> Tensor:
 
 
 def attention_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Dense attention under any mask [B,H,L,L]; a row that may look nowhere is 0: [B,H,L,Dv]."""
+    """Dense attention under any mask [B,H,L,L]; a row that may attend to no token is 0: [B,H,L,Dv]."""
     batch, heads, _, _ = query.shape
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     for b in range(batch):
@@ -252,7 +252,7 @@ def padded_attention(
 ) -> Tensor:
     """Dense attention of the last Lq of Lk positions under (kv <= q + Lk - Lq) & padding[b, kv]: [B,H,Lq,Dv].
 
-    A row that may look nowhere (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all Lk
+    A row that may attend to no token (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all Lk
     keys: what a softmax over equal, finitely masked logits gives.
     """
     batch, heads, rows, _ = query.shape

@@ -1,6 +1,6 @@
 """The block selectors in plain PyTorch: which key blocks each query block computes, as the papers say it.
 
-As in reference.py: written for the eye, with loops, sharing no code with what it checks. Each returns a mask bool
+As in reference.py: written to be read, with loops, sharing no code with what it checks. Each returns a mask bool
 [B, H, Q, Q] of blocks of `block` rows; rows from `count` on are no queries and no keys. What is computed of such blocks,
 `keys_of` says, and what it means under a floor, `floor_mask`.
 """

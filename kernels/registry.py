@@ -17,8 +17,8 @@ Adding a kernel takes one `register` call and nothing in this package changes:
 
     register(AttentionKernel("flash3", run, supports, priority=50))
 
-From then on `TSAConfig(kernel="flash3")` asks for it by name, and "auto" takes it where it fits and nothing of a higher
-priority does.
+From then on `TSAConfig(kernel="flash3")` names it, and "auto" takes it where it fits and no kernel of a higher priority
+does.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ _registry: dict[str, AttentionKernel] = {}
 
 
 def register(kernel: AttentionKernel) -> AttentionKernel:
-    """Add a kernel under its name; KernelError if the name is taken or is "auto".
+    """Add a kernel under its name; KernelError if it is no AttentionKernel, or if the name is taken or is "auto".
 
     The same function once more, as from a notebook's cell that is run again, replaces the kernel, with a TSAWarning.
     """
+    if not isinstance(kernel, AttentionKernel):
+        raise KernelError(
+            f"a {type(kernel).__name__} is no kernel: register(AttentionKernel(name, run, supports, priority=...))"
+        )
     if kernel.name in _registry and _same_function(kernel, _registry[kernel.name]):
         said = f"attention kernel {kernel.name!r} was registered before by the same function: the new one replaces it"
         warnings.warn(said, TSAWarning, stacklevel=2)

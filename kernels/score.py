@@ -10,9 +10,9 @@
     -> scores float32 [B,H,L], contiguous: +inf at the window's tokens (the last W_b = min(window, n_b) valid ones),
     -inf at invalid tokens, and at the candidates what the formula says, or NaN.
 
-A row of the window whose softmax is NaN (a logit is NaN or +inf, or all are -inf) weighs nothing, but makes NaN the raw
-scores of candidates whose own logits there are NaN or +inf. Their scores are NaN too, and the pooling takes them for 0. So
-no computation makes a score infinite, as only the window and padding are, and NaN names the tokens that are at fault.
+A row of the window whose softmax is NaN (a logit is NaN or +inf, or all are -inf) has weight 0, and the candidates whose own
+logits in it are NaN or +inf get NaN as raw score. Their scores are NaN too, and the pooling takes them for 0. So no
+computation makes a score infinite, which only the window and padding are, and NaN marks the tokens that are at fault.
 
 On CUDA this is attention's first half, computed twice, because W x L weights are too many to keep:
 
@@ -27,8 +27,8 @@ W = 128 in bfloat16: 0.5 GB of keys, 48 MB of scores, 0.27 TFLOP. The order of e
 the same for every batch item, so the result is reproducible and an item scores alone as it does in a batch. Only the
 device knows how many tokens are valid: with padding, the window's rows are found there.
 
-The publication takes the mean. Where a short question stands in a window of 128 rows, most rows ask nothing and weigh as
-much; the maximum hears it (benchmarks/results/scores.md), at the same cost.
+The publication takes the mean, in which the rows of a short question weigh no more than the other rows of the window. With
+the maximum they count in full, at the same cost (benchmarks/results/scores.md).
 
 Method: Token Sparse Attention, arXiv 2602.03216; the two passes follow FlashAttention (arXiv 2205.14135) and its
 split over the keys Flash-Decoding.
@@ -298,7 +298,7 @@ def score(
 ) -> Tensor:
     """Scores [B,H,L] float32 of every token; `reduce`, over the window's rows: "mean" or "max".
 
-    ValueError where shapes or options cannot be meant.
+    ValueError where shapes do not fit or an option is not allowed.
     """
     _check(query, key, padding, window, pool, reduce)
     return _compute(query, key, padding, scale, window, pool, reduce)

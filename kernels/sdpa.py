@@ -2,7 +2,7 @@
 
     run(query [B, H, C, D], key [B, Hk, C, D], value [B, Hk, C, Dv], scale) -> causal attention over all rows, [B, H, C, Dv]
 
-Which of them fits a request torch is asked, as versions and devices differ.
+torch is asked which of them fits a request, because this differs between versions and devices.
 """
 
 from __future__ import annotations

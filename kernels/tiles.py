@@ -220,7 +220,7 @@ def diagonal(
     b_query, b_acc, b_max, b_sum, key, value, start_m, count, scale_log2,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the rows' own block: row i sees keys up to i, and nobody those from `count` on.
+    """The tiles of the rows' own block: row i sees keys up to i, and no row sees keys from `count` on.
 
     If `count` cuts them, by pointers, because TMA would fetch what lies behind it: a weight of 0 times NaN is NaN.
     """

@@ -1,4 +1,4 @@
-"""The functional ATen form of a graph: what every reader reads, however the model spelled it.
+"""The functional ATen form of a graph: what every reader reads, however the model was written.
 
     before   m = x.where(c, y); F.relu(m, True); o = F.scaled_dot_product_attention(q, k, v, m)      the graph as traced
     after    where = aten.where.self(c, x, y); relu = aten.relu_.default(where)                      beside it, read only
@@ -75,7 +75,7 @@ class AtenGraph:
         return since < until and not any(since < write < until for write in writes)
 
     def is_pure(self, node: Node) -> bool:
-        """Whether a node of the graph may go where nobody reads it. Nodes that passes insert are pure."""
+        """Whether a node of the graph may go where nothing reads it. Nodes that passes insert are pure."""
         return node.op in ("call_function", "call_method") and node not in self.impure
 
     def writers(self, node: Node) -> list[Node]:

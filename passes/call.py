@@ -1,4 +1,4 @@
-"""`AttentionCall`, the one normal form of an attention call, into which `find.py` reads every spelling of it.
+"""`AttentionCall`, the one normal form of an attention call, into which `find.py` reads every way of writing it.
 
 softmax(scale * query key^T, where the masks allow) value          query [B,H,Lq,D], key [B,G,Lk,D], value [B,G,Lk,Dv]
 """

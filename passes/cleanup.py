@@ -1,6 +1,6 @@
 """Removes what only the replaced attention calls needed: masks, repeated heads, written-out scores.
 
-    before   m = le(...); n = and_(m, ...); e = expand(n, ...)     read by nobody any more
+    before   m = le(...); n = and_(m, ...); e = expand(n, ...)     no longer read
     after    (gone)
 
 Only nodes behind a replaced call are looked at, and of these only pure ones: a graph may hold calls for their effect.
@@ -16,7 +16,7 @@ from tsa_compile.passes.graph import readers
 
 
 class RemoveDeadMasks(Pass):
-    """Erases the replaced calls and, transitively, the pure nodes that nobody reads any more."""
+    """Erases the replaced calls and, transitively, the pure nodes that are no longer read."""
 
     optional = True
 

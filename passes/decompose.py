@@ -1,4 +1,4 @@
-"""Opens the one op of a sparse call into its steps, for who looks into them or runs where there is no Python.
+"""Opens the one op of a sparse call into its steps, for passes that read them and for programs without Python.
 
     before   o = tsa.sparse_attention(q, k, v, scale, window, pool, ...)                  without padding
              o = tsa.padded_sparse_attention(q, k, v, padding, valid_ranges, scale, ...)         with padding [B, L]
@@ -23,8 +23,8 @@ other processes have heads too, a coverage is decided by tsa.mean_over_ranks(sco
              ...                                                                          the steps above
              o       = narrow(o, 2, L - Lq, Lq)                                           [B, H, Lq, Dv], copied
 
-The rows of these zeros are computed in vain, among the selected ones and in the neighbourhood: C^2 and L (2 window + sinks)
-products, where dense attention has Lq L. So one form serves whole prompts and chunks.
+The rows of these zeros are computed and not used, among the selected ones and in the neighbourhood: C^2 and L (2 window +
+sinks) products, where dense attention has Lq L. So one form serves whole prompts and chunks.
 
 Exported programs are opened, and what a callable `compiler` is given. Nothing is put together again: whoever wants the one
 op switches the pass off, `TSAConfig(skip_passes=["Decompose"])`.

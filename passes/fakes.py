@@ -62,7 +62,7 @@ def run_node(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def run_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Runs an operator; of `linear`, which a third of the time would go to, only a tensor of the result's shape is made."""
+    """Runs an operator; `linear`, which would take a third of the time, only makes a tensor of that shape."""
     if func is torch.ops.aten.linear.default and not kwargs and all(map(is_plain, tensors_in(args))):
         features, weight = args[:2]
         if not torch.is_autocast_enabled(features.device.type):
@@ -101,7 +101,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a dense tensor, and none of a subclass whose operators do as they like."""
+    """Whether a value is a dense tensor, and none of a subclass, whose operators may do anything."""
     return type(value) in (Tensor, FakeTensor) and value.layout is torch.strided and not value.is_nested
 
 

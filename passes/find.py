@@ -1,6 +1,6 @@
-"""Every attention call of a graph, read into its normal form (call.py), however it was spelled.
+"""Every attention call of a graph, read into its normal form (call.py), however it was written.
 
-    aten.scaled_dot_product_attention.default(q, k, v, m, ...)      however it was spelled                  form "sdpa"
+    aten.scaled_dot_product_attention.default(q, k, v, m, ...)      by any of its names                     form "sdpa"
     matmul(softmax(matmul(q, k.mT) * scale + m), v)                 written out, see eager.py               form "eager"
     flex_attention(q, k, v, score_mod, block_mask)                  its functions read, see flex.py         form "flex"
     fused layers, bodies of higher-order operators                  a row in the report, never rewritten
@@ -226,7 +226,7 @@ def _behind_repeat_interleave(node: Node) -> Node | None:
 
 
 def _behind_expand(node: Node) -> Node | None:
-    """Each step is checked by what it does to the shape, so that any spelling of it is recognised."""
+    """Each step is checked by what it does to the shape, so that any way of writing it is recognised."""
     if node.target not in _RESHAPES:
         return None
     expanded = without_copies(node.args[0])

@@ -47,7 +47,7 @@ _ALIASES = {
 
 
 def op_name(node: Node) -> str:
-    """One name for every spelling of an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`.
+    """One name for every way of writing an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`.
 
     For people and tests; no pass decides by it.
     """

@@ -7,7 +7,7 @@
     layers.0, applied four times                                  unknown     a module has one number for all its calls
     self_attn, of a layer that Dynamo compiles by itself          unknown     its code runs for any layer
 
-A wrong number makes layers sparse that nobody asked for, so a number counts only where it is proven to be the layer's: the
+A wrong number would make the wrong layers sparse, so a number counts only where it is proven to be the layer's: the
 calls of the graph, or the modules that the frame's module holds (`frame.py`), are told apart by it alone. How many layers a
 stack has is read from its container, whose members must be 0, 1, ..., n - 1 without a gap. A model that was cut before it
 was compiled, and kept its first layers only, cannot be told from a model that never had more: it is what it holds.
@@ -126,7 +126,7 @@ def is_whole(graph_module: GraphModule) -> bool:
 
 
 def is_model(graph_module: GraphModule, frame: Frame | None) -> bool:
-    """Whether a graph holds all of what was compiled, as far as anybody can tell."""
+    """Whether a graph holds all of what was compiled, as far as the graph shows."""
     if frame is None:
         return is_whole(graph_module)
     complete = getattr(graph_module, "compile_subgraph_reason", None) is not None  # a part that DDP cut out has none
@@ -279,7 +279,7 @@ def _upper_half(place: Place) -> Reason | None:
 
 
 def not_found(places: list[Place], config: TSAConfig, graph_module: GraphModule, frame: Frame | None) -> str | None:
-    """What to say of layers that were named and are nowhere in the model; None if there are none, or nobody can know.
+    """What to say of layers that were named and are nowhere in the model; None if there are none, or it cannot be known.
 
     A graph that is part of a model need not have them: they count as missing if no module of the model is named so. A
     stage of a pipeline has some of the layers too, so this is never an error.

@@ -8,7 +8,8 @@
              "triton"  tsa_triton.score, ...: the same steps as triton_ops, which a compiler opens into our kernels (CUDA)
 
 No shape depends on data before, and none does afterwards: lengths and batch stay as symbolic as they were, the count stays
-on the device, and all C rows are attended to, those behind the count in vain. A capacity, or KeepRatio, makes C smaller.
+on the device, and all C rows are attended to, although those behind the count are not used. A capacity, or KeepRatio, makes
+C smaller.
 
 With a floor, "aten" and ONNX's standard operators take its two steps in one, as their attention gives no log-sum-exp:
 

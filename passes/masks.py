@@ -1,6 +1,6 @@
 """What a mask means, inferred from the graph that builds it.
 
-    before   arange, <=, &, x[b, kv], expand, where ...  ->  [B, 1, L, L] tensor   (nobody knows what it says)
+    before   arange, <=, &, x[b, kv], expand, where ...  ->  [B, 1, L, L] tensor   (its meaning is not known)
     after    MaskInfo(kind=CAUSAL_PADDING, padding=attention_mask[b, kv] != 0)
 
 The mask is evaluated at the symbolic position (b, h, q, kv) (`symbolic.py`), which gives a formula of what is allowed
@@ -255,7 +255,8 @@ class _Reading:
         band = all(_at_least_zero(bound) for bound in upper) and all(_at_least_zero(-bound) for bound in lower)
         query = f"q + {past}" if past != 0 else "q"
         said = " and ".join(
-            [f"kv <= {query} + {bound}" for bound in upper] + [f"kv >= {query} - {-bound}" for bound in lower]
+            [f"kv <= {query}" + (f" + {bound}" if bound != 0 else "") for bound in upper]
+            + [f"kv >= {query} - {-bound}" for bound in lower]
         )
         if len(upper) == len(lower) == 1 and not upper[0].is_number and sympy.expand(upper[0] - lower[0]).is_nonnegative:
             width = sympy.expand(upper[0] - lower[0]) + 1  # in a cache that holds no more, wherever that begins

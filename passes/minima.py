@@ -1,7 +1,7 @@
 """Minima of sizes, for exports with torch 2.11 and 2.12: min(16 L, 32 L) is 16 L.
 
     before   stride = Min(16*s, 32*s)        of repeated heads, `x[:, :, None].expand(...).reshape(...)`
-             is it 16*s?                     nobody knows: a guard, and torch.export refuses the range of lengths
+             is it 16*s?                     not known: a guard, and torch.export refuses the range of lengths
     after    stride = 16*s
 
 torch simplifies such a minimum by itself from 2.13 on, and is left alone there. Before, models with grouped heads could not

@@ -130,7 +130,7 @@ def may_change_a_shape(func: Any) -> bool:
 
 
 def is_attention(target: Any) -> bool:
-    """Whether an operator is somebody's attention by its name: enough for a row in the report, never for a rewrite."""
+    """Whether an operator is attention by its name: enough for a row in the report, never for a rewrite."""
     name = target.name() if isinstance(target, OpOverload) else getattr(target, "__name__", "")
     return not str(name).startswith("tsa::") and any(word in str(name) for word in _ATTENTION_WORDS)
 

@@ -129,7 +129,7 @@ class PlanCalls(Pass):
             plan.decision = Decision.KERNEL
         plan.reason, plan.detail = reason, detail
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
-            return plan.keep(reason, detail or "it stays as it is: a row that may look nowhere is NaN in it")
+            return plan.keep(reason, detail or "it stays as it is: a row that may attend to no token is NaN in it")
         try:
             plan.kernel = kernel_of(*_operands(plan), plan.decision, plan.config)
         except KernelError as error:  # a kernel that was asked for by name and does not fit this call

@@ -4,8 +4,8 @@
     after    the same graph, and beside it its AtenGraph (aten.py)
 
 The graph is run once on its fake values, and every operator that it reaches is recorded before autograd, autocast and
-decompositions: which overload it is, with all its arguments. A function is what it does, not what its name says; methods,
-operators of Python, numpy's functions and functions of the user all become the operators behind them.
+decompositions: which overload it is, with all its arguments. A function is recorded by what it does, not by its name:
+methods, operators of Python, numpy's functions and functions of the user all become the operators behind them.
 
 What cannot be recorded (a higher-order operator, a node that fails) is an unknown value, and is taken to write to all of
 its inputs.

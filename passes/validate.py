@@ -1,4 +1,4 @@
-"""A second line behind the proofs: each accepted call is computed twice on small random inputs, and must agree.
+"""A second check besides the proofs: each accepted call is computed twice on small random inputs, and must agree.
 
     original      the graph's own nodes behind the call, run as they are: mask, repeated heads, written-out products
     normal form   softmax(scale * q k^T where kv <= q + Lk - Lq and padding[b, kv]) v, in float64, of the same inputs

@@ -1,4 +1,4 @@
-"""What must hold for a graph when the passes are through with it; a violation is a bug in a pass and raises.
+"""What must hold for a graph when all passes have run; a violation is a bug in a pass and raises.
 
 The shape, dtype, device and strides of each replacement are held against the original where it is made (`layout.py`).
 Here: the graph is well formed, nothing reads a replaced call, and no new node reads a mask that was proven away.

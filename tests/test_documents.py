@@ -163,6 +163,7 @@ def test_option_table_names_every_option_and_its_default():
         ("accuracy", "pretrained"),
         ("chunks", "prefill-h100_chunks"),
         ("compile-time", "compile-time"),
+        ("vllm", "vllm"),
     ],
 )
 def test_tables_are_those_of_the_last_runs(name, file):
@@ -175,7 +176,6 @@ FRONT = {
     "eager PyTorch": ("eager", "reference"),
     "torch.compile": ("torch.compile", "as eager"),
     "`tsa`, exact": ('backend="tsa", exact', "as eager"),
-    "`tsa`, keep 0.3 in the upper half": ('backend="tsa", keep 0.3 in the upper half', "floor, keep 0.3, upper half, max"),
     "`tsa`, keep 0.15 in the upper half (default)": (
         'backend="tsa", keep 0.15 in the upper half',
         "floor, keep 0.15, upper half, max",

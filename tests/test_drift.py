@@ -244,7 +244,9 @@ class TestLayers:
         assert find_layers(Outer(), tokens(1, 4)).names == ("layers.0", "layers.1")
 
     @pytest.mark.parametrize(
-        "net", [nn.Embedding(VOCAB, 8), Net(layers=0), Net(repeat=2)], ids=["none", "empty", "repeated"]
+        "net",
+        [nn.Embedding(VOCAB, 8), nn.Linear(8, 8), Net(layers=0), Net(repeat=2)],
+        ids=["none", "takes no token ids", "empty", "repeated"],
     )
     def test_no_layers(self, net):
         with pytest.raises(ConfigError, match="no decoder layers"):

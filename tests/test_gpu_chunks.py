@@ -68,8 +68,8 @@ def test_a_chunk_takes_no_memory_for_its_mask():
 
 
 def test_chunks_cost_what_the_whole_prompt_does():
-    """32K tokens in chunks of 8K, exact: at most a tenth more than one causal call."""
-    length, size = 32768, 8192
+    """64K tokens in chunks of 8K, exact: at most a tenth more than one causal call."""
+    length, size = 65536, 8192
     query, key, value = chunk_of(length, length)
     parts = [(query[:, :, i : i + size], key[:, :, : i + size], value[:, :, : i + size]) for i in range(0, length, size)]
 

@@ -204,7 +204,7 @@ def test_what_is_not_allowed_is_named(model, changes, said):
 
 
 def test_options_of_the_other_objective_are_named(model):
-    with pytest.raises(ConfigError, match="max_kl go with objective='loss'"):
+    with pytest.raises(ConfigError, match="max_kl: objective='drift' has no such option"):
         calibrate(model, PROMPTS, max_kl=0.1)
     with pytest.raises(ConfigError, match="objective='mean'"):
         calibrate(model, PROMPTS, objective="mean")

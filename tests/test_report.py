@@ -51,7 +51,7 @@ class TestReasons:
         assert Reason.DROPOUT.remedy and Reason.SPARSE.remedy is None
 
     def test_said_with_what_was_found_and_what_to_do(self):
-        assert Reason.DROPOUT.said("dropout 0.1").startswith("DROPOUT: The attention uses dropout. (dropout 0.1)  Call")
+        assert Reason.DROPOUT.said("dropout 0.1").startswith("DROPOUT: The attention uses dropout. (dropout 0.1) Call")
         assert Reason.NOT_CAUSAL.said() == "NOT_CAUSAL: The attention is not causal."
 
     def test_codes_are_their_own_text(self):

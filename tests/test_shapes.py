@@ -151,10 +151,18 @@ def test_a_model_that_looks_at_values_needs_weights(monkeypatch):
 @pytest.mark.gpu
 def test_a_shape_on_the_gpu():
     config = model_config("small", layers=2)
-    before = memory.free_bytes("cuda")
     model = build(config, "cuda", torch.bfloat16)
     ids = prompts(config, 1, 300, "cuda")
     found = explain_weightless(config, 300, CONFIG, device="cuda", dtype=torch.bfloat16)
     real = explain(model, input_ids=ids, attention_mask=torch.ones_like(ids), config=CONFIG)
     assert found.to_dict() == real.to_dict()
-    assert 0 < memory.free_bytes("cuda") < before
+
+
+@pytest.mark.gpu
+def test_free_memory_counts_what_pytorch_holds_without_using_it(monkeypatch):
+    torch.empty(2**20, device="cuda")
+    assert 0 < memory.free_bytes("cuda") <= torch.cuda.mem_get_info()[1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))  # other processes change the real one meanwhile
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert unused > 0
+    assert memory.free_bytes("cuda") == 7 + unused

@@ -17,8 +17,8 @@ import re
 
 import torch
 
-from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError
+from tsa_compile.config import TSAConfig, given
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.kernels import registry
 from tsa_compile.report import RewriteReport
 
@@ -42,9 +42,7 @@ def register(config: TSAConfig | None = None, *, name: str = "tsa") -> str:
         KernelError: the configuration names a kernel that is not registered.
         ImportError: transformers is not installed.
     """
-    config = TSAConfig() if config is None else config
-    if not isinstance(config, TSAConfig):
-        raise ConfigError(f"config={config!r} is not allowed: register() takes a TSAConfig, or None for the defaults")
+    config = given(config, "register")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or any(taken in name for taken in _TAKEN):
         raise ConfigError(
             f"name={name!r} is not allowed: it must be letters, digits, '.', '-' and '_', and may not contain "
@@ -64,6 +62,7 @@ def report(model: torch.nn.Module) -> RewriteReport:
 
     Without a prefill, or with another attention implementation, there are no rows.
     """
+    check_type("model", model, torch.nn.Module, "a model of transformers")
     from tsa_compile.engines.transformers import report_of
 
     return report_of(model)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tsa_compile.config import Coverage, TSAConfig
-from tsa_compile.errors import ConfigError
+from tsa_compile.config import Coverage, TSAConfig, given
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
 from tsa_compile.report import reports
@@ -151,9 +151,10 @@ def bench(
         progress: is told about every step.
 
     Raises:
-        ConfigError: a mode that does not exist, or no lengths.
+        ConfigError: no model, no configuration, a mode that does not exist, or no lengths.
     """
-    config = TSAConfig() if config is None else config
+    config = given(config, "bench")
+    check_type("model", model, torch.nn.Module, "a causal language model of transformers")
     lengths = check_request(lengths, modes, rounds)
     steps = 2 * len(modes)
     rows: list[Measurement] = []

@@ -42,7 +42,7 @@ def check_int(option: str, value: object, minimum: int, *, optional: bool = Fals
 
 @dataclass(frozen=True)
 class Coverage:
-    """Drop the least-scored tokens whose scores sum up to `tau` of the mass: the budget adapts to the input.
+    """Drop the least-scored tokens that make up the share `tau` of all scores: how many are kept depends on the input.
 
     `tau` lies in [0, 1); 0 keeps every token. The published setting is 0.005.
     """
@@ -59,7 +59,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class KeepRatio:
-    """Keep the fraction `ratio` of the candidates, whatever their scores: the budget is a static shape expression.
+    """Keep the share `ratio` of the tokens before the window: how many are kept follows from the length alone.
 
     `ratio` lies in [0, 1]; 1 keeps every token, 0 the window and `min_tokens`.
     """
@@ -101,7 +101,7 @@ class Floor:
     """Every row sees its neighbourhood: the last `window` tokens up to itself, and the item's first `sinks` tokens.
 
     A selected row sees the selected tokens as well, in one softmax. Without a floor the rows that are not selected become 0,
-    as published, which costs a pretrained model most of what it should find (docs/semantics.md).
+    as published. With that, a small pretrained model lost 24 to 55 points on tasks that ask for a fact (docs/accuracy.md).
     """
 
     window: int = 256

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError, TSAWarning
+from tsa_compile.errors import ConfigError, TSAWarning, check_type
 from tsa_compile.fingerprint import Fingerprint, text_config, unwrapped
 from tsa_compile.saved import Saved
 
@@ -57,8 +57,7 @@ def device_of(model: nn.Module) -> torch.device:
     Raises:
         ConfigError: it is no model, no decoder, or has no weights.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {type(model).__name__}: pass a causal language model, a torch.nn.Module")
+    check_type("model", model, nn.Module, "a causal language model, a torch.nn.Module")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConfigError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are calibrated")
     devices = [parameter.device for parameter in model.parameters()]

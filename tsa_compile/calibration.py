@@ -34,7 +34,7 @@ from tsa_compile.progress import Progress, bar
 class Calibration(Calibrated):
     """The drift of each decoder layer of one model, and which of them are sparse at `delta`.
 
-    `dataclasses.replace(calibration, delta=0.25)` asks for other layers without measuring again.
+    `dataclasses.replace(calibration, delta=0.25)` chooses other layers without measuring again.
     """
 
     FORMAT = "tsa_compile.calibration/1"
@@ -110,7 +110,7 @@ class Calibration(Calibrated):
 
         Raises:
             ConfigError: no file can be written there, or the suffix names no format.
-            WriteError: it could not be written whole; what was there is as it was.
+            WriteError: it could not be written whole; a file that was there is unchanged.
             ImportError: matplotlib is missing.
         """
         figure = new_figure(figsize=(max(6.0, len(self.layers) / 4), 3.5), layout="constrained")
@@ -173,7 +173,9 @@ def calibrate(
     if objective != "drift":
         raise ConfigError(f"objective={objective!r} is not allowed: it must be 'drift' or 'loss'")
     if search:
-        raise ConfigError(f"{', '.join(search)} go with objective='loss', found objective='drift'")
+        raise ConfigError(
+            f"{', '.join(search)}: objective='drift' has no such option; max_kl, ratios, config and answer are for 'loss'"
+        )
     return _by_drift(model, prompts, _share(delta), tokenizer, progress, batch_size)
 
 

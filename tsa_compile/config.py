@@ -92,8 +92,8 @@ class TSAConfig:
         window: the last tokens, always kept, whose attention scores all others.
         floor: what every row sees, whether it was selected or not, `Floor(window, sinks)`; None: rows that were not selected
             become 0, as published.
-        score: how the attention that the window's rows pay to a token becomes its score: their "max", which hears a question
-            shorter than the window, or their "mean", as published.
+        score: how the attention that the window's rows pay to a token becomes its score: "max" over the rows, so that a
+            question of fewer rows than the window has counts in full, or their "mean", as published.
         pool: width of the average pooling over the scores; odd.
         min_tokens: at least this many tokens are kept besides the window.
         layers: which layers are sparse: None for the upper half, indices, or glob patterns on module names
@@ -243,6 +243,15 @@ class TSAConfig:
         values = _read_json(source)
         _check_names(values, OPTIONS)
         return cls().replace(**values)
+
+
+def given(config: object, function: str) -> TSAConfig:
+    """The configuration that a function was called with, for None the defaults; ConfigError for anything else."""
+    if config is None:
+        return TSAConfig()
+    if not isinstance(config, TSAConfig):
+        raise ConfigError(f"config={config!r} is not allowed: {function}() takes a TSAConfig, or None for the defaults")
+    return config
 
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(TSAConfig))

@@ -56,7 +56,8 @@ def find_layers(model: nn.Module, ids: Tensor) -> LayerStack:
         for layer, probe in watched.items():
             hooks.enter_context(layer.register_forward_pre_hook(probe.before, with_kwargs=True))
             hooks.enter_context(layer.register_forward_hook(probe.after, with_kwargs=True))
-        call(_runner(model, None), ids, None)
+        if lists:  # or nothing can be found, and what the model is given may not be what it takes
+            call(_runner(model, None), ids, None)
     found = {name: layers for name, layers in lists.items() if all(watched[layer].is_layer for layer in layers)}
     if not found:
         raise ConfigError(

@@ -21,11 +21,17 @@ class KernelError(TSAError, RuntimeError):
 
 
 class WriteError(TSAError, OSError):
-    """A file could not be written whole, as on a full disk; what was there before is as it was."""
+    """A file could not be written whole, as on a full disk; a file that was there before is unchanged."""
 
 
 class TSAWarning(UserWarning):
     """Something that was asked for did not happen; the computation is still right."""
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raises ConfigError unless an argument is of a type; `wanted` is what to pass instead."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is a {type(value).__name__}: pass {wanted}")
 
 
 def unknown_shape(name: str, shapes: Iterable[str]) -> ConfigError:

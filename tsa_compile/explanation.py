@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.expected import with_expectations
-from tsa_compile.errors import TSAWarning
+from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.pipeline import run_passes
 from tsa_compile.report import RewriteReport
 
@@ -30,26 +30,28 @@ def explain(
 
     The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form:
     dense, and without L x L masks where they are proven causal. Nothing is compiled and nothing is recorded. Like
-    `torch._dynamo.explain` it resets Dynamo: what was compiled before compiles anew at its next call.
+    `torch._dynamo.explain` it resets Dynamo: what was compiled before is compiled again at its next call.
 
     Args:
         model: a module or function.
         args, kwargs: its inputs.
         config: what would be passed to the backend; the defaults if None.
         device: whose costs give the expected time of each call, dense and as decided: a device, costs, or the name of a
-            measured device ("h200", "h100"). If None, the CUDA device that the inputs are on; on a CPU no times are
-            expected. Which calls are long enough to become sparse is decided for it as well; a CPU, of whose speed nothing
-            is known, makes calls of any length sparse.
+            measured device ("h200", "h100"). If None, the CUDA device that the inputs are on. It also decides which calls
+            are long enough to become sparse. CPUs have no costs: no times are expected there, and calls become sparse at
+            any length at which tokens can be dropped.
 
     Returns:
         A report over all graphs that the call consists of. `print` shows it as a table, `to_json()` as data.
 
     Raises:
-        ConfigError: `device` or a value of `config` is not allowed.
+        ConfigError: `model` cannot be called, or `config`, a value in it or `device` is not allowed.
     """
+    if not callable(model):
+        raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
+    config = given(config, "explain")
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
     decider = None if device is None or _is_cpu(device) else costs
-    config = TSAConfig() if config is None else config
     seen: list[RewriteReport] = []
     devices: list[torch.device] = []
 

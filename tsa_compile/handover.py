@@ -4,7 +4,7 @@
     options["budget"] = KeepRatio(0.1)                   this changed what was asked for above, and
     torch.compile(f, backend="tsa", options=options)     this ran what was compiled there
 
-So torch gets a copy, in the one form that all spellings of the same options share: {"config": TSAConfig}.
+So torch gets a copy, in the one form that stands for the same options however they were given: {"config": TSAConfig}.
 
 With caching_precompile (TORCH_CACHING_PRECOMPILE=1) torch.compile installs what any process compiled for a function of that
 name and line, before a backend is asked and whatever its name and options were. It is bypassed: nothing of this backend

@@ -51,7 +51,7 @@ class LossCalibration(Calibrated):
         saved: the share of the pairs of queries and keys, of all layers, that the choice leaves out of selected attention.
         tokens: how many tokens the answers have, all together.
         prompts, length: how many prompts were used, and how many tokens they have on average.
-        base: the other options that were measured with: the configuration without its layers and budgets.
+        base: the configuration that was measured, without its layers and budgets.
     """
 
     FORMAT = "tsa_compile.loss_calibration/1"

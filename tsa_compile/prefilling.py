@@ -3,8 +3,7 @@
     model(ids [B, 8192])    the compiled model: attention is rewritten and reported
     model(ids [B, 1])       the model itself: nothing is traced, compiled or reported
 
-`model.compile(backend="tsa")` compiles both: each decode step that Dynamo has no code for yet costs a compilation, and gains
-nothing from this backend.
+`model.compile(backend="tsa")` compiles both, although decode steps gain nothing from this backend.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile.backend import tsa_backend
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import TSAConfig, given
 from tsa_compile.errors import ConfigError
 from tsa_compile.passes.plan import FEW_QUERIES
 
@@ -91,12 +90,10 @@ def prefill(
         model replaces the first.
 
     Raises:
-        ConfigError: an argument is not allowed, or the model is compiled already. From a call of the model: no tensor of it
-            has a length, so that nothing tells a prompt from a decode step.
+        ConfigError: an argument is not allowed, or the model is compiled already. A later call of the model raises it as
+            well if none of its tensors has a length, which tells a prompt from a decode step.
     """
-    config = TSAConfig() if config is None else config
-    if not isinstance(config, TSAConfig):
-        raise ConfigError(f"config={config!r} is not allowed: prefill() takes a TSAConfig, or None for the defaults")
+    config = given(config, "prefill")
     _check(model)
     handle = Prefill(model, config, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = handle

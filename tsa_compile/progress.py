@@ -14,7 +14,7 @@ Progress = Callable[[str, float, int | None], None]
 
 @contextmanager
 def bar(shown: bool = True, console: Console | None = None, **options: Any) -> Iterator[Progress]:
-    """Steps may be fractions; where nobody knows how many there are, that is None.
+    """Steps may be fractions; the number of all steps is None where it is not known.
 
     Args:
         options: of rich's `Progress`.

@@ -53,7 +53,7 @@ class Reason(StrEnum):
     def said(self, detail: str = "") -> str:
         """The code, what was found, and what can be done."""
         found = f"{self}: {self.explanation}" + (f" ({detail})" if detail else "")
-        return "  ".join(filter(None, (found, self.remedy)))
+        return " ".join(filter(None, (found, self.remedy)))
 
 
 EXPLANATIONS: dict[Reason, str] = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.text import as_text, number, spans, wrapped
 
@@ -27,10 +28,10 @@ MAX_REPORTS = 256
 class CallRow:
     """One attention call.
 
-    Shapes hold an int per static dimension and the expression's text per symbolic one. `mask` says what the mask was
-    proven to be, `form` how the model spelled the call ("sdpa", "eager"), `kernel` what runs it now. `expected_dense_ms` and
-    `expected_ms` are what a cost model expects the call to take dense and as decided, where a device's costs were asked for.
-    `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
+    Shapes hold an int for each static dimension and the expression's text for each symbolic one. `mask` is what the mask was
+    proven to be, `form` how the model computes attention ("sdpa", "eager"), `kernel` what runs the call now. Where a
+    device's costs were asked for, `expected_dense_ms` and `expected_ms` are the expected times of the call, dense and as
+    decided. `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
     """
 
     index: int
@@ -172,9 +173,12 @@ class RewriteReport:
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> RewriteReport:
-        """Reads what `to_json` or `to_dict` wrote."""
-        values = json.loads(text) if isinstance(text, str) else text
-        return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
+        """Reads what `to_json` or `to_dict` wrote; ConfigError for anything else."""
+        try:
+            values = json.loads(text) if isinstance(text, str) else text
+            return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"no report can be read ({error!r}): pass what RewriteReport.to_json wrote") from error
 
     def narrow(self, width: int) -> str:
         """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""

@@ -54,7 +54,7 @@ class Saved(ABC):
 
         Raises:
             ConfigError: no file can be written there.
-            WriteError: it could not be written whole; what was there is as it was.
+            WriteError: it could not be written whole; a file that was there is unchanged.
         """
         write(path, json.dumps(self.to_dict(), indent=1) + "\n", folders=self.FOLDERS)
 

@@ -141,7 +141,7 @@ def explain_weightless(
 ) -> RewriteReport:
     """`explain` for a transformers configuration: tensors have shapes, dtypes and devices, but no memory.
 
-    What is decided hangs on these alone, so the report is that of the real model. An `attention_mask` of ones is passed, as
+    Decisions depend on these alone, so the report is that of the real model. An `attention_mask` of ones is passed, as
     every tokenizer does. With `costs` it is decided for the device that has them, which need not be there.
 
     Raises:

@@ -3,19 +3,19 @@
 Or which diagonals and columns: these vertical_slash.py computes.
 
     kernel              selector                          options and their defaults
-    "flashprefill"      flashprefill.flashprefill_lists   alpha .1, sinks 2, window 4, last 2
-    "xattention"        xattention.xattention_lists       stride 16, mass .9
-    "flexprefill"       flexprefill.flexprefill_lists     gamma .95, tau .1, min_budget 1024
+    "flashprefill"      flashprefill.flashprefill_lists   alpha 0.1, sinks 2, window 4, last 2
+    "xattention"        xattention.xattention_lists       stride 16, mass 0.9
+    "flexprefill"       flexprefill.flexprefill_lists     gamma 0.95, tau 0.1, min_budget 1024
     "minference"        minference.minference_lists       vertical 1000, slash 6096, or numbers for each head; a_shape None
     "a_shape"           minference.a_shape_lists          sinks 128, window 3968, or numbers for each head
 
-Importing this package registers them as attention kernels, behind all others, so that they run where they are asked for by
-name: `TSAConfig(kernel="xattention")`. The selector sees the compressed rows, reads their number on the device, and chooses
-among the blocks before it. As `dense_kernel` it sees all rows, which is the method alone.
+Importing this package registers them as attention kernels, behind all others, so that they run only where they are named:
+`TSAConfig(kernel="xattention")`. The selector sees the compressed rows, reads their number on the device, and chooses among
+the blocks before it. As `dense_kernel` it sees all rows, which is the method alone.
 
 Variants are registered under names of their own, and so is any function that makes lists:
 
-    block_sparse("flashprefill.02", flashprefill_lists, alpha=0.02)
+    block_sparse("flashprefill-0.02", flashprefill_lists, alpha=0.02)
 
     def every_fourth(query, key, scale, count):  # blocks of 128 rows: those a multiple of four before each query block
         blocks = torch.arange(-(-query.shape[2] // 128), device=query.device)
@@ -48,8 +48,9 @@ from tsa_compile.kernels.sparse.xattention import xattention_lists
 
 PRIORITY = -20
 STREAM_BYTES = 2**32
-"""Rows of so many bytes at a time: a selector's small launches take as long for few heads. Over .675 of 128K tokens, H = 32,
-D = 128, MInference's 3500 columns and 100 diagonals take 15.9 ms in four streams, 14.3 in one; XAttention 34.8 and 32.5."""
+"""So many bytes of rows at a time: a selector's small launches take as long for few heads. Over 0.675 of 128K tokens,
+H = 32, D = 128, MInference's 3500 columns and 100 diagonals take 15.9 ms in four streams, 14.3 in one; XAttention
+34.8 and 32.5."""
 
 AnySelector = Selector | Callable[..., VerticalSlash]
 

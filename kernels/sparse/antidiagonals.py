@@ -15,7 +15,7 @@ launches:
     _rest      the other tiles, a program each, by pointers; all of them where strides or the GPU rule TMA out
 
 n^2 / s * H * D flops and n^2 / s^2 * H / 2 exponentials. At H = 32, D = 128, n = 128K and stride 16: 4.4 TFLOP, and the
-sums have .5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFLOP: too much for the memory (10 ms) unless
+sums have 0.5 GB. A tile of 128 rows and 256 columns reads 1.5 MB for its 134 MFLOP: too much for the memory (10 ms) unless
 tiles that run together are neighbours (`_place`).
 """
 

@@ -17,9 +17,9 @@ S spans more than float32 does, so its logarithm to base 2 is kept: E[i, j] = lo
 The product is taken as mean * query^T, so that the sum over queries runs along a row, which one quarter of a warp holds.
 At H = 32, D = 128, n = 128K: 0.55 TFLOP, 2.1 G exponentials, 1.5 GB: about 2 ms of an H200's time.
 
-FlashPrefill V2, arXiv 2608.19758, sections 3.2 and 3.4, with its defaults: alpha .1, 2 sinks, a window of 4 blocks, 256 last
-rows. There the heads of a group share a list, of 128 / (H / Hk) positions by as many heads; here each head has its own, of
-128 positions, as in the first version. Nor is there its correction for the blocks left out.
+FlashPrefill V2, arXiv 2608.19758, sections 3.2 and 3.4, with its defaults: alpha 0.1, 2 sinks, a window of 4 blocks, 256
+last rows. There the heads of a group share a list, of 128 / (H / Hk) positions by as many heads; here each head has its own,
+of 128 positions, as in the first version. The correction for the blocks left out is not there.
 """
 
 from __future__ import annotations

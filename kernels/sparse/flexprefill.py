@@ -30,9 +30,9 @@ At H = 32, G = 8, D = 128, n = 128K: 0.27 TFLOP, 1.07 G exponentials and 0.8 GB,
 heads are query-aware 1.4 GB more, and 4 GB from the L2 cache. As written about 2 to 3.5 ms of an H200's time, an estimate
 from parts. 0.3 GB of memory.
 
-FlexPrefill, arXiv 2502.20766, algorithms 1 to 4, with its defaults: gamma .95, tau .1, min_budget 1024. V and S are as
+FlexPrefill, arXiv 2502.20766, algorithms 1 to 4, with its defaults: gamma 0.95, tau 0.1, min_budget 1024. V and S are as
 its published code has them: whole blocks, as heavy as the columns that the paper chooses one by one. A list of every
-block that one of those touches holds most blocks, as few of the many are heavy; this leaves .05 to .16 of them on planted
+block that one of those touches holds most blocks, as few of the many are heavy; this leaves 0.05 to 0.16 of them on planted
 inputs of 32K (benchmarks/sparse_inputs.py). As there, a band stands for the block diagonal at its near end, and query-aware
 heads keep the least V and S. Of P the fewest that reach gamma are chosen, as in the paper, where the code stops one
 short; and bands start at multiples of 128 from the main diagonal also where n is no multiple.

@@ -11,7 +11,7 @@
 Of equal sums the lower column and the nearer diagonal are chosen. At least 30 columns and 50 diagonals are taken, and no
 more than there are rows: with either number at least the length, this is dense attention. An A-shape head takes the first
 `vertical` columns and the nearest `slash` diagonals whatever their sums; if all heads do, a_shape_lists makes the lists
-without a look at query and key. Its window is cut to tiles: each row sees up to 126 keys more than it asks for.
+without query and key. Its window is cut to tiles: each row sees up to 126 keys more than the window has.
 
     _norm, _sums   last_rows.py: A's columns and diagonals                  two reads of key; float32 [B, H, 2, C]
     select         select.py's radix select over all rows of sums           -> int32 [B, H, 2, max(N, M)], ascending
@@ -19,8 +19,8 @@ without a look at query and key. Its window is cut to tiles: each row sees up to
 
 Nothing is added in an order that varies, and nothing read on the host. At H = 32, G = 8, D = 128, n = 128K: 0.14 TFLOP, 0.54
 G exponentials and 0.54 GB for the sums, of 33 MB: no less than 0.4 ms of an H200's time, 0.2 % of dense attention. As
-written about 1.5 ms, estimated from parts: last_rows.py .8, select .2, the ops between them .2, and _cover .2 us for each
-tile, of which there are at most 2048, and 240 to 310 on planted inputs (see vertical_slash.py).
+written about 1.5 ms, estimated from parts: last_rows.py 0.8, select 0.2, the ops between them 0.2, and _cover 0.2 us for
+each tile, of which there are at most 2048, and 240 to 310 on planted inputs (see vertical_slash.py).
 
 Method: MInference 1.0, arXiv 2407.02490, and its published code, with the defaults there: 64 queries, 1000 columns, 6096
 diagonals. There fewer than 100 diagonals are any of the nearest 100; here they are the nearest. A-shape is the mask of
@@ -139,7 +139,7 @@ def minference_triton(
 
     vertical, slash: how many columns and diagonals, for all heads or for each; ValueError for another number of heads.
     a_shape: for each head, whether it takes the first columns and the nearest diagonals; None if no head does.
-    sinks, near: how many columns and diagonals are forced. last: how many rows are asked. splitting: see last_rows.py.
+    sinks, near: how many columns and diagonals are always taken. last: rows of the sums. splitting: see last_rows.py.
     """
     if query.numel() == 0:
         return _empty(query)

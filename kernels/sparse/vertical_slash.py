@@ -21,9 +21,10 @@ distances.
     _attend    a program per 64 queries: tiles, then columns in tiles of 64, then the diagonal
 
 Nothing is read on the host and no length is a constant of the kernel. Lists of blocks of 128, which blocks.py takes,
-would make such patterns dense: on planted inputs (benchmarks/sparse_inputs.py) 1000 columns and 6096 diagonals are .14 of
-the causal keys at 128K in this form (columns: .007), .26 to .33 in blocks of 128; at 32K .61 and .85 to .96. 3500 columns
-and 100 diagonals at 128K: .028 and .13 to .24. At H = 32, D = 128, n = 128K, .13: 18 TFLOP; the columns take 16 MB.
+would make such patterns dense: on planted inputs (benchmarks/sparse_inputs.py) 1000 columns and 6096 diagonals are 0.14 of
+the causal keys at 128K in this form (columns: 0.007), 0.26 to 0.33 in blocks of 128; at 32K 0.61 and 0.85 to 0.96. 3500
+columns and 100 diagonals at 128K: 0.028 and 0.13 to 0.24. At H = 32, D = 128, n = 128K, 0.13: 18 TFLOP; the columns take
+16 MB.
 
 Method: the vertical-slash kernel of MInference, arXiv 2407.02490. It lists tiles for each block of queries, from the
 farthest diagonal on; from the nearest on, it takes as many, and they can be shared.

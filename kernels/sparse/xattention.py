@@ -18,9 +18,9 @@ The smallest S on the list is found bit by bit, as select.py does: the largest n
 the mass. The S of a row stay in the registers of one warp, so that each bit's sum is a few shuffles and no barrier.
 
 At H = 32, D = 128, n = 128K and stride 16 the first takes 4.4 TFLOP, 1/32 of dense attention: at its rate 3 % of its time,
-at stride 8 twice that; `_choose` reads .5 GB.
+at stride 8 twice that; `_choose` reads 0.5 GB.
 
-XAttention, arXiv 2503.16428, with the defaults of its published code: stride 16, mass .9.
+XAttention, arXiv 2503.16428, with the defaults of its published code: stride 16, mass 0.9.
 """
 
 from __future__ import annotations

@@ -25,10 +25,11 @@ from tsa_compile.cli import COMMANDS, main
 from tsa_compile.commands import errors, export, output, texts
 from tsa_compile.commands.bench import MODE_NAMES
 from tsa_compile.commands.loading import DTYPES, Source
-from tsa_compile.commands.options import GPU_NAMES, SHAPE_NAMES
+from tsa_compile.commands.options import GPU_NAMES, SHAPE_NAMES, TASK_NAMES
 from tsa_compile.config import KeepRatio
 from tsa_compile.costs.devices import MEASURED
 from tsa_compile.errors import ConfigError
+from tsa_compile.evaluation.tasks import TASKS
 from tsa_compile.export.tensorrt import Finding
 from tsa_compile.loss_calibration import LossCalibration
 
@@ -86,7 +87,7 @@ def test_help_lists_every_command(arguments):
 
 
 def test_options_name_every_shape_and_device():
-    assert tuple(shapes.SHAPES) == SHAPE_NAMES and tuple(MEASURED) == GPU_NAMES
+    assert tuple(shapes.SHAPES) == SHAPE_NAMES and tuple(MEASURED) == GPU_NAMES and TASKS == TASK_NAMES
     assert set(texts.DTYPES.values()) == {str(dtype).removeprefix("torch.") for dtype in DTYPES} and MODES == MODE_NAMES
 
 
@@ -125,8 +126,9 @@ def test_short_names_of_dtypes():
     )
 
 
-def test_what_is_wrong_is_said_before_anything_heavy_is_imported():
-    source = """
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "config.json").write_text("no JSON")
+    source = f"""
         import io, sys
         from contextlib import redirect_stderr
         from tsa_compile.cli import main
@@ -138,6 +140,12 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported():
             "calibrate --shape tiny --random 2 --prompts x", "bench --shape tiny --modes fast",
             "bench --shape tiny --lengths x", "export --shape tiny",
             "eval --shape tiny --setting keep:0.5,flor=none", "eval --shape tiny --text nowhere.txt",
+            "eval --shape tiny --setting keep:0.5,window=0", "eval --shape tiny --tasks poetry",
+            "eval --shape tiny --tasks ,", "eval --shape tiny --out {tmp_path}/config.json",
+            "explain --shape tiny --sparse-layers ,", "explain --shape tiny --sparse-layers {tmp_path}/config.json",
+            "calibrate {tmp_path}", "calibrate --shape tiny --prompts nowhere.txt",
+            "calibrate --shape tiny --objective loss --max-kl 1 --ratios 2",
+            "calibrate --shape tiny --objective loss --max-kl 1 --tasks poetry",
         )
         for line in bad:
             sys.argv[1:] = line.split()
@@ -149,7 +157,7 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported():
                 print(line, stop.code, "torch" in sys.modules, said.getvalue().count("error: "))
     """
     lines = without_interpreter(source).splitlines()
-    assert len(lines) == 16 and all(line.endswith(" 2 False 1") for line in lines), lines
+    assert len(lines) == 26 and all(line.endswith(" 2 False 1") for line in lines), lines
 
 
 def test_version():

@@ -23,6 +23,7 @@ USAGE = {
     "no model": ([], "no model given"),
     "two models": ([".", *TINY], "both a folder and --shape"),
     "no folder": (["nowhere"], "there is no folder 'nowhere'"),
+    "a folder misspelt": (["my-lama"], "there is no folder 'my-lama' (did you mean 'my-llama'?)"),
     "a file": ([__file__], "is a file"),
     "a folder without a model": (["."], "a folder without config.json"),
     "a shape that is not": (["--shape", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'?"),
@@ -34,6 +35,7 @@ USAGE = {
     "a length that is none": ([*TINY, "--length", "8 thousand"], "is not a length"),
     "a window below 1": ([*TINY, "--window", "0"], "window=0 is not allowed"),
     "a layer that is not": ([*TINY, "--sparse-layers", "0,1,2"], "layer 2 does not exist: tiny has the layers 0 to 1"),
+    "many layers that are not": ([*TINY, "--sparse-layers", "1-90"], "layer 2 (and 88 more of those given) does not exist"),
     "layers that are no list": ([*TINY, "--sparse-layers", "3-1"], "write the lower index first"),
     "more layers than fit into memory": ([*TINY, "--sparse-layers", "0-99999999999"], "an index is at most 9,999"),
     "a layer of thousands of digits": ([*TINY, "--sparse-layers", "9" * 5000], "an index is at most 9,999"),
@@ -53,6 +55,7 @@ USAGE = {
 @pytest.mark.parametrize("case", USAGE)
 def test_bad_usage(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-llama").mkdir()
     arguments, said = USAGE[case]
     assert said in fails(2, "explain", *arguments)
 
@@ -63,6 +66,7 @@ OTHERS = {
     "calibrate with both": (["calibrate", *TINY, "--prompts", "x", "--random", "2"], "choose one"),
     "prompts that are not there": (["calibrate", *TINY, "--prompts", "x.jsonl"], "'x.jsonl' cannot be read"),
     "text without a tokenizer": (["calibrate", *TINY, "--prompts", "TEXT"], "the shape 'tiny' has no tokenizer"),
+    "an empty file": (["calibrate", *TINY, "--prompts", "EMPTY"], "'empty.txt' holds no prompts: it is empty"),
     "prompts of four tokens": (
         ["calibrate", *TINY, "--length", "4"],
         "--length 4 is too short to calibrate: take 16 or more",
@@ -77,7 +81,7 @@ OTHERS = {
     "delta beyond": (["calibrate", *TINY, "--delta", "2"], "--delta 2.0 is not allowed"),
     "an objective that is not": (["calibrate", *TINY, "--objective", "time"], "--objective time is not known"),
     "loss without a limit": (["calibrate", *TINY, "--objective", "loss"], "needs --max-kl"),
-    "loss below zero": (["calibrate", *TINY, "--objective", "loss", "--max-kl", "-1"], "max_kl=-1.0 is not allowed"),
+    "loss below zero": (["calibrate", *TINY, "--objective", "loss", "--max-kl", "-1"], "--max-kl"),
     "a limit of drift": (["calibrate", *TINY, "--max-kl", "1", "--answer", "8"], "--max-kl, --answer goes with --objective"),
     "delta of loss": (["calibrate", *TINY, "--objective", "loss", "--delta", "0.5"], "--delta goes with --objective drift"),
     "tasks of drift": (["calibrate", *TINY, "--tasks", "needle"], "--tasks goes with --objective loss"),
@@ -100,12 +104,18 @@ OTHERS = {
     "export to nothing": (["export", *TINY], "pass --out model.pt2"),
     "export with another ending": (["export", *TINY, "--out", "x.onnx"], "must end in .pt2"),
     "export of a range upside down": (["export", *TINY, "--out", "x.pt2", "--lengths", "4K", "1K"], "is not a range"),
+    "batches from none on": (["export", *TINY, "--out", "x.pt2", "--batches", "0", "4"], "--batches 0 4 is not a range"),
+    "batches upside down": (
+        ["export", *TINY, "--out", "x.pt2", "--batches", "4", "1"],
+        "write the smaller size first, as 1 8",
+    ),
     "a check of no ONNX file": (["export", *TINY, "--out", "x.pt2", "--check"], "--check goes with --format onnx"),
     "a format that is not": (["export", *TINY, "--out", "x.pt2", "--format", "zip"], "--format"),
     "more samples than fit into memory": (["eval", *TINY, "--samples", "99999999999"], "--samples"),
     "more prompts than fit into memory": (["calibrate", *TINY, "--random", "99999999999"], "--random"),
     "a seed of more than 64 bits": (["eval", *TINY, "--seed", "9" * 30], "--seed"),
     "a task that is not": (["eval", "--shape", "tiny", "--tasks", "poetry"], "task='poetry' is not allowed"),
+    "no task": (["eval", *TINY, "--tasks", ""], "'' names nothing"),
     "a setting with an unknown field": (["eval", *TINY, "--setting", "keep:0.5,flor=none"], "'flor=none' is not understood"),
     "a setting without a budget": (["eval", *TINY, "--setting", "floor=none"], "'floor=none' is not a budget"),
     "a setting with half a floor": (["eval", *TINY, "--setting", "keep:0.5,floor=256"], "'floor=256' is not understood"),
@@ -121,8 +131,9 @@ def test_bad_usage_of_other_commands(case, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Some words.")
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}')
+    (tmp_path / "empty.txt").write_text(" \n")
     arguments, said = OTHERS[case]
-    places = {"FOLDER": str(folder), "TEXT": "text.txt", "IDS": "ids.jsonl"}
+    places = {"FOLDER": str(folder), "TEXT": "text.txt", "IDS": "ids.jsonl", "EMPTY": "empty.txt"}
     found = fails_after_notes(2, *(places.get(argument, argument) for argument in arguments))
     assert said in found
 

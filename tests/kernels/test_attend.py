@@ -144,6 +144,11 @@ def test_taken_names_are_refused(name):
         register(dataclasses.replace(get("sdpa"), name=name))
 
 
+def test_a_function_alone_is_no_kernel():
+    with pytest.raises(KernelError, match="a function is no kernel: register\\(AttentionKernel"):
+        register(lambda query, key, value, scale: value)
+
+
 def test_a_cell_of_a_notebook_that_is_run_again_replaces_its_kernel(own_kernel):
     def cell(priority):
         def run(query, key, value, scale):

@@ -67,7 +67,7 @@ def check(inputs, padding, mean_rows, scale=0.2):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[query.dtype])
     reaches = (padding.cumsum(1) > 0)[:, padding.shape[1] - query.shape[2] :]
     nowhere = out.transpose(1, 2)[~reaches]
-    assert mean_rows or (nowhere == 0).all(), "rows that may look nowhere are exactly 0"
+    assert mean_rows or (nowhere == 0).all(), "rows that may attend to no token are exactly 0"
 
 
 @pytest.mark.parametrize("mean_rows", [False, True])

@@ -32,7 +32,7 @@ def random_padding(seed, batch, seq_len):
 
 
 def dense(query, key, value, allowed=None, scale=None):
-    """torch's own attention; rows that may look nowhere are 0."""
+    """torch's own attention; rows that may attend to no token are 0."""
     if allowed is None:
         return sdpa(query, key, value, is_causal=True, enable_gqa=True, scale=scale)
     return sdpa(query, key, value, attn_mask=allowed, enable_gqa=True, scale=scale).nan_to_num(0.0)

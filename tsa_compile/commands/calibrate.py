@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import Batch, FigureOptions, Length, ModelOptions, command, read_config
+from tsa_compile.commands.options import TASK_NAMES, Batch, FigureOptions, Length, ModelOptions, command, read_config
+from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def calibrate(
     ] = "drift",
     max_kl: Annotated[
         float | None,
-        typer.Option("--max-kl", help="loss: how far answers may be from dense: mean KL of their tokens, in nats."),
+        typer.Option("--max-kl", min=0, help="loss: how far answers may be from dense: mean KL of their tokens, in nats."),
     ] = None,
     ratios: Annotated[
         str | None, typer.Option("--ratios", help="loss: the keep ratios to choose from. Default: 0.5,0.3,0.15,0.08.")
@@ -89,7 +90,10 @@ def calibrate(
         )
     if random is not None and (file is not None or tasks is not None):
         raise ConfigError(f"both {'--tasks' if file is None else '--prompts'} and --random given: choose one")
-    out.check()
+    if file is not None:
+        prompts.read_text(file)  # what is wrong with it is found before anything heavy is imported
+    if file is None and random is None and tasks is None and model.folder is not None:
+        raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), or --random 8 for random tokens")
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         source.check(tokens, batch)
@@ -123,6 +127,8 @@ def _search(objective: str, delta: float | None, out: FigureOptions, **given: An
         raise ConfigError(f"{'--delta' if delta is not None else '--figure'} goes with --objective drift")
     if given["max_kl"] is None:
         raise ConfigError("--objective loss needs --max-kl: how far answers may be from dense, as --max-kl 0.01")
+    if given["tasks"] is not None:
+        texts.check_tasks(texts.names(given["tasks"]), TASK_NAMES)
     search: dict[str, Any] = {"objective": "loss", "max_kl": given["max_kl"]}
     search |= {} if given["ratios"] is None else {"ratios": _ratios(given["ratios"])}
     search |= {} if given["answer"] is None else {"answer": given["answer"]}
@@ -131,19 +137,17 @@ def _search(objective: str, delta: float | None, out: FigureOptions, **given: An
 
 def _ratios(text: str) -> list[float]:
     try:
-        return [float(part) for part in texts.names(text)]
+        found = [float(part) for part in texts.names(text)]
     except ValueError:
         raise ConfigError(f"--ratios {text} is not understood: write keep ratios with commas between them") from None
+    return [KeepRatio(ratio).ratio for ratio in found]
 
 
 def _samples(source: Source, tasks: str | None, file: Path | None, length: int, count: int | None) -> list[Any]:
     """Prompts of `length` tokens with the answers that tasks expect; their seed is none that eval has by default."""
     from tsa_compile.evaluation.prompts import Writer
-    from tsa_compile.evaluation.tasks import check
 
     names = texts.names(tasks or "")
-    for name in names:
-        check(name)
     writer = Writer(source.tokenizer("tasks are asked in words"), None if file is None else prompts.read_text(file))
     return [writer.sample(name, length, _SEED, index) for index in range(count or _EACH) for name in names]
 
@@ -157,8 +161,6 @@ def _prompts(source: Source, file: Path | None, random: int | None, length: int,
                 f"{_SHORTEST} tokens"
             )
         return found
-    if random is None and source.folder is not None:
-        raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), or --random 8 for random tokens")
     from tsa_compile.shapes import prompts as random_prompts
 
     return list(random_prompts(source.config, random or _RANDOM, length))

@@ -1,7 +1,7 @@
 """A model folder: which of its files is damaged, and whether its weights are those of its configuration.
 
-transformers fills what it does not find with random numbers and drops what it has no place for, and says so in a log. A
-measurement of such a model is one of another model.
+transformers fills what it does not find with random numbers and drops what it has no place for, and says so in a log. What
+is measured of such a model does not hold for the one that was meant.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import ModelOptions, ResultOptions, SparseOptions, command
+from tsa_compile.commands.options import TASK_NAMES, ModelOptions, ResultOptions, SparseOptions, command
+from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError
-from tsa_compile.files import writable
+from tsa_compile.files import read_json, writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
@@ -80,27 +81,25 @@ def evaluate(
     expected one, how far from dense are the probabilities? All settings run on the same samples.
     """
     request: dict[str, Any] = {"seed": seed}
-    request |= {"lengths": texts.lengths(lengths)} if lengths else {}
-    request |= {"tasks": texts.names(tasks)} if tasks else {}
+    request |= {"lengths": texts.lengths(lengths)} if lengths is not None else {}
+    request |= {"tasks": texts.names(tasks)} if tasks is not None else {}
     request |= {"samples": samples} if samples else {}
     request |= {"batch_tokens": batch_tokens} if batch_tokens else {}
+    texts.check_tasks(request.get("tasks", ()), TASK_NAMES)
     for name in setting or []:
         if name != _DENSE:
-            texts.setting(name)
-    if out is not None:
-        writable(out)
+            TSAConfig().replace(**texts.setting(name)[0])
+    if out is not None and writable(out).exists():
+        read_json(out, "pass a file that tsa-compile eval wrote, or a new name")
     request |= {"text": _read(text)} if text else {}
     with output.working("Loading PyTorch and transformers"):
         from tsa_compile.evaluation.statistics import require_statsmodels
-        from tsa_compile.evaluation.tasks import TASKS, check
 
         require_statsmodels()  # found missing before the work
         source = model.source()
         defaults = _ON_CPU if source.device.type == "cpu" else {}
-        every = [task for task in TASKS if text is not None or task != "continuation"]
+        every = [task for task in TASK_NAMES if text is not None or task != "continuation"]
         request = {"tasks": every, **defaults, **request}
-        for task in request["tasks"]:
-            check(task)
         settings = _settings(source, sparse, setting or [])
         tokenizer = _tokenizer(source)
     with output.working(f"Loading {source.name}"):

@@ -81,7 +81,7 @@ def _text(found: RewriteReport | Prediction, details: bool) -> str:
 def _place(model: ModelOptions, gpu: str | None, weights: bool) -> tuple[Source, DeviceCosts | None]:
     """The model, and the costs of the GPU that is asked about, where that is not this machine's.
 
-    Without a GPU here, nobody asks what a CPU would do: an H200 is assumed, as long as nothing has to run.
+    Without a GPU here an H200 is assumed, as long as nothing has to run: sparse layers are meant for GPUs.
     """
     import torch
 
@@ -106,7 +106,7 @@ def _prediction(
     """None, with a note, for a model whose costs are not known: the report does not hang on them.
 
     Layers are sparse as in the report. On a CPU that is at any length at which tokens can be dropped; its times are not
-    predicted but a GPU's, which nobody would run in the float32 that a shape has on a CPU.
+    predicted but a GPU's, in bfloat16 and not in the float32 that a shape has on a CPU.
     """
     import torch
 

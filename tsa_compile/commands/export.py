@@ -68,6 +68,10 @@ def export(
 ) -> None:
     """Export the prefill for a range of lengths: for C++ (AOTInductor), ONNX, TensorRT, or as a torch.export program."""
     span = texts.extent(*lengths)
+    if batches is not None and not 1 <= batches[0] < batches[1]:
+        raise ConfigError(
+            f"--batches {batches[0]} {batches[1]} is not a range of sizes from 1 on: write the smaller size first, as 1 8"
+        )
     target = _target(out, kind, check)
     with output.working("Loading PyTorch and transformers"):
         source = model.source()

@@ -31,11 +31,15 @@ if TYPE_CHECKING:
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
 
 
-# Of shapes.SHAPES and costs.devices.MEASURED, which need PyTorch; a test holds them together.
+# Of shapes.SHAPES, costs.devices.MEASURED and evaluation.tasks.TASKS, which need PyTorch; a test holds them together.
 GPU_NAMES = ("h200", "h100")
 SHAPE_NAMES = (
     "tiny", "small", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "mistral-7b", "mistral-nemo",
     "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "gemma-3-12b", "phi-3-mini",
+)  # fmt: skip
+TASK_NAMES = (
+    "needle", "needle_keys", "needle_values", "needle_queries", "question_first", "variables", "common_words",
+    "frequent_words", "copy", "continuation",
 )  # fmt: skip
 
 
@@ -104,7 +108,7 @@ class ModelOptions:
     ] = False
 
     def check(self) -> None:
-        """Raises ConfigError for what is wrong at first sight, before PyTorch is imported."""
+        """Raises ConfigError for what can be seen to be wrong before PyTorch is imported."""
         if (self.folder is None) == (self.shape is None):
             found = "both a folder and --shape" if self.folder is not None else "no model"
             raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
@@ -238,8 +242,10 @@ def chosen_layers(text: str, source: Source) -> tuple[HeldLayers | None, Calibra
 def _check_layers(config: TSAConfig, source: Source) -> None:
     missing = [layer for layer in config.layers or () if isinstance(layer, int) and layer >= source.layers]
     if missing:
-        found = ", ".join(map(str, missing))
-        raise ConfigError(f"layer {found} does not exist: {source.name} has the layers 0 to {source.layers - 1}")
+        others = f" (and {len(missing) - 1} more of those given)" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"layer {missing[0]}{others} does not exist: {source.name} has the layers 0 to {source.layers - 1}"
+        )
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,17 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
 
 
 def read_text(path: Path) -> str:
-    """What a file holds; ConfigError where it cannot be read."""
+    """What a file holds; ConfigError where it cannot be read or is empty."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"{str(path)!r} cannot be read ({reason}): pass a text file, or a JSONL file of prompts"
         ) from error
+    if not text.strip():
+        raise ConfigError(f"{str(path)!r} holds no prompts: it is empty")
+    return text
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:

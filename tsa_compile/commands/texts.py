@@ -10,13 +10,16 @@ models/my-llama     a model's folder
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
 from tsa_compile.errors import ConfigError, unknown_shape
+from tsa_compile.files import read_json
 
 if TYPE_CHECKING:
     from tsa_compile.calibrated import Calibrated
@@ -159,13 +162,11 @@ def layers(text: str) -> HeldLayers | Calibrated | None:
 
 
 def check_layers(text: str) -> None:
-    """Raises ConfigError for indices that are no list, or a file that is not there: what can be said without PyTorch."""
+    """Raises ConfigError for indices that are no list, or a file that cannot be read: what can be said without PyTorch."""
     text = text.strip()
-    if text.endswith(".json") and not os.path.isfile(text):
-        raise ConfigError(
-            f"{text!r} cannot be read (no such file): pass a calibration, as `tsa-compile calibrate --out` writes"
-        )
-    if re.fullmatch(r"[-,\s\d]*", text) and text:
+    if text.endswith(".json"):
+        read_json(text, "pass a calibration, as `tsa-compile calibrate --out` writes")
+    elif re.fullmatch(r"[-,\s\d]*", text):
         layers(text)
 
 
@@ -205,6 +206,13 @@ def check_device(text: str, gpus: tuple[str, ...] = ()) -> None:
         raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N{also}")
 
 
+def check_tasks(names: Iterable[str], known: tuple[str, ...]) -> None:
+    """Raises ConfigError where no task has one of these names."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"task={name!r} is not allowed: the tasks are {', '.join(known)}")
+
+
 def check_shape(name: str, shapes: tuple[str, ...]) -> None:
     """Raises ConfigError where no built-in shape has that name."""
     if name not in shapes:
@@ -221,7 +229,10 @@ def check_folder(folder: Path) -> None:
     if is_hub_id(folder):
         return
     if not folder.exists():
-        raise ConfigError(f"there is no folder {str(folder)!r}: pass a transformers model folder, or --shape NAME")
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, n=1)
+        hint = f" (did you mean {str(folder.parent / near[0])!r}?)" if near else ""
+        raise ConfigError(f"there is no folder {str(folder)!r}{hint}: pass a transformers model folder, or --shape NAME")
     if (folder / "config.json").is_file() or gguf_file(folder) is not None:
         return
     what = "a folder without config.json" if folder.is_dir() else "a file"
@@ -234,7 +245,7 @@ def gguf_file(folder: Path) -> str | None:
     """The name of the one .gguf file that a folder without config.json holds instead; None where there is none.
 
     Raises:
-        ConfigError: there are several, so that nobody knows which is meant.
+        ConfigError: there are several, so that it is not clear which is meant.
     """
     if (folder / "config.json").is_file():
         return None

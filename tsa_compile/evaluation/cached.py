@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 
 _CACHES = ("cache", "past_key_values")  # what versions of transformers call it
 
@@ -56,7 +56,8 @@ class CachedModel:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ConfigError where a model's forward cannot be asked for the last logits alone."""
+    """Raises ConfigError for no model, or one whose forward cannot be asked for the last logits alone."""
+    check_type("model", model, nn.Module, "a causal language model of transformers")
     known = inspect.signature(model.forward).parameters.values()
     if not any(p.name == "logits_to_keep" or p.kind is inspect.Parameter.VAR_KEYWORD for p in known):
         name = type(model).__name__
@@ -69,5 +70,5 @@ def divergence(dense: Tensor, scored: Tensor) -> Tensor:
 
 
 def dynamo_remembers() -> Any:
-    """Every setting is compiled from the same code, and is none that was compiled anew for lack of generality."""
+    """Settings share their code, so Dynamo counts each as a recompilation of it: this raises its limits."""
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192)

@@ -44,7 +44,7 @@ class Writer:
 
     Args:
         tokenizer: of transformers; its chat template is applied, if it has one.
-        text: what things are hidden in, and what is gone on with; None: a few sentences, repeated.
+        text: what things are hidden in, and what "continuation" continues; None: a few sentences, repeated.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:

@@ -82,7 +82,7 @@ def evaluate(
         tasks: some of `tasks.TASKS`.
         lengths: of the prompts, in tokens.
         samples: of every task and length.
-        text: what things are hidden in, and what "continuation" goes on with; None: a few sentences, repeated.
+        text: what things are hidden in, and what "continuation" continues; None: a few sentences, repeated.
         conditions: what else must be the same for results to belong together in a file, by names of the caller's; plain JSON
             types.
         batch_tokens: tokens that run at once, at least one sample.

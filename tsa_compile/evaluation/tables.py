@@ -145,7 +145,7 @@ def markdown(study: Study) -> str:
 
 
 def _cell(row: Row | None, samples: int) -> str:
-    """Accuracy, a star where it differs from dense (p < .05), the likelihood with its change, and n if it is another."""
+    """Accuracy, a star where it differs from dense (p < 0.05), the likelihood with its change, and n if it is another."""
     if row is None:
         return ""
     likelihood = f"{row.nll:.3f}"

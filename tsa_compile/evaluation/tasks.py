@@ -10,7 +10,7 @@
 | variables | a variable with a number, four that are set to one another in a chain | the five variables |
 | common_words | a list; five of its entries are there ten times as often as the others | these five |
 | frequent_words | coined words, the one of rank k in proportion to k^-2 | the three most frequent |
-| copy | a passage of sentences that nobody could guess | the passage; scored by its likelihood alone |
+| copy | a passage of sentences that cannot be guessed | the passage; scored by its likelihood alone |
 | continuation | the text that was given | how it goes on; scored by its likelihood alone |
 
 All but the last two are families of RULER (arXiv 2404.06654, section 3) in words of this project. As there, the answer's

@@ -80,7 +80,7 @@ def coined(draw: Random, count: int) -> list[str]:
 
 
 def sentences(draw: Random, count: int) -> str:
-    """Sentences that nobody could guess."""
+    """Sentences that cannot be guessed."""
     return " ".join(f"The {name(draw)} {draw.choice(VERBS)} the {name(draw)}." for _ in range(count))
 
 

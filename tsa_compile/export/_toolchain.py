@@ -17,7 +17,7 @@ _CPP_LIBRARY = "libstdc++.so.6"
 
 
 def require_compiler() -> None:
-    """AOTInductor writes C++, and only says so behind a long trace of its own."""
+    """ConfigError where there is no C++ compiler, which AOTInductor says only inside a long traceback."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

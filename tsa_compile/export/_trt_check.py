@@ -17,7 +17,7 @@ from tsa_compile.passes.base import summary
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that TensorRT refuses, or that nobody but a reader can decide (`certain` is False)."""
+    """One thing that TensorRT refuses, or that only a person can decide (`certain` is False)."""
 
     node: str
     operator: str

@@ -3,7 +3,7 @@
     save(program, "model.pt2")        lowers what is not lowered yet, compiles, packs kernels and weights
     load("model.pt2")(input_ids=...)  the same file in Python
 
-The compiled code checks nothing: at a length for which it was not made it answers, wrongly. So the package carries what it
+The compiled code checks nothing: at a length for which it was not made its results are wrong. So the package carries what it
 was exported for (`INPUTS_KEY` in its metadata, JSON), and the loaded package holds every call against that:
 
     [{"name": "input_ids", "dtype": "int64", "device": "cpu", "shape": [["s43", 1, 8], ["s53", 1024, 131072]]}, ...]
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from tsa_compile.backend import _dense_kernels
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.export._toolchain import require_compiler, toolchain
 from tsa_compile.export.program import bounds
 from tsa_compile.files import StrPath, stream, writable
@@ -50,10 +50,11 @@ def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> st
         The path.
 
     Raises:
-        ConfigError: a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that Inductor
-            does not have.
-        WriteError: the package could not be written whole, as on a full disk; what was at `path` is as it was.
+        ConfigError: no program, a path that cannot be written, no C++ compiler, for CUDA no headers of it, or an option that
+            Inductor does not have.
+        WriteError: the package could not be written whole, as on a full disk; a file at `path` is unchanged.
     """
+    check_type("program", program, ExportedProgram, "what export_program returns")
     target = writable(path, SUFFIX)
     require_compiler()
     known = torch._inductor.config.get_config_copy()

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from tsa_compile.config import KeepRatio
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
@@ -57,9 +57,10 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     Raises:
         ConfigError: an option, path or program that is not allowed; with standard operators also a coverage without a
             capacity. The message names the layer and the remedy.
-        WriteError: the model could not be written whole, as on a full disk; what was at `path` is as it was.
+        WriteError: the model could not be written whole, as on a full disk; a file at `path` is unchanged.
         ImportError: the packages onnx and onnxscript are missing.
     """
+    check_type("program", program, ExportedProgram, "what export_program returns")
     onnx = require("onnx", "onnxscript")[0]
     if opset not in OPSETS:
         raise ConfigError(
@@ -259,8 +260,8 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
         "query T [B,H,Lq,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
         "output T [B,H,Lq,Dv]",
         "mean_rows int, scale float",
-        "Dense attention under (kv <= q + L - Lq) and padding[b,kv], with Lq <= L. A row that may look nowhere is 0, or "
-        "with mean_rows the mean of value.",
+        "Dense attention under (kv <= q + L - Lq) and padding[b,kv], with Lq <= L. A row without any token to attend to is "
+        "0, or with mean_rows the mean of value.",
     ),
 )
 

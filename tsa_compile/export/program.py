@@ -24,9 +24,9 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.errors import ConfigError, RewriteError
+from tsa_compile.errors import ConfigError, RewriteError, check_type
 from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
@@ -70,7 +70,8 @@ def export_program(
             between dense and sparse.
         RewriteError: torch.export cannot trace the model with these ranges.
     """
-    config = TSAConfig() if config is None else config
+    config = given(config, "export_program")
+    check_type("model", model, torch.nn.Module, "a torch.nn.Module")
     if model.training:
         raise ConfigError("the model is in training mode: exported programs are for inference, call model.eval() first")
     args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export()
@@ -190,7 +191,7 @@ def _dimension(option: str, name: str, extents: Range | None, example: int | Non
     """The symbolic dimension of a range that holds the example's size."""
     if extents is None:
         return None
-    pair = tuple(extents)
+    pair = tuple(extents) if isinstance(extents, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(size, int) for size in pair) or not 1 <= pair[0] < pair[1]:
         raise ConfigError(f"{option}={extents!r} is not allowed: {option} must be (shortest, longest), or None")
     if example is not None and not pair[0] <= example <= pair[1]:

@@ -27,7 +27,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.export import _rtx
 from tsa_compile.export._trt_check import Finding, documented, read
 from tsa_compile.export.onnx import require, to_portable
@@ -62,9 +62,10 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
 
     Raises:
         ConfigError: a path, option or program that is not allowed; a coverage without a capacity.
-        WriteError: the file could not be written whole, as on a full disk; what was at `path` is as it was.
+        WriteError: the file could not be written whole, as on a full disk; a file at `path` is unchanged.
         ImportError: torch-tensorrt is missing.
     """
+    check_type("program", program, ExportedProgram, "what export_program returns")
     target = writable(path, *FORMATS)
     torch_tensorrt = require("torch_tensorrt", extra="torch-tensorrt")[0]
     known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
@@ -159,7 +160,7 @@ def build(
 
     Raises:
         ConfigError: a path, range or capability that is not allowed; no engine can be built: the message says why.
-        WriteError: the engine could not be written whole; what was there before is as it was.
+        WriteError: the engine could not be written whole; a file that was there is unchanged.
         ImportError: TensorRT-RTX or the package onnx is missing.
     """
     target = writable(engine, ".engine")
