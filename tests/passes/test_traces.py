@@ -26,7 +26,9 @@ def opened(program):
 
 
 @pytest.fixture
-def program():
+def program(monkeypatch):
+    """Exported as for a user: the suite switches stacks off (quick.py)."""
+    monkeypatch.setattr(torch.fx.config, SWITCH, False, raising=False)
     length = torch.export.Dim("length", min=2, max=64)
     return torch.export.export(Scaled().eval(), (torch.ones(8),), dynamic_shapes=({0: length},))
 
@@ -41,7 +43,6 @@ def test_what_is_made_of_a_models_line_keeps_the_line(program):
 def test_no_stack_is_looked_at_where_there_is_none(program, monkeypatch):
     (silu,) = program.graph.find_nodes(op="call_function", target=SILU)
     del silu.meta["stack_trace"]
-    monkeypatch.setattr(torch.fx.config, SWITCH, False)
     monkeypatch.setattr(torch.fx.proxy, "CapturedTraceback", None)
     assert opened(program) == [None] * 2
 
