@@ -444,6 +444,7 @@ def broken_in_a_layer():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
 def test_layers_that_are_compiled_one_by_one():
     """Such a graph does not know which layer it is: no layer may be sparse that was not asked for, and none may fail."""

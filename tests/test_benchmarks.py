@@ -303,6 +303,7 @@ def test_parts_are_measured_and_reported(load, methods, monkeypatch):
     assert not any("failed" in row for row in run.parts["stages"]) and len(run.parts["stages"]) == 8
 
 
+@pytest.mark.slow
 def test_results_are_written(load, tmp_path):
     pytest.importorskip("matplotlib").use("agg")
     attention = load("attention")
@@ -429,6 +430,7 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
     assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path):
     chunks, model = load("prefill_chunks"), tiny("llama", num_hidden_layers=1)
 
