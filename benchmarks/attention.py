@@ -9,6 +9,7 @@
     stages   each stage of the op alone: time on the GPU and in calls, what it achieves, and the device's ceiling
     shapes   other head sizes and numbers of heads, batches, float16
     attend   kernels over a number of rows that only the device knows
+    behind   the last 8,192 rows of a prompt, as a chunk behind a cache computes them, against the whole prompt
 
 Shares are those of KeepRatio with min_tokens 0: with the default 1024, 8K tokens would keep more than 0.08 of them. Inputs
 are random with a few dominant tokens. Methods of one length take turns, times are medians, and ratios are to dense cuDNN in
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from attention_behind import KEPT, ROWS, WHOLE, Behind, behind_methods
 from attention_checks import TOLERANCE, WrongOutputError, check_output, demand, relative_difference
 from attention_kernels import KERNELS, make_rows
 from attention_methods import (
@@ -256,6 +258,35 @@ def checked_kernel(
     return call
 
 
+def behind_part(run: Run, arguments: argparse.Namespace, length: int) -> None:
+    """Chunks of a prompt of one length: TFLOP/s, also relative to those of the whole prompt in the same run."""
+    found = behind_methods(make_inputs(Shape(), length), FORM_KEEP)
+    rows: list[Row] = [{"length": length, "rows": ROWS, "method": method.name} for method in found]
+    calls: dict[str, list[Callable[[], Any]]] = {}
+    for method, row in zip(found, rows, strict=True):
+        error = run.attempt(f"behind {size_of(length)}, {method.name}", method.check)
+        row |= {"failed": error} if isinstance(error, str) else {"error": error}
+        if not isinstance(error, str):
+            calls[method.name] = [method.call]
+    times = take_turns(calls, run.seconds) if calls else {}
+    for method, row in zip(found, rows, strict=True):
+        if method.name in times:
+            row |= times[method.name].row() | rates(method, times[method.name].ms)
+    whole = rows[[method.name for method in found].index(WHOLE)].get("tflops")
+    for row in rows:
+        if whole is not None and row.get("tflops"):
+            row["of_whole"] = round(row["tflops"] / whole, 3)
+    run.parts["behind"] += rows
+    log.info("behind %s: %s", size_of(length), [row.get("model_rate") for row in rows if row["method"] == KEPT])
+
+
+def rates(method: Behind, ms: float) -> Row:
+    """What a method achieves; by the cost model, the share of dense attention's rate."""
+    if not method.flops:
+        return {}
+    return {"tflops": round(method.flops / ms / 1e9, 1), "model_rate": round(method.model_ms / ms, 3)}
+
+
 Part = Callable[[Run, argparse.Namespace, Any], None]
 
 
@@ -266,6 +297,7 @@ def parts(arguments: argparse.Namespace) -> dict[str, tuple[Part, list[Any]]]:
         "stages": (stages_part, arguments.lengths),
         "shapes": (shapes_part, [*itertools.product(SHAPES, SHAPE_LENGTHS), UNEVEN]),
         "attend": (attend_part, COUNTS),
+        "behind": (behind_part, [length for length in arguments.lengths if length > ROWS]),
     }
 
 

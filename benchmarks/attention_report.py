@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from attention_behind import KEPT
 from colors import color_of
 
 Row = dict[str, Any]
@@ -135,11 +136,25 @@ def kernel_table(rows: list[Row]) -> str:
     )  # fmt: skip
 
 
+def behind_table(rows: list[Row]) -> str:
+    """A line for each method, a column for each number of keys; and what the cost model's rate would have to be."""
+    table = pivot(rows, "method", "length", _behind_cell, f"{rows[0]['rows']} rows behind a cache; keys:")
+    found = [row["model_rate"] for row in rows if row["method"] == KEPT and "model_rate" in row]
+    said = f"BEHIND_RATE of costs/calls.py by these: {min(found):.2f} to {max(found):.2f}" if found else ""
+    return "\n\n".join(filter(None, [table, said]))
+
+
+def _behind_cell(row: Row) -> str:
+    rate = f", {row['tflops']:.0f} TFLOP/s" if "tflops" in row else ""
+    return f"{row['ms']:.3g} ms{rate}" + (f" ({row['of_whole']:.2f})" if "of_whole" in row else "")
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "main": ("The sparse layer and its peers", main_tables),
     "stages": ("The stages of a layer, keep 0.3", stage_table),
     "shapes": ("Other shapes, keep 0.3", shape_table),
     "attend": ("Attention over a number of rows that lies on the device", kernel_table),
+    "behind": ("Chunks behind a cache, keep 0.3: TFLOP/s, relative to the whole prompt's", behind_table),
 }
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +166,10 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    """A row for each form, length and runtime."""
+def measure(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """A row for each form, length and runtime, as soon as it is measured."""
     model = build_model(arguments).to(torch.float16 if arguments.device == "cuda" else torch.float32)
     span = (min(arguments.lengths), max(arguments.lengths))
-    rows: list[Row] = []
     files: list[tuple[str, Path]] = []
     for form, config in configurations(arguments).items():
         path = folder / f"{form}.onnx"
@@ -179,24 +178,28 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
         for length in arguments.lengths:
             given = inputs(arguments, length)
             output, ms = by_torch(model, config, given, arguments.repeats)
-            rows.append({"form": form, "length": length, "runtime": "torch.compile", "ms": ms})
+            yield {"form": form, "length": length, "runtime": "torch.compile", "ms": ms}
             case = {name: tensor.cpu() for name, tensor in given.items()}
             saved = {"inputs": case, "output": output.cpu(), "cuda": arguments.device == "cuda"}
             torch.save(saved, folder / f"{form}-{length}.pt")
     del model
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
-    for form, path in files:
-        wanted = arguments.engines is None or form in arguments.engines
-        engine, built = path.with_suffix(".engine"), build_engine(path) if wanted else {}
-        for length in arguments.lengths:
-            case, repeats = str(folder / f"{form}-{length}.pt"), str(arguments.repeats)
-            row = {"form": form, "length": length}
-            rows.append({**row, "runtime": "onnxruntime", **in_child(by_onnxruntime, str(path), case, repeats)})
-            if wanted:
-                ran = in_child(by_tensorrt, str(engine), case, repeats) if engine.exists() else {}
-                rows.append({**row, "runtime": "TensorRT-RTX", **built, **ran})
-    return rows
+    repeats = str(arguments.repeats)
+    cases = [
+        (form, path, length, str(folder / f"{form}-{length}.pt")) for form, path in files for length in arguments.lengths
+    ]
+    for form, path, length, case in cases:
+        row = {"form": form, "length": length, "runtime": "onnxruntime"}
+        yield row | in_child(by_onnxruntime, str(path), case, repeats)
+    built: dict[str, Row] = {}
+    for form, path, length, case in cases:
+        if form in arguments.engines:
+            engine = path.with_suffix(".engine")
+            if form not in built:
+                built[form] = build_engine(path)
+            ran = in_child(by_tensorrt, str(engine), case, repeats) if engine.exists() else {}
+            yield {"form": form, "length": length, "runtime": "TensorRT-RTX", **built[form], **ran}
 
 
 def build_engine(path: Path) -> Row:
@@ -243,7 +246,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
-        "--engines", nargs="*", choices=["dense", "sparse"], help="forms that TensorRT-RTX gets (default: both)"
+        "--engines", nargs="*", choices=["dense", "sparse"], default=["dense", "sparse"], help="forms that TensorRT-RTX gets"
     )
     parser.add_argument("--out", type=Path, help="folder for onnx_files.json and onnx_files.md")
     found = parser.parse_args(arguments)
@@ -261,20 +264,25 @@ def main(given: list[str] | None = None) -> int:
         {"by_onnxruntime": by_onnxruntime, "by_tensorrt": by_tensorrt}[given[1]](*given[2:])
         return 0
     arguments = parse(given)
-    with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        rows = measure(arguments, Path(name))
     conditions = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu", "torch": torch.__version__,
         **{name: getattr(arguments, name) for name in ("shape", "layers", "keep", "floor", "masked", "repeats")},
     }  # fmt: skip
-    text = table(rows)
-    print(f"{json.dumps(conditions)}\n\n{text}")
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        found = {"conditions": conditions, "rows": rows}
-        (arguments.out / "onnx_files.json").write_text(json.dumps(found, indent=2) + "\n")
-        (arguments.out / "onnx_files.md").write_text(f"{conditions}\n\n{text}\n")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        for row in measure(arguments, Path(name)):
+            rows.append(row)
+            if arguments.out is not None:
+                write(arguments.out, conditions, rows)
+    print(f"{json.dumps(conditions)}\n\n{table(rows)}")
     return 0
+
+
+def write(folder: Path, conditions: Row, rows: list[Row]) -> None:
+    """What has been measured so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "onnx_files.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+    (folder / "onnx_files.md").write_text(f"{conditions}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

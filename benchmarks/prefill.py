@@ -44,7 +44,7 @@ import prefill_chunks
 import torch
 from prefill_report import COMPOSED, DESCRIPTIONS, UPPER, Row, mask_name, table, write
 
-from tsa_compile import KeepRatio, TSAConfig, reports
+from tsa_compile import KeepRatio, Prefill, TSAConfig, prefill, reports
 
 MASKS = {"both": (True, False), "ones": (True,), "none": (False,)}
 LONG, LONG_REPEATS = 131072, 2
@@ -81,8 +81,10 @@ def modes(arguments: argparse.Namespace) -> list[str]:
     return [name for mode in arguments.modes for name in expanded.get(mode, [mode])]
 
 
-def configuration(mode: str, layers: int) -> TSAConfig:
+def configuration(mode: str, layers: int, regional: bool = False) -> TSAConfig:
     """The settings of a mode that is neither eager nor plain torch.compile, for a model of so many layers."""
+    if regional:
+        return configuration(mode, layers).replace(regional=True)
     if mode == "exact":
         return TSAConfig(layers=[])
     kernel, _, sparse = mode.rpartition(COMPOSED)
@@ -93,13 +95,19 @@ def configuration(mode: str, layers: int) -> TSAConfig:
     return TSAConfig(budget=KeepRatio(float(keep)), layers=upper, dense_kernel=kernel or None)
 
 
-def compiled(model: Any, mode: str) -> Callable[..., Any]:
-    """The model in one of the modes."""
+def compiled(model: Any, mode: str, regional: bool = False, dynamic: bool = False) -> Callable[..., Any]:
+    """The model in one of the modes; `dynamic`: by `tsa_compile.prefill(model, dynamic=True)`, of its kinds of modes."""
+    if isinstance(model._compiled_call_impl, Prefill):
+        model._compiled_call_impl.remove()
     if mode == "eager":
         return model
     if mode == "compile":
         return torch.compile(model)
-    return torch.compile(model, backend="tsa", options={"config": configuration(mode, model.config.num_hidden_layers)})
+    config = configuration(mode, model.config.num_hidden_layers, regional)
+    if dynamic:
+        prefill(model, config, dynamic=True)
+        return model
+    return torch.compile(model, backend="tsa", options={"config": config})
 
 
 def inputs(length: int, masked: bool = True) -> dict[str, Any]:
@@ -251,6 +259,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wide-keep", type=float, default=0.15, help='the share kept, for "wide" and "composed"')
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="the prompt in chunks of so many tokens as well")
+    parser.add_argument("--regional", action="store_true", help="with --chunk: layers that are alike are compiled once")
+    parser.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="with --chunk: chunks by prefill(model, dynamic=True), the whole prompt without",
+    )
     parser.add_argument("--turns", action="store_true", help="modes take turns at each length")
     parser.add_argument("--resume", action="store_true", help="keep what is there already in --out")
     parser.add_argument(
@@ -300,11 +314,15 @@ def run(arguments: argparse.Namespace, conditions: Row, make_model: Callable[[in
 def in_chunks(arguments: argparse.Namespace, conditions: Row) -> None:
     """Prompts whole and in chunks, by all modes that were asked for."""
     model, masks = build_model(arguments.layers), MASKS[arguments.masks]
-    conditions = conditions | {"chunk": arguments.chunk}
+    conditions = conditions | {"chunk": arguments.chunk, "regional": arguments.regional, "dynamic": arguments.dynamic}
+
+    def make(model: Any, mode: str, chunked: bool) -> Callable[..., Any]:
+        return compiled(model, mode, arguments.regional, arguments.dynamic and chunked)
+
     results = None if arguments.out is None else arguments.out / f"{arguments.name}_chunks"
     known: list[Row] = prefill_chunks.earlier(conditions, results) if arguments.resume and results is not None else []
     rows, options = known, (masks, arguments.lengths, arguments.chunk, arguments.repeats)
-    for rows in prefill_chunks.run(model, compiled, modes(arguments), *options, known):
+    for rows in prefill_chunks.run(model, make, modes(arguments), *options, known):
         if results is not None:
             prefill_chunks.write(rows, conditions, results)
     print(f"\n{json.dumps(conditions)}\n\n{prefill_chunks.table(rows)}\n")

@@ -9,6 +9,7 @@ The cache is a DynamicCache, which is new for each prompt, and whose every growt
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import statistics
@@ -51,14 +52,14 @@ def timed(call: Callable[..., Any]) -> tuple[float, int, Any]:
 
 
 def measure(
-    make: Callable[[], Callable[..., Any]], config: Any, ids: torch.Tensor, masked: bool, chunk: int, repeats: int
+    make: Callable[[bool], Callable[..., Any]], config: Any, ids: torch.Tensor, masked: bool, chunk: int, repeats: int
 ) -> Row:
-    """One row: the whole prompt, then its chunks, each compiled anew by `make`, so that neither knows of the other."""
+    """One row: the whole prompt, then its chunks, each compiled anew by `make(chunked)`: neither knows of the other."""
     row: Row = {"length": ids.shape[1], "mask": masked, "chunk": chunk}
     logits = []
     for name, size in {"whole": ids.shape[1], "chunked": chunk}.items():
         torch._dynamo.reset()
-        call, graphs = make(), len(reports())
+        call, graphs = make(name == "chunked"), len(reports())
 
         def once(call: Callable[..., Any] = call, size: int = size) -> tuple[float, int, Any]:
             return timed(lambda: prefill(call, config, ids, masked, size))
@@ -81,7 +82,7 @@ def measure(
 
 
 def run(
-    model: Any, compiled: Callable[[Any, str], Any], modes: list[str], masks: tuple[bool, ...], lengths: list[int],
+    model: Any, compiled: Callable[[Any, str, bool], Any], modes: list[str], masks: tuple[bool, ...], lengths: list[int],
     chunk: int, repeats: int, rows: list[Row],
 ) -> Iterator[list[Row]]:  # fmt: skip
     """All rows so far after each mode, kind of mask and length not among `rows`; running out of memory is a result."""
@@ -94,7 +95,8 @@ def run(
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         try:
             with torch.no_grad():
-                row = measure(lambda mode=mode: compiled(model, mode), model.config, ids, masked, chunk, repeats)
+                made = functools.partial(compiled, model, mode)
+                row = measure(made, model.config, ids, masked, chunk, repeats)
         except torch.OutOfMemoryError as error:
             row = {"length": length, "mask": masked, "chunk": chunk, "error": "out of memory: " + str(error).split(".")[0]}
         rows = [*rows, {"mode": mode, **row}]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tsa_compile.config import Coverage, Layers, TSAConfig
-from tsa_compile.costs.breakeven import shortest
+from tsa_compile.costs.breakeven import FEW_QUERIES, minimum
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.costs.devices import DeviceCosts, for_device
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
@@ -39,12 +39,7 @@ from tsa_compile.reasons import Decision, Reason
 
 _DEVICES = ("cuda", "cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW_QUERIES = 16
-"""Fewer than that, as assisted decoding has in a step, are dense; where it is known while compiling, with their mask."""
 _INPUT = re.compile(r"^l_(?:kwargs_)?")  # Dynamo calls an input `l_kwargs_position_ids_`
-_DROPPABLE = "where tokens can be dropped"
-_CONFIGURED = "the configured min_length"
-Length = TypeVar("Length", int, torch.SymInt)
 MASK_REASONS = {
     MaskKind.NONE: Reason.NOT_CAUSAL,
     MaskKind.PADDING: Reason.NOT_CAUSAL,
@@ -275,26 +270,8 @@ def sparse_obstacle(
             return reason, detail
     shape = CallShape.of(query, key, value, config)
     shape = replace(shape, past=0) if filled else shape
-    minimum, why = minimum_length(config, query.device, shape, sparse_layers, costs)
-    # The minimum is one of rows behind these keys; but of a chunk all keys are selected from.
-    length = key.shape[2] if why == _DROPPABLE else query.shape[2]
-    return _length_obstacle(length, minimum, why, all_kept_below(config))
-
-
-def length_that_counts(queries: Length, keys: Length, why: str) -> Length:
-    """Which length of a chunk is compared with the minimum that `minimum_length` gave a whole prompt, for its reason.
-
-    An engine with one minimum for all its requests asks this; a call of a graph has a minimum behind its own cache.
-
-    Of a chunk all keys are selected from, and a configured minimum is one of its queries. Where time decides, what dense
-    attention computes is queries (2 keys - queries) / 2 pairs, and what the sparse path costs beside attention grows with
-    the keys: both as many times what they are for a whole prompt of queries (2 - queries / keys) tokens.
-    """
-    if why == _DROPPABLE:
-        return keys
-    if why == _CONFIGURED or isinstance(queries, torch.SymInt) or isinstance(keys, torch.SymInt):
-        return queries
-    return queries * (2 * keys - queries) // keys
+    least = minimum(config, shape, sparse_layers, query.device if costs is None else costs)
+    return _length_obstacle(least.length(query.shape[2], key.shape[2]), least.tokens, least.why, all_kept_below(config))
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
@@ -311,52 +288,28 @@ def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason |
     return None, ""
 
 
-def minimum_length(
-    config: TSAConfig,
-    device: torch.device,
-    shape: CallShape,
-    sparse_layers: float = 0.5,
-    costs: DeviceCosts | None = None,
-) -> tuple[int | None, str]:
-    """The shortest length that is compressed, and what happens there; None if no length gains.
-
-    Args:
-        costs: of the device that is decided for; None for those of `device`.
-    """
-    if costs is None and device.type == "cuda" and config.min_length is None:
-        costs = for_device(device)
-    minimum = shortest(config, costs, shape, sparse_layers)
-    if config.min_length is not None:
-        return minimum, _CONFIGURED
-    if costs is not None and minimum is None:
-        return None, f"with {config.budget} the sparse path never breaks even on {costs.name}"
-    if costs is not None and minimum != shortest(config, None, shape):
-        return minimum, f"where the sparse path breaks even on {costs.name}"
-    return minimum, _DROPPABLE
-
-
 def all_kept_below(config: TSAConfig) -> int:
     """The length below which the sparse path keeps every token, and so computes what dense attention does."""
     kept = never_dropped(config.window, config.min_tokens)
     return 1 + (kept if config.capacity is None else min(kept, config.capacity))
 
 
-def _length_obstacle(length: int | torch.SymInt, minimum: int | None, why: str, all_kept: int) -> tuple[Reason | None, str]:
+def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, all_kept: int) -> tuple[Reason | None, str]:
     """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense.
 
     A range that the user marked must hold as a whole, so no guard may cut it: where both sides of the minimum are in it,
     the op decides, if it keeps all tokens of the shorter ones anyway.
     """
-    if minimum is None:
+    if least is None:
         return Reason.TOO_SHORT, why
-    if isinstance(length, torch.SymInt) and not known(length >= minimum) and not known(length < minimum):
+    if isinstance(length, torch.SymInt) and not known(length >= least) and not known(length < least):
         if length.node.hint is None:
             return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
         if in_marked_range(length):
-            said = f"the range marked for length {length} has lengths on both sides of {minimum}, {why}"
-            return (None, "") if minimum <= all_kept else (Reason.LENGTH_UNKNOWN, said)
-    if length < minimum:  # on a SymInt this adds the guard
-        return Reason.TOO_SHORT, f"length {length} < {minimum}, {why}"
+            said = f"the range marked for length {length} has lengths on both sides of {least}, {why}"
+            return (None, "") if least <= all_kept else (Reason.LENGTH_UNKNOWN, said)
+    if length < least:  # on a SymInt this adds the guard
+        return Reason.TOO_SHORT, f"length {length} < {least}, {why}"
     return None, ""
 
 

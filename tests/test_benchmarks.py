@@ -332,12 +332,52 @@ def test_a_failure_is_a_cell_and_a_wrong_output_is_counted(load):
 def test_command_line(load):
     attention = load("attention")
     arguments = attention.parse(["--parts", "shapes", "--lengths", "4096"])
-    assert set(attention.parts(arguments)) == {"main", "stages", "shapes", "attend"}
+    assert set(attention.parts(arguments)) == {"main", "stages", "shapes", "attend", "behind"}
+    assert attention.parts(attention.parse([]))["behind"][1] == [16384, 32768, 65536, 131072]
     assert arguments.keep == [0.08, 0.15, 0.3, 0.5]
     goals = load("attention_report").GOALS
     assert all([*found] == arguments.keep for found in goals.values())
     with pytest.raises(SystemExit):
         attention.parse(["--parts", "nothing"])
+
+
+# The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_chunk_is_measured_beside_the_whole_prompt(load, methods, monkeypatch):
+    pytest.importorskip("triton")
+    attention, chunks, report = load("attention"), load("attention_behind"), load("attention_report")
+    torch.manual_seed(0)
+    inputs = methods.make_inputs(small(methods), 700, "cpu")
+    found = {method.name: method for method in chunks.behind_methods(inputs, 0.3, rows=300)}
+    assert max(method.check() for method in found.values()) < 1e-5
+    width, heads = 16 + 16, 4
+    assert found[chunks.WHOLE].flops == width * heads * 700**2
+    assert found['chunk, kernel="triton"'].flops == width * heads * (700**2 - 400**2)
+    whole, chunk = (found[name].flops for name in ("kept rows, cuDNN", chunks.KEPT))
+    assert 0.2 * whole < chunk < whole  # of the kept rows those of the chunk, with its whole window
+
+    timing = load("attention_timing").Timing(2.0, 1.0, 3.0, 5)
+    monkeypatch.setattr(attention, "take_turns", lambda calls, seconds: dict.fromkeys(calls, timing))
+    monkeypatch.setattr(attention, "behind_methods", lambda *_: [*found.values()])
+    monkeypatch.setattr(attention, "make_inputs", lambda *_: inputs)
+    run = attention.Run(0.1)
+    run.parts["behind"] = []
+    attention.behind_part(run, attention.parse([]), 16384)
+    rows = {row["method"]: row for row in run.parts["behind"]}
+    assert rows[chunks.KEPT]["model_rate"] == round(found[chunks.KEPT].model_ms / 2.0, 3) > 0
+    table = report.behind_table(run.parts["behind"])
+    assert f"BEHIND_RATE of costs/calls.py by these: {rows[chunks.KEPT]['model_rate']:.2f}" in table and "| 16K |" in table
+
+
+def test_a_chunk_that_is_computed_wrongly_is_found(load, methods, monkeypatch):
+    pytest.importorskip("triton")
+    checks, chunks = load("attention_checks"), load("attention_behind")
+    inputs = methods.make_inputs(small(methods), 400, "cpu")
+    right = chunks.merged
+    monkeypatch.setattr(chunks, "merged", lambda *parts: (right(*parts)[0].roll(1, 2), right(*parts)[1]))
+    (merge,) = (method for method in chunks.behind_methods(inputs, 0.3, rows=150) if "merge of" in method.name)
+    with pytest.raises(checks.WrongOutputError, match="merge of two results"):
+        merge.check()
 
 
 # The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
@@ -431,15 +471,18 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path):
-    chunks, model = load("prefill_chunks"), tiny("llama", num_hidden_layers=1)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, monkeypatch, dynamic):
+    chunks, prefill, model = load("prefill_chunks"), load("prefill"), tiny("llama", num_hidden_layers=1)
+    settings = TSAConfig(layers=[], compiler="eager")
+    monkeypatch.setattr(prefill, "configuration", lambda mode, layers, regional: settings.replace(regional=regional))
 
-    def compiled(model, mode):
-        return torch.compile(model, backend="tsa", options={"config": TSAConfig(layers=[], compiler="eager")})
+    def compiled(model, mode, chunked):
+        return prefill.compiled(model, mode, dynamic, dynamic and chunked)
 
     (rows,) = chunks.run(model, compiled, ["exact"], (True,), [120], 24, 1, [])
     (row,) = rows
-    assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 3, 0)
+    assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 2 if dynamic else 3, 0)
     assert row["relative_difference"] < 1e-4 and row["ratio"] > 0
     chunks.write([*rows, {**row, "error": "out of memory"}], {"device": "none"}, tmp_path / "chunks")
     assert json.loads((tmp_path / "chunks.json").read_text())["rows"][0] == row

@@ -154,7 +154,7 @@ def test_a_circle_is_seen(back):
         ("tsa_compile.kernels.score", "def f():\n    import tsa_compile.pipeline"),
         ("tsa_compile.kernels.score", "from ..passes import masks"),
         ("tsa_compile.kernels.score", "from tsa_compile.costs import devices"),
-        ("tsa_compile.costs.predict", "from tsa_compile.passes.plan import minimum_length"),
+        ("tsa_compile.costs.predict", "from tsa_compile.passes.plan import sparse_obstacle"),
         ("tsa_compile.passes.plan", "from tsa_compile.backend import tsa_backend"),
         ("tsa_compile.passes.plan", "import kernels.score"),
         ("tsa_compile.passes.plan", "from kernels import score"),
@@ -178,7 +178,7 @@ def test_a_fault_is_seen(module, source):
     [
         ("tsa_compile.passes.plan", "from tsa_compile.kernels import attend"),
         ("tsa_compile.passes.plan", "from tsa_compile.config import TSAConfig"),
-        ("tsa_compile.passes.plan", "from tsa_compile.costs.breakeven import shortest"),
+        ("tsa_compile.passes.plan", "from tsa_compile.costs.breakeven import minimum"),
         ("tsa_compile.passes.plan", "from tsa_compile.passes.call import AttentionCall"),
         ("tsa_compile.config", "from tsa_compile.errors import ConfigError"),
         ("tsa_compile.passes.plan", "def f():\n    import transformers"),

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tsa_compile
 from tsa_compile import ConfigError, Prefill, TSAConfig, attention, reports
@@ -56,6 +57,56 @@ def test_two_graphs_serve_chunks_of_any_prompt(masked):
         ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long) if masked else None
         assert difference(chunks(model, ids, mask, 30), chunks(expected, ids, mask, 30)) < 1e-4
     assert [report.sparse for report in reports()] == [2, 2]
+
+
+def test_layers_of_chunks_are_compiled_once():
+    """All caches have one length, and the epsilon of a norm is a constant: so layers behind a cache are alike."""
+    given = []
+
+    def keep(graph_module, inputs):
+        given.extend(value for value in inputs if isinstance(value, torch.Tensor))
+        return graph_module
+
+    config = CONFIG.replace(layers=[2, 3], regional=True, compiler=keep)
+    expected = tiny("llama", attention.register(config, name="tsa_regional"), num_hidden_layers=4)
+    model, prompt = tiny("llama", num_hidden_layers=4), (tokens(1, 60), torch.ones(1, 60, dtype=torch.long), 30)
+    tsa_compile.prefill(model, config, dynamic=True)
+    assert difference(chunks(model, *prompt), chunks(expected, *prompt)) < 1e-4
+    assert [report.notes[-1].partition(",")[0] for report in reports()] == ["regional: 6 parts of the graph"] * 2
+    assert given and not [value for value in given if value.dim() == 0 and value.is_floating_point()]
+
+
+def test_a_cache_of_any_layout_is_made_dense():
+    """What Inductor leaves of a first chunk is a view of [B, L, G, D]: of later ones it would be another case."""
+    from tsa_compile.prefilling import _prepared
+
+    cache, (key, value) = DynamicCache(), (torch.randn(1, 30, 2, 8).transpose(1, 2) for _ in range(2))
+    cache.update(key, value, 0)
+    cache.layers[0].keys, cache.layers[0].values = key, value
+    assert _prepared(cache) is cache
+    layer = cache.layers[0]
+    assert torch.equal(layer.keys, key) and torch.equal(layer.values, value)
+    assert layer.keys.is_contiguous() and layer.values.is_contiguous()
+    held = layer.keys.data_ptr()
+    assert _prepared(cache).layers[0].keys.data_ptr() == held, "no copy of what is dense"
+
+
+@pytest.mark.slow
+def test_inductor_compiles_two_graphs_for_chunks():
+    model, plain = tiny("llama", num_hidden_layers=2), tiny("llama", num_hidden_layers=2)
+    tsa_compile.prefill(model, CONFIG.replace(layers=[], compiler="inductor"), dynamic=True)
+    ids, mask = tokens(1, 120), torch.ones(1, 120, dtype=torch.long)
+    assert difference(chunks(model, ids, mask, 30), plain(ids, attention_mask=mask).logits) < 1e-4
+    assert len(reports()) == 2
+
+
+def test_what_is_marked_is_not_the_users_tensor():
+    model, ids = tiny("llama"), tokens(1, 40)
+    embeddings = model.get_input_embeddings()(ids)  # which needs a gradient
+    with tsa_compile.prefill(model, CONFIG.replace(layers=[]), dynamic=True):
+        model(ids)
+        model(inputs_embeds=embeddings).logits.sum().backward()
+    assert not hasattr(ids, "_dynamo_weak_dynamic_indices") and model.get_input_embeddings().weight.grad is not None
 
 
 def test_short_calls_are_the_models_own():

@@ -13,16 +13,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as symbols_config
+import torch._dynamo.config as dynamo_config
 from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile.backend import tsa_backend
 from tsa_compile.config import TSAConfig, given
+from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.errors import ConfigError
-from tsa_compile.passes.plan import FEW_QUERIES
 
 _TOKENS = ("input_ids", "inputs_embeds")
+_CACHED = ("keys", "values")
 
 
 class Prefill:
@@ -49,10 +50,10 @@ class Prefill:
             return self._plain(*args, **kwargs)
         if not self.dynamic:
             return self._compiled(*args, **kwargs)
-        # The second chunk is as long as the cache before it. Dynamo would take both for one length, and the third for a
-        # new case: a graph more. So would it a mask that is a piece of a longer one, until it is all of it.
-        with symbols_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # torch adds it when imported
-            return self._compiled(*map(_whole, args), **{name: _whole(value) for name, value in kwargs.items()})
+        # Floats of modules, as the epsilon of a norm, are no lengths. As symbols they would be inputs of the graph, and
+        # Inductor, which takes them for constants in the end, would send Dynamo back to trace everything once more.
+        with dynamo_config.patch(specialize_float=True):
+            return self._compiled(*map(_prepared, args), **{name: _prepared(value) for name, value in kwargs.items()})
 
     def remove(self) -> None:
         """Makes the model what it was. Does nothing if it is that already, or if a later `prefill` took over."""
@@ -120,10 +121,37 @@ def _check(model: Any) -> None:
         )
 
 
-def _whole(value: Any) -> Any:
-    """Token ids and masks [B, L] as dense tensors; all else as it is."""
-    ids = isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
-    return value.contiguous() if ids else value
+def _prepared(value: Any) -> Any:
+    """An argument so that one graph serves all chunks but the first."""
+    for layer in getattr(value, "layers", ()):  # of a transformers cache
+        for name in _CACHED:
+            cached = getattr(layer, name, None)
+            if isinstance(cached, Tensor) and cached.dim() == 4:
+                setattr(layer, name, _one_for_all_layers(cached))
+    return _with_own_lengths(value) if isinstance(value, Tensor) else value
+
+
+def _with_own_lengths(value: Tensor) -> Tensor:
+    """The tensor, whose lengths Dynamo keeps apart from all that happen to be equal.
+
+    The second chunk is as long as the cache before it. Dynamo would take both for one length, and the third for a new case:
+    a graph more. So would it a mask [B, L] that is a piece of a longer one, until it is all of it.
+    """
+    if value.requires_grad:
+        return value
+    own = (value.contiguous() if value.dim() == 2 else value).detach()  # what is marked is not the user's tensor
+    torch._dynamo.maybe_mark_dynamic(own, [*range(own.dim())])
+    return own
+
+
+def _one_for_all_layers(cached: Tensor) -> Tensor:
+    """Keys or values [B, G, L, D] of a cache, dense as those that later chunks leave are; G and D are no lengths.
+
+    That L is the same in all layers Dynamo finds by itself, so that layers that are alike have one form.
+    """
+    cached = cached.contiguous()
+    torch._dynamo.mark_static(cached, [1, 3])
+    return cached
 
 
 def _length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -21,7 +21,6 @@ from tsa_compile.costs.breakeven import (
     gains,
     kept_share,
     largest_share,
-    shortest,
 )
 from tsa_compile.costs.calls import (
     KEPT,
@@ -400,18 +399,6 @@ def test_chunks_of_a_prompt_are_all_of_its_work(size):
     chunks = [(dense_work(dataclasses.replace(LLAMA, past=past), H200), size) for past in range(0, 64 * K, size)]
     assert sum(work.flops.subs(LENGTH, length) for work, length in chunks) == whole.flops.subs(LENGTH, 64 * K)
     assert sum(work.ms_at(length) for work, length in chunks) == pytest.approx(whole.ms_at(64 * K), rel=0.06)
-
-
-def test_a_chunk_gains_more_the_longer_its_cache_is():
-    def shortest_behind(past):
-        return shortest(TSAConfig(), H200, dataclasses.replace(LLAMA, past=past, floor=272))
-
-    found = [shortest_behind(past) for past in (0, 8 * K, 32 * K, 128 * K)]
-    assert found == sorted(found, reverse=True) and found[-1] < found[0]
-    for past, length in zip((8 * K, 32 * K, 128 * K), found[1:], strict=True):
-        call = dataclasses.replace(LLAMA, past=past, floor=272)
-        kept = kept_share(TSAConfig(), length + past, 0.15)
-        assert sparse_ms(call, H200)(length, kept) <= (1 - MARGIN) * dense_ms(call, H200)(length)
 
 
 def test_a_chunk_of_which_all_is_kept_gains_nothing():

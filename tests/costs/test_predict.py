@@ -1,6 +1,5 @@
 """Predicted costs: against what was measured on an H200 and FLOPs that torch counts; what is asked of a configuration."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -14,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, T5Config
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig, explain
-from tsa_compile.costs.breakeven import shortest
-from tsa_compile.costs.calls import KEPT, LENGTH, CallShape
+from tsa_compile.costs.calls import KEPT, LENGTH
 from tsa_compile.costs.devices import H200, costs_of
 from tsa_compile.costs.models import FULL, anatomy
 from tsa_compile.costs.predict import predict
@@ -284,15 +282,21 @@ class TestLayers:
         assert all(layer.rest_ms > 0 for layer in found.layers)
         assert reasons(found)[0] is Reason.UNSUPPORTED_FORM and any("linear_attention" in note for note in found.notes)
 
-    def test_the_same_lengths_as_the_compiler(self, monkeypatch):
-        monkeypatch.setattr(plan, "for_device", lambda device: H200)
-        shape = CallShape(1, 32, 8, 128, 128, itemsize=2, window=128)
-        for budget in (KeepRatio(0.5), KeepRatio(1), Coverage(0.005), Coverage(0.3)):
-            for options in ({}, {"min_length": 77}, {"min_tokens": 50_000}):
-                config = TSAConfig(budget=budget, **options)
-                call = dataclasses.replace(shape, counted=isinstance(budget, Coverage))
-                planned, _ = plan.minimum_length(config, torch.device("cuda"), call, 0.25)
-                assert shortest(config, H200, call, 0.25) == planned
+    @pytest.mark.parametrize("options", [{}, {"min_length": 77}, {"min_tokens": 50_000}], ids=str)
+    @pytest.mark.parametrize("budget", [KeepRatio(0.5), KeepRatio(1), Coverage(0.005), Coverage(0.3)], ids=str)
+    def test_the_same_lengths_as_the_compiler(self, budget, options):
+        config = TSAConfig(budget=budget, layers=[1], **options)
+        found, (layer, _) = predict(config, SMALL, K, "h200").break_even, anatomy(SMALL).layers
+
+        def is_long_enough(length):
+            sizes = ((1, heads, length, layer.head_dim) for heads in (layer.heads, layer.kv_heads))
+            query, key = (torch.empty_strided(size, (0, 0, 0, 0), dtype=torch.half) for size in sizes)
+            return plan.sparse_obstacle(query, key, key, config, 0.5, H200)[0] is None
+
+        if found is None:
+            assert not is_long_enough(1024 * K)
+        else:
+            assert is_long_enough(found) and not is_long_enough(found - 1)
 
     def test_what_is_kept_may_be_known(self):
         expected, known = (predict(TSAConfig.published(), SMALL, 64 * K, "h200", kept=kept) for kept in (None, 0.25))

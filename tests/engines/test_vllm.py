@@ -1,6 +1,7 @@
 """The vLLM plug-in: its core on plain tensors, and, where vLLM is installed (`tox -e vllm`), engines on CPUs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,41 +9,45 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig
+from tsa_compile.costs.devices import H200
 from tsa_compile.engines import vllm as plugin
 from tsa_compile.engines.vllm import core
 from tsa_compile.kernels import reference
-from tsa_compile.passes import plan
 
 from ..support import heads
-from .vllm_support import ANY, COVERAGE, CPU, HALF, compare, flat, has_vllm
+from .vllm_support import ANY, COVERAGE, CPU, HALF, SHAPE, compare, flat, has_vllm
+
+LLAMA = replace(SHAPE, heads=32, kv_heads=8, head_dim=128, value_head_dim=128, itemsize=2, window=128, floor=272)
+
+
+def by(where=CPU, **options):
+    """The rule on a CPU for small layers, with costs of a GPU for those of Llama-3.1-8B."""
+    config = TSAConfig(**({"window": 2, "min_tokens": 0} if where is CPU else {}) | options)
+    return core.Rule(config, SHAPE if where is CPU else LLAMA, 0.5, where)
 
 
 @pytest.mark.parametrize(
-    "starts, lengths, prefilling, minimum, prompts, others",
+    "starts, lengths, prefilling, rule, prompts, others",
     [
         ([0, 9, 12], [9, 3], [True, True], ANY, [(0, 9), (9, 12)], ()),
         ([0, 1, 10, 30], [20, 9, 40], [False, True, True], ANY, [(1, 10), (10, 30)], (0,)),  # decode step, prompt, chunk
         ([0, 20, 40], [40, 20], None, ANY, [(20, 40)], (0,)),  # whether it is a chunk is not known
         ([0, 20, 35], [20, 35], [True, True], ANY, [(0, 20)], (1,)),  # a chunk of few queries
         ([0, 9, 11], [9, 2], [True, True], ANY, [(0, 9)], (1,)),  # too short
-        ([0, 20, 50], [50, 80], [True, True], core.Minimum(25, plan._CONFIGURED), [(20, 50)], (0,)),
-        ([0, 20, 50], [50, 80], [True, True], core.Minimum(60, plan._DROPPABLE), [(20, 50)], (0,)),
-        ([0, 20, 40, 60], [20, 400, 30], [True] * 3, core.Minimum(30, "on a GPU"), [(20, 40)], (0, 2)),
-        ([0, 1], [1], [True], core.Minimum(1), (), (0,)),  # a prompt of one token
+        ([0, 20, 50], [50, 80], [True, True], by(min_length=25), [(20, 50)], (0,)),
+        ([0, 20, 50], [50, 80], [True, True], by(min_tokens=57), [(20, 50)], (0,)),
+        ([0, 20, 40, 60], [20, 400, 30], [True] * 3, by(min_tokens=297), [(20, 40)], (0, 2)),
+        ([0, 3000, 6000, 9000], [3000, 33_000, 6000], [True] * 3, by(H200), [(3000, 6000)], (0, 2)),  # where a GPU gains
+        ([0, 1], [1], [True], by(min_length=1), (), (0,)),  # a prompt of one token
         ([0, 9, 9], [9, 0], [True], ANY, [(0, 9)], ()),  # an empty request
-        ([0, 9], [9], [True], core.Minimum(None), (), (0,)),
+        ([0, 9], [9], [True], by(H200, budget=KeepRatio(1)), (), (0,)),
     ],
 )
-def test_which_requests_are_prompts(starts, lengths, prefilling, minimum, prompts, others):
-    batch = core.split(starts, lengths, prefilling, minimum)
+def test_which_requests_are_prompts(starts, lengths, prefilling, rule, prompts, others):
+    batch = core.split(starts, lengths, prefilling, rule)
     assert [(each.start, each.stop) for each in batch.prompts] == [*prompts]
     assert batch.others == others
     assert all(lengths[each.number] == each.length for each in batch.prompts)
-
-
-def test_what_the_log_says_of_lengths():
-    assert str(core.Minimum(64, "where it gains")) == "from 64 tokens on, where it gains"
-    assert str(core.Minimum(None, "it never gains")) == "for no length: it never gains"
 
 
 def test_layers_by_the_compilers_rule():
@@ -99,7 +104,7 @@ def test_the_largest_request_is_rehearsed():
 
     with Watch():
         core.rehearse(torch.randn(20, 4, 8), 2, 90, ANY, 0.3, HALF)
-        core.rehearse(torch.randn(20, 4, 8), 2, 90, core.Minimum(None), 0.3, HALF)
+        core.rehearse(torch.randn(20, 4, 8), 2, 90, by(min_length=91), 0.3, HALF)
     assert seen == [[(1, 4, 20, 8), (1, 2, 90, 8), (1, 2, 90, 8)]]
 
 

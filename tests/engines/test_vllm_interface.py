@@ -58,7 +58,7 @@ class TestCUDA:
         nothing = dict.fromkeys(("aot_sliding_window", "max_cudagraph_size", "rswa_window", "mm_prefix_query_ranges_np"))
         made.__dict__.update(plain, **nothing, dcp_world_size=1, kv_cache_spec=SimpleNamespace(sliding_window=None))
         made.cache_config, made.kv_cache_dtype = SimpleNamespace(cache_dtype="auto"), torch.float32
-        made.minimum, made.group, made.sparse_layers = replace(ANY, shortest=9), None, {self.LAYER: HALF}
+        made.rule, made.group, made.sparse_layers = replace(ANY, config=HALF), None, {self.LAYER: HALF}
         return made
 
     def forward(self, impl, layer, query, key, value, cache, metadata, output, *_):

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from tsa_compile import Coverage, Floor, KeepRatio, TSAConfig, attention
+from tsa_compile.costs.calls import CallShape
 from tsa_compile.engines import vllm as plugin
 from tsa_compile.engines.vllm import core
-from tsa_compile.passes import plan
 
 from ..support import VOCAB, tiny
 from .vllm_run import CALLS, prompts
@@ -28,7 +28,9 @@ CPU = torch.device("cpu")
 has_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: tox -e vllm")
 
 
-ANY = core.Minimum(3, plan._DROPPABLE)
+SHAPE = CallShape(1, 4, 2, 8, 8, itemsize=4, window=2)
+ANY = core.Rule(TSAConfig(window=2, min_tokens=0), SHAPE, 0.5, CPU)
+"""From three tokens on."""
 
 
 def flat(*tensors):

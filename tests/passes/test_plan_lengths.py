@@ -1,51 +1,26 @@
-"""From which length on a call is planned sparse: where tokens can be dropped, where a GPU gains, and over ranges."""
+"""How graphs are planned by the rule of lengths (tests/costs/test_breakeven.py): what rows say, guards, and ranges."""
 
 import pytest
 import torch
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.costs import breakeven
-from tsa_compile.costs.breakeven import break_even, expected_share
+from tsa_compile.costs.breakeven import break_even, expected_share, minimum
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import H200
 from tsa_compile.passes import plan
-from tsa_compile.passes.plan import minimum_length
 from tsa_compile.pipeline import run_passes
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import reports
 
 from .stacks import SPARSE, Stack, rows, sparse_layers
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-LLAMA = CallShape(batch=1, heads=32, kv_heads=8, head_dim=128, value_head_dim=128, itemsize=2, window=128)
-
 
 @pytest.fixture
 def on_an_h200(monkeypatch):
     """Calls of graphs on the CPU are planned as if they were on an H200."""
 
-    def planned(config, device, *shape):
-        return minimum_length(config, CUDA, *shape)
-
-    monkeypatch.setattr(plan, "for_device", lambda device: H200)
-    monkeypatch.setattr(plan, "minimum_length", planned)
-
-
-def test_on_a_cpu_the_minimum_is_where_something_can_be_dropped():
-    assert minimum_length(TSAConfig(min_tokens=100, window=28), CPU, LLAMA)[0] == 129
-    assert minimum_length(TSAConfig(budget=Coverage(0)), CPU, LLAMA)[0] == 1024 + 128 + 1
-    assert minimum_length(TSAConfig(min_length=7), CPU, LLAMA)[0] == 7
-
-
-def test_on_a_gpu_it_is_also_where_the_call_gains(on_an_h200, monkeypatch):
-    config = TSAConfig(budget=KeepRatio(0.5))
-    minimum, why = minimum_length(config, CUDA, LLAMA)
-    assert minimum == break_even(H200, LLAMA, config) > 1024 + 128 + 1
-    assert "NVIDIA H200" in why
-    assert minimum_length(config.replace(min_tokens=100_000), CUDA, LLAMA)[0] > 100_128
-    assert minimum_length(config.replace(min_length=7), CUDA, LLAMA)[0] == 7
-    monkeypatch.setattr(breakeven, "break_even", lambda *arguments: 256)
-    assert minimum_length(config, CUDA, LLAMA) == (1024 + 128 + 1, "where tokens can be dropped")
+    monkeypatch.setattr(plan, "minimum", lambda config, shape, share, _: minimum(config, shape, share, H200))
 
 
 def test_a_chunk_needs_fewer_rows_the_longer_its_cache_is(on_an_h200):
@@ -60,25 +35,19 @@ def test_a_chunk_needs_fewer_rows_the_longer_its_cache_is(on_an_h200):
     assert obstacle(3072 + 32 * 1024, filled=True) is Reason.TOO_SHORT
 
 
-@pytest.mark.parametrize("budget", [Coverage(0), KeepRatio(1)])
-def test_a_budget_that_keeps_everything_has_no_minimum_on_a_gpu(on_an_h200, budget):
-    assert minimum_length(TSAConfig(budget=budget), CUDA, LLAMA)[0] is None
-    assert minimum_length(TSAConfig(budget=budget, min_length=2), CUDA, LLAMA)[0] == 2
-
-
 @pytest.mark.filterwarnings("ignore:no attention call")
 def test_a_call_below_its_break_even_length_says_the_numbers(on_an_h200):
     config = TSAConfig(budget=KeepRatio(0.5), layers=[0])
     shape = CallShape(1, 32, 32, 16, 16, itemsize=2, window=128, counted=False)
-    minimum = break_even(H200, shape, config, sparse_layers=1.0)
+    least = break_even(H200, shape, config, sparse_layers=1.0)
 
     def row(length):
         hidden = torch.empty(1, length, 32 * 16, dtype=torch.bfloat16)  # exported, as that runs nothing: these are long
         return run_passes(torch.export.export(Stack(1, heads=32), (hidden,)).graph_module, config).rows[0]
 
-    short, enough = row(minimum - 1), row(minimum)
+    short, enough = row(least - 1), row(least)
     assert (short.decision, short.reason) == (Decision.DENSE, Reason.TOO_SHORT)
-    assert {str(minimum - 1), str(minimum), "H200"} <= set(short.detail.replace(",", "").split())
+    assert {str(least - 1), str(least), "H200"} <= set(short.detail.replace(",", "").split())
     assert (enough.decision, enough.reason) == (Decision.SPARSE, Reason.SPARSE)
 
 
@@ -96,18 +65,6 @@ def test_the_share_of_sparse_layers_is_counted(on_an_h200, monkeypatch, layers, 
     asked = []
     monkeypatch.setattr(breakeven, "break_even", lambda costs, call, config, sparse_layers: asked.append(sparse_layers) or 1)
     assert len(sparse_layers(Stack(4), SPARSE.replace(layers=layers))) == 4 * share == 4 * asked[0]
-
-
-@pytest.mark.parametrize(
-    "queries, keys, length", [(8192, 8192, 8192), (8192, 16384, 12288), (8192, 131072, 15872), (1, 4096, 1)]
-)
-def test_a_chunk_counts_for_its_pairs_over_what_its_keys_cost(queries, keys, length):
-    """Between its own length and twice that: (pairs of the chunk) / keys is that of a whole prompt of such a length."""
-    assert plan.length_that_counts(queries, keys, "where the sparse path breaks even on a GPU") == length
-    pairs = queries * (2 * keys - queries) / 2
-    assert abs(pairs / keys - length**2 / 2 / length) <= 0.5
-    assert plan.length_that_counts(queries, keys, plan._DROPPABLE) == keys
-    assert plan.length_that_counts(queries, keys, plan._CONFIGURED) == queries
 
 
 @pytest.mark.usefixtures("fresh")

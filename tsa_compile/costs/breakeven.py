@@ -1,5 +1,6 @@
 """How much a budget keeps, and from which length on a sparse call gains on a device.
 
+`minimum` is the one rule: of graphs, whose lengths may be symbolic, of eager models, and of engines that judge each request.
 What is unknown is assumed so that the sparse path looks slower than it is: see `expected_share` and `gains`.
 """
 
@@ -7,18 +8,28 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
+
+import torch
 
 from tsa_compile.config import Budget, KeepRatio, TSAConfig
 from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
-from tsa_compile.costs.devices import DeviceCosts
+from tsa_compile.costs.devices import DeviceCosts, for_device
 from tsa_compile.kernels.kept import kept_of_share, never_dropped
 
 LONGEST = 2**20  # tokens; a call that does not gain here never does
 STEP = 256  # break-even lengths are rounded up to multiples: the figures behind them are no finer
 MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
 WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
+FEW_QUERIES = 16
+"""Fewer than that behind a cache, as assisted decoding has in a step, are dense; where it is known while compiling, with
+their mask."""
 LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
+
+_DROPPABLE = "where tokens can be dropped"
+Length = TypeVar("Length", int, torch.SymInt)
 
 
 def expected_share(budget: Budget, length: int) -> float | Fraction:
@@ -103,19 +114,57 @@ def _break_even(costs: DeviceCosts, call: CallShape, config: TSAConfig, sparse_l
     return high * STEP
 
 
-def shortest(config: TSAConfig, costs: DeviceCosts | None, call: CallShape, sparse_layers: float = 0.5) -> int | None:
-    """The shortest length that is compressed: what the user says, else from where tokens can be dropped and that pays.
+@dataclass(frozen=True)
+class Minimum:
+    """From which length on calls of one shape, behind a cache of one length, are compressed.
+
+    Attributes:
+        tokens: None: at no length.
+        of_keys: whether all keys so far are counted, as all of them are selected from; else the queries are.
+        why: what happens there.
+    """
+
+    tokens: int | None
+    of_keys: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"for no length: {self.why}" if self.tokens is None else f"from {self.tokens} tokens on, {self.why}"
+
+    def length(self, queries: Length, keys: Length) -> Length:
+        """What is compared with `tokens`."""
+        return keys if self.of_keys else queries
+
+    def reached_by(self, queries: int, keys: int) -> bool:
+        """Whether so many queries are compressed, which are the last of the keys."""
+        least = 2 if queries == keys else FEW_QUERIES
+        return self.tokens is not None and queries >= least and self.length(queries, keys) >= self.tokens
+
+
+def minimum(
+    config: TSAConfig, call: CallShape, sparse_layers: float = 0.5, where: DeviceCosts | torch.device | None = None
+) -> Minimum:
+    """From which length on a call behind `call.past` keys is compressed: the one rule of compilers and engines.
+
+    What the user says; else from where tokens can be dropped and, on CUDA devices, that pays.
 
     Args:
-        costs: of the device; None where speed does not count.
-
-    Returns:
-        None if no length gains.
+        sparse_layers: the share of the model's layers that are sparse.
+        where: the device, or its costs; None where speed does not count, as on a CPU.
     """
-    if config.min_length is not None or costs is None:
-        return droppable(config)
-    gaining = break_even(costs, call, config, sparse_layers)
-    return None if gaining is None else max(gaining, droppable(config) - call.past)
+    if config.min_length is not None:
+        return Minimum(config.min_length, False, "the configured min_length")
+    if isinstance(where, torch.device):
+        where = for_device(where) if where.type == "cuda" else None
+    able = droppable(config)
+    if where is None:
+        return Minimum(able, True, _DROPPABLE)
+    gaining = break_even(where, call, config, sparse_layers)
+    if gaining is None:
+        return Minimum(None, False, f"with {config.budget} the sparse path never breaks even on {where.name}")
+    if gaining > able - call.past:
+        return Minimum(gaining, False, f"where the sparse path breaks even on {where.name}")
+    return Minimum(able, True, _DROPPABLE)
 
 
 def droppable(config: TSAConfig) -> int:

@@ -5,11 +5,12 @@
     sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress, or the floor
     rest(L)      = a layer's projections and MLP, and what is between them
 
-FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them).
-Everything else is a number: B, H, G, D, Dv, bytes per element and the window come from a `CallShape`; rates come from
-devices.py, the only place with measured figures. Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at
-n = h (the half length) twice what its causal pairs are worth: short rows do not fill the GPU, diagonal tiles are half empty.
-The rate is that of D = Dv = 128; a pair's exponential takes as long whatever the head size, so narrower heads are slower.
+FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them), and in
+`PAST` where a chunk is judged, behind a cache of any length. Everything else is a number: B, H, G, D, Dv, bytes per
+element and the window come from a `CallShape`; rates come from devices.py, the only place with measured figures.
+Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at n = h (the half length) twice what its causal pairs
+are worth: short rows do not fill the GPU, diagonal tiles are half empty. The rate is that of D = Dv = 128; a pair's
+exponential takes as long whatever the head size, so narrower heads are slower.
 
 What is unknown is assumed so that the sparse path looks slower than it is, or dense attention faster: see `CallShape`
 and, for devices, devices.py. Not foreseen are padded batches of very unequal items (the dense path skips their padding too),
@@ -30,14 +31,14 @@ from torch import Tensor
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.devices import DeviceCosts
 
-LENGTH, KEPT = sympy.symbols("L s", positive=True)
+LENGTH, KEPT, PAST = sympy.symbols("L s P", positive=True)
 ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
 FLOOR_RATE = sympy.Rational(57, 100)  # of dense attention's: a program of the floor's kernel has few tiles
 FLOOR_MS = sympy.Rational(2, 100)  # its launches
-BEHIND_RATE = sympy.Rational(
-    3, 4
-)  # of dense attention's: kernels/flash.py takes 511 to 522 TFLOP/s where cuDNN takes 623 to 657
+# Of dense attention's, by the kernel behind a cache: not measured yet but guessed from kernels/flash.py, 511 to 522 TFLOP/s
+# where cuDNN has 623 to 657. `benchmarks/attention.py --parts behind` says under its table what it is on a device.
+BEHIND_RATE = sympy.Rational(75, 100)
 FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
@@ -60,8 +61,8 @@ class CallShape:
     """Whether the number of kept rows is known on the device only, as with Coverage."""
     floor: int = 0
     """How many tokens every row sees besides the selected ones: window and sinks. 0: none, and no floor."""
-    past: int = 0
-    """How many keys lie before those of the L queries: a chunk of a prompt, or a prefill onto a filled cache."""
+    past: int | sympy.Symbol = 0
+    """How many keys lie before those of the L queries: a chunk of a prompt, or a prefill onto a filled cache. Or `PAST`."""
 
     @property
     def selections(self) -> int:
@@ -191,7 +192,7 @@ def sparse_path(call: CallShape, costs: DeviceCosts) -> Work:
 
 def _kept_rows(call: CallShape, kept: sympy.Expr = KEPT) -> sympy.Expr:
     """How many of the L rows are kept, of `kept` of all keys: of a chunk's the whole window is."""
-    return kept * LENGTH + sympy.Integer(call.window * call.past) / (LENGTH + call.past) if call.past else kept * LENGTH
+    return kept * LENGTH + call.window * call.past / (LENGTH + call.past) if call.past else kept * LENGTH
 
 
 def _attend_work(call: CallShape, costs: DeviceCosts) -> Work:
@@ -245,11 +246,26 @@ def _function(expression: sympy.Expr) -> Callable[[float, float], float]:
     return sympy.lambdify((LENGTH, KEPT), expression, "math")
 
 
+@functools.lru_cache(maxsize=512)
+def _milliseconds(
+    work: Callable[[CallShape, DeviceCosts], Work], call: CallShape, costs: DeviceCosts
+) -> Callable[[float, float, float], float]:
+    """Of a length, a kept share and `PAST`."""
+    return sympy.lambdify((LENGTH, KEPT, PAST), work(call, costs).ms, "math")
+
+
+def _of_any_past(call: CallShape) -> CallShape:
+    """The call behind a cache of any length, if it is behind one: what takes 0.2 s is done once."""
+    return replace(call, past=PAST) if call.past else call
+
+
 def dense_ms(call: CallShape, costs: DeviceCosts) -> Callable[[float], float]:
     """Milliseconds of the dense call, of its length."""
-    return dense_work(call, costs).ms_at
+    ms = _milliseconds(dense_work, _of_any_past(call), costs)
+    return lambda length: float(ms(length, 1.0, call.past))
 
 
 def sparse_ms(call: CallShape, costs: DeviceCosts) -> Callable[[float, float], float]:
     """Milliseconds of the whole sparse path, of the length and the kept share."""
-    return sparse_path(call, costs).ms_at
+    ms = _milliseconds(sparse_path, _of_any_past(call), costs)
+    return lambda length, kept: float(ms(length, kept, call.past))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tsa_compile.config import TSAConfig
-from tsa_compile.costs.breakeven import expected_kept, shortest
+from tsa_compile.costs.breakeven import expected_kept, minimum
 from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.reasons import Decision, Reason
@@ -30,7 +30,7 @@ def with_expectations(
     if shapes:
         decider = None if getattr(device, "type", device) == "cpu" else costs  # as the calls were decided about
         share = len(candidates) / len(rows)
-        known = [shortest(_own(row, config), decider, shape, share) for row, shape in shapes]
+        known = [minimum(_own(row, config), shape, share, decider).tokens for row, shape in shapes]
         expected["break_even"] = min((length for length in known if length is not None), default=None)
     return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
 

@@ -24,7 +24,7 @@ import torch
 from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig, check_int, is_named, upper_half
-from tsa_compile.costs.breakeven import expected_kept, shortest
+from tsa_compile.costs.breakeven import expected_kept, minimum
 from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, dense_work, rest_work, sparse_path
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
@@ -234,7 +234,7 @@ def _predict(
         CallShape.configured(own, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
         for own, layer in zip(configs, model.layers, strict=True)
     ]
-    minima = [shortest(own, costs, shape, share) for own, shape in zip(configs, shapes, strict=True)]
+    minima = [minimum(own, shape, share, costs).tokens for own, shape in zip(configs, shapes, strict=True)]
     layers = []
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
         reason = _reason(sizes, index in selected, length, minima[index])

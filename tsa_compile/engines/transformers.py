@@ -26,12 +26,13 @@ from torch.nn import Module
 
 from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import Coverage, TSAConfig
+from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, read
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
 from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.passes.plan import FEW_QUERIES, kernel_obstacle, kernel_of, sparse_obstacle
+from tsa_compile.passes.plan import kernel_obstacle, kernel_of, sparse_obstacle
 from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
 from tsa_compile.reasons import Decision, Reason

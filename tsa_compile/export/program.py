@@ -25,13 +25,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tsa_compile.config import TSAConfig, given
+from tsa_compile.costs.breakeven import minimum
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.errors import ConfigError, RewriteError, check_type
 from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
-from tsa_compile.passes.plan import PlanCalls, all_kept_below, minimum_length
+from tsa_compile.passes.plan import PlanCalls, all_kept_below
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import record
 
@@ -250,11 +251,11 @@ class PlanExported(PlanCalls):
         widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         if not all(isinstance(width, int) for width in widths):
             return config  # refused for that
-        minimum, why = minimum_length(config, query.device, CallShape.of(query, key, value, config), sparse_layers)
-        if minimum is None or known(length >= minimum) or known(length < minimum):
+        least = minimum(config, CallShape.of(query, key, value, config), sparse_layers, query.device)
+        if least.tokens is None or known(length >= least.tokens) or known(length < least.tokens):
             return config
-        if minimum > all_kept_below(config):
-            self.straddling.append(f"{call.layer} compresses from {minimum} on, {why}")
+        if least.tokens > all_kept_below(config):
+            self.straddling.append(f"{call.layer} compresses from {least.tokens} on, {least.why}")
         return config.replace(min_length=1)
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import TSAConfig
+from tsa_compile.costs.breakeven import Minimum, minimum
 from tsa_compile.costs.calls import CallShape
+from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.passes.layers import Place, place_in, said_of_unused, select_layers, unused_layers
-from tsa_compile.passes.plan import FEW_QUERIES, length_that_counts, minimum_length
 from tsa_compile.passes.rewrite import options_of
 from tsa_compile.reasons import Reason
 
@@ -45,29 +46,26 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Minimum:
-    """From what length on a request is sparse, by the compiler's rule; `shortest` None: none is.
+class Rule:
+    """The compiler's rule of lengths (costs/breakeven.py) for the requests of layers of one shape.
 
     Attributes:
-        why: what the length is compared for (passes/plan.py).
+        share: of the model's layers that are sparse.
+        where: the device, or its costs.
     """
 
-    shortest: int | None
-    why: str = ""
+    config: TSAConfig
+    shape: CallShape
+    share: float
+    where: torch.device | DeviceCosts
 
-    @classmethod
-    def of(cls, config: TSAConfig, device: torch.device, shape: CallShape, share: float) -> Minimum:
-        """For layers of one shape, of which `share` are sparse."""
-        return cls(*minimum_length(config, device, shape, share))
+    def minimum(self, past: int = 0) -> Minimum:
+        """From which length on a request is sparse behind so many tokens of earlier batches."""
+        return minimum(self.config, replace(self.shape, past=past), self.share, self.where)
 
-    def __str__(self) -> str:
-        return f"for no length: {self.why}" if self.shortest is None else f"from {self.shortest} tokens on, {self.why}"
-
-    def reached_by(self, request: Request) -> bool:
-        """Whether it is sparse."""
-        if self.shortest is None or request.rows < (FEW_QUERIES if request.is_behind else 2):
-            return False
-        return length_that_counts(request.rows, request.length, self.why) >= self.shortest
+    def takes(self, request: Request) -> bool:
+        """Whether a request is sparse."""
+        return self.minimum(request.length - request.rows).reached_by(request.rows, request.length)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Split:
     others: tuple[int, ...]
 
 
-def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bool] | None, minimum: Minimum) -> Split:
+def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bool] | None, rule: Rule) -> Split:
     """Which requests are prompts, or chunks of them, that are long enough.
 
     Args:
@@ -93,7 +91,7 @@ def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bo
         if not request.rows:  # it fills the batch up
             continue
         is_prompt = not request.is_behind if prefilling is None else prefilling[number]
-        if is_prompt and minimum.reached_by(request):
+        if is_prompt and rule.takes(request):
             prompts.append(request)
         else:
             others.append(number)
@@ -169,7 +167,7 @@ def attend(
     output.copy_(out[0].transpose(0, 1))
 
 
-def rehearse(query: Tensor, kv_heads: int, longest: int, minimum: Minimum, scale: float, config: TSAConfig) -> None:
+def rehearse(query: Tensor, kv_heads: int, longest: int, rule: Rule, scale: float, config: TSAConfig) -> None:
     """Computes, and throws away, the largest request that can come, so that an engine that measures its memory sees it.
 
     Args:
@@ -180,5 +178,5 @@ def rehearse(query: Tensor, kv_heads: int, longest: int, minimum: Minimum, scale
     length = max(longest, rows)
     kept = query.new_zeros(length, kv_heads, 2 * width)  # keys and values side by side, as they are gathered
     key, value = kept.split(width, dim=-1)
-    if minimum.reached_by(Request(0, 0, rows, length)):
+    if rule.takes(Request(0, 0, rows, length)):
         attend(query, key, value, torch.empty_like(query), scale, config, None)

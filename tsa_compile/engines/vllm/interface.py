@@ -32,7 +32,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines.vllm.core import Layers, Minimum, Request, Split, attend, choose_layers, gather, rehearse, split
+from tsa_compile.engines.vllm.core import Layers, Request, Rule, Split, attend, choose_layers, gather, rehearse, split
 from tsa_compile.errors import ConfigError
 
 SUPPORTED = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
@@ -122,22 +122,22 @@ class Builder:
         layers = layers_of(vllm_config)
         self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
         self.group = _group(config)
-        self.minimum = Minimum(None)
+        self.rule: Rule | None = None
         for name in self.sparse_layers:  # which have one shape, that of their cache
             impl = get_layers_from_vllm_config(vllm_config, Attention)[name].impl
-            self.minimum = minimum_of(impl, vllm_config.model_config.dtype, layers, device)
+            self.rule = rule_of(impl, vllm_config.model_config.dtype, layers, device)
             break
-        if self.sparse_layers:
-            _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.minimum)
+        if self.rule is not None:
+            _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.rule.minimum())
         elif not layers.sparse:
             _log.info_once("Token Sparse Attention: %s", layers.summary)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # vLLM's, beside this one
-        if self.minimum.shortest is None or metadata.causal is not True:
+        if self.rule is None or metadata.causal is not True:
             return metadata
         starts, lengths, prefilling = _on_host(common_attn_metadata)
-        batch = split(starts, lengths, prefilling, self.minimum)
+        batch = split(starts, lengths, prefilling, self.rule)
         if batch.prompts:
             others = self._others(common_attn_metadata, batch, starts) if batch.others else None
             metadata.tsa = Plan(self.sparse_layers, batch.prompts, others, self.group)
@@ -213,9 +213,9 @@ class Impl:
         layers = layers_of(vllm_config)
         config = layers.sparse.get(layer.layer_name)
         if config is not None:
-            minimum = minimum_of(self, query.dtype, layers, query.device)
+            rule = rule_of(self, query.dtype, layers, query.device)
             longest = vllm_config.model_config.max_model_len
-            rehearse(query[:longest], self.num_kv_heads, longest, minimum, self.scale, config)  # type: ignore[attr-defined]  # vLLM sets the heads
+            rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config)  # type: ignore[attr-defined]  # vLLM sets the heads
 
 
 class CPUBuilder(Builder, cpu_attn.CPUAttentionMetadataBuilder):
@@ -307,11 +307,11 @@ def layers_of(vllm_config: Any) -> Layers:
     return choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, installed())
 
 
-def minimum_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device) -> Minimum:
-    """From what length on requests are sparse in layers like this one."""
+def rule_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device) -> Rule:
+    """Which requests are sparse in layers like this one."""
     sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size, impl.head_size)
     shape = CallShape.configured(installed(), 1, *sizes, dtype.itemsize)
-    return Minimum.of(installed(), device, shape, len(layers.sparse) / max(len(layers.reasons), 1))
+    return Rule(installed(), shape, len(layers.sparse) / max(len(layers.reasons), 1), device)
 
 
 def check(vllm_config: Any, config: TSAConfig) -> None:
