@@ -91,7 +91,7 @@ def only_one_process(files, run=subprocess.run):
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
             try:
                 code = files.main(command[2:])
-            except Exception:  # noqa: BLE001 the parent reads it, as it reads that of a process
+            except (Exception, SystemExit):  # noqa: BLE001 the parent reads it, as it reads that of a process
                 code = 1
                 traceback.print_exc()
         return subprocess.CompletedProcess(command, code, said.getvalue(), failed.getvalue())
