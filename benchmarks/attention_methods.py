@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
 from tsa_compile import Floor, pipeline  # pipeline registers the ops
-from tsa_compile.kernels.budget import kept_tokens
+from tsa_compile.kernels.kept import kept_tokens
 
 assert pipeline.OPS
 tsa = torch.ops.tsa

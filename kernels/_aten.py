@@ -9,6 +9,7 @@ what must not be written goes to places of its own behind the part that is kept.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -51,6 +52,13 @@ def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if share == 1 else tensor.index_select(1, torch.arange(heads, device=tensor.device) // share)
 
 
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Torch's attention, whose key heads may be fewer: causal over as many queries as keys, or under a mask."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
 def take_rows(source: Tensor, rows: Tensor) -> Tensor:
     """Source [B, G, L, D] of any strides, rows [B, H, C] -> [B, H, C, D], head h from h // (H / G), nothing repeated."""
     batch, heads, _ = rows.shape
@@ -62,3 +70,22 @@ def take_rows(source: Tensor, rows: Tensor) -> Tensor:
 def as_rows(output: Tensor) -> Tensor:
     """[B, H, L, Dv] in the memory layout [B, L, H, Dv]: no copy where it has that already."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def whole_blocks(count: Tensor | None, block: int, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Tensors [B, *, C, D] with as many rows as whole blocks have, zeros from the count on.
+
+    Returns:
+        Which rows are none, bool [B or 1, Q * block], and the tensors.
+    """
+    capacity, device = tensors[0].shape[2], tensors[0].device
+    rows = torch.arange(-(-capacity // block) * block, device=device)
+    none = rows >= (rows.new_tensor([capacity]) if count is None else count.clamp(max=capacity))[:, None]
+    longer = (F.pad(tensor, (0, 0, 0, len(rows) - capacity)) for tensor in tensors)
+    return none, [tensor.masked_fill(none[:, None, :, None], 0) for tensor in longer]
+
+
+def block_means_aten(rows: Tensor, none: Tensor, block: int) -> Tensor:
+    """The mean of each block's rows, [B, *, Q * block, D] -> [B, *, Q, D]; 0 where there is no row."""
+    members = (~none).unflatten(1, (-1, block)).sum(dim=2).clamp(min=1)
+    return rows.unflatten(2, (-1, block)).sum(dim=3) / members[:, None, :, None]

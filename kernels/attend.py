@@ -22,11 +22,12 @@ The work follows the count in one of three ways:
 registry.py decides which kernel runs.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import repeat_heads, slots_below
+from tsa_compile.kernels._aten import repeat_heads, slots_below, torch_attention
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 
 
@@ -61,7 +62,7 @@ def attend_lse(
 
 
 @attend_lse.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty((*query.shape[:3], value.shape[3]))
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
@@ -94,22 +95,25 @@ def _check(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> N
 
 def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
     """The same in ATen ops, for any exact kernel: all C rows, whatever the count, then zeros behind it."""
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+    out = torch_attention(query, key, value, scale)
     if count is not None:
         out = torch.where(slots_below(count, query.shape[2])[..., None], out, 0.0)
     return out.contiguous()
 
 
+def runs_of(counts: list[int]) -> list[tuple[slice, int]]:
+    """The items that are computed together, with their count: all if their counts are equal, else each by itself."""
+    return [(slice(None), counts[0])] if len(set(counts)) == 1 else [(slice(b, b + 1), n) for b, n in enumerate(counts)]
+
+
 def _attend_counts(
     kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, counts: list[int], scale: float
 ) -> Tensor:
-    """One call for all items if their counts are equal, else one for each item."""
+    """A call for each of `runs_of`."""
     shape = (*query.shape[:3], value.shape[3])
     # On CUDA filler is left unwritten: at 128K the zeros alone would cost as much as decompress.
     output = query.new_empty(shape) if query.is_cuda else query.new_zeros(shape)
-    runs = [(slice(None), counts[0])] if len(set(counts)) == 1 else [(slice(b, b + 1), n) for b, n in enumerate(counts)]
-    for items, n in runs:
+    for items, n in runs_of(counts):
         if n == 0:
             continue
         rows = min(kernel.round_rows(n), query.shape[2])
@@ -119,5 +123,5 @@ def _attend_counts(
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

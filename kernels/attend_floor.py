@@ -21,12 +21,11 @@ The op stands in programs that are being lowered (passes/lower.py); compiled gra
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, repeat_heads, take_rows
+from tsa_compile.kernels._aten import at_least, repeat_heads, take_rows, torch_attention
 from tsa_compile.kernels.attend import attend_lse
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.floor import merge_floor
 from tsa_compile.kernels.neighbourhood import near_aten, placed_aten
 
@@ -70,8 +69,7 @@ def _attend_with(logits: Tensor, query: Tensor, key: Tensor, value: Tensor, scal
     query = _behind_one(torch.cat((query, *parts, unused), 3), 0, 0, 0.0)  # row i sees the keys up to i, and one more
     key = _behind_one(key, _COLUMNS, _PARTS, _FACTOR)
     value = _behind_one(value, _COLUMNS, 1, 1.0)
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)[:, :, 1:]
+    return torch_attention(query, key, value, scale)[:, :, 1:]
 
 
 def _behind_one(rows: Tensor, columns: int, filled: int, number: float) -> Tensor:
@@ -93,9 +91,4 @@ def attend_floor(
     return merge_floor(query, key, value, compressed, lse, indices, count, padding, scale, window, sinks)
 
 
-@attend_floor.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, query_rows: Tensor, key_rows: Tensor, value_rows: Tensor, indices: Tensor,
-    count: Tensor | None, padding: Tensor | None, scale: float, kernel: str, window: int, sinks: int,
-) -> Tensor:  # fmt: skip
-    return empty_output(query, query.shape[2], value.shape[3])
+attend_floor.register_fake(attention_output)

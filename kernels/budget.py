@@ -27,7 +27,6 @@ Radix select as in Alabi et al., "Fast k-selection algorithms for graphics proce
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -39,8 +38,6 @@ from tsa_compile.kernels.kept import (
     at_least_and_most,
     at_least_and_most_triton,
     kept_candidates,
-    kept_of_share,
-    never_dropped,
 )
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 
@@ -171,17 +168,6 @@ def coverage_triton(scores: Tensor, coverage: float, min_tokens: int) -> Tensor:
         launch(_histogram_kernel, (tiles, batch), (mass, sums, state), (target, seq_len, tiles), STEP=step, BLOCK=1024)
     launch(_count_kernel, (batch,), (sums, state, count), (target, min_tokens, tiles))
     return count
-
-
-@functools.lru_cache(maxsize=1024)
-def kept_tokens(valid: int, window: int, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> int | None:
-    """The count of an item with `valid` tokens where it follows from their number alone, else None.
-
-    It does with a keep ratio, and where coverage has nothing to drop.
-    """
-    if keep_ratio is not None:
-        return kept_of_share(valid, window, KeepRatio(keep_ratio).fraction, min_tokens)
-    return valid if not coverage or valid <= never_dropped(window, min_tokens) else None
 
 
 def budget_cuda(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:

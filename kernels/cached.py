@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from tsa_compile.kernels._aten import as_rows, keys_before
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels._aten import as_rows, keys_before, torch_attention
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import PRIORITY, SDPA
 
@@ -40,16 +40,12 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return as_rows(behind(query, key, value, scale))
 
 
-@cached_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+cached_attention.register_fake(attention_output)
 
 
 def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The same in ATen ops, on any device; holds a bool mask [Lq, Lk]."""
-    allowed = causal_behind(query, key)
-    gqa = query.shape[1] != key.shape[1]
-    return as_rows(F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa))
+    return as_rows(torch_attention(query, key, value, scale, causal_behind(query, key)))
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:
@@ -89,7 +85,7 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None,
 
     Every row must see a key: with padding, the first one must be valid.
     """
-    output = empty_output(query, query.shape[2], value.shape[3])
+    output = attention_output(query, key, value)
     past = key.shape[2] - query.shape[2]
     keys = torch.arange(key.shape[2], device=query.device)
     for low in range(0, query.shape[2], ROWS):
@@ -111,10 +107,6 @@ def shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | Non
     if allowed is not None:
         allowed = allowed.repeat(1, 1, group, 1)
     with sdpa_kernel(list(PRIORITY), set_priority=True):
-        out = F.scaled_dot_product_attention(grouped_rows(query, group), key, value, attn_mask=allowed, scale=scale)
+        rows = query.unflatten(1, (-1, group)).flatten(2, 3)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=allowed, scale=scale)
     return out.unflatten(2, (group, query.shape[2])).flatten(1, 2)
-
-
-def grouped_rows(query: Tensor, group: int) -> Tensor:
-    """[B, H, R, D] -> [B, G, (H / G) R, D]."""
-    return query.unflatten(1, (-1, group)).flatten(2, 3)

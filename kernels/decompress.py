@@ -15,6 +15,8 @@ With n = count and e bytes per element, B H Dv e (L + n) bytes move. At H = 32, 
 Method: Token Sparse Attention, arXiv 2602.03216, section 3 ("decompression").
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -107,6 +109,11 @@ def empty_output(heads_of: Tensor, seq_len: int, dim: int) -> Tensor:
     """[B, H, L, Dv] as a view of a new [B, L, H, Dv] buffer, for the items and heads of a tensor."""
     batch, heads = heads_of.shape[:2]
     return heads_of.new_empty(batch, seq_len, heads, dim).transpose(1, 2)
+
+
+def attention_output(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """An empty output of attention, [B, H, Lq, Dv]; also what tracing sees of each op that returns one."""
+    return empty_output(query, query.shape[2], value.shape[3])
 
 
 @torch.library.custom_op("tsa::decompress", mutates_args=())

@@ -14,15 +14,17 @@ of value over all Lk keys.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import as_rows, repeat_heads
+from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.cached import behind
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
-from tsa_compile.kernels.padded import attend_ranges
+from tsa_compile.kernels.options import Options
+from tsa_compile.kernels.padded import attend_ranges, masked_attention_aten
 
 # What a CUDA graph captured would be replayed with the first call's positions.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -60,12 +62,7 @@ def filled_attention(
     return attend_ranges(*used, padding[:, :stop], ranges_until(valid_ranges, stop), scale, value if mean_rows else None)
 
 
-@filled_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
-    filled: Tensor, scale: float, mean_rows: bool,
-) -> Tensor:  # fmt: skip
-    return empty_output(query, query.shape[2], value.shape[3])
+filled_attention.register_fake(attention_output)
 
 
 def keys_in_use(filled: Tensor, query: Tensor, key: Tensor) -> int | None:
@@ -90,36 +87,23 @@ def filled_attention_aten(
     if padding is not None:
         allowed = allowed & padding[:, None, None]
     sees = allowed.any(dim=-1, keepdim=True)
-    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~sees, scale=scale, enable_gqa=gqa)
-    elsewhere = torch.zeros_like(value[:, :, :1])
-    if mean_rows:
-        elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
-    return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
+    return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows)
 
 
 def filled_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
-    filled: Tensor, scale: float, window: int, pool: int, coverage: float | None, keep_ratio: float | None, min_tokens: int,
-    capacity: int | None, shared: bool, kernel: str, floor_window: int | None = None, floor_sinks: int = 0,
-    group: str | None = None, reduce: str = "mean",
+    filled: Tensor, *options: Any,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
     stop = keys_in_use(filled, query, key)
     if stop is None:
+        scale = Options(*options).scale
         return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, False)
     used = (query, key[:, :, :stop], value[:, :, :stop])
     if padding is None or valid_ranges is None:
-        return sparse_attention(
-            *used, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window,
-            floor_sinks, group, reduce,
-        )  # fmt: skip
+        return sparse_attention(*used, *options)
     ranges = torch.tensor(ranges_until(valid_ranges, stop), dtype=torch.int64).reshape(-1, 3)
-    return padded_sparse_attention(
-        *used, padding[:, :stop], ranges, scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel,
-        floor_window, floor_sinks, group, reduce,
-    )  # fmt: skip
+    return padded_sparse_attention(*used, padding[:, :stop], ranges, *options)
 
 
 define_op(filled_sparse_attention, *_HOST)

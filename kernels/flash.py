@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels.flash_behind import run_behind
-from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+from tsa_compile.kernels.interface import MAX_HEAD_DIM, AttentionKernel, KernelRequest
 from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
     Tiles,
@@ -50,7 +50,6 @@ from tsa_compile.kernels.tiles import (
     tiles_for,
 )
 
-MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -125,6 +124,7 @@ def flash_triton(
         (*row_strides(align, query, key, value, out), capacity, heads // key.shape[1], scale_log2),
         descriptors=descriptors(tiles, key, value),
         **tile_options(tiles, key, value, align),
+        LAG=tiles.lag,
         HEADS_INNER=tiles.heads_inner,
     )
     return out

@@ -110,6 +110,7 @@ def behind_triton(
         (*row_strides(align, query, key, value, out), key.shape[2], rows, heads // key.shape[1], scale_log2),
         descriptors=descriptors(tiles, key, value),
         **tile_options(tiles, key, value, align),
+        LAG=tiles.lag,
         HEADS_INNER=tiles.heads_inner,
     )
     return out, lse

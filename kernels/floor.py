@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, keys_before, take_rows
-from tsa_compile.kernels.decompress import empty_output
-from tsa_compile.kernels.launch import HAS_TRITON, cdiv, launch, tl, triton
+from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
 from tsa_compile.kernels.tiles import (
     DESCRIPTOR,
@@ -46,6 +46,7 @@ from tsa_compile.kernels.tiles import (
     add_values,
     at_head,
     block_dim,
+    choose_tiles,
     count_of,
     descriptors,
     gather_rows,
@@ -57,6 +58,7 @@ from tsa_compile.kernels.tiles import (
     rows_contiguous,
     scores,
     stride_names,
+    tile_options,
     tma_fits,
     weigh,
 )
@@ -225,17 +227,17 @@ def merge_floor_triton(
     """
     query, key, value, compressed, indices, lse = map(rows_contiguous, (query, key, value, compressed, indices, lse))
     query, scale_log2 = positive_scale(query, scale)
-    batch, heads, rows, dim = query.shape
+    batch, heads, rows, _ = query.shape
     seq_len, past = key.shape[2], keys_before(query, key)
     is_chunk = not (isinstance(past, int) and past == 0)
-    selections, capacity, value_dim = indices.shape[1], indices.shape[2], value.shape[3]
+    selections, capacity = indices.shape[1:]
     if output is None:
-        output = empty_output(query, query.shape[2], value.shape[3])
+        output = attention_output(query, key, value)
     if output.numel() == 0:
         return output
-    order, valid = row_order, row_valid = (None, None) if padding is None else _order(padding)
+    order, valid = row_order, row_valid = (None, None) if padding is None else valid_first(padding)
     if padding is not None and is_chunk:
-        row_order, row_valid = _order(padding[:, past:])
+        row_order, row_valid = valid_first(padding[:, past:])
     align = row_alignment(query, key, value, compressed, output)
     tiles = _tiles(query, key, value, output, whole=padding is None)
     rows_tiles = tiles._replace(block_n=tiles.block_m)  # of what has a row for every row
@@ -258,15 +260,7 @@ def merge_floor_triton(
         ),
         BEHIND=is_chunk,
         HEADS_PER_SELECTION=heads // selections,
-        DIM=dim,
-        BLOCK_D=block_dim(dim),
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dim(value_dim),
-        ALIGN=align,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tile_options(tiles, key, value, align),
     )  # fmt: skip
     return output
 
@@ -279,7 +273,7 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, output: Tensor, whole: boo
     """
     block_d = block_dim(max(key.shape[3], value.shape[3]))
     if query.dtype == torch.float32:
-        return Tiles(16, 16, 4, 1) if block_d > 128 else Tiles(32, 16 if block_d > 64 else 32, 4, 1)
+        return choose_tiles(query.dtype, block_d, hopper=False)
     tiles = Tiles(64, 32 if block_d > 64 else 64, 4, 2)
     if whole and type(query) is Tensor and on_hopper(query):
         tiles = tiles._replace(use_tma=all(tma_fits(tensor) for tensor in (query, key, value, output)))
@@ -303,7 +297,7 @@ def merge_floor_aten(
     return placed_aten(output.to(value.dtype), padding, rank)
 
 
-def _order(padding: Tensor) -> tuple[Tensor, Tensor]:
+def valid_first(padding: Tensor) -> tuple[Tensor, Tensor]:
     """Every item's positions, the valid ones first, ascending: int32 [B, L]; and how many are valid: int32 [B]."""
     order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices
     return order.to(torch.int32), padding.sum(dim=1, dtype=torch.int32)
@@ -317,28 +311,10 @@ def merge_floor(
     """Every row in its place, with its floor; ValueError where shapes do not fit. See the module's docstring."""
     tensors = (query, key, value, compressed, lse, indices, count, padding)
     _check(*tensors, window, sinks)
-    return merge_floor_by_heads(*tensors, scale, window, sinks)
+    return _compute(*tensors, scale, window, sinks)
 
 
-@merge_floor.register_kernel("cuda")
-def _(
-    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
-) -> Tensor:  # fmt: skip
-    tensors = (query, key, value, compressed, lse, indices, count, padding)
-    _check(*tensors, window, sinks)
-    if not HAS_TRITON:
-        return merge_floor_by_heads(*tensors, scale, window, sinks)
-    with torch.cuda.device_of(query):
-        return merge_floor_triton(*tensors, scale, window, sinks)
-
-
-@merge_floor.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
-) -> Tensor:  # fmt: skip
-    return empty_output(query, query.shape[2], value.shape[3])
+merge_floor.register_fake(attention_output)
 
 
 def merge_floor_by_heads(
@@ -346,7 +322,7 @@ def merge_floor_by_heads(
     padding: Tensor | None, scale: float, window: int, sinks: int,
 ) -> Tensor:  # fmt: skip
     """The ATen form for one key head at a time, so that the logits of all heads are not in memory at once."""
-    output, groups = empty_output(query, query.shape[2], value.shape[3]), key.shape[1]
+    output, groups = attention_output(query, key, value), key.shape[1]
     for g in range(groups):
         tensors = (query, key, value, compressed, lse, indices)
         parts = [x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in (output, *tensors)]
@@ -373,3 +349,6 @@ def _check(
         raise ValueError(f"tsa::merge_floor: expected count {(batch,)} and padding {(batch, seq_len)}")
     if window < 1 or sinks < 0:
         raise ValueError(f"tsa::merge_floor: window {window} and sinks {sinks}; expected at least 1 and 0")
+
+
+_compute = by_device(merge_floor_triton, merge_floor_by_heads)

@@ -36,7 +36,7 @@ from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.filled import filled_aten, filled_attention_aten
 from tsa_compile.kernels.flash import flash_triton
-from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton
+from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton, valid_first
 from tsa_compile.kernels.padded import padded_attention_aten, valid_ranges_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -115,9 +115,8 @@ def _padded_attention(
     if not statically_known_true(query.shape[2] == key.shape[2]):
         return padded_attention_aten(query, key, value, padding, valid_ranges, scale, mean_rows)
     batch, seq_len = padding.shape
-    order = (~padding).to(torch.uint8).sort(dim=1, stable=True).indices.to(torch.int32)  # valid tokens first, as they are
+    order, count = valid_first(padding)
     indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
-    count = padding.sum(dim=1, dtype=torch.int32)
     rows = _triton.compress.default(query, key, value, indices, count)
     out = _triton.attend.default(*rows, count, scale, "triton")
     return _triton.decompress.default(out, indices, count, seq_len)

@@ -28,21 +28,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from inspect import Signature, signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
-from tsa_compile.kernels.attend import attend, attend_lse
-from tsa_compile.kernels.budget import budget_aten, budget_cuda, kept_tokens
+from tsa_compile.kernels.attend import attend, attend_lse, runs_of
+from tsa_compile.kernels.budget import budget_aten, budget_cuda
 from tsa_compile.kernels.cached import behind
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
-from tsa_compile.kernels.decompress import decompress_aten, decompress_triton, empty_output
+from tsa_compile.kernels.decompress import attention_output, decompress_aten, decompress_triton
 from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
+from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -52,83 +55,39 @@ STREAM_BYTES = 2**30
 """The compressed rows of as many heads as fit in this are in memory at a time, unless the kernel asks for more."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The scalars of the ops. `shared`: the heads of a group share one selection. `group`: the process group whose processes
-    have the other heads. See TSAConfig for the others."""
-
-    scale: float
-    window: int
-    pool: int
-    coverage: float | None
-    keep_ratio: float | None
-    min_tokens: int
-    capacity: int | None
-    shared: bool
-    kernel: str
-    floor_window: int | None = None
-    floor_sinks: int = 0
-    group: str | None = None
-    reduce: str = "mean"
-
-    def kept(self, valid: int, rows: int) -> int | None:
-        """How many of an item's valid tokens are kept, if that follows from their number and that of those with a query."""
-        kept = kept_tokens(valid, min(self.window, rows), self.coverage, self.keep_ratio, self.min_tokens)
-        return kept if kept is None or self.capacity is None else min(kept, self.capacity)
-
-    def limit(self, seq_len: int) -> int:
-        """No item keeps more than this."""
-        return seq_len if self.capacity is None else min(seq_len, self.capacity)
-
-
 def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
-    """Registers an op of query, key, value and others.
+    """Registers an op of tensors, query, key and value first, and of `*options`, which are the fields of Options.
 
     The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120.
     """
+    tensors = list(signature(function).parameters.values())[:-1]
+    parameters = [*tensors, *signature(Options).parameters.values()]
+    vars(function)["__signature__"] = Signature(parameters, return_annotation=Tensor)
     name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(name, ("cpu", "cuda"), function)
-    torch.library.register_fake(name, lambda query, key, value, *_, **__: _output(query, value))
+    torch.library.register_fake(name, attention_output)
 
 
-def _output(query: Tensor, value: Tensor) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
-
-
-def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, pool: int, coverage: float | None,
-    keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None, reduce: str = "mean",
-) -> Tensor:  # fmt: skip
+def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
-    options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group,
-        reduce,
-    )  # fmt: skip
     if not (query.is_cuda and HAS_TRITON):
-        return _plain(query, key, value, None, options)
+        return _plain(query, key, value, None, Options(*options))
     with torch.cuda.device_of(query):
-        return sparse_triton(query, key, value, options)
+        return sparse_triton(query, key, value, Options(*options))
 
 
 define_op(sparse_attention)
 
 
 def padded_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int, pool: int,
-    coverage: float | None, keep_ratio: float | None, min_tokens: int, capacity: int | None, shared: bool, kernel: str,
-    floor_window: int | None = None, floor_sinks: int = 0, group: str | None = None, reduce: str = "mean",
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, *options: Any
+) -> Tensor:
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
-    options = Options(
-        scale, window, pool, coverage, keep_ratio, min_tokens, capacity, shared, kernel, floor_window, floor_sinks, group,
-        reduce,
-    )  # fmt: skip
     if not (query.is_cuda and HAS_TRITON):
-        return _plain(query, key, value, padding, options)
+        return _plain(query, key, value, padding, Options(*options))
     with torch.cuda.device_of(query):
-        return padded_sparse_triton(query, key, value, padding, valid_ranges, options)
+        return padded_sparse_triton(query, key, value, padding, valid_ranges, Options(*options))
 
 
 # It looks at the valid ranges on the host: what a CUDA graph captured would be replayed with the first batch's.
@@ -139,7 +98,7 @@ def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -
     """Without padding; also runs on CPU tensors in the Triton interpreter."""
     if options.kept(key.shape[2], query.shape[2]) == key.shape[2]:
         return _dense(query, key, value, options)
-    output = _output(query, value)
+    output = attention_output(query, key, value)
     _sparse(output, query, key, value, None, options)
     return output
 
@@ -151,7 +110,7 @@ def padded_sparse_triton(
     items = [tuple(row) for row in valid_ranges.tolist()]
     if all(item == (0, key.shape[2], 1) for item in items):
         return sparse_triton(query, key, value, options)
-    output, first = _output(query, value), 0
+    output, first = attention_output(query, key, value), 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
         first = group.stop
@@ -205,9 +164,8 @@ def _of_all_heads(scores: Tensor, options: Options) -> Tensor:
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_count: bool) -> AttentionKernel:
     """The kernel for the compressed rows, which have a key head for every selection."""
-    request = KernelRequest.of(query, key, value)
-    return choose(request.with_kv_heads(key.shape[1] if options.shared else query.shape[1]), options.kernel,
-                  device_count=device_count, lse=options.floor_window is not None)  # fmt: skip
+    request = replace(KernelRequest.of(query, key, value), kv_heads=(key if options.shared else query).shape[1])
+    return choose(request, options.kernel, device_count=device_count, lse=options.floor_window is not None)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -256,9 +214,7 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
         return _attend(output, query, key, value, _selected(scores, count, limit), count, padding, kernel, options)
     on_host = _Fetched(count)
     indices = _selected(scores, count, limit)  # while the count travels
-    counts = on_host.get()
-    alike = len(set(counts)) == 1
-    for items, n in [(slice(None), counts[0])] if alike else [(slice(b, b + 1), n) for b, n in enumerate(counts)]:
+    for items, n in runs_of(on_host.get()):
         if n == 0:
             output[items].zero_()
             continue

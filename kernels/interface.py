@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+MAX_HEAD_DIM = 256
+"""Of the heads that this package's Triton kernels take."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,8 @@ class KernelRequest:
         heads, kv_heads = query.shape[1], key.shape[1]
         return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], heads, kv_heads, capability)
 
-    def with_kv_heads(self, kv_heads: int) -> KernelRequest:
-        """The same with another number of key and value heads."""
-        return dataclasses.replace(self, kv_heads=kv_heads)
 
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _exact_rows(rows: int) -> int:
-    return rows
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class AttentionKernel:
     supports: Callable[[KernelRequest], str | None]
     priority: int
     device_count: bool = False
-    round_rows: Callable[[int], int] = _exact_rows
+    round_rows: Callable[[int], int] = lambda rows: rows
     exact: bool = True
     stream_bytes: int | None = None
     run_lse: Callable[..., tuple[Tensor, Tensor]] | None = None

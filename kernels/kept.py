@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from tsa_compile.config import KeepRatio
 from tsa_compile.kernels.launch import tl, triton
 
 
@@ -68,3 +70,14 @@ def kept_of_share(
 def never_dropped(window: int, min_tokens: int) -> int:
     """Of so many tokens all are kept, whatever their scores and the budget."""
     return window + min_tokens
+
+
+@functools.lru_cache(maxsize=1024)
+def kept_tokens(valid: int, window: int, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> int | None:
+    """The count of an item with `valid` tokens where it follows from their number alone, else None.
+
+    It does with a keep ratio, and where coverage has nothing to drop.
+    """
+    if keep_ratio is not None:
+        return kept_of_share(valid, window, KeepRatio(keep_ratio).fraction, min_tokens)
+    return valid if not coverage or valid <= never_dropped(window, min_tokens) else None

@@ -14,9 +14,13 @@ they are not, `as_listed_` computes the output by the lists, with a mask [B', H'
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tsa_compile.kernels._aten import torch_attention
 
 # What a CUDA graph captured would be replayed with the first call's lists.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -40,10 +44,7 @@ def listed(
 
 
 @listed.register_fake
-def _(
-    partial_count: Tensor, partial: Tensor, full_count: Tensor | None, full: Tensor | None, padding: Tensor | None,
-    positions: Tensor | None, queries: int, keys: int, rows: int, columns: int,
-) -> Tensor:  # fmt: skip
+def _(*others: Any) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
@@ -112,16 +113,10 @@ def as_listed_(
         pairs = [times[:, :, at // rows][..., column // columns] for times in (whole, found)]
         times = pairs[0] + pairs[1] * allowed
         bias = times.to(query.dtype).log()  # what is listed twice counts twice, as in FlexAttention's kernel
-        part = F.scaled_dot_product_attention(
-            query[:, :, at], key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        part = torch_attention(query[:, :, at], key, value, scale, bias)
         output[:, :, at] = torch.where((times > 0).any(3, keepdim=True), part, 0.0)
 
 
 @as_listed_.register_fake
-def _(
-    output: Tensor, alike: Tensor, query: Tensor, key: Tensor, value: Tensor, partial_count: Tensor, partial: Tensor,
-    full_count: Tensor | None, full: Tensor | None, padding: Tensor | None, positions: Tensor | None, scale: float,
-    rows: int, columns: int,
-) -> None:  # fmt: skip
+def _(*others: Any) -> None:
     return None

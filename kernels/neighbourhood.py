@@ -37,7 +37,7 @@ def near_aten(
 
     Returns:
         Output [B, H, L, Dv] and log-sum-exp [B, H, L] (-1e30 where a row sees nothing), in at least float32; one more than
-        the slot of each row, 0 where it has none, int32 [B, H, L]; and the rank of each position, [B, L], or None.
+        the slot of each row, 0 where it has none, int64 [B, H, L]; and the rank of each position, [B, L], or None.
     """
     heads, seq_len = query.shape[1:3]
     slots = _slots_aten(indices, count, seq_len)
@@ -64,13 +64,13 @@ def placed_aten(output: Tensor, padding: Tensor | None, rank: Tensor | None) -> 
 
 
 def _slots_aten(indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    """One more than the slot of each position, 0 where it has none: int32 [B, Hs, L]."""
+    """One more than the slot of each position, 0 where it has none: int64 [B, Hs, L], which onnxruntime gathers on GPUs."""
     batch, selections, capacity = indices.shape
-    slots = torch.arange(capacity, dtype=torch.int32, device=indices.device)
+    slots = torch.arange(capacity, device=indices.device)
     targets = indices.to(torch.int64)
     if count is not None:
         targets = torch.where(slots_below(count, capacity), targets, slots + seq_len)
-    found = torch.zeros((batch, selections, seq_len + capacity), dtype=torch.int32, device=indices.device)
+    found = torch.zeros((batch, selections, seq_len + capacity), dtype=torch.int64, device=indices.device)
     return found.scatter(2, targets, (slots + 1).expand(batch, selections, capacity))[:, :, :seq_len]
 
 

@@ -24,13 +24,19 @@ equally many heads only, a group's query heads become further rows of the same k
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count
+from tsa_compile.kernels._aten import as_rows, repeat_heads, running_count, torch_attention
 from tsa_compile.kernels.cached import behind, causal_behind, check_lengths, in_blocks, query_positions, shared_keys
-from tsa_compile.kernels.decompress import empty_output
+from tsa_compile.kernels.decompress import attention_output
+
+_COLUMNS = 8
+"""Further columns in the ATen form: one is used, and rows of half precision stay aligned to 16 bytes."""
+_WIDEST = 256
+"""Of the heads that kernels of torch, onnxruntime and TensorRT take without holding all logits."""
+_LOW, _LOW_HALF, _LEAST_SCALE = 1e15, 6e4, 1e-3
+"""The further column's number, that of float16, and the scale from which on their product with it is low enough."""
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -67,7 +73,7 @@ def attend_ranges(
     """The same with the valid ranges on the host, one an item; rows that see nothing are the mean of `mean_of`, or 0."""
     if all(item == (0, key.shape[2], 1) for item in items):
         return as_rows(behind(query, key, value, scale))
-    output = empty_output(query, query.shape[2], value.shape[3])
+    output = attention_output(query, key, value)
     past, first = key.shape[2] - query.shape[2], 0
     for (start, stop, contiguous), same in itertools.groupby(items):
         group = slice(first, first + len(list(same)))
@@ -82,11 +88,7 @@ def attend_ranges(
     return output
 
 
-@padded_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
-) -> Tensor:
-    return empty_output(query, query.shape[2], value.shape[3])
+padded_attention.register_fake(attention_output)
 
 
 def valid_ranges_aten(padding: Tensor) -> Tensor:
@@ -104,20 +106,58 @@ def padded_attention_aten(
 ) -> Tensor:
     """The same in ATen ops, on any device: nothing is read on the host, so the valid ranges go unused.
 
-    Costs a bool mask [B, 1, L, L] (256 MB at 16K) and only kernels that take one.
+    As many queries as keys need no L x L mask: a further column of query and key gives keys that are not valid a logit of
+    -scale * _LOW^2, which is below every other one (in float16, whose numbers end at 65504, below all down to -3.6e9 scale).
+    Fewer queries, wider heads and scales near 0 take a bool mask [B, 1, Lq, Lk].
     """
     sees = running_count(padding) > 0
-    if not statically_known_true(query.shape[2] == key.shape[2]):
+    whole = statically_known_true(query.shape[2] == key.shape[2])
+    if whole and query.shape[3] + _COLUMNS <= _WIDEST and scale >= _LEAST_SCALE:
+        out = _attention_over_valid(query, key, value, padding, scale)
+        return _where_seen(out, value, sees[:, None, :, None], mean_rows)
+    if not whole:
         sees = sees.index_select(1, query_positions(query, key))
-    sees = sees[:, None, :, None]
-    # A row that sees nothing looks at everything instead: runtimes differ on a softmax over nothing.
-    allowed = (causal_behind(query, key) & padding[:, None, None, :]) | ~sees
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
-    elsewhere = torch.zeros_like(value[:, :, :1])
-    if mean_rows:
-        elsewhere = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32)).to(value.dtype)
-    return as_rows(torch.where(sees, out, repeat_heads(elsewhere, query.shape[1])))
+    allowed = causal_behind(query, key) & padding[:, None, None, :]
+    return masked_attention_aten(query, key, value, allowed, sees[:, None, :, None], scale, mean_rows)
+
+
+def masked_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, sees: Tensor, scale: float, mean_rows: bool
+) -> Tensor:
+    """Attention under a mask; rows that see nothing, as `sees` [B or 1, 1, Lq, 1] says, are 0 or the mean of value.
+
+    They look at everything instead: runtimes differ on a softmax over nothing.
+    """
+    return _where_seen(torch_attention(query, key, value, scale, allowed | ~sees), value, sees, mean_rows)
+
+
+def _attention_over_valid(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float) -> Tensor:
+    """Causal attention over the valid keys, [B, H, L, Dv]; rows that see none are unspecified, and finite."""
+    valid, low = padding[:, None, :, None], _LOW_HALF if query.dtype is torch.float16 else _LOW
+    query = _with_column(query, torch.full_like(query[..., :1], low))
+    key = torch.where(valid, key, 0.0)
+    key = _with_column(key, torch.where(valid, 0.0, -low).to(key.dtype).expand(-1, key.shape[1], -1, -1))
+    value, width = torch.where(valid, value, 0.0), value.shape[3]  # a weight of 0 times NaN is NaN
+    if query.shape[3] == width + _COLUMNS:  # kernels are fast where rows of all three are as wide
+        value = _with_column(value, torch.zeros_like(value[..., :1]))
+    return torch_attention(query, key, value, scale)[..., :width]
+
+
+def _with_column(rows: Tensor, column: Tensor) -> Tensor:
+    """Rows [B, H, L, D] with a column [B, H, L, 1], and columns of zeros: [B, H, L, D + _COLUMNS]."""
+    unused = torch.zeros_like(column).expand(-1, -1, -1, _COLUMNS - 1)
+    return torch.cat((rows, column, unused), 3)
+
+
+def _where_seen(output: Tensor, value: Tensor, sees: Tensor, mean_rows: bool) -> Tensor:
+    """The output, and in rows that see nothing 0 or the mean of value."""
+    elsewhere = _mean(value).to(value.dtype) if mean_rows else torch.zeros_like(value[:, :, :1])
+    return as_rows(torch.where(sees, output, repeat_heads(elsewhere, output.shape[1])))
+
+
+def _mean(value: Tensor) -> Tensor:
+    """Over all keys: [B, G, 1, Dv], in at least float32."""
+    return value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
 def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
@@ -125,8 +165,7 @@ def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
     if output.shape[2] == 0:
         return
     if value is not None:
-        mean = value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
-        output.copy_(mean.repeat_interleave(output.shape[1] // value.shape[1], 1))
+        output.copy_(repeat_heads(_mean(value), output.shape[1]))
     else:
         output.zero_()
 

@@ -33,17 +33,10 @@ def valid_positions(padding: Tensor | None, item: int, seq_len: int) -> Tensor:
     return padding[item].cpu().nonzero().flatten()
 
 
-def mean_of_rows(weights: Tensor) -> Tensor:
-    """The published score of candidates: what the window's rows [rows, n] look at on average, [n]."""
-    return weights.mean(dim=-2)
-
-
-def largest_of_rows(weights: Tensor) -> Tensor:
-    """The largest weight that any of the window's rows [rows, n] gives each candidate: [n]."""
-    return weights.amax(dim=-2)
-
-
-REDUCED = {"mean": mean_of_rows, "max": largest_of_rows}
+REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda weights: weights.mean(dim=-2),  # the published score: what the window's rows look at on average
+    "max": lambda weights: weights.amax(dim=-2),  # the largest weight that any of the window's rows gives
+}
 
 
 def score(

@@ -43,13 +43,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, running_count, take_rows
+from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, take_rows
+from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
-from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows
+from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows, window_rows_aten
 
 REDUCTIONS = ("mean", "max")
-MAX_HEAD_DIM = 256
 SPLITS = 32
 MIN_SPLIT = 512
 
@@ -305,9 +305,7 @@ def score(
 
 
 @score.register_fake
-def _(
-    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
-) -> Tensor:
+def _(query: Tensor, key: Tensor, *others: Any) -> Tensor:
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
@@ -331,37 +329,17 @@ def score_aten(
     query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
 ) -> Tensor:
     """The same in ATen ops, on any device. Holds the weights of 32 rows of the window at a time: [B,H,32,L]."""
-    seq_len = key.shape[2]
     past = keys_before(query, key)
-    slots = torch.arange(window, device=query.device)
-    if padding is None:
-        rank = torch.arange(1, seq_len + 1, device=query.device)[None]
-        rows = (slots + (seq_len - window))[None]
-        alive = rows >= past  # where the window is longer than the queries
-        rows, row_count = at_least(rows, 0), alive.sum(dim=1, keepdim=True)
-        candidates = rank[:, -1:] - row_count
-    else:
-        rank = running_count(padding)
-        row_count = torch.minimum(rank[:, -1:] - _valid_before(padding, past), torch.full_like(rank[:, -1:], window))
-        candidates = rank[:, -1:] - row_count
-        rows, alive = positions_by_slot(padding, rank - 1 - candidates, window), slots < row_count
+    rank, candidates, rows, alive = window_rows_aten(padding, key, past, window)
     total, faulty = _over_window(query, key, padding, rows, alive, scale, past, reduce)
     if reduce == "mean":
-        total = total / at_least(row_count, 1)[:, None].to(total.dtype)
+        total = total / at_least(rank[:, -1:] - candidates, 1)[:, None].to(total.dtype)
     raw = torch.where(faulty, 0.0, total)
     pooled = torch.where(faulty, math.nan, _pool_candidates(raw, padding, rank, candidates, pool))
     scores = torch.where((rank > candidates)[:, None], math.inf, pooled)
     if padding is not None:
         scores = torch.where(padding[:, None], scores, -math.inf)
     return scores.to(torch.float32)
-
-
-def _valid_before(padding: Tensor, past: int) -> Tensor | int:
-    """How many tokens of each item are valid before position `past`: [B, 1]."""
-    if isinstance(past, int) and past == 0:
-        return 0
-    before = torch.arange(padding.shape[1], device=padding.device) < past
-    return (padding & before).sum(dim=1, keepdim=True)
 
 
 def _over_window(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.backends import cuda as cuda_backends
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tsa_compile.kernels._aten import torch_attention
 from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
 from tsa_compile.kernels.merge import merged
 
@@ -35,9 +35,8 @@ _CUDNN_ROWS = 128
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, backends: tuple[SDPBackend, ...]) -> Tensor:
     """Causal SDPA by the first of `backends` that takes these very tensors."""
-    gqa = query.shape[1] != key.shape[1]
     with sdpa_kernel(list(backends), set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+        return torch_attention(query, key, value, scale)
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -116,12 +115,10 @@ def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def _run_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    group = query.shape[1] // key.shape[1]
-    if query.is_cuda and group > 1:
+    if query.is_cuda:
         # Of the kernels left on CUDA only the one that builds L x L shares key heads: repeating them costs less.
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+        key, value = _repeated(key, query), _repeated(value, query)
+    return torch_attention(query, key, value, scale)
 
 
 @functools.lru_cache(maxsize=256)

@@ -201,13 +201,7 @@ def _write_kernel(
 
 
 def select_triton(
-    scores: Tensor,
-    count: Tensor | None,
-    capacity: int,
-    short: int = 8192,
-    splits: int = 16,
-    block: int = 2048,
-    warps: int = 8,
+    scores: Tensor, count: Tensor | None, capacity: int, short: int = 8192, splits: int = 16, block: int = 2048
 ) -> Tensor:
     """Launches one program per row of at most `short` tokens; for longer rows, five times one per row and split.
 
@@ -227,7 +221,7 @@ def select_triton(
     span = cdiv(seq_len, splits * block) * block
     grid = (rows, cdiv(seq_len, span))
     state = torch.empty((rows, 2, splits + 1, BINS), dtype=torch.int32, device=scores.device)
-    options: dict[str, Any] = {"SPLITS": splits, "BLOCK": block, "num_warps": warps}
+    options: dict[str, Any] = {"SPLITS": splits, "BLOCK": block, "num_warps": 8}
     for step in range(STEPS):
         launch(_histogram_kernel, grid, (scores, count, state), (heads, seq_len, capacity, span), STEP=step, **options)
     launch(_write_kernel, grid, (scores, count, state, indices), (heads, seq_len, capacity, span), **options)

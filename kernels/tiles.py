@@ -377,8 +377,7 @@ def tile_options(tiles: Tiles, key: Tensor, value: Tensor, align: int) -> dict[s
     dim, value_dim = key.shape[3], value.shape[3]
     return {
         "DIM": dim, "BLOCK_D": block_dim(dim), "VALUE_DIM": value_dim, "BLOCK_DV": block_dim(value_dim), "ALIGN": align,
-        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "LAG": tiles.lag,
-        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels._aten import at_least, positions_by_slot, running_count
 from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import gather_rows
 
@@ -77,3 +78,29 @@ def window_rows(padding: Tensor | None, stand_in: Tensor, past: int, window: int
     rows = rank.new_empty((batch, window))
     launch(_window_rows_kernel, (cdiv(seq_len, 1024), batch), (padding, rank, rows), (seq_len, past, window), BLOCK=1024)
     return padding, rank, rows
+
+
+def window_rows_aten(padding: Tensor | None, key: Tensor, past: int, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in ATen ops, with one line for all items where nothing is padded.
+
+    Returns:
+        rank [B or 1, L]; the number of candidates [B or 1, 1]; rows [B or 1, W], and which of them there are, bool.
+    """
+    seq_len, slots = key.shape[2], torch.arange(window, device=key.device)
+    if padding is None:
+        rank = torch.arange(1, seq_len + 1, device=key.device)[None]
+        rows = (slots + (seq_len - window))[None]
+        alive = rows >= past  # where the window is longer than the queries
+        return rank, rank[:, -1:] - alive.sum(dim=1, keepdim=True), at_least(rows, 0), alive
+    rank = running_count(padding)
+    count = torch.minimum(rank[:, -1:] - _valid_before(padding, past), torch.full_like(rank[:, -1:], window))
+    candidates = rank[:, -1:] - count
+    return rank, candidates, positions_by_slot(padding, rank - 1 - candidates, window), slots < count
+
+
+def _valid_before(padding: Tensor, past: int) -> Tensor | int:
+    """How many tokens of each item are valid before position `past`: [B, 1]."""
+    if isinstance(past, int) and past == 0:
+        return 0
+    before = torch.arange(padding.shape[1], device=padding.device) < past
+    return (padding & before).sum(dim=1, keepdim=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -88,6 +88,13 @@ class GraphState:
             self._builder = PaddingBuilder(graph)
         return self._builder
 
+    def operands(self, plan: CallPlan, graph: Graph) -> tuple[Any, ...]:
+        """The tensors of the op for a call: with padding it and its valid ranges follow, with a static cache four more."""
+        call, padding = plan.call, plan.padding
+        masked = (None, None) if padding is None else (padding, self.builder(graph).valid_ranges(padding))
+        filled = plan.filled or ()
+        return (call.query, call.key, call.value, *(masked if filled or padding is not None else ()), *filled)
+
     @contextmanager
     def attempt(self, plan: CallPlan, graph: Graph, doing: str) -> Iterator[None]:
         """Runs a block for one call; if it raises, the graph is as before and the call stays as the model wrote it."""
@@ -145,6 +152,21 @@ class Pass(PassBase):
         if modified:
             graph_module.recompile()
         return PassResult(graph_module, modified)
+
+    def replace_calls(
+        self, graph_module: GraphModule, doing: str, form: Callable[[Graph, CallPlan], Node | None]
+    ) -> PassResult:
+        """Replaces each call of this pass's decisions by what `form` inserts in front of it; None: it is right as it is."""
+        graph, matched = graph_module.graph, 0
+        for plan in self.state.plans:
+            if plan.decision not in self.decisions:
+                continue
+            with self.state.attempt(plan, graph, doing), graph.inserting_before(plan.call.node):
+                new = form(graph, plan)
+                if new is not None:
+                    self.replace(plan, new)
+                    matched += 1
+        return self.result(graph_module, matched)
 
     def replace(self, plan: CallPlan, new: Node) -> None:
         """Lets every reader of the call's output read `new`; the old nodes are left to the clean-up."""

@@ -61,7 +61,6 @@ class AttentionCall:
         query, key, value: nodes of the graph.
         scale: the factor of the scores, a number or a node of the graph; None means 1/sqrt(D).
         layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
-        layer_index, container: 3 and "model.layers.*.self_attn"; None and "" where no number is known to be the layer's.
         wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
         lists: of FlexAttention, which blocks it goes over.
         problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
@@ -78,8 +77,6 @@ class AttentionCall:
     scale: Any = None
     dropout: Any = 0.0
     layer: str = ""
-    layer_index: int | None = None
-    container: str = ""
     problem: Problem | None = None
     wide_key: Node | None = None
     wide_value: Node | None = None

@@ -21,7 +21,6 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
-from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.reasons import Decision
 
 
@@ -32,41 +31,23 @@ class CanonicalizeDense(Pass):
     optional = True
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        graph, matched = graph_module.graph, 0
-        for plan in self.state.plans:
-            if plan.decision not in self.decisions or _is_canonical(plan.call):
-                continue
-            with self.state.attempt(plan, graph, "dense rewriting"), graph.inserting_before(plan.call.node):
-                self.replace(plan, self._dense(graph, plan))
-                matched += 1
-        return self.result(graph_module, matched)
+        return self.replace_calls(graph_module, "dense rewriting", self._dense)
 
-    def _dense(self, graph: Graph, plan: CallPlan) -> Node:
-        if plan.filled is not None and plan.mask is not None:
-            return self._filled(graph, plan, plan.mask, plan.filled)
-        return _causal(graph, plan.call) if plan.decision is Decision.DENSE else self._padded(graph, plan)
-
-    def _filled(self, graph: Graph, plan: CallPlan, info: MaskInfo, filled: tuple[Node, Node]) -> Node:
-        call, builder = plan.call, self.state.builder(graph)
-        ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
-        operands = (call.query, call.key, call.value, plan.padding, ranges, *filled, scale_of(call))
-        return insert(graph, torch.ops.tsa.filled_attention.default, *operands, info.mean_rows)
-
-    def _padded(self, graph: Graph, plan: CallPlan) -> Node:
-        call, info, padding = plan.call, plan.mask, plan.padding
-        assert info is not None and padding is not None
-        valid_ranges = self.state.builder(graph).valid_ranges(padding)
-        operands = (call.query, call.key, call.value, padding, valid_ranges, scale_of(call))
-        return insert(graph, torch.ops.tsa.padded_attention.default, *operands, info.mean_rows)
+    def _dense(self, graph: Graph, plan: CallPlan) -> Node | None:
+        call = plan.call
+        if call.form == "sdpa" and not call.masks and not call.peeled:
+            return None
+        if plan.filled is None and plan.decision is Decision.DENSE:
+            return _causal(graph, call)
+        assert plan.mask is not None
+        op = torch.ops.tsa.padded_attention if plan.filled is None else torch.ops.tsa.filled_attention
+        operands = (*self.state.operands(plan, graph), scale_of(call))
+        return insert(graph, op.default, *operands, plan.mask.mean_rows)
 
 
 def scale_of(call: AttentionCall) -> Any:
     """A call's scale as an argument: a number or a node."""
     return 1.0 / math.sqrt(fake(call.query).shape[3]) if call.scale is None else call.scale
-
-
-def _is_canonical(call: AttentionCall) -> bool:
-    return call.form == "sdpa" and not call.masks and not call.peeled
 
 
 def _causal(graph: Graph, call: AttentionCall) -> Node:

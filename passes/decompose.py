@@ -42,6 +42,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels.kept import kept_of_share
+from tsa_compile.kernels.options import Options
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.graph import fake, insert, known, size
 from tsa_compile.passes.operators import arguments
@@ -71,26 +72,13 @@ class Decompose(Pass):
         return self.result(graph_module, len(found))
 
 
-@dataclass(frozen=True)
-class _SparseCall:
+@dataclass(frozen=True, kw_only=True)
+class _SparseCall(Options):
     """The arguments of a whole op, by the names of their schema."""
 
     query: Node
     key: Node
     value: Node
-    scale: Any
-    window: int
-    pool: int
-    coverage: float | None
-    keep_ratio: float | None
-    min_tokens: int
-    capacity: int | None
-    shared: bool
-    kernel: str
-    floor_window: int | None
-    floor_sinks: int
-    group: str | None
-    reduce: str
     padding: Node | None = None
     valid_ranges: Node | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -144,12 +144,19 @@ def note_constant(node: Node, tensor: Tensor) -> None:
             node.meta["constant"] = tensor.detach().clone()
 
 
-def key_of(tree: Any) -> Any:
-    """Arguments as a dictionary's key: 1, 1.0 and True are different, and a symbol is what its expression is."""
+def key_of(tree: Any, of_node: Callable[[Node], Any] = lambda node: node) -> Any:
+    """Arguments as a dictionary's key: 1, 1.0 and True are different, and a symbol is what its expression is.
+
+    Whoever hashes it meets a TypeError where something in it cannot be compared.
+    """
+    if isinstance(tree, Node):
+        return Node, of_node(tree)
     if isinstance(tree, (tuple, list)):
-        return tuple(key_of(leaf) for leaf in tree)
+        return type(tree), tuple(key_of(leaf, of_node) for leaf in tree)
     if isinstance(tree, dict):
-        return tuple((name, key_of(leaf)) for name, leaf in sorted(tree.items()))
+        return dict, tuple((name, key_of(leaf, of_node)) for name, leaf in sorted(tree.items()))
+    if isinstance(tree, slice):
+        return slice, key_of((tree.start, tree.stop, tree.step), of_node)
     if isinstance(tree, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return type(tree), str(tree.node.expr)
-    return type(tree), str(tree) if isinstance(tree, float) else tree
+    return type(tree), str(tree) if isinstance(tree, (float, complex)) else tree

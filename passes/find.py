@@ -14,6 +14,7 @@ where the call stands. Reading changes nothing. A call that cannot be read is st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from tsa_compile.passes.eager import WrittenOut
 from tsa_compile.passes.flex import read_flex
 from tsa_compile.passes.frame import frame_of
 from tsa_compile.passes.graph import fake, known, same_shape
-from tsa_compile.passes.layers import layer_name, placed, places_of
+from tsa_compile.passes.layers import module_name, places_of
 from tsa_compile.passes.operators import arguments, aten, is_attention, without_copies
 from tsa_compile.passes.record import record
 from tsa_compile.reasons import Reason
@@ -41,7 +42,7 @@ class FindCalls(Pass):
         calls = calls_of(self.state.aten)
         places = places_of(calls, graph_module, self.state.frame)
         self.state.plans = [
-            CallPlan(placed(call, place), place, self.state.config.of_layer(place.number, place.names))
+            CallPlan(replace(call, layer=place.names[0]), place, self.state.config.of_layer(place.number, place.names))
             for call, place in zip(calls, places, strict=True)
         ]
         return self.result(graph_module, len(calls), modified=False)
@@ -93,7 +94,7 @@ def read_other(call: Node) -> RecordedCall | None:
 
 
 def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
-    """A call in normal form: repeated heads are peeled, the layer is named, shapes are checked, operands are located."""
+    """A call in normal form: repeated heads are peeled, the module is named, shapes are checked, operands are located."""
     node, problem = _place(graph, call)
     query, key, value = call.query, call.key, call.value
     problem = problem or _shape_problem(query, key, value, call.grouped)
@@ -109,13 +110,11 @@ def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
     lists = None if call.lists is None else _located(graph, call.lists, node)
     if problem is None and call.lists is not None and lists is None:
         problem = Reason.UNSUPPORTED_FORM, "its lists of blocks are written to, or are made inside another operator"
-    layer, container, layer_index = layer_name(node)
     shown = [place if place is not None else recorded for place, recorded in zip(located, (query, key, value), strict=True)]
     return AttentionCall(
         node=node, aten=graph, form=call.form, query=shown[0], key=shown[1], value=shown[2], masks=call.masks,
-        is_causal=call.is_causal, scale=scale, dropout=call.dropout, layer=layer, layer_index=layer_index,
-        container=container, problem=problem, wide_key=wide_key, wide_value=wide_value,
-        lists=lists,
+        is_causal=call.is_causal, scale=scale, dropout=call.dropout, layer=_module_of(node), problem=problem,
+        wide_key=wide_key, wide_value=wide_value, lists=lists,
     )  # fmt: skip
 
 
@@ -142,11 +141,13 @@ def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionCall | None:
     origin = call.meta["origin"]
     if not (is_attention(call.target) or "softmax" in str(call.target)):
         return None
-    layer, container, layer_index = layer_name(origin)
-    return AttentionCall(
-        origin, graph, "other", None, None, None, layer=layer, layer_index=layer_index, container=container,
-        problem=(Reason.PASS_FAILED, why),
-    )  # fmt: skip
+    problem = (Reason.PASS_FAILED, why)
+    return AttentionCall(origin, graph, "other", None, None, None, layer=_module_of(origin), problem=problem)
+
+
+def _module_of(node: Node) -> str:
+    """The name of a node's module, as far as the node alone tells, or else its own."""
+    return module_name(node) or node.name
 
 
 def _narrow(

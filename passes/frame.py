@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 from torch.nn import Module
 
 _RECORD = "tsa_frame"
@@ -157,21 +156,6 @@ def _modules_of(value: Any) -> Iterable[Module]:
     members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
     owners = (getattr(member, "__self__", member) if callable(member) else member for member in members)
     return [owner for owner in owners if isinstance(owner, Module)]
-
-
-def in_marked_range(size: torch.SymInt) -> bool:
-    """Whether the user marked a range (`mark_dynamic(x, 1, min=2, max=4096)`) for a size that this one depends on.
-
-    A guard within such a range is an error of Dynamo's. One on a size that is dynamic without a range compiles anew.
-    """
-    symbols = size.node.expr.free_symbols
-    for tracked in size.node.shape_env.tracked_fakes or ():
-        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
-        for extent, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
-            marked = isinstance(constraint, StrictMinMaxConstraint) and isinstance(extent, torch.SymInt)
-            if marked and symbols & extent.node.expr.free_symbols:
-                return True
-    return False
 
 
 def _is_sharded(model: Module) -> bool:

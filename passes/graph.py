@@ -5,68 +5,17 @@ What a node of a model's graph computes is not asked here: a name proves nothing
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 from torch.fx.node import map_arg
-
-_ALIASES = {
-    "bitwise_and": "and",
-    "logical_and": "and",
-    "bitwise_or": "or",
-    "logical_or": "or",
-    "bitwise_not": "not",
-    "logical_not": "not",
-    "invert": "not",
-    "bitwise_xor": "xor",
-    "logical_xor": "xor",
-    "less_equal": "le",
-    "less": "lt",
-    "greater_equal": "ge",
-    "greater": "gt",
-    "not_equal": "ne",
-    "subtract": "sub",
-    "multiply": "mul",
-    "true_divide": "div",
-    "truediv": "div",
-    "divide": "div",
-    "floordiv": "floor_divide",
-    "negative": "neg",
-    "_unsafe_view": "view",
-    "_softmax": "softmax",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-}
-
-
-def op_name(node: Node) -> str:
-    """One name for every way of writing an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`.
-
-    For people and tests; no pass decides by it.
-    """
-    target = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        name = packet.__name__
-        namespace = packet._qualified_op_name.split("::")[0]
-        if namespace not in ("aten", "prims", "tsa"):  # another library's `softmax` may be anything
-            return f"{namespace}::{name}"
-    else:
-        name = getattr(target, "__name__", str(target))
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-    elif target in (operator.and_, operator.or_, operator.not_):
-        name = name.rstrip("_")
-    return _ALIASES.get(name, name)
 
 
 def fake(node: Any) -> Any:
@@ -95,11 +44,31 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
+def expr_of(extent: int | torch.SymInt) -> sympy.Expr:
+    """A size as an expression in the graph's shape symbols."""
+    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
+
+
 def known(condition: Any) -> bool:
     """Whether a (symbolic) condition holds for every size that the graph admits; never adds a guard."""
     if isinstance(condition, torch.SymBool):
         return bool(statically_known_true(condition))
     return bool(condition)
+
+
+def in_marked_range(size: torch.SymInt) -> bool:
+    """Whether the user marked a range (`mark_dynamic(x, 1, min=2, max=4096)`) for a size that this one depends on.
+
+    A guard within such a range is an error of Dynamo's. One on a size that is dynamic without a range compiles anew.
+    """
+    symbols = size.node.expr.free_symbols
+    for tracked in size.node.shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for extent, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            marked = isinstance(constraint, StrictMinMaxConstraint) and isinstance(extent, torch.SymInt)
+            if marked and symbols & extent.node.expr.free_symbols:
+                return True
+    return False
 
 
 def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
@@ -25,6 +25,7 @@ from tsa_compile.config import Layers, TSAConfig, is_named, upper_half
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import Frame
 from tsa_compile.reasons import Reason
+from tsa_compile.text import spans
 
 _ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
 _AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")
@@ -63,7 +64,7 @@ def module_name(node: Node) -> str:
     Dynamo writes `L['self'].layers[3].attn`. A decorated forward finds its module among its arguments, `L['args'][0]`: that
     is the root, unless it is itself among the modules that were called. Then the place is a number of its own.
     """
-    paths = _paths(node)
+    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if not paths:
         return ""
     path = paths[-1]
@@ -74,22 +75,6 @@ def module_name(node: Node) -> str:
         path = path[among.end() :].removeprefix(".")
     path = _ROOT.sub("", _CLOSURE.sub("", path))
     return _SUBSCRIPT.sub(r".\1", _HIDDEN.sub("", path)).strip(".")
-
-
-def _paths(node: Node) -> list[str]:
-    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def layer_name(node: Node) -> tuple[str, str, int | None]:
-    """A node's module, as far as the node alone tells: its name, the name with `*` for the number, the number.
-
-    With several numbers in the name, other calls must say which is the layer's: `places_of`.
-    """
-    path = module_name(node)
-    numbered = _numbered(path)
-    if not path or len(numbered) != 1:
-        return path or node.name, "", None
-    return path, _starred(path, numbered), int(path.split(".")[numbered[0]])
 
 
 def _numbered(name: str) -> list[int]:
@@ -112,11 +97,6 @@ def _starred(name: str, positions: Iterable[int]) -> str:
     for position in positions:
         parts[position] = "*"
     return ".".join(parts)
-
-
-def placed(call: AttentionCall, place: Place) -> AttentionCall:
-    """A call with the name and the number of its place."""
-    return replace(call, layer=place.names[0], container=place.stack, layer_index=place.number)
 
 
 def is_whole(graph_module: GraphModule) -> bool:
@@ -319,8 +299,4 @@ def _present(places: list[Place]) -> str:
     stacks: dict[str, list[int]] = {}
     for place in places:
         stacks.setdefault(place.stack or place.names[0], []).extend([] if place.number is None else [place.number])
-    return ", ".join(f"{_span(found)} ({name})" if found else name for name, found in stacks.items())
-
-
-def _span(found: list[int]) -> str:
-    return str(min(found)) if len(found) == 1 else f"{min(found)}..{max(found)}"
+    return ", ".join(f"{spans(sorted(found))} ({name})" if found else name for name, found in stacks.items())

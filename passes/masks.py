@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from sympy.logic.inference import satisfiable
 from torch.fx import GraphModule
@@ -24,7 +25,7 @@ from torch.utils._sympy.value_ranges import bound_sympy
 from tsa_compile.passes import symbolic_indexing, symbolic_ops, symbolic_views
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.call import AttentionCall, MaskTerm
-from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.graph import expr_of, fake, known
 from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.padding import unwritable
 from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
@@ -66,7 +67,7 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
     """The meaning of everything that masks a call: `is_causal` and each mask term."""
     query, key = fake(call.query), fake(call.key)
     sizes = {B: query.shape[0], H: query.shape[1], Q: query.shape[2], KV: key.shape[2]}
-    atoms = Atoms({symbol: _as_expr(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
+    atoms = Atoms({symbol: expr_of(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
     evaluator = Evaluator(atoms)
     try:
         allowed, hidden, level = sympy.true, set[sympy.Expr](), True
@@ -97,10 +98,6 @@ def held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
     if missing:
         return MaskInfo(MaskKind.OPAQUE, detail=f"{info.detail}, and {missing[0]} is no value of the graph")
     return info
-
-
-def _as_expr(extent: Any) -> sympy.Expr:
-    return extent.node.expr if hasattr(extent, "node") else sympy.Integer(extent)
 
 
 def _upper_bound(tensor: torch.Tensor) -> Any:
@@ -169,17 +166,10 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     positions = reading.positions(kind)
     if positions is not None and fake(evaluator.leaves[positions]).dtype != torch.int64:
         kind, detail, positions = MaskKind.OPAQUE, f"bounded by {positions}, which is no int64", None
-    leaves = {name: node for name, node in evaluator.leaves.items() if _mentions(normal, atoms.table, name)}
+    calls = (call for symbol in normal.free_symbols for call in atoms.table[symbol].expr.atoms(AppliedUndef))
+    leaves = {name: evaluator.leaves[name] for name in sorted({call.func.__name__ for call in calls})}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
     return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, False, positions, reading.offset, detail)
-
-
-def _mentions(formula: Boolean, table: dict[sympy.Symbol, Atom], name: str) -> bool:
-    return any(
-        function.func.__name__ == name
-        for symbol in formula.free_symbols
-        for function in table[symbol].expr.atoms(sympy.core.function.AppliedUndef)
-    )
 
 
 class _Reading:
@@ -214,7 +204,7 @@ class _Reading:
         negated = isinstance(literal, sympy.Not)
         kind = self.table[next(iter(literal.free_symbols))].kind
         offset = sympy.expand(expr - KV + Q) if kind == "le" else expr
-        if kind == "le" and not offset.has(KV, Q, H, B, sympy.core.function.AppliedUndef):
+        if kind == "le" and not offset.has(KV, Q, H, B, AppliedUndef):
             (self.lower if negated else self.upper).append(1 - offset if negated else -offset)
         elif kind == "le" and not negated and _is_given_to_queries(expr):
             self.given.append((KV - expr).func.__name__)
@@ -275,7 +265,7 @@ class _Reading:
 def _is_given_to_queries(expr: sympy.Expr) -> bool:
     """`kv - x[q]`: a tensor says up to which key a query sees."""
     given = sympy.expand(KV - expr)
-    return isinstance(given, sympy.core.function.AppliedUndef) and given.args == (Q,)
+    return isinstance(given, AppliedUndef) and given.args == (Q,)
 
 
 def _at_least_zero(bound: sympy.Expr) -> bool:
@@ -284,5 +274,5 @@ def _at_least_zero(bound: sympy.Expr) -> bool:
 
 def _compares_documents(expr: sympy.Expr) -> bool:
     """`x[b, q] - x[b, kv]`, zero or at most zero: documents that are equal, or the order of positions that are given."""
-    calls = expr.atoms(sympy.core.function.AppliedUndef)
+    calls = expr.atoms(AppliedUndef)
     return len(calls) == 2 and len({call.func for call in calls}) == 1

@@ -23,8 +23,8 @@ aten = torch.ops.aten
 
 ITEM = operator.getitem  # the target of recorded nodes that take one output of an operator with several
 
-# In place for autograd alone: the data stays.
-_CHANGES_NOTHING = frozenset([aten.detach_.default, aten.requires_grad_.default, aten.retain_grad.default])
+CHANGES_NOTHING = frozenset([aten.detach_.default, aten.requires_grad_.default, aten.retain_grad.default])
+"""In place for autograd alone: the data stays."""
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 _OWN = ("aten", "prims", "prim", "tsa")
 _DROPOUTS = frozenset([aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default])
@@ -50,11 +50,6 @@ def arguments(node: Node) -> tuple[Any, ...]:
     for argument in schema.arguments[len(values) :]:
         values.append(node.kwargs.get(argument.name, argument.default_value))
     return tuple(values)
-
-
-def changes_nothing(func: Any) -> bool:
-    """Whether an operator concerns autograd alone."""
-    return func in _CHANGES_NOTHING
 
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -97,7 +92,7 @@ def is_all_of(node: Node, func: OpOverload, first: Any) -> bool:
     if isinstance(node.target, OpOverload):
         return node.target is func
     if node.op == "call_method":
-        return func._opname == node.target and _is_method_in_c(node.target)
+        return func._opname == node.target and isinstance(getattr(Tensor, node.target, None), MethodDescriptorType)
     if node.target in _ARITHMETIC:
         return isinstance(first, Tensor)
     name = func._opname
@@ -105,11 +100,6 @@ def is_all_of(node: Node, func: OpOverload, first: Any) -> bool:
         getattr(torch, name, 0),
         getattr(torch._C._nn, name, 0),
     )
-
-
-@lru_cache(maxsize=4096)
-def _is_method_in_c(name: str) -> bool:
-    return isinstance(getattr(Tensor, name, None), MethodDescriptorType)
 
 
 @lru_cache(maxsize=4096)

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.call import AttentionCall, BlockLists
-from tsa_compile.passes.graph import fake, insert, is_erased, known, size
+from tsa_compile.passes.graph import expr_of, fake, insert, is_erased, known, size
 from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.predicate import KV, Atom, B
 
@@ -170,10 +170,6 @@ class PaddingBuilder:
         return self._first[key]
 
 
-def _as_expr(extent: int | torch.SymInt) -> sympy.Expr:
-    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
-
-
 class _Emitter:
     def __init__(self, graph: Graph, call: AttentionCall, info: MaskInfo) -> None:
         self.graph = graph
@@ -223,7 +219,7 @@ class _Emitter:
         if expr in (B, KV):
             return self._positions(expr)
         for dim in (0, 2):
-            if expr.is_Symbol and expr == _as_expr(fake(self.key).shape[dim]):
+            if expr.is_Symbol and expr == expr_of(fake(self.key).shape[dim]):
                 return self._extent(dim)
         if isinstance(expr, AppliedUndef):
             element = self._element(expr)

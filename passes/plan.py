@@ -25,13 +25,12 @@ from tsa_compile.costs.breakeven import FEW_QUERIES, minimum
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
+from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
-from tsa_compile.kernels.score import MAX_HEAD_DIM
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.frame import in_marked_range
-from tsa_compile.passes.graph import fake, known
+from tsa_compile.passes.graph import fake, in_marked_range, known
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.ranks import group_of_heads, splits_heads
@@ -75,7 +74,8 @@ class PlanCalls(Pass):
 
     def _gather_split_heads(self, graph_module: GraphModule) -> None:
         """Coverage asks for the mean of the scores over all heads, of which each device of tensor parallel has its own."""
-        sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE and _needs_all_heads(plan)]
+        all_sparse = [plan for plan in self.state.plans if plan.decision is Decision.SPARSE]
+        sparse = [plan for plan in all_sparse if isinstance(plan.config.budget, Coverage) and plan.config.budget.tau > 0]
         found = splits_heads(graph_module, self.state.frame) if sparse else None
         for plan in sparse if found is not None else ():
             plan.group = self._group(plan)
@@ -112,35 +112,43 @@ class PlanCalls(Pass):
         if obstacle is not None:
             return plan.keep(*obstacle)
         assert plan.mask is not None
-        plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
-        reason, detail = selected, plan.place.doubt if selected is Reason.LAYER_COUNT_UNKNOWN else ""
-        if reason is None:
-            settled = self._settled(plan, sparse_layers)
-            filled = plan.mask.kind in FILLED_KINDS
-            reason, detail = sparse_obstacle(*_operands(plan), settled, sparse_layers, self.state.costs, filled=filled)
-        if reason is None:
-            plan.decision, reason = Decision.SPARSE, Reason.SPARSE
-        elif self._has_dense_kernel(plan):
-            plan.decision = Decision.KERNEL
-        plan.reason, plan.detail = reason, detail
+        plan.decision, plan.reason, plan.detail, plan.kernel = decide(
+            _operands(plan), plan.config, selected, plan.place.doubt, sparse_layers,
+            padded=plan.mask.padding is not None, behind=is_behind_cache(plan), filled=plan.mask.kind in FILLED_KINDS,
+            settled=self._settled(plan, sparse_layers) if selected is None else None, costs=self.state.costs,
+        )  # fmt: skip
         if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
-            return plan.keep(reason, detail or "it stays as it is: a row that may attend to no token is NaN in it")
-        try:
-            plan.kernel = kernel_of(*_operands(plan), plan.decision, plan.config)
-        except KernelError as error:  # a kernel that was asked for by name and does not fit this call
-            plan.decision = Decision.DENSE_PADDED if plan.mask.padding is not None else Decision.DENSE
-            plan.reason, plan.detail, plan.kernel = Reason.KERNEL, str(error), ""
+            plan.kernel = ""
+            plan.keep(plan.reason, plan.detail or "it stays as it is: a row that may attend to no token is NaN in it")
         return None
 
-    def _has_dense_kernel(self, plan: CallPlan) -> bool:
-        """Whether the configured kernel runs a dense call: one over as many queries as keys."""
-        if self.state.config.dense_kernel is None or is_behind_cache(plan):
-            return False
-        return kernel_obstacle(*_operands(plan))[0] is None
 
+def decide(
+    operands: tuple[Tensor, Tensor, Tensor], config: TSAConfig, unselected: Reason | None, doubt: str,
+    sparse_layers: float, *, padded: bool, behind: bool, filled: bool = False, settled: TSAConfig | None = None,
+    costs: DeviceCosts | None = None,
+) -> tuple[Decision, Reason, str, str]:  # fmt: skip
+    """What becomes of a call that need not stay as the model wrote it: the decision, its reason, a detail and the kernel.
 
-def _needs_all_heads(plan: CallPlan) -> bool:
-    return isinstance(plan.config.budget, Coverage) and plan.config.budget.tau > 0
+    Args:
+        unselected: why its layer is not to be sparse; None if it is. doubt: why its place is not known, if that is why.
+        sparse_layers: the share of the layers that are.
+        padded, behind: some keys are invalid; the queries are the last of more keys.
+        filled, costs: see `sparse_obstacle`.
+        settled: by which its length is judged, if not by `config`.
+    """
+    dense = Decision.DENSE_PADDED if padded else Decision.DENSE
+    decision, reason, detail = dense, unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else ""
+    if reason is None:
+        reason, detail = sparse_obstacle(*operands, settled or config, sparse_layers, costs, filled=filled)
+    if reason is None:
+        decision, reason = Decision.SPARSE, Reason.SPARSE
+    elif config.dense_kernel is not None and not behind and kernel_obstacle(*operands)[0] is None:
+        decision = Decision.KERNEL
+    try:
+        return decision, reason, detail, kernel_of(*operands, decision, config)
+    except KernelError as error:  # a kernel that was asked for by name and does not fit this call
+        return dense, Reason.KERNEL, str(error), ""
 
 
 def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
@@ -148,16 +156,10 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     call = plan.call
     if call.problem is not None:
         return call.problem
-    query, key, value = (fake(node) for node in (call.query, call.key, call.value))
-    if query.requires_grad or key.requires_grad or value.requires_grad:
-        return Reason.NEEDS_GRAD, ""
-    if not isinstance(call.dropout, (int, float)) or call.dropout != 0:
-        return Reason.DROPOUT, f"dropout {call.dropout}"
-    if not _is_positive(call.scale):
-        return (
-            Reason.UNSUPPORTED_FORM,
-            f"the scale is {fake(call.scale)}, not positive, as causal kernels need it",
-        )
+    query, key, value = _operands(plan)
+    obstacle = inputs_obstacle(query, key, value, call.dropout, call.scale)
+    if obstacle is not None:
+        return obstacle
     assert plan.mask is not None
     alike = known(query.shape[2] == key.shape[2]) and plan.mask.kind not in FILLED_KINDS
     if not alike and plan.mask.kind in _SHORT_SIGHTED:
@@ -167,6 +169,17 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
         return Reason.NOT_SELF_ATTENTION, f"{query.shape[2]} queries over {key.shape[2]} keys{cached}"
     reason = MASK_REASONS.get(plan.mask.kind)
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
+
+
+def inputs_obstacle(query: Tensor, key: Tensor, value: Tensor, dropout: Any, scale: Any) -> tuple[Reason, str] | None:
+    """Why a call of these inputs must stay as it is, whatever its mask."""
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        return Reason.NEEDS_GRAD, ""
+    if not isinstance(dropout, (int, float)) or dropout != 0:
+        return Reason.DROPOUT, f"dropout {dropout}"
+    if not _is_positive(scale):
+        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(scale)}, not positive, as causal kernels need it"
+    return None
 
 
 def is_behind_cache(plan: CallPlan) -> bool:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from tsa_compile.passes.frame import Frame, is_split
+from tsa_compile.passes.graph import fake
 
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", torch.ops.aten.mul.Tensor)
 _SUMS = ("all_reduce", "all_reduce_", "reduce_scatter_tensor")
@@ -72,13 +73,9 @@ def group_of_module(module: Module) -> str | None:
 
 
 def splits_heads(graph_module: GraphModule, frame: Frame | None) -> str | None:
-    """What shows that a graph sees some of a layer's heads only, as in tensor parallel; None if nothing does.
-
-    o = attention(q, k, v)       [B, H / devices, L, D]
-    y = all_reduce(o @ w)        each device adds its heads' part
-    """
+    """What shows that a graph sees some of a layer's heads only, as in tensor parallel; None if nothing does."""
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and is_split(node.meta.get("example_value", node.meta.get("val"))):
+        if node.op == "placeholder" and is_split(fake(node)):
             return f"its input `{node.name}` is split over devices"
         if node.op == "call_function" and _is_reduction(node):
             return f"it calls `{node.target}`"

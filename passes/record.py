@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tsa_compile.passes import operators
@@ -35,7 +36,6 @@ from tsa_compile.passes.fakes import (
     is_laid_out_like,
     is_plain,
     is_wrapped,
-    key_of,
     note_constant,
     quiet,
     run_node,
@@ -44,6 +44,7 @@ from tsa_compile.passes.fakes import (
 )
 from tsa_compile.passes.flex import FLEX, RecordedFlex, at_index, flex_arguments
 from tsa_compile.passes.graph import fake, fake_mode
+from tsa_compile.passes.values import Values
 
 
 def record(graph_module: GraphModule) -> AtenGraph:
@@ -77,6 +78,7 @@ class _Recording:
 
     def __init__(self, graph_module: GraphModule, borrows: bool) -> None:
         self.result = AtenGraph()
+        self.book = Values(self.result)
         self.borrows = borrows
         self.borrowed: set[int] = set()  # pieces of memory
         self.traced: set[int] = set()  # ids of the trace's values up to the node that runs
@@ -84,13 +86,7 @@ class _Recording:
         self.wanted: tuple[Node, Any, Any] | None = None  # the node, its first argument and its value in the trace
         self.mode = fake_mode(graph_module.graph)
         self.memory = self.result.memory
-        self.known: dict[int, tuple[Tensor, Node, int]] = {}  # the tensor stays alive, so that its id stays its own
-        self.placed: dict[int, list[int]] = {}  # the known tensors in each piece of memory
-        self.numbered: dict[Any, Node] = {}
-        self.origin: Node | None = None
-        self.inside: str | None = None
         self.tick = 0
-        self.named: dict[int, Node] = {}  # the graph's node whose value a tensor is
         self.paused = False
         self.env: dict[Node, Any] = {}
         self.indices: dict[Any, list[Tensor]] = {}  # b, h, q and kv, as functions of positions are given them
@@ -104,20 +100,20 @@ class _Recording:
         """Runs all nodes. Inputs for which a value is given have that one. Returns what the graph returns, recorded."""
         inputs, returned = iter(given), None
         for node in graph_module.graph.nodes:
-            if self.inside is None:
+            if self.book.inside is None:
                 self.tick += 1
-                self.origin = node
+                self.book.origin = node
                 self.result.order[node] = self.tick
             if node.op == "output":
-                returned = map_arg(node.args[0], lambda read: self._to_values(self.env[read]))
-                self._node(unknown, (returned,), None)
+                returned = map_arg(node.args[0], lambda read: self.book.of(self.env[read]))
+                self.book.new(unknown, (returned,), None)
                 continue
             value = next(inputs, None) if node.op == "placeholder" else None
             self.env[node] = self._value(graph_module, node) if value is None else value
             for tensor in tensors_in(fake(node)):
                 self.traced.add(id(tensor))
                 self.laid.add(self.memory.piece(tensor))
-            if self.inside is None:
+            if self.book.inside is None:
                 self._settle(node)
         return returned
 
@@ -134,10 +130,10 @@ class _Recording:
         if node.op == "call_method" and node.target == "item":
             return wanted  # a number that is read at run time; run again it would be another symbol
         args, kwargs = map_arg((node.args, node.kwargs), self.env.__getitem__)
-        borrows = self.borrows and self.inside != FLEX.__name__  # whose functions have other inputs than in the trace
+        borrows = self.borrows and self.book.inside != FLEX.__name__  # whose functions have other inputs than in the trace
         self.wanted = (node, args[0] if args else None, wanted) if borrows else None
         try:
-            made = at_index(node, args) if self.inside == FLEX.__name__ else None
+            made = at_index(node, args) if self.book.inside == FLEX.__name__ else None
             made = run_node(node, args, kwargs) if made is None else made
         except Exception as error:  # noqa: BLE001  # whatever it is, this node's value is unknown, and the others' are not
             self.result.problems[node] = f"{type(error).__name__}: {error}"
@@ -151,29 +147,27 @@ class _Recording:
         if is_plain(value):
             with self._pause():
                 value = value.detach()
-        self._keep(value, self._node(unknown, (), value))
+        self.book.keep(value, self.book.new(unknown, (), value))
         return value
 
     def _attribute(self, graph_module: GraphModule, node: Node) -> Any:
-        value: Any = graph_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = attrgetter(str(node.target))(graph_module)
         if not isinstance(value, Tensor):
             return value
         made = value
         if not isinstance(value, FakeTensor) and self.mode is not None:
             with self._pause():
                 made = self.mode.from_tensor(value, static_shapes=True)
-        leaf = self._node(unknown, (), made)
+        leaf = self.book.new(unknown, (), made)
         note_constant(leaf, value)
-        self._keep(made, leaf)
+        self.book.keep(made, leaf)
         return made
 
     def _agreed(self, node: Node, made: Any, wanted: Any) -> Any:
         """What a node made, if it is what the trace has: numbers are taken from the trace, which names their symbols."""
         if wanted is None or made is wanted:
             return made
-        if self.inside == FLEX.__name__ and not isinstance(wanted, Tensor):
+        if self.book.inside == FLEX.__name__ and not isinstance(wanted, Tensor):
             return made  # the trace has symbols of its own for numbers that a function captures
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(wanted)):
             return wanted
@@ -189,7 +183,7 @@ class _Recording:
         FlexAttention's do not, and if it was read it does nothing else.
         """
         read = tensors_in(map_arg((node.args, node.kwargs), self.env.__getitem__))
-        inputs = tuple(self.node_of(tensor) for tensor in read)
+        inputs = tuple(self.book.node_of(tensor) for tensor in read)
         for tensor in read if writes else ():
             self._write(tensor)
         if flex is None:
@@ -197,11 +191,11 @@ class _Recording:
         with self._pause():
             values = tree_map(lambda leaf: leaf.detach() if is_plain(leaf) else leaf, wanted)
         target = node.target if isinstance(node.target, HigherOrderOperator) else unknown
-        call = self._node(target, inputs, values)
+        call = self.book.new(target, inputs, values)
         call.meta.update(failed=True, flex=flex)
         made = tensors_in(values)
         for tensor in made:
-            self._keep(tensor, call if isinstance(values, Tensor) else self._node(unknown, (call,), tensor))
+            self.book.keep(tensor, call if isinstance(values, Tensor) else self.book.new(unknown, (call,), tensor))
         if flex is None:
             self.memory.share([*made, *read])
         return values
@@ -212,15 +206,15 @@ class _Recording:
         score_mod, mask_mod = call["score_mod"], call["block_mask"][-1]
         if not (isinstance(score_mod, GraphModule) and isinstance(mask_mod, GraphModule)):
             return self._unknown(node, wanted)
-        recorded = self._to_values(call)  # what is captured is no value of the functions
+        recorded = self.book.of(call)  # what is captured is no value of the functions
         before, indices = self.tick, self._indices(call["query"].device)
-        outside, self.inside = self.inside, FLEX.__name__
+        outside, self.book.inside = self.book.inside, FLEX.__name__
         modified = self._run_graph(score_mod, [None, *indices, *call["score_mod_other_buffers"]])
         allowed = self._run_graph(mask_mod, [*indices, *call["mask_mod_other_buffers"]])
-        self.inside = outside
+        self.book.inside = outside
         if self.tick > before:  # one of them writes
             return self._unknown(node, wanted)
-        score = self._to_values(self.env[next(iter(score_mod.graph.nodes))])
+        score = self.book.of(self.env[next(iter(score_mod.graph.nodes))])
         operands = {name: recorded[name] for name in ("query", "key", "value", "scale", "block_mask")}
         read = RecordedFlex(**operands, score=score, modified=modified, allowed=allowed)
         return self._unknown(node, wanted, writes=False, flex=read)
@@ -230,9 +224,9 @@ class _Recording:
             with self._pause():
                 self.indices[device] = [torch.empty((), dtype=torch.int32, device=device) for _ in range(4)]
             for position, index in enumerate(self.indices[device]):
-                leaf = self._node(unknown, (), index)
+                leaf = self.book.new(unknown, (), index)
                 leaf.meta["position"] = position
-                self._keep(index, leaf)
+                self.book.keep(index, leaf)
         return self.indices[device]
 
     def _body(self, graph_module: GraphModule, node: Node, wanted: Any) -> Any:
@@ -240,28 +234,23 @@ class _Recording:
 
         It writes to its inputs if a body writes to anything, or if there is no body to tell.
         """
-        outside, self.inside = self.inside, getattr(node.target, "__name__", str(node.target))
+        outside, self.book.inside = self.book.inside, getattr(node.target, "__name__", str(node.target))
         before = self.tick
         bodies = [body for source in node.all_input_nodes if isinstance(body := self.env.get(source), GraphModule)]
         for body in bodies:
             self._run_graph(body)
-        self.inside = outside
+        self.book.inside = outside
         return self._unknown(node, wanted, writes=self.tick > before or not bodies)
 
     def _settle(self, node: Node) -> None:
         """Notes what a node of the graph holds now that it has run."""
         result, value = self.result, self.env[node]
-        result.values[node] = self._to_values(value)
+        result.values[node] = self.book.of(value)
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
             result.scalars.setdefault(str(value.node.expr), node)
         elif isinstance(value, Tensor):
-            recorded = result.values[node]
-            if recorded not in result.holders and not recorded.meta["named"]:
-                recorded.meta["named"] = True
-                recorded._rename(node.name)
-            self.named.setdefault(id(value), node)
-            self._hold(recorded, node, value, self.tick + 1)
             self.tick += 1
+            self.book.name(result.values[node], node, value, self.tick)
         elif value is None or (not tensors_in(value) and not is_arithmetic(node)):
             result.impure.add(node)  # it has no value that says what it is for
 
@@ -272,7 +261,7 @@ class _Recording:
         if self.paused:
             return func(*args, **kwargs)
         written = list(operators.written(func, args, kwargs))
-        if operators.changes_nothing(func):
+        if func in operators.CHANGES_NOTHING:
             return func(*args, **kwargs)
         if is_wrapped(args, kwargs):
             return self._call_wrapped(func, args, kwargs, written)
@@ -280,9 +269,9 @@ class _Recording:
             self._mark_impure()
         if operators.may_change_a_shape(func) and any(self.memory.piece(tensor) in self.borrowed for tensor in written):
             raise _ChangeOfTrace
-        inputs, options = self._to_values(args), self._to_values(kwargs)
+        inputs, options = self.book.of(args), self.book.of(kwargs)
         if torch.Tag.inplace_view in func.tags:
-            self._freeze_shapes(written)
+            self.book.freeze_shapes(written)
         result = self._borrow(func)
         if result is None:
             result = run_operator(func, args, kwargs)
@@ -313,7 +302,7 @@ class _Recording:
     def _call_wrapped(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
         """Under torch.vmap a tensor is not what it looks like: attention is noted, writes are, values are not."""
         if operators.is_attention(func):
-            self._node(func, (), None).meta["inside"] = "vmap"
+            self.book.new(func, (), None).meta["inside"] = "vmap"
         for tensor in written:
             while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -324,71 +313,15 @@ class _Recording:
     def _keep_results(self, func: Any, args: Any, kwargs: Any, result: Any, given: set[int], written: list[Tensor]) -> None:
         if not written and isinstance(result, Tensor) and id(result) in given:
             return  # the input itself, as dropout in evaluation and casts to the same type return it
-        call = self._numbered(func, args, kwargs, result) if not written else self._node(func, args, result, kwargs)
+        call = (self.book.new if written else self.book.repeated)(func, args, result, kwargs)
         if isinstance(result, Tensor):
             in_place = any(result is tensor for tensor in written) and torch.Tag.inplace_view not in func.tags
             if in_place or id(result) not in given:
-                self._keep(result, call)
+                self.book.keep(result, call)
             return
         for position, tensor in enumerate(result if isinstance(result, (tuple, list)) else ()):
             if isinstance(tensor, Tensor) and id(tensor) not in given:
-                self._keep(tensor, self._node(operators.ITEM, (call, position), tensor))
-
-    def _numbered(self, func: Any, args: Any, kwargs: Any, result: Any) -> Node:
-        """The node of this value: two calls of one operator on the same values are one value, if nothing is drawn."""
-        if not operators.is_repeatable(func):
-            return self._node(func, args, result, kwargs)
-        key = key_of((func, args, kwargs))
-        try:
-            known = self.numbered.get(key)
-        except TypeError:
-            return self._node(func, args, result, kwargs)
-        if known is None:
-            known = self.numbered[key] = self._node(func, args, result, kwargs)
-        return known
-
-    def _node(self, target: Any, args: Any, value: Any, kwargs: Any = None) -> Node:
-        graph = self.result.calls
-        node = graph.create_node("call_function", target, name=f"value_{len(graph.nodes)}")
-        node.args, node.kwargs = tuple(args), dict(kwargs or {})  # with symbols as they are, which `create_node` warns of
-        node.meta = {"val": value, "origin": self.origin, "inside": self.inside, "named": False}
-        unread = target is unknown and self.inside == FLEX.__name__
-        node.meta["positional"] = unread or any(read.meta["positional"] for read in node.all_input_nodes)
-        if self.origin is not None:
-            self.result.ran.setdefault(self.origin, set()).add(target)
-        return node
-
-    def _to_values(self, tree: Any) -> Any:
-        """The same arguments with recorded nodes in place of tensors."""
-        return map_aggregate(tree, lambda leaf: self.node_of(leaf) if isinstance(leaf, Tensor) else leaf)
-
-    def node_of(self, tensor: Tensor) -> Node:
-        """The value of a tensor at this moment."""
-        held = self.known.get(id(tensor)) or self._same_place(tensor)
-        if held is not None and held[2] == self.memory.version(tensor):
-            return held[1]
-        leaf = self._node(unknown, () if held is None else (held[1],), tensor)  # made elsewhere, or written to since
-        if held is None:
-            note_constant(leaf, tensor)
-        self._keep(tensor, leaf)
-        return leaf
-
-    def _same_place(self, tensor: Tensor) -> tuple[Tensor, Node, int] | None:
-        """A known tensor that lies in memory as this one does: factories return another one than they have made."""
-        found = (self.known[key] for key in reversed(self.placed.get(self.memory.piece(tensor), ())))
-        return next((known for known in found if is_laid_out_like(known[0], tensor)), None)
-
-    def _keep(self, tensor: Tensor, node: Node) -> None:
-        if id(tensor) not in self.known:
-            self.placed.setdefault(self.memory.piece(tensor), []).append(id(tensor))
-        self.known[id(tensor)] = (tensor, node, self.memory.version(tensor))
-        if id(tensor) in self.named:  # one of the graph's nodes has held this value since the last write
-            writes = self.memory.writes.get(self.memory.piece(tensor), [0])
-            self._hold(node, self.named[id(tensor)], tensor, writes[-1])
-
-    def _hold(self, value: Node, node: Node, tensor: Tensor, since: int) -> None:
-        self.result.holders.setdefault(value, []).append((node, since))
-        self.result.pieces[node] = self.memory.piece(tensor)
+                self.book.keep(tensor, self.book.new(operators.ITEM, (call, position), tensor))
 
     def _write(self, tensor: Tensor) -> None:
         self.tick += 1
@@ -396,8 +329,8 @@ class _Recording:
         self._mark_impure()
 
     def _mark_impure(self) -> None:
-        if self.origin is not None:
-            self.result.impure.add(self.origin)
+        if self.book.origin is not None:
+            self.result.impure.add(self.book.origin)
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -407,11 +340,3 @@ class _Recording:
             yield
         finally:
             self.paused = before
-
-    def _freeze_shapes(self, tensors: list[Tensor]) -> None:
-        """In front of an operator that changes a tensor's shape in place: its earlier values keep theirs."""
-        for tensor in tensors:
-            frozen = tensor.detach()
-            for node in self.result.calls.nodes:
-                if node.meta["val"] is tensor:
-                    node.meta["val"] = frozen

@@ -16,17 +16,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
+from tsa_compile.kernels.options import Options
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
 from tsa_compile.passes.graph import insert
 from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
-_DEFAULTS = (None, 0, None, "mean")
-"""Of the ops' last arguments: floor_window, floor_sinks, group, reduce."""
 
 
 class RewriteSparse(Pass):
@@ -36,36 +35,25 @@ class RewriteSparse(Pass):
     optional = True
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        graph, matched = graph_module.graph, 0
-        for plan in self.state.plans:
-            if plan.decision not in self.decisions:
-                continue
-            with self.state.attempt(plan, graph, "sparse rewriting"), graph.inserting_before(plan.call.node):
-                self.replace(plan, self._attention(graph_module, plan))
-                matched += 1
-        return self.result(graph_module, matched)
+        return self.replace_calls(graph_module, "sparse rewriting", self._attention)
 
-    def _attention(self, graph_module: GraphModule, plan: CallPlan) -> Node:
+    def _attention(self, graph: Graph, plan: CallPlan) -> Node:
         if plan.decision is Decision.SPARSE:
-            return self._sparse(graph_module, plan, plan.config)
+            return self._sparse(graph, plan, plan.config)
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
-            return insert(graph_module.graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
-        return self._sparse(graph_module, plan, keeping_all(plan.config, plan.kernel))
+            return insert(graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
+        return self._sparse(graph, plan, keeping_all(plan.config, plan.kernel))
 
-    def _sparse(self, graph_module: GraphModule, plan: CallPlan, config: TSAConfig) -> Node:
-        call, graph = plan.call, graph_module.graph
-        options = options_of(config, scale_of(call), plan.group)
-        operands, builder = [call.query, call.key, call.value], self.state.builder(graph)
+    def _sparse(self, graph: Graph, plan: CallPlan, config: TSAConfig) -> Node:
+        op = tsa.sparse_attention
         if plan.filled is not None:
-            ranges = None if plan.padding is None else builder.valid_ranges(plan.padding)
-            operands += [plan.padding, ranges, *plan.filled]
-            return insert(graph, tsa.filled_sparse_attention.default, *operands, *options)
-        if plan.padding is None:
-            return insert(graph, tsa.sparse_attention.default, *operands, *options)
-        operands += [plan.padding, builder.valid_ranges(plan.padding)]
-        return insert(graph, tsa.padded_sparse_attention.default, *operands, *options)
+            op = tsa.filled_sparse_attention
+        elif plan.padding is not None:
+            op = tsa.padded_sparse_attention
+        options = options_of(config, scale_of(plan.call), plan.group)
+        return insert(graph, op.default, *self.state.operands(plan, graph), *options)
 
 
 def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
@@ -74,11 +62,12 @@ def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:
 
 
 def options_of(config: TSAConfig, scale: Any, group: str | None = None) -> tuple[Any, ...]:
-    """The arguments of the ops behind their tensors (kernels/fused.py)."""
-    budget = (config.budget.tau, None) if isinstance(config.budget, Coverage) else (None, config.budget.ratio)
-    floor = (None, 0) if config.floor is None else (config.floor.window, config.floor.sinks)
-    selection = (*budget, config.min_tokens, config.capacity, config.granularity == "group")
-    behind = [*floor, group, config.score]
-    while behind and behind[-1] == _DEFAULTS[len(behind) - 1]:
-        behind.pop()
-    return (scale, config.window, config.pool, *selection, config.kernel, *behind)
+    """The arguments of the ops behind their tensors (kernels/options.py)."""
+    budget, floor = config.budget, config.floor
+    return Options(
+        scale, config.window, config.pool, coverage=budget.tau if isinstance(budget, Coverage) else None,
+        keep_ratio=budget.ratio if isinstance(budget, KeepRatio) else None, min_tokens=config.min_tokens,
+        capacity=config.capacity, shared=config.granularity == "group", kernel=config.kernel,
+        floor_window=None if floor is None else floor.window, floor_sinks=0 if floor is None else floor.sinks,
+        group=group, reduce=config.score,
+    ).arguments()  # fmt: skip

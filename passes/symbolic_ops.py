@@ -121,20 +121,22 @@ def _logical(*names: str) -> tuple[str, ...]:
     return (f"logical_{names[0]}.default", *(f"{name}.{overload}" for name in names[1:] for overload in overloads))
 
 
-@rule(*_logical("and", "bitwise_and", "__and__", "__iand__"))
-def _and(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
-    return sympy.And(*_formulas(evaluator, node, index, left, right))
+def _operation(of_truth: Callable[[Any, Any], Any]) -> Rule:
+    """The rule of an operation on truth values."""
+
+    def compute(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
+        return of_truth(*_formulas(evaluator, node, index, left, right))
+
+    return compute
 
 
-@rule(*_logical("or", "bitwise_or", "__or__", "__ior__"))
-def _or(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
-    return sympy.Or(*_formulas(evaluator, node, index, left, right))
-
-
-@rule(*_logical("xor", "bitwise_xor", "__xor__", "__ixor__"))
-def _xor(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
-    one, other = _formulas(evaluator, node, index, left, right)
+def _xor(one: Any, other: Any) -> Any:
     return sympy.Or(sympy.And(one, sympy.Not(other)), sympy.And(sympy.Not(one), other))
+
+
+rule(*_logical("and", "bitwise_and", "__and__", "__iand__"))(_operation(sympy.And))
+rule(*_logical("or", "bitwise_or", "__or__", "__ior__"))(_operation(sympy.Or))
+rule(*_logical("xor", "bitwise_xor", "__xor__", "__ixor__"))(_operation(_xor))
 
 
 @rule("logical_not.default", "bitwise_not.default")
@@ -275,11 +277,7 @@ def choose(evaluator: Evaluator, node: Node, condition: Any, chosen: Value, othe
         return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
     cases = [(sympy.And(condition, c), number) for c, number in as_number(chosen)]
     cases += [(sympy.And(sympy.Not(condition), c), number) for c, number in as_number(other)]
-    merged: dict[sympy.Expr, Any] = {}
-    for case, number in cases:
-        if case != sympy.false:
-            merged[number] = sympy.Or(merged.get(number, sympy.false), case)
-    return [(case, number) for number, case in merged.items()]
+    return combine(lambda number: number, cases)
 
 
 @rule("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
@@ -296,20 +294,17 @@ def _masked_fill(evaluator: Evaluator, node: Node, index: Index, source: Any, ma
     return choose(evaluator, node, test, evaluator.element(fill, ()), kept)
 
 
-def _triangle(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any, lower: bool) -> Value:
-    row, column, offset = index[-2], index[-1], integer(diagonal)
-    inside = evaluator.atoms.le(column, row + offset) if lower else evaluator.atoms.le(row + offset, column)
-    return choose(evaluator, node, inside, evaluator.element(source, index), constant(0))
+def _triangle(lower: bool) -> Rule:
+    def compute(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any) -> Value:
+        row, column, offset = index[-2], index[-1], integer(diagonal)
+        inside = evaluator.atoms.le(column, row + offset) if lower else evaluator.atoms.le(row + offset, column)
+        return choose(evaluator, node, inside, evaluator.element(source, index), constant(0))
+
+    return compute
 
 
-@rule("tril.default")
-def _tril(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any) -> Value:
-    return _triangle(evaluator, node, index, source, diagonal, lower=True)
-
-
-@rule("triu.default")
-def _triu(evaluator: Evaluator, node: Node, index: Index, source: Any, diagonal: Any) -> Value:
-    return _triangle(evaluator, node, index, source, diagonal, lower=False)
+rule("tril.default")(_triangle(lower=True))
+rule("triu.default")(_triangle(lower=False))
 
 
 # -- scans --------------------------------------------------------------------------------------------------------------

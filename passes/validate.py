@@ -100,7 +100,7 @@ class Case:
         self.upstream = any(map(self.call.aten.writers, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
         self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
-        if self.upstream and self.sizes.shortened:  # its other sizes may equal the length, too
+        if self.upstream and self.sizes.short:  # its other sizes may equal the length, too
             raise Skipped("what writes its operands cannot be run short")
 
     def _needed(self) -> list[Node]:
@@ -253,7 +253,7 @@ class _Sizes:
 
     def __init__(self, operands: list[Tensor], nodes: list[Node]) -> None:
         query, key, value = operands
-        self.short = _shortened(query.shape[2], key.shape[2])
+        self.short = _shortened(query.shape[2], key.shape[2])  # static lengths that are run short
         others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         if any(isinstance(size, int) and size in self.short for size in others):
             self.short = {}
@@ -268,11 +268,6 @@ class _Sizes:
         self._level(key.shape[2], value.shape[2])
         if symbolic:
             self._obey([guard.expr for guard in symbolic[0].node.shape_env.guards], [*query.shape, *key.shape, *value.shape])
-
-    @property
-    def shortened(self) -> bool:
-        """Whether a static length is run short."""
-        return bool(self.short)
 
     def _level(self, keys: Any, values: Any) -> None:
         """As many values as keys, where a graph has separate symbols for them."""

@@ -1,7 +1,9 @@
 """What every test shares: GPU tests are skipped without a GPU, and hypothesis gives the same cases on every run."""
 
 import gc
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +112,14 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .evaluation.small import save
 
     return save(tmp_path_factory.mktemp("models") / "tiny", layers=1)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as its neighbours do: by name, from the folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name.startswith(("attention", "memcheck", "models", "prefill", "vllm_serve")):
+            del sys.modules[name]

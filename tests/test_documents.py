@@ -164,6 +164,7 @@ def test_option_table_names_every_option_and_its_default():
         ("chunks", "prefill-h100_chunks"),
         ("compile-time", "compile-time"),
         ("vllm", "vllm"),
+        ("onnx", "onnx_files"),
     ],
 )
 def test_tables_are_those_of_the_last_runs(name, file):

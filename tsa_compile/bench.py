@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig, given
 from tsa_compile.errors import ConfigError, check_type
@@ -31,7 +30,7 @@ from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
 from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
-from tsa_compile.text import as_text, wrapped
+from tsa_compile.text import as_text, new_table, wrapped
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
@@ -105,9 +104,7 @@ class Benchmark:
         """As text in lines of at most so many characters: where a column for each length is too wide, a row for each."""
         table = self._table()
         if max(map(len, table.splitlines())) > width:
-            rows = Table(box=None, pad_edge=False, header_style="")
-            for name in ("tokens", "mode", "prefill"):
-                rows.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
+            rows = new_table("tokens", "mode", "prefill", right=("tokens",), fold=("mode", "prefill"))
             for length in self.lengths:
                 for mode in self.modes:
                     rows.add_row(_length_words(length), self.words(mode), _cell(self.row(mode, length)))
@@ -115,7 +112,7 @@ class Benchmark:
         return "\n".join([table, *wrapped([self._first_calls()], width)])
 
     def _table(self) -> str:
-        table = Table("", *map(_length_words, self.lengths), box=None, pad_edge=False, header_style="")
+        table = new_table("", *map(_length_words, self.lengths))
         for mode in self.modes:
             table.add_row(self.words(mode), *(_cell(self.row(mode, length)) for length in self.lengths))
         return as_text(table)

@@ -22,12 +22,13 @@ from torch import nn
 
 from tsa_compile.calibrated import Calibrated, checked, device_of, evaluating, running
 from tsa_compile.config import Coverage, TSAConfig, check_int
-from tsa_compile.drift import PROBE, DriftMeter, batches, find_layers, items, read_prompts
+from tsa_compile.drift import PROBE, DriftMeter, find_layers
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.files import new_figure, read_json, save_figure
 from tsa_compile.fingerprint import Fingerprint, unwrapped
 from tsa_compile.loss_calibration import LossCalibration, calibrate_loss
 from tsa_compile.progress import Progress, bar
+from tsa_compile.token_ids import batches, items, read_prompts
 
 
 @dataclass(frozen=True)

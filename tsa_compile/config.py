@@ -7,7 +7,6 @@ exists and whether a kernel is registered is known only with a model at hand, so
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tsa_compile.budgets import (
     read_floor,
     rejected,
 )
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, unknown
 
 __all__ = [
     "MOST_LAYERS",
@@ -269,11 +268,8 @@ def is_named(layer: int | str, number: int | None, names: Iterable[str]) -> bool
 
 def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for name in given:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"{name!r} is not an option{hint}: the options are {', '.join(known)}")
+        if name not in known:
+            raise unknown(str(name), "an option", known)
 
 
 def _names(option: str, value: object) -> tuple[str, ...]:

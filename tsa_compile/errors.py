@@ -34,9 +34,9 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: 
         raise ConfigError(f"{name} is a {type(value).__name__}: pass {wanted}")
 
 
-def unknown_shape(name: str, shapes: Iterable[str]) -> ConfigError:
-    """The error for a built-in shape that is not there, with the nearest name."""
-    known = list(shapes)
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+def unknown(name: str, what: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is none of the known ones, with the nearest of them. what: "an option"."""
+    names = list(known)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return ConfigError(f"{name!r} is not a built-in shape{hint}: the shapes are {', '.join(known)}")
+    return ConfigError(f"{name!r} is not {what}{hint}: the {what.split()[-1]}s are {', '.join(names)}")

@@ -51,7 +51,7 @@ def explain(
         raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
     config = given(config, "explain")
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
-    decider = None if device is None or _is_cpu(device) else costs
+    decider = None if getattr(device, "type", device) == "cpu" else costs  # which is None where no device is given
     seen: list[RewriteReport] = []
     devices: list[torch.device] = []
 
@@ -73,10 +73,6 @@ def explain(
         torch._dynamo.reset()
     report, on = _merge(seen, config), device or next(iter(devices), None)
     return report if on is None else with_expectations(report, config, on)
-
-
-def _is_cpu(device: torch.device | str | DeviceCosts) -> bool:
-    return getattr(device, "type", device) == "cpu"
 
 
 def _merge(reports: list[RewriteReport], config: TSAConfig) -> RewriteReport:

@@ -18,23 +18,7 @@ from torch.fx import Graph, GraphModule
 from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import (
-    attend,
-    budget,
-    cached,
-    compress,
-    decompress,
-    filled,
-    floor,
-    fused,
-    listed,
-    padded,
-    ranks,
-    registry,
-    score,
-    select,
-    sparse,
-)
+from tsa_compile.kernels import filled, listed, registry, sparse
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -50,8 +34,8 @@ from tsa_compile.passes.verify import Verify
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
-# Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them.
-OPS = (score, budget, select, compress, attend, decompress, floor, cached, filled, listed, padded, ranks, fused, sparse)
+# Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them. These import all others.
+OPS = (filled, listed, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py
@@ -156,7 +140,7 @@ def _row(index: int, plan: CallPlan) -> CallRow:
     dtype = str(getattr(fake(call.query), "dtype", "")).removeprefix("torch.")
     mask = "causal" if plan.mask is None and call.is_causal is True else str(plan.mask or "not read")
     return CallRow(
-        index=index, layer=call.layer, layer_index=call.layer_index, query=shapes[0], key=shapes[1], value=shapes[2],
+        index=index, layer=call.layer, layer_index=plan.place.number, query=shapes[0], key=shapes[1], value=shapes[2],
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
         budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,

@@ -10,6 +10,7 @@ them inputs) share one compiled function. Nothing is fused across a cut.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
+from tsa_compile.passes.fakes import key_of
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.layers import module_name
 from tsa_compile.report import RewriteReport
@@ -55,7 +57,11 @@ def compile_by_region(
         raise NotCut("Inductor's freezing and CUDA graphs hold the weights of one layer, whose code the others would run")
     parts = [_Part(graph_module, nodes) for nodes in _cut(graph_module.graph, _container(report))]
     keys = [part.key() for part in parts]
-    if len(set(keys)) == len(keys):
+    try:
+        alike = len(set(keys)) < len(keys)
+    except TypeError as error:
+        raise NotCut(f"its parts cannot be compared: {error}") from error
+    if not alike:
         raise NotCut("it has no two parts that are alike")
     given = dict(zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     functions: dict[Hashable, Callable[..., Any]] = {}
@@ -154,18 +160,14 @@ class _Part:
         """Equal for parts that one compiled function serves."""
         number = {node: at for at, node in enumerate((*self.inputs, *self.nodes))}
         nodes = tuple(
-            (node.op, self._target(node), _constant(node.args, number), _constant(node.kwargs, number))
-            for node in self.nodes
+            (node.op, self._target(node), key_of((node.args, node.kwargs), number.__getitem__)) for node in self.nodes
         )
         return nodes, tuple(number[node] for node in self.outputs), tuple(_described(map(fake, self.inputs)))
 
     def _target(self, node: Node) -> Hashable:
         if node.op not in ("get_attr", "call_module"):
             return node.target
-        value: Any = self.whole
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
-        return id(value)
+        return id(operator.attrgetter(str(node.target))(self.whole))
 
 
 def _is_passed(value: Any) -> bool:
@@ -183,22 +185,6 @@ def _described(values: Iterable[Any]) -> Iterator[Hashable]:
         storage = storages.setdefault(value.untyped_storage()._cdata, len(storages))
         layout = (*value.shape, *value.stride(), value.storage_offset()) if value.layout is torch.strided else ()
         yield value.dtype, value.device, value.layout, value.dim(), tuple(map(str, layout)), storage, value.is_conj()
-
-
-def _constant(value: Any, number: dict[Node, int]) -> Hashable:
-    """A node's arguments as a key: nodes by their number, constants by type and value, and other objects by themselves."""
-    if isinstance(value, Node):
-        return Node, number[value]
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(_constant(item, number) for item in value)
-    if isinstance(value, dict):
-        return dict, tuple((name, _constant(item, number)) for name, item in value.items())
-    if isinstance(value, slice):
-        return slice, tuple(_constant(item, number) for item in (value.start, value.stop, value.step))
-    if isinstance(value, (SymInt, SymFloat, SymBool)):
-        return type(value), str(value)
-    plain = value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout))
-    return type(value), repr(value) if plain else id(value)
 
 
 class _Region(Module):
@@ -221,11 +207,7 @@ def _join(whole: GraphModule, parts: list[_Part], functions: list[Callable[..., 
         root.add_module(f"part_{at}", _Region(function))
         results = graph.call_module(f"part_{at}", tuple(made[node] for node in part.inputs))
         for position, node in enumerate(part.outputs):
-            made[node] = graph.call_function(_take, (results, position))
+            made[node] = graph.call_function(operator.getitem, (results, position))
     (output,) = whole.graph.find_nodes(op="output")
     graph.node_copy(output, made.__getitem__)
     return GraphModule(root, graph)
-
-
-def _take(results: Any, position: int) -> Any:
-    return results[position]

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import Decision, Reason
-from tsa_compile.text import as_text, number, spans, wrapped
+from tsa_compile.text import as_text, new_table, number, spans, wrapped
 
 MAX_REPORTS = 256
 
@@ -239,27 +239,19 @@ def _expectation(report: RewriteReport) -> list[str]:
 
 
 def _table(rows: tuple[CallRow, ...], width: int | None) -> str:
-    return as_text(_wide_table(rows)) if width is None else as_text(_narrow_table(rows), width)
-
-
-def _narrow_table(rows: tuple[CallRow, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    table.add_column("layer", overflow="fold")
-    for name in ("calls", "decision", "reason"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
+    if width is None:
+        return as_text(_wide_table(rows))
+    table = new_table("layer", "calls", "decision", "reason", right=("calls",), fold=("layer",))
     for group in _collapse(rows):
-        row = group[0]
-        table.add_row(_name(group), f"x{len(group)}", _decided(row), str(row.reason))
-    return table
+        table.add_row(_name(group), f"x{len(group)}", _decided(group[0]), str(group[0].reason))
+    return as_text(table, width)
 
 
 def _wide_table(rows: tuple[CallRow, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    for name in ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "calls" else "left")
     timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
-    for name in ("dense ms", "expected ms") if timed else ():
-        table.add_column(name, no_wrap=True, justify="right")
+    names = ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel")
+    times = ("dense ms", "expected ms")
+    table = new_table(*names, *(times if timed else ()), right=("calls", *times))
     if detailed:
         table.add_column("detail", max_width=60, overflow="fold")  # may be a whole error message
     for group in _collapse(rows):

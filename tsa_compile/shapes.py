@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.costs.models import causal_model, require_transformers
-from tsa_compile.errors import ConfigError, RewriteError, TSAError, unknown_shape
+from tsa_compile.errors import ConfigError, RewriteError, TSAError, unknown
 from tsa_compile.explanation import explain
 from tsa_compile.passes.base import summary
 from tsa_compile.report import RewriteReport
@@ -102,7 +102,7 @@ def model_config(shape: str, layers: int | None = None) -> Any:
         ImportError: transformers is missing.
     """
     if shape not in SHAPES:
-        raise unknown_shape(shape, SHAPES)
+        raise unknown(shape, "a built-in shape", SHAPES)
     if layers is not None and layers < 1:
         raise ConfigError(f"layers={layers} is not allowed: a model has at least 1 layer")
     kind, sizes = SHAPES[shape]

@@ -9,6 +9,7 @@ print(graph_text(graph))                              one line a node, for golde
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import remember_frame
-from tsa_compile.passes.graph import fake, op_name
+from tsa_compile.passes.graph import fake
 from tsa_compile.passes.mask_info import MaskInfo
 from tsa_compile.passes.predicate import KV, B, H, Q
 
@@ -152,8 +153,57 @@ def _number(expr: Any, environment: dict[Any, Any], values: Mapping[str, Any]) -
     return result
 
 
+_ALIASES = {
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "bitwise_not": "not",
+    "logical_not": "not",
+    "invert": "not",
+    "bitwise_xor": "xor",
+    "logical_xor": "xor",
+    "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
+    "greater": "gt",
+    "not_equal": "ne",
+    "subtract": "sub",
+    "multiply": "mul",
+    "true_divide": "div",
+    "truediv": "div",
+    "divide": "div",
+    "floordiv": "floor_divide",
+    "negative": "neg",
+    "_unsafe_view": "view",
+    "_softmax": "softmax",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+}
+
+
+def op_name(node: Node) -> str:
+    """One name for every way of writing an operator: "le" for `operator.le`, `torch.le`, `x.le(y)` and `aten.le.Tensor`."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        name = packet.__name__
+        namespace = packet._qualified_op_name.split("::")[0]
+        if namespace not in ("aten", "prims", "tsa"):  # another library's `softmax` may be anything
+            return f"{namespace}::{name}"
+    else:
+        name = getattr(target, "__name__", str(target))
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    elif target in (operator.and_, operator.or_, operator.not_):
+        name = name.rstrip("_")
+    return _ALIASES.get(name, name)
+
+
 def count_ops(graph_module: GraphModule, *names: str) -> dict[str, int]:
-    """How often operators occur in a graph, by their one name (`graph.op_name`): {"sdpa...": 2, "score": 0}."""
+    """How often operators occur in a graph, by their one name (`op_name`): {"sdpa...": 2, "score": 0}."""
     found = [op_name(node) for node in graph_module.graph.nodes if node.op in ("call_function", "call_method")]
     return {name: found.count(name) for name in names}
 

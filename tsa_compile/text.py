@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -18,11 +18,19 @@ def wrapped(lines: Iterable[str], width: int) -> list[str]:
     return [text for line in lines for text in textwrap.wrap(line, width, subsequent_indent="  ", **_WHOLE_WORDS)]
 
 
-def as_text(table: Table, width: int = 100_000) -> str:
-    """A table as plain text, by default wider than any row, so that no column is ever cut, whatever the terminal."""
+def new_table(*columns: str, right: Container[str] = (), fold: Container[str] = ()) -> Table:
+    """An empty table without lines. Some columns are aligned on the right; some may be broken into several lines."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in fold, overflow="fold")
+    return table
+
+
+def as_text(content: RenderableType, width: int = 100_000) -> str:
+    """A table, say, as plain text, by default wider than any row: no column is ever cut, whatever the terminal."""
     sink = io.StringIO()
     console = Console(file=sink, width=width, color_system=None, force_terminal=False, markup=False, emoji=False)
-    console.print(table)
+    console.print(content)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 

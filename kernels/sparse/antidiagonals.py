@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels._aten import repeat_heads, whole_blocks
 from tsa_compile.kernels.launch import cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
     aligned_rows,
@@ -298,16 +299,10 @@ def _strided_logits(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None, stride: int, block: int
 ) -> tuple[Tensor, Tensor]:
     """`x`, [B, H, n, n] with n = Q * block / stride, -inf where a row doesn't see; the rows behind the count, [B, 1, n]."""
-    capacity, blocks = query.shape[2], -(-query.shape[2] // block)
-    rows = torch.arange(blocks * block, device=query.device)
-    filler = (rows >= (rows.new_tensor([capacity]) if count is None else count.clamp(max=capacity))[:, None])[:, None]
     wide = torch.promote_types(query.dtype, torch.float32)
-    query, key = (
-        torch.nn.functional.pad(t.to(wide), (0, 0, 0, len(rows) - capacity)).masked_fill(filler[..., None], 0)
-        .unflatten(2, (-1, stride)) for t in (query, key)
-    )  # fmt: skip
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    none, rows = whole_blocks(count, block, query.to(wide), repeat_heads(key, query.shape[1]).to(wide))
+    query, key = (tensor.unflatten(2, (-1, stride)) for tensor in rows)
     x = scale / stride * (query.flip(3).flatten(3) @ key.flatten(3).transpose(2, 3))
-    behind = filler[..., ::stride]
+    behind = none[:, None, ::stride]
     future = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device).triu(1)
     return x.masked_fill(future | behind[:, :, None], -math.inf), behind

@@ -28,10 +28,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels._aten import repeat_heads
+from tsa_compile.kernels._aten import repeat_heads, torch_attention
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.tiles import (
     Tiles,
@@ -230,6 +229,7 @@ def blocks_triton(
         ),
         descriptors=descriptors(tiles, key, value),
         **tile_options(tiles, key, value, align),
+        LAG=tiles.lag,
         BLOCK=block,
     )
     return out
@@ -276,8 +276,7 @@ def attention_under(
     if count is not None:
         filler = (torch.arange(query.shape[2], device=query.device) >= count[:, None])[:, None, :, None]
         query, key, value = (tensor.masked_fill(filler, 0) for tensor in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    out = torch_attention(query, key, value, scale, mask)
     if lse is not None:
         wide = torch.promote_types(query.dtype, torch.float32)
         query, key = query.to(wide), repeat_heads(key, query.shape[1]).to(wide)

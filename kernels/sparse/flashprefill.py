@@ -29,6 +29,7 @@ import math
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels._aten import block_means_aten, repeat_heads, whole_blocks
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.lists import CHUNK, Lists, empty_lists, forced, lists_of, real_blocks, write_list
@@ -182,18 +183,11 @@ def flashprefill_aten(
     heads, capacity = query.shape[1:3]
     real = real_blocks(count, capacity, block, query.device)
     blocks = -(-capacity // block)
-    rows = torch.arange(blocks * block, device=query.device)
-    filler = rows >= (rows.new_tensor([capacity]) if count is None else count.clamp(max=capacity))[:, None]
-    query, key = (
-        torch.nn.functional.pad(t, (0, 0, 0, len(rows) - capacity)).masked_fill(filler[:, None, :, None], 0)
-        for t in (query, key)
-    )
+    none, (query, key) = whole_blocks(count, block, query, key)
     wide = torch.promote_types(query.dtype, torch.float32)
-    members = (~filler).unflatten(1, (blocks, block)).sum(dim=2).clamp(min=1)
-    mean = (key.to(wide).unflatten(2, (blocks, block)).sum(dim=3) / members[:, None, :, None]).to(key.dtype)
-    mean = mean.repeat_interleave(heads // key.shape[1], 1)
+    mean = repeat_heads(block_means_aten(key.to(wide), none, block).to(key.dtype), heads)
     logits = scale * (query.to(wide) @ mean.to(wide).transpose(2, 3))
-    energy = logits.masked_fill(filler[:, None, :, None], -math.inf).unflatten(2, (blocks, block)).logsumexp(dim=3)
+    energy = logits.masked_fill(none[:, None, :, None], -math.inf).unflatten(2, (blocks, block)).logsumexp(dim=3)
     candidates, kept = forced(blocks, real, sinks, max(window, 1), last)
     energy = energy.masked_fill(~candidates, -math.inf)
     best = energy.amax(dim=3, keepdim=True)

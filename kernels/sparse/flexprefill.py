@@ -46,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels._aten import block_means_aten, repeat_heads, whole_blocks
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.fewest import Search, fewest, search, splits_used, threshold_aten, threshold_of
@@ -340,25 +341,18 @@ def flexprefill_aten(
     capacity, blocks = query.shape[2], -(-query.shape[2] // block)
     real = real_blocks(count, capacity, block, query.device)
     rows = real.new_full(query.shape[:1], capacity) if count is None else count.clamp(max=capacity).long()
-    positions = torch.arange(blocks * block, device=query.device)
-    filler = (positions >= rows[:, None])[:, None, :, None]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query, key = (
-        torch.nn.functional.pad(t, (0, 0, 0, len(positions) - capacity)).masked_fill(filler, 0) for t in (query, key)
-    )
-    members = (~filler).unflatten(2, (blocks, block)).sum(dim=3).clamp(min=1)
-    mean_key = (key.to(wide).unflatten(2, (blocks, block)).sum(dim=3) / members).to(key.dtype).to(wide)
-    mean_key = mean_key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    query, key = query.to(wide), key.to(wide).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    none, (query, key) = whole_blocks(count, block, query, key)
+    positions, wide = torch.arange(blocks * block, device=query.device), torch.promote_types(query.dtype, torch.float32)
+    mean_key = block_means_aten(key.to(wide), none, block).to(key.dtype).to(wide)
+    query, key, mean_key = query.to(wide), *(repeat_heads(x, query.shape[1]) for x in (key.to(wide), mean_key))
     sums = last_rows_sums_aten(query, key, scale, rows, block)
     bands = sums.unflatten(3, (blocks, block)).sum(dim=4)
 
-    last = (positions >= rows[:, None] - block)[:, None, :, None] & ~filler
+    last = ((positions >= rows[:, None] - block) & ~none)[:, None, :, None]
     mean_last = (query * last).sum(dim=2, keepdim=True) / last.sum(dim=2, keepdim=True).clamp(min=1)
     aware = _aware(scale * mean_last @ mean_key.transpose(2, 3), bands[:, :, :1], real, rows, block, tau)
     candidates, _ = forced(blocks, real, 0, 0)
-    mean_query = query.unflatten(2, (blocks, block)).sum(dim=3) / members
-    logits = (scale * mean_query @ mean_key.transpose(2, 3)).masked_fill(~candidates, -math.inf)
+    logits = (scale * block_means_aten(query, none, block) @ mean_key.transpose(2, 3)).masked_fill(~candidates, -math.inf)
     pairs = logits.softmax(dim=3).masked_fill(~candidates, 0)
     smallest, _ = threshold_aten(pairs.flatten(2), gamma)
     aware_mask = aware & (pairs >= smallest[..., None])

@@ -36,6 +36,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels._aten import repeat_heads
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.select import select_by_sorting, select_triton
 from tsa_compile.kernels.sparse.last_rows import Splitting, last_rows_sums, last_rows_sums_aten
@@ -171,7 +172,7 @@ def minference_aten(
     filler = (torch.arange(capacity, device=device) >= rows[:, None])[:, None, :, None]
     wide = torch.promote_types(query.dtype, torch.float32)
     query, key = (t.masked_fill(filler, 0).to(wide) for t in (query, key))
-    sums = last_rows_sums_aten(query, key.repeat_interleave(heads // key.shape[1], 1), scale, rows, last)
+    sums = last_rows_sums_aten(query, repeat_heads(key, heads), scale, rows, last)
     sums = _mark(sums.to(torch.float32), count, a_shape, sinks, near)
     chosen = select_by_sorting(sums.view(-1, 1, capacity), wanted.view(-1), max(rooms)).view(batch, heads, 2, -1)
     behind = torch.arange(chosen.shape[3], device=device) >= wanted[:, :, 1:]

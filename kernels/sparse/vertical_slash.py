@@ -256,6 +256,7 @@ def vertical_slash_triton(
         ),
         descriptors=descriptors(tiles, key, value, *dense),
         **tile_options(tiles, key, value, align),
+        LAG=tiles.lag,
         BLOCK=block,
     )
     return out

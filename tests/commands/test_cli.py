@@ -65,7 +65,7 @@ def test_help_does_not_wait_for_torch():
     assert without_interpreter(source).strip() == "[]"
 
 
-def test_the_face_is_lazy_and_its_names_are_what_they_say():
+def test_the_package_imports_its_names_when_they_are_asked_for():
     """Also where their modules were imported first."""
     source = """
         import sys, types, tsa_compile

@@ -66,7 +66,7 @@ OTHERS = {
     "calibrate with both": (["calibrate", *TINY, "--prompts", "x", "--random", "2"], "choose one"),
     "prompts that are not there": (["calibrate", *TINY, "--prompts", "x.jsonl"], "'x.jsonl' cannot be read"),
     "text without a tokenizer": (["calibrate", *TINY, "--prompts", "TEXT"], "the shape 'tiny' has no tokenizer"),
-    "an empty file": (["calibrate", *TINY, "--prompts", "EMPTY"], "'empty.txt' holds no prompts: it is empty"),
+    "an empty file": (["calibrate", *TINY, "--prompts", "EMPTY"], "'empty.txt' is empty: pass a text file"),
     "prompts of four tokens": (
         ["calibrate", *TINY, "--length", "4"],
         "--length 4 is too short to calibrate: take 16 or more",
@@ -337,7 +337,7 @@ def test_lines_of_json_are_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no prompts"),
+        ("", "is empty"),
         ('"a"\n{', "line 2 is not JSON"),
         ('{"input_ids": [1.5]}', "line 1 is no prompt"),
         ("3", "is no"),

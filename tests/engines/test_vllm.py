@@ -1,8 +1,11 @@
 """The vLLM plug-in: its core on plain tensors, and, where vLLM is installed (`tox -e vllm`), engines on CPUs."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig
 from tsa_compile.costs.devices import H200
 from tsa_compile.engines import vllm as plugin
-from tsa_compile.engines.vllm import core
+from tsa_compile.engines.vllm import core, settings
 from tsa_compile.kernels import reference
 
 from ..support import heads
@@ -108,27 +111,59 @@ def test_the_largest_request_is_rehearsed():
     assert seen == [[(1, 4, 20, 8), (1, 2, 90, 8), (1, 2, 90, 8)]]
 
 
-def test_without_a_configuration_nothing_happens(monkeypatch):
-    monkeypatch.delenv(plugin.CONFIG, raising=False)
-    assert plugin.register() is None
-    monkeypatch.setenv(plugin.CONFIG, '{"budget": 3}')
+def test_a_wrong_configuration_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv(settings.CONFIG, '{"budget": 3}')
     with pytest.raises(ConfigError, match="budget"):
         plugin.register()
 
 
+class TestAnEnginesConfiguration:
+    GIVEN: ClassVar = {settings.KEY: {"budget": {"keep_ratio": 0.25}, "layers": [1]}, "of another plug-in": 3}
+    WANTED: ClassVar = TSAConfig(budget=KeepRatio(0.25), layers=[1])
+
+    @pytest.fixture(autouse=True)
+    def nothing_in_the_environment(self, monkeypatch):
+        monkeypatch.delenv(settings.CONFIG, raising=False)
+
+    def test_is_in_the_additional_config(self):
+        assert settings.config_of(SimpleNamespace(additional_config=self.GIVEN)) == self.WANTED
+        as_text = {settings.KEY: self.WANTED.to_json()}
+        assert settings.config_of(SimpleNamespace(additional_config=as_text)) == self.WANTED
+
+    @pytest.mark.parametrize("additional", [{}, {"other": 1}, None, object()])
+    def test_or_nowhere(self, additional):
+        assert settings.config_of(SimpleNamespace(additional_config=additional)) is None
+        assert settings.config_of(None) is None
+
+    def test_or_in_the_environment_and_not_in_both(self, monkeypatch):
+        monkeypatch.setenv(settings.CONFIG, self.WANTED.to_json())
+        assert settings.config_of(SimpleNamespace(additional_config={})) == self.WANTED
+        with pytest.raises(ConfigError, match=r'TSA_CONFIG is set.*"tsa".*Leave out one'):
+            settings.config_of(SimpleNamespace(additional_config=self.GIVEN))
+
+    def test_that_is_wrong_is_refused(self):
+        with pytest.raises(ConfigError, match="keep_ratios"):
+            settings.config_of(SimpleNamespace(additional_config={settings.KEY: {"budget": {"keep_ratios": 1}}}))
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
 def test_the_configurations_of_the_pages_are_valid(page):
-    configs = re.findall(rf"^{plugin.CONFIG}='(.*?)'", (Path(__file__).parents[2] / page).read_text(), re.MULTILINE)
-    assert [TSAConfig.from_json(config) for config in configs] == [TSAConfig(budget=KeepRatio(0.3))]
+    text = (Path(__file__).parents[2] / page).read_text()
+    configs = re.findall(rf"^{settings.CONFIG}='(.*?)'", text, re.MULTILINE)
+    configs += [json.loads(given)[settings.KEY] for given in re.findall(r"--additional-config '(.*?)'", text)]
+    assert configs and {TSAConfig.from_json(config) for config in configs} == {TSAConfig(budget=KeepRatio(0.3))}
 
 
 @has_vllm
 @pytest.mark.timeout(1000)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, config, processes", [("llama", HALF, 1), ("qwen3", COVERAGE, 2)])
-def test_engine_equals_one_process(tmp_path, name, config, processes):
+@pytest.mark.parametrize(
+    "name, config, processes, additional",
+    [("llama", HALF, 1, False), ("llama", HALF, 1, True), ("qwen3", COVERAGE, 2, True)],
+)
+def test_engine_equals_one_process(tmp_path, name, config, processes, additional):
     """Whole prompts, a short one, some in chunks; in a batch with another prompt's decode step. By heads, and by a coverage
     that two processes decide together."""
-    gaps = compare(tmp_path, name, config, processes, "float32", CPU)
+    gaps = compare(tmp_path, name, config, processes, "float32", CPU, additional)
     assert all(gap < 1e-4 for gap, *_ in gaps.values()), gaps
     assert all(dense > 1e-3 and first > 1e-3 for _, dense, first in gaps.values()), f"or nothing was tested: {gaps}"

@@ -113,7 +113,7 @@ class TestCUDA:
         seen = []
         monkeypatch.setattr(interface, "rehearse", lambda query, *given: seen.append((len(query), *given[:2])))
         monkeypatch.setattr(interface, "layers_of", lambda _: core.Layers({self.LAYER: None}, {self.LAYER: HALF}))
-        monkeypatch.setattr(interface, "_installed", HALF)
+        monkeypatch.setattr(interface, "own_config", lambda _: HALF)
         monkeypatch.setattr(interface.flash_attn.FlashAttentionImpl, "forward", lambda *given: given[-3].fill_(0))
         impl = interface.CUDAImpl.__new__(interface.CUDAImpl)
         impl.__dict__.update(scale=0.3, num_heads=4, num_kv_heads=2, head_size=32, _rehearsed=not impl.rehearses)
@@ -216,4 +216,44 @@ class TestRefused:
 
         monkeypatch.setattr(interface.vllm, "__version__", "0.1.0")
         with pytest.raises(ConfigError, match=r"vLLM 0.1.0 is not supported.*0\.32"):
-            interface.install(HALF)
+            interface.install()
+
+
+class TestWatched:
+    """Without TSA_CONFIG vLLM's choice of a backend is watched, and stays what it was unless an engine asks for more."""
+
+    @pytest.fixture(autouse=True)
+    def registered(self, monkeypatch):
+        from vllm.platforms import current_platform
+
+        from tsa_compile.engines import vllm as plugin
+        from tsa_compile.engines.vllm import interface, settings
+
+        self.installed = []
+        monkeypatch.delenv(settings.CONFIG, raising=False)
+        monkeypatch.setattr(current_platform, "get_attn_backend_cls", lambda *arguments: "vllm's")
+        monkeypatch.setattr(interface, "install", lambda: self.installed.append(True))
+        plugin.register()
+
+    def chosen(self, additional):
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.platforms import current_platform
+
+        config = VllmConfig.__new__(VllmConfig)
+        object.__setattr__(config, "additional_config", additional)
+        with set_current_vllm_config(config):
+            return current_platform.get_attn_backend_cls(None, None)
+
+    @pytest.mark.parametrize("additional", [{}, {"other": {}}])
+    def test_an_engine_without_a_configuration(self, additional):
+        assert self.chosen(additional) == "vllm's" and not self.installed
+
+    def test_an_engine_with_one(self):
+        assert self.chosen({"tsa": {}}) == "vllm's" and self.installed == [True]
+        self.chosen({"tsa": {}})
+        assert self.installed == [True], "once"
+
+    def test_outside_of_an_engine(self):
+        from vllm.platforms import current_platform
+
+        assert current_platform.get_attn_backend_cls(None, None) == "vllm's" and not self.installed

@@ -1,7 +1,7 @@
 """One vLLM engine over the tiny model of a folder: writes each prompt's next tokens and all log-probabilities of each step.
 
-Run by `test_vllm.py` with TSA_CONFIG set: `vllm_run.py CHECKPOINT OUTPUT TENSOR_PARALLEL_SIZE DTYPE`. On a CPU without
-vLLM's compilation, which takes a minute there; on a GPU with it, and with CUDA graphs.
+Run by `test_vllm.py`: `vllm_run.py CHECKPOINT OUTPUT TENSOR_PARALLEL_SIZE DTYPE [ADDITIONAL_CONFIG]`, without the last one
+with TSA_CONFIG set. On a CPU without vLLM's compilation, which takes a minute there; on a GPU with it, and with CUDA graphs.
 """
 
 import json
@@ -30,7 +30,7 @@ def prompts():
     return [[torch.randint(1, VOCAB, (sum(chunks),), generator=generator).tolist() for chunks, _ in call] for call in CALLS]
 
 
-def main(checkpoint, output, tensor_parallel_size, dtype):
+def main(checkpoint, output, tensor_parallel_size, dtype, additional="{}"):
     import torch
     from vllm import LLM, SamplingParams
 
@@ -38,6 +38,7 @@ def main(checkpoint, output, tensor_parallel_size, dtype):
         checkpoint, dtype=dtype, enforce_eager=not torch.cuda.is_available(), enable_prefix_caching=False,
         skip_tokenizer_init=True, max_model_len=192, max_num_batched_tokens=BATCH, max_num_seqs=2, block_size=32,
         max_logprobs=VOCAB, gpu_memory_utilization=0.5, tensor_parallel_size=int(tensor_parallel_size),
+        additional_config=json.loads(additional),
     )  # fmt: skip
     found = []
     for call, ids in zip(CALLS, prompts(), strict=True):

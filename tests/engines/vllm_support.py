@@ -13,8 +13,7 @@ import transformers
 
 from tsa_compile import Coverage, Floor, KeepRatio, TSAConfig, attention
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines import vllm as plugin
-from tsa_compile.engines.vllm import core
+from tsa_compile.engines.vllm import core, settings
 
 from ..support import VOCAB, tiny
 from .vllm_run import CALLS, prompts
@@ -38,13 +37,16 @@ def flat(*tensors):
     return [tensor[0].transpose(0, 1).contiguous() for tensor in tensors]
 
 
-def engine(folder, config, processes, dtype="float32"):
-    """What `vllm_run.py` found."""
+def engine(folder, config, processes, dtype="float32", additional=False):
+    """What `vllm_run.py` found, with the configuration in the environment, or in vLLM's additional one."""
     output = folder / "found.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {plugin.CONFIG: config.to_json(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (
+        {} if additional else {settings.CONFIG: config.to_json()}
+    )
     run = str(Path(__file__).with_name("vllm_run.py"))
     command = [sys.executable, "-P", run, str(folder), str(output), str(processes), dtype]
+    command += [json.dumps({settings.KEY: config.to_dict()})] if additional else []
     # In that folder: vLLM starts `python -m`, for which a checkout's `kernels` would stand for Hugging Face's package.
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
@@ -65,7 +67,7 @@ def wanted(model, ids, chunks, tokens, later=None):
     return torch.stack(found[-len(tokens) :])
 
 
-def compare(folder, name, config, processes, dtype, device):
+def compare(folder, name, config, processes, dtype, device, additional=False):
     """For each prompt of an engine's calls, by its chunks, the largest differences of log-probabilities: from one process
     that is sparse, from one that is dense, and from one that is sparse in the first chunk alone; infinite where that is
     the same."""
@@ -80,7 +82,7 @@ def compare(folder, name, config, processes, dtype, device):
         for own in (attention.register(config, name="tsa-vllm"), "sdpa")
     )
     gaps, nothing = {}, float("inf")
-    for call, ids, found in zip(CALLS, prompts(), engine(folder, config, processes, dtype), strict=True):
+    for call, ids, found in zip(CALLS, prompts(), engine(folder, config, processes, dtype, additional), strict=True):
         for (chunks, count), prompt, each in zip(call, ids, found, strict=True):
             steps = torch.tensor(each["logprobs"])
             assert steps.shape == (count, VOCAB)

@@ -5,9 +5,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tsa_compile.kernels import cached, padded, reference
-from tsa_compile.kernels.padded import padded_attention, valid_ranges
+from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, valid_ranges
 
 from .support import TOLERANCE, qkv
 
@@ -96,6 +97,58 @@ def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
     inputs = operands(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
     check(inputs, padding, mean_rows=False, scale=dim**-0.5)
     check(inputs, padding, mean_rows=True, scale=dim**-0.5)
+
+
+class TestAtenForm:
+    """What exports and ONNX files are made of."""
+
+    @pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 48), (256, 256)])
+    @pytest.mark.parametrize("mean_rows", [False, True])
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_every_row_equals_the_masked_attention(self, device, dtype, mean_rows, dim, value_dim):
+        for padding in MASKS.values():
+            inputs = operands(len(padding), dim=dim, value_dim=value_dim, dtype=dtype, device=device)
+            out = padded_attention_aten(*inputs, padding.to(device), None, 0.2, mean_rows)
+            expected = dense(*inputs, padding.to(device), 0.2, mean_rows)
+            torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_keys_that_are_not_valid_are_below_the_lowest_logit(self, device, dtype):
+        padding = MASKS["mixed"].to(device)
+        query, key, value = operands(3, dtype=dtype, device=device)
+        query, key = query.abs() * 100, -key.abs() * 100  # logits down to some -1e5
+        expected = dense(query, key, value, padding, 0.2, False)
+        out = padded_attention_aten(query, key, value, padding, None, 0.2, False)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * TOLERANCE[dtype])
+
+    def test_what_lies_in_pads_reaches_no_valid_row(self, device):
+        padding = MASKS["mixed with holes"].to(device)
+        query, key, value = operands(3, device=device)
+        before = padded_attention_aten(query, key, value, padding, None, 0.2, False)
+        pads = ~padding[:, None, :, None]
+        poisoned = (tensor.masked_fill(pads, torch.nan) for tensor in (query, key, value))
+        after = padded_attention_aten(*poisoned, padding, None, 0.2, False)
+        assert torch.equal(before.transpose(1, 2)[padding], after.transpose(1, 2)[padding])
+
+    def test_a_whole_prompt_needs_no_tensor_of_its_length_squared(self):
+        length = 512
+        query, key, value = qkv(1, seq_len=length, dim=32, value_dim=32)
+        padding = torch.arange(length)[None] >= 7
+
+        def sizes(rows):
+            form = functools.partial(padded_attention_aten, valid_ranges=None, scale=0.2, mean_rows=True)
+            graph = make_fx(form, tracing_mode="fake")(query[:, :, -rows:], key, value, padding).graph
+            found = (node.meta.get("val") for node in graph.nodes)
+            return max(tensor.numel() for tensor in found if isinstance(tensor, torch.Tensor))
+
+        assert sizes(length) < length**2 <= sizes(length - 1) + length
+
+    @pytest.mark.parametrize("scale", [0.0, -0.2, 1e-4])
+    def test_scales_that_lower_nothing_take_a_mask(self, device, scale):
+        padding = MASKS["mixed"].to(device)
+        inputs = operands(3, device=device)
+        out = padded_attention_aten(*inputs, padding, None, scale, False)
+        torch.testing.assert_close(out.double(), dense(*inputs, padding, scale, False), rtol=0, atol=1e-5)
 
 
 def test_the_oracle_agrees_with_sdpa():

@@ -8,7 +8,7 @@ from torch import nn
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import TSAWarning
 from tsa_compile.passes.find import FindCalls
-from tsa_compile.passes.layers import layer_name, unwrapped
+from tsa_compile.passes.layers import module_name, unwrapped
 from tsa_compile.pipeline import run_passes
 from tsa_compile.reasons import Reason
 from tsa_compile.report import reports
@@ -143,9 +143,9 @@ class TestTheNumberThatVaries:
     def test_one_node_by_itself(self):
         node = torch.fx.Graph().placeholder("x")
         node.meta["nn_module_stack"] = {"a": ("L['self'].blocks[4].attention", nn.Module)}
-        assert layer_name(node) == ("blocks.4.attention", "blocks.*.attention", 4)
+        assert module_name(node) == "blocks.4.attention"
         node.meta["nn_module_stack"] = {"a": ("L['self'].blocks[4].heads.1", nn.Module)}
-        assert layer_name(node) == ("blocks.4.heads.1", "", None)
+        assert module_name(node) == "blocks.4.heads.1"
 
 
 class Shared(nn.Module):

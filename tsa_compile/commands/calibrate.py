@@ -11,6 +11,7 @@ from tsa_compile.commands import output, prompts, texts
 from tsa_compile.commands.options import TASK_NAMES, Batch, FigureOptions, Length, ModelOptions, command, read_config
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
+from tsa_compile.text import as_text, new_table
 
 if TYPE_CHECKING:
     from tsa_compile.calibration import Calibration
@@ -168,15 +169,12 @@ def _prompts(source: Source, file: Path | None, random: int | None, length: int,
 
 def _table(found: Calibration, path: Path | None) -> str:
     """The layers with drift and rank, and what to do with them."""
-    sparse = set(found.sparse_layers)
-    width = max(map(len, found.layers))
-    lines = [f"{'layer'.ljust(width)}  drift    rank"]
+    sparse, table = set(found.sparse_layers), new_table("layer", "drift", "rank", "", right=("rank",))
     for index, (name, drift, rank) in enumerate(zip(found.layers, found.drift, found.ranks, strict=True)):
-        lines.append(f"{name.ljust(width)}  {drift:<7.4f}  {rank:>4}{'  sparse' if index in sparse else ''}")
+        table.add_row(name, f"{drift:.4f}", str(rank), "sparse" if index in sparse else "")
     chosen = ",".join(map(str, found.sparse_layers))
-    lines.append(
-        f"{len(sparse)} of {len(found.layers)} layers sparse at delta {found.delta:g}, from {found.tokens:,} tokens"
-    )
+    said = f"{len(sparse)} of {len(found.layers)} layers sparse at delta {found.delta:g}, from {found.tokens:,} tokens"
+    lines = [as_text(table), said]
     lines.append(f"use them: --sparse-layers {path or chosen}" if sparse else "no layer is sparse: take a larger --delta")
     return "\n".join(lines)
 
@@ -184,19 +182,17 @@ def _table(found: Calibration, path: Path | None) -> str:
 def _costs(found: LossCalibration, path: Path | None) -> str:
     """What each layer costs alone, what it keeps now, and what all of it costs."""
     ratios = sorted({ratio for costs in found.alone for ratio in costs}, reverse=True)
-    width = max(map(len, found.layers))
-    lines = [f"{'layer'.ljust(width)}  " + "".join(f"{f'keep {ratio:g}':<11}" for ratio in ratios) + "chosen"]
+    table = new_table("layer", *(f"keep {ratio:g}" for ratio in ratios), "chosen")
     for name, costs, ratio in zip(found.layers, found.alone, found.ratios, strict=True):
-        cells = "".join(f"{costs[each]:<11.2g}" if each in costs else f"{'':<11}" for each in ratios)
-        lines.append(f"{name.ljust(width)}  {cells}{'dense' if ratio is None else f'keep {ratio:g}'}")
-    lines.append(
-        f"(KL of the answers to dense with that layer alone sparse; {found.tokens:,} tokens of {found.prompts:,} answers)"
-    )
+        cells = (f"{costs[each]:.2g}" if each in costs else "" for each in ratios)
+        table.add_row(name, *cells, "dense" if ratio is None else f"keep {ratio:g}")
     chosen = found.sparse_layers
-    lines.append(
+    lines = [
+        as_text(table),
+        f"(KL of the answers to dense with that layer alone sparse; {found.tokens:,} tokens of {found.prompts:,} answers)",
         f"{len(chosen)} of {len(found.layers)} layers sparse: KL {found.kl:.2g} as a whole, of {found.max_kl:g} allowed; "
-        f"{found.saved:.0%} of the pairs of queries and keys left out of selected attention"
-    )
+        f"{found.saved:.0%} of the pairs of queries and keys left out of selected attention",
+    ]
     if not chosen:
         return "\n".join([*lines, "no layer is sparse: allow a larger --max-kl, or larger --ratios"])
     return "\n".join([*lines, f"use them: --sparse-layers {path or '(the file that --out writes)'}"])

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import TASK_NAMES, ModelOptions, ResultOptions, SparseOptions, command
+from tsa_compile.commands import output, prompts, texts
+from tsa_compile.commands.options import TASK_NAMES, ModelOptions, ResultOptions, SparseOptions, check_layers, command
 from tsa_compile.config import TSAConfig
-from tsa_compile.errors import ConfigError
 from tsa_compile.files import read_json, writable
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def evaluate(
             TSAConfig().replace(**texts.setting(name)[0])
     if out is not None and writable(out).exists():
         read_json(out, "pass a file that tsa-compile eval wrote, or a new name")
-    request |= {"text": _read(text)} if text else {}
+    request |= {"text": prompts.read_text(text, "--text")} if text else {}
     with output.working("Loading PyTorch and transformers"):
         from tsa_compile.evaluation.statistics import require_statsmodels
 
@@ -138,10 +137,9 @@ def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[S
         if name == DENSE.name:
             continue
         changes, random = texts.setting(name)
-        layers = changes.get("layers")
-        if layers is not None and any(isinstance(layer, int) and layer >= source.layers for layer in layers):
-            raise ConfigError(f"--setting {name}: {source.name} has the layers 0 to {source.layers - 1}")
-        found.append(Setting(name, base.replace(**changes), random))
+        config = base.replace(**changes)
+        check_layers(config, source)
+        found.append(Setting(name, config, random))
     return found
 
 
@@ -165,14 +163,3 @@ def _bytes() -> Any:
     made = Tokenizer(models.BPE({letter: place for place, letter in enumerate(sorted(spelt.alphabet()))}, []))
     made.pre_tokenizer, made.decoder = spelt, decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--text {str(path)!r} cannot be read ({reason}): pass a text file in UTF-8") from error
-    if not text.strip():
-        raise ConfigError(f"--text {str(path)!r} is empty: pass a text file with words")
-    return text

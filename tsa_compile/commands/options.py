@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_type_hints
@@ -21,7 +21,7 @@ import typer
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
 from tsa_compile.config import MOST_LAYERS, HeldLayers, LayerBudgets, TSAConfig
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, unknown
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
@@ -47,20 +47,13 @@ def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, help=help, **more)
 
 
-def _starting(incomplete: str, values: Iterable[str]) -> list[str]:
-    return [value for value in values if value.startswith(incomplete)]
+def _among(*values: str) -> Callable[[str], list[str]]:
+    """Completes what was begun to be written."""
 
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
 
-def _shapes(incomplete: str) -> list[str]:
-    return _starting(incomplete, SHAPE_NAMES)
-
-
-def _devices(incomplete: str) -> list[str]:
-    return _starting(incomplete, ("auto", "cpu", "cuda", *GPU_NAMES))
-
-
-def _dtypes(incomplete: str) -> list[str]:
-    return _starting(incomplete, ("auto", *texts.DTYPES))
+    return complete
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class ModelOptions:
         _option(
             "--shape",
             panel=_MODEL,
-            autocompletion=_shapes,
+            autocompletion=_among(*SHAPE_NAMES),
             help=f"A built-in shape with random weights instead: {', '.join(SHAPE_NAMES)}.",
         ),
     ] = None
@@ -91,14 +84,14 @@ class ModelOptions:
     device: Annotated[
         str,
         _option(
-            "--device", panel=_MODEL, autocompletion=_devices,
+            "--device", panel=_MODEL, autocompletion=_among("auto", "cpu", "cuda", *GPU_NAMES),
             help="auto (a GPU if there is one), cpu, cuda or cuda:N. For explain also h100 or h200, which may be elsewhere.",
         ),
     ] = "auto"  # fmt: skip
     dtype: Annotated[
         str,
         _option(
-            "--dtype", panel=_MODEL, autocompletion=_dtypes,
+            "--dtype", panel=_MODEL, autocompletion=_among("auto", *texts.DTYPES),
             help="auto (the folder's; of shapes bfloat16 on GPUs, float32 on CPUs), float32, float16 (fp16) or bfloat16 "
             "(bf16).",
         ),
@@ -116,8 +109,8 @@ class ModelOptions:
             raise ConfigError(f"--layers {self.layers} goes with --shape alone: the model in a folder has its own layers")
         if self.folder is not None:
             texts.check_folder(self.folder)
-        if self.shape is not None:
-            texts.check_shape(self.shape, SHAPE_NAMES)
+        if self.shape is not None and self.shape not in SHAPE_NAMES:
+            raise unknown(self.shape, "a built-in shape", SHAPE_NAMES)
         texts.check_device(self.device, GPU_NAMES)
         texts.dtype(self.dtype)
 
@@ -183,7 +176,7 @@ class SparseOptions:
             changes["layers"], _ = chosen_layers(self.sparse_layers, source)
             texts.check_one_budget(self.budget, changes["layers"])
         config = self._but_layers().replace(**changes)
-        _check_layers(config, source)
+        check_layers(config, source)
         if config.kernel != registry.AUTO:
             registry.get(config.kernel)
         return config
@@ -239,7 +232,8 @@ def chosen_layers(text: str, source: Source) -> tuple[HeldLayers | None, Calibra
     return found.sparse_layers, found
 
 
-def _check_layers(config: TSAConfig, source: Source) -> None:
+def check_layers(config: TSAConfig, source: Source) -> None:
+    """Raises ConfigError for layers that a model does not have."""
     missing = [layer for layer in config.layers or () if isinstance(layer, int) and layer >= source.layers]
     if missing:
         others = f" (and {len(missing) - 1} more of those given)" if len(missing) > 1 else ""

@@ -35,17 +35,16 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
     return found
 
 
-def read_text(path: Path) -> str:
-    """What a file holds; ConfigError where it cannot be read or is empty."""
+def read_text(path: Path, option: str = "--prompts") -> str:
+    """What the file of an option holds; ConfigError where it cannot be read or is blank."""
+    allowed = "a text file in UTF-8" + (", or a JSONL file of prompts" if option == "--prompts" else "")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{str(path)!r} cannot be read ({reason}): pass a text file, or a JSONL file of prompts"
-        ) from error
+        raise ConfigError(f"{option} {str(path)!r} cannot be read ({reason}): pass {allowed}") from error
     if not text.strip():
-        raise ConfigError(f"{str(path)!r} holds no prompts: it is empty")
+        raise ConfigError(f"{option} {str(path)!r} is empty: pass {allowed}")
     return text
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
-from tsa_compile.errors import ConfigError, unknown_shape
+from tsa_compile.errors import ConfigError
 from tsa_compile.files import read_json
 
 if TYPE_CHECKING:
@@ -211,12 +211,6 @@ def check_tasks(names: Iterable[str], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"task={name!r} is not allowed: the tasks are {', '.join(known)}")
-
-
-def check_shape(name: str, shapes: tuple[str, ...]) -> None:
-    """Raises ConfigError where no built-in shape has that name."""
-    if name not in shapes:
-        raise unknown_shape(name, shapes)
 
 
 def is_hub_id(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, 
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
-from tsa_compile.kernels.score import MAX_HEAD_DIM
+from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.reasons import Reason
 from tsa_compile.text import as_text, number, spans, wrapped
 

@@ -76,12 +76,9 @@ class Call:
             return Reason.UNSUPPORTED_FORM, ", ".join(_ARGUMENTS.get(name, f"the argument {name!r}") for name in changed)
         if self.others.get("output_attentions"):
             return Reason.UNSUPPORTED_FORM, "its weights are asked for"
-        if self.query.requires_grad or self.key.requires_grad or self.value.requires_grad:
-            return Reason.NEEDS_GRAD, ""
-        if self.dropout:
-            return Reason.DROPOUT, f"dropout {self.dropout}"
-        if not self.scale > 0:
-            return Reason.UNSUPPORTED_FORM, f"the scale is {self.scale}, not positive, as causal kernels need it"
+        obstacle = plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
+        if obstacle is not None:
+            return obstacle
         if self.query.shape[2] != self.key.shape[2] and not self.is_behind:
             cached = ": a prefill behind a cache" if self.is_chunk else ""
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"

@@ -29,10 +29,10 @@ from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, read
 from tsa_compile.engines.stacks import Seat, Seats
-from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAWarning
+from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
 from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.passes.plan import kernel_obstacle, kernel_of, sparse_obstacle
+from tsa_compile.passes.plan import decide
 from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
 from tsa_compile.reasons import Decision, Reason
@@ -143,33 +143,17 @@ class Implementation:
             return as_written(call)
         seat = self.seats.of(module)
         config = self.config.of_layer(seat.place.number, seat.place.names)
-        decision, reason, detail = self._decide(call, seat, config)
-        kernel = ""
-        if decision is not Decision.UNCHANGED:
-            try:
-                kernel = kernel_of(call.query, call.key, call.value, decision, config)
-            except KernelError as error:  # a kernel that was asked for by name and does not fit this call
-                decision = Decision.DENSE if call.padding is None else Decision.DENSE_PADDED
-                reason, detail = Reason.KERNEL, str(error)
+        obstacle = call.obstacle()
+        if obstacle is not None:
+            decision, reason, detail, kernel = Decision.UNCHANGED, *obstacle, ""
+        else:
+            decision, reason, detail, kernel = decide(
+                (call.query, call.key, call.value), config, seat.unselected, seat.place.doubt, seat.stack.share,
+                padded=call.padding is not None, behind=call.is_behind,
+            )  # fmt: skip
         budget = pipeline.own_budget(config) if decision is Decision.SPARSE else None
         self._note(call, seat, decision, reason, detail, kernel, budget)
         return self._run(call, decision, kernel, config)
-
-    def _decide(self, call: Call, seat: Seat, config: TSAConfig) -> tuple[Decision, Reason, str]:
-        obstacle = call.obstacle()
-        if obstacle is not None:
-            return Decision.UNCHANGED, *obstacle
-        reason, detail = seat.unselected, ""
-        if reason is Reason.LAYER_COUNT_UNKNOWN:
-            detail = seat.place.doubt
-        operands = (call.query, call.key, call.value)
-        if reason is None:
-            reason, detail = sparse_obstacle(*operands, config, seat.stack.share)
-        if reason is None:
-            return Decision.SPARSE, Reason.SPARSE, ""
-        if config.dense_kernel is not None and not call.is_behind and kernel_obstacle(*operands)[0] is None:
-            return Decision.KERNEL, reason, detail
-        return Decision.DENSE if call.padding is None else Decision.DENSE_PADDED, reason, detail
 
     def _note(
         self, call: Call, seat: Seat, decision: Decision, reason: Reason, detail: str, kernel: str, budget: Any

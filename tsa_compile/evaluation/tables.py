@@ -9,7 +9,7 @@ from itertools import compress
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,7 @@ from tsa_compile.evaluation.outcomes import Cell, Study
 from tsa_compile.evaluation.settings import DENSE
 from tsa_compile.evaluation.statistics import CHANCE, Mean, Paired, Share, mcnemar, mean_difference, wilson
 from tsa_compile.evaluation.tasks import is_scored
+from tsa_compile.text import as_text
 
 WIDTH = 80
 _SCORED = ("right % [95%]", "lost", "won", "p")
@@ -92,16 +93,13 @@ def summary(study: Study) -> list[dict[str, Any]]:
 
 def text(study: Study) -> str:
     """A table for each length and task."""
-    console = Console(width=WIDTH, force_terminal=False, color_system=None, emoji=False, highlight=False)
-    with console.capture() as capture:
-        for length, task in _pairs(study):
-            why, found = remark(study, task, length), rows(study, task, length)
-            samples = found[0].samples if found else study.find(task, length, DENSE.name).samples
-            console.print(f"{task}, {length:,} tokens, {samples} samples", markup=False)
-            console.print(Padding(Text(why), (0, 0, 0, 2)) if why else _table(found))
-            console.print()
-        console.print(LEGEND, markup=False)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    parts: list[Any] = []
+    for length, task in _pairs(study):
+        why, found = remark(study, task, length), rows(study, task, length)
+        samples = found[0].samples if found else study.find(task, length, DENSE.name).samples
+        title = Text(f"{task}, {length:,} tokens, {samples} samples")
+        parts += [title, Padding(Text(why), (0, 0, 0, 2)) if why else _table(found), ""]
+    return as_text(Group(*parts, Text(LEGEND)), WIDTH)
 
 
 def _table(found: Sequence[Row]) -> Table:

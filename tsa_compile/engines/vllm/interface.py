@@ -33,6 +33,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.engines.vllm.core import Layers, Request, Rule, Split, attend, choose_layers, gather, rehearse, split
+from tsa_compile.engines.vllm.settings import CONFIG, KEY, config_of
 from tsa_compile.errors import ConfigError
 
 SUPPORTED = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
@@ -41,29 +42,27 @@ _CACHES = ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "_seq_le
 """What vLLM's metadata of a batch remember of it, by version."""
 
 _log = init_logger("vllm.tsa_compile")
-_installed: TSAConfig | None = None
 
 
-def install(config: TSAConfig) -> None:
-    """Overrides vLLM's backend for this platform, in this process.
+def install() -> None:
+    """Overrides vLLM's backend for this platform, in this process: for engines without a configuration all is vLLM's own.
 
     Raises:
         ConfigError: another version or platform.
     """
-    global _installed
     platform = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda() else None
     if platform is None:
         raise ConfigError(
-            f"TSA_CONFIG is set, but vLLM runs on {current_platform.device_name!r}: the plug-in supports its platforms "
-            f"{' and '.join(SUPPORTED)}"
+            f"sparse attention is asked for, but vLLM runs on {current_platform.device_name!r}: the plug-in supports its "
+            f"platforms {' and '.join(SUPPORTED)}"
         )
     known = SUPPORTED[platform]
     if not vllm.__version__.startswith(tuple(f"{version}." for version in known)):
         raise ConfigError(
-            f"TSA_CONFIG is set, but vLLM {vllm.__version__} is not supported on {platform!r}: its interfaces change with "
-            f"its version, and this package knows {', '.join(known)} there. Install one of them, or unset TSA_CONFIG"
+            f"sparse attention is asked for, but vLLM {vllm.__version__} is not supported on {platform!r}: its interfaces "
+            f"change with its version, and this package knows {', '.join(known)} there. Install one of them, or leave out "
+            f'{CONFIG} and "{KEY}" in the additional config'
         )
-    _installed = config
     if platform == "cpu":
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{CPUBackend.__name__}")
     else:
@@ -71,10 +70,9 @@ def install(config: TSAConfig) -> None:
     _say_what_else_is_chosen()
 
 
-def installed() -> TSAConfig:
-    """The configuration of this process."""
-    assert _installed is not None, "vLLM asked for a backend that was not installed"
-    return _installed
+def own_config(vllm_config: Any) -> TSAConfig:
+    """The configuration of an engine. Without one no layer is sparse: another engine of this process may have some."""
+    return config_of(vllm_config) or TSAConfig(layers=[])
 
 
 def _say_what_else_is_chosen() -> None:
@@ -117,7 +115,7 @@ class Builder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # of the vLLM class beside this one
-        config = installed()
+        config = own_config(vllm_config)
         check(vllm_config, config)
         layers = layers_of(vllm_config)
         self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
@@ -125,7 +123,7 @@ class Builder:
         self.rule: Rule | None = None
         for name in self.sparse_layers:  # which have one shape, that of their cache
             impl = get_layers_from_vllm_config(vllm_config, Attention)[name].impl
-            self.rule = rule_of(impl, vllm_config.model_config.dtype, layers, device)
+            self.rule = rule_of(impl, config, vllm_config.model_config.dtype, layers, device)
             break
         if self.rule is not None:
             _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.rule.minimum())
@@ -213,7 +211,7 @@ class Impl:
         layers = layers_of(vllm_config)
         config = layers.sparse.get(layer.layer_name)
         if config is not None:
-            rule = rule_of(self, query.dtype, layers, query.device)
+            rule = rule_of(self, own_config(vllm_config), query.dtype, layers, query.device)
             longest = vllm_config.model_config.max_model_len
             rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config)  # type: ignore[attr-defined]  # vLLM sets the heads
 
@@ -304,14 +302,14 @@ def layers_of(vllm_config: Any) -> Layers:
     """Which layers of a model are sparse, and why the others are not."""
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     obstacles = {name: found for name, layer in layers.items() if (found := _obstacle(layer, vllm_config)) is not None}
-    return choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, installed())
+    return choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, own_config(vllm_config))
 
 
-def rule_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device) -> Rule:
+def rule_of(impl: Any, config: TSAConfig, dtype: torch.dtype, layers: Layers, device: torch.device) -> Rule:
     """Which requests are sparse in layers like this one."""
     sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size, impl.head_size)
-    shape = CallShape.configured(installed(), 1, *sizes, dtype.itemsize)
-    return Rule(installed(), shape, len(layers.sparse) / max(len(layers.reasons), 1), device)
+    shape = CallShape.configured(config, 1, *sizes, dtype.itemsize)
+    return Rule(config, shape, len(layers.sparse) / max(len(layers.reasons), 1), device)
 
 
 def check(vllm_config: Any, config: TSAConfig) -> None:
@@ -320,7 +318,7 @@ def check(vllm_config: Any, config: TSAConfig) -> None:
         return
     if vllm_config.cache_config.enable_prefix_caching and os.environ.get(PREFIXES) != "1":
         raise ConfigError(
-            "enable_prefix_caching=True is not possible with TSA_CONFIG: above a sparse layer a token's keys depend on the "
+            "enable_prefix_caching=True is not possible with sparse layers: above one a token's keys depend on the "
             "whole prompt, on the question at its end as well, so that another prompt with the same beginning would get "
             f"keys that are not its own. Pass enable_prefix_caching=False, or set {PREFIXES}=1 if you accept that"
         )
@@ -328,7 +326,7 @@ def check(vllm_config: Any, config: TSAConfig) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         found = getattr(parallel, name, 1)
         if found > 1:
-            raise ConfigError(f"{name}={found} is not possible with TSA_CONFIG: a prompt must be in one process")
+            raise ConfigError(f"{name}={found} is not possible with sparse layers: a prompt must be in one process")
 
 
 def _obstacle(layer: Any, vllm_config: Any) -> str | None:
