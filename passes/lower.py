@@ -42,6 +42,7 @@ from tsa_compile.passes.graph import argument, fake, fake_mode, insert
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.operators import arguments
+from tsa_compile.passes.traces import without_stacks
 
 Form = Literal["aten", "triton"]
 
@@ -56,7 +57,8 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         RewriteError: the result would hold for a part of the lengths only.
     """
     if form is None:
-        return program.run_decompositions({})
+        with without_stacks():
+            return program.run_decompositions({})
     if form not in get_args(Form):
         allowed = ", ".join(map(repr, get_args(Form)))
         raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {allowed}, or None")
@@ -64,7 +66,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         _require_cuda(program)
     check_opened(program, f"lower={form!r}")
     check_kernels(program, f"lower={form!r}", "keep the ops with lower=None")
-    with simplified_minima():
+    with simplified_minima(), without_stacks():
         return _lowered(program if form == "triton" else with_joined_floors(program), form)
 
 

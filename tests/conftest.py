@@ -29,11 +29,12 @@ settings.load_profile("suite")
 # The modules that take longest, a minute to a quarter of one, longest first.
 LONG = (
     "passes/test_programs_fuzz.py", "test_models.py", "passes/test_masks_fuzz.py", "export/test_aoti.py",
-    "export/test_onnx.py", "export/test_program.py", "test_dynamic.py", "test_backend.py", "kernels/test_fused.py",
-    "passes/test_models_masks.py", "export/test_benchmark.py", "commands/test_cli.py", "test_documents.py",
-    "test_benchmarks.py", "test_explanation.py", "test_failures.py", "test_handover.py", "kernels/test_score.py",
-    "kernels/test_floor.py", "export/test_triton.py", "commands/test_full_disk.py", "export/test_tensorrt.py",
-    "test_examples.py", "passes/test_lower.py",
+    "export/test_onnx.py", "test_chunks.py", "export/test_program.py", "test_dynamic.py", "test_backend.py",
+    "kernels/test_fused.py", "passes/test_models_masks.py", "engines/test_transformers.py", "commands/test_cli.py",
+    "test_documents.py", "test_benchmarks.py", "test_explanation.py", "test_failures.py", "export/test_standard_form.py",
+    "export/test_benchmark.py", "test_regions.py", "engines/test_tensor_parallel.py", "test_training.py",
+    "kernels/test_score.py", "kernels/test_floor.py", "export/test_triton.py", "commands/test_full_disk.py",
+    "export/test_tensorrt.py", "test_handover.py", "test_examples.py", "passes/test_lower.py",
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which are not there: take them out")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the workers run the tests, and start only then: Dynamo's import, some seconds, is theirs
     quick.dynamo()
     if os.environ.get("TRITON_INTERPRET") == "1":
         quick.interpreter()

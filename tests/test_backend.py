@@ -113,21 +113,16 @@ def test_upper_half_by_default():
     assert [row.layer for row in report] == [f"model.layers.{i}.self_attn" for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    "layers, sparse",
-    [
-        ([0, 2], [0, 2]),
-        ([], []),
-        (["model.layers.1.*"], [1]),
-        (["model.layers.[02].self_attn"], [0, 2]),
-        (["*"], [0, 1, 2]),
-    ],
-    ids=str,
-)
-def test_layers(layers, sparse):
-    with torch.no_grad():
-        compiled(tiny("llama"), layers=layers)(tokens(2, 40))
-    assert [row.layer_index for row in reports()[-1].sparse_calls] == sparse
+def test_layers():
+    asked = {
+        (0, 2): [0, 2],
+        (): [],
+        ("model.layers.1.*",): [1],
+        ("model.layers.[02].self_attn",): [0, 2],
+        ("*",): [0, 1, 2],
+    }
+    run_each(tiny("llama"), [HALF.replace(layers=layers) for layers in asked], input_ids=tokens(2, 40))
+    assert [[row.layer_index for row in report.sparse_calls] for report in reports()] == [*asked.values()]
 
 
 def test_group_granularity():
@@ -144,11 +139,12 @@ def test_group_granularity():
 @pytest.mark.parametrize("budget", [{"keep_ratio": 0.5}, {"coverage": 0.2}], ids=str)
 def test_capacity(capacity, budget):
     """A static size of the selection: what exceeds it is dropped, a larger one changes nothing."""
-    ids, mask = tokens(3, 50), mixed_padding(50)
+    ids, mask, one = tokens(3, 50), mixed_padding(50), {"num_hidden_layers": 1}
     with torch.no_grad():
-        logits = compiled(tiny("llama"), budget=budget, capacity=capacity, layers=[0])(ids, attention_mask=mask).logits
+        model = compiled(tiny("llama", **one), budget=budget, capacity=capacity, layers=[0])
+        logits = model(ids, attention_mask=mask).logits
         with oracle([0], window=4, min_tokens=4, capacity=capacity, **budget):
-            wanted = tiny("llama", "oracle")(ids, attention_mask=mask).logits
+            wanted = tiny("llama", "oracle", **one)(ids, attention_mask=mask).logits
     assert difference(logits, wanted, mask) < ATOL
 
 
@@ -265,7 +261,7 @@ def test_modes_are_refused_for_other_compilers():
 def test_what_is_not_allowed_is_named(options, said):
     """The option, the value and what is allowed."""
     with torch.no_grad(), pytest.raises(BackendCompilerFailed) as failure:
-        torch.compile(tiny("llama"), backend="tsa", options=options)(tokens(1, 20))
+        torch.compile(Attention(), backend="tsa", options=options)(*heads())
     for part in said:
         assert part in str(failure.value), part
 
@@ -411,7 +407,7 @@ def test_no_mask_is_built_in_exact_mode():
     keeper = Keeper()
     length = 200
     with torch.no_grad():
-        compiled(tiny("gpt2", n_embd=32), layers=[], compiler=keeper)(
+        compiled(tiny("gpt2", n_embd=32, n_layer=1), layers=[], compiler=keeper)(
             tokens(1, length), attention_mask=torch.ones(1, length, dtype=torch.long), use_cache=False
         )
     assert widest_elements(keeper.graph_module) < length * length
@@ -448,6 +444,7 @@ def broken_in_a_layer():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
 def test_layers_that_are_compiled_one_by_one():
     """Such a graph does not know which layer it is: no layer may be sparse that was not asked for, and none may fail."""

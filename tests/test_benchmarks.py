@@ -285,6 +285,7 @@ def test_parts_are_measured_and_reported(load, methods, monkeypatch):
     assert not any("failed" in row for row in run.parts["stages"]) and len(run.parts["stages"]) == 8
 
 
+@pytest.mark.slow
 def test_results_are_written(load, tmp_path):
     pytest.importorskip("matplotlib").use("agg")
     attention = load("attention")

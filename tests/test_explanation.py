@@ -81,6 +81,7 @@ class TestExpectations:
         assert report.expected == {} and report.expected_ms is None
         assert all(row.expected_dense_ms is None for row in report)
 
+    @pytest.mark.slow
     def test_of_each_call_that_is_understood(self):
         model = tiny("gemma3")
         inputs = dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40))

@@ -60,7 +60,7 @@ def present(graph_module):
     return {name: count for name, count in count_ops(graph_module, *OPS).items() if count}
 
 
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
 @pytest.mark.parametrize(("owner", "name"), [(rewrite, "scale_of"), (RewriteSparse, "_sparse")], ids=["before", "after"])
 def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
     """The second of two calls: the first stays sparse, the failed one is the model's, and no node is left behind."""

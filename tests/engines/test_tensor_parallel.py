@@ -62,17 +62,20 @@ def found(request, tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(found, how, case):
     assert max(process[f"{how}, {case}"] for process in found) < (1e-3 if found[0]["device"] == "cuda" else 1e-5)
 
 
+@pytest.mark.slow
 def test_the_heads_of_one_process_would_keep_other_tokens(found):
     """Or nothing was tested."""
     assert max(process["by the heads of one process"] for process in found) > 1e-3
 
 
+@pytest.mark.slow
 def test_coverage_is_refused_where_no_group_is_known(found):
     assert all("LlamaAttention that has 2 of 4 heads" in process["refused"] for process in found)
 

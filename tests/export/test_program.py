@@ -13,7 +13,7 @@ from tsa_compile.export import export_program
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
-from ..support import Attention, difference, heads, mixed_padding, slow_but, tiny, tokens
+from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
 from .support import SMALL
 
 HALF = SMALL.replace(budget=KeepRatio(0.5))
@@ -49,7 +49,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "qwen2-groups"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_compiled_model(case, tmp_path):
     name, attention, config, padded, lower = CASES[case]
     changes = {"sliding_window": None} if name == "mistral" else {}

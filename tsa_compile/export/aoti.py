@@ -31,6 +31,7 @@ from tsa_compile.passes.base import summary
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.lower import default_form, device_of, is_lowered, lower_program
 from tsa_compile.passes.minima import simplified_minima
+from tsa_compile.passes.traces import without_stacks
 
 SUFFIX = ".pt2"
 INPUTS_KEY = "tsa_inputs"
@@ -64,7 +65,13 @@ def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> st
         program = lower_program(program, default_form(program))
     metadata = {**inductor_options.get("aot_inductor.metadata", {}), INPUTS_KEY: json.dumps(describe_inputs(program))}
     options = {**inductor_options, "aot_inductor.metadata": metadata}
-    with torch.no_grad(), _dense_kernels(), simplified_minima(), toolchain(device_of(program)) as libraries:
+    with (
+        torch.no_grad(),
+        _dense_kernels(),
+        simplified_minima(),
+        without_stacks(),
+        toolchain(device_of(program)) as libraries,
+    ):
         options[LIBRARIES] = [*(inductor_options.get(LIBRARIES) or ()), *libraries]
         with stream(target) as file:
             torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)

@@ -32,6 +32,7 @@ from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import check_kernels, check_opened, layer_of, with_joined_floors
+from tsa_compile.passes.traces import without_stacks
 
 if TYPE_CHECKING:
     import onnx
@@ -69,7 +70,8 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     if domain not in (None, DOMAIN):
         raise ConfigError(f'domain={domain!r} is not allowed: domain must be None (standard operators) or "{DOMAIN}"')
     target = writable(path, ".onnx")
-    exported = _export(program, opset) if domain is None else _export_domain(program, opset)
+    with without_stacks():
+        exported = _export(program, opset) if domain is None else _export_domain(program, opset)
     _name_axes(exported, program)
     with replacing(target) as beside:
         exported.save(str(beside))
