@@ -76,7 +76,7 @@ def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
     assert "planted" in rows[2].detail and rows[2].decision is Decision.UNCHANGED
 
 
-@pytest.mark.parametrize(("owner", "name"), [(CanonicalizeDense, "_padded"), (canonicalize, "scale_of")])
+@pytest.mark.parametrize(("owner", "name"), [(CanonicalizeDense, "_dense"), (canonicalize, "scale_of")])
 def test_one_call_fails_in_the_dense_rewriting(monkeypatch, owner, name):
     failing(monkeypatch, owner, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.1\.self_attn.*planted"):
@@ -89,7 +89,7 @@ def test_one_call_fails_in_the_dense_rewriting(monkeypatch, owner, name):
 def test_the_only_user_of_a_shared_node_fails(monkeypatch):
     """The padding tensor made for a failed call must not be used by a later one, nor stay in the graph."""
     failing(monkeypatch, RewriteSparse, "_sparse", at=0)
-    monkeypatch.setattr(CanonicalizeDense, "_padded", lambda *args: 1 / 0)
+    monkeypatch.setattr(CanonicalizeDense, "_dense", lambda *args: 1 / 0)
     with pytest.warns(TSAWarning, match="planted"):
         logits, wanted, graph = run(tiny("llama"))
     assert torch.equal(logits, wanted)
@@ -130,7 +130,7 @@ def test_a_whole_pass_fails(monkeypatch, kind):
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(RewriteSparse, "_sparse"), (CanonicalizeDense, "_padded"), (RemoveDeadMasks, "call"), (Verify, "call")],
+    [(RewriteSparse, "_sparse"), (CanonicalizeDense, "_dense"), (RemoveDeadMasks, "call"), (Verify, "call")],
     ids=["sparse call", "dense call", "clean-up", "verification"],
 )
 def test_strict_raises(monkeypatch, owner, name):
