@@ -1,6 +1,7 @@
 """Triton's interpreter, Dynamo and exports without work whose results nobody sees: a quarter of the suite's time."""
 
 import dataclasses
+import functools
 import inspect
 import logging
 import traceback
@@ -82,14 +83,11 @@ def _patched_in_a_launch(interpreter: Any) -> None:
     interpreter._patch_lang = patch_unless_patched
 
 
-def _languages(interpreter: Any, function: Any, known: dict[Any, set[Any]] = {}) -> set[Any]:  # noqa: B006  one for all
+@functools.cache
+def _languages(interpreter: Any, function: Any) -> set[Any]:
     """The modules among a function's names that are replaced."""
-    if function not in known:
-        names = function.__globals__.values()
-        known[function] = {
-            name for name in names if inspect.ismodule(name) and name in (interpreter.tl, interpreter.tl.core)
-        }
-    return known[function]
+    names = function.__globals__.values()
+    return {name for name in names if inspect.ismodule(name) and name in (interpreter.tl, interpreter.tl.core)}
 
 
 def _remembered_blocks(interpreter: Any) -> Any:

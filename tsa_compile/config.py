@@ -313,11 +313,11 @@ def _layers(value: object) -> HeldLayers | None:
     return LayerBudgets(zip(keys, map(_own_budget, value.values()), strict=True))
 
 
-def _own_budget(value: object) -> Budget:
+def _own_budget(value: Any) -> Budget:
     """A layer's budget; a number is a keep ratio."""
     if isinstance(value, (Mapping, Coverage, KeepRatio)):
         return read_budget(value)
-    return KeepRatio(value)  # type: ignore[arg-type]  # which refuses what is no number, by name
+    return KeepRatio(value)  # which refuses what is no number, by name
 
 
 def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -41,6 +41,8 @@ PREFIXES = "TSA_ALLOW_PREFIX_CACHING"
 _CACHES = ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "_seq_lens_cpu", "_num_computed_tokens_cpu")
 """What vLLM's metadata of a batch remember of it, by version."""
 
+_BESIDE: Any = object
+"""For type checkers: `Builder` and `Impl` stand before a class of vLLM, whose methods and attributes they have."""
 _log = init_logger("vllm.tsa_compile")
 
 
@@ -108,13 +110,13 @@ class Plan:
     group: str | None
 
 
-class Builder:
+class Builder(_BESIDE):
     """vLLM's metadata, with a `Plan` as attribute `tsa` for batches that have prompts."""
 
     supports_update_block_table = False  # layers of another group would get this one's plan
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # of the vLLM class beside this one
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = own_config(vllm_config)
         check(vllm_config, config)
         layers = layers_of(vllm_config)
@@ -131,7 +133,7 @@ class Builder:
             _log.info_once("Token Sparse Attention: %s", layers.summary)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # vLLM's, beside this one
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self.rule is None or metadata.causal is not True:
             return metadata
         starts, lengths, prefilling = _on_host(common_attn_metadata)
@@ -143,7 +145,7 @@ class Builder:
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """Without a plan: a graph of a whole step is replayed for decode steps only."""
-        return super().build(0, common_attn_metadata)  # type: ignore[misc]  # vLLM's, beside this one
+        return super().build(0, common_attn_metadata)
 
     def _others(self, common: CommonAttentionMetadata, batch: Split, starts: list[int]) -> tuple[Any, Tensor]:
         """The metadata of some requests, as if the batch had no others, and their tokens.
@@ -163,10 +165,10 @@ class Builder:
             is_prefilling=_some(common.is_prefilling, requests), positions=_some(common.positions, tokens),
             logits_indices_padded=None, **{name: None for name in _CACHES if hasattr(common, name)},
         )  # fmt: skip
-        return super().build(0, some, True), tokens  # type: ignore[misc]  # vLLM's, beside this one
+        return super().build(0, some, True), tokens
 
 
-class Impl:
+class Impl(_BESIDE):
     """vLLM's attention, with the prompts of sparse layers taken out."""
 
     rehearses = False
@@ -184,7 +186,7 @@ class Impl:
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
         output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        own_forward = super().forward  # type: ignore[misc]  # vLLM's, beside this one
+        own_forward = super().forward
         plan = getattr(attn_metadata, "tsa", None)
         config = None if plan is None else plan.layers.get(layer.layer_name)
         if plan is None or config is None:
@@ -213,7 +215,7 @@ class Impl:
         if config is not None:
             rule = rule_of(self, own_config(vllm_config), query.dtype, layers, query.device)
             longest = vllm_config.model_config.max_model_len
-            rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config)  # type: ignore[attr-defined]  # vLLM sets the heads
+            rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config)
 
 
 class CPUBuilder(Builder, cpu_attn.CPUAttentionMetadataBuilder):
