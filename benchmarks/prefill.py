@@ -286,7 +286,7 @@ def describe_run(arguments: argparse.Namespace) -> Row:
     return {
         "device": torch.cuda.get_device_name(), "torch": str(torch.__version__), "transformers": transformers.__version__,
         "layers": arguments.layers, "repeats": arguments.repeats, "turns": arguments.turns,
-        **{name: settings[name] for name in ("window", "floor", "min_tokens")},
+        **{name: settings[name] for name in ("window", "score", "floor", "min_tokens")},
     }  # fmt: skip
 
 

@@ -93,6 +93,19 @@ def test_cuda_graphs(config, padded):
         assert difference(found, wanted, mask) < 1e-3
 
 
+@pytest.mark.parametrize("config", [EXACT, HALF], ids=["exact", "half"])
+def test_regional_compilation(config):
+    """Layers that are alike are compiled once, by Inductor: what the graph that is compiled as a whole computes."""
+    model = tiny("llama", num_hidden_layers=6).cuda()
+    config = config if config is EXACT else config.replace(layers=[3, 4, 5])
+    wanted, mask = logits_of(torch.compile(model, backend="tsa", options={"config": config}), 200)
+    regional = torch.compile(model, backend="tsa", options={"config": config.replace(regional=True)})
+    found, _ = logits_of(regional, 200)
+    assert difference(found, wanted, mask) < 1e-4
+    assert any(note.startswith("regional") for note in reports()[-1].notes), "it was compiled by regions"
+    assert reports()[-1].sparse == (0 if config.layers == () else 3)
+
+
 def test_generate():
     model = tiny("llama", eos_token_id=None).cuda()
     inputs = dict(input_ids=tokens(3, 60).cuda(), attention_mask=mixed_padding(60, (0, 9, 4)).cuda())
