@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from tsa_compile.passes.fakes import Memory
+from tsa_compile.passes.graph import is_mutating, unread
 
 
 def unknown(*inputs: Any) -> Any:
@@ -75,8 +76,12 @@ class AtenGraph:
         return since < until and not any(since < write < until for write in writes)
 
     def is_pure(self, node: Node) -> bool:
-        """Whether a node of the graph may go where nothing reads it. Nodes that passes insert are pure."""
-        return node.op in ("call_function", "call_method") and node not in self.impure
+        """Whether a node of the graph may go where nothing reads it. Nodes that passes insert say so by their schema."""
+        return node.op in ("call_function", "call_method") and node not in self.impure and not is_mutating(node)
+
+    def is_used(self, value: Node) -> bool:
+        """Whether anything comes of a recorded value in the graph."""
+        return any(unread(node, self.is_pure) is None for node, _ in self.holders.get(value, ()))
 
     def writers(self, node: Node) -> list[Node]:
         """The graph's nodes that write to the memory of a node's value, itself or a view of it, in order."""

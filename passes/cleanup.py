@@ -12,11 +12,11 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.graph import readers
+from tsa_compile.passes.graph import is_erased, is_mutating, unread
 
 
 class RemoveDeadMasks(Pass):
-    """Erases the replaced calls and, transitively, the pure nodes that are no longer read."""
+    """Erases the replaced calls and, transitively, the pure nodes of which nothing comes any more."""
 
     optional = True
 
@@ -25,18 +25,19 @@ class RemoveDeadMasks(Pass):
         pending, removed = list(candidates), 0
         while pending:
             node = pending.pop()
-            if node._erased or readers(node) or not self._may_go(node):
-                continue
-            for check in list(node.users):
-                graph_module.graph.erase_node(check)
-            pending.extend(node.all_input_nodes)
-            graph_module.graph.erase_node(node)
-            removed += 1
+            behind = None if is_erased(node) or not self._may_go(node) else unread(node, self._may_go)
+            for dead in () if behind is None else (*reversed(behind), node):
+                for check in list(dead.users):
+                    graph_module.graph.erase_node(check)
+                pending.extend(dead.all_input_nodes)
+                graph_module.graph.erase_node(dead)
+                removed += 1
         self.state.detached.clear()
         return self.result(graph_module, removed)
 
     def _may_go(self, node: Node) -> bool:
         """Whether a node does nothing but compute its value. Without recorded operators, only our own are known to."""
         if self.state.aten is None:
-            return getattr(node.target, "namespace", "") == "tsa" or node in self.state.detached
+            ours = getattr(node.target, "namespace", "") == "tsa" and not is_mutating(node)
+            return ours or node in self.state.detached
         return self.state.aten.is_pure(node)

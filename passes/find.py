@@ -59,7 +59,7 @@ def calls_of(graph: AtenGraph) -> list[AttentionCall]:
     calls = []
     for node in list(graph.calls.nodes):
         try:
-            read = read_sdpa(node) or written_out.read(node) or read_flex(node) or read_other(node)
+            read = read_sdpa(node) or written_out.read(node) or read_flex(graph, node) or read_other(node)
             call = None if read is None else normal_form(graph, read)
         except Exception as error:  # noqa: BLE001  # one call that cannot be read must not hide the others
             call = _unreadable(graph, node, f"reading it failed: {type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from tsa_compile.passes.aten import AtenGraph
 from tsa_compile.passes.call import BlockLists, MaskTerm, RecordedCall
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.operators import arguments, aten
@@ -68,7 +69,7 @@ def at_index(node: Node, args: Sequence[Any]) -> Any:
     return aten.index.Tensor(args[0], tensors)
 
 
-def read_flex(call: Node) -> RecordedCall | None:
+def read_flex(graph: AtenGraph, call: Node) -> RecordedCall | None:
     """Reads flex_attention, whose functions were recorded."""
     read = call.meta.get("flex")
     if call.target is not FLEX or not isinstance(read, RecordedFlex):
@@ -78,7 +79,7 @@ def read_flex(call: Node) -> RecordedCall | None:
     problem = None
     if "example_value" not in call.meta["origin"].meta:
         problem = "flex_attention is not read in exported graphs"
-    elif any(other.meta["named"] for other in others):
+    elif any(map(graph.is_used, others)):
         problem = "what flex_attention returns besides its output is read"
     elif factor is None or factor <= 0:
         problem = "its score_mod does more than to scale scores"

@@ -95,6 +95,25 @@ def is_type_check(node: Node) -> bool:
     )
 
 
+def unread(node: Node, is_pure: Callable[[Node], bool]) -> list[Node] | None:
+    """The nodes that depend on a value, in order, if nothing comes of them: all are pure. None if the value is used."""
+    found: dict[Node, None] = {}
+    pending = [node]
+    while pending:
+        for reader in readers(pending.pop()):
+            if not is_pure(reader):
+                return None
+            if reader not in found:
+                found[reader] = None
+                pending.append(reader)
+    return sorted(found)
+
+
+def is_mutating(node: Node) -> bool:
+    """Whether a node is an operator whose schema says that it writes to an argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def is_erased(node: Node) -> bool:
     """Whether a node has been taken out of its graph, as all nodes of a failed attempt are."""
     return node._erased

@@ -213,6 +213,20 @@ def test_what_else_it_returns_is_read():
     assert row.reason is Reason.UNSUPPORTED_FORM and "besides its output" in row.detail
 
 
+def test_what_else_it_returns_and_nobody_reads():
+    """As transformers' models have it on a GPU: the log-sum-exp is asked for, converted and dropped."""
+
+    def function(query, key, value, block_mask):
+        out, lse = attend(query, key, value, block_mask, return_lse=True)
+        lse.to(torch.float64).exp()
+        return out
+
+    graphs = []
+    config = EXACT.replace(compiler=lambda graph_module, inputs: graphs.append(graph_module) or graph_module)
+    assert run(function, *inputs(), masked(causal), config=config).decision is Decision.DENSE
+    assert not any("flex_attention" in str(node.target) for node in graphs[0].graph.nodes), "what is dropped is not computed"
+
+
 class TestLists:
     """A BlockMask made by hand: FlexAttention's kernel goes over its lists, whatever its function would allow."""
 
