@@ -166,6 +166,7 @@ def test_option_table_names_every_option_and_its_default():
         ("regional", "firstcall-regional_chunks"),
         ("compile-time", "compile-time"),
         ("vllm", "vllm"),
+        ("tensor-parallel", "tensor-parallel"),
         ("onnx", "onnx_files"),
     ],
 )
