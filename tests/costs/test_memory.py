@@ -12,7 +12,7 @@ from tsa_compile.shapes import model_config
 
 @pytest.mark.parametrize(("length", "measured"), [(8192, 1.9), (32768, 7.6), (131072, 30.6)])
 def test_a_prefill_needs_about_what_was_measured(length, measured):
-    """Peaks of eager prefills on an H200, in GiB: benchmarks/results/prefill.md."""
+    """Peaks of eager prefills on an H100, in GiB: benchmarks/results/prefill-h100.md."""
     estimate = prefill_bytes(model_config("llama-3.1-8b"), torch.bfloat16, length) / 2**30
     assert measured <= estimate <= 1.2 * measured
 

@@ -59,7 +59,7 @@ class DeviceCosts:
 # 4K to 128K and of the compressed rows of keep .3, .5 and .675 (23 times), with a rate that is 1% higher, as a second
 # machine was 4% faster between 8K and 64K. At 128K dense attention took 249 to 256 ms in three runs, where the fit says
 # 232; all up to 105 ms is on the curve. exponential: from head sizes 64 and 256 at 32K. score to select solve one measured
-# step at 128K, B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention.md, GPU ms): score .712 ms, select .125,
+# step at 128K, B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention-h200.md, GPU ms): score .712 ms, select .125,
 # compress .680 and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B. sparse_ms:
 # at 4K and 8K these steps take .03 ms more than the rates say; the rest is left for a host that does not run ahead.
 # count_ms: a layer at 32K took .5 to 1 ms longer where the host read the count: budget, .03 to .2 ms on the GPU, which then

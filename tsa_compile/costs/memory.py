@@ -25,8 +25,8 @@ def weight_count(config: Any, trust_remote_code: bool = False) -> int:
 def prefill_bytes(config: Any, dtype: torch.dtype, length: int, batch: int = 1) -> int:
     """About how much memory a dense prefill needs above the weights: the key-value cache and one layer's activations.
 
-    Without L x L masks and without logits but the last. On an H200 an 8B-shaped Llama's peak was 1.9 GiB at 8K tokens and
-    30.6 GiB at 128K (benchmarks/results/prefill.md); this says 2.1 and 33.5.
+    Without L x L masks and without logits but the last. On an H100 an 8B-shaped Llama's peak was 1.9 GiB at 8K tokens and
+    30.6 GiB at 128K (benchmarks/results/prefill-h100.md); this says 2.1 and 33.5.
     """
     text = config.get_text_config()
     hidden, heads, kv_heads, head_dim, value_head_dim = attention_sizes(text)
