@@ -183,14 +183,18 @@ def inputs_obstacle(query: Tensor, key: Tensor, value: Tensor, dropout: Any, sca
 
 
 def is_behind_cache(plan: CallPlan) -> bool:
-    """Whether the queries are proven to be the last of more keys, and more than a few, for which the mask is small."""
+    """Whether the queries are proven to be the last of the keys, and more than a few, for which the mask is small.
+
+    The keys may be no more than the queries in some calls: of a cache that may be empty (`tsa_compile/chunk_cache.py`).
+    """
     query, key, mask = fake(plan.call.query), fake(plan.call.key), plan.mask
     if mask is None or mask.kind not in CAUSAL_KINDS:
         return False
+    if not known(query.shape[2] <= key.shape[2]) or known(query.shape[2] < FEW_QUERIES):
+        return False
     if mask.kind in FILLED_KINDS:
-        fits = plan.call.is_causal is False and known(query.shape[2] <= key.shape[2])
-        return fits and not known(query.shape[2] < FEW_QUERIES)
-    return known(query.shape[2] < key.shape[2]) and not known(query.shape[2] < FEW_QUERIES)
+        return plan.call.is_causal is False
+    return not known(query.shape[2] == key.shape[2])
 
 
 def is_decode_step(plan: CallPlan) -> bool:

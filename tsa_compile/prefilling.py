@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from inspect import signature
 from types import TracebackType
 from typing import Any
 
@@ -18,12 +20,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile.backend import tsa_backend
+from tsa_compile.chunk_cache import carried, find, serves
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.errors import ConfigError
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _CACHED = ("keys", "values")
+_MASK = "attention_mask"
 
 
 class Prefill:
@@ -46,13 +50,18 @@ class Prefill:
         """The model's call; calls of fewer than 16 tokens are decode steps, and run as without `prefill`."""
         if torch.compiler.is_compiling():  # somebody else compiles or exports the model: with one compiler, theirs
             return self._plain(*args, **kwargs)
-        if _length(args, kwargs) < FEW_QUERIES:
+        if _tokens(args, kwargs).shape[1] < FEW_QUERIES:
             return self._plain(*args, **kwargs)
         if not self.dynamic:
             return self._compiled(*args, **kwargs)
         # Floats of modules, as the epsilon of a norm, are no lengths. As symbols they would be inputs of the graph, and
         # Inductor, which takes them for constants in the end, would send Dynamo back to trace everything once more.
-        with dynamo_config.patch(specialize_float=True):
+        with dynamo_config.patch(specialize_float=True), ExitStack() as stack:
+            cache = None if torch.is_grad_enabled() or not serves(self.config) else find(args, kwargs)
+            if cache is not None:
+                tokens = _tokens(args, kwargs)
+                kwargs = {**kwargs, **_mask_of_ones(self.model, args, kwargs, tokens, cache.get_seq_length())}
+                stack.enter_context(carried(cache, self.model, tokens.device))
             return self._compiled(*map(_prepared, args), **{name: _prepared(value) for name, value in kwargs.items()})
 
     def remove(self) -> None:
@@ -154,12 +163,29 @@ def _one_for_all_layers(cached: Tensor) -> Tensor:
     return cached
 
 
-def _length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens a call has: the second dimension of its token ids or embeddings, or else of its first tensor."""
+def _mask_of_ones(
+    model: Module, args: Sequence[Any], kwargs: Mapping[str, Any], tokens: Tensor, past: int
+) -> dict[str, Tensor]:
+    """The padding mask that a call without one stands for, where its absence would cost the first chunk its own graph.
+
+    Without a padding mask, transformers asks whether there are as many keys as queries while it builds the causal mask for
+    SDPA, and Dynamo compiles for the answer. With one it does not ask.
+    """
+    parameters = list(signature(model.forward).parameters)
+    if _MASK not in parameters[len(args) :] or kwargs.get(_MASK) is not None:
+        return {}
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+        return {}
+    shape = (tokens.shape[0], past + tokens.shape[1])
+    return {_MASK: torch.ones(shape, dtype=torch.long, device=tokens.device)}
+
+
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The token ids [B, L] or embeddings [B, L, D] of a call, or else its first tensor."""
     named = (kwargs.get(name) for name in _TOKENS)
     for value in (*named, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() >= 2:
-            return value.shape[1]
+            return value
     raise ConfigError(
         f"no tensor [B, L] or [B, L, D] found among the arguments of a call ({len(args)} by position, "
         f"{', '.join(kwargs) or 'none'} by name), so nothing says whether it is a prefill: pass {' or '.join(_TOKENS)}, "

@@ -1,0 +1,184 @@
+"""A DynamicCache as one graph reads it, whether it is empty or holds a prompt's earlier chunks.
+
+    before   layer.keys, layer.values    None, or [B, G, past, D] and [B, G, past, Dv]
+    inside   layer.keys, layer.values    [n] and [m, 2]: the same numbers; two of each, which nothing reads, where past is 0
+             layer.marker                [past + 2, 0]: no numbers, and the one that says how long the cache is
+    behind   layer.keys, layer.values    [B, G, past + Lq, D] and [B, G, past + Lq, Dv], as without it
+
+Dynamo compiles anew for a size that is 0 or 1. So the length is carried as a size that is at least 2, minus 2, and what is
+cached as tensors whose own length says nothing. An empty cache then is no other case, and the op `tsa::extend_cache` puts the
+two together (kernels/extend.py). Nothing is copied that torch.cat would not copy, and no memory is kept in reserve.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from tsa_compile.config import TSAConfig
+from tsa_compile.kernels import extend  # noqa: F401  # registers the op
+from tsa_compile.kernels.registry import AUTO, get
+
+_MORE = 2
+"""What is added to the length: the least size that Dynamo takes for one of many."""
+
+
+@functools.cache
+def _layer_class() -> type:
+    """The layer that a graph reads: a function, as transformers is optional."""
+    from transformers.cache_utils import DynamicLayer
+
+    class ChunkLayer(DynamicLayer):
+        """A DynamicLayer until its first update in a call; a plain one from then on."""
+
+        def __init__(self, keys: Tensor, values: Tensor, marker: Tensor) -> None:
+            super().__init__()
+            self.keys, self.values, self.marker = keys, values, marker
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
+
+        def get_seq_length(self) -> int:
+            return self.marker.shape[0] - _MORE if self.keys.dim() == 1 else self.keys.shape[2]
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            past = self.get_seq_length()
+            if self.keys.dim() == 1 and _alike(self.keys, key_states) and _alike(self.values, value_states):
+                packed = (self.keys, self.values, past)
+                self.keys, self.values = torch.ops.tsa.extend_cache(*packed, key_states, value_states)
+                return self.keys, self.values
+            if self.keys.dim() == 1 and past == 0:  # a guess of the dtype or device that was wrong: compiled for itself
+                self.is_initialized = False
+            elif self.keys.dim() == 1:
+                self.keys, self.values = _unpacked(self.keys, past, key_states), _unpacked(self.values, past, value_states)
+            return super().update(key_states, value_states, *args, **kwargs)
+
+    return ChunkLayer
+
+
+def _alike(cached: Tensor, new: Tensor) -> bool:
+    return cached.dtype == new.dtype and cached.device == new.device
+
+
+def _unpacked(cached: Tensor, past: int, like: Tensor) -> Tensor:
+    """What is cached as [B, G, past, D] again."""
+    return cached.reshape(like.shape[0], like.shape[1], past, like.shape[3])
+
+
+def serves(config: TSAConfig) -> bool:
+    """Whether one form serves all chunks: not where a kernel is asked for by name that takes whole prompts alone."""
+    named = config.kernel != AUTO and get(config.kernel).run_behind is None
+    return config.dense_kernel is None and not named
+
+
+def find(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, if there is one and `carried` takes it; else None."""
+    found = [value for value in (*args, *kwargs.values()) if type(value).__name__ == "DynamicCache"]
+    return found[0] if len(found) == 1 and _is_plain(found[0]) else None
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache is a DynamicCache of DynamicLayers, which all hold as many tokens, on their devices."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    grown_by = getattr(cache, "layer_class_to_replicate", None)
+    if grown_by not in (None, DynamicLayer) or not (cache.layers or grown_by):
+        return False
+    plain = all(type(layer) is DynamicLayer and _is_dense(layer) for layer in cache.layers)
+    return plain and len({layer.get_seq_length() for layer in cache.layers}) <= 1
+
+
+def _is_dense(layer: Any) -> bool:
+    """Whether a layer holds nothing, or keys and values that can be read as rows of numbers."""
+    if layer.get_seq_length() == 0:
+        return True
+    held = (layer.keys, layer.values)
+    return all(type(each) is Tensor and each.dim() == 4 and not each.requires_grad for each in held) and (
+        layer.values.numel() % 2 == 0 and layer.keys.numel() > 1
+    )
+
+
+@contextmanager
+def carried(cache: Any, model: Module, device: torch.device) -> Iterator[None]:
+    """Inside, the layers of a cache that `find` found are what one graph reads. Behind it they are DynamicLayers again.
+
+    Where the block raises, the cache holds what it held before.
+
+    Args:
+        model: the module that fills it: how many layers there will be, and of which dtype, is asked of it.
+        device: of the tokens. If an empty cache is filled with another dtype or on another device, the first chunk gets a
+            graph of its own.
+    """
+    own, past = cache.layers, cache.get_seq_length()
+    marker = torch.empty(past + _MORE, 0, device=device)
+    torch._dynamo.maybe_mark_dynamic(marker, [0])
+    if past:
+        held = [_packed(layer) for layer in own]
+    else:
+        held = [_nothing(_dtype(model), device) for _ in range(len(own) or _count_layers(model))]
+    cache.layers = [_layer_class()(*pair, marker) for pair in held]
+    try:
+        yield
+        filled = cache.layers
+    finally:
+        cache.layers = own
+    _hand_over(filled, own)
+
+
+def _packed(layer: Any) -> tuple[Tensor, Tensor]:
+    """What a layer holds, as rows of numbers: views, if it is dense, as what a graph leaves is."""
+    layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+    return _marked(layer.keys.view(-1), layer.values.view(-1, 2))
+
+
+def _nothing(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What stands for the keys and values of an empty layer: Dynamo must not find one tensor in two of them."""
+    return _marked(torch.empty(2, dtype=dtype, device=device), torch.empty(3, 2, dtype=dtype, device=device))
+
+
+def _marked(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The lengths are not marked: Dynamo finds that they are the same in all layers, so layers that are alike have one form."""
+    torch._dynamo.mark_static(values, 1)
+    return keys, values
+
+
+def _dtype(model: Module) -> torch.dtype:
+    """Of the model's keys and values, as far as its weights say it."""
+    known = (weight.dtype for weight in model.parameters() if weight.dtype.is_floating_point and weight.itemsize > 1)
+    return next(known, torch.get_default_dtype())
+
+
+def _count_layers(model: Module) -> int:
+    """How many layers a cache gets that grows as they are filled; 0 if nothing says it."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    return int(getattr(config, "num_hidden_layers", 0))
+
+
+def _hand_over(filled: list[Any], own: list[Any]) -> None:
+    """Gives a cache's own layers what a call filled theirs with; adds those that the call has added."""
+    from transformers.cache_utils import DynamicLayer
+
+    used = [at for at, layer in enumerate(filled) if layer.is_initialized and layer.keys.dim() == 4]
+    for at, layer in enumerate(filled[: max(used, default=-1) + 1]):
+        if at == len(own):
+            own.append(DynamicLayer())
+        if at in used:
+            if not own[at].is_initialized:
+                _initialize(own[at], layer.keys, layer.values)
+            own[at].keys, own[at].values = layer.keys, layer.values
+
+
+def _initialize(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """As the first update does: of the keys alone in the first versions of transformers 5."""
+    taken = len(signature(layer.lazy_initialization).parameters)
+    layer.lazy_initialization(*(keys, values)[:taken])
