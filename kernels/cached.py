@@ -71,7 +71,7 @@ def check_lengths(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of queries that are the last of the keys' positions, by the fastest kernel that fits."""
     request, rows = KernelRequest.of(query, key, value), query.shape[2]
-    if rows == key.shape[2]:
+    if rows == key.shape[2]:  # no keys before the queries, of which the log-sum-exp would be -inf: no kernel is given them
         return choose(request).causal(query, key, value, scale)
     if query.is_cuda and rows >= FEW:
         kernel = choose(request, lse=True, behind=True)

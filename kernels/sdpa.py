@@ -87,7 +87,7 @@ def written_out_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 
 
 def _cudnn_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Two calls, over the keys before the queries and among the queries, merged; cuDNN takes no few rows."""
+    """Two calls, over the keys before the queries and among the queries, merged; cuDNN takes no few rows, nor 0 keys."""
     past = key.shape[2] - query.shape[2]
     if min(past, query.shape[2]) < _CUDNN_ROWS or not query.is_cuda:
         return written_out_lse(query, key, value, scale)

@@ -288,7 +288,23 @@ def sparse_obstacle(
     shape = CallShape.of(query, key, value, config)
     shape = replace(shape, past=0) if filled else shape
     least = minimum(config, shape, sparse_layers, query.device if costs is None else costs)
+    if not filled and may_be_whole(query, key):
+        queries = query.shape[2].node.hint if isinstance(query.shape[2], torch.SymInt) else query.shape[2]
+        if shape.past == 0 or (queries is not None and least.reached_by(queries, queries + shape.past)):
+            least = least.of_all_keys(shape.past)
+        if least.of_keys and least.tokens is not None and least.tokens <= all_kept_below(config):
+            return None, ""  # the op decides: of fewer keys it keeps all
     return _length_obstacle(least.length(query.shape[2], key.shape[2]), least.tokens, least.why, all_kept_below(config))
+
+
+def may_be_whole(query: Tensor, key: Tensor) -> bool:
+    """Whether the keys may be those of the queries alone in some calls of a graph, and more in others.
+
+    That is a prompt in chunks whose first one is no case of its own (`tsa_compile/chunk_cache.py`). What is asked of its
+    length must then have one answer for all of its chunks. So the keys so far are counted, where the first chunk is the one
+    that is compiled, or where a later one is long enough. Where it is too short, all chunks as short as it are.
+    """
+    return not known(query.shape[2] == key.shape[2]) and not known(query.shape[2] < key.shape[2])
 
 
 def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:

@@ -99,7 +99,7 @@ class Case:
         self.operand_of = {self.call.aten.values.get(operand): operand for operand in self.operands}
         self.upstream = any(map(self.call.aten.writers, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
-        self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes)
+        self.sizes = self.usual = _Sizes([fake(operand) for operand in self.operands], self.nodes)
         if self.upstream and self.sizes.short:  # its other sizes may equal the length, too
             raise Skipped("what writes its operands cannot be run short")
 
@@ -148,6 +148,8 @@ class Case:
     def difference(self, trial: int) -> str | None:
         """The largest difference of the call and its normal form, as a sentence; None if they agree."""
         generator = torch.Generator().manual_seed(trial)
+        least = trial == _TRIALS - 1 and not self.usual.short
+        self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes, least=True) if least else self.usual
         with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial)
             env: dict[Node, Any] = {}
@@ -248,10 +250,11 @@ class Case:
 class _Sizes:
     """What the sizes of a graph become: symbols small numbers, a long static length a short one.
 
-    Behind a cache three numbers are shortened: the queries, the keys before them, and their sum.
+    Behind a cache three numbers are shortened: the queries, the keys before them, and their sum. With `least` there are as few
+    keys before the queries as the graph admits, where that is a symbol: none, if the cache may be empty.
     """
 
-    def __init__(self, operands: list[Tensor], nodes: list[Node]) -> None:
+    def __init__(self, operands: list[Tensor], nodes: list[Node], *, least: bool = False) -> None:
         query, key, value = operands
         self.short = _shortened(query.shape[2], key.shape[2])  # static lengths that are run short
         others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
@@ -265,6 +268,9 @@ class _Sizes:
             for symbol in sorted(size.node.expr.free_symbols, key=str):
                 if symbol not in self.symbols:
                     self.symbols[symbol] = _within(_SMALL[len(self.symbols) % len(_SMALL)], ranges.get(symbol))
+        past = key.shape[2] - query.shape[2]
+        for symbol in past.node.expr.free_symbols & self.symbols.keys() if least and isinstance(past, torch.SymInt) else ():
+            self.symbols[symbol] = _within(0, past.node.shape_env.var_to_range.get(symbol))
         self._level(key.shape[2], value.shape[2])
         if symbolic:
             self._obey([guard.expr for guard in symbolic[0].node.shape_env.guards], [*query.shape, *key.shape, *value.shape])

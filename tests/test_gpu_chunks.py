@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tsa_compile
 from tsa_compile import Coverage, Floor, KeepRatio, TSAConfig, reports
 from tsa_compile.kernels.cached import cached_attention
 from tsa_compile.kernels.fused import Options, sparse_triton
@@ -48,6 +49,33 @@ def test_sparse_chunks_equal_the_oracle(padded):
     with oracle([0, 2], window=16, min_tokens=16, keep_ratio=0.3, floor_window=20, floor_sinks=4):
         wanted = chunks(tiny("llama", "oracle"), ids, mask, CHUNK)
     assert difference(found, wanted, mask) < 1e-4
+
+
+@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("config", [EXACT, FLOOR], ids=["exact", "sparse"])
+def test_prefill_compiles_one_graph_for_all_chunks(config, padded, regional):
+    """The first chunk's, behind an empty cache, and another prompt's; in float32, so that the same tokens are selected."""
+    model = tiny("llama").cuda()
+    tsa_compile.prefill(model, config.replace(regional=regional), dynamic=True)
+    for length in (LENGTH, 470):
+        ids, mask = tokens(3, length), mixed_padding(length, (0, 260, 4)) if padded else None
+        found = chunks(model, ids.cuda(), None if mask is None else mask.cuda(), CHUNK).cpu()
+        with oracle([0, 2], window=16, min_tokens=16, keep_ratio=0.3, floor_window=20, floor_sinks=4):
+            wanted = chunks(tiny("llama", "sdpa" if config is EXACT else "oracle"), ids, mask, CHUNK)
+        assert difference(found, wanted, mask) < 1e-4
+    assert [report.sparse for report in reports()] == [0 if config is EXACT else 2]
+
+
+def test_bfloat16_chunks_of_one_graph_are_as_exact_as_the_plain_model():
+    """By the kernels for half precision, of which the first chunk, without keys before it, takes another than the others."""
+    ids, _ = prompt(False)
+    true, model = chunks(tiny("llama", **MEDIUM), ids, None, CHUNK), tiny("llama", **MEDIUM).to("cuda", torch.bfloat16)
+    plain = chunks(model, ids.cuda(), None, CHUNK).float().cpu()
+    tsa_compile.prefill(model, EXACT, dynamic=True)
+    found = chunks(model, ids.cuda(), None, CHUNK).float().cpu()
+    assert len(reports()) == 1
+    assert (found - true).norm() < 1.5 * (plain - true).norm()
 
 
 def chunk_of(rows, keys):

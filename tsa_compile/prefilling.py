@@ -92,8 +92,11 @@ def prefill(
         model: a module whose calls hold token ids [B, L] as `input_ids`, or embeddings [B, L, D] as `inputs_embeds`, or have
             one of these as the first tensor.
         config: the options of the backend; the defaults if None.
-        dynamic, fullgraph: as for `torch.compile`. With `dynamic=True` a prompt in chunks takes two graphs, for the first
-            chunk and for all others, and they serve prompts of any length.
+        dynamic, fullgraph: as for `torch.compile`. With `dynamic=True` one graph serves all chunks of prompts of any length,
+            in transformers' DynamicCache (chunk_cache.py). Two graphs, one for the first chunk and one for all others, are
+            taken where a cache is of a subclass, offloaded, or has layers that are no plain DynamicLayers, as those of
+            sliding windows; where `config` names a kernel that takes whole prompts alone, as `dense_kernel`; where the first
+            chunk is shorter than what pays on a GPU; and where gradients are on.
 
     Returns:
         A handle. `handle.remove()` undoes it, and so does leaving `with prefill(model):`. A second `prefill` of the same
@@ -131,7 +134,7 @@ def _check(model: Any) -> None:
 
 
 def _prepared(value: Any) -> Any:
-    """An argument so that one graph serves all chunks but the first."""
+    """An argument so that one graph serves all chunks, or all but the first where `carried` does not take the cache."""
     for layer in getattr(value, "layers", ()):  # of a transformers cache
         for name in _CACHED:
             cached = getattr(layer, name, None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sympy import Expr
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -131,7 +132,8 @@ def _opens(node: Node) -> int:
 class _Part:
     """Neighbouring nodes of a graph.
 
-    inputs: the nodes before them that they read. outputs: those of them that are read behind them.
+    inputs: the nodes before them that they read, and the sizes that those are computed from, as [s0 + s1] from s0 and s1.
+    outputs: those of them that are read behind them.
     """
 
     whole: GraphModule
@@ -140,10 +142,22 @@ class _Part:
     def __post_init__(self) -> None:
         own = set(self.nodes)
         self.inputs = list(dict.fromkeys(read for node in self.nodes for read in node.all_input_nodes if read not in own))
+        self.inputs += self._further_sizes()
         self.outputs = [node for node in self.nodes if any(user not in own for user in node.users)]
         for node in (*self.inputs, *self.outputs):
             if not _is_passed(fake(node)):
                 raise NotCut(f"{node.name!r} would go from one part to another and is a {type(fake(node)).__name__}")
+
+    def _further_sizes(self) -> list[Node]:
+        """Inputs of the whole graph that are sizes which no input of the part is, but which sizes of its inputs depend on.
+
+        Inductor reads sizes from what a function is given, and solves no equations for them.
+        """
+        sizes = [size for node in self.inputs for size in _sizes(fake(node))]
+        missing = set[Any]().union(*(size.free_symbols for size in sizes)) - set(sizes)
+        given = self.whole.graph.find_nodes(op="placeholder") if missing else ()
+        found = {size: node for node in given if isinstance(fake(node), SymInt) for size in _sizes(fake(node))}
+        return [found[size] for size in sorted(missing & found.keys(), key=str)]
 
     def graph_module(self) -> GraphModule:
         graph, copies = Graph(), {}
@@ -173,6 +187,14 @@ class _Part:
 def _is_passed(value: Any) -> bool:
     """Whether a value can go from one compiled function to another."""
     return type(value) is FakeTensor or isinstance(value, (SymInt, SymFloat, SymBool, int, float, bool))
+
+
+def _sizes(value: Any) -> list[Expr]:
+    """What is symbolic among the sizes, strides and offset of a tensor, or a number that is: as expressions."""
+    extents = (value,) if not isinstance(value, Tensor) else tuple(value.shape)
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        extents += (*value.stride(), value.storage_offset())
+    return [extent.node.expr for extent in extents if isinstance(extent, SymInt)]
 
 
 def _described(values: Iterable[Any]) -> Iterator[Hashable]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar
 
@@ -134,6 +134,12 @@ class Minimum:
     def length(self, queries: Length, keys: Length) -> Length:
         """What is compared with `tokens`."""
         return keys if self.of_keys else queries
+
+    def of_all_keys(self, past: int) -> Minimum:
+        """The same for calls behind `past` keys, counted in all keys so far: what one chunk of a prompt reaches, later ones do."""
+        if self.of_keys or self.tokens is None:
+            return self
+        return replace(self, tokens=self.tokens + past, of_keys=True)
 
     def reached_by(self, queries: int, keys: int) -> bool:
         """Whether so many queries are compressed, which are the last of the keys."""

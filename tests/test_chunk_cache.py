@@ -1,0 +1,273 @@
+"""Prompts in chunks through `prefill(dynamic=True)`: one graph, and the cache that the plain model leaves."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+import tsa_compile
+from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, attention, reports
+from tsa_compile.chunk_cache import carried, find, serves
+from tsa_compile.passes.validate import Case
+
+from .support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+EXACT = TSAConfig(layers=[], compiler="eager")
+SPARSE = TSAConfig(layers=[0, 1], window=6, min_tokens=4, budget=KeepRatio(0.3), floor=Floor(8, 2), compiler="eager")
+CHUNK = 30
+PROMPTS = (110, 80)
+"""Their last chunks are shorter than the others."""
+ATOL = 1e-5
+TWO = dict(num_hidden_layers=2)
+
+
+def compiled(name, config, **changes):
+    model = tiny(name, **TWO, **changes)
+    tsa_compile.prefill(model, config, dynamic=True)
+    return model
+
+
+def padding(length):
+    """On the left: over more than the first chunk of one item."""
+    return mixed_padding(length, (0, 37))
+
+
+def fill(model, cache, ids, mask=None, size=CHUNK):
+    """The logits of tokens that go through a model behind what a cache holds."""
+    found, past = [], cache.get_seq_length()
+    with torch.no_grad():
+        for low in range(0, ids.shape[1], size):
+            seen = {} if mask is None else {"attention_mask": mask[:, : past + low + size]}
+            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
+    return torch.cat(found, dim=1)
+
+
+def assert_same(cache, plain):
+    """Layers, their attributes, what they hold and how it lies in memory."""
+    assert type(cache) is DynamicCache and len(cache.layers) == len(plain.layers)
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        assert type(layer) is DynamicLayer and vars(layer).keys() == vars(other).keys()
+        assert layer.get_seq_length() == other.get_seq_length()
+        for name in ("keys", "values"):
+            held, wanted = getattr(layer, name), getattr(other, name)
+            assert held.shape == wanted.shape and held.dtype == wanted.dtype and held.is_contiguous()
+            assert held.untyped_storage().nbytes() == held.numel() * held.itemsize, "no more memory than its numbers"
+            assert difference(held, wanted) < ATOL
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name, form", slow_but([("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa")], ("llama", "sdpa")))
+def test_one_graph_equals_the_whole_prompt(name, form, padded):
+    graphs = []
+
+    def keep(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    model = compiled(name, EXACT.replace(compiler=keep), attn_implementation=form)
+    for length in PROMPTS:
+        ids, mask = tokens(2, length), padding(length) if padded else None
+        with torch.no_grad():
+            whole = tiny(name, form, **TWO)(ids, attention_mask=mask).logits
+        assert difference(chunks(model, ids, mask, CHUNK), whole, mask) < ATOL
+    (report,) = reports()
+    assert {row.decision for row in report} == {Decision.DENSE_PADDED if form == "sdpa" or padded else Decision.DENSE}
+    values = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dtype == torch.bool]
+    assert graphs and not any(value.dim() > 2 for value in tensors), "no mask with a row for each query is left"
+
+
+@pytest.mark.parametrize("budget", [KeepRatio(0.3), Coverage(0.3)], ids=["keep ratio", "coverage"])
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen3"], "llama"))
+def test_one_graph_equals_the_reference(name, budget):
+    """Each chunk selects among all tokens so far, by its own last rows; the first one among its own."""
+    model = compiled(name, SPARSE.replace(budget=budget))
+    kept = {"keep_ratio": 0.3} if isinstance(budget, KeepRatio) else {"coverage": 0.3}
+    for length in PROMPTS:
+        ids, mask = tokens(2, length), padding(length)
+        found = chunks(model, ids, mask, CHUNK)
+        with oracle([0, 1], window=6, min_tokens=4, floor_window=8, floor_sinks=2, **kept):
+            wanted = chunks(tiny(name, "oracle", **TWO), ids, mask, CHUNK)
+        assert difference(found, wanted, mask) < ATOL
+    assert [report.sparse for report in reports()] == [2]
+
+
+@pytest.mark.parametrize("made_for", [True, False], ids=["of the configuration", "of nothing"])
+def test_the_cache_is_what_the_plain_model_leaves(made_for):
+    """Chunks, a second turn, and decode steps, whose queries are the model's own."""
+    model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
+    caches = [DynamicCache(config=model.config) if made_for else DynamicCache() for _ in range(2)]
+    for ids in (tokens(2, 70), tokens(2, 50, 1), tokens(2, 1, 2), tokens(2, 3, 3), tokens(2, 40, 4)):
+        found, wanted = (fill(each, cache, ids) for each, cache in zip((model, plain), caches, strict=True))
+        assert difference(found, wanted) < ATOL
+        assert_same(*caches)
+    assert len(reports()) == 1
+
+
+def test_a_cache_that_holds_views_is_compiled_for_as_well():
+    model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
+    caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for each, cache in zip((model, plain), caches, strict=True):
+        fill(each, cache, tokens(2, 60))
+        cache.crop(-25)  # a view of each layer
+        fill(each, cache, tokens(2, 40, 1))
+    assert_same(*caches)
+    assert len(reports()) == 1
+
+
+def test_an_error_leaves_the_cache_as_it_was():
+    model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
+    cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    for ids in (tokens(2, 40), tokens(2, 30, 1)):
+        before = [(layer.is_initialized, layer.keys) for layer in cache.layers]
+        hook = model.model.layers[1].mlp.register_forward_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            fill(model, cache, ids)
+        hook.remove()
+        assert [(layer.is_initialized, layer.keys) for layer in cache.layers] == before
+        assert difference(fill(model, cache, ids), fill(plain, other, ids)) < ATOL
+        assert_same(cache, other)
+
+
+def test_generate_with_chunks_and_with_assistance():
+    """What `generate` makes of a cache besides: it crops it, and looks for what comes next in the prompt."""
+    settings = dict(max_new_tokens=8, do_sample=False)
+    special = dict(pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    ids = tokens(1, 20).repeat(1, 4)
+    model, plain = compiled("llama", EXACT, **special), tiny("llama", **TWO, **special)
+    for options in ({}, {"prefill_chunk_size": CHUNK}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(model.generate(ids, **settings, **options), plain.generate(ids, **settings))
+    assert len(reports()) == 1, "a whole prompt is its only chunk"
+
+
+def test_layers_of_one_graph_are_compiled_once():
+    config = SPARSE.replace(layers=[2, 3], regional=True)
+    model, prompt = tiny("llama", num_hidden_layers=4), (tokens(1, 80), torch.ones(1, 80, dtype=torch.long), CHUNK)
+    expected = tiny("llama", attention.register(config, name="tsa_one_graph"), num_hidden_layers=4)
+    tsa_compile.prefill(model, config, dynamic=True)
+    assert difference(chunks(model, *prompt), chunks(expected, *prompt)) < 1e-4
+    (report,) = reports()
+    assert report.notes[-1].startswith("regional: 6 parts of the graph, of which 4 were compiled")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regional", [False, True])
+def test_inductor_compiles_one_graph(regional):
+    config = SPARSE.replace(compiler="inductor", regional=regional, layers=[1, 2])
+    model, expected = tiny("llama"), tiny("llama", attention.register(config, name=f"tsa_inductor_{regional}"))
+    tsa_compile.prefill(model, config, dynamic=True)
+    for length in PROMPTS:
+        ids, mask = tokens(2, length), padding(length)
+        assert difference(chunks(model, ids, mask, CHUNK), chunks(expected, ids, mask, CHUNK), mask) < 1e-4
+    assert [report.sparse for report in reports()] == [2]
+
+
+def test_a_minimum_is_of_the_prompt_so_far():
+    """A last chunk that is shorter than the minimum is sparse as the others are, in the same graph."""
+    model = compiled("llama", SPARSE.replace(min_length=25))
+    chunks(model, tokens(2, 80), None, CHUNK)
+    assert [report.sparse for report in reports()] == [2]
+    chunks(model, tokens(2, 20), None, CHUNK)
+    assert [report.sparse for report in reports()] == [2, 0], "a shorter prompt is another graph"
+
+
+def test_prompts_of_which_all_is_kept_need_no_graph_of_their_own():
+    model, plain = compiled("llama", SPARSE.replace(min_tokens=50)), tiny("llama", **TWO)
+    ids = tokens(2, 20)
+    assert difference(chunks(model, ids, None, CHUNK), chunks(plain, ids, None, CHUNK)) < ATOL
+    chunks(model, tokens(2, 110), None, CHUNK)
+    assert [report.sparse for report in reports()] == [2]
+
+
+def test_both_forms_are_validated(monkeypatch):
+    """The call is computed with keys before the queries, and without any."""
+    seen, normal_form = [], Case._normal_form
+
+    def spy(self, operands, *others):
+        seen.append((operands[0].shape[2], operands[1].shape[2]))
+        return normal_form(self, operands, *others)
+
+    monkeypatch.setattr(Case, "_normal_form", spy)
+    chunks(compiled("llama", EXACT), tokens(2, 60), padding(60), CHUNK)
+    assert {keys - queries == 0 for queries, keys in seen} == {False, True}
+
+
+@pytest.mark.parametrize("options", [dict(kernel="a_shape", floor=None), dict(layers=[1], dense_kernel="sdpa")])
+def test_kernels_of_whole_prompts_run_in_first_chunks(options):
+    config = SPARSE.replace(**options)
+    assert serves(EXACT) and not serves(config)
+    chunks(compiled("llama", config), tokens(2, 60), None, CHUNK)
+    first, *_ = reports()
+    assert {row.kernel for row in first} & {"a_shape", "sdpa"} and len(reports()) == 2
+
+
+class Own(DynamicCache):
+    pass
+
+
+def offloaded():
+    cache = DynamicCache(config=tiny("llama").config)
+    cache.offloading = True  # what its streams need is a GPU
+    return cache
+
+
+OTHERS = {
+    "a subclass": lambda: Own(config=tiny("llama").config),
+    "offloaded": offloaded,
+    "layers of a window": lambda: DynamicCache(config=tiny("gemma3").config),
+    "static": lambda: StaticCache(config=tiny("llama").config, max_cache_len=64),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_caches_are_left_alone(name):
+    cache = OTHERS[name]()
+    assert find((), {"past_key_values": cache}) is None
+
+
+def test_layers_of_different_lengths_are_left_alone():
+    cache = DynamicCache(config=tiny("llama").config)
+    assert find((tokens(1, 3), cache), {}) is cache
+    cache.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)
+    assert find((), {"past_key_values": cache}) is None
+
+
+@pytest.mark.slow
+def test_windows_take_two_graphs():
+    model, plain = compiled("gemma3", EXACT), tiny("gemma3", **TWO)
+    ids = tokens(2, 80)
+    assert difference(chunks(model, ids, None, CHUNK), chunks(plain, ids, None, CHUNK)) < ATOL
+    assert len(reports()) >= 2
+
+
+def test_another_dtype_than_the_weights_have():
+    """Of autocast: the first chunk is compiled for itself, and later ones are right."""
+    model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
+    ids = tokens(2, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        found, wanted = (fill(each, cache, ids) for each, cache in zip((model, plain), caches, strict=True))
+    assert difference(found.float(), wanted.float()) < 5e-2
+    for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert (layer.keys.dtype, layer.values.dtype) == (other.keys.dtype, other.values.dtype)
+        assert layer.get_seq_length() == 80
+    assert len(reports()) == 2
+
+
+def test_the_layers_of_a_call_are_its_own():
+    """What a graph reads is gone behind the call, also where nothing was filled."""
+    cache = DynamicCache(config=tiny("llama").config)
+    own = cache.layers
+    with carried(cache, tiny("llama"), torch.device("cpu")):
+        assert cache.layers is not own and cache.get_seq_length() == 0 and cache.get_mask_sizes(7, 0) == (7, 0)
+        cache.update(torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 6), 1)
+        assert cache.get_seq_length(1) == 7
+        cache.update(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 6), 1)
+    assert cache.layers is own and [layer.get_seq_length() for layer in own] == [0, 9, 0]
+    assert [layer.is_initialized for layer in own] == [False, True, False]
