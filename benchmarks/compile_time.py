@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[32])
     parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json and OUTPUT.md")
     parser.add_argument("--chunk", type=int, default=None, help="a prompt in chunks of so many tokens against the whole one")
-    parser.add_argument("--one", choices=[*FORMS, *CHUNKED], help="one form, in this process: what the others are started with")
+    parser.add_argument(
+        "--one", choices=[*FORMS, *CHUNKED], help="one form, in this process: what the others are started with"
+    )
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(measure(arguments.one, arguments.layers[0], arguments.chunk)))

@@ -37,9 +37,7 @@ def _extended(cached: Tensor, past: int, new: Tensor) -> Tensor:
     return torch.cat([cached.reshape(batch, heads, past, size), new], dim=2)
 
 
-def _extended_fake(
-    past_keys: Tensor, past_values: Tensor, past: int, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
+def _extended_fake(past_keys: Tensor, past_values: Tensor, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     shapes = [(*new.shape[:2], past + new.shape[2], new.shape[3]) for new in (keys, values)]
     return keys.new_empty(shapes[0]), values.new_empty(shapes[1])
 

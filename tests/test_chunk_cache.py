@@ -58,7 +58,9 @@ def assert_same(cache, plain):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name, form", slow_but([("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa")], ("llama", "sdpa")))
+@pytest.mark.parametrize(
+    "name, form", slow_but([("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa")], ("llama", "sdpa"))
+)
 def test_one_graph_equals_the_whole_prompt(name, form, padded):
     graphs = []
 
@@ -141,9 +143,9 @@ def test_generate_with_chunks_and_with_assistance():
     special = dict(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     ids = tokens(1, 20).repeat(1, 4)
     model, plain = compiled("llama", EXACT, **special), tiny("llama", **TWO, **special)
-    for options in ({}, {"prefill_chunk_size": CHUNK}, {"prompt_lookup_num_tokens": 3}):
+    for options, graphs in (({}, 1), ({"prefill_chunk_size": CHUNK}, 1), ({"prompt_lookup_num_tokens": 3}, 2)):
         assert torch.equal(model.generate(ids, **settings, **options), plain.generate(ids, **settings))
-    assert len(reports()) == 1, "a whole prompt is its only chunk"
+        assert len(reports()) == graphs, "a whole prompt is its only chunk; assistance calls the model in another way"
 
 
 def test_layers_of_one_graph_are_compiled_once():
@@ -153,7 +155,8 @@ def test_layers_of_one_graph_are_compiled_once():
     tsa_compile.prefill(model, config, dynamic=True)
     assert difference(chunks(model, *prompt), chunks(expected, *prompt)) < 1e-4
     (report,) = reports()
-    assert report.notes[-1].startswith("regional: 6 parts of the graph, of which 4 were compiled")
+    said = "regional: 6 parts of the graph, of which 5 were compiled"  # the first layer's finds the padding for all
+    assert report.notes[-1].startswith(said)
 
 
 @pytest.mark.slow

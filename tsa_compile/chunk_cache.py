@@ -134,9 +134,12 @@ def carried(cache: Any, model: Module, device: torch.device) -> Iterator[None]:
 
 
 def _packed(layer: Any) -> tuple[Tensor, Tensor]:
-    """What a layer holds, as rows of numbers: views, if it is dense, as what a graph leaves is."""
+    """What a layer holds, as rows of numbers: no copies, if it is dense, as what a graph leaves is.
+
+    Tensors of their own (`data`) of the same memory: of a view, Dynamo reads the sizes of what it is a view of as well.
+    """
     layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
-    return _marked(layer.keys.view(-1), layer.values.view(-1, 2))
+    return _marked(layer.keys.view(-1).data, layer.values.view(-1, 2).data)
 
 
 def _nothing(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

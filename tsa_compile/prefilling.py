@@ -147,11 +147,15 @@ def _with_own_lengths(value: Tensor) -> Tensor:
     """The tensor, whose lengths Dynamo keeps apart from all that happen to be equal.
 
     The second chunk is as long as the cache before it. Dynamo would take both for one length, and the third for a new case:
-    a graph more. So would it a mask [B, L] that is a piece of a longer one, until it is all of it.
+    a graph more. So would it a mask [B, L] that is a piece of a longer one, until it is all of it: of one item, too, which
+    counts as contiguous whatever the stride of its one row is.
     """
     if value.requires_grad:
         return value
-    own = (value.contiguous() if value.dim() == 2 else value).detach()  # what is marked is not the user's tensor
+    own = value.detach()  # what is marked is not the user's tensor
+    if value.layout is torch.strided and (value.dim() == 2 or value.is_contiguous()):
+        own = own.reshape(-1).view(value.shape)
+    own = own.data  # a tensor of its own of that memory: of a view, Dynamo reads the sizes of what it is a view of as well
     torch._dynamo.maybe_mark_dynamic(own, [*range(own.dim())])
     return own
 

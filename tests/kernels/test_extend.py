@@ -16,7 +16,7 @@ def chunk(length, device="cpu", dtype=torch.float32, seed=0):
 
 
 def packed(keys, values):
-    return keys.contiguous().view(-1), values.contiguous().view(-1, 2)
+    return keys.contiguous().view(-1).data, values.contiguous().view(-1, 2).data
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,7 +32,9 @@ def test_it_is_a_concatenation(device, dtype, past):
 
 def test_what_is_cached_must_fit():
     new, cached = chunk(5), packed(*chunk(7))
-    with pytest.raises(ValueError, match=r"168 torch.float32 numbers cached; expected those of 6 tokens of 2 items, 3 heads"):
+    with pytest.raises(
+        ValueError, match=r"168 torch.float32 numbers cached; expected those of 6 tokens of 2 items, 3 heads"
+    ):
         extend_cache(*cached, 6, *new)
     with pytest.raises(ValueError, match="numbers of torch.float64"):
         extend_cache(*cached, 7, *(each.double() for each in new))
@@ -60,6 +62,11 @@ def test_one_graph_has_any_length_of_the_cache():
         marker = torch.empty(past + 2, 0)
         torch._dynamo.maybe_mark_dynamic(marker, [0])
         cached = packed(*chunk(past)) if past else (torch.empty(2), torch.empty(3, 2))
-        keys, _ = step(*cached, marker, *chunk(5, seed=1))
+        torch._dynamo.mark_static(cached[1], 1)
+        new = [each.data for each in chunk(5, seed=1)]
+        for each in new:  # in a model, weights say how many heads there are; items are marked
+            torch._dynamo.mark_static(each, [1, 3])
+            torch._dynamo.maybe_mark_dynamic(each, [0, 2])
+        keys, _ = step(*cached, marker, *new)
         assert keys.shape == (2, 3, past + 5, 4)
     assert len(graphs) == 1
