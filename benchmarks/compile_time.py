@@ -6,10 +6,11 @@
 A small Llama with random weights, whose number of layers is a large model's: how long a graph takes to compile follows from
 its operators, not from their sizes. Each figure is from a process of its own, with Inductor's caches switched off and one
 compiling process. Seconds are CPU seconds, of Python and of the compilers that it starts, so that what else the
-machine does hardly matters; those of a second prompt, which compiles nothing, are taken off. Writes OUTPUT.json and OUTPUT.md.
+machine does hardly matters; those of a second prompt, which compiles nothing, are taken off. Writes OUTPUT.json and
+OUTPUT.md.
 
-With `--chunk N`, `prefill` compiles a prompt of 1,280 tokens, through a new DynamicCache: at once, for its length alone and for
-all lengths, and in chunks of N tokens.
+With `--chunk N`, `prefill` compiles a prompt of 1,280 tokens, through a new DynamicCache: at once, for its length alone
+and for all lengths, and in chunks of N tokens.
 """
 
 from __future__ import annotations

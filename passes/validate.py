@@ -250,8 +250,8 @@ class Case:
 class _Sizes:
     """What the sizes of a graph become: symbols small numbers, a long static length a short one.
 
-    Behind a cache three numbers are shortened: the queries, the keys before them, and their sum. With `least` there are as few
-    keys before the queries as the graph admits, where that is a symbol: none, if the cache may be empty.
+    Behind a cache three numbers are shortened: the queries, the keys before them, and their sum. With `least` there are as
+    few keys before the queries as the graph admits, where that is a symbol: none, if the cache may be empty.
     """
 
     def __init__(self, operands: list[Tensor], nodes: list[Node], *, least: bool = False) -> None:
@@ -268,7 +268,7 @@ class _Sizes:
             for symbol in sorted(size.node.expr.free_symbols, key=str):
                 if symbol not in self.symbols:
                     self.symbols[symbol] = _within(_SMALL[len(self.symbols) % len(_SMALL)], ranges.get(symbol))
-        past = key.shape[2] - query.shape[2]
+        past: Any = key.shape[2] - query.shape[2]
         for symbol in past.node.expr.free_symbols & self.symbols.keys() if least and isinstance(past, torch.SymInt) else ():
             self.symbols[symbol] = _within(0, past.node.shape_env.var_to_range.get(symbol))
         self._level(key.shape[2], value.shape[2])

@@ -5,8 +5,8 @@
              layer.marker                [past + 2, 0]: no numbers, and the one that says how long the cache is
     behind   layer.keys, layer.values    [B, G, past + Lq, D] and [B, G, past + Lq, Dv], as without it
 
-Dynamo compiles anew for a size that is 0 or 1. So the length is carried as a size that is at least 2, minus 2, and what is
-cached as tensors whose own length says nothing. An empty cache then is no other case, and the op `tsa::extend_cache` puts the
+Dynamo compiles anew for a size that is 0 or 1. So the length is carried as a size that is at least 2, minus 2, and what
+is cached as tensors whose own length says nothing. An empty cache then is no other case, and the op `tsa::extend_cache` puts the
 two together (kernels/extend.py). Nothing is copied that torch.cat would not copy, and no memory is kept in reserve.
 """
 
@@ -148,7 +148,7 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _marked(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The lengths are not marked: Dynamo finds that they are the same in all layers, so layers that are alike have one form."""
+    """The lengths are not marked: Dynamo finds that they are the same in all layers, so that layers have one form."""
     torch._dynamo.mark_static(values, 1)
     return keys, values
 

@@ -191,7 +191,7 @@ def _is_passed(value: Any) -> bool:
 
 def _sizes(value: Any) -> list[Expr]:
     """What is symbolic among the sizes, strides and offset of a tensor, or a number that is: as expressions."""
-    extents = (value,) if not isinstance(value, Tensor) else tuple(value.shape)
+    extents: tuple[Any, ...] = (value,) if not isinstance(value, Tensor) else tuple(value.shape)
     if isinstance(value, Tensor) and value.layout is torch.strided:
         extents += (*value.stride(), value.storage_offset())
     return [extent.node.expr for extent in extents if isinstance(extent, SymInt)]

@@ -36,7 +36,7 @@ def test_what_is_cached_must_fit():
         ValueError, match=r"168 torch.float32 numbers cached; expected those of 6 tokens of 2 items, 3 heads"
     ):
         extend_cache(*cached, 6, *new)
-    with pytest.raises(ValueError, match="numbers of torch.float64"):
+    with pytest.raises(ValueError, match=r"numbers of torch\.float64"):
         extend_cache(*cached, 7, *(each.double() for each in new))
 
 

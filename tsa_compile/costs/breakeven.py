@@ -136,7 +136,7 @@ class Minimum:
         return keys if self.of_keys else queries
 
     def of_all_keys(self, past: int) -> Minimum:
-        """The same for calls behind `past` keys, counted in all keys so far: what one chunk of a prompt reaches, later ones do."""
+        """The same behind `past` keys, counted in all keys so far: what one chunk of a prompt reaches, later ones do."""
         if self.of_keys or self.tokens is None:
             return self
         return replace(self, tokens=self.tokens + past, of_keys=True)
