@@ -6,8 +6,8 @@
     behind   layer.keys, layer.values    [B, G, past + Lq, D] and [B, G, past + Lq, Dv], as without it
 
 Dynamo compiles anew for a size that is 0 or 1. So the length is carried as a size that is at least 2, minus 2, and what
-is cached as tensors whose own length says nothing. An empty cache then is no other case, and the op `tsa::extend_cache` puts the
-two together (kernels/extend.py). Nothing is copied that torch.cat would not copy, and no memory is kept in reserve.
+is cached as tensors whose own length says nothing. An empty cache then is no other case, and the op `tsa::extend_cache`
+puts the two together (kernels/extend.py). Nothing is copied that torch.cat would not copy, and no memory is kept in reserve.
 """
 
 from __future__ import annotations
