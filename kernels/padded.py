@@ -164,9 +164,7 @@ def _with_column(rows: Tensor, column: Tensor) -> Tensor:
     return torch.cat((rows, column, unused), 3)
 
 
-def _attention_by_shares(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, rank: Tensor, scale: float
-) -> Tensor:
+def _attention_by_shares(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, rank: Tensor, scale: float) -> Tensor:
     """Causal attention over the valid keys of a whole prompt, [B, H, L, Dv]; rows that see none are unspecified.
 
     A key that is not valid becomes a copy of the last valid one before it, and its value 0. Of the weights w that attention
