@@ -176,9 +176,9 @@ def _attention_by_shares(query: Tensor, key: Tensor, value: Tensor, padding: Ten
     one call with twice the heads: TensorRT's builder crashes on two attentions with the same queries and keys.
 
     Copies repeat logits that are there, so the share is at least 1 / (1 + n), with n the most invalid tokens in succession
-    that the row sees. Half precision rounds three times instead of once in rows that see copies. Those are few: items are
-    rolled to begin at their first valid token, so that padding on the left comes last and causality hides it, and what sees
-    padding on the right is padding itself.
+    that the row sees. Half precision rounds three times instead of once in rows that see copies. Valid rows see copies of
+    holes alone: items are rolled to begin at their first valid token, so that padding on the left comes last and causality
+    hides it, as it hides padding on the right.
 
     Args:
         rank: how many tokens are valid up to and with each, int64 [B, L].
@@ -193,8 +193,8 @@ def _attention_by_shares(query: Tensor, key: Tensor, value: Tensor, padding: Ten
     original = padding.gather(1, order)[:, None, :, None]
     value = torch.where(original, value, 0.0)
     ones = original.to(value.dtype).expand_as(value)
-    twice = (torch.cat(pair, 1) for pair in ((query, query), (key, key), (value, ones)))
-    out, share = torch_attention(*twice, scale).chunk(2, dim=1)
+    query, key, value = torch.cat((query, query), 1), torch.cat((key, key), 1), torch.cat((value, ones), 1)
+    out, share = torch_attention(query, key, value, scale).chunk(2, dim=1)
     return _in_order(out / share[..., :1], back)
 
 

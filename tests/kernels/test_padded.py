@@ -150,7 +150,7 @@ class TestAtenForm:
     @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("valid", ["left", "right", "few", "a long hole"])
     def test_much_padding_costs_wide_heads_no_accuracy(self, device, dtype, valid):
-        """Half precision has 2^-24 as its smallest number: values of 2^-10, shared with 500 copies, would be a few of them."""
+        """Half precision's smallest number is 2^-24: values of 2^-10, shared with 500 copies, would be a few of them."""
         tokens = {"left": range(500, 600), "right": range(40), "few": range(3, 600, 10), "a long hole": [*range(9), 550]}
         padding = torch.zeros(1, 600, dtype=torch.bool, device=device)
         padding[:, list(tokens[valid])] = True
