@@ -44,13 +44,13 @@ cached_attention.register_fake(attention_output)
 
 
 def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The same in ATen ops, on any device; holds a bool mask [Lq, Lk]."""
+    """The same in ATen ops, on any device; holds a bool mask [1, 1, Lq, Lk]."""
     return as_rows(torch_attention(query, key, value, scale, causal_behind(query, key)))
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:
-    """Where kv <= q + Lk - Lq: bool [Lq, Lk]."""
-    return torch.arange(key.shape[2], device=query.device) <= query_positions(query, key)[:, None]
+    """Where kv <= q + Lk - Lq: bool [1, 1, Lq, Lk], four dimensions as TensorRT expects of a mask."""
+    return (torch.arange(key.shape[2], device=query.device) <= query_positions(query, key)[:, None])[None, None]
 
 
 def query_positions(query: Tensor, key: Tensor) -> Tensor:

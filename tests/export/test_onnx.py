@@ -26,14 +26,16 @@ LENGTHS = (40, 300)
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1, floor=None)
 SINGLE = CONFIG.replace(layers=[0])
 CHUNK = 30
-# configuration, padded, and of what: a whole model, one attention call, which is traced in a third of the time, or one whose
-# queries are the last CHUNK positions
+WIDE = 256
+# configuration, padded, and of what: a whole model, one attention call, which is traced in a third of the time, one whose
+# queries are the last CHUNK positions, or one with heads of WIDE
 CASES = {
     "padded model": (CONFIG.replace(floor=Floor(8, 3)), True, "model"),
     "plain": (SINGLE, False, "call"),
     "floor of a group": (SINGLE.replace(floor=Floor(9, 0), granularity="group"), False, "call"),
     "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, "call"),
     "chunk": (SINGLE.replace(floor=Floor(8, 3)), True, "chunk"),
+    "dense with wide heads": (SINGLE.replace(layers=[]), True, "wide"),
 }
 
 NODES = {"plain": 290}
@@ -47,7 +49,8 @@ def make_inputs(batch, length, *, padded=True, of="model", seed=0):
         inputs = {"input_ids": torch.randint(0, 97, (batch, length), generator=generator)}
     else:
         sizes = {"key": (2, length), "value": (2, length), "query": (4, CHUNK if of == "chunk" else length)}
-        inputs = {name: torch.randn(batch, *size, 8, generator=generator) for name, size in sizes.items()}
+        dim = WIDE if of == "wide" else 8
+        inputs = {name: torch.randn(batch, *size, dim, generator=generator) for name, size in sizes.items()}
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[0, :11] = 0
     mask[-1, length - 5 :] = 0 if batch > 1 else 1
@@ -114,7 +117,8 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
 
     session = onnxruntime.InferenceSession(path)
     rows = [(2, "length"), (2, "length"), (4, CHUNK if of == "chunk" else "length")]
-    shapes = [["batch", "length"]] if of == "model" else [["batch", *sizes, 8] for sizes in rows]
+    dim = WIDE if of == "wide" else 8
+    shapes = [["batch", "length"]] if of == "model" else [["batch", *sizes, dim] for sizes in rows]
     assert [tensor.shape for tensor in session.get_inputs()] == shapes + [["batch", "length"]] * padded
     for batch, length in ((2, 80), (1, 41), (3, 150)):
         inputs = make_inputs(batch, length, padded=padded, of=of, seed=length)

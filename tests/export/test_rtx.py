@@ -25,6 +25,8 @@ BARE = FLOOR.replace(floor=None)
 CALLS = {
     "dense": (FLOOR.replace(layers=[]), torch.float16, False),
     "dense, padded": (FLOOR.replace(layers=[]), torch.bfloat16, True),
+    "dense with wide heads, padded": (FLOOR.replace(layers=[]), torch.bfloat16, True),
+    "dense chunk": (FLOOR.replace(layers=[]), torch.float16, False),
     "sparse": (BARE, torch.float16, False),
     "sparse, padded": (BARE, torch.bfloat16, True),
     "floor": (FLOOR, torch.bfloat16, False),
@@ -44,14 +46,16 @@ PARSED = {
     for name in DECODERS
     for config, padded in ((FLOOR, False), (BARE, True), (BARE, False))
 }
+ROWS = {"chunk": 30, "dense chunk": 30}
+WIDTH = {"dense with wide heads, padded": 256}
 SECONDS = 60
 """Of one core, which two layers may take to build."""
 
 
-def save_call(path, config, dtype, padded, rows=80):
+def save_call(path, config, dtype, padded, rows=80, dim=16):
     """Queries are those of the last `rows` of 80 positions: of all, or as many at every length."""
     sizes = {"key": (2, 80), "value": (2, 80), "query": (4, rows)}
-    inputs = {name: torch.randn(3, *size, 16, dtype=dtype) for name, size in sizes.items()}
+    inputs = {name: torch.randn(3, *size, dim, dtype=dtype) for name, size in sizes.items()}
     if padded:
         inputs["attention_mask"] = mixed_padding(80)
     program = export_program(Call().eval(), inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8))
@@ -68,7 +72,7 @@ def save_graph(path, nodes=(), inputs=(), outputs=()):
 @library
 @pytest.mark.parametrize("case", slow_but(CALLS, "floor, padded"))
 def test_calls_are_parsed_and_built(case, tmp_path):
-    path = save_call(tmp_path / "model.onnx", *CALLS[case], rows=30 if case == "chunk" else 80)
+    path = save_call(tmp_path / "model.onnx", *CALLS[case], ROWS.get(case, 80), WIDTH.get(case, 16))
     assert tensorrt.check(path) == tensorrt.check(onnx.load(path), runtime="rtx") == []
     tensorrt.build(path, tmp_path / "model.engine", capabilities=["8.9", "12.0"])
     assert (tmp_path / "model.engine").stat().st_size > 100_000

@@ -31,8 +31,10 @@ ACCEPT = bool(os.environ.get("EXPECTTEST_ACCEPT"))
 DEFAULT = TSAConfig(layers=[0], min_length=1)
 LAYERS = {
     "dense": DEFAULT.replace(layers=[]),
+    "dense with heads of 256": DEFAULT.replace(layers=[]),
     "sparse": DEFAULT,
 }
+WIDTH = {"dense with heads of 256": 256}
 CASES = [(layer, padded) for layer in LAYERS for padded in (False, True)]
 IN_FULL = ("sparse", True)
 """Of which the file has every operator in its order."""
@@ -40,7 +42,8 @@ IN_FULL = ("sparse", True)
 
 def operators(layer, padded, path):
     """The operators of an exported call with 4 heads over 2, at lengths of 1,024 to 131,072, in their order."""
-    inputs = {name: torch.zeros(2, size, 1400, 16) for name, size in (("query", 4), ("key", 2), ("value", 2))}
+    sizes = {"query": 4, "key": 2, "value": 2}
+    inputs = {name: torch.zeros(2, heads, 1400, WIDTH.get(layer, 16)) for name, heads in sizes.items()}
     if padded:
         inputs["attention_mask"] = torch.ones(2, 1400, dtype=torch.long)
     tsa_onnx.save(export_program(Call().eval(), inputs, LAYERS[layer], dynamic_batch=(1, 8)), path)

@@ -112,27 +112,30 @@ class TestAtenForm:
             expected = dense(*inputs, padding.to(device), 0.2, mean_rows)
             torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
+    @pytest.mark.parametrize("dim", [32, 256])
     @pytest.mark.parametrize("dtype", TOLERANCE)
-    def test_keys_that_are_not_valid_are_below_the_lowest_logit(self, device, dtype):
-        padding = MASKS["mixed"].to(device)
-        query, key, value = operands(3, dtype=dtype, device=device)
+    def test_keys_that_are_not_valid_are_below_the_lowest_logit(self, device, dtype, dim):
+        padding = MASKS["mixed with holes"].to(device)
+        query, key, value = operands(3, dim=dim, dtype=dtype, device=device)
         query, key = query.abs() * 100, -key.abs() * 100  # logits down to some -1e5, which float32 rounds by up to 2^-8
         expected = dense(query, key, value, padding, 0.2, False)
         out = padded_attention_aten(query, key, value, padding, None, 0.2, False)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * TOLERANCE[dtype] + 2**-8)
 
-    def test_what_lies_in_pads_reaches_no_valid_row(self, device):
+    @pytest.mark.parametrize("dim", [32, 256])
+    def test_what_lies_in_pads_reaches_no_valid_row(self, device, dim):
         padding = MASKS["mixed with holes"].to(device)
-        query, key, value = operands(3, device=device)
+        query, key, value = operands(3, dim=dim, device=device)
         before = padded_attention_aten(query, key, value, padding, None, 0.2, False)
         pads = ~padding[:, None, :, None]
         poisoned = (tensor.masked_fill(pads, torch.nan) for tensor in (query, key, value))
         after = padded_attention_aten(*poisoned, padding, None, 0.2, False)
         assert torch.equal(before.transpose(1, 2)[padding], after.transpose(1, 2)[padding])
 
-    def test_a_whole_prompt_needs_no_tensor_of_its_length_squared(self):
-        length = 512
-        query, key, value = qkv(1, seq_len=length, dim=32, value_dim=32)
+    @pytest.mark.parametrize("dim", [32, 256])
+    def test_a_whole_prompt_needs_no_tensor_of_its_length_squared(self, dim):
+        length = 2048
+        query, key, value = qkv(1, heads=2, kv_heads=1, seq_len=length, dim=dim, value_dim=dim)
         padding = torch.arange(length)[None] >= 7
 
         def sizes(rows):
@@ -141,10 +144,26 @@ class TestAtenForm:
             found = (node.meta.get("val") for node in graph.nodes)
             return max(tensor.numel() for tensor in found if isinstance(tensor, torch.Tensor))
 
-        assert sizes(length) < length**2 <= sizes(length - 1) + length
+        # The largest are the queries of twice the heads.
+        assert sizes(length) <= 4 * dim * length < length**2 <= sizes(length - 1) + length
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("valid", ["left", "right", "few", "a long hole"])
+    def test_much_padding_costs_wide_heads_no_accuracy(self, device, dtype, valid):
+        """Half precision's smallest number is 2^-24: values of 2^-10, shared with 500 copies, would be a few of them."""
+        tokens = {"left": range(500, 600), "right": range(40), "few": range(3, 600, 10), "a long hole": [*range(9), 550]}
+        padding = torch.zeros(1, 600, dtype=torch.bool, device=device)
+        padding[:, list(tokens[valid])] = True
+        query, key, value = qkv(1, seq_len=600, dim=256, value_dim=256, dtype=dtype, device=device)
+        query, key = query + 1, 0.1 * key
+        key[:, :, tokens[valid][0]] = 0.5  # its logits are the highest by far
+        out = padded_attention_aten(query, key, value / 1024, padding, None, 1 / 16, False) * 1024
+        expected = dense(query, key, value, padding, 1 / 16, False)
+        error = torch.where(padding[:, None, :, None], out.double() - expected, 0.0).abs().max()
+        assert error <= 2 * TOLERANCE[dtype]
 
     @pytest.mark.parametrize("scale", [0.0, -0.2, 1e-4])
-    def test_scales_that_lower_nothing_take_a_mask(self, device, scale):
+    def test_scales_that_lower_nothing_take_no_column(self, device, scale):
         padding = MASKS["mixed"].to(device)
         inputs = operands(3, device=device)
         out = padded_attention_aten(*inputs, padding, None, scale, False)
