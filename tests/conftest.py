@@ -48,9 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         return  # the workers run the tests, and start only then: Dynamo's import, some seconds, is theirs
+    gc.disable()  # until all is imported: almost nothing of what imports make is garbage
     quick.dynamo()
     if os.environ.get("TRITON_INTERPRET") == "1":
         quick.interpreter()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    pyfuncitem.obj = quick.with_room_for_frames(pyfuncitem.obj)
 
 
 def pytest_collection_finish() -> None:
@@ -58,6 +64,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -4,9 +4,29 @@ import dataclasses
 import functools
 import inspect
 import logging
+import struct
 import traceback
 import types
+from collections.abc import Callable
 from typing import Any
+
+
+def with_room_for_frames(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which runs with room for the frames of all that it calls.
+
+    CPython keeps the frames of Python functions in chunks of 16 KiB, and returns a chunk to the system as soon as the last
+    frame in it ends. Where a deep recursion, as Dynamo's and FX's are, stands at the end of a chunk, each call from there
+    maps a chunk and unmaps it again. A chunk is made larger if a frame needs it, so a frame that declares a stack of a
+    little over a mebibyte comes with a chunk of two, and what is called below it has almost a mebibyte.
+    """
+
+    @functools.wraps(function)
+    def roomy(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    slots = 2**20 // struct.calcsize("P")  # the stack is counted in pointers
+    roomy.__code__ = roomy.__code__.replace(co_stacksize=slots)
+    return roomy
 
 
 def interpreter() -> None:
