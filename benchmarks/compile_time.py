@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     'backend="inductor"': {"backend": "inductor"},
     'backend="tsa"': {"backend": "tsa"},
     'backend="tsa", regional=True': {"backend": "tsa", "options": {"regional": True}},
@@ -58,7 +58,7 @@ def prompt_of(model: Any, form: str, chunk: int | None) -> Callable[[], None]:
 
     ids = torch.randint(1, 64, (1, LENGTH), device=model.device)
     if chunk is None:
-        fast: Any = torch.compile(model, **FORMS[form])  # type: ignore[call-overload]  # of a mapping's values
+        fast: Any = torch.compile(model, **FORMS[form])
         return lambda: fast(input_ids=ids, attention_mask=torch.ones_like(ids))
     chunked, dynamic, regional = CHUNKED[form]
     tsa_compile.prefill(model, tsa_compile.TSAConfig(regional=regional), dynamic=dynamic)

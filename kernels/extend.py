@@ -46,3 +46,5 @@ _SCHEMA = torch.library.infer_schema(extend_cache, mutates_args=())
 torch.library.define("tsa::extend_cache", _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.impl("tsa::extend_cache", ("cpu", "cuda"), extend_cache)
 torch.library.register_fake("tsa::extend_cache", _extended_fake)
+OP = torch.ops.tsa.extend_cache
+"""What a model calls."""

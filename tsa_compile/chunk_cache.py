@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile.config import TSAConfig
-from tsa_compile.kernels import extend  # noqa: F401  # registers the op
+from tsa_compile.kernels import extend
 from tsa_compile.kernels.registry import AUTO, get
 
 _MORE = 2
@@ -51,7 +51,7 @@ def _layer_class() -> type:
             past = self.get_seq_length()
             if self.keys.dim() == 1 and _alike(self.keys, key_states) and _alike(self.values, value_states):
                 packed = (self.keys, self.values, past)
-                self.keys, self.values = torch.ops.tsa.extend_cache(*packed, key_states, value_states)
+                self.keys, self.values = extend.OP(*packed, key_states, value_states)
                 return self.keys, self.values
             if self.keys.dim() == 1 and past == 0:  # a guess of the dtype or device that was wrong: compiled for itself
                 self.is_initialized = False
