@@ -179,11 +179,13 @@ def by_device(by_triton: Callable[..., Found], by_aten: Callable[..., Found]) ->
     return call
 
 
-@dataclass(frozen=True)
 class _Address:
     """What a TMA descriptor asks of its tensor when it is launched."""
 
-    address: int
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
 
     def data_ptr(self) -> int:
         return self.address
@@ -207,8 +209,9 @@ class _Place:
         address = bases[self.base] + self.offset
         if self.view is None:
             return address
-        view = copy.copy(self.view)
-        view.base = _Address(address)
+        kind = type(self.view)
+        view = kind.__new__(kind)  # as copy.copy, which takes the host five times as long
+        vars(view).update(vars(self.view), base=_Address(address))
         return view
 
 
