@@ -70,6 +70,11 @@ def test_two_processes_equal_one(found, how, case):
 
 
 @pytest.mark.slow
+def test_chunks_of_two_processes_by_one_graph(found):
+    assert max(process["chunks"] for process in found) < (1e-3 if found[0]["device"] == "cuda" else 1e-5)
+
+
+@pytest.mark.slow
 def test_the_heads_of_one_process_would_keep_other_tokens(found):
     """Or nothing was tested."""
     assert max(process["by the heads of one process"] for process in found) > 1e-3

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, TSAConfig, attention, tsa_backend
+from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, TSAConfig, attention, prefill, reports, tsa_backend
 from tsa_compile.engines import transformers as engine
 
 # `min_length`: on a GPU the default is the length from which sparse attention is faster, and 50 tokens would stay dense.
@@ -27,6 +27,7 @@ CONFIGS = {
     "coverage, groups": TSAConfig(budget=Coverage(0.2), granularity="group", **SMALL),
     "coverage, floor": TSAConfig(budget=Coverage(0.2), **{**SMALL, "floor": Floor(8, 2)}),
 }
+CHUNKED = CONFIGS["coverage, floor"]
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 DEVICE = (
     torch.device("cuda", int(os.environ["LOCAL_RANK"])) if os.environ["TSA_TEST_DEVICE"] == "cuda" else torch.device("cpu")
@@ -69,6 +70,20 @@ def compiled(model, wanted):
     return found
 
 
+def chunked(model, size=20):
+    """The logits of the batch in chunks through a cache, by the one graph of `prefill(dynamic=True)`."""
+    model.set_attn_implementation("sdpa")
+    inputs, cache, parts = batch(), transformers.DynamicCache(config=model.config), []
+    ids, mask = inputs["input_ids"].to(DEVICE), inputs["attention_mask"].to(DEVICE)
+    before = len(reports())
+    with prefill(model, CHUNKED, dynamic=True), torch.no_grad():
+        for low in range(0, ids.shape[1], size):
+            given = dict(input_ids=ids[:, low : low + size], attention_mask=mask[:, : low + size], past_key_values=cache)
+            parts.append(model(**given).logits)
+    assert [report.sparse for report in reports()[before:]] == [len(CHUNKED.layers)], reports()[before:]
+    return torch.cat(parts, dim=1)[mask.bool()]
+
+
 def gap(left, right):
     return float((left - right).abs().max())
 
@@ -91,6 +106,7 @@ def main(checkpoint, output):
         torch.cuda.set_device(DEVICE)
     whole = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().to(DEVICE)
     wanted = {name: logits(whole, names[name]) for name in CONFIGS}
+    in_chunks = chunked(whole)
     block = re.search(r"^```python\n([^`]*tp_plan.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     page = dict(
         AutoModelForCausalLM=transformers.AutoModelForCausalLM, torch=torch, Coverage=Coverage, checkpoint=checkpoint
@@ -109,6 +125,7 @@ def main(checkpoint, output):
             found["refused"] = str(error)
     found["device"] = DEVICE.type
     found |= {f"compiled, {name}": value for name, value in compiled(split, wanted).items()}
+    found["chunks"] = gap(chunked(split), in_chunks)
     Path(output).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
