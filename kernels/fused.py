@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from inspect import Signature, signature
 from typing import Any
 
@@ -164,7 +163,7 @@ def _of_all_heads(scores: Tensor, options: Options) -> Tensor:
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, options: Options, device_count: bool) -> AttentionKernel:
     """The kernel for the compressed rows, which have a key head for every selection."""
-    request = replace(KernelRequest.of(query, key, value), kv_heads=(key if options.shared else query).shape[1])
+    request = KernelRequest.of(query, key if options.shared else query, value)
     return choose(request, options.kernel, device_count=device_count, lse=options.floor_window is not None)
 
 

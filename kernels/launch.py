@@ -192,38 +192,39 @@ class _Address:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """An argument of a launch: the number of a base, and bytes from there on; None: the argument is None.
+class _Launch:
+    """A launch whose tensors lie elsewhere each time: an address is the number of a base, and bytes from there on."""
 
-    view: for a TMA descriptor, one without a tensor.
-    """
+    runner: Callable[..., Any]
+    arguments: list[Any]
+    """Numbers, None, and views for TMA descriptors, which have no tensor."""
+    addresses: list[tuple[int, int, int]]
+    """Of each tensor the position among the arguments, the base and the bytes."""
+    described: list[tuple[int, int, int]]
+    """The same of each descriptor's tensor."""
 
-    base: int | None
-    offset: int = 0
-    view: Any = None
-
-    def argument(self, bases: list[int]) -> Any:
-        """The address, or the view of what lies there."""
-        if self.base is None:
-            return None
-        address = bases[self.base] + self.offset
-        if self.view is None:
-            return address
-        kind = type(self.view)
-        view = kind.__new__(kind)  # as copy.copy, which takes the host five times as long
-        vars(view).update(vars(self.view), base=_Address(address))
-        return view
+    def again(self, bases: list[int], stream: int | None) -> None:
+        """Launches on what lies at these bases."""
+        arguments = self.arguments.copy()
+        for position, base, offset in self.addresses:
+            arguments[position] = bases[base] + offset
+        for position, base, offset in self.described:
+            known = arguments[position]
+            kind: Any = type(known)
+            arguments[position] = view = kind.__new__(kind)  # as copy.copy, which takes the host five times as long
+            vars(view).update(vars(known), base=_Address(bases[base] + offset))
+        self.runner(*arguments, stream=stream)
 
 
 @dataclass(frozen=True)
 class _Program:
-    """The notes, with a place for each address: the number of a base, and bytes from there on.
+    """The notes, so that they can be replayed.
 
     Bases are the arguments that are tensors, the results that are allocated, temporaries that begin as zeros, and one buffer
     for all others.
     """
 
-    launches: list[tuple[Callable[..., Any], list[_Place], tuple[Any, ...]]]
+    launches: list[_Launch]
     tensors: list[int]
     """Which arguments are tensors."""
     allocated: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
@@ -245,8 +246,8 @@ class _Program:
             objects.append(torch.empty(self.temporary_bytes, dtype=torch.uint8, device=self.device))
         bases = [tensor.data_ptr() for tensor in objects]
         stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else None
-        for runner, places, numbers in self.launches:
-            runner(*(place.argument(bases) for place in places), *numbers, stream=stream)
+        for launch in self.launches:
+            launch.again(bases, stream)
         return objects[self.results[0]] if self.single else tuple(objects[base] for base in self.results)
 
 
@@ -304,12 +305,9 @@ def _program(notes: _Notes, arguments: tuple[Any, ...], found: Tensor | tuple[Te
     if not _independent(tensors, [*fresh, *notes.zeros]):
         return None
     bases = _Bases(tensors, [*fresh, *notes.zeros])
-    launches = []
-    for runner, operands, numbers in notes.launches:
-        places = [_placed(operand, bases) for operand in operands]
-        if any(place is None for place in places):
-            return None
-        launches.append((runner, [place for place in places if place is not None], numbers))
+    launches = [launch for noted in notes.launches if (launch := _placed(*noted, bases)) is not None]
+    if len(launches) < len(notes.launches):
+        return None
     numbered = {id(tensor): number for number, tensor in enumerate([*tensors, *fresh])}
     return _Program(
         launches, positions, [(t.shape, t.stride(), t.dtype) for t in fresh],
@@ -318,16 +316,21 @@ def _program(notes: _Notes, arguments: tuple[Any, ...], found: Tensor | tuple[Te
     )  # fmt: skip
 
 
-def _placed(operand: Any, bases: _Bases) -> _Place | None:
-    """Where an operand of a launch lies; None if several arguments share the memory."""
-    if operand is None:
-        return _Place(None)
-    tensor, view = operand, None
-    if not isinstance(operand, Tensor):
-        tensor, view = operand.base, copy.copy(operand)
-        view.base = None  # or the tensor would live as long as the program
-    found = bases.place(tensor)
-    return None if found is None else _Place(*found, view)
+def _placed(runner: Callable[..., Any], operands: Sequence[Any], numbers: tuple[Any, ...], bases: _Bases) -> _Launch | None:
+    """A launch of the notes; None if several arguments share the memory of one of its tensors."""
+    launch = _Launch(runner, [None] * len(operands) + [*numbers], [], [])
+    for position, operand in enumerate(operands):
+        if operand is None:
+            continue
+        is_tensor = isinstance(operand, Tensor)
+        place = bases.place(operand if is_tensor else operand.base)
+        if place is None:
+            return None
+        (launch.addresses if is_tensor else launch.described).append((position, *place))
+        if not is_tensor:
+            launch.arguments[position] = view = copy.copy(operand)
+            view.base = None  # or the tensor would live as long as the program
+    return launch
 
 
 def _independent(arguments: list[Tensor], fresh: list[Tensor]) -> bool:

@@ -6,6 +6,7 @@ A launch here is a Python function that computes on addresses, as a kernel would
 import contextlib
 import ctypes
 import dataclasses
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,27 @@ def test_a_replay_computes_the_same_from_other_arguments():
     assert counted.ran == 4
     torch.testing.assert_close(counted.call(y, None, 0.5), 2 * y)
     assert counted.ran == 4
+
+
+def test_descriptors_are_replayed_on_other_tensors_and_keep_none_alive():
+    def described(descriptor, source, stream):
+        add_scaled(descriptor.base.data_ptr(), source, 1.0, descriptor.shape[0], stream)
+
+    def copied(x):
+        result = torch.empty_like(x)
+        descriptor = SimpleNamespace(base=result, shape=[x.numel()])
+        launch(clear, (result,), x.numel())
+        described(descriptor, x.data_ptr(), None)
+        if watching() is not None:
+            watching().add(described, (descriptor, x), ())
+        return result
+
+    counted, dead = Counted(copied), []
+    for _ in range(3):
+        x = torch.randn(5)
+        result = counted.call(x)
+        assert torch.equal(result, x) and counted.ran == 1 and not any(earlier() is not None for earlier in dead)
+        dead.append(weakref.ref(result))
 
 
 def test_results_keep_their_layout_and_arguments_that_are_written_are_returned():
