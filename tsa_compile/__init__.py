@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tsa_compile.backend import tsa_backend
-    from tsa_compile.calibration import Calibration, calibrate, preset
+    from tsa_compile.calibration.calibrate import Calibration, calibrate, preset
+    from tsa_compile.calibration.loss_search import LossCalibration
     from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
     from tsa_compile.costs.predict import Prediction, predict
     from tsa_compile.errors import ConfigError, KernelError, RewriteError, TSAError, TSAWarning
     from tsa_compile.explanation import explain
-    from tsa_compile.loss_calibration import LossCalibration
     from tsa_compile.prefilling import Prefill, prefill
     from tsa_compile.reasons import Decision, Reason
     from tsa_compile.report import CallRow, RewriteReport, clear_reports, reports
@@ -64,11 +64,11 @@ __all__ = [
 # Where each name lives. It is imported when it is asked for, so that `tsa-compile --help` need not wait for torch.
 _HOMES = {
     "backend": ("tsa_backend",),
-    "calibration": ("Calibration", "calibrate", "preset"),
+    "calibration.calibrate": ("Calibration", "calibrate", "preset"),
+    "calibration.loss_search": ("LossCalibration",),
     "config": ("Coverage", "Floor", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),
     "explanation": ("explain",),
-    "loss_calibration": ("LossCalibration",),
     "costs.predict": ("Prediction", "predict"),
     "prefilling": ("Prefill", "prefill"),
     "report": ("Decision", "Reason", "RewriteReport", "CallRow", "clear_reports", "reports"),
@@ -76,7 +76,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # What is an attribute of the package without being imported by name. No module is called as one of the names above: Python
 # binds an imported module in its package, where it would take the name's place.
-_MODULES = (*_HOMES, "attention", "costs", "kernels", "passes", "pipeline")
+_MODULES = (*_HOMES, "attention", "calibration", "costs", "kernels", "passes", "pipeline")
 
 
 def __dir__() -> list[str]:

@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
-from tsa_compile.calibration import calibrate
+from tsa_compile.calibration.calibrate import calibrate
+from tsa_compile.calibration.loss import Choice, Costs, LossMeter
+from tsa_compile.calibration.loss_search import RATIOS, Search
 from tsa_compile.commands.loading import source
 from tsa_compile.config import Floor, KeepRatio, TSAConfig, upper_half
 from tsa_compile.costs.breakeven import kept_share
 from tsa_compile.evaluation.prompts import Sample, Writer
 from tsa_compile.files import write
-from tsa_compile.loss import Choice, Costs, LossMeter
-from tsa_compile.loss_calibration import RATIOS, Search
 
 BASE = TSAConfig(floor=Floor(256, 16), window=128, min_tokens=0)
 TASKS = ("needle", "needle_keys", "needle_values", "question_first", "copy", "continuation")

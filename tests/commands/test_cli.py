@@ -20,7 +20,8 @@ import transformers
 
 from tsa_compile import RewriteReport, TSAConfig, shapes
 from tsa_compile.bench import MODES
-from tsa_compile.calibration import Calibration
+from tsa_compile.calibration.calibrate import Calibration
+from tsa_compile.calibration.loss_search import LossCalibration
 from tsa_compile.cli import COMMANDS, main
 from tsa_compile.commands import errors, export, output, texts
 from tsa_compile.commands.bench import MODE_NAMES
@@ -31,7 +32,6 @@ from tsa_compile.costs.devices import MEASURED
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.tasks import TASKS
 from tsa_compile.export.tensorrt import Finding
-from tsa_compile.loss_calibration import LossCalibration
 
 from ..support import without_interpreter
 from .support import QUICK, TINY, fails, run
@@ -70,7 +70,7 @@ def test_the_package_imports_its_names_when_they_are_asked_for():
     source = """
         import sys, types, tsa_compile
         lazy = "torch" not in sys.modules
-        import tsa_compile.explanation, tsa_compile.calibration, tsa_compile.costs.predict
+        import tsa_compile.explanation, tsa_compile.calibration.calibrate, tsa_compile.costs.predict
         from tsa_compile.explanation import explain
         found = {name: getattr(tsa_compile, name) for name in tsa_compile.__all__}
         modules = [name for name, value in found.items() if isinstance(value, types.ModuleType)]

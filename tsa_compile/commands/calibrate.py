@@ -14,9 +14,9 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.text import as_text, new_table
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration import Calibration
+    from tsa_compile.calibration.calibrate import Calibration
+    from tsa_compile.calibration.loss_search import LossCalibration
     from tsa_compile.commands.loading import Source
-    from tsa_compile.loss_calibration import LossCalibration
 
 _SHORTEST = 16  # tokens of a prompt; of fewer, each of which sees next to nothing, drift says nothing about long ones
 _SEED, _EACH = 1, 4  # of the samples of a task
@@ -102,7 +102,7 @@ def calibrate(
         chosen = _samples(source, tasks, file, tokens, count) if by_task else _prompts(source, file, random, tokens, count)
     with output.working(f"Loading {source.name}"):
         loaded = source.load(tokens, batch)
-    from tsa_compile.calibration import calibrate as measure
+    from tsa_compile.calibration.calibrate import calibrate as measure
 
     found: Any = measure(loaded, chosen, batch_size=batch, progress=output.stderr().is_terminal, **search)
     if source.folder is None:

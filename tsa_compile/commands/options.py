@@ -25,7 +25,7 @@ from tsa_compile.errors import ConfigError, unknown
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrated import Calibrated
+    from tsa_compile.calibration.base import Calibrated
     from tsa_compile.commands.loading import Source
 
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"

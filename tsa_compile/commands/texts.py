@@ -22,7 +22,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.files import read_json
 
 if TYPE_CHECKING:
-    from tsa_compile.calibrated import Calibrated
+    from tsa_compile.calibration.base import Calibrated
 
 
 LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
@@ -145,7 +145,7 @@ def layers(text: str) -> HeldLayers | Calibrated | None:
     if text == "none":
         return ()
     if not re.fullmatch(r"[-,\s\d]*", text) or os.path.isfile(text):
-        from tsa_compile.calibration import PRESETS, load_calibration
+        from tsa_compile.calibration.calibrate import PRESETS, load_calibration
 
         if text in PRESETS:
             return PRESETS[text].layers

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tsa_compile.calibration.drift import PROBE, find_layers
+from tsa_compile.calibration.fingerprint import Fingerprint, text_config
 from tsa_compile.config import check_int
-from tsa_compile.drift import PROBE, find_layers
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import tasks as known_tasks
 from tsa_compile.evaluation.cached import check_model
@@ -26,7 +27,6 @@ from tsa_compile.evaluation.prompts import Sample, Writer
 from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
 from tsa_compile.evaluation.tasks import CONTINUED
-from tsa_compile.fingerprint import Fingerprint, text_config
 from tsa_compile.progress import Progress
 
 BATCH_TOKENS = 2**15

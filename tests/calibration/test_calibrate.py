@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tsa_compile import ConfigError, Coverage, KeepRatio, TSAConfig, TSAWarning
-from tsa_compile.calibration import PRESETS, Calibration, calibrate, preset
-from tsa_compile.fingerprint import Fingerprint
+from tsa_compile.calibration.calibrate import PRESETS, Calibration, calibrate, preset
+from tsa_compile.calibration.fingerprint import Fingerprint
 
-from .support import tiny, tokens
+from ..support import tiny, tokens
 
 PRINT = Fingerprint("Model", "Layer", 4, {"hidden_size": 8}, {"0.w": [1.0, 2.0]})
 
@@ -194,7 +194,7 @@ class TestFigure:
         text = (tmp_path / "drift.svg").read_text()
         assert text.count("<path") > 4 and "<svg" in text
         figures = []
-        monkeypatch.setattr("tsa_compile.calibration.save_figure", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr("tsa_compile.calibration.calibrate.save_figure", lambda figure, path: figures.append(figure))
         made().plot("drift.png")
         assert all(tick == int(tick) for tick in figures[0].axes[0].get_xticks()), "layers have whole numbers"
         monkeypatch.undo()

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsa_compile.calibration.fingerprint import Fingerprint, text_config, unwrapped
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAWarning, check_type
-from tsa_compile.fingerprint import Fingerprint, text_config, unwrapped
 from tsa_compile.saved import Saved
 
 

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from tsa_compile import ConfigError, TSAWarning
 from tsa_compile.backend import tsa_backend
-from tsa_compile.calibrated import evaluating
-from tsa_compile.calibration import Calibration, calibrate, load_calibration
+from tsa_compile.calibration.base import evaluating
+from tsa_compile.calibration.calibrate import Calibration, calibrate, load_calibration
+from tsa_compile.calibration.fingerprint import Fingerprint
+from tsa_compile.calibration.loss import LossMeter
+from tsa_compile.calibration.loss_search import TRIES, LossCalibration, bisect, calibrate_loss, fill, path
 from tsa_compile.config import Floor, KeepRatio, TSAConfig
 from tsa_compile.evaluation.prompts import Sample
-from tsa_compile.fingerprint import Fingerprint
-from tsa_compile.loss import LossMeter
-from tsa_compile.loss_calibration import TRIES, LossCalibration, bisect, calibrate_loss, fill, path
 
-from .support import tiny, tokens
+from ..support import tiny, tokens
 
 BASE = TSAConfig(window=4, min_tokens=0, floor=Floor(4, 1))
 RATIOS = (0.5, 0.1)

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsa_compile.calibrated import Calibrated, device_of, evaluating
+from tsa_compile.calibration.base import Calibrated, device_of, evaluating
+from tsa_compile.calibration.drift import PROBE, find_layers
+from tsa_compile.calibration.fingerprint import Fingerprint, unwrapped
+from tsa_compile.calibration.loss import Choice, LossMeter, read_samples
+from tsa_compile.calibration.token_ids import items
 from tsa_compile.config import KeepRatio, LayerBudgets, TSAConfig, check_int
 from tsa_compile.costs.breakeven import kept_share
-from tsa_compile.drift import PROBE, find_layers
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.cached import check_model
-from tsa_compile.fingerprint import Fingerprint, unwrapped
 from tsa_compile.kernels.kept import never_dropped
-from tsa_compile.loss import Choice, LossMeter, read_samples
 from tsa_compile.progress import Progress, bar
-from tsa_compile.token_ids import items
 
 RATIOS = (0.5, 0.3, 0.15, 0.08)
 ANSWER = 64  # tokens

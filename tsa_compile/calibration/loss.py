@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from tsa_compile.backend import tsa_backend
-from tsa_compile.calibrated import checked, running
+from tsa_compile.calibration.base import checked, running
+from tsa_compile.calibration.token_ids import rows_of
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.cached import CachedModel, divergence, dynamo_remembers
 from tsa_compile.evaluation.prompts import Sample
 from tsa_compile.report import reports
-from tsa_compile.token_ids import rows_of
 
 Choice = Mapping[int, float]
 """Sparse layers by index, and what each keeps."""

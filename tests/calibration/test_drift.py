@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from tsa_compile import ConfigError
-from tsa_compile.calibration import calibrate
-from tsa_compile.drift import drift_sum, find_layers
+from tsa_compile.calibration.calibrate import calibrate
+from tsa_compile.calibration.drift import drift_sum, find_layers
 
-from .support import DECODERS, VOCAB, mixed_padding, tiny, tokens
+from ..support import DECODERS, VOCAB, mixed_padding, tiny, tokens
 
 
 def measured(model, prompts, **options):
@@ -169,7 +169,7 @@ class TestDrift:
         valid = torch.rand(2, 50) < 0.7
         after[~valid] = float("nan")
         expected = ((after - before).norm(dim=-1) / before.norm(dim=-1))[valid].sum()
-        monkeypatch.setattr("tsa_compile.drift.CHUNK", 16 * 7)
+        monkeypatch.setattr("tsa_compile.calibration.drift.CHUNK", 16 * 7)
         assert float(drift_sum(before, after, valid)) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -331,6 +331,6 @@ class TestRefused:
         def out(*args, **kwargs):
             raise torch.OutOfMemoryError("no")
 
-        monkeypatch.setattr("tsa_compile.drift.drift_sum", out)
+        monkeypatch.setattr("tsa_compile.calibration.drift.drift_sum", out)
         with pytest.raises(ConfigError, match=r"1 x 30 tokens.*lower batch_size"):
             measured(model, tokens(1, 30))

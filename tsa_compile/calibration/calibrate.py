@@ -1,6 +1,6 @@
 """`calibrate(model, prompts)`: which layers of a model may be sparse, by representation drift or by what they cost.
 
-By what they cost in the answers: loss_calibration.py. By drift: where a layer changes its input little, little is lost with
+By what they cost in the answers: loss_search.py. By drift: where a layer changes its input little, little is lost with
 the tokens that its attention skips (arXiv 2602.03216). The layers of least drift become sparse: those with
 rank / layers <= delta.
 """
@@ -20,15 +20,15 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from tsa_compile.calibrated import Calibrated, checked, device_of, evaluating, running
+from tsa_compile.calibration.base import Calibrated, checked, device_of, evaluating, running
+from tsa_compile.calibration.drift import PROBE, DriftMeter, find_layers
+from tsa_compile.calibration.fingerprint import Fingerprint, unwrapped
+from tsa_compile.calibration.loss_search import LossCalibration, calibrate_loss
+from tsa_compile.calibration.token_ids import batches, items, read_prompts
 from tsa_compile.config import Coverage, TSAConfig, check_int
-from tsa_compile.drift import PROBE, DriftMeter, find_layers
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.files import new_figure, read_json, save_figure
-from tsa_compile.fingerprint import Fingerprint, unwrapped
-from tsa_compile.loss_calibration import LossCalibration, calibrate_loss
 from tsa_compile.progress import Progress, bar
-from tsa_compile.token_ids import batches, items, read_prompts
 
 
 @dataclass(frozen=True)
