@@ -19,8 +19,8 @@ from tsa_compile import KeepRatio, TSAConfig
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.mask_info import MaskInfo
-from tsa_compile.passes.masks import infer_mask
+from tsa_compile.passes.masks.infer import infer_mask
+from tsa_compile.passes.masks.info import MaskInfo
 from tsa_compile.testing import capture_all, count_ops, evaluate_mask, run_nodes
 
 LENGTH = 300

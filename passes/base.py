@@ -27,7 +27,7 @@ from tsa_compile.passes.frame import Frame
 from tsa_compile.passes.graph import insert
 from tsa_compile.passes.layers import Place
 from tsa_compile.passes.layout import conform
-from tsa_compile.passes.mask_info import MaskInfo
+from tsa_compile.passes.masks.info import MaskInfo
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.reasons import Decision, Reason
 

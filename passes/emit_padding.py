@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.mask_info import FILLED_KINDS
+from tsa_compile.passes.masks.info import FILLED_KINDS
 from tsa_compile.reasons import Decision
 
 

@@ -2,7 +2,7 @@
 
     out, lse, max = flex_attention(q, k, v, score_mod, (Lq, Lk, *lists, rows, columns, mask_mod), scale, options, *captured)
 
-    mask_mod(b, h, q, kv) -> bool []              a mask term without dimensions, read at position (b, h, q, kv) (masks.py)
+    mask_mod(b, h, q, kv) -> bool []              a mask term without dimensions, read at (b, h, q, kv) (masks/infer.py)
     score_mod(score, b, h, q, kv) -> float []     the score, or the score times numbers: they go into the scale
 
 `record.py` records both bodies with one set of index tensors for all calls, so that layers with one mask function share its

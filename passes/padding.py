@@ -20,8 +20,8 @@ from torch.fx import Graph, Node
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.call import AttentionCall, BlockLists
 from tsa_compile.passes.graph import expr_of, fake, insert, is_erased, known, size
-from tsa_compile.passes.mask_info import MaskInfo
-from tsa_compile.passes.predicate import KV, Atom, B
+from tsa_compile.passes.masks.info import MaskInfo
+from tsa_compile.passes.masks.predicate import KV, Atom, B
 
 
 def unwritable(

@@ -30,7 +30,7 @@ from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.flex import FLEX, flex_arguments
 from tsa_compile.passes.graph import fake, map_leaves
-from tsa_compile.passes.mask_info import FILLED_KINDS
+from tsa_compile.passes.masks.info import FILLED_KINDS
 from tsa_compile.passes.operators import aten
 from tsa_compile.reasons import Decision
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.mask_info import CAUSAL_KINDS
+from tsa_compile.passes.masks.info import CAUSAL_KINDS
 from tsa_compile.reasons import Decision
 
 

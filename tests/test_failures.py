@@ -8,7 +8,7 @@ from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWar
 from tsa_compile.passes import canonicalize, rewrite
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
-from tsa_compile.passes.masks import InferMasks
+from tsa_compile.passes.masks.infer import InferMasks
 from tsa_compile.passes.plan import PlanCalls
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.verify import Verify

@@ -150,7 +150,7 @@ def test_a_circle_is_seen(back):
     ("module", "source"),
     [
         ("tsa_compile.kernels.score", "from tsa_compile.passes import masks"),
-        ("tsa_compile.kernels.score", "from tsa_compile.passes.masks import infer"),
+        ("tsa_compile.kernels.score", "from tsa_compile.passes.masks.infer import infer"),
         ("tsa_compile.kernels.score", "def f():\n    import tsa_compile.pipeline"),
         ("tsa_compile.kernels.score", "from ..passes import masks"),
         ("tsa_compile.kernels.score", "from tsa_compile.costs import devices"),

@@ -26,7 +26,7 @@ from tsa_compile.passes.decompose import Decompose
 from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.passes.find import FindCalls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.masks import InferMasks
+from tsa_compile.passes.masks.infer import InferMasks
 from tsa_compile.passes.plan import PlanCalls, is_cached_prefill, is_decode_step
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
@@ -39,7 +39,7 @@ OPS = (filled, listed, sparse)
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py
-    InferMasks,  #         masks.py          what each mask means
+    InferMasks,  #         masks/infer.py    what each mask means
     PlanCalls,  #          plan.py           sparse, dense without a mask, or untouched, and why
     EmitPadding,  #        emit_padding.py   which tokens are valid, once for calls that share it
     Validate,  #           validate.py       each call and its normal form, on small random inputs

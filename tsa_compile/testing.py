@@ -22,8 +22,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.frame import remember_frame
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.mask_info import MaskInfo
-from tsa_compile.passes.predicate import KV, B, H, Q
+from tsa_compile.passes.masks.info import MaskInfo
+from tsa_compile.passes.masks.predicate import KV, B, H, Q
 
 
 class Captured:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.passes.find import find_calls
-from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.passes.masks import infer_mask
+from tsa_compile.passes.masks.infer import infer_mask
+from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.testing import capture_all, evaluate_mask, graph_text, run_nodes
 
 BATCH, HEADS, LENGTH = 2, 3, 8

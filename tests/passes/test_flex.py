@@ -6,7 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import StaticCache
 
 from tsa_compile import Decision, KeepRatio, Reason, TSAConfig, reports, tsa_backend
-from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.testing import capture_all
 
 from ..support import chunks, difference, heads, mixed_padding, tiny, tokens

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.masks import held
+from tsa_compile.passes.masks.infer import held
 from tsa_compile.passes.padding import PaddingBuilder
 
 from .mask_spellings import CAUSAL, CAUSAL_PADDING, INF, LENGTH, NONE, OPAQUE, additive, causal, expect, padding_mask

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.passes.find import find_calls
-from tsa_compile.passes.masks import infer_mask
+from tsa_compile.passes.masks.infer import infer_mask
+from tsa_compile.passes.masks.predicate import KV, Atoms, B, Q
 from tsa_compile.passes.padding import PaddingBuilder
-from tsa_compile.passes.predicate import KV, Atoms, B, Q
 from tsa_compile.testing import capture_all, run_nodes
 
 from .mask_spellings import (

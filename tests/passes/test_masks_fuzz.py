@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from tsa_compile.kernels import reference
 from tsa_compile.passes.find import find_calls
 from tsa_compile.passes.graph import fake
-from tsa_compile.passes.mask_info import FILLED_KINDS, MaskKind
-from tsa_compile.passes.masks import infer_mask
+from tsa_compile.passes.masks.infer import infer_mask
+from tsa_compile.passes.masks.info import FILLED_KINDS, MaskKind
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.testing import evaluate_mask, run_nodes
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from tsa_compile.passes.find import find_calls
-from tsa_compile.passes.mask_info import MaskKind
-from tsa_compile.passes.masks import infer_mask
+from tsa_compile.passes.masks.infer import infer_mask
+from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.testing import capture_all, evaluate_mask, run_nodes
 

@@ -8,7 +8,7 @@ from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.export.program import PlanExported
 from tsa_compile.passes.find import FindCalls
-from tsa_compile.passes.masks import InferMasks
+from tsa_compile.passes.masks.infer import InferMasks
 from tsa_compile.pipeline import WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.testing import capture, capture_all

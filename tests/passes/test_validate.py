@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile import Decision, Reason, RewriteError, TSAConfig, TSAWarning, tsa_backend
-from tsa_compile.passes.mask_info import MaskInfo
-from tsa_compile.passes.symbolic import RULES
+from tsa_compile.passes.masks.info import MaskInfo
+from tsa_compile.passes.masks.symbolic import RULES
 from tsa_compile.report import reports
 
 from ..support import heads, mixed_padding, tiny, tokens

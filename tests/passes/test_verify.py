@@ -11,7 +11,7 @@ from tsa_compile.errors import RewriteError
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.emit_padding import EmitPadding
-from tsa_compile.passes.mask_info import CAUSAL_KINDS, MaskInfo, MaskKind
+from tsa_compile.passes.masks.info import CAUSAL_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.verify import Verify
 from tsa_compile.reasons import Decision
 from tsa_compile.testing import graph_text

@@ -21,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.sdpa import PRIORITY
 from tsa_compile.passes import plan
-from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.reasons import Reason
 
 MASK_KIND, VALID_RANGES = "tsa_kind", "tsa_valid_ranges"

@@ -31,7 +31,7 @@ from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written,
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
-from tsa_compile.passes.mask_info import MaskKind
+from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.passes.plan import decide
 from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of

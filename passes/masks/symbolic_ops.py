@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.symbolic import (
+from tsa_compile.passes.masks.symbolic import (
     Cases,
     Evaluator,
     Index,

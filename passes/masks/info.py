@@ -9,7 +9,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from tsa_compile.passes.predicate import Atom
+from tsa_compile.passes.masks.predicate import Atom
 
 
 class MaskKind(StrEnum):

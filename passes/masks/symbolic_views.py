@@ -8,8 +8,8 @@ import sympy
 from torch.fx import Node
 
 from tsa_compile.passes.graph import known
-from tsa_compile.passes.symbolic import Evaluator, Index, NotUnderstood, Value, rule
-from tsa_compile.passes.symbolic_ops import broadcast, dimension, shape_of
+from tsa_compile.passes.masks.symbolic import Evaluator, Index, NotUnderstood, Value, rule
+from tsa_compile.passes.masks.symbolic_ops import broadcast, dimension, shape_of
 
 
 @rule("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.symbolic import Evaluator, Index, NotUnderstood, Value, rule
-from tsa_compile.passes.symbolic_ops import broadcast, dimension, integer, shape_of
+from tsa_compile.passes.masks.symbolic import Evaluator, Index, NotUnderstood, Value, rule
+from tsa_compile.passes.masks.symbolic_ops import broadcast, dimension, integer, shape_of
 
 
 @rule("slice.Tensor")

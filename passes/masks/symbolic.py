@@ -27,8 +27,8 @@ from torch.fx import Node
 from torch.utils._sympy.functions import Max
 
 from tsa_compile.passes.graph import fake
+from tsa_compile.passes.masks.predicate import KV, Atoms, B, H, Q
 from tsa_compile.passes.operators import arguments
-from tsa_compile.passes.predicate import KV, Atoms, B, H, Q
 
 Index = tuple[sympy.Expr, ...]
 Cases = list[tuple[Boolean, sympy.Expr]]

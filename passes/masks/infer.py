@@ -22,14 +22,13 @@ from sympy.logic.inference import satisfiable
 from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.passes import symbolic_indexing, symbolic_ops, symbolic_views
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.call import AttentionCall, MaskTerm
 from tsa_compile.passes.graph import expr_of, fake, known
-from tsa_compile.passes.mask_info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
-from tsa_compile.passes.padding import unwritable
-from tsa_compile.passes.predicate import KV, Atom, Atoms, B, H, Q
-from tsa_compile.passes.symbolic import (
+from tsa_compile.passes.masks import symbolic_indexing, symbolic_ops, symbolic_views
+from tsa_compile.passes.masks.info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
+from tsa_compile.passes.masks.predicate import KV, Atom, Atoms, B, H, Q
+from tsa_compile.passes.masks.symbolic import (
     MAX_ATOMS,
     Evaluator,
     NotUnderstood,
@@ -39,6 +38,7 @@ from tsa_compile.passes.symbolic import (
     is_distance,
     round_constant,
 )
+from tsa_compile.passes.padding import unwritable
 
 _RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
 _WITH_PADDING = (MaskKind.CAUSAL_PADDING, MaskKind.FILLED_PADDING, MaskKind.PADDING)
