@@ -22,8 +22,8 @@ On CUDA this is attention's first half, computed twice, because W x L weights ar
                     (each key is loaded once) and reduces the weights over the rows                   -> raw [B,H,L]
     _pool           neighbours averaged, infinities placed                                            -> scores [B,H,L]
 
-Reads key twice; 4 W L D multiply-adds and 2 W L exponentials per query head. At L = 128K, H = 32, G = 8, D = 128,
-W = 128 in bfloat16: 0.5 GB of keys, 48 MB of scores, 0.27 TFLOP. The order of every sum is fixed by the shapes and is
+Reads key twice; 4 W L D multiply-adds and W L exponentials per query head, of the mean 2 W L. At L = 128K, H = 32, G = 8,
+D = 128, W = 128 in bfloat16: 0.5 GB of keys, 48 MB of scores, 0.27 TFLOP. The order of every sum is fixed by the shapes and is
 the same for every batch item, so the result is reproducible and an item scores alone as it does in a batch. Only the
 device knows how many tokens are valid: with padding, the window's rows are found there.
 
@@ -171,7 +171,7 @@ def _columns_kernel(
     b_key = gather_rows(p_key, offsets * stride_kl, inside, 0, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
 
     row_tiles = tl.cdiv(window, BLOCK_M)
-    total = tl.zeros([BLOCK_N], tl.int32 if MAX else tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
     for step in range(0, group * row_tiles):  # one loop over heads and row tiles, so that its loads are pipelined
         head = kv_head * group + step // row_tiles
         row_tile = step % row_tiles
@@ -184,14 +184,16 @@ def _columns_kernel(
         )
         row_lse = tl.load(p_row_lse + (b * heads + head) * window + slots, mask=slots < window, other=float("inf"))
         logits = tl.dot(b_key, tl.trans(b_query), input_precision="ieee") * scale_log2
-        weights = tl.exp2(logits - row_lse[None, :])
+        exponents = logits - row_lse[None, :]  # [BLOCK_N, BLOCK_M], -inf where a row has no weight
         if MAX:
-            # As integers, without the sign that NaN may have: weights keep their order, and NaN is the largest.
-            weights = tl.max(weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-            total = tl.where(row_tile == 0, weights, tl.maximum(total, weights))
-            raw = total.to(tl.float32, bitcast=True)
+            # The exponential of the maximum alone. A maximum may pass NaN over; a sum does not, and here makes none.
+            best = tl.max(exponents, axis=1)
+            exact = tl.sum(exponents, axis=1)
+            best = tl.where(exact == exact, best, float("nan"))
+            total = tl.where(row_tile == 0, best, tl.maximum(total, best, propagate_nan=tl.PropagateNan.ALL))
+            raw = tl.exp2(total)
         else:
-            weights = tl.sum(weights, axis=1)
+            weights = tl.sum(tl.exp2(exponents), axis=1)
             total = tl.where(row_tile == 0, weights, total + weights)
             raw = total / tl.maximum(rows, 1)
         stored = tl.where(row_tile == row_tiles - 1, candidates, 0)
