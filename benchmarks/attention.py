@@ -40,6 +40,7 @@ from attention_methods import (
     FLOOR,
     FORM_KEEP,
     MIN_TOKENS,
+    SCORE,
     WINDOW,
     Inputs,
     Runner,
@@ -320,7 +321,8 @@ def describe() -> Row:
 
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(), "shape": str(Shape()), "floor": str(FLOOR), "min_tokens": MIN_TOKENS,
+        "cudnn": torch.backends.cudnn.version(), "shape": str(Shape()), "floor": str(FLOOR), "score": SCORE,
+        "min_tokens": MIN_TOKENS,
     }  # fmt: skip
 
 

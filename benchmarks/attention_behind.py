@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from attention_checks import TOLERANCE, check_output, demand, relative_difference
-from attention_methods import POOL, WINDOW, Inputs, kept, tsa
+from attention_methods import POOL, SCORE, WINDOW, Inputs, kept, tsa
 from torch import Tensor
 
 from tsa_compile.costs.calls import CallShape, attention_work
@@ -83,7 +83,7 @@ def _kept_methods(inputs: Inputs, keep: float, rows: int) -> list[Behind]:
     query, key, value = inputs.tensors
     scale, count = inputs.scale, kept(inputs.length, keep)
     chunk = query[:, :, -rows:]
-    indices = tsa.select(tsa.score(chunk, key, None, scale, WINDOW, POOL), None, count)
+    indices = tsa.select(tsa.score(chunk, key, None, scale, WINDOW, POOL, SCORE), None, count)
     all_rows = tsa.compress(query, key, value, indices, None)
     dense = get("cudnn")
     wanted = dense.run(*all_rows, scale)

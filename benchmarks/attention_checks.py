@@ -106,14 +106,15 @@ def check_output(
     return demand(sampled_error(query, key, value, out, scale, selected, floor), TOLERANCE[query.dtype], what)
 
 
-def check_score(query: Tensor, key: Tensor, scores: Tensor, scale: float, window: int, pool: int) -> float:
+def check_score(query: Tensor, key: Tensor, scores: Tensor, scale: float, window: int, pool: int, reduce: str) -> float:
     """The largest relative error of the first and the last head's scores, against float64."""
     length, errors = query.shape[2], []
     future = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
     for h in (0, query.shape[1] - 1):
         logits = scale * query[0, h, -window:].double() @ key[0, h * key.shape[1] // query.shape[1]].double().T
         logits[:, -window:].masked_fill_(future, -math.inf)
-        raw = logits.softmax(-1)[:, : length - window].mean(0)
+        weights = logits.softmax(-1)[:, : length - window]
+        raw = weights.amax(0) if reduce == "max" else weights.mean(0)
         want = avg_pool1d(raw[None], pool, 1, pool // 2)[0]
         errors.append(((scores[0, h, : length - window] - want) / want).abs().max())
     if not bool((scores[..., -window:] == math.inf).all()):

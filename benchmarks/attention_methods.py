@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import avg_pool1d, scaled_dot_product_attention
 
-from tsa_compile import Floor, pipeline  # pipeline registers the ops
+from tsa_compile import Floor, TSAConfig, pipeline  # pipeline registers the ops
 from tsa_compile.kernels.kept import kept_tokens
 
 assert pipeline.OPS
@@ -29,6 +29,7 @@ WINDOW, POOL = 128, 7
 MIN_TOKENS = 0
 """Not the default 1024, which at 8K would keep more than a small share asks for."""
 FLOOR = Floor()
+SCORE = TSAConfig().score
 BLOCK = 128
 
 
@@ -185,24 +186,29 @@ def flex(inputs: Inputs, mask: BlockMask | None = None) -> Runner:
 
 def options(
     scale: float, *, keep: float | None = None, coverage: float | None = None, kernel: str = "auto", shared: bool = False,
-    floor: Floor | None = FLOOR,
+    floor: Floor | None = FLOOR, score: str = SCORE,
 ) -> tuple[object, ...]:  # fmt: skip
     """The scalars of tsa.sparse_attention, from scale on; shared: the heads of a group keep the same tokens."""
-    near = () if floor is None else (floor.window, floor.sinks)
-    return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, shared, kernel, *near
+    near = (None, 0) if floor is None else (floor.window, floor.sinks)
+    return scale, WINDOW, POOL, coverage, keep, MIN_TOKENS, None, shared, kernel, *near, None, score
 
 
-def ours(inputs: Inputs, keep: float, floor: Floor | None = FLOOR) -> Runner:
+def scored(inputs: Inputs, score: str = SCORE) -> Tensor:
+    """The scores of all tokens, [B, H, L]."""
+    return tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL, score)
+
+
+def ours(inputs: Inputs, keep: float, floor: Floor | None = FLOOR, score: str = SCORE) -> Runner:
     """The op that a compiled graph calls once a layer."""
-    scalars = options(inputs.scale, keep=keep, floor=floor)
-    scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
+    scalars = options(inputs.scale, keep=keep, floor=floor, score=score)
+    scores = scored(inputs, score)
     selected = marked(tsa.select(scores, None, kept(inputs.length, keep)), inputs.length)
     return Runner(lambda: tsa.sparse_attention(*inputs.tensors, *scalars), selected, floor)
 
 
 def ours_published(inputs: Inputs, keep: float) -> Runner:
-    """Without the floor: what that costs is the difference."""
-    return replace(ours(inputs, keep, None), note="no floor, rows that are not selected are 0")
+    """Without the floor, and with the mean as score."""
+    return replace(ours(inputs, keep, None, "mean"), note="no floor, rows that are not selected are 0")
 
 
 def ours_padded(inputs: Inputs, keep: float) -> Runner:
@@ -222,7 +228,7 @@ def ours_captured(inputs: Inputs, keep: float) -> Runner:
 
 def ours_coverage(inputs: Inputs, keep: float) -> Runner:
     """With Coverage, whose count is known on the device alone; the coverage at which items keep about `keep` on average."""
-    scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
+    scores = scored(inputs)
     coverage = coverage_for(scores[..., : inputs.length - WINDOW], kept(inputs.length, keep) - WINDOW)
     count = tsa.budget(scores, coverage, None, MIN_TOKENS)
     selected = marked(tsa.select(scores, count, int(count.max())), inputs.length, count)

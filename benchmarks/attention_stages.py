@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from attention_checks import check_budget, check_compress, check_decompress, check_output, check_score, check_select
-from attention_methods import FLOOR, MIN_TOKENS, POOL, WINDOW, Inputs, kept, marked, tsa
+from attention_methods import FLOOR, MIN_TOKENS, POOL, SCORE, WINDOW, Inputs, kept, marked, scored, tsa
 from torch import Tensor
 
 COPY, MATMUL, ATTENTION = 4.24e12, 750e12, 600e12
@@ -65,7 +65,7 @@ class Sizes:
 
 
 def score_work(s: Sizes) -> Work:
-    """Flops: W logits for each token and head, computed twice (statistics, then means): 2 x 2 W L D a head.
+    """Flops: W logits for each token and head, computed twice (statistics, then weights): 2 x 2 W L D a head.
     Bytes: key in both passes, 2 G L D e, though the second may find some of it in the cache; scores written, 4 H L."""
     flops = 4.0 * WINDOW * s.length * s.head_dim * s.heads * s.batch
     return Work(s.batch * s.length * (2 * s.kv_heads * s.head_dim * s.item + 4 * s.heads), flops, "TFLOP/s")
@@ -134,7 +134,7 @@ def stages(inputs: Inputs, keep: float) -> list[Stage]:
     """The six stages with KeepRatio(keep), budget as Coverage calls it; and decompress, which is there without a floor."""
     query, key, value = inputs.tensors
     batch, heads, length, dim = query.shape
-    scores = tsa.score(query, key, None, inputs.scale, WINDOW, POOL)
+    scores = scored(inputs)
     indices = tsa.select(scores, None, kept(length, keep))
     rows = tsa.compress(query, key, value, indices, None)
     distinct = distinct_rows(indices, key.shape[1], length)
@@ -145,8 +145,8 @@ def stages(inputs: Inputs, keep: float) -> list[Stage]:
 
     return [
         Stage(
-            "score", score_work(s), lambda: tsa.score(query, key, None, inputs.scale, WINDOW, POOL),
-            lambda: check_score(query, key, scores, inputs.scale, WINDOW, POOL),
+            "score", score_work(s), lambda: scored(inputs),
+            lambda: check_score(query, key, scores, inputs.scale, WINDOW, POOL, SCORE),
         ),
         Stage(
             f"budget, Coverage({COVERAGE})", budget_work(s), budget,

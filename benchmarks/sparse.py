@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from attention import Run, describe
 from attention_checks import demand
-from attention_methods import DENSE, POOL, WINDOW, Inputs, Shape, flex, kept, listed_blocks, options, tsa
+from attention_methods import DENSE, Inputs, Shape, flex, kept, listed_blocks, options, scored, tsa
 from attention_timing import take_turns
 from sparse_inputs import AnyLists, mass_kept, planted_inputs, random_lists, relative_error
 from sparse_report import TITLES, Row, figure, report
@@ -169,7 +169,7 @@ def kernel_part(run: Run, arguments: argparse.Namespace) -> None:
 
 def selection(inputs: Inputs, rows: int, count: Tensor | None = None, *, shared: bool = False) -> Tensor:
     """The positions that TSA keeps, [1, H, rows], or [1, G, rows] where the heads of a group share theirs."""
-    scores = tsa.score(inputs.query, inputs.key, None, inputs.scale, WINDOW, POOL)
+    scores = scored(inputs)
     if shared:
         scores = scores.unflatten(1, (inputs.key.shape[1], -1)).mean(2)
     return tsa.select(scores, count, rows)
