@@ -20,7 +20,7 @@ from tsa_compile import (
     reports,
 )
 
-from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, run_each, slow_but, tiny, tokens
+from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, run_each, short, slow_but, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -77,15 +77,9 @@ def plain(model, **inputs):
         return model(**inputs).logits
 
 
-SHORTER = {
-    "gpt2": {"n_layer": 2},
-    "gemma3": {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
-}
-
-
 def decoder(name, attention):
     """Llama with three layers, of which two become sparse; the others with two, a sparse and a dense one."""
-    return tiny(name, attention, **({} if name == "llama" else SHORTER.get(name, {"num_hidden_layers": 2})))
+    return tiny(name, attention) if name == "llama" else short(name, attention)
 
 
 def windowed(name):
