@@ -116,12 +116,13 @@ def tiny(name, attention="sdpa", **changes):
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
-_TWO_LAYERS = {"gpt2": {"n_layer": 2}, "gemma3": {"num_hidden_layers": 2, "layer_types": _ALTERNATING[:2]}}
-
-
 def short(name, attention="sdpa", **changes):
-    """The same with two layers; of gemma3, a full one and one with a window."""
-    return tiny(name, attention, **_TWO_LAYERS.get(name, {"num_hidden_layers": 2}), **changes)
+    """The same with two layers; of mixed kinds, a full one and one with a window."""
+    _, sizes = {**DECODERS, **OTHERS}[name]
+    fewer = {key: 2 for key in ("n_layer", "n_layers", "num_layers", "num_hidden_layers") if key in sizes}
+    if "layer_types" in sizes:
+        fewer["layer_types"] = sizes["layer_types"][:2]
+    return tiny(name, attention, **{**fewer, **changes})
 
 
 def tokens(batch, length, seed=0):
