@@ -28,13 +28,13 @@ settings.load_profile("suite")
 
 # The modules that take longest, a minute to a quarter of one, longest first.
 LONG = (
-    "passes/test_programs_fuzz.py", "test_models.py", "passes/test_masks_fuzz.py", "export/test_aoti.py",
-    "export/test_onnx.py", "test_chunks.py", "export/test_program.py", "test_dynamic.py", "test_backend.py",
-    "kernels/test_fused.py", "passes/test_models_masks.py", "engines/test_transformers.py", "commands/test_cli.py",
-    "test_documents.py", "test_benchmarks.py", "test_explanation.py", "test_failures.py", "export/test_standard_form.py",
-    "export/test_benchmark.py", "test_regions.py", "engines/test_tensor_parallel.py", "test_training.py",
-    "kernels/test_score.py", "kernels/test_floor.py", "export/test_triton.py", "commands/test_full_disk.py",
-    "export/test_tensorrt.py", "test_handover.py", "test_examples.py", "passes/test_lower.py",
+    "passes/test_programs_fuzz.py", "test_models.py", "passes/test_masks_fuzz.py", "test_chunks.py",
+    "export/test_aoti.py", "export/test_onnx.py", "test_chunk_cache.py", "export/test_program.py", "test_dynamic.py",
+    "test_backend.py", "kernels/test_fused.py", "passes/test_models_masks.py", "engines/test_transformers.py",
+    "commands/test_cli.py", "test_documents.py", "test_benchmarks.py", "test_explanation.py", "test_failures.py",
+    "export/test_standard_form.py", "export/test_benchmark.py", "test_regions.py", "engines/test_tensor_parallel.py",
+    "test_training.py", "kernels/test_score.py", "kernels/test_floor.py", "export/test_triton.py",
+    "commands/test_full_disk.py", "export/test_tensorrt.py", "test_handover.py", "test_examples.py", "passes/test_lower.py",
 )  # fmt: skip
 
 

@@ -5,8 +5,6 @@ import functools
 import inspect
 import logging
 import struct
-import traceback
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -143,17 +141,12 @@ def _remembered_shapes(interpreter: Any) -> Any:
     return init
 
 
-class _NoLines(traceback.StackSummary):
-    def format(self, **_: Any) -> list[str]:
-        return []
-
-
 def dynamo() -> None:
     """Makes compilations quicker. Behind each, Dynamo measures its guards with a flushed cache, for a log: more than half of
     the time that the compilation of a small function takes."""
     import torch._dynamo.guards
     import torch.fx.config
-    from torch._dynamo import output_graph, symbolic_convert
+    from torch._dynamo import symbolic_convert
 
     if hasattr(torch._dynamo.guards, "profile_guard_manager"):
         torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
@@ -161,9 +154,10 @@ def dynamo() -> None:
     torch._dynamo.config.run_gc_after_compile = False
     if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
         torch._dynamo.config.side_effect_replay_policy = "silent"
-    # To each node are written the lines of the model that it comes of, and for a log in which function they stand, for which
-    # their files are read: a tenth of the time that a trace takes.
-    output_graph.traceback = types.SimpleNamespace(**{**vars(traceback), "StackSummary": _NoLines})
+    # To each node are written the lines of the model that it comes of, those in torch's modules left out, and for a log in
+    # which function they stand, for which their files are read: a tenth of the time that a trace takes.
+    translator: Any = symbolic_convert.InstructionTranslatorBase
+    translator.is_co_filename_from_nn_modules = lambda _: True
     if hasattr(symbolic_convert, "get_funcname"):
         symbolic_convert.get_funcname = lambda *_: None
     # Exports and Inductor's traces look for a line of the model on the stack for each node, as programs of users do.

@@ -116,6 +116,15 @@ def tiny(name, attention="sdpa", **changes):
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
+def short(name, attention="sdpa", **changes):
+    """The same with two layers; of mixed kinds, a full one and one with a window."""
+    _, sizes = {**DECODERS, **OTHERS}[name]
+    fewer = {key: 2 for key in ("n_layer", "n_layers", "num_layers", "num_hidden_layers") if key in sizes}
+    if "layer_types" in sizes:
+        fewer["layer_types"] = sizes["layer_types"][:2]
+    return tiny(name, attention, **{**fewer, **changes})
+
+
 def tokens(batch, length, seed=0):
     """Token ids [batch, length] without the pad token."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -159,8 +168,9 @@ def difference(left, right, mask=None):
     return float((gap if mask is None else gap[mask.bool()]).max())
 
 
-def run_each(model, configs, **inputs):
-    """What the compiled model returns for each configuration. Dynamo, which takes longer than all else, traces it once."""
+def in_turn(model, configs):
+    """The compiled model for each configuration, one after the other: each is to be called as the first one was. Dynamo,
+    which takes longer than all else, traces it once; `reports` has of each graph one for each configuration."""
     graphs = []
 
     def backend(graph_module, example_inputs):
@@ -170,12 +180,19 @@ def run_each(model, configs, **inputs):
         graphs.append(compiled)
         return lambda *given: compiled[turn](*given)
 
-    traced, found = torch.compile(model, backend=backend), []
+    traced = torch.compile(model, backend=backend)
     for turn in range(len(configs)):
         known = len(graphs)
-        with torch.no_grad():
-            found.append(traced(**inputs))
+        yield traced
         assert turn == 0 or len(graphs) == known, "nothing is traced again"
+
+
+def run_each(model, configs, **inputs):
+    """What the compiled model returns for each configuration."""
+    found = []
+    for compiled in in_turn(model, configs):
+        with torch.no_grad():
+            found.append(compiled(**inputs))
     return found
 
 

@@ -58,21 +58,19 @@ def assert_same(cache, plain):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(
-    "name, form", slow_but([("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa")], ("llama", "sdpa"))
-)
-def test_one_graph_equals_the_whole_prompt(name, form, padded):
+@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
+def test_one_graph_equals_the_whole_prompt(form, padded):
     graphs = []
 
     def keep(graph_module, inputs):
         graphs.append(graph_module)
         return graph_module
 
-    model = compiled(name, EXACT.replace(compiler=keep), form)
+    model = compiled("llama", EXACT.replace(compiler=keep), form)
     for length in PROMPTS:
         ids, mask = tokens(2, length), padding(length) if padded else None
         with torch.no_grad():
-            whole = tiny(name, form, **TWO)(ids, attention_mask=mask).logits
+            whole = tiny("llama", form, **TWO)(ids, attention_mask=mask).logits
         assert difference(chunks(model, ids, mask, CHUNK), whole, mask) < ATOL
     (report,) = reports()
     assert {row.decision for row in report} == {Decision.DENSE_PADDED if form == "sdpa" or padded else Decision.DENSE}
@@ -81,8 +79,11 @@ def test_one_graph_equals_the_whole_prompt(name, form, padded):
     assert graphs and not any(value.dim() > 2 for value in tensors), "no mask with a row for each query is left"
 
 
-@pytest.mark.parametrize("budget", [KeepRatio(0.3), Coverage(0.3)], ids=["keep ratio", "coverage"])
-@pytest.mark.parametrize("name", slow_but(["llama", "qwen3"], "llama"))
+REFERENCE = [("llama", KeepRatio(0.3)), ("llama", Coverage(0.3)), ("qwen3", KeepRatio(0.3))]
+"""qwen3 has norms of its own between projections and cache, and else llama's code."""
+
+
+@pytest.mark.parametrize("name, budget", slow_but(REFERENCE, *REFERENCE[:2]))
 def test_one_graph_equals_the_reference(name, budget):
     """Each chunk selects among all tokens so far, by its own last rows; the first one among its own."""
     model = compiled(name, SPARSE.replace(budget=budget))
@@ -120,6 +121,8 @@ def test_a_cache_that_holds_views_is_compiled_for_as_well():
 
 
 def test_an_error_leaves_the_cache_as_it_was():
+    """In the second layer, when the first one's keys are in its cache. Without Dynamo, which would compile each part of the
+    model by itself in front of the error and behind it; what the cache is does not hang on that."""
     model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
     cache, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
 
@@ -129,7 +132,7 @@ def test_an_error_leaves_the_cache_as_it_was():
     for ids in (tokens(2, 40), tokens(2, 30, 1)):
         before = [(layer.is_initialized, layer.keys) for layer in cache.layers]
         hook = model.model.layers[1].mlp.register_forward_hook(fail)
-        with pytest.raises(ZeroDivisionError):
+        with torch.compiler.set_stance("force_eager"), pytest.raises(ZeroDivisionError):
             fill(model, cache, ids)
         hook.remove()
         assert [(layer.is_initialized, layer.keys) for layer in cache.layers] == before

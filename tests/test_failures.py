@@ -1,10 +1,24 @@
 """Failures stay visible and harmless: a warning that names the call, the model's own graph, an error under `strict`."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, TSAWarning, explain, reports
+from tsa_compile import (
+    Coverage,
+    Decision,
+    KeepRatio,
+    Reason,
+    RewriteError,
+    TSAConfig,
+    TSAWarning,
+    explain,
+    reports,
+    tsa_backend,
+)
 from tsa_compile.passes import canonicalize, rewrite
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -12,7 +26,7 @@ from tsa_compile.passes.masks.infer import InferMasks
 from tsa_compile.passes.plan import PlanCalls
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.verify import Verify
-from tsa_compile.testing import count_ops
+from tsa_compile.testing import capture_all, count_ops
 
 from .support import Attention, Stack, difference, heads, mixed_padding, slow_but, tiny, tokens
 
@@ -47,13 +61,24 @@ def failing(monkeypatch, owner, name, at=0):
     monkeypatch.setattr(owner, name, call)
 
 
-def run(model, config=CONFIG, **changes):
-    """Logits for a padded batch, and the graph that the compiler was given."""
-    keeper = Keeper()
-    inputs = dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40), use_cache=False)
+@functools.cache
+def traced(name, form):
+    """A model's graph for a padded batch, its inputs and what it should compute; Dynamo traces each model once."""
+    model = tiny(name, form)
+    captured = capture_all(model, input_ids=tokens(3, 40), attention_mask=mixed_padding(40), use_cache=False)
+    (graph,), (inputs,) = captured.graphs, captured.inputs
     with torch.no_grad():
-        compiled = torch.compile(model, backend="tsa", options={"config": config, "compiler": keeper, **changes})
-        return compiled(**inputs).logits, model(**inputs).logits, keeper.graph_module
+        return graph, inputs, model(input_ids=tokens(3, 40), attention_mask=mixed_padding(40), use_cache=False).logits
+
+
+def run(name="llama", form="sdpa", config=CONFIG, **changes):
+    """Logits for a padded batch, and the graph that the compiler was given."""
+    graph, inputs, wanted = traced(name, form)
+    keeper = Keeper()
+    with torch.no_grad():
+        options = {"config": config, "compiler": keeper, **changes}
+        (logits,) = tsa_backend(copy.deepcopy(graph), inputs, options=options)(*inputs)
+    return logits, wanted, keeper.graph_module
 
 
 def present(graph_module):
@@ -66,7 +91,7 @@ def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
     """The second of two calls: the first stays sparse, the failed one is the model's, and no node is left behind."""
     failing(monkeypatch, owner, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.2\.self_attn.*planted"):
-        logits, wanted, graph = run(tiny("llama", form))
+        logits, wanted, graph = run(form=form)
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
     left = {SDPA: 1} if form == "sdpa" else {}
     # The ranges are computed once, for the dense layer between the two.
@@ -80,7 +105,7 @@ def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
 def test_one_call_fails_in_the_dense_rewriting(monkeypatch, owner, name):
     failing(monkeypatch, owner, name, at=1)
     with pytest.warns(TSAWarning, match=r"model\.layers\.1\.self_attn.*planted"):
-        logits, wanted, graph = run(tiny("llama"), layers=[])
+        logits, wanted, graph = run(layers=[])
     assert difference(logits, wanted) < ATOL
     assert present(graph) == {"valid_ranges": 1, "padded_attention": 1, SDPA: 2}
     assert reports()[-1].count(Decision.UNCHANGED) == 2
@@ -91,7 +116,7 @@ def test_the_only_user_of_a_shared_node_fails(monkeypatch):
     failing(monkeypatch, RewriteSparse, "_sparse", at=0)
     monkeypatch.setattr(CanonicalizeDense, "_dense", lambda *args: 1 / 0)
     with pytest.warns(TSAWarning, match="planted"):
-        logits, wanted, graph = run(tiny("llama"))
+        logits, wanted, graph = run()
     assert torch.equal(logits, wanted)
     assert present(graph) == {SDPA: 3}
 
@@ -110,7 +135,7 @@ def test_a_failure_at_the_first_call_leaves_the_next_ones_whole(monkeypatch):
 
     monkeypatch.setattr(RewriteSparse, "_sparse", first_fails)
     with pytest.warns(TSAWarning, match=r"model\.layers\.0\.self_attn.*planted"):
-        logits, wanted, graph = run(tiny("llama"))
+        logits, wanted, graph = run()
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
     assert [row.reason for row in reports()[-1]] == [Reason.PASS_FAILED, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
     assert present(graph)["score"] == 1
@@ -121,7 +146,7 @@ def test_a_whole_pass_fails(monkeypatch, kind):
     """The graph is compiled as the model wrote it, whatever earlier passes had done to it."""
     failing(monkeypatch, kind, "call")
     with pytest.warns(TSAWarning, match=f"{kind.__name__} failed.*planted"):
-        logits, wanted, graph = run(tiny("llama"))
+        logits, wanted, graph = run()
     assert torch.equal(logits, wanted)
     assert present(graph) == {SDPA: 3}
     assert [row.reason for row in reports()[-1]] == [Reason.PASS_FAILED] * 3
@@ -135,12 +160,12 @@ def test_a_whole_pass_fails(monkeypatch, kind):
 )
 def test_strict_raises(monkeypatch, owner, name):
     failing(monkeypatch, owner, name)
-    with pytest.raises(BackendCompilerFailed, match=r"RewriteError: .*planted.*strict=True"):
-        run(tiny("llama"), strict=True)
+    with pytest.raises(RewriteError, match=r"planted.*strict=True"):
+        run(strict=True)
 
 
 def test_strict_is_content_where_all_goes_well():
-    logits, wanted, _ = run(tiny("llama"), strict=True)
+    logits, wanted, _ = run(strict=True)
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
 
 
@@ -246,11 +271,11 @@ def test_written_out_attention_of_another_form_is_reported(name):
 
 
 def test_scores_divided_in_place_are_read():
-    logits, wanted, graph_module = run(tiny("falcon", "eager"), budget=KeepRatio(1.0))
+    logits, wanted, graph_module = run("falcon", "eager", budget=KeepRatio(1.0))
     assert count_ops(graph_module, "attend_lse", "softmax") == {"attend_lse": 2, "softmax": 0}
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
 
 
 def test_keep_ratio_of_one_keeps_all():
-    logits, wanted, _ = run(tiny("llama"), budget=KeepRatio(1.0))
+    logits, wanted, _ = run(budget=KeepRatio(1.0))
     assert difference(logits, wanted, mixed_padding(40)) < ATOL
