@@ -21,7 +21,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from tsa_compile.calibrated import Calibrated, checked, device_of, evaluating, running
-from tsa_compile.config import Coverage, TSAConfig, check_int
+from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number
 from tsa_compile.drift import PROBE, DriftMeter, find_layers
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.files import new_figure, read_json, save_figure
@@ -220,11 +220,8 @@ def _step(show: Progress, taken: int, prompts: int, total: int | None, share: fl
 
 
 def _share(delta: object) -> float:
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 < delta <= 1:
-        raise ConfigError(
-            f"delta={delta!r} is not allowed: delta must be a number in (0, 1], the share of layers to be sparse"
-        )
-    return float(delta)
+    allowed = "a number in (0, 1], the share of layers to be sparse"
+    return checked_number("delta", delta, allowed, lambda share: 0 < share <= 1)
 
 
 @dataclass(frozen=True)
