@@ -19,12 +19,11 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
-from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.handover import keep_out_of_packages, take_over
-from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.kernels.sdpa import fastest_first
 from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
@@ -142,6 +141,4 @@ def _dense_kernels() -> AbstractContextManager[Any]:
 
     Which one a plain call picks differs between versions of torch.
     """
-    if not torch.cuda.is_available():
-        return nullcontext()
-    return sdpa_kernel(list(PRIORITY), set_priority=True)
+    return fastest_first() if torch.cuda.is_available() else nullcontext()
