@@ -62,7 +62,7 @@ def tsa_backend(
     # A callable is somebody's own pass, which wants to see the steps, unless it says that it does not (skip_passes).
     report = run_passes(graph_module, config, WHOLE if isinstance(config.compiler, str) else PASSES)
     try:
-        with _dense_kernels():
+        with dense_kernels():
             compiled, notes = _compile(graph_module, example_inputs, config, compiler, report)
     except (TorchDynamoException, TSAError):
         raise  # Dynamo's own control flow (a restart of the analysis among it), or an error that is already clear
@@ -136,7 +136,7 @@ def _mode_options(mode: str) -> dict[str, Any]:
     return modes[mode]
 
 
-def _dense_kernels() -> AbstractContextManager[Any]:
+def dense_kernels() -> AbstractContextManager[Any]:
     """Which kernel a dense SDPA call becomes is decided while it is traced, so the order is set around tracing.
 
     Which one a plain call picks differs between versions of torch.
