@@ -20,12 +20,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.kernels._aten import as_rows, keys_before, torch_attention
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.registry import KernelRequest, choose
-from tsa_compile.kernels.sdpa import PRIORITY, SDPA
+from tsa_compile.kernels.sdpa import SDPA, fastest_first
 
 ROWS = 256
 """Query rows of a block, where a block has a mask of its own."""
@@ -106,7 +105,7 @@ def shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | Non
     group = query.shape[1] // key.shape[1]
     if allowed is not None:
         allowed = allowed.repeat(1, 1, group, 1)
-    with sdpa_kernel(list(PRIORITY), set_priority=True):
+    with fastest_first():
         rows = query.unflatten(1, (-1, group)).flatten(2, 3)
         out = F.scaled_dot_product_attention(rows, key, value, attn_mask=allowed, scale=scale)
     return out.unflatten(2, (group, query.shape[2])).flatten(1, 2)

@@ -204,9 +204,7 @@ def _sparse(output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: 
             rows = min(kernel.round_rows(kept), seq_len)
             count = None if rows == kept else torch.full(query.shape[:1], kept, dtype=torch.int32, device=query.device)
         return _attend(output, query, key, value, _best(query, key, count, options, rows), count, padding, kernel, options)
-    limit = options.limit(seq_len)
-    scores, count = _scored(query, key, padding, options)
-    count = count.clamp_(max=limit) if limit < seq_len else count
+    scores, count, limit = _scored(query, key, padding, options)
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     kernel = _kernel(query, key, value, options, device_count=capturing)
     if capturing or kernel.device_count:
@@ -233,24 +231,17 @@ def _sparse_behind(
     if kept is not None:
         count, indices = None, _best(query, key, None, options, kept)
     else:
-        limit = options.limit(seq_len)
-        scores, count = _scored(query, key, padding, options)
-        count = count.clamp_(max=limit) if limit < seq_len else count
+        scores, count, limit = _scored(query, key, padding, options)
         capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
         on_host = None if capturing else _Fetched(count)
         indices = _selected(scores, count, limit)  # while the count travels
         most = limit if on_host is None else max(on_host.get())
         indices = indices[:, :, : max(most, 1)]
-    past = seq_len - query.shape[2]
     for tensors in _streamed(output, query, key, value, indices, STREAM_BYTES):
-        target, query_part, key_part, value_part, chosen = tensors
+        _, query_part, key_part, value_part, chosen = tensors
         asked, keys, values, first = _compressed_behind(query_part, key_part, value_part, chosen, count)
         out, lse = _attended_behind(asked, keys, values, count, first, options.scale)
-        if options.floor_window is None:
-            _decompressed(out, chosen, count, seq_len, target, past)
-            continue
-        near = (options.scale, options.floor_window, options.floor_sinks)
-        _merged(query_part, key_part, value_part, out, lse, chosen, count, padding, *near, target)
+        _place(tensors, out, lse, count, padding, options)
 
 
 def _scores(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> Tensor:
@@ -266,12 +257,15 @@ def _best(query: Tensor, key: Tensor, count: Tensor | None, options: Options, ro
     return select_triton(_scores(query, key, None, options), count, rows)
 
 
-def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """Scores and count."""
+def _scored(query: Tensor, key: Tensor, padding: Tensor | None, options: Options) -> tuple[Tensor, Tensor, int]:
+    """Scores, count, and what no count is above."""
     if options.group is None:
-        return _scored_here(query, key, padding, options)
-    scores = _scored_alone(query, key, padding, options)
-    return scores, _counted(_of_all_heads(scores, options), options)
+        scores, count = _scored_here(query, key, padding, options)
+    else:
+        scores = _scored_alone(query, key, padding, options)
+        count = _counted(_of_all_heads(scores, options), options)
+    limit = options.limit(key.shape[2])
+    return scores, count.clamp_(max=limit) if limit < key.shape[2] else count, limit
 
 
 def _count_of(scores: Tensor, options: Options) -> Tensor:
@@ -318,16 +312,25 @@ def _attend(
     padding: Tensor | None, kernel: AttentionKernel, options: Options,
 ) -> None:  # fmt: skip
     """Compresses, attends and decompresses, some groups of heads at a time."""
-    seq_len = query.shape[2]
     for tensors in _streamed(output, query, key, value, indices, kernel.stream_bytes or STREAM_BYTES):
-        target, query_part, key_part, value_part, chosen = tensors
+        _, query_part, key_part, value_part, chosen = tensors
         kept = _compressed(query_part, key_part, value_part, chosen, count)
         if options.floor_window is None:
-            _decompressed(kernel.causal(*kept, options.scale, count), chosen, count, seq_len, target)
-            continue
-        out, lse = kernel.causal_lse(*kept, options.scale, count)
+            _place(tensors, kernel.causal(*kept, options.scale, count), None, count, padding, options)
+        else:
+            _place(tensors, *kernel.causal_lse(*kept, options.scale, count), count, padding, options)
+
+
+def _place(
+    tensors: list[Tensor], out: Tensor, lse: Tensor | None, count: Tensor | None, padding: Tensor | None, options: Options
+) -> None:
+    """Writes the compressed rows to their places: alone, or with a floor merged with what every row sees."""
+    target, query, key, value, chosen = tensors
+    if lse is None or options.floor_window is None:
+        _decompressed(out, chosen, count, key.shape[2], target, key.shape[2] - query.shape[2])
+    else:
         near = (options.scale, options.floor_window, options.floor_sinks)
-        _merged(query_part, key_part, value_part, out, lse, chosen, count, padding, *near, target)
+        _merged(query, key, value, out, lse, chosen, count, padding, *near, target)
 
 
 def _streamed(

@@ -8,6 +8,9 @@ torch is asked which of them fits a request, because this differs between versio
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +36,14 @@ _CUDNN_ROWS = 128
 """Below, SDPA is asked which kernel takes the rows: cuDNN takes no single one."""
 
 
+def fastest_first(backends: Sequence[SDPBackend] = PRIORITY) -> AbstractContextManager[Any]:
+    """Inside, a call of SDPA runs, or is traced, as the first of these kernels that takes its tensors."""
+    return sdpa_kernel(list(backends), set_priority=True)
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, backends: tuple[SDPBackend, ...]) -> Tensor:
     """Causal SDPA by the first of `backends` that takes these very tensors."""
-    with sdpa_kernel(list(backends), set_priority=True):
+    with fastest_first(backends):
         return torch_attention(query, key, value, scale)
 
 

@@ -26,11 +26,9 @@ def fake(node: Any) -> Any:
     return node.meta.get("val") if value is None else value
 
 
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An operator's argument, whether it was written by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
+def argument(node: Node, position: int, name: str) -> Any:
+    """An operator's argument, whether it was written by position or by name; None where it was left out."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

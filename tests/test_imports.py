@@ -118,6 +118,25 @@ def test_imports_run_one_way(path):
     assert list(faults(source, module_name(path), is_package=path.name == "__init__.py")) == []
 
 
+def test_private_names_stay_in_their_files():
+    for path in FILES:
+        module = module_name(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tsa_compile"):
+                private = [name.name for name in node.names if name.name.startswith("_")]
+                modules = [name for name in private if any(module_name(other) == f"{node.module}.{name}" for other in FILES)]
+                assert private == modules, f"{module}: line {node.lineno}"
+
+
+def test_passes_know_of_kernels_only_what_they_are_asked_and_told():
+    allowed = {"forms", "interface", "kept", "launch", "options", "registry"}  # of launch, whether there is Triton
+    for path in (ROOT / "passes").glob("*.py"):
+        for node, name in imports(ast.parse(path.read_text(encoding="utf-8")), "tsa_compile.passes"):
+            if name.startswith("tsa_compile.kernels."):
+                assert name.split(".")[2] in allowed, f"{path.name}: line {node.lineno}"
+                assert name.split(".")[2] != "launch" or name.endswith(".HAS_TRITON"), f"{path.name}: line {node.lineno}"
+
+
 def test_no_module_has_a_public_name():
     """Python binds an imported module in its package, in the place of a function that is called the same."""
     assert [name for name in tsa_compile.__all__ if exists(f"tsa_compile.{name}")] == []

@@ -19,12 +19,11 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule
-from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.handover import keep_out_of_packages, take_over
-from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.kernels.sdpa import fastest_first
 from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
@@ -63,7 +62,7 @@ def tsa_backend(
     # A callable is somebody's own pass, which wants to see the steps, unless it says that it does not (skip_passes).
     report = run_passes(graph_module, config, WHOLE if isinstance(config.compiler, str) else PASSES)
     try:
-        with _dense_kernels():
+        with dense_kernels():
             compiled, notes = _compile(graph_module, example_inputs, config, compiler, report)
     except (TorchDynamoException, TSAError):
         raise  # Dynamo's own control flow (a restart of the analysis among it), or an error that is already clear
@@ -137,11 +136,9 @@ def _mode_options(mode: str) -> dict[str, Any]:
     return modes[mode]
 
 
-def _dense_kernels() -> AbstractContextManager[Any]:
+def dense_kernels() -> AbstractContextManager[Any]:
     """Which kernel a dense SDPA call becomes is decided while it is traced, so the order is set around tracing.
 
     Which one a plain call picks differs between versions of torch.
     """
-    if not torch.cuda.is_available():
-        return nullcontext()
-    return sdpa_kernel(list(PRIORITY), set_priority=True)
+    return fastest_first() if torch.cuda.is_available() else nullcontext()

@@ -6,8 +6,7 @@ A value that is not allowed raises `ConfigError`, which names the option, the va
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,15 +18,15 @@ def rejected(option: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"{option}={value!r} is not allowed: {option} must be {allowed}")
 
 
-def _number(option: str, value: object, allowed: str) -> float:
-    """`value` as a finite float; a bool is not a number."""
+def checked_number(option: str, value: object, allowed: str, within: Callable[[float], bool]) -> float:
+    """`value` as a float; ConfigError unless it is a number within limits. A bool is none, and a NaN is within none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise rejected(option, value, allowed)
     try:
         number = float(value)
     except OverflowError:
         raise rejected(option, value, allowed) from None
-    if not math.isfinite(number):
+    if not within(number):
         raise rejected(option, value, allowed)
     return number
 
@@ -51,9 +50,7 @@ class Coverage:
 
     def __post_init__(self) -> None:
         allowed = "a number in [0, 1) (0 keeps every token)"
-        tau = _number("Coverage.tau", self.tau, allowed)
-        if not 0.0 <= tau < 1.0:
-            raise rejected("Coverage.tau", self.tau, allowed)
+        tau = checked_number("Coverage.tau", self.tau, allowed, lambda tau: 0.0 <= tau < 1.0)
         object.__setattr__(self, "tau", tau)
 
 
@@ -67,10 +64,7 @@ class KeepRatio:
     ratio: float
 
     def __post_init__(self) -> None:
-        allowed = "a number in [0, 1]"
-        ratio = _number("KeepRatio.ratio", self.ratio, allowed)
-        if not 0.0 <= ratio <= 1.0:
-            raise rejected("KeepRatio.ratio", self.ratio, allowed)
+        ratio = checked_number("KeepRatio.ratio", self.ratio, "a number in [0, 1]", lambda ratio: 0.0 <= ratio <= 1.0)
         object.__setattr__(self, "ratio", ratio)
 
     @property

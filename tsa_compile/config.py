@@ -22,6 +22,7 @@ from tsa_compile.budgets import (
     budget_dict,
     ceil_fraction,
     check_int,
+    checked_number,
     read_budget,
     read_floor,
     rejected,
@@ -42,6 +43,7 @@ __all__ = [
     "budget_dict",
     "ceil_fraction",
     "check_int",
+    "checked_number",
     "is_named",
     "upper_half",
 ]

@@ -31,7 +31,7 @@ from tsa_compile.passes.plan import PlanCalls, is_cached_prefill, is_decode_step
 from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.validate import Validate
 from tsa_compile.passes.verify import Verify
-from tsa_compile.reasons import Decision, Reason
+from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them. These import all others.
@@ -159,8 +159,6 @@ def _shape(value: object) -> tuple[int | str, ...]:
     return tuple(extent if isinstance(extent, int) else str(extent) for extent in getattr(value, "shape", ()))
 
 
-# A call that was asked to be sparse and whose meaning could not be established; the other reasons are established facts.
-_NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CAUSAL)
 # What a model has beside sparse layers, or what was warned of already.
 _BESIDE_SPARSE = (
@@ -181,7 +179,7 @@ def _announce_misses(state: GraphState) -> None:
     plans, config = state.plans, state.config
     if config.layers == ():
         return
-    missed = [plan for plan in plans if plan.selected and plan.reason in _NOT_UNDERSTOOD]
+    missed = [plan for plan in plans if plan.selected and plan.reason in NOT_UNDERSTOOD]
     if config.strict and missed:
         said = "; ".join(f"{plan.call.layer}: {plan.reason} ({plan.detail})" for plan in missed)
         raise RewriteError(f"not sparse although asked for, because not understood: {said} (strict=True)")

@@ -56,6 +56,9 @@ class Reason(StrEnum):
         return " ".join(filter(None, (found, self.remedy)))
 
 
+NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILED)
+"""The meaning of the call could not be established; the other reasons are established facts."""
+
 EXPLANATIONS: dict[Reason, str] = {
     Reason.SPARSE: "The call was rewritten to token sparse attention.",
     Reason.LAYER_NOT_SELECTED: "The layer is not among those that were selected to be sparse.",

@@ -295,7 +295,7 @@ def _groups(tensor: Tensor, stride: int, groups: int, dims: int):
     return TensorDescriptor(tensor, [rows, group], [group, 1], [groups, dims])
 
 
-def _strided_logits(
+def strided_logits(
     query: Tensor, key: Tensor, scale: float, count: Tensor | None, stride: int, block: int
 ) -> tuple[Tensor, Tensor]:
     """`x`, [B, H, n, n] with n = Q * block / stride, -inf where a row doesn't see; the rows behind the count, [B, 1, n]."""

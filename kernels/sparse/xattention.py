@@ -30,7 +30,7 @@ import math
 from torch import Tensor
 
 from tsa_compile.kernels.launch import by_device, launch, tl, triton
-from tsa_compile.kernels.sparse.antidiagonals import Tiling, _strided_logits, sums_triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling, strided_logits, sums_triton
 from tsa_compile.kernels.sparse.blocks import BLOCK
 from tsa_compile.kernels.sparse.lists import Lists, empty_lists, forced, lists_of, real_blocks, write_list
 from tsa_compile.kernels.tiles import count_of
@@ -173,7 +173,7 @@ def xattention_aten(
     """The same in ATen ops alone, on any device: x is in memory."""
     blocks = -(-query.shape[2] // block)
     real = real_blocks(count, query.shape[2], block, query.device)
-    x, behind = _strided_logits(query, key, scale, count, stride, block)
+    x, behind = strided_logits(query, key, scale, count, stride, block)
     weights = x.softmax(dim=3).masked_fill(behind[..., None], 0)
     sums = weights.unflatten(3, (blocks, -1)).sum(dim=4).unflatten(2, (blocks, -1)).sum(dim=3)
     candidates, always = forced(blocks, real, sinks=1, window=1)

@@ -25,7 +25,7 @@ from tsa_compile.calibration.drift import PROBE, DriftMeter, find_layers
 from tsa_compile.calibration.fingerprint import Fingerprint, unwrapped
 from tsa_compile.calibration.loss_search import LossCalibration, calibrate_loss
 from tsa_compile.calibration.token_ids import batches, items, read_prompts
-from tsa_compile.config import Coverage, TSAConfig, check_int
+from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.files import new_figure, read_json, save_figure
 from tsa_compile.progress import Progress, bar
@@ -220,11 +220,8 @@ def _step(show: Progress, taken: int, prompts: int, total: int | None, share: fl
 
 
 def _share(delta: object) -> float:
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 < delta <= 1:
-        raise ConfigError(
-            f"delta={delta!r} is not allowed: delta must be a number in (0, 1], the share of layers to be sparse"
-        )
-    return float(delta)
+    allowed = "a number in (0, 1], the share of layers to be sparse"
+    return checked_number("delta", delta, allowed, lambda share: 0 < share <= 1)
 
 
 @dataclass(frozen=True)

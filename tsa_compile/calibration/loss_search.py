@@ -25,7 +25,7 @@ from tsa_compile.calibration.drift import PROBE, find_layers
 from tsa_compile.calibration.fingerprint import Fingerprint, unwrapped
 from tsa_compile.calibration.loss import Choice, LossMeter, read_samples
 from tsa_compile.calibration.token_ids import items
-from tsa_compile.config import KeepRatio, LayerBudgets, TSAConfig, check_int
+from tsa_compile.config import KeepRatio, LayerBudgets, TSAConfig, check_int, checked_number
 from tsa_compile.costs.breakeven import kept_share
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.cached import check_model
@@ -146,7 +146,8 @@ def calibrate_loss(
             "Leave it out, and name it behind: found.config(dense_kernel=...)"
         )
     levels = _levels(ratios)
-    allowed = _max_kl(max_kl)
+    said = "a number >= 0: how far the answers' probabilities may be from dense, as max_kl=0.01 nats"
+    allowed = checked_number("max_kl", max_kl, said, lambda kl: 0 <= kl < math.inf)
     check_int("answer", answer, 1)
     model = unwrapped(model)
     device = device_of(model)
@@ -282,14 +283,6 @@ def _levels(ratios: Sequence[float]) -> list[float]:
     if not found or found[0] == 1:
         raise ConfigError(f"ratios={ratios!r} is not allowed: it must be a list of keep ratios in [0, 1)")
     return found
-
-
-def _max_kl(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < math.inf):
-        raise ConfigError(
-            f"max_kl={value!r} is not allowed: say how far the answers' probabilities may be from dense, as max_kl=0.01 nats"
-        )
-    return float(value)
 
 
 def _candidates(base: TSAConfig, count: int) -> list[int]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tsa_compile.config import Coverage, TSAConfig, check_int, is_named, upper_half
+from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number, is_named, upper_half
 from tsa_compile.costs.breakeven import expected_kept, minimum
 from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, dense_work, rest_work, sparse_path
 from tsa_compile.costs.devices import DeviceCosts, costs_of
@@ -211,8 +211,8 @@ def predict(
         raise ConfigError(f"config is {type(config).__name__}: pass a TSAConfig, or None for the defaults")
     check_int("length", length, 1)
     check_int("batch", batch, 1)
-    if kept is not None and (isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1):
-        raise ConfigError(f"kept={kept!r} is not allowed: kept must be a share of the tokens in (0, 1], or None")
+    if kept is not None:
+        kept = checked_number("kept", kept, "a share of the tokens in (0, 1], or None", lambda share: 0 < share <= 1)
     costs, notes = costs_of(device)
     return _predict(config, anatomy(model_config, dtype), length, costs, notes, batch, kept)
 
@@ -238,7 +238,7 @@ def _predict(
     layers = []
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
         reason = _reason(sizes, index in selected, length, minima[index])
-        sparse_kept = expected_kept(configs[index], length) if kept is None else float(kept)
+        sparse_kept = expected_kept(configs[index], length) if kept is None else kept
         dense = dense_work(shape, costs) if sizes.attends else NOTHING
         sparse = sparse_path(shape, costs) if sizes.kind == FULL else NOTHING
         rest = rest_work(RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, itemsize), costs)

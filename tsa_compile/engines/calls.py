@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.attention import sdpa_kernel
 
 from tsa_compile.errors import ConfigError
-from tsa_compile.kernels.sdpa import PRIORITY
+from tsa_compile.kernels.sdpa import fastest_first
 from tsa_compile.passes import plan
 from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.reasons import Reason
@@ -163,7 +162,7 @@ def as_written(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.others.get("output_attentions") or not all(name in known for name in changed):
         return _eager(call)
     causal = call.kind is MaskKind.CAUSAL and not call.is_behind
-    with sdpa_kernel(list(PRIORITY), set_priority=True) if causal and call.query.is_cuda else nullcontext():
+    with fastest_first() if causal and call.query.is_cuda else nullcontext():
         return sdpa_attention_forward(
             call.module, call.query, call.key, call.value, call.full_mask(),
             dropout=call.dropout, scaling=call.scale, is_causal=causal, **call.others,

@@ -35,13 +35,12 @@ from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.passes.plan import decide
 from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
-from tsa_compile.reasons import Decision, Reason
+from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
 assert pipeline.OPS
 tsa = torch.ops.tsa
 
-_NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM)
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_CAUSAL)
 
 _rows: weakref.WeakKeyDictionary[Module, tuple[CallRow, TSAConfig]] = weakref.WeakKeyDictionary()
@@ -169,7 +168,7 @@ class Implementation:
         _rows[call.module] = (row, self.config)
         asked = self.config.layers != () and (seat.unselected is None or seat.unselected is Reason.LAYER_COUNT_UNKNOWN)
         missed = asked and reason is not Reason.SPARSE and reason not in _ORDINARY
-        if self.config.strict and asked and reason in _NOT_UNDERSTOOD:
+        if self.config.strict and asked and reason in NOT_UNDERSTOOD:
             raise RewriteError(
                 f"not sparse although asked for, because not understood: {place.names[0]}: {reason} ({detail}) (strict=True)"
             )

@@ -63,11 +63,11 @@ def numbers(draw: Random, count: int) -> list[str]:
     return [str(number) for number in draw.sample(range(1_000_000, 10_000_000), count)]
 
 
-def letters(draw: Random, count: int, length: int = 5) -> list[str]:
-    """Different words of capital letters."""
+def letters(draw: Random, count: int) -> list[str]:
+    """Different words of five capital letters."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found["".join(draw.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(length))] = None
+        found["".join(draw.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(5))] = None
     return list(found)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from tsa_compile.backend import _dense_kernels
+from tsa_compile.backend import dense_kernels
 from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.export._toolchain import require_compiler, toolchain
 from tsa_compile.export.program import bounds
@@ -67,7 +67,7 @@ def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> st
     options = {**inductor_options, "aot_inductor.metadata": metadata}
     with (
         torch.no_grad(),
-        _dense_kernels(),
+        dense_kernels(),
         simplified_minima(),
         without_stacks(),
         toolchain(device_of(program)) as libraries,

@@ -7,7 +7,7 @@ import torch
 
 from tsa_compile.kernels import reference_sparse
 from tsa_compile.kernels.launch import tl, triton
-from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _strided_logits, _tiling, sums_triton
+from tsa_compile.kernels.sparse.antidiagonals import Tiling, _place, _tiling, strided_logits, sums_triton
 from tsa_compile.kernels.sparse.lists import density
 from tsa_compile.kernels.sparse.xattention import xattention_aten, xattention_lists, xattention_triton
 
@@ -64,7 +64,7 @@ def test_few_dims_and_large_logits(triton_device):
 
 def assert_same_energies(query, key, count, stride, block, **options):
     """What a row sees of each block, as a logarithm; above the diagonal or behind the count may be anything."""
-    x, _ = _strided_logits(query, key, 0.3, count, stride, block)
+    x, _ = strided_logits(query, key, 0.3, count, stride, block)
     expected = x.unflatten(3, (-1, block // stride)).logsumexp(dim=4) * math.log2(math.e)
     sums, peaks, span = sums_triton(query, key, 0.3, count, stride=stride, block=block, **options)
     found = sums.log2() + peaks.repeat_interleave(span, 3)[..., : sums.shape[3]]
