@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 USAGE = {
     "no model": ([], "no model given"),
-    "two models": ([".", *TINY], "both a folder and --shape"),
+    "two models": (["other", *TINY], "both a folder ('other') and --shape given"),
     "no folder": (["nowhere"], "there is no folder 'nowhere'"),
     "a folder misspelt": (["my-lama"], "there is no folder 'my-lama' (did you mean 'my-llama'?)"),
     "a file": ([__file__], "is a file"),
@@ -71,6 +71,7 @@ OTHERS = {
     "an unknown command": (["explian"], "explian"),
     "calibrate without prompts": (["calibrate", "FOLDER"], "pass --prompts FILE"),
     "calibrate with both": (["calibrate", *TINY, "--prompts", "x", "--random", "2"], "choose one"),
+    "a count of random prompts": (["calibrate", *TINY, "--count", "3"], "--count goes with --prompts or --tasks"),
     "prompts that are not there": (["calibrate", *TINY, "--prompts", "x.jsonl"], "'x.jsonl' cannot be read"),
     "text without a tokenizer": (["calibrate", *TINY, "--prompts", "TEXT"], "the shape 'tiny' has no tokenizer"),
     "an empty file": (["calibrate", *TINY, "--prompts", "EMPTY"], "'empty.txt' is empty: pass a text file"),
@@ -87,6 +88,7 @@ OTHERS = {
     "a model on a Hub that is out of reach": (["explain", "nobody/nothing"], "no such model could be had from the Hugging"),
     "delta beyond": (["calibrate", *TINY, "--delta", "2"], "--delta 2.0 is not allowed"),
     "an objective that is not": (["calibrate", *TINY, "--objective", "time"], "--objective time is not known"),
+    "an objective without a name": (["calibrate", *TINY, "--objective", ""], "--objective '' is not known"),
     "loss without a limit": (["calibrate", *TINY, "--objective", "loss"], "needs --max-kl"),
     "loss below zero": (["calibrate", *TINY, "--objective", "loss", "--max-kl", "-1"], "--max-kl"),
     "a limit of drift": (["calibrate", *TINY, "--max-kl", "1", "--answer", "8"], "--max-kl, --answer goes with --objective"),
@@ -99,6 +101,10 @@ OTHERS = {
     "tasks of a shape": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--tasks", "needle"],
         "'tiny' has no tokenizer",
+    ),
+    "ratios without a number": (
+        ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--ratios", ""],
+        "--ratios '' is not understood",
     ),
     "ratios that are none": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--ratios", "half"],
