@@ -12,6 +12,8 @@ from fractions import Fraction
 
 from tsa_compile.errors import ConfigError
 
+MOST_TOKENS = 2**31 - 1  # tokens: up to where budgets are exact, and far beyond any memory
+
 
 def rejected(option: str, value: object, allowed: str) -> ConfigError:
     """The error about an option's value."""
@@ -31,12 +33,15 @@ def checked_number(option: str, value: object, allowed: str, within: Callable[[f
     return number
 
 
-def check_int(option: str, value: object, minimum: int, *, optional: bool = False) -> None:
-    """Raises ConfigError unless `value` is an integer of at least `minimum`; a bool is none."""
+def check_int(option: str, value: object, minimum: int, *, most: int | None = None, optional: bool = False) -> None:
+    """Raises ConfigError unless `value` is an integer of at least `minimum` and at most `most`; a bool is none."""
     if optional and value is None:
         return
+    allowed = f"an integer >= {minimum}" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise rejected(option, value, f"an integer >= {minimum}" + (" or None" if optional else ""))
+        raise rejected(option, value, allowed)
+    if most is not None and value > most:
+        raise rejected(option, value, f"{allowed}, at most {most:,}")
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ class Floor:
     sinks: int = 16
 
     def __post_init__(self) -> None:
-        check_int("floor.window", self.window, 1)
-        check_int("floor.sinks", self.sinks, 0)
+        check_int("floor.window", self.window, 1, most=MOST_TOKENS)
+        check_int("floor.sinks", self.sinks, 0, most=MOST_TOKENS)
 
 
 Budget = Coverage | KeepRatio

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsa_compile.budgets import (
+    MOST_TOKENS,
     Budget,
     Coverage,
     Floor,
@@ -137,12 +138,12 @@ class TSAConfig:
         object.__setattr__(self, "budget", read_budget(self.budget))
         object.__setattr__(self, "floor", read_floor(self.floor))
         object.__setattr__(self, "layers", _layers(self.layers))
-        check_int("window", self.window, 1)
-        check_int("min_tokens", self.min_tokens, 0)
-        check_int("capacity", self.capacity, 1, optional=True)
+        check_int("window", self.window, 1, most=MOST_TOKENS)
+        check_int("min_tokens", self.min_tokens, 0, most=MOST_TOKENS)
+        check_int("capacity", self.capacity, 1, most=MOST_TOKENS, optional=True)
         if self.capacity is not None and self.capacity < self.window:
             raise rejected("capacity", self.capacity, f"at least window={self.window}, which is always kept, or None")
-        check_int("min_length", self.min_length, 1, optional=True)
+        check_int("min_length", self.min_length, 1, most=MOST_TOKENS, optional=True)
         if self.score not in ("max", "mean"):
             raise rejected("score", self.score, 'one of "max", "mean"')
         if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,6 +92,8 @@ def calibrate(
         )
     if random is not None and (file is not None or tasks is not None):
         raise ConfigError(f"both {'--tasks' if file is None else '--prompts'} and --random given: choose one")
+    if count is not None and file is None and tasks is None:
+        raise ConfigError(f"--count goes with --prompts or --tasks; so many random prompts are --random {count}")
     if file is not None:
         prompts.read_text(file)  # what is wrong with it is found before anything heavy is imported
     if file is None and random is None and tasks is None and model.folder is not None:
@@ -123,7 +126,7 @@ def _search(objective: str, delta: float | None, out: FigureOptions, **given: An
             raise ConfigError(f"--delta {delta} is not allowed: it must lie in (0, 1], the share of layers to be sparse")
         return {"delta": delta}
     if objective != "loss":
-        raise ConfigError(f"--objective {objective} is not known: it is drift or loss")
+        raise ConfigError(f"--objective {shlex.quote(objective)} is not known: it is drift or loss")
     if delta is not None or out.figure is not None:
         raise ConfigError(f"{'--delta' if delta is not None else '--figure'} goes with --objective drift")
     if given["max_kl"] is None:
@@ -140,7 +143,8 @@ def _ratios(text: str) -> list[float]:
     try:
         found = [float(part) for part in texts.names(text)]
     except ValueError:
-        raise ConfigError(f"--ratios {text} is not understood: write keep ratios with commas between them") from None
+        shown = shlex.quote(text)
+        raise ConfigError(f"--ratios {shown} is not understood: write keep ratios with commas between them") from None
     return [KeepRatio(ratio).ratio for ratio in found]
 
 

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -44,11 +46,24 @@ class Commands(TyperGroup):
                 raise
             context = getattr(error, "ctx", None)
             see = f" (see {context.command_path} --help)" if context is not None else ""
-            output.say("error", _line(error.format_message()).rstrip(".") + see)
+            output.say("error", _with_value(_line(error.format_message()).rstrip("."), given) + see)
             code = USAGE
         if not options.get("standalone_mode", True):
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_value(message: str, given: list[str]) -> str:
+    """A usage error with what was found for the option that it names; typer tells of some values the type alone."""
+    named = re.match(r"Invalid value for '(--[-a-z]+)': ", message)
+    if named is None:
+        return message
+    option = named[1]
+    for item, following in itertools.pairwise([*given, ""]):
+        if item == option or item.startswith(f"{option}="):
+            value = following if item == option else item.partition("=")[2]
+            return f"{named[0]}found {_shortened(value, 60)!r}; {message[named.end() :]}"
+    return message
 
 
 def guarded(call: Callable[[], None], debug: bool) -> None:

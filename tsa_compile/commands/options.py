@@ -103,7 +103,7 @@ class ModelOptions:
     def check(self) -> None:
         """Raises ConfigError for what can be seen to be wrong before PyTorch is imported."""
         if (self.folder is None) == (self.shape is None):
-            found = "both a folder and --shape" if self.folder is not None else "no model"
+            found = f"both a folder ({str(self.folder)!r}) and --shape" if self.folder is not None else "no model"
             raise ConfigError(f"{found} given: pass a transformers model folder, or --shape tiny (or another shape)")
         if self.folder is not None and self.layers is not None:
             raise ConfigError(f"--layers {self.layers} goes with --shape alone: the model in a folder has its own layers")

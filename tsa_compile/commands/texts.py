@@ -13,10 +13,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsa_compile.budgets import MOST_TOKENS
 from tsa_compile.config import MOST_LAYERS, Budget, Coverage, Floor, HeldLayers, KeepRatio, LayerBudgets
 from tsa_compile.errors import ConfigError
 from tsa_compile.files import read_json
@@ -24,8 +26,6 @@ from tsa_compile.files import read_json
 if TYPE_CHECKING:
     from tsa_compile.calibration.base import Calibrated
 
-
-LONGEST = 2**31 - 1  # up to where budgets are exact, and far beyond any memory
 _MOST_DIGITS = 18
 
 
@@ -33,8 +33,8 @@ def length(text: str) -> int:
     """A number of tokens; K stands for 1024."""
     found = re.fullmatch(r"([0-9]+)([kK]?)", str(text).strip())
     tokens = (_number(found[1]) * (1024 if found[2] else 1)) if found else 0
-    if not 1 <= tokens <= LONGEST:
-        raise ConfigError(f"{text!r} is not a length: write a number of tokens up to {LONGEST:,}, as 8192 or 8K")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ConfigError(f"{text!r} is not a length: write a number of tokens up to {MOST_TOKENS:,}, as 8192 or 8K")
     return tokens
 
 
@@ -154,6 +154,8 @@ def layers(text: str) -> HeldLayers | Calibrated | None:
     parts = names(text)
     if all(re.fullmatch(r"[0-9]+(-[0-9]+)?", part) for part in parts):
         return tuple(dict.fromkeys(index for part in parts for index in _run(part)))
+    if run := next((found for part in parts if (found := re.fullmatch(r"(\d+)\.\.(\d+)", part, re.ASCII))), None):
+        raise ConfigError(f"{run[0]!r} is no run of layers: write {run[1]}-{run[2]}")
     if any(re.fullmatch(r"[-\d]*", part) for part in parts):
         raise ConfigError(
             f"{text!r} is no list of layers: write indices as 15-30,31, a pattern or a calibration's JSON file"
@@ -166,7 +168,7 @@ def check_layers(text: str) -> None:
     text = text.strip()
     if text.endswith(".json"):
         read_json(text, "pass a calibration, as `tsa-compile calibrate --out` writes")
-    elif re.fullmatch(r"[-,\s\d]*", text):
+    elif re.fullmatch(r"[-.,\s\d]*", text) and not os.path.exists(text):
         layers(text)
 
 
@@ -195,7 +197,7 @@ DTYPES = {
 def dtype(text: str) -> str:
     """The name of a dtype, also of its short forms, or "auto"."""
     if text != "auto" and text not in DTYPES:
-        raise ConfigError(f"--dtype {text} is not known: it must be auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype {shlex.quote(text)} is not known: it must be auto, {', '.join(DTYPES)}")
     return DTYPES.get(text, text)
 
 
@@ -203,7 +205,7 @@ def check_device(text: str, gpus: tuple[str, ...] = ()) -> None:
     """Raises ConfigError for what names no device, and none of these GPUs."""
     if text.lower() not in gpus and not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", text):
         also = f"; explain takes {', '.join(gpus)} as well" if gpus else ""
-        raise ConfigError(f"--device {text} is not known: it must be auto, cpu, cuda or cuda:N{also}")
+        raise ConfigError(f"--device {shlex.quote(text)} is not known: it must be auto, cpu, cuda or cuda:N{also}")
 
 
 def check_tasks(names: Iterable[str], known: tuple[str, ...]) -> None:
