@@ -140,6 +140,65 @@ def test_an_error_leaves_the_cache_as_it_was():
         assert_same(cache, other)
 
 
+def add_hooks(model, change):
+    """In front of each attention module, `change` is given its arguments, the cache's layer among them."""
+
+    def hook(module, args, kwargs):
+        (cache,) = [value for value in (*args, *kwargs.values()) if isinstance(value, DynamicCache)]
+        return args, change(kwargs, cache.layers[module.layer_idx]) or kwargs
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def louder_at_first(kwargs, layer):
+    """As in models that read the first chunk in another way than later ones, and ask the cache which one it is."""
+    if not layer.is_initialized:
+        return {**kwargs, "hidden_states": kwargs["hidden_states"] * 2}
+
+
+def weighted(kwargs, layer):
+    """What is cached is read, as it is by layers that share it, and changed."""
+    if layer.get_seq_length():
+        layer.keys = layer.keys * torch.arange(layer.keys.shape[2])[:, None]
+
+
+def replaced(kwargs, layer):
+    """What is cached is not read, but written."""
+    if layer.get_seq_length():
+        layer.keys = torch.ones(2, 2, layer.get_seq_length(), 32)
+
+
+@pytest.mark.parametrize("change", slow_but([louder_at_first, weighted, replaced], louder_at_first))
+def test_who_asks_a_layer_what_it_holds_is_told(change):
+    model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
+    for each in (model, plain):
+        add_hooks(each, change)
+    caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    found, wanted = (fill(each, cache, tokens(2, 80)) for each, cache in zip((model, plain), caches, strict=True))
+    assert difference(found, wanted) < ATOL
+    assert len(reports()) == 2, "whether a layer is empty is a case of its own"
+
+
+def test_a_layer_that_is_asked_is_a_plain_one():
+    """Whatever it is asked, as long as its rows stand for keys and values."""
+    for length in (0, 5):
+        cache, plain = DynamicCache(config=tiny("llama", **TWO).config), DynamicLayer()
+        held = torch.randn(2, 3, length, 4), torch.randn(2, 3, length, 6)
+        for at in range(len(cache.layers)) if length else ():
+            cache.update(*held, at)
+        if length:
+            plain.update(*held)
+        with carried(cache, tiny("llama"), torch.device("cpu")):
+            for at, name in enumerate(("keys", "is_initialized")):
+                layer = cache.layers[at]
+                assert layer.rows is not None and layer.get_seq_length() == length
+                found, wanted = getattr(layer, name), getattr(plain, name)
+                assert torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found is wanted
+                assert layer.rows is None and layer.get_seq_length() == length and not hasattr(layer, "another")
+        assert [layer.is_initialized for layer in cache.layers] == [length > 0] * 2
+
+
 def test_generate_with_chunks_and_with_assistance():
     """What `generate` makes of a cache besides: it crops it, and looks for what comes next in the prompt."""
     settings = dict(max_new_tokens=8, do_sample=False)

@@ -1,13 +1,17 @@
 """A DynamicCache as one graph reads it, whether it is empty or holds a prompt's earlier chunks.
 
     before   layer.keys, layer.values    None, or [B, G, past, D] and [B, G, past, Dv]
-    inside   layer.keys, layer.values    [n] and [m, 2]: the same numbers; two of each, which nothing reads, where past is 0
+    inside   layer.rows                  [n] and [m, 2]: the same numbers; a few, which nothing reads, where past is 0
              layer.marker                [past + 2, 0]: no numbers, and the one that says how long the cache is
     behind   layer.keys, layer.values    [B, G, past + Lq, D] and [B, G, past + Lq, Dv], as without it
 
 Dynamo compiles anew for a size that is 0 or 1. So the length is carried as a size that is at least 2, minus 2, and what
 is cached as tensors whose own length says nothing. An empty cache then is no other case, and the op `tsa::extend_cache`
 puts the two together (kernels/extend.py). Nothing is copied that torch.cat would not copy, and no memory is kept in reserve.
+
+A model, or a hook of one of its modules, may ask a layer for its keys, or whether it has any, as prefix language models do,
+which read a first chunk in both directions. The layer then becomes the DynamicLayer that it stands for, and whether that is
+empty is a case of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from tsa_compile.kernels.registry import AUTO, get
 _MORE = 2
 """What is added to the length: the least size that Dynamo takes for one of many."""
 
+_Shape = tuple[int, int, int]
+
 
 @functools.cache
 def _layer_class() -> type:
@@ -36,39 +42,58 @@ def _layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class ChunkLayer(DynamicLayer):
-        """A DynamicLayer until its first update in a call; a plain one from then on."""
+        """A DynamicLayer of which `rows` stand for keys and values until it is updated, asked for something or changed."""
 
-        def __init__(self, keys: Tensor, values: Tensor, marker: Tensor) -> None:
-            super().__init__()
-            self.keys, self.values, self.marker = keys, values, marker
-            self.dtype, self.device = keys.dtype, keys.device
-            self.is_initialized = True
+        rows: tuple[Tensor, Tensor] | None = None
+
+        def __init__(self, rows: tuple[Tensor, Tensor], shapes: tuple[_Shape, ...], marker: Tensor) -> None:
+            """Without what a layer holds: `__getattr__` answers for it."""
+            self.shapes, self.marker = shapes, marker
+            self.rows = rows
+
+        def __getattr__(self, name: str) -> Any:
+            """What `rows` stand for, and all else that a DynamicLayer may have."""
+            if name.startswith("__") or self.rows is None:
+                raise AttributeError(name)
+            self._unpack()
+            return getattr(self, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.rows is not None and name != "rows":
+                self._unpack()
+            super().__setattr__(name, value)
 
         def get_seq_length(self) -> int:
-            return self.marker.shape[0] - _MORE if self.keys.dim() == 1 else self.keys.shape[2]
+            if self.rows is not None:
+                return self.marker.shape[0] - _MORE
+            return self.keys.shape[2] if self.is_initialized else 0
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            past = self.get_seq_length()
-            if self.keys.dim() == 1 and _alike(self.keys, key_states) and _alike(self.values, value_states):
-                packed = (self.keys, self.values, past)
-                self.keys, self.values = extend.OP(*packed, key_states, value_states)
+            if self.rows is not None and _alike(self.rows[0], key_states) and _alike(self.rows[1], value_states):
+                self._hold(*extend.OP(*self.rows, self.get_seq_length(), key_states, value_states))
                 return self.keys, self.values
-            if self.keys.dim() == 1 and past == 0:  # a guess of the dtype or device that was wrong: compiled for itself
-                self.is_initialized = False
-            elif self.keys.dim() == 1:
-                self.keys, self.values = _unpacked(self.keys, past, key_states), _unpacked(self.values, past, value_states)
+            if self.rows is not None:  # a guess of the dtype or device that was wrong: compiled for itself
+                self._unpack()
             return super().update(key_states, value_states, *args, **kwargs)
+
+        def _unpack(self) -> None:
+            past, rows, shapes = self.get_seq_length(), self.rows or (), self.shapes
+            self.rows = None
+            super().__init__()
+            if past:
+                held = (each.view(batch, heads, past, size) for each, (batch, heads, size) in zip(rows, shapes, strict=True))
+                self._hold(*held)
+
+        def _hold(self, keys: Tensor, values: Tensor) -> None:
+            self.rows, self.is_initialized = None, True
+            self.keys, self.values = keys, values
+            self.dtype, self.device = keys.dtype, keys.device
 
     return ChunkLayer
 
 
 def _alike(cached: Tensor, new: Tensor) -> bool:
     return cached.dtype == new.dtype and cached.device == new.device
-
-
-def _unpacked(cached: Tensor, past: int, like: Tensor) -> Tensor:
-    """What is cached as [B, G, past, D] again."""
-    return cached.reshape(like.shape[0], like.shape[1], past, like.shape[3])
 
 
 def serves(config: TSAConfig) -> bool:
@@ -97,9 +122,9 @@ def _is_plain(cache: Any) -> bool:
 
 
 def _is_dense(layer: Any) -> bool:
-    """Whether a layer holds nothing, or keys and values that can be read as rows of numbers."""
+    """Whether a layer never held anything, or holds keys and values that can be read as rows of numbers."""
     if layer.get_seq_length() == 0:
-        return True
+        return not layer.is_initialized
     held = (layer.keys, layer.values)
     return all(type(each) is Tensor and each.dim() == 4 and not each.requires_grad for each in held) and (
         layer.values.numel() % 2 == 0 and layer.keys.numel() > 1
@@ -120,11 +145,12 @@ def carried(cache: Any, model: Module, device: torch.device) -> Iterator[None]:
     own, past = cache.layers, cache.get_seq_length()
     marker = torch.empty(past + _MORE, 0, device=device)
     torch._dynamo.maybe_mark_dynamic(marker, [0])
+    held: list[tuple[tuple[Tensor, Tensor], tuple[_Shape, ...]]]
     if past:
-        held = [_packed(layer) for layer in own]
+        held = [(_packed(layer), (_shape(layer.keys), _shape(layer.values))) for layer in own]
     else:
-        held = [_nothing(_dtype(model), device) for _ in range(len(own) or _count_layers(model))]
-    cache.layers = [_layer_class()(*pair, marker) for pair in held]
+        held = [(_nothing(_dtype(model), device), ()) for _ in range(len(own) or _count_layers(model))]
+    cache.layers = [_layer_class()(*each, marker) for each in held]
     try:
         yield
         filled = cache.layers
@@ -140,6 +166,11 @@ def _packed(layer: Any) -> tuple[Tensor, Tensor]:
     """
     layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
     return _marked(layer.keys.view(-1).data, layer.values.view(-1, 2).data)
+
+
+def _shape(held: Tensor) -> _Shape:
+    """Of keys or values [B, G, L, D], what is no length: B, G and D."""
+    return held.shape[0], held.shape[1], held.shape[3]
 
 
 def _nothing(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -171,7 +202,7 @@ def _hand_over(filled: list[Any], own: list[Any]) -> None:
     """Gives a cache's own layers what a call filled theirs with; adds those that the call has added."""
     from transformers.cache_utils import DynamicLayer
 
-    used = [at for at, layer in enumerate(filled) if layer.is_initialized and layer.keys.dim() == 4]
+    used = [at for at, layer in enumerate(filled) if not _is_packed(layer) and layer.is_initialized]
     for at, layer in enumerate(filled[: max(used, default=-1) + 1]):
         if at == len(own):
             own.append(DynamicLayer())
@@ -179,6 +210,11 @@ def _hand_over(filled: list[Any], own: list[Any]) -> None:
             if not own[at].is_initialized:
                 _initialize(own[at], layer.keys, layer.values)
             own[at].keys, own[at].values = layer.keys, layer.values
+
+
+def _is_packed(layer: Any) -> bool:
+    """Whether nobody has asked for what a layer holds, and nobody has changed it."""
+    return getattr(layer, "rows", None) is not None
 
 
 def _initialize(layer: Any, keys: Tensor, values: Tensor) -> None:

@@ -62,7 +62,8 @@ class Prefill:
                 tokens = _tokens(args, kwargs)
                 kwargs = {**kwargs, **_mask_of_ones(self.model, args, kwargs, tokens, cache.get_seq_length())}
                 stack.enter_context(carried(cache, self.model, tokens.device))
-            return self._compiled(*map(_prepared, args), **{name: _prepared(value) for name, value in kwargs.items()})
+            given = {name: value if value is cache else _prepared(value) for name, value in kwargs.items()}
+            return self._compiled(*(value if value is cache else _prepared(value) for value in args), **given)
 
     def remove(self) -> None:
         """Makes the model what it was. Does nothing if it is that already, or if a later `prefill` took over."""
@@ -95,8 +96,9 @@ def prefill(
         dynamic, fullgraph: as for `torch.compile`. With `dynamic=True` one graph serves all chunks of prompts of any length,
             in transformers' DynamicCache (chunk_cache.py). Two graphs, one for the first chunk and one for all others, are
             taken where a cache is of a subclass, offloaded, or has layers that are no plain DynamicLayers, as those of
-            sliding windows; where `config` names a kernel that takes whole prompts alone, as `dense_kernel`; where the first
-            chunk is shorter than what pays on a GPU; and where gradients are on.
+            sliding windows; where the model asks whether its cache is empty, to read the first chunk in another way; where
+            `config` names a kernel that takes whole prompts alone, as `dense_kernel`; where the first chunk is shorter than
+            what pays on a GPU; and where gradients are on.
 
     Returns:
         A handle. `handle.remove()` undoes it, and so does leaving `with prefill(model):`. A second `prefill` of the same
@@ -134,7 +136,7 @@ def _check(model: Any) -> None:
 
 
 def _prepared(value: Any) -> Any:
-    """An argument so that one graph serves all chunks, or all but the first where `carried` does not take the cache."""
+    """An argument so that one graph serves all chunks. Of a cache, which `carried` does not take: all but the first."""
     for layer in getattr(value, "layers", ()):  # of a transformers cache
         for name in _CACHED:
             cached = getattr(layer, name, None)

@@ -75,6 +75,9 @@ class Call:
             return Reason.UNSUPPORTED_FORM, ", ".join(_ARGUMENTS.get(name, f"the argument {name!r}") for name in changed)
         if self.others.get("output_attentions"):
             return Reason.UNSUPPORTED_FORM, "its weights are asked for"
+        types = self._types()
+        if len(set(types)) > 1:
+            return Reason.DTYPE, "query, key and value are {}, {}, {}, and computed with in {}".format(*types)
         obstacle = plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
         if obstacle is not None:
             return obstacle
@@ -84,6 +87,11 @@ class Call:
         reason = plan.MASK_REASONS.get(self.kind)
         opaque = reason is Reason.MASK_OPAQUE
         return None if reason is None else (reason, "it was not asked for as causal, a window or chunks" if opaque else "")
+
+    def _types(self) -> tuple[torch.dtype, ...]:
+        """Of query, key and value, and the one that SDPA computes in: autocast casts for it, but not for our ops."""
+        kind, types = self.query.device.type, (self.query.dtype, self.key.dtype, self.value.dtype)
+        return (*types, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else types[0])
 
     @property
     def is_chunk(self) -> bool:
