@@ -70,7 +70,7 @@ def _mass_kernel(p_scores, p_mass, p_sums, p_state, heads, seq_len, tiles, BLOCK
     for head in range(heads):
         total += tl.load(p_scores + tl.cast(head, tl.int64) * seq_len, mask=candidate, other=0.0)
     # Nonnegative and never -0, so that its bits order like its value.
-    mass = tl.where(total <= 0, 0.0, total / heads)
+    mass = tl.where(total <= 0, 0.0, total / heads)  # [BLOCK]
     tl.store(p_mass + b * seq_len + positions, tl.where(candidate, mass, -1.0), mask=inside)
     tl.store(p_sums + b * tiles + tile, tl.sum(tl.where(candidate, mass, 0.0).to(tl.float64), axis=0))
     tl.atomic_add(p_state + b * _STATE, tl.sum(candidate.to(tl.int64), axis=0), sem="relaxed")
@@ -107,7 +107,7 @@ def _descend(p_state, target, STEP: tl.constexpr):
     equal = tl.zeros([], tl.int64)
     for step in tl.static_range(STEP):
         p_histogram = p_state + 2 + step * 2 * _BINS
-        mass = tl.load(p_histogram + bins)
+        mass = tl.load(p_histogram + bins)  # [_BINS]
         count = tl.load(p_histogram + _BINS + bins)
         # With a coverage next to 1, rounding may leave no crossing: then the last bin, which is always empty.
         digit = tl.minimum(tl.sum((tl.cumsum(mass, axis=0) < target).to(tl.int32), axis=0), _BINS - 1)
@@ -126,7 +126,7 @@ def _histogram_kernel(p_mass, p_sums, p_state, target, seq_len, tiles, STEP: tl.
     p_state += b * _STATE
     prefix, _, _, _ = _descend(p_state, target, STEP)
     mass = tl.load(p_mass + b * seq_len + positions, mask=positions < seq_len, other=-1.0)
-    keys = mass.to(tl.uint32, bitcast=True)
+    keys = mass.to(tl.uint32, bitcast=True)  # [BLOCK]
     member = mass >= 0
     if STEP > 0:
         member = member & (keys >> _shift(STEP - 1) == prefix >> _shift(STEP - 1))

@@ -33,7 +33,7 @@ def _merge_kernel(
     line = (item.to(tl.int64) * tl.num_programs(1) + head) * rows
     b_lse = tl.load(p_first_lse + line + at, mask=b_real, other=0.0)
     b_other_lse = tl.load(p_other_lse + line + at, mask=b_real, other=0.0)
-    b_share = 1.0 / (1.0 + tl.exp(b_lse - b_other_lse))
+    b_share = 1.0 / (1.0 + tl.exp(b_lse - b_other_lse))  # [BLOCK]
     b_more = tl.abs(b_lse - b_other_lse)
     tl.store(p_lse + line + at, tl.maximum(b_lse, b_other_lse) + tl.log(1.0 + tl.exp(-b_more)), mask=b_real)
     p_out = at_head(p_out, stride_ob, stride_oh, item, head, ALIGN)
@@ -41,7 +41,7 @@ def _merge_kernel(
     p_other = at_head(p_other, stride_nb, stride_nh, item, head, ALIGN)
     b_out = gather_rows(p_first, at.to(tl.int64) * stride_fl * ALIGN, b_real, 0, DIM, BLOCK_D).to(tl.float32)
     b_other = gather_rows(p_other, at.to(tl.int64) * stride_nl * ALIGN, b_real, 0, DIM, BLOCK_D).to(tl.float32)
-    b_out += b_share[:, None] * (b_other - b_out)
+    b_out += b_share[:, None] * (b_other - b_out)  # [BLOCK, BLOCK_D]
     dims = tl.arange(0, BLOCK_D)
     pointers = p_out + (at.to(tl.int64) * stride_ol * ALIGN)[:, None] + dims[None, :]
     tl.store(pointers, b_out.to(p_out.dtype.element_ty), mask=b_real[:, None] & (dims < DIM)[None, :])

@@ -131,13 +131,13 @@ def _descend(p_state, kept, STEP: tl.constexpr, SPLITS: tl.constexpr):
     splits, bins = tl.arange(0, SPLITS), tl.arange(0, _BINS)
     p_state += (STEP - 1) % 2 * (SPLITS + 1) * _BINS
     p_found = p_state + SPLITS * _BINS
-    above = tl.load(p_found + splits)
+    above = tl.load(p_found + splits)  # [SPLITS]
     digits = tl.load(p_found + _BINS - 1).to(tl.uint32, bitcast=True)
     there = splits < tl.num_programs(1)
     histograms = tl.load(p_state + splits[:, None] * _BINS + bins[None, :], mask=there[:, None], other=0)
 
     missing = tl.maximum(kept, 1) - tl.sum(above, axis=0)
-    total = tl.sum(histograms, axis=0)
+    total = tl.sum(histograms, axis=0)  # [_BINS], of [SPLITS, _BINS]
     higher = tl.cumsum(total, axis=0, reverse=True) - total  # tokens whose digit is larger
     digit = tl.sum((higher >= missing).to(tl.int32), axis=0)
     above += tl.sum(tl.where(bins[None, :] > digit, histograms, 0), axis=1)
@@ -162,7 +162,7 @@ def _histogram_kernel(
     histogram = tl.zeros([_BINS], tl.int32)
     stop = tl.minimum((split + 1) * span, seq_len)
     for start in range(split * span, stop, BLOCK):
-        keys = _load_keys(p_scores + row * seq_len, start + tl.arange(0, BLOCK), stop)
+        keys = _load_keys(p_scores + row * seq_len, start + tl.arange(0, BLOCK), stop)  # [BLOCK]
         member = keys != 0
         if STEP > 0:
             member = member & (keys >> (32 - 8 * STEP) == digits)

@@ -24,7 +24,7 @@ def _window_rows_kernel(p_padding, p_rank, p_rows, seq_len, past, window, BLOCK:
     positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = positions < seq_len
     valid = tl.load(p_padding + b * seq_len + positions, mask=inside, other=0) != 0
-    rank = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0)
+    rank = tl.load(p_rank + b * seq_len + positions, mask=inside, other=0)  # [BLOCK]
     candidates, _ = candidates_of(p_rank, b, seq_len, past, window, True)
     slots = rank - 1 - candidates
     tl.store(p_rows + b * window + slots, positions, mask=inside & valid & (slots >= 0))
@@ -45,7 +45,7 @@ def candidates_of(p_rank, b, seq_len, past, window, HAS_PADDING: tl.constexpr):
 
 @triton.jit
 def columns_of(p_padding, p_rank, b, positions, seq_len, HAS_PADDING: tl.constexpr):
-    """Whether positions are valid, and how many valid ones come before each."""
+    """Whether positions [BLOCK] are valid, and how many valid ones come before each."""
     valid = positions < seq_len
     columns = positions
     if HAS_PADDING:
@@ -60,7 +60,7 @@ def load_window(
     p_query, p_rows, b, slots, candidates, live, past, window, stride_ql,
     HAS_PADDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Query rows of the window's slots, and their positions."""
+    """Query rows [BLOCK_M, BLOCK_D] of the window's slots [BLOCK_M], and their positions [BLOCK_M]."""
     if HAS_PADDING:
         positions = tl.load(p_rows + b * window + slots, mask=live, other=0)
     else:

@@ -87,10 +87,10 @@ def _store_sums(
             b_x = tl.where(columns[None, :] <= rows[:, None], b_x, float("-inf"))
     else:
         b_x = tl.where((columns[None, :] <= rows[:, None]) & (columns * STRIDE < count)[None, :], b_x, float("-inf"))
-    b_peaks = tl.max(b_x, axis=1) * scale_log2
+    b_peaks = tl.max(b_x, axis=1) * scale_log2  # [ROWS]
     b_shift = tl.where(b_peaks == float("-inf"), 0.0, b_peaks)
-    b_x = tl.exp2(b_x * scale_log2 - b_shift[:, None])
-    b_sums = tl.sum(tl.reshape(b_x, [ROWS, COLUMNS // PER_BLOCK, PER_BLOCK]), axis=2)
+    b_x = tl.exp2(b_x * scale_log2 - b_shift[:, None])  # [ROWS, COLUMNS]
+    b_sums = tl.sum(tl.reshape(b_x, [ROWS, COLUMNS // PER_BLOCK, PER_BLOCK]), axis=2)  # [ROWS, COLUMNS // PER_BLOCK]
     p_sums += (rows.to(tl.int64) * blocks)[:, None] + keys[None, :]
     p_peaks += rows.to(tl.int64) * tiles + start_n // COLUMNS
     if WHOLE:
@@ -161,6 +161,7 @@ def _whole_kernel(
             step, start_d = part // (DIM // DIMS), part % (DIM // DIMS) * DIMS
             b_query = desc_query.load([corner_query, column_query + (STRIDE - 1 - step) * stride_ql * ALIGN + start_d])
             b_key = desc_key.load([corner_key, column_key + step * stride_kl * ALIGN + start_d])
+            # [ROWS, DIMS] by [DIMS, COLUMNS]
             b_x = tl.dot(b_query, tl.trans(b_key), b_x, input_precision="ieee")
         first_row = (item.to(tl.int64) * heads + head) * (BLOCK // STRIDE) * blocks
         _store_sums(

@@ -57,7 +57,7 @@ def _found(p_state, step, share, used, SPLITS: tl.constexpr):
         p_state += (step - 1) % 2 * (SPLITS + 1) * _DIGITS
         splits, places = tl.arange(0, SPLITS), tl.arange(0, _DIGITS)
         p_held = p_state + splits[:, None] * _DIGITS + places[None, :]
-        b_held = tl.sum(tl.load(p_held, mask=(splits < used)[:, None], other=0.0), axis=0)
+        b_held = tl.sum(tl.load(p_held, mask=(splits < used)[:, None], other=0.0), axis=0)  # [_DIGITS]
         digits = tl.load(p_state + SPLITS * _DIGITS).to(tl.int32, bitcast=True)
         wanted = tl.load(p_state + SPLITS * _DIGITS + 1)
         if step == 1:
@@ -83,7 +83,7 @@ def fewest(p_sums, bits, wanted, count, CHUNK: tl.constexpr):
     for start in range(0, count, CHUNK):
         positions = start + tl.arange(0, CHUNK)
         b_sums = tl.load(p_sums + positions, mask=positions < count, other=0.0)
-        b_bits = b_sums.to(tl.int32, bitcast=True)
+        b_bits = b_sums.to(tl.int32, bitcast=True)  # [CHUNK]
         b_above += (b_bits > bits).to(tl.int32)
         b_equal += ((b_bits == bits) & (positions < count)).to(tl.int32)
         b_held += tl.where(b_bits > bits, b_sums, 0.0)

@@ -49,7 +49,7 @@ def write_list(p_scores, p_list, p_num, own, threshold, sinks, window, CHUNK: tl
     for start in range(0, own + 1, CHUNK):
         blocks = start + tl.arange(0, CHUNK)
         inside = blocks <= own
-        b_scores = tl.load(p_scores + blocks, mask=inside, other=float("-inf"))
+        b_scores = tl.load(p_scores + blocks, mask=inside, other=float("-inf"))  # [CHUNK]
         kept = inside & ((b_scores >= threshold) | (blocks < sinks) | (blocks > own - window))
         found = append(p_list, found, blocks, kept)
     tl.store(p_num, found)

@@ -71,7 +71,7 @@ def _cover_kernel(p_chosen, p_wanted, p_count, p_starts, capacity, width, slots,
     while start < count:
         tl.store(p_starts + found, start)
         found += 1
-        b_next = tl.load(p_diagonals + passed + view, mask=passed + view < number, other=_NONE)
+        b_next = tl.load(p_diagonals + passed + view, mask=passed + view < number, other=_NONE)  # [2 * BLOCK]
         passed += tl.sum((b_next <= start).to(tl.int32), axis=0)
         start = tl.maximum(start + BLOCK, tl.min(tl.where(b_next <= start, _NONE, b_next), axis=0))
     for first in range(found, slots, 2 * BLOCK):

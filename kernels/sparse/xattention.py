@@ -67,12 +67,14 @@ def _block_sums(
         b_sums, b_peaks = _load_parts(p_sums, p_peaks, blocks, tiles, own, start, real_rows, PER_BLOCK, SPAN, CHUNK)
         b_new_max = tl.maximum(b_max, tl.max(b_peaks, axis=1))
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # a row behind the count
+        # [PER_BLOCK, SPAN], of [PER_BLOCK, CHUNK / SPAN, SPAN]
         b_weights = tl.sum(b_sums * tl.exp2(b_peaks - b_shift[:, None])[:, :, None], axis=1)
         b_total = b_total * tl.exp2(b_max - b_shift) + tl.sum(b_weights, axis=1)
         b_max = b_new_max
     b_norm = tl.where(b_max == float("-inf"), 0.0, b_max + tl.log2(b_total))
     for start in range(0, own + 1, CHUNK):
         b_sums, b_peaks = _load_parts(p_sums, p_peaks, blocks, tiles, own, start, real_rows, PER_BLOCK, SPAN, CHUNK)
+        # [CHUNK / SPAN, SPAN]
         b_shares = tl.sum(b_sums * tl.exp2(b_peaks - b_norm[:, None])[:, :, None], axis=0)
         keys = (start + tl.arange(0, CHUNK // SPAN) * SPAN)[:, None] + tl.arange(0, SPAN)[None, :]
         tl.store(p_sums + keys, b_shares, mask=keys <= own)
@@ -80,7 +82,7 @@ def _block_sums(
 
 @triton.jit
 def _load_sums(p_sums, own, start, CHUNK: tl.constexpr):
-    """S of the blocks between the first and the diagonal, 0 in the place of any other."""
+    """S of the blocks between the first and the diagonal, 0 in the place of any other: [CHUNK]."""
     keys = start + tl.arange(0, CHUNK)
     return tl.load(p_sums + keys, mask=(keys > 0) & (keys < own), other=0.0)
 
