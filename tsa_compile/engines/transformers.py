@@ -172,7 +172,9 @@ class Implementation:
             raise RewriteError(
                 f"not sparse although asked for, because not understood: {place.names[0]}: {reason} ({detail}) (strict=True)"
             )
-        seat.stack.note(place, reason, detail, missed and (reason is not Reason.NOT_SELF_ATTENTION or call.is_chunk))
+        if reason is Reason.NOT_SELF_ATTENTION:  # of a prompt's part it is said, not of a decode step's few rows
+            missed = missed and call.is_chunk and query[2] >= FEW_QUERIES
+        seat.stack.note(place, reason, detail, missed)
 
     def _group(self, call: Call, config: TSAConfig) -> str | None:
         """The process group that has the other heads of a layer, if `Coverage` must ask it for its scores.
