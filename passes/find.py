@@ -190,15 +190,21 @@ def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem |
     return None
 
 
+def types_problem(query: Any, key: Any, value: Any, computed: torch.dtype) -> Problem | None:
+    """Why a call of these types is not read: mixed ones, or autocast chooses another to compute in."""
+    if not (query.dtype == key.dtype == value.dtype):
+        return Reason.DTYPE, f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}"
+    return None if query.dtype == computed else (Reason.DTYPE, f"query is {query.dtype}, the output {computed}")
+
+
 def _kind_problem(output: Node, query: Any, key: Any, value: Any) -> Problem | None:
     q, k, v = tensors = [fake(node) for node in (query, key, value)]
     plain = (torch.Tensor, FakeTensor)
     if not all(type(tensor) in plain for tensor in tensors):  # a DTensor, say, has no rule for the ops
         return Reason.UNSUPPORTED_FORM, f"query, key and value are {', '.join(type(t).__name__ for t in tensors)}"
-    if not (q.dtype == k.dtype == v.dtype):
-        return Reason.DTYPE, f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}"
-    if fake(output).dtype != q.dtype:  # autocast chooses another dtype inside the call
-        return Reason.DTYPE, f"query is {q.dtype}, the output {fake(output).dtype}"
+    problem = types_problem(q, k, v, fake(output).dtype)
+    if problem is not None:
+        return problem
     if not (q.device == k.device == v.device):
         return Reason.DEVICE, f"query, key and value are on {q.device}, {k.device}, {v.device}"
     return None

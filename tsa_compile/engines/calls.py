@@ -20,6 +20,7 @@ from torch.nn import Module
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.sdpa import fastest_first
 from tsa_compile.passes import plan
+from tsa_compile.passes.find import types_problem
 from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.reasons import Reason
 
@@ -75,10 +76,8 @@ class Call:
             return Reason.UNSUPPORTED_FORM, ", ".join(_ARGUMENTS.get(name, f"the argument {name!r}") for name in changed)
         if self.others.get("output_attentions"):
             return Reason.UNSUPPORTED_FORM, "its weights are asked for"
-        types = self._types()
-        if len(set(types)) > 1:
-            return Reason.DTYPE, "query, key and value are {}, {}, {}, and computed with in {}".format(*types)
-        obstacle = plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
+        obstacle = types_problem(self.query, self.key, self.value, self._computed_in())
+        obstacle = obstacle or plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
         if obstacle is not None:
             return obstacle
         if self.query.shape[2] != self.key.shape[2] and not self.is_behind:
@@ -88,10 +87,10 @@ class Call:
         opaque = reason is Reason.MASK_OPAQUE
         return None if reason is None else (reason, "it was not asked for as causal, a window or chunks" if opaque else "")
 
-    def _types(self) -> tuple[torch.dtype, ...]:
-        """Of query, key and value, and the one that SDPA computes in: autocast casts for it, but not for our ops."""
-        kind, types = self.query.device.type, (self.query.dtype, self.key.dtype, self.value.dtype)
-        return (*types, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else types[0])
+    def _computed_in(self) -> torch.dtype:
+        """The type that SDPA computes in: autocast casts for it, but not for our ops."""
+        kind = self.query.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.query.dtype
 
     @property
     def is_chunk(self) -> bool:
