@@ -161,10 +161,9 @@ def test_option_table_names_every_option_and_its_default():
         ("export", "export"),
         ("sparse", "sparse"),
         ("accuracy", "pretrained"),
-        ("chunks", "prefill-h100_chunks"),
-        ("first-exact", "firstcall-exact_chunks"),
-        ("first-sparse", "firstcall-sparse_chunks"),
-        ("regional", "firstcall-regional_chunks"),
+        ("accuracy-qwen", "pretrained_qwen"),
+        ("chunks", "prefill-h200_chunks"),
+        ("regional", "prefill-h100-regional_chunks"),
         ("compile-time", "compile-time"),
         ("vllm", "vllm"),
         ("tensor-parallel", "tensor-parallel"),
@@ -176,7 +175,7 @@ def test_tables_are_those_of_the_last_runs(name, file):
     assert all(line in results for line in table(name))
 
 
-# The README's rows: where the times stand in prefill-h100.md, and where the points stand in pretrained.md.
+# The README's rows: where the times stand in prefill-h100.md, and where the points of both models stand in STUDIES.
 FRONT = {
     "eager PyTorch": ("eager", "reference"),
     "torch.compile": ("torch.compile", "as eager"),
@@ -196,6 +195,9 @@ FRONT = {
 }
 
 
+STUDIES = ("pretrained.md", "pretrained_qwen.md")
+
+
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split(" | ")]
 
@@ -208,6 +210,12 @@ def first_row(file, label):
     return dict(zip(heading, rows[position], strict=True))
 
 
+def marked(change):
+    """+1.0 for +1.0 (p 0.74), and +1.0* where McNemar's test rejects equality."""
+    points, _, probability = change.partition(" (p ")
+    return points + "*" * (probability != "" and float(probability.rstrip(")")) < 0.05)
+
+
 def test_the_readmes_table_joins_the_times_and_the_accuracy_of_the_last_runs():
     heading, _, *rows = map(cells, table("front"))
     assert heading == ["setting", "8K tokens", "32K", "128K", "needle", "needle_keys", "question_first", "KL"]
@@ -217,8 +225,8 @@ def test_the_readmes_table_joins_the_times_and_the_accuracy_of_the_last_runs():
         times = first_row("prefill-h100.md", timed)
         # What follows the bracket is the memory.
         expected = [re.sub(r"\), .*", ")", times[length]) for length in ("8K", "32K", "128K")]
-        points = {} if judged in ("reference", "as eager") else first_row("pretrained.md", judged)
-        expected += [points.get(task, judged) for task in heading[4:]]
+        points = [] if judged in ("reference", "as eager") else [first_row(study, judged) for study in STUDIES]
+        expected += [" / ".join(marked(study[task]) for study in points) or judged for task in heading[4:]]
         assert found == expected, label
 
 

