@@ -22,7 +22,7 @@ On CUDA this is attention's first half, computed twice, because W x L weights ar
                     (each key is loaded once) and reduces the weights over the rows                   -> raw [B,H,L]
     _pool           neighbours averaged, infinities placed                                            -> scores [B,H,L]
 
-Reads key twice; 4 W L D multiply-adds and W L exponentials per query head, of the mean 2 W L. At L = 128K, H = 32, G = 8,
+Reads key twice; 4 W L D FLOPs and W L exponentials per query head, of the mean 2 W L. At L = 128K, H = 32, G = 8,
 D = 128, W = 128 in bfloat16: 0.5 GB of keys, 48 MB of scores, 0.27 TFLOP. The order of every sum is fixed by the shapes
 and is the same for every batch item, so the result is reproducible and an item scores alone as it does in a batch. Only
 the device knows how many tokens are valid: with padding, the window's rows are found there.

@@ -95,6 +95,7 @@ def test_a_chunk_takes_no_memory_for_its_mask():
     assert torch.cuda.max_memory_allocated() - before < mask / 4, "a few copies of the rows"
 
 
+@pytest.mark.timing
 def test_chunks_cost_what_the_whole_prompt_does():
     """64K tokens in chunks of 8K, exact: at most a tenth more than one causal call."""
     length, size = 65536, 8192
@@ -112,6 +113,7 @@ def test_chunks_cost_what_the_whole_prompt_does():
     assert measured <= 1.1 * baseline, f"{measured:.2f} ms in chunks, {baseline:.2f} ms whole"
 
 
+@pytest.mark.timing
 def test_a_sparse_chunk_can_be_captured_and_costs_less_than_a_dense_one():
     query, key, value = chunk_of(8192, 65536)
     options = Options(0.1, 128, 7, None, 0.3, 1024, None, False, "auto", 256, 16)

@@ -135,6 +135,7 @@ def test_no_quadratic_memory_under_a_mask_of_ones(config):
     assert reports()[-1].unchanged == 0
 
 
+@pytest.mark.timing
 def test_a_mask_of_ones_costs_nothing():
     """Padded attention where nothing is padded, against causal attention by the fastest kernel: at most 5% more."""
     length = 16384
