@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
-from tsa_compile.kernels.cached import behind
+from tsa_compile.kernels.cached import behind, check_lengths
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
-from tsa_compile.kernels.padded import attend_ranges, masked_attention_aten
+from tsa_compile.kernels.padded import Range, attend_ranges, check_padding, masked_attention_aten
 
 # What a CUDA graph captured would be replayed with the first call's positions.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -53,6 +53,7 @@ def filled_attention(
     filled: Tensor, scale: float, mean_rows: bool,
 ) -> Tensor:  # fmt: skip
     """See the module's docstring."""
+    _check("filled_attention", query, key, value, padding, valid_ranges, positions)
     stop = keys_in_use(filled, query, key)
     if stop is None:
         return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, mean_rows)
@@ -65,6 +66,17 @@ def filled_attention(
 filled_attention.register_fake(attention_output)
 
 
+def _check(
+    op: str, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None,
+    positions: Tensor,
+) -> None:  # fmt: skip
+    check_lengths(op, query, key, value)
+    if padding is not None and valid_ranges is not None:
+        check_padding(op, key, padding, valid_ranges)
+    if len(positions) != query.shape[2]:
+        raise ValueError(f"tsa::{op}: {len(positions)} positions for {query.shape[2]} queries; expected one for each")
+
+
 def keys_in_use(filled: Tensor, query: Tensor, key: Tensor) -> int | None:
     """How many keys there are up to the last query's position; None where positions do not follow one by one in the keys."""
     first, consecutive = filled.tolist()
@@ -72,7 +84,7 @@ def keys_in_use(filled: Tensor, query: Tensor, key: Tensor) -> int | None:
     return stop if consecutive and first >= 0 and stop <= key.shape[2] else None
 
 
-def ranges_until(valid_ranges: Tensor, stop: int) -> list[tuple[int, int, int]]:
+def ranges_until(valid_ranges: Tensor, stop: int) -> list[Range]:
     """The valid ranges of keys of which those from `stop` on are cut off."""
     items = [(start, min(end, stop), contiguous) for start, end, contiguous in valid_ranges.tolist()]
     return [item if item[0] < item[1] else (0, 0, 1) for item in items]
@@ -95,6 +107,7 @@ def filled_sparse_attention(
     filled: Tensor, *options: Any,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
+    _check("filled_sparse_attention", query, key, value, padding, valid_ranges, positions)
     stop = keys_in_use(filled, query, key)
     if stop is None:
         scale = Options(*options).scale

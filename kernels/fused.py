@@ -26,7 +26,6 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from inspect import Signature, signature
 from typing import Any
@@ -38,13 +37,14 @@ from torch import Tensor
 from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.attend import attend, attend_lse, runs_of
 from tsa_compile.kernels.budget import budget_aten, budget_cuda
-from tsa_compile.kernels.cached import behind
+from tsa_compile.kernels.cached import behind, check_lengths
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import attention_output, decompress_aten, decompress_triton
 from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.options import Options
+from tsa_compile.kernels.padded import check_padding, runs_of_ranges
 from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -70,6 +70,7 @@ def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
+    check_lengths("sparse_attention", query, key, value)
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, None, Options(*options))
     with torch.cuda.device_of(query):
@@ -83,6 +84,8 @@ def padded_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, *options: Any
 ) -> Tensor:
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
+    check_lengths("padded_sparse_attention", query, key, value)
+    check_padding("padded_sparse_attention", key, padding, valid_ranges)
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, Options(*options))
     with torch.cuda.device_of(query):
@@ -106,13 +109,11 @@ def padded_sparse_triton(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, options: Options
 ) -> Tensor:
     """With padding: runs of items with equal valid ranges are computed together."""
-    items = [tuple(row) for row in valid_ranges.tolist()]
+    items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
     if all(item == (0, key.shape[2], 1) for item in items):
         return sparse_triton(query, key, value, options)
-    output, first = attention_output(query, key, value), 0
-    for (start, stop, contiguous), same in itertools.groupby(items):
-        group = slice(first, first + len(list(same)))
-        first = group.stop
+    output = attention_output(query, key, value)
+    for group, (start, stop, contiguous) in runs_of_ranges(items):
         parts = (output[group], query[group], key[group], value[group])
         if contiguous:
             _fill_range(*parts, start, stop, options)

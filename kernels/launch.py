@@ -67,6 +67,7 @@ Found = TypeVar("Found")
 
 _REMEMBERED = 4096
 """How many signatures of a function are kept: every length is one."""
+_UNSEEN: Any = object()
 _ALIGNMENT = 512
 """Bytes between temporaries, as the caching allocator has it: a kernel compiled for aligned addresses finds such."""
 
@@ -364,8 +365,8 @@ def remembered(function: Function) -> Function:
         if type(arguments[0]) is not Tensor or watching() is not None:
             return function(*arguments)
         signature = _signature(arguments)
-        if signature in programs:
-            program = programs[signature]
+        program = programs.get(signature, _UNSEEN)  # one look: another thread may clear them
+        if program is not _UNSEEN:
             return function(*arguments) if program is None else program.replay(arguments)
         notes = _Notes()
         with notes:

@@ -22,6 +22,7 @@ equally many heads only, a group's query heads become further rows of the same k
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ _WIDEST = 256
 """Of the heads that kernels of torch, onnxruntime and TensorRT take without holding all logits."""
 _LOW, _LOW_HALF, _LEAST_SCALE = 1e15, 6e4, 1e-3
 """The further column's number, that of float16, and the scale from which on their product with it is low enough."""
+
+Range = tuple[int, int, int]
+"""(start, stop, contiguous) of an item's valid tokens."""
 
 # Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
 _HOST = (torch.Tag.cudagraph_unsafe,)
@@ -70,22 +74,39 @@ def padded_attention(
 ) -> Tensor:
     """Dense attention under (kv <= q + Lk - Lq) & padding[b, kv]. See the module's docstring."""
     check_lengths("padded_attention", query, key, value)
+    check_padding("padded_attention", key, padding, valid_ranges)
     items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
     return attend_ranges(query, key, value, padding, items, scale, value if mean_rows else None)
 
 
+def check_padding(op: str, key: Tensor, padding: Tensor, valid_ranges: Tensor) -> None:
+    """ValueError unless every item of the batch has its row of padding and its valid range."""
+    batch, length = key.shape[0], key.shape[2]
+    if padding.shape != (batch, length) or valid_ranges.shape != (batch, 3):
+        raise ValueError(
+            f"tsa::{op}: padding {list(padding.shape)} and valid ranges {list(valid_ranges.shape)} for {batch} items of "
+            f"{length} keys; expected [{batch}, {length}] and [{batch}, 3]"
+        )
+
+
+def runs_of_ranges(items: list[Range]) -> Iterator[tuple[slice, Range]]:
+    """Neighbouring items with equal valid ranges, and the range."""
+    first = 0
+    for item, same in itertools.groupby(items):
+        group = slice(first, first + len(list(same)))
+        first = group.stop
+        yield group, item
+
+
 def attend_ranges(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, items: list[tuple[int, int, int]], scale: float,
-    mean_of: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, items: list[Range], scale: float, mean_of: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The same with the valid ranges on the host, one an item; rows that see nothing are the mean of `mean_of`, or 0."""
     if all(item == (0, key.shape[2], 1) for item in items):
         return as_rows(behind(query, key, value, scale))
     output = attention_output(query, key, value)
-    past, first = key.shape[2] - query.shape[2], 0
-    for (start, stop, contiguous), same in itertools.groupby(items):
-        group = slice(first, first + len(list(same)))
-        first = group.stop
+    past = key.shape[2] - query.shape[2]
+    for group, (start, stop, contiguous) in runs_of_ranges(items):
         parts = (query[group], key[group], value[group])
         nowhere = output[group, :, : max(start - past, 0)] if stop else output[group]
         _fill_masked_rows(nowhere, None if mean_of is None else mean_of[group])

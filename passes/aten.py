@@ -83,6 +83,10 @@ class AtenGraph:
         """Whether anything comes of a recorded value in the graph."""
         return any(unread(node, self.is_pure) is None for node, _ in self.holders.get(value, ()))
 
+    def version(self, node: Node, at: Node) -> int:
+        """How often the memory of a node's value is written to before `at` runs."""
+        return sum(write < self.order[at] for write in self.memory.writes.get(self.pieces.get(node, -1), ()))
+
     def writers(self, node: Node) -> list[Node]:
         """The graph's nodes that write to the memory of a node's value, itself or a view of it, in order."""
         writes = self.memory.writes.get(self.pieces.get(node, -1), ())

@@ -95,19 +95,25 @@ def _is_plain_index(index: sympy.Expr) -> bool:
 
 
 class PaddingBuilder:
-    """Emits the padding tensor of calls, once for all that share a predicate over the same values."""
+    """Emits what calls are told of their masks, once for all that share it.
+
+    What is emitted for one call stands in front of it, and serves a later one only if it is of the same values, read from
+    the same nodes. It may be a view of the model's memory, which these nodes hold until it is written to.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._padding: dict[Any, Node] = {}
-        self._first: dict[Any, Node] = {}
+        self._counted: dict[Any, Node] = {}
+        self._filled: dict[Any, tuple[Node, Node]] = {}
         self._alike: dict[Any, Node] = {}
 
     def padding(self, call: AttentionCall, info: MaskInfo) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a call; None if all are. Must be called in front of the call."""
         if info.padding is None:
             return None
-        key = (info.padding, tuple(sorted(info.leaves.items())), tuple(map(str, fake(call.key).shape)))
+        leaves = ((name, leaf, call.aten.source(leaf, call.node)) for name, leaf in sorted(info.leaves.items()))
+        key = (info.padding, tuple(leaves), tuple(map(str, fake(call.key).shape)))
         if key not in self._padding or is_erased(self._padding[key]):
             self._padding[key] = _Emitter(self.graph, call, info).emit()
         return self._padding[key]
@@ -126,20 +132,18 @@ class PaddingBuilder:
 
         Must be called in front of the call.
         """
-        if info.positions is None:
-            given: Node | None = self._counted_positions(call, info.offset)
-        else:
-            given = call.aten.source(info.leaves[info.positions], call.node)
+        leaf = None if info.positions is None else info.leaves[info.positions]
+        given = self._counted_positions(call, info.offset) if leaf is None else call.aten.source(leaf, call.node)
         if given is None:
             raise RewriteError(f"the graph holds {info.positions} no longer, which says what queries see")
-        filled = torch.ops.tsa.filled.default
-        for reader in given.users:
-            if reader.target is filled:
-                return given, reader
         if fake(given).dtype != torch.int64 or fake(given).device != fake(call.key).device:
             raise RewriteError(f"{info.positions} is {fake(given).dtype} on {fake(given).device}, not int64 beside the keys")
-        with self.graph.inserting_after(given):
-            return given, insert(self.graph, filled, given)
+        key = (leaf, given, str(fake(call.query).shape[2]))
+        if key not in self._filled or any(map(is_erased, self._filled[key])):
+            if not known(fake(given).shape[0] == fake(call.query).shape[2]):  # more positions than the mask reads
+                given = insert(self.graph, operator.getitem, given, slice(size(self.graph, call.query, 2)))
+            self._filled[key] = given, insert(self.graph, torch.ops.tsa.filled.default, given)
+        return self._filled[key]
 
     def alike(self, call: AttentionCall, lists: BlockLists, padding: Node | None, positions: Node | None) -> Node:
         """What the host is told of lists of blocks: whether they are those of the mask. Once for all calls with the same.
@@ -149,7 +153,8 @@ class PaddingBuilder:
         extents = [size(self.graph, call.query, 2), size(self.graph, call.key, 2)]
         arguments = (*lists.tensors, padding, positions, *extents, lists.rows, lists.columns)
         lengths = (str(fake(call.query).shape[2]), str(fake(call.key).shape[2]))
-        key = (lists, padding, positions, lengths)
+        read = (node for node in (*lists.tensors, positions) if node is not None)
+        key = (lists, padding, positions, lengths, tuple(call.aten.version(node, call.node) for node in read))
         if key not in self._alike or is_erased(self._alike[key]):
             self._alike[key] = insert(self.graph, torch.ops.tsa.listed.default, *arguments)
         return self._alike[key]
@@ -157,7 +162,7 @@ class PaddingBuilder:
     def _counted_positions(self, call: AttentionCall, offset: sympy.Expr) -> Node:
         """The numbers of a call's queries in a cache, one after the other from `offset` on; int64 [Lq]."""
         key = str(fake(call.query).shape[2]), str(offset)
-        if key not in self._first or is_erased(self._first[key]):
+        if key not in self._counted or is_erased(self._counted[key]):
             extent = size(self.graph, call.query, 2)
             positions = insert(self.graph, torch.arange, extent, device=fake(call.key).device)
             for term in sympy.Add.make_args(offset):
@@ -166,8 +171,8 @@ class PaddingBuilder:
                 if number != 0:
                     join = operator.sub if symbol.is_Symbol and factor < 0 else operator.add
                     positions = insert(self.graph, join, positions, number)
-            self._first[key] = positions
-        return self._first[key]
+            self._counted[key] = positions
+        return self._counted[key]
 
 
 class _Emitter:

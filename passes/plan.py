@@ -117,7 +117,7 @@ class PlanCalls(Pass):
             padded=plan.mask.padding is not None, behind=is_behind_cache(plan), filled=plan.mask.kind in FILLED_KINDS,
             settled=self._settled(plan, sparse_layers) if selected is None else None, costs=self.state.costs,
         )  # fmt: skip
-        if plan.decision is Decision.DENSE_PADDED and plan.mask.nan_rows:
+        if plan.decision in (Decision.DENSE, Decision.DENSE_PADDED) and plan.mask.nan_rows:
             plan.kernel = ""
             plan.keep(plan.reason, plan.detail or "it stays as it is: a row that may attend to no token is NaN in it")
         return None

@@ -236,7 +236,7 @@ class Case:
         length, past, info = query.shape[2], key.shape[2] - query.shape[2], self.plan.mask
         allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
         if positions is not None:
-            allowed = torch.arange(past + length) <= positions[:, None]
+            allowed = torch.arange(past + length) <= positions[:length, None]
         if padding is not None:
             allowed = allowed & padding[:, None, None, :]
         scores = (query @ key.mT * scale).masked_fill(~allowed, float("-inf"))

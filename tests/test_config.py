@@ -15,7 +15,7 @@ INVALID = {
     "budget": [None, 0.5, "coverage", {"coverage": 0.1, "keep_ratio": 0.5}, {"tau": 0.1}, {}],
     "window": [0, -1, 1.0, "128", True, None],
     "score": ["median", "MAX", None, 3, True],
-    "pool": [0, -1, 2, 8, 7.0, "7", True, None],
+    "pool": [0, -1, 2, 8, 7.0, "7", True, None, 2**40 + 1],
     "min_tokens": [-1, 1.5, "1024", True, None],
     "layers": [
         3, "model.layers.3", [1, "a"], [-1], [1.0], [True], [""], [None], [[1]], {1: 2}, {1: "a"}, {-1: 0.5}, {1: True},

@@ -218,3 +218,24 @@ def test_errors_say_what_to_do():
     model.config.is_encoder_decoder = False
     with tsa_compile.prefill(model), pytest.raises(ConfigError, match=r"0 by position, labels by name.*input_ids"):
         model(labels=None)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_mask_holds_for_all_items(dynamic):
+    """transformers reads a row of the mask for every item: it would raise an IndexError."""
+    model, mask = tiny("llama"), mixed_padding(60, (9,))
+    wanted = chunks(tiny("llama"), PROMPT, mask.expand(3, -1), 20)
+    tsa_compile.prefill(model, CONFIG.replace(layers=[]), dynamic=dynamic)
+    assert difference(chunks(model, PROMPT, mask, 20), wanted, mask.expand(3, -1)) < 1e-4
+
+
+def test_arguments_may_be_anything():
+    class Model(torch.nn.Module):
+        def forward(self, rows, settings):
+            return rows * settings.layers
+
+    class Settings:
+        layers = 3
+
+    with tsa_compile.prefill(model := Model(), CONFIG.replace(layers=[]), dynamic=True), torch.no_grad():
+        assert model(torch.ones(1, 20), settings=Settings()).sum() == 60

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import EXPLANATIONS, REMEDIES, Decision, Reason
 from tsa_compile.report import MAX_REPORTS, CallRow, RewriteReport, clear_reports, record, reports
 
@@ -128,6 +129,14 @@ class TestJson:
     def test_round_trip(self, report):
         assert RewriteReport.from_json(report.to_json()) == report
         assert RewriteReport.from_json(report.to_dict()) == report
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[", "[]", "{}", '{"rows": [{}]}', '{"rows": [], "config": null}', '{"rows": [], "expected": 3}', "[" * 10**5],
+    )
+    def test_what_is_no_report(self, text):
+        with pytest.raises(ConfigError, match=r"pass what RewriteReport\.to_json wrote"):
+            RewriteReport.from_json(text)
 
     def test_one_entry_per_call_and_plain_codes(self):
         values = json.loads(RewriteReport([sparse(i) for i in range(40)], config={"window": 3}).to_json())

@@ -146,7 +146,8 @@ class TSAConfig:
         check_int("min_length", self.min_length, 1, most=MOST_TOKENS, optional=True)
         if self.score not in ("max", "mean"):
             raise rejected("score", self.score, 'one of "max", "mean"')
-        if isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
+        check_int("pool", self.pool, 1, most=MOST_TOKENS)
+        if self.pool % 2 == 0:
             raise rejected("pool", self.pool, "an odd integer >= 1")
         if self.granularity not in GRANULARITIES:
             raise rejected("granularity", self.granularity, 'one of "head", "group"')

@@ -50,8 +50,10 @@ class Prefill:
         """The model's call; calls of fewer than 16 tokens are decode steps, and run as without `prefill`."""
         if torch.compiler.is_compiling():  # somebody else compiles or exports the model: with one compiler, theirs
             return self._plain(*args, **kwargs)
-        if _tokens(args, kwargs).shape[1] < FEW_QUERIES:
+        tokens = _tokens(args, kwargs)
+        if tokens.shape[1] < FEW_QUERIES:
             return self._plain(*args, **kwargs)
+        kwargs = {**kwargs, **_mask_of_each_item(kwargs, tokens)}
         if not self.dynamic:
             return self._compiled(*args, **kwargs)
         # Floats of modules, as the epsilon of a norm, are no lengths. As symbols they would be inputs of the graph, and
@@ -59,7 +61,6 @@ class Prefill:
         with dynamo_config.patch(specialize_float=True), ExitStack() as stack:
             cache = None if torch.is_grad_enabled() or not serves(self.config) else find(args, kwargs)
             if cache is not None:
-                tokens = _tokens(args, kwargs)
                 kwargs = {**kwargs, **_mask_of_ones(self.model, args, kwargs, tokens, cache.get_seq_length())}
                 stack.enter_context(carried(cache, self.model, tokens.device))
             given = {name: value if value is cache else _prepared(value) for name, value in kwargs.items()}
@@ -137,7 +138,8 @@ def _check(model: Any) -> None:
 
 def _prepared(value: Any) -> Any:
     """An argument so that one graph serves all chunks. Of a cache, which `carried` does not take: all but the first."""
-    for layer in getattr(value, "layers", ()):  # of a transformers cache
+    layers = getattr(value, "layers", None)
+    for layer in layers if isinstance(layers, list) else ():  # of a transformers cache
         for name in _CACHED:
             cached = getattr(layer, name, None)
             if isinstance(cached, Tensor) and cached.dim() == 4:
@@ -170,6 +172,14 @@ def _one_for_all_layers(cached: Tensor) -> Tensor:
     cached = cached.contiguous()
     torch._dynamo.mark_static(cached, [1, 3])
     return cached
+
+
+def _mask_of_each_item(kwargs: Mapping[str, Any], tokens: Tensor) -> dict[str, Tensor]:
+    """One mask [1, L] for several items as [B, L]: transformers reads a row of it for every item."""
+    mask = kwargs.get(_MASK)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == 1 < tokens.shape[0]:
+        return {_MASK: mask.expand(tokens.shape[0], -1)}
+    return {}
 
 
 def _mask_of_ones(

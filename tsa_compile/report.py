@@ -176,8 +176,10 @@ class RewriteReport:
         """Reads what `to_json` or `to_dict` wrote; ConfigError for anything else."""
         try:
             values = json.loads(text) if isinstance(text, str) else text
+            if not all(isinstance(values.get(name, {}), Mapping) for name in ("config", "expected")):
+                raise TypeError("its config is no mapping")
             return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"no report can be read ({error!r}): pass what RewriteReport.to_json wrote") from error
 
     def narrow(self, width: int) -> str:

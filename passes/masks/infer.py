@@ -84,7 +84,12 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
     elif call.is_causal is not False:
         return MaskInfo(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
     info = _classify(allowed, atoms, evaluator, hidden, level)
-    return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden)
+    return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden and _may_hide_all(info))
+
+
+def _may_hide_all(info: MaskInfo) -> bool:
+    """Whether a causal mask may hide every key from a row. Without padding, row 0 of `kv <= q + offset` sees key 0."""
+    return info.padding is not None or info.positions is not None or info.offset.is_nonnegative is not True
 
 
 def held(info: MaskInfo, call: AttentionCall) -> MaskInfo:

@@ -396,3 +396,11 @@ def test_on_a_gpu(padded):
     wanted = logits(torch.compile(plain, backend="tsa", options={"config": config}), **inputs)
     assert attention.report(model).sparse == reports()[0].sparse == 2
     assert difference(found.float(), wanted.float(), mask) < 0.05
+
+
+def test_one_mask_holds_for_all_items():
+    model, ids, mask = sparse("llama"), tokens(2, LENGTH), mixed_padding(LENGTH, (7,))
+    both = mask.expand(2, -1)
+    assert difference(logits(model, ids, attention_mask=mask), logits(model, ids, attention_mask=both), both) < ATOL
+    with pytest.raises(ConfigError, match="of 2 items does not fit a batch of 3"):
+        logits(model, tokens(3, LENGTH), attention_mask=both)

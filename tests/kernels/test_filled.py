@@ -100,3 +100,15 @@ def test_opcheck(device, padding):
     torch.library.opcheck(filled, (at,))
     torch.library.opcheck(filled_attention, (*operands(device), *given, False))
     torch.library.opcheck(torch.ops.tsa.filled_sparse_attention.default, (*operands(device), *given, *OPTIONS))
+
+
+@pytest.mark.parametrize("op, options", [("filled_attention", (0.2, False)), ("filled_sparse_attention", (0.2, *OPTIONS))])
+def test_operands_that_do_not_fit_are_refused(device, op, options):
+    (query, key, value), call = operands(device), getattr(torch.ops.tsa, op)
+    at, mask = POSITIONS["behind a cache"].to(device), make_padding("left", 3, KEYS, device)
+    with pytest.raises(ValueError, match=f"{KEYS - 1} keys and {KEYS} values"):
+        call(query, key[:, :, 1:], value, None, None, at, filled(at), *options)
+    with pytest.raises(ValueError, match=f"{ROWS - 1} positions for {ROWS} queries"):
+        call(query, key, value, None, None, at[1:], filled(at[1:]), *options)
+    with pytest.raises(ValueError, match="for 3 items"):
+        call(query, key, value, mask[:1], valid_ranges(mask[:1]), at, filled(at), *options)

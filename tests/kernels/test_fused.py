@@ -290,3 +290,12 @@ def test_a_kernel_without_a_log_sum_exp_is_refused_under_a_floor(device, own_ker
     close(out.cpu(), expected(*inputs, None, options))
     with pytest.raises(KernelError, match=r"'mute' cannot run .*: it gives no log-sum-exp"):
         torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(dataclasses.replace(options, kernel="mute")))
+
+
+def test_operands_that_do_not_fit_are_refused(device):
+    query, key, value = qkv(3, 4, 2, L, 32, 32, device=device)
+    padding, scalars = sided().to(device), dataclasses.astuple(OPTIONS["floor"])
+    with pytest.raises(ValueError, match=f"{L - 1} keys and {L} values"):
+        torch.ops.tsa.sparse_attention(query[:, :, 1:], key[:, :, 1:], value, *scalars)
+    with pytest.raises(ValueError, match=rf"expected \[3, {L}\]"):
+        torch.ops.tsa.padded_sparse_attention(query, key, value, padding[:1], valid_ranges(padding[:1]), *scalars)

@@ -233,7 +233,10 @@ def _padding(attention_mask: Tensor | None, batch: int, so_far: int, behind: boo
     if attention_mask is None:
         padding = torch.ones(batch, so_far, dtype=torch.bool, device=device) if behind else None
     else:
+        if attention_mask.shape[0] not in (1, batch):
+            raise ConfigError(f"an attention_mask of {attention_mask.shape[0]} items does not fit a batch of {batch}")
         padding = attention_mask[:, :so_far].to(torch.bool, copy=True)  # whatever is written to the model's own later
+        padding = padding.expand(batch, -1)
         padding = torch.nn.functional.pad(padding, (0, so_far - padding.shape[1]))
     if padding is None:
         return None
