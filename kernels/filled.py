@@ -24,13 +24,10 @@ from tsa_compile.kernels.cached import behind, check_lengths
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
-from tsa_compile.kernels.padded import Range, attend_ranges, check_padding, masked_attention_aten
-
-# What a CUDA graph captured would be replayed with the first call's positions.
-_HOST = (torch.Tag.cudagraph_unsafe,)
+from tsa_compile.kernels.padded import HOST, Range, attend_ranges, check_padding, masked_attention_aten
 
 
-@torch.library.custom_op("tsa::filled", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("tsa::filled", mutates_args=(), tags=HOST)
 def filled(positions: Tensor) -> Tensor:
     """(first, consecutive) of positions int64 [Lq]: int64 [2] on the CPU. The one synchronisation is here."""
     return filled_aten(positions).cpu()
@@ -47,7 +44,7 @@ def filled_aten(positions: Tensor) -> Tensor:
     return torch.stack([positions[0], consecutive.to(torch.int64)])
 
 
-@torch.library.custom_op("tsa::filled_attention", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("tsa::filled_attention", mutates_args=(), tags=HOST)
 def filled_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
     filled: Tensor, scale: float, mean_rows: bool,
@@ -119,4 +116,4 @@ def filled_sparse_attention(
     return padded_sparse_attention(*used, padding[:, :stop], ranges, *options)
 
 
-define_op(filled_sparse_attention, *_HOST)
+define_op(filled_sparse_attention, *HOST)

@@ -44,7 +44,7 @@ from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.options import Options
-from tsa_compile.kernels.padded import check_padding, runs_of_ranges
+from tsa_compile.kernels.padded import HOST, check_padding, runs_of_ranges
 from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -92,8 +92,7 @@ def padded_sparse_attention(
         return padded_sparse_triton(query, key, value, padding, valid_ranges, Options(*options))
 
 
-# It looks at the valid ranges on the host: what a CUDA graph captured would be replayed with the first batch's.
-define_op(padded_sparse_attention, torch.Tag.cudagraph_unsafe)
+define_op(padded_sparse_attention, *HOST)
 
 
 def sparse_triton(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

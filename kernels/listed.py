@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import torch_attention
+from tsa_compile.kernels.padded import HOST
 
-# What a CUDA graph captured would be replayed with the first call's lists.
-_HOST = (torch.Tag.cudagraph_unsafe,)
 _MASK_ELEMENTS = 2**26
 
 
-@torch.library.custom_op("tsa::listed", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("tsa::listed", mutates_args=(), tags=HOST)
 def listed(
     partial_count: Tensor, partial: Tensor, full_count: Tensor | None, full: Tensor | None, padding: Tensor | None,
     positions: Tensor | None, queries: int, keys: int, rows: int, columns: int,
@@ -92,7 +91,7 @@ def _allowed_in_blocks(
     return some, every & (valid[:, stop] - valid[:, start] == stop - start)[:, None, None]
 
 
-@torch.library.custom_op("tsa::as_listed_", mutates_args=("output",), tags=_HOST)
+@torch.library.custom_op("tsa::as_listed_", mutates_args=("output",), tags=HOST)
 def as_listed_(
     output: Tensor, alike: Tensor, query: Tensor, key: Tensor, value: Tensor, partial_count: Tensor, partial: Tensor,
     full_count: Tensor | None, full: Tensor | None, padding: Tensor | None, positions: Tensor | None, scale: float,

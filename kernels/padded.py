@@ -50,11 +50,11 @@ _LOW, _LOW_HALF, _LEAST_SCALE = 1e15, 6e4, 1e-3
 Range = tuple[int, int, int]
 """(start, stop, contiguous) of an item's valid tokens."""
 
-# Both look at the padding on the host: what a CUDA graph captured would be replayed with the first batch's valid ranges.
-_HOST = (torch.Tag.cudagraph_unsafe,)
+HOST = (torch.Tag.cudagraph_unsafe,)
+"""Tags of ops that look at numbers on the host: a captured CUDA graph would be replayed with those of the first call."""
 
 
-@torch.library.custom_op("tsa::valid_ranges", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("tsa::valid_ranges", mutates_args=(), tags=HOST)
 def valid_ranges(padding: Tensor) -> Tensor:
     """(start, stop, contiguous) of every item's valid tokens: bool [B, L] -> int64 [B, 3] on the CPU.
 
@@ -68,7 +68,7 @@ def _(padding: Tensor) -> Tensor:
     return torch.empty(padding.shape[0], 3, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("tsa::padded_attention", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("tsa::padded_attention", mutates_args=(), tags=HOST)
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
 ) -> Tensor:

@@ -79,6 +79,13 @@ def get(name: str) -> AttentionKernel:
     return _registry[name]
 
 
+def check(*names: str | None) -> None:
+    """KernelError if one of the names that a configuration may give is no kernel's."""
+    for name in names:
+        if name not in (AUTO, None):
+            get(str(name))
+
+
 def names() -> tuple[str, ...]:
     """The registered names, the one "auto" tries first in front."""
     return tuple(k.name for k in sorted(_registry.values(), key=lambda k: -k.priority))

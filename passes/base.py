@@ -89,11 +89,18 @@ class GraphState:
         return self._builder
 
     def operands(self, plan: CallPlan, graph: Graph) -> tuple[Any, ...]:
-        """The tensors of the op for a call: with padding it and its valid ranges follow, with a static cache four more."""
-        call, padding = plan.call, plan.padding
-        masked = (None, None) if padding is None else (padding, self.builder(graph).valid_ranges(padding))
-        filled = plan.filled or ()
-        return (call.query, call.key, call.value, *(masked if filled or padding is not None else ()), *filled)
+        """The tensors of the op for a call.
+
+        query, key, value                                                     causal
+        query, key, value, padding, valid_ranges                              causal and padding
+        query, key, value, padding, valid_ranges, positions, filled           into a cache of a fixed size; padding and
+                                                                              valid_ranges may be None
+        """
+        rows, padding = (plan.call.query, plan.call.key, plan.call.value), plan.padding
+        masked = None if padding is None else (padding, self.builder(graph).valid_ranges(padding))
+        if plan.filled is not None:
+            return (*rows, *(masked or (None, None)), *plan.filled)
+        return rows if masked is None else (*rows, *masked)
 
     @contextmanager
     def attempt(self, plan: CallPlan, graph: Graph, doing: str) -> Iterator[None]:

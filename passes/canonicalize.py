@@ -7,7 +7,7 @@
              o = tsa.padded_attention(q, k, v, padding, valid_ranges, s)                         causal and padding [B, L]
              o = tsa.filled_attention(q, k, v, .., positions [Lq], filled [2], s)         causal up to positions in a cache
 
-Both compute what the model computes; the clean-up then removes what built the mask.
+Each computes what the model computes, up to rounding; the clean-up then removes what built the mask.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem |
         return Reason.UNSUPPORTED_FORM, f"{heads} query heads over {kv_heads} key and {v.shape[1]} value heads"
     if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0])):
         return Reason.UNSUPPORTED_FORM, "query, key and value are broadcast against each other"
-    # Caches' lengths may be separate symbols. Attention over as many keys as values works alone, and ours asks as it runs.
+    # A cache's keys and values may have separate symbols for their length. The model's attention fails where these differ,
+    # and so do our ops, which compare them when they run.
     if known(k.shape[2] != v.shape[2]) or (known(q.shape[2] == k.shape[2]) and not known(k.shape[2] == v.shape[2])):
         return Reason.NOT_SELF_ATTENTION, f"{q.shape[2]} queries over {k.shape[2]} keys and {v.shape[2]} values"
     return None

@@ -206,7 +206,7 @@ class _Recording:
         score_mod, mask_mod = call["score_mod"], call["block_mask"][-1]
         if not (isinstance(score_mod, GraphModule) and isinstance(mask_mod, GraphModule)):
             return self._unknown(node, wanted)
-        recorded = self.book.of(call)  # what is captured is no value of the functions
+        recorded = self.book.of(call)  # before the functions run: a captured tensor is a value of the graph, not of theirs
         before, indices = self.tick, self._indices(call["query"].device)
         outside, self.book.inside = self.book.inside, FLEX.__name__
         modified = self._run_graph(score_mod, [None, *indices, *call["score_mod_other_buffers"]])

@@ -48,9 +48,7 @@ def register(config: TSAConfig | None = None, *, name: str = "tsa") -> str:
             f"name={name!r} is not allowed: it must be letters, digits, '.', '-' and '_', and may not contain "
             f"{', '.join(_TAKEN)}, by which transformers knows its own implementations"
         )
-    for kernel in (config.kernel, config.dense_kernel):
-        if kernel not in (registry.AUTO, None):
-            registry.get(kernel)
+    registry.check(config.kernel, config.dense_kernel)
     from tsa_compile.engines.transformers import add
 
     add(name, config)

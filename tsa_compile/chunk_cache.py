@@ -72,7 +72,7 @@ def _layer_class() -> type:
             if self.rows is not None and _alike(self.rows[0], key_states) and _alike(self.rows[1], value_states):
                 self._hold(*extend.OP(*self.rows, self.get_seq_length(), key_states, value_states))
                 return self.keys, self.values
-            if self.rows is not None:  # a guess of the dtype or device that was wrong: compiled for itself
+            if self.rows is not None:  # an empty cache was taken for one of another dtype or device: it gets its own graph
                 self._unpack()
             return super().update(key_states, value_states, *args, **kwargs)
 

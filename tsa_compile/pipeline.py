@@ -81,9 +81,7 @@ def run_passes(
             raise ConfigError(
                 f"skip_passes={skipped!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
             )
-    for name in (config.kernel, config.dense_kernel):
-        if name not in (registry.AUTO, None):
-            registry.get(name)
+    registry.check(config.kernel, config.dense_kernel)
     state = GraphState(config, costs=costs)
     original = copy.deepcopy(graph_module.graph)
     _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))

@@ -177,8 +177,7 @@ class SparseOptions:
             texts.check_one_budget(self.budget, changes["layers"])
         config = self._but_layers().replace(**changes)
         check_layers(config, source)
-        if config.kernel != registry.AUTO:
-            registry.get(config.kernel)
+        registry.check(config.kernel, config.dense_kernel)
         return config
 
     def check(self) -> None:

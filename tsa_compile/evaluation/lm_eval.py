@@ -173,8 +173,7 @@ def read_config(given: Mapping[str, Any]) -> TSAConfig:
         changes |= change
     texts.check_one_budget(budget, changes.get("layers"))
     config = config.replace(**changes)
-    if config.kernel != registry.AUTO:
-        registry.get(config.kernel)
+    registry.check(config.kernel, config.dense_kernel)
     return config
 
 
