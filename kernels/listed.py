@@ -38,8 +38,8 @@ def listed(
     found, whole = _times(partial_count, partial, full_count, full, -(-queries // rows), -(-keys // columns))
     some, every = _allowed_in_blocks(padding, _last_seen(positions, queries, keys, partial.device), keys, rows, columns)
     total = found + whole
-    alike = (total <= 1) & ((total == 1) | ~some) & ((whole == 0) | every)
-    return alike.all().to(torch.int64).reshape(1).cpu()
+    agree = (total <= 1) & ((total == 1) | ~some) & ((whole == 0) | every)
+    return agree.all().to(torch.int64).reshape(1).cpu()
 
 
 @listed.register_fake
@@ -93,12 +93,12 @@ def _allowed_in_blocks(
 
 @torch.library.custom_op("tsa::as_listed_", mutates_args=("output",), tags=HOST)
 def as_listed_(
-    output: Tensor, alike: Tensor, query: Tensor, key: Tensor, value: Tensor, partial_count: Tensor, partial: Tensor,
+    output: Tensor, lists_match: Tensor, query: Tensor, key: Tensor, value: Tensor, partial_count: Tensor, partial: Tensor,
     full_count: Tensor | None, full: Tensor | None, padding: Tensor | None, positions: Tensor | None, scale: float,
     rows: int, columns: int,
 ) -> None:  # fmt: skip
-    """Writes what the lists say over `output` [B, H, Lq, Dv], unless they are those of the causal mask (`alike`)."""
-    if alike.item():
+    """Writes what the lists say over `output` [B, H, Lq, Dv], unless they are those of the causal mask (`lists_match`)."""
+    if lists_match.item():
         return
     queries, keys = query.shape[2], key.shape[2]
     rows, columns = min(rows, queries), min(columns, keys)

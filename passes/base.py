@@ -40,7 +40,7 @@ class CallPlan:
 
     `selected`: its layer was asked to be sparse. `unplaced`: it may have been, but which layer it is is not known.
     `padding`: the bool tensor [B, L] of its valid tokens, once it is written. `filled`: with a static cache the tensor [Lq]
-    that says up to which key a query sees, and what the host is told of it, once they are written. `alike`: of
+    that says up to which key a query sees, and what the host is told of it, once they are written. `lists_match`: of
     FlexAttention whether its lists of blocks are those of its mask, which the host is told. `group`: the name of the
     process group with its other heads, where they matter. `config`: what holds for its layer.
     """
@@ -52,7 +52,7 @@ class CallPlan:
     selected: bool = False
     padding: Node | None = None
     filled: tuple[Node, Node] | None = None
-    alike: Node | None = None
+    lists_match: Node | None = None
     group: str | None = None
     unplaced: bool = False
     decision: Decision = Decision.UNCHANGED
@@ -178,7 +178,7 @@ class Pass(PassBase):
     def replace(self, plan: CallPlan, new: Node) -> None:
         """Lets every reader of the call's output read `new`; the old nodes are left to the clean-up."""
         old = plan.call.node
-        if plan.alike is not None:
+        if plan.lists_match is not None:
             self._as_listed(plan, new)
         new = conform(new, old, self.state.aten)
         value = new.meta["example_value"]
@@ -195,7 +195,7 @@ class Pass(PassBase):
         assert call.lists is not None
         operands = (call.query, call.key, call.value, *call.lists.tensors, plan.padding, positions)
         shape = (call.scale, call.lists.rows, call.lists.columns)
-        insert(new.graph, torch.ops.tsa.as_listed_.default, new, plan.alike, *operands, *shape)
+        insert(new.graph, torch.ops.tsa.as_listed_.default, new, plan.lists_match, *operands, *shape)
 
 
 def reading(call: AttentionCall, old: Node, new: Node) -> AttentionCall:

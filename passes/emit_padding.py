@@ -3,7 +3,7 @@
 before   MaskInfo.padding, a formula in (b, kv) over recorded values                  attention_mask[b, kv] != 0
 after    padding = (attention_mask != 0).expand(B, L)                                 bool [B, L]
          filled = tsa.filled(positions)                                               int64 [2], on the host
-         alike = tsa.listed(*block_mask, padding, ...)                                int64 [1], on the host
+         lists_match = tsa.listed(*block_mask, padding, ...)                          int64 [1], on the host
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class EmitPadding(Pass):
                 plan.filled = builder.positions(plan.call, info) if info.kind in FILLED_KINDS else None
                 if plan.call.lists is not None:
                     positions = None if plan.filled is None else plan.filled[0]
-                    plan.alike = builder.alike(plan.call, plan.call.lists, plan.padding, positions)
+                    plan.lists_match = builder.lists_match(plan.call, plan.call.lists, plan.padding, positions)
         emitted = [plan.padding for plan in self.state.plans if plan.padding is not None]
         emitted += [told for plan in self.state.plans if plan.filled is not None for told in plan.filled[1:]]
-        emitted += [plan.alike for plan in self.state.plans if plan.alike is not None]
+        emitted += [plan.lists_match for plan in self.state.plans if plan.lists_match is not None]
         self.state.detached.extend(emitted)  # they go where no rewrite reads them after all
         return self.result(graph_module, len(emitted))

@@ -106,7 +106,7 @@ class PaddingBuilder:
         self._padding: dict[Any, Node] = {}
         self._counted: dict[Any, Node] = {}
         self._filled: dict[Any, tuple[Node, Node]] = {}
-        self._alike: dict[Any, Node] = {}
+        self._lists_match: dict[Any, Node] = {}
 
     def padding(self, call: AttentionCall, info: MaskInfo) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a call; None if all are. Must be called in front of the call."""
@@ -145,7 +145,7 @@ class PaddingBuilder:
             self._filled[key] = given, insert(self.graph, torch.ops.tsa.filled.default, given)
         return self._filled[key]
 
-    def alike(self, call: AttentionCall, lists: BlockLists, padding: Node | None, positions: Node | None) -> Node:
+    def lists_match(self, call: AttentionCall, lists: BlockLists, padding: Node | None, positions: Node | None) -> Node:
         """What the host is told of lists of blocks: whether they are those of the mask. Once for all calls with the same.
 
         Must be called in front of the call.
@@ -155,9 +155,9 @@ class PaddingBuilder:
         lengths = (str(fake(call.query).shape[2]), str(fake(call.key).shape[2]))
         read = (node for node in (*lists.tensors, positions) if node is not None)
         key = (lists, padding, positions, lengths, tuple(call.aten.version(node, call.node) for node in read))
-        if key not in self._alike or is_erased(self._alike[key]):
-            self._alike[key] = insert(self.graph, torch.ops.tsa.listed.default, *arguments)
-        return self._alike[key]
+        if key not in self._lists_match or is_erased(self._lists_match[key]):
+            self._lists_match[key] = insert(self.graph, torch.ops.tsa.listed.default, *arguments)
+        return self._lists_match[key]
 
     def _counted_positions(self, call: AttentionCall, offset: sympy.Expr) -> Node:
         """The numbers of a call's queries in a cache, one after the other from `offset` on; int64 [Lq]."""

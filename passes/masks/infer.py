@@ -59,7 +59,7 @@ class InferMasks(Pass):
                 key = (call.form, call.masks, str(call.is_causal), str(shapes))
                 if key not in shared:
                     shared[key] = infer_mask(call)
-                plan.mask = held(shared[key], call)
+                plan.mask = still_held(shared[key], call)
         return self.result(graph_module, len(shared), modified=False)
 
 
@@ -70,11 +70,11 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
     atoms = Atoms({symbol: expr_of(extent) for symbol, extent in sizes.items()}, _upper_bound(query))
     evaluator = Evaluator(atoms)
     try:
-        allowed, hidden, level = sympy.true, set[sympy.Expr](), True
+        allowed, hidden, absorbing = sympy.true, set[sympy.Expr](), True
         for term in reversed(call.masks):  # as they are applied
             term_allowed, values = _allowed(evaluator, term)
             if term.role == "bias":  # what two masks hide gets both values
-                level = level and all(value <= _LOWEST for value in values)
+                absorbing = absorbing and all(value <= _LOWEST for value in values)
                 values |= {round_constant(old + new, term.dtype) for old in hidden for new in values}
             allowed, hidden = sympy.And(allowed, term_allowed), hidden | values
     except (Unsupported, NotUnderstood, RecursionError) as reason:
@@ -83,7 +83,7 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
         allowed = sympy.And(allowed, atoms.le(KV, Q))
     elif call.is_causal is not False:
         return MaskInfo(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
-    info = _classify(allowed, atoms, evaluator, hidden, level)
+    info = _classify(allowed, atoms, evaluator, hidden, absorbing)
     return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden and _may_hide_all(info))
 
 
@@ -92,7 +92,7 @@ def _may_hide_all(info: MaskInfo) -> bool:
     return info.padding is not None or info.positions is not None or info.offset.is_nonnegative is not True
 
 
-def held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
+def still_held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
     """What a mask means to a call: what its padding reads must still be in the graph where the call stands."""
     if info.kind not in CAUSAL_KINDS or info.kind is MaskKind.CAUSAL:
         return info
@@ -151,8 +151,8 @@ def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
     return value
 
 
-def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], level: bool) -> MaskInfo:
-    """Reads a formula. `hidden` are the values of hidden scores; `level` says that a score adds nothing to them."""
+def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], absorbing: bool) -> MaskInfo:
+    """Reads a formula. `hidden` are the values of hidden scores; `absorbing`: a score adds nothing to them."""
     if len(allowed.free_symbols) > MAX_ATOMS:
         return MaskInfo(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
     normal = sympy.to_cnf(sympy.simplify_logic(allowed, form="cnf"))
@@ -162,7 +162,7 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     kind, detail = reading.verdict()
     padding = sympy.And(*reading.padding) if kind in _WITH_PADDING else None
     causal = kind in CAUSAL_KINDS and kind is not MaskKind.CAUSAL
-    if causal and (len(hidden) > 1 or not level):  # a fully masked row depends on the values
+    if causal and (len(hidden) > 1 or not absorbing):  # a fully masked row depends on the values
         kind, detail = MaskKind.OPAQUE, "hides scores with different values"
     if causal and padding is not None:
         obstacle = unwritable(padding, atoms.table, evaluator.leaves, (atoms.sizes[B], atoms.sizes[KV]))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.errors import RewriteError
-from tsa_compile.passes.masks.infer import held
+from tsa_compile.passes.masks.infer import still_held
 from tsa_compile.passes.padding import PaddingBuilder
 
 from .mask_spellings import CAUSAL, CAUSAL_PADDING, INF, LENGTH, NONE, OPAQUE, additive, causal, expect, padding_mask
@@ -111,7 +111,7 @@ class TestWrites:
         builder = PaddingBuilder(result.graph_module.graph)
         with result.graph_module.graph.inserting_before(result.call.node), pytest.raises(RewriteError):
             builder.padding(result.call, result.mask)
-        assert held(result.mask, result.call).kind is OPAQUE
+        assert still_held(result.mask, result.call).kind is OPAQUE
 
     def test_a_write_elsewhere_does_not_matter(self):
         def build(n, m, pad):
