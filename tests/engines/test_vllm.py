@@ -53,6 +53,14 @@ def test_which_requests_are_prompts(starts, lengths, prefilling, rule, prompts, 
     assert all(lengths[each.number] == each.length for each in batch.prompts)
 
 
+def test_layers_with_budgets_of_their_own_are_sparse_where_all_of_them_gain():
+    rules = [by(H200, budget=KeepRatio(ratio)) for ratio in (0.15, 0.9, 0.3)]
+    assert core.strictest(rules) is rules[1]
+    assert rules[0].minimum().tokens < rules[1].minimum().tokens
+    never = by(H200, budget=KeepRatio(1))
+    assert never.minimum().tokens is None and core.strictest([*rules, never]) is never
+
+
 def test_layers_by_the_compilers_rule():
     names = {f"model.layers.{number}.self_attn.attn": torch.nn.Module for number in range(4)}
     upper = core.choose_layers(names, {}, TSAConfig())

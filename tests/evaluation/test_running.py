@@ -7,7 +7,7 @@ import torch
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
-from tsa_compile.evaluation.cached import check_model
+from tsa_compile.evaluation.cached import check_model, divergence
 from tsa_compile.evaluation.prompts import Sample, Writer
 from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
@@ -81,6 +81,15 @@ def test_the_divergence_is_that_of_dense_from_the_setting(words):
     _, dense = Runner(Told(LENGTH, [answer], 0.9), words, DENSE).run([sample])
     (outcome,), _ = Runner(Told(LENGTH, [answer], 0.6), words, DENSE).run([sample], dense)
     assert outcome.kl == pytest.approx(0.9 * math.log(0.9 / 0.6) + 0.1 * math.log(0.1 / 0.4), rel=1e-4)
+
+
+def test_the_divergence_of_what_is_no_number_is_none():
+    """A setting whose answers are NaN is not close to dense attention; a probability of 0 in dense adds nothing."""
+    dense = torch.tensor([[[0.5, 0.5, 0.0]]]).log()
+    nan = torch.full_like(dense, float("nan"))
+    assert divergence(dense, nan).isnan().all() and divergence(nan, dense).isnan().all()
+    assert divergence(dense, dense) == 0 and divergence(torch.tensor([[[0.0, -200.0]]]), dense[..., 1:]) == math.log(2)
+    assert divergence(dense, torch.tensor([[[1.0, 0.0, 0.0]]]).log()) == math.inf
 
 
 def test_answers_of_different_lengths_share_a_batch(words):

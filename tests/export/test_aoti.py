@@ -164,3 +164,11 @@ def test_a_package_that_was_cut_off_is_named(share, folder, tmp_path):
     (tmp_path / "model.pt2").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ConfigError, match=r"model\.pt2' cannot be loaded as an AOTInductor package.*write it again"):
         aoti.load(tmp_path / "model.pt2")
+
+
+def test_none_among_the_arguments_is_no_input():
+    entries = [{"name": name, "dtype": "int64", "device": "cpu", "shape": [1, 8]} for name in ("ids", "mask")]
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    aoti.check_inputs(entries, (ids, None, ids), {})
+    with pytest.raises(ConfigError, match="the package takes ids, mask; found ids"):
+        aoti.check_inputs(entries, (ids, None), {})

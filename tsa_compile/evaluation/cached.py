@@ -65,8 +65,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def divergence(dense: Tensor, scored: Tensor) -> Tensor:
-    """KL(dense || scored) in nats, [B, A], of log-probabilities [B, A, V]; a probability that is 0 in both adds nothing."""
-    return (dense.exp() * (dense - scored)).nan_to_num(nan=0.0, posinf=torch.inf).sum(-1).clamp(min=0.0)
+    """KL(dense || scored) in nats, [B, A], of log-probabilities [B, A, V]; a probability of 0 in `dense` adds nothing.
+
+    NaN in either makes it NaN: a setting without an answer is not close to dense attention.
+    """
+    weight = dense.exp()
+    return torch.where(weight == 0, 0.0, weight * (dense - scored)).sum(-1).clamp(min=0.0)
 
 
 def dynamo_remembers() -> Any:

@@ -140,10 +140,11 @@ def check_inputs(expected: list[dict[str, Any]], args: tuple[Any, ...], kwargs: 
     Raises:
         ConfigError: an input too many or too few, another dtype, device or size, or a size outside its range.
     """
-    given = dict(zip((entry["name"] for entry in expected), args, strict=False))
-    given.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
     names = [entry["name"] for entry in expected]
-    if len(args) > len(names) or sorted(given) != sorted(names):
+    tensors = [value for value in args if isinstance(value, Tensor)]  # None is no input of a program
+    given = dict(zip(names, tensors, strict=False))
+    given.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
+    if len(tensors) > len(names) or sorted(given) != sorted(names):
         raise ConfigError(f"the package takes {', '.join(names)}; found {', '.join(given) or 'nothing'}")
     sizes: dict[str, int] = {}
     for entry in expected:

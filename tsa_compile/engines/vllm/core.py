@@ -8,7 +8,8 @@ values of earlier chunks are gathered from the paged cache. Decode steps stay th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,16 @@ class Rule:
     def takes(self, request: Request) -> bool:
         """Whether a request is sparse."""
         return self.minimum(request.length - request.rows).reached_by(request.rows, request.length)
+
+
+def strictest(rules: Iterable[Rule]) -> Rule:
+    """Of the rules of layers that are sparse for the same requests, the one that asks for the longest prompts."""
+
+    def least(rule: Rule) -> float:
+        tokens = rule.minimum().tokens
+        return math.inf if tokens is None else tokens
+
+    return max(rules, key=least)
 
 
 @dataclass(frozen=True)

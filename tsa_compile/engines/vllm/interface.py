@@ -32,7 +32,18 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.engines.vllm.core import Layers, Request, Rule, Split, attend, choose_layers, gather, rehearse, split
+from tsa_compile.engines.vllm.core import (
+    Layers,
+    Request,
+    Rule,
+    Split,
+    attend,
+    choose_layers,
+    gather,
+    rehearse,
+    split,
+    strictest,
+)
 from tsa_compile.engines.vllm.settings import CONFIG, KEY, config_of
 from tsa_compile.errors import ConfigError
 
@@ -125,7 +136,7 @@ class Builder(_BESIDE):
         self.rule: Rule | None = None
         for name in self.sparse_layers:  # which have one shape, that of their cache
             impl = get_layers_from_vllm_config(vllm_config, Attention)[name].impl
-            self.rule = rule_of(impl, config, vllm_config.model_config.dtype, layers, device)
+            self.rule = rule_of(impl, vllm_config.model_config.dtype, layers, device)
             break
         if self.rule is not None:
             _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.rule.minimum())
@@ -213,7 +224,7 @@ class Impl(_BESIDE):
         layers = layers_of(vllm_config)
         config = layers.sparse.get(layer.layer_name)
         if config is not None:
-            rule = rule_of(self, own_config(vllm_config), query.dtype, layers, query.device)
+            rule = rule_of(self, query.dtype, layers, query.device)
             longest = vllm_config.model_config.max_model_len
             rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config)
 
@@ -307,11 +318,12 @@ def layers_of(vllm_config: Any) -> Layers:
     return choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, own_config(vllm_config))
 
 
-def rule_of(impl: Any, config: TSAConfig, dtype: torch.dtype, layers: Layers, device: torch.device) -> Rule:
-    """Which requests are sparse in layers like this one."""
+def rule_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device) -> Rule:
+    """Which requests are sparse in layers like this one, whatever the budget of each is."""
     sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size, impl.head_size)
-    shape = CallShape.configured(config, 1, *sizes, dtype.itemsize)
-    return Rule(config, shape, len(layers.sparse) / max(len(layers.reasons), 1), device)
+    share = len(layers.sparse) / max(len(layers.reasons), 1)
+    configs = dict.fromkeys(layers.sparse.values())
+    return strictest(Rule(own, CallShape.configured(own, 1, *sizes, dtype.itemsize), share, device) for own in configs)
 
 
 def check(vllm_config: Any, config: TSAConfig) -> None:
