@@ -12,6 +12,8 @@ from .program_pieces import (
     CAUSAL,
     FLOAT_STEP,
     FLOAT_WRITE,
+    GIVEN,
+    GIVEN_WRITE,
     JOINED,
     PAD_WRITE,
     POSITIONS,
@@ -38,7 +40,7 @@ SDPA = Table(
         "scaled_dot_product_attention({q}, {k}, {v}, {m})", "sdpa({q}, {k}, {v})", "sdpa({q}, {k}.flip(2), {v}, {m})",
         "torch.cond({q}.sum() > 0, sdpa, lambda a, b, c, d: sdpa(a, b, c, d) + 1, ({q}, {k}, {v}, {m}))",
         "checkpoint(lambda a, b, c: sdpa(a, b, c) * 2, {q}, {k}, {v}, use_reentrant=False)", "sdpa({q}, {k}, {v}, {m}.mT)",
-        "sdpa({q}[:, :, :1].expand(B, H, L, D), {k}, {v}, {m})", "sdpa({q}, {k}, {v}, {m}, dropout_p=0.3)",
+        "sdpa({q}[:, :, :1].expand(B, H, M, D), {k}, {v}, {m})", "sdpa({q}, {k}, {v}, {m}, dropout_p=0.3)",
         "sdpa({q}, {k}, {v}, is_causal=True, scale=-0.2)", "sdpa({k}, {q}, {v}, {m})", "sdpa({q}, {k}, {v}.flip(1), {m})",
     ),
 )  # fmt: skip
@@ -64,18 +66,18 @@ SCORES = Table(
     (
         "{q} @ {k}.mT", "torch.matmul({q}, {k}.transpose(-1, -2))", "{q}.matmul({k}.transpose(2, 3))",
         "{q} @ {k}.swapaxes(-2, -1)", "{q} @ {k}.permute(0, 1, 3, 2)", "torch.einsum('bhqd,bhkd->bhqk', {q}, {k})",
-        "{q}.__matmul__({k}.mT)", "torch.bmm({q}.flatten(0, 1), {k}.flatten(0, 1).mT).view(B, H, L, L)",
+        "{q}.__matmul__({k}.mT)", "torch.bmm({q}.flatten(0, 1), {k}.flatten(0, 1).mT).view(B, H, M, L)",
         "torch.ops.aten.matmul.default({q}, {k}.mT)",
-        "torch.baddbmm({q}.new_zeros(()), {q}.flatten(0, 1), {k}.flatten(0, 1).mT, beta=0, alpha=0.5).view(B, H, L, L)",
+        "torch.baddbmm({q}.new_zeros(()), {q}.flatten(0, 1), {k}.flatten(0, 1).mT, beta=0, alpha=0.5).view(B, H, M, L)",
         "torch.matmul(input={q}, other={k}.transpose(dim0=-1, dim1=-2))",
         "torch.einsum('b h i d, b h j d -> b h i j', {q}, {k})",
     ),
     (
         "{q} @ {k}.flip(2).mT", "torch.einsum('bhqd,bhkd->bhkq', {q}, {k})", "{q} @ {q}.mT", "{k} @ {q}.mT",
         "({k} @ {q}.mT).mT", "{q} @ {k}.mT.abs()", "{q} @ {k}.mT.flip(1)", "torch.matmul({q}, {k}.mT).flip(-1)",
-        "({q} @ {k}.mT).view(B, H, L, L).mT",
-        "torch.baddbmm(torch.ones(L).to(q.dtype), {q}.flatten(0, 1), {k}.flatten(0, 1).mT).view(B, H, L, L)",
-        "torch.einsum('bhqd,bgkd->bhqk', {q}, {k})", "torch.bmm({k}.flatten(0, 1), {q}.flatten(0, 1).mT).view(B, H, L, L)",
+        "({q} @ {k}.mT).view(B, H, M, L).mT",
+        "torch.baddbmm(torch.ones(L).to(q.dtype), {q}.flatten(0, 1), {k}.flatten(0, 1).mT).view(B, H, M, L)",
+        "torch.einsum('bhqd,bgkd->bhqk', {q}, {k})", "torch.bmm({k}.flatten(0, 1), {q}.flatten(0, 1).mT).view(B, H, M, L)",
     ),
 )  # fmt: skip
 SCALED = Table(
@@ -137,28 +139,28 @@ SOFTMAX = Table(
 )  # fmt: skip
 WEIGHTS = Table(
     (
-        "{w}.to(q.dtype)", "{w}[...]", "{w}.contiguous()", "{w} * 1.0", "{w}.view(B, H, L, L)", "{w}[:, :, :L]",
+        "{w}.to(q.dtype)", "{w}[...]", "{w}.contiguous()", "{w} * 1.0", "{w}.view(B, H, M, L)", "{w}[:, :, :L]",
         "{w}.clone()", "F.dropout({w}, 0.0, True)", "F.dropout({w}, p=0.0, training=False)", "F.dropout({w}, 0.5, False)",
         "{w}[:, :, 0:, :]", "F.dropout({w}, 0.0, True, True)", "torch.dropout({w}, 0.0, False)", "{w}.type_as(v)",
         "F.dropout({w}, training=False)", "torch.nn.functional.dropout(input={w}, p=0.0, training=True)",
         "torch.dropout({w}, 0.3, train=False)", "{w}.float().to(q.dtype)",
     ),
     (
-        "{w}[..., i.flip(0)]", "{w}[:, :, i.flip(0)]", "{w}.flip(-1)", "{w} * 2", "{w}.to(torch.float8_e4m3fn).to(q.dtype)",
-        "{w}.mT", "{w}.bfloat16().to(q.dtype)", "{w}.to(torch.float16).to(q.dtype)", "{w}.roll(1, -1)",
-        "{w}.int().to(q.dtype)", "{w} / 3", "F.dropout({w}, 0.5)", "F.dropout({w}, p=0.4, training=True)",
+        "{w}[..., i.flip(0)]", "{w}[:, :, i[:M].flip(0)]", "{w}.flip(-1)", "{w} * 2", "{w}.mT",
+        "{w}.to(torch.float8_e4m3fn).to(q.dtype)", "{w}.bfloat16().to(q.dtype)", "{w}.to(torch.float16).to(q.dtype)",
+        "{w}.roll(1, -1)", "{w}.int().to(q.dtype)", "{w} / 3", "F.dropout({w}, 0.5)", "F.dropout({w}, p=0.4, training=True)",
         "F.dropout(F.dropout({w}, 0.5), 0.0)", "{w} + 0.01", "{w} * one", "F.dropout(F.dropout({w}, 0.0), 0.5)",
         "torch.dropout({w}, 0.5, True)", "{w}[torch.arange(B).flip(0)]", "{w}.tril()", "-{w}",
-        "{w}[:, torch.arange(H).flip(0)]", "{w}.transpose(0, 1).reshape(B, H, L, L)",
-        "{w}.view(H, B, L, L).reshape(B, H, L, L)", "F.dropout({w}, 1.0, True)", "F.alpha_dropout({w}, 0.5, True)",
-        "{w}.masked_fill({w} < 0.2, 0.0)", "{w}.round(decimals=1)", "{w}[:, :, :1].expand(B, H, L, L)",
-        "{w}.mT.reshape(B, H, L, L)", "{w} / {w}.amax(-1, keepdim=True)", "{w}.narrow(3, 0, L).cumsum(-1)",
+        "{w}[:, torch.arange(H).flip(0)]", "{w}.transpose(0, 1).reshape(B, H, M, L)",
+        "{w}.view(H, B, M, L).reshape(B, H, M, L)", "F.dropout({w}, 1.0, True)", "F.alpha_dropout({w}, 0.5, True)",
+        "{w}.masked_fill({w} < 0.2, 0.0)", "{w}.round(decimals=1)", "{w}[:, :, :1].expand(B, H, M, L)",
+        "{w}.mT.reshape(B, H, M, L)", "{w} / {w}.amax(-1, keepdim=True)", "{w}.narrow(3, 0, L).cumsum(-1)",
     ),
 )  # fmt: skip
 OUTPUT = Table(
     (
         "{w} @ {v}", "torch.matmul({w}, {v})", "{w}.matmul({v})", "torch.matmul({w}, other={v})",
-        "torch.bmm({w}.flatten(0, 1), {v}.flatten(0, 1)).view(B, H, L, -1)", "torch.ops.aten.matmul.default({w}, {v})",
+        "torch.bmm({w}.flatten(0, 1), {v}.flatten(0, 1)).view(B, H, M, -1)", "torch.ops.aten.matmul.default({w}, {v})",
         "torch.einsum('bhqk,bhkd->bhqd', {w}, {v})",
     ),
     (
@@ -174,6 +176,11 @@ OPERAND_WRITE = (
     "{x}[:, :, 1:3].neg_()", "{x}.index_put_((torch.tensor(0),), one)", "torch.nn.init.ones_({x})", "{x}.clone().zero_()",
     "F.relu({x})", "{x}.mul(2)",
 )  # fmt: skip
+# What shares their memory.
+VIEWS = (
+    "{x}[:, :, 1:]", "{x}.mT", "{x}[..., ::2]", "{x}.detach()", "{x}.flatten(2)", "{x}[:1]", "{x}.transpose(1, 2)",
+    "{x}.view(B, -1, *{x}.shape[2:])", "{x}.unflatten(3, (2, -1))", "{x}[...]",
+)  # fmt: skip
 FINISHED = ("{o} * 1.5", "{o}.transpose(1, 2).contiguous().transpose(1, 2)", "{o} + 0.1", "torch.tanh({o})", "{o}.clone()")
 # Through numbers that stay small: one layer's NaN would hide what the next ones do.
 CHAINED = (
@@ -184,6 +191,7 @@ CHAINED = (
 WRITTEN = (SCORES, SCALED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE)
 MASK_TABLES = (
     POSITIONS, CAUSAL, VALID, BROADCAST, JOINED, BOOLEAN_STEP, ADDITIVE, FLOAT_STEP, BOOLEAN_WRITE, FLOAT_WRITE, PAD_WRITE,
+    GIVEN, GIVEN_WRITE,
 )  # fmt: skip
 ATTENTION_TABLES = (
     SDPA, GROUPED, SCORES, SCALED, BIASED, FILLED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE,
@@ -199,8 +207,8 @@ def spellings(tables: tuple[Table | tuple[str, ...], ...]) -> list[Due]:
 class AttentionLines(MaskLines):
     """Adds the lines of attention calls. `local`: an output's row depends on no other row of the query."""
 
-    def __init__(self, seed: int, due: Sequence[Due], grouped: bool) -> None:
-        super().__init__(seed, due)
+    def __init__(self, seed: int, due: Sequence[Due], grouped: bool, given: str) -> None:
+        super().__init__(seed, due, given)
         self.grouped = grouped
         self.local = True
 
@@ -255,9 +263,11 @@ class AttentionLines(MaskLines):
             s = self.let("s", self.draw(SCALED), s=s)
         if self.wants(OPERAND_WRITE) or self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([q, k, v, s]))
+        self.write(writes)
         w = self.let("w", self.draw(SOFTMAX), s=s)
         while self.wants(WEIGHTS) or self.maybe(0.4):
             w = self.let("w", self.draw(WEIGHTS), w=w)
         if self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([w, v]))
+        self.write(writes)
         return self.let("a", self.draw(OUTPUT), w=w, v=v)

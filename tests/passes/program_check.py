@@ -27,7 +27,7 @@ KEEP_ALL = TSAConfig(layers=["*"], budget=KeepRatio(1.0), min_tokens=1, min_leng
 # The proofs are to be right by themselves; in the other mode what they say is also computed (passes/validate.py).
 MODES = {"exact": TSAConfig(layers=[], compiler="eager", skip_passes=["Validate"]), "keep all": KEEP_ALL}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-NAMES = ("q", "k", "v", "pad", "one")
+NAMES = ("q", "k", "v", "pad", "at", "one")
 
 
 @dataclass
@@ -86,7 +86,7 @@ def difference(expected, actual, ignored=None) -> str:
 
 
 def pad_rows(expected, actual):
-    """Rows [B, 1, L, 1] of attention outputs that became zero in some layer, as a sparse layer's pad rows do."""
+    """Rows [B, 1, M, 1] of attention outputs that became zero in some layer, as a sparse layer's pad rows do."""
     rows = [
         ((b == 0).flatten(3).all(3).all(1) & ~(a == 0).flatten(3).all(3).all(1))[:, None, :, None]  # `a`: after a relu
         for a, b in zip(expected[:-1], actual[:-1], strict=True)
@@ -95,7 +95,7 @@ def pad_rows(expected, actual):
 
 
 def compare(program: Program, expected, actual, padded: bool) -> str:
-    """The first difference between two results of `run`; `padded`: a layer is sparse, and has padding."""
+    """The first difference between two results of `run`; `padded`: a layer is sparse, and some rows may see nothing."""
     if padded and not program.local:
         return ""
     ignored = pad_rows(expected[0], actual[0]) if padded else None
@@ -118,7 +118,7 @@ def compiled(program: Program, backend):
 def marked(program: Program, inputs):
     """The inputs, their lengths marked as dynamic if the program asks for it."""
     mark = {"mark": torch._dynamo.mark_dynamic, "maybe": torch._dynamo.maybe_mark_dynamic}.get(program.dynamic)
-    for tensor, dim in zip(inputs, (2, 2, 2, 1), strict=False) if mark else ():
+    for tensor, dim in zip(inputs, (2, 2, 2, 1, 0), strict=False) if mark else ():
         mark(tensor, dim)
     return inputs
 
@@ -187,7 +187,7 @@ def _call(program, function, backend, inputs, expected, outcome) -> None:
                 return
             continue
         rows = [row for name, row in _rows(backend) if name == mode]
-        padded = any(row.decision is Decision.SPARSE and "padding" in row.mask for row in rows)
+        padded = any(row.decision is Decision.SPARSE and ("padding" in row.mask or "filled" in row.mask) for row in rows)
         failed = next((f"a pass failed: {row.detail}" for row in rows if row.reason is Reason.PASS_FAILED), "")
         found = backend.errors.get(mode) or failed or compare(program, expected, actual, padded)
         if found:

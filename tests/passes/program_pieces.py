@@ -3,7 +3,8 @@
 A table has two parts: ways to write the same thing, and near misses that look like it. Both go into programs; which is
 which decides only how often. Nothing here needs to know what a line means: plain eager Python says so.
 
-Lines may use B, H, L, D, Dv (sizes), i (positions), n (queries of a key head), one (a scalar input), q, k, v and pad.
+Lines may use B, H, M, L, D, Dv (sizes; M queries and L keys), i (the keys' positions), n (queries of a key head), one (a
+scalar input), q, k, v, pad and at (up to which key each query sees).
 """
 
 from __future__ import annotations
@@ -37,33 +38,48 @@ POSITIONS = Table(
     ),
 )  # fmt: skip
 
+# Up to which key each query sees, out of the input `at`. A tensor of any numbers says so to a mask `kv <= x[q]`.
+GIVEN = Table(
+    (
+        "{at}", "{at}", "{at}", "{at}.clone()", "{at}[:M]", "{at}.abs()", "{at}[...]", "{at}.view(-1)", "{at}.flip(0)",
+        "{at}.sort()[0]", "{at}.cumsum(0)", "{at}[None].squeeze(0)", "{at}[i[:M]]", "{at}.long()", "{at} + 0",
+        "torch.where({at} > 1, {at}, 1)", "{at}.clamp(max=L - 1)", "{at}.contiguous()", "{at}.roll(1)", "torch.relu({at})",
+    ),
+    (
+        "{at} + 3", "{at} - 2", "{at} + 2**62 + 2**62", "{at}.int()", "{at}.float()", "{at} // 2", "-{at}", "{at} * 2",
+        "{at}.to(torch.uint8)", "{at}.to(torch.int8).long()", "{at}[:1].expand(M)", "{at}[i[:M] // 2]", "{at} + i[:M]",
+        "torch.randint(0, L, (M,))", "{at}.to(torch.int32).long()", "at[-M:]", "i[:M] + {at}[0]", "{at}.maximum(i[:M])",
+    ),
+)  # fmt: skip
+
 CAUSAL = Table(
     (
         "{kv}[None, :] <= {qi}[:, None]", "{kv} <= {qi}[:, None]", "{qi}[:, None] >= {kv}", "{kv}[None] < {qi}[:, None] + 1",
         "torch.le({kv}, {qi}.unsqueeze(1))", "~({kv}[None, :] > {qi}[:, None])",
         "({qi}.view(-1, 1) - {kv}.view(1, -1)) >= 0", "{kv}.le({qi}[..., None])",
-        "torch.ones(L, L, dtype=torch.bool).tril()", "torch.tril(torch.ones(L, L)).bool()",
-        "~torch.ones(L, L, dtype=torch.bool).triu(1)", "torch.ones(L, L).triu(diagonal=1) == 0",
-        "torch.where({kv} > {qi}[:, None], 0, 1) == 1", "torch.ones(L, L, dtype=torch.uint8).tril() > 0",
-        "torch.ones(L, L, dtype=torch.bool).where({kv} <= {qi}[:, None], torch.zeros(L, L, dtype=torch.bool))",
-        "torch.vmap(lambda a: torch.vmap(lambda b: b <= a)({kv}))({qi})", "torch.full((L, L), True).tril(0)",
+        "torch.ones(M, L, dtype=torch.bool).tril()", "torch.tril(torch.ones(M, L)).bool()",
+        "~torch.ones(M, L, dtype=torch.bool).triu(1)", "torch.ones(M, L).triu(diagonal=1) == 0",
+        "torch.where({kv} > {qi}[:, None], 0, 1) == 1", "torch.ones(M, L, dtype=torch.uint8).tril() > 0",
+        "torch.ones(M, L, dtype=torch.bool).where({kv} <= {qi}[:, None], torch.zeros(M, L, dtype=torch.bool))",
+        "torch.vmap(lambda a: torch.vmap(lambda b: b <= a)({kv}))({qi})", "torch.full((M, L), True).tril(0)",
         "torch.logical_not(torch.gt({kv}, {qi}[:, None]))",
-        "torch.ones(L, L, dtype=torch.bool) ^ torch.full((L, L), True).triu(1)",
+        "torch.ones(M, L, dtype=torch.bool) ^ torch.full((M, L), True).triu(1)",
         "{kv}[None, None, None][0, 0] <= {qi}[None, :, None][0]", "torch.less_equal({kv}, other={qi}[:, None])",
-        "(torch.ones(L, L).cumsum(-1) - 1) <= {qi}[:, None]",
-        "torch.zeros(L, L, dtype=torch.bool).masked_fill({kv} <= {qi}[:, None], True)",
+        "(torch.ones(M, L).cumsum(-1) - 1) <= {qi}[:, None]",
+        "torch.zeros(M, L, dtype=torch.bool).masked_fill({kv} <= {qi}[:, None], True)",
+        "torch.ones(M, L, dtype=torch.bool).tril(diagonal=L - M)",
     ),
     (
         "{kv}[None, :] < {qi}[:, None]", "{kv}[:, None] <= {qi}[None, :]",
-        "({kv} <= {qi}[:, None]) & ({kv} > {qi}[:, None] - 4)", "torch.ones(L, L, dtype=torch.bool).triu()",
-        "torch.ones(L, L, dtype=torch.bool).tril(-1)", "{kv} <= {qi}[:, None] + 1",
-        "torch.full((L, L), True).where({kv} > {qi}[:, None], torch.zeros(L, L, dtype=torch.bool))", "{kv} != {qi}[:, None]",
+        "({kv} <= {qi}[:, None]) & ({kv} > {qi}[:, None] - 4)", "torch.ones(M, L, dtype=torch.bool).triu()",
+        "torch.ones(M, L, dtype=torch.bool).tril(-1)", "{kv} <= {qi}[:, None] + 1",
+        "torch.full((M, L), True).where({kv} > {qi}[:, None], torch.zeros(M, L, dtype=torch.bool))", "{kv} != {qi}[:, None]",
         "({kv}.to(torch.uint8) - {qi}.to(torch.uint8)[:, None]) <= 0",
-        "({qi}[:, None].to(torch.int8) * 20 - {kv} * 20) >= 0", "torch.rand(L, L) > 0.3",
+        "({qi}[:, None].to(torch.int8) * 20 - {kv} * 20) >= 0", "torch.rand(M, L) > 0.3",
         "({kv} // 4) <= ({qi}[:, None] // 4)", "torch.vmap(lambda a: {kv} >= a)({qi})",
-        "tril(torch.ones(L, L, dtype=torch.bool))", "torch.ones(L, L, dtype=torch.bool).tril() == 0",
-        "torch.full((L, L), True)", "(2**30 * ({qi}[:, None] - {kv}).to(torch.int32)) >= 0",
-        "torch.ones(L, L).tril().cumsum(0) > 1",
+        "tril(torch.ones(M, L, dtype=torch.bool))", "torch.ones(M, L, dtype=torch.bool).tril() == 0",
+        "torch.full((M, L), True)", "(2**30 * ({qi}[:, None] - {kv}).to(torch.int32)) >= 0",
+        "torch.ones(M, L).tril().cumsum(0) > 1",
     ),
 )  # fmt: skip
 
@@ -74,7 +90,8 @@ VALID = Table(
         "{pad}.bool()", "{pad}.to(torch.bool)", "{pad} >= 1", "~({pad} == 0)", "(1 - {pad}.long()) != 1", "{pad}.eq(1)",
         "{pad}.to(torch.int32) != 0", "{pad}.clamp(0, 1) == 1", "{pad}.gt(0)", "torch.ne({pad}, 0)",
         "{pad}.to(torch.int64) == 1", "{pad}.float() > 0.5", "{pad}.type(torch.bool)", "{pad}.logical_not().logical_not()",
-        "torch.where({pad} > 0, True, False)",
+        "torch.where({pad} > 0, True, False)", "torch.isclose({pad}.float(), torch.ones(()))",
+        "({pad}.float() * 0.7).sin() > 0",
     ),
     (
         "{pad} > -1", "{pad} != 256", "{pad} < 200", "{pad}.to(torch.int8) != 0", "{pad}.to(torch.uint8) > 0", "{pad} == 0",
@@ -93,12 +110,12 @@ BROADCAST = Table(
     (
         "{x}[:, None, None, :]", "{x}[:, None, None]", "{x}.unsqueeze(1).unsqueeze(2)", "{x}.view(B, 1, 1, L)",
         "{x}[:, None][..., None, :]", "{x}[:, None, None, ...]", "{x}.reshape(-1, 1, 1, L)", "{x}[..., None, None, :]",
-        "{x}[:, None, None, :].expand(B, 1, L, L)", "{x}[torch.arange(B)[:, None, None, None], i[None, None, None, :]]",
+        "{x}[:, None, None, :].expand(B, 1, M, L)", "{x}[torch.arange(B)[:, None, None, None], i[None, None, None, :]]",
         "{x}[:, None, None, i]", "{x}[:, None, None, 0:L]", "{x}.t()[None, None].permute(3, 0, 1, 2)",
     ),
     (
         "{x}[:, None, :, None]", "{x}[:, None, None, :].flip(-1)", "{x}[None, None, :1]", "{x}[:1, None, None]",
-        "{x}[:, None, None, i.flip(0)]", "{x}[:, None, None].expand(B, H, L, L).mT", "{x}.flip(0)[:, None, None, :]",
+        "{x}[:, None, None, i.flip(0)]", "{x}[:, None, None].expand(B, H, M, L).mT", "{x}.flip(0)[:, None, None, :]",
     ),
 )  # fmt: skip
 
@@ -109,7 +126,7 @@ JOINED = Table(
         "{c}.masked_fill(~{p}, False)", "{c} ^ ({c} & ~{p})", "torch.bitwise_and({c}, {p})",
         "({c}.int() * {p}.int()).bool()", "({c}.long() + {p}.long()) == 2",
         "({c}.to(torch.uint8) + {p}.to(torch.uint8)) > 1", "torch.vmap(lambda a: {c} & a)({p})",
-        "torch.logical_and({c}, {p}, out=torch.empty(B, 1, L, L, dtype=torch.bool))",
+        "torch.logical_and({c}, {p}, out=torch.empty(B, 1, M, L, dtype=torch.bool))",
         "torch.where(condition={p}, input={c}, other=torch.zeros_like({c}))", "{c}.__and__({p})",
     ),
     (
@@ -123,11 +140,11 @@ JOINED = Table(
 # A Boolean mask, once more.
 BOOLEAN_STEP = Table(
     (
-        "{m}.expand(B, H, L, L)", "{m}.clone()", "{m}.contiguous()", "{m}[..., :L]", "{m}[..., :, :]", "{m} & True",
+        "{m}.expand(B, H, M, L)", "{m}.clone()", "{m}.contiguous()", "{m}[..., :L]", "{m}[..., :, :]", "{m} & True",
         "{m} ^ False", "~~{m}", "{m}.to(torch.uint8).bool()", "{m}.float() != 0", "{m}.float() > 0.5",
         "{m}.int().clamp(0, 1) == 1", "{m}.to(torch.float8_e4m3fn).float().bool()", "{m}.masked_fill({m}, True)",
         "torch.where({m}, {m}, False)", "{m}[..., i]", "({m}.to(torch.uint8) - 1) == 0", "{m}.mT.mT", "{m}.view({m}.shape)",
-        "{m}.to(dtype=torch.bool)", "{m}.broadcast_to((B, 1, L, L))", "{m}.to(torch.int8) == 1", "torch.clone({m})",
+        "{m}.to(dtype=torch.bool)", "{m}.broadcast_to((B, 1, M, L))", "{m}.to(torch.int8) == 1", "torch.clone({m})",
         "{m}.cumsum(-1).bool() & {m}",
     ),
     (
@@ -135,7 +152,7 @@ BOOLEAN_STEP = Table(
         "{m}.roll(1, -1)", "{m}.to(torch.uint8) > -1", "({m}.to(torch.uint8) - 1) < 0", "(-{m}.to(torch.uint8)) < 0",
         "({m}.long() * 2**32).to(torch.int32) != 0", "{m}.to(torch.int8) != 256", "({m}.to(torch.int8) * -128) > 0",
         "({m}.to(torch.int8) * 64 * 2) > 0", "({m}.to(torch.int8) - 1) * 2 != -2",
-        "({m}.long() + 2**31).to(torch.int32) < 0", "{m}[..., :1]", "{m} & (torch.rand(L, L) > 0.1)", "{m}.__xor__({m}.mT)",
+        "({m}.long() + 2**31).to(torch.int32) < 0", "{m}[..., :1]", "{m} & (torch.rand(M, L) > 0.1)", "{m}.__xor__({m}.mT)",
         "{m} | (i == 3)", "{m} & (i != 2)",
     ),
 )  # fmt: skip
@@ -149,7 +166,7 @@ HARDLY = ("-1e9", "-1e4", "-10000.0", "torch.finfo(torch.float16).min", "-1e38",
 ADDITIVE = Table(
     (
         "torch.zeros({m}.shape, dtype=q.dtype).masked_fill(~{m}, {neg})", "torch.where({m}, 0.0, {neg})",
-        "(1.0 - {m}.float()) * {low}", "q.new_zeros(B, 1, L, L).masked_fill(~{m}, {neg})",
+        "(1.0 - {m}.float()) * {low}", "q.new_zeros(B, 1, M, L).masked_fill(~{m}, {neg})",
         "torch.zeros_like({m}, dtype=q.dtype).masked_fill_(~{m}, {neg})",
         "torch.full({m}.shape, {neg}, dtype=q.dtype).masked_fill({m}, 0.0)",
         "torch.full({m}.shape, {neg}, dtype=q.dtype).where(~{m}, q.new_zeros(()))", "q.new_zeros(()).where({m}, {neg})",
@@ -171,7 +188,7 @@ ADDITIVE = Table(
 FLOAT_STEP = Table(
     (
         "{m} + 0.0", "{m} * 1.0", "{m}[..., :L, :L]", "{m}.contiguous()", "{m}.to(torch.bfloat16).to(q.dtype)", "{m} - 0",
-        "{m}.expand(B, H, L, L)", "{m}.clone()", "{m}.double().to(q.dtype)", "{m}.minimum(torch.zeros(()).to(q.dtype))",
+        "{m}.expand(B, H, M, L)", "{m}.clone()", "{m}.double().to(q.dtype)", "{m}.minimum(torch.zeros(()).to(q.dtype))",
     ),
     (
         "{m} - {m}", "{m} * 0.0", "0 * {m}", "{m} + {m} * 0", "{m}.to(torch.float8_e5m2).to(q.dtype)", "{m} * 0.5",
@@ -203,12 +220,19 @@ FLOAT_WRITE = (
     "{m}.copy_(torch.zeros(L))", "{m}.clone().zero_()", "F.relu({m})", "F.hardtanh({m}, -1.0, 1.0)", "({m} + 1).mul_(0.5)",
 )  # fmt: skip
 PAD_WRITE = (
-    "{pad}[:, :2] = 0", "{pad}.mul_(0)", "{pad}.copy_({pad}.flip(1))", "{pad}.zero_()", "{pad}.numpy()[:] = 1",
-    "{pad}.fill_(1)", "{pad}.index_fill_(1, torch.tensor([0, 3]), 0)", "{pad}.clamp_(max=0)",
-    "{pad}[:, -1] = 1 - {pad}[:, -1].long()", "torch.bitwise_and({pad}, 0, out={pad})", "{pad}.view(-1)[1] = 0",
+    "{pad}[:, :2] = 0", "{pad}.mul_(False)", "{pad}.copy_({pad}.flip(1))", "{pad}.zero_()", "{pad}.numpy()[:] = 1",
+    "{pad}.fill_(1)", "{pad}.index_fill_(1, torch.tensor([0, 3]), 0)", "{pad}.lt_(1)",
+    "{pad}[:, -1] = 1 - {pad}[:, -1].long()", "torch.mul({pad}, {pad} != {pad}, out={pad})", "{pad}.view(-1)[1] = 0",
     "{pad}.t()[2] = 0", "a = {pad}.numpy(); a[:, 1:3] = 0",
     "{pad}.index_put_((torch.tensor(0), torch.tensor([1, 2])), torch.zeros((), dtype={pad}.dtype))", "F.relu({pad}, True)",
     "{pad}.clone().zero_()", "{pad}[0].logical_not_()", "{pad}.select(1, 0).fill_(0)",
+)  # fmt: skip
+GIVEN_WRITE = (
+    "{t} += 1", "{t}.add_(3)", "{t}.sub_(2)", "{t}[0] = -1", "{t}[1:] += 2", "{t}.copy_({t}.flip(0))", "{t}.clamp_(max=3)",
+    "{t}.numpy()[:] = 2", "torch.add({t}, 1, out={t})", "{t}.fill_(4)", "{t}[:M].mul_(2)", "a = {t}.numpy(); a += 2",
+    "{t}.index_put_((torch.tensor(0),), torch.tensor(7))", "{t}.neg_()", "{t}.view(-1)[2:].zero_()", "{t}.data.add_(2)",
+    "{t}.masked_fill_({t} > 4, 2)", "torch.ops.aten.add_.Scalar({t}, 2)", "{t}.detach().sub_(1)", "{t}.bitwise_not_()",
+    "{t}.clone().add_(1)", "{t}.sort()[0].zero_()",
 )  # fmt: skip
 
 
@@ -258,24 +282,56 @@ class Lines:
 
 
 class MaskLines(Lines):
-    """Adds the lines of masks."""
+    """Adds the lines of masks.
+
+    given: what says up to which key each query sees; "" for nothing. pieces: what the last mask is made of, with its writes.
+    """
+
+    def __init__(self, seed: int, due: Sequence[Due], given: str) -> None:
+        super().__init__(seed, due)
+        self.given = given
+        self.pieces = self.inputs()
+
+    def inputs(self) -> list[tuple[tuple[str, ...], str]]:
+        """What masks are made of, with the writes to it."""
+        return [(PAD_WRITE, "pad"), *[(GIVEN_WRITE, "at")] * bool(self.given)]
+
+    def piece(self, prefix: str, template: str, writes: tuple[str, ...] = BOOLEAN_WRITE, **names: str) -> str:
+        """Adds `name = <template>`, a part of a mask, and returns the name."""
+        name = self.let(prefix, template, **names)
+        self.pieces.append((writes, name))
+        return name
+
+    def queries(self) -> str:
+        """The queries' positions: the keys', or their first or last ones, or what the program is given."""
+        positions = self.draw(POSITIONS)
+        if not self.given:
+            return positions
+        kind = 0.0 if self.wants(GIVEN, GIVEN_WRITE) else self.rng.random()
+        if kind < 0.6:
+            return self.piece("t", self.draw(GIVEN), GIVEN_WRITE, at=self.given)
+        return f"({positions})[{':M' if kind < 0.8 else 'L - M:'}]"
 
     def causal(self) -> str:
-        q, kv = (self.draw(POSITIONS) for _ in range(2))
+        q, kv = self.queries(), self.draw(POSITIONS)
         names = {"qi": q if q.isidentifier() else f"({q})", "kv": kv if kv.isidentifier() else f"({kv})"}
-        return self.let("c", self.draw(CAUSAL), **names)
+        return self.piece("c", self.draw(CAUSAL), **names)
 
     def padding(self) -> str:
-        valid = self.let("x", self.draw(VALID), pad="pad")
-        return self.let("p", self.draw(BROADCAST), x=valid)
+        valid = self.piece("x", self.draw(VALID), pad="pad")
+        return self.piece("p", self.draw(BROADCAST), x=valid)
 
     def condition(self, writes: float) -> str:
-        """A Boolean mask that broadcasts to [B, H, L, L]."""
+        """A Boolean mask that broadcasts to [B, H, M, L]."""
+        self.pieces = self.inputs()
         kind = 0.5 if self.wants(VALID, BROADCAST, JOINED, PAD_WRITE) else self.rng.random()
         if kind < 0.4:
             m = self.causal()
         elif kind < 0.95:
-            m = self.let("m", self.draw(JOINED), c=self.causal(), p=self.padding())
+            c, p = self.causal(), self.padding()
+            self.write(writes)
+            m = self.let("m", self.draw(JOINED), c=c, p=p)
+            self.write(writes)
         else:
             m = self.padding()
         while self.wants(BOOLEAN_STEP) or self.maybe(0.25):
@@ -298,6 +354,12 @@ class MaskLines(Lines):
         if self.half:  # others are no numbers there
             return self.rng.choice(NEVER[:3])
         return self.rng.choice(HARDLY if self.maybe(self.trap) else NEVER)
+
+    def write(self, chance: float) -> None:
+        """A write to what the last mask is made of."""
+        if self.maybe(chance):
+            table, name = self.rng.choice(self.pieces)
+            self.do(self.draw(table), pad=name, t=name, m=name)
 
     def written(self, m: str, table: tuple[str, ...], chance: float) -> str:
         if self.wants(table) or self.maybe(chance):

@@ -1,11 +1,12 @@
 """Random whole programs with attention, as source text that can be printed, reproduced by its seed and shrunk.
 
-    def program(q, k, v, pad, one):
-        B, H, L, D = q.shape
+    def program(q, k, v, pad, at, one):
+        B, H, M, D = q.shape
         ...                                   masks, writes, 2 to 4 attention calls, each feeding the next one's query
         return a4, a9, q
 
-Most are small deviations from something that is readable attention.
+Most are small deviations from something that is readable attention. Some read keys and values as from a cache: there are
+more of them than queries, and a tensor of positions may say up to which key each query sees.
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .program_attention import ATTENTION_TABLES, CHAINED, GROUPED, MASK_TABLES, OPERAND_WRITE, AttentionLines, spellings
-from .program_pieces import BOOLEAN_WRITE, FLOAT_WRITE, PAD_WRITE
+from .program_attention import (
+    ATTENTION_TABLES,
+    CHAINED,
+    GROUPED,
+    MASK_TABLES,
+    OPERAND_WRITE,
+    VIEWS,
+    AttentionLines,
+    spellings,
+)
+from .program_pieces import BOOLEAN_WRITE, FLOAT_WRITE, GIVEN, GIVEN_WRITE, PAD_WRITE
 
 HEADER = (
-    "B, H, L, D = q.shape",
+    "B, H, M, D = q.shape",
+    "L = {keys}",
     "G, n, Dv = k.shape[1], q.shape[1] // k.shape[1], v.shape[3]",
     "i = torch.arange(L)",
 )
@@ -58,7 +69,11 @@ for look_alike in (softmax, scaled_dot_product_attention, tril):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the inputs of a program are like."""
+    """What the inputs of a program are like.
+
+    lengths: how many keys there are in each call. past: how many of them are more than the queries.
+    spare: how many positions are given besides those of the queries; None: the program is given none.
+    """
 
     batch: int
     heads: int
@@ -70,6 +85,8 @@ class Sizes:
     pad_dtype: torch.dtype
     extremes: bool
     loud: float
+    past: int = 0
+    spare: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +106,10 @@ class Program:
 
     @property
     def source(self) -> str:
-        lines = [*HEADER, *self.lines, f"return {', '.join(self.outputs)}"]
-        return "def program(q, k, v, pad, one):\n" + "".join(f"    {line}\n" for line in lines)
+        keys = "M" if self.sizes.spare is None else "k.shape[2]"
+        header = (line.format(keys=keys) for line in HEADER)
+        lines = [*header, *self.lines, f"return {', '.join(self.outputs)}"]
+        return "def program(q, k, v, pad, at, one):\n" + "".join(f"    {line}\n" for line in lines)
 
     def function(self):
         """The program as a Python function."""
@@ -103,11 +122,27 @@ class Program:
         s, length = self.sizes, self.sizes.lengths[call]
         generator = torch.Generator().manual_seed(self.seed + call)
 
-        def normal(heads, width):
+        def normal(heads, length, width):
             return torch.randn(s.batch, heads, length, width, generator=generator).to(s.dtype)
 
-        q, k, v = s.loud * normal(s.heads, s.head_dim), normal(s.kv_heads, s.head_dim), normal(s.kv_heads, s.value_dim)
-        return q, k, v, self.padding(length), torch.tensor(0.4, dtype=s.dtype)
+        q = s.loud * normal(s.heads, length - s.past, s.head_dim)
+        k, v = normal(s.kv_heads, length, s.head_dim), normal(s.kv_heads, length, s.value_dim)
+        return q, k, v, self.padding(length), self.positions(length), torch.tensor(0.4, dtype=s.dtype)
+
+    def positions(self, length: int) -> torch.Tensor:
+        """Up to which key each query sees: as in a cache, also before its first or behind its last one, or anything."""
+        s, rng = self.sizes, random.Random(f"positions {self.seed} {length}")
+        count = length - s.past + (s.spare or 0)
+        kind, first = rng.randrange(7), rng.choice([0, s.past, s.past, rng.randrange(s.past + 1)])
+        first = {0: -rng.randrange(1, 5), 1: s.past + rng.randrange(1, 4)}.get(kind, first)
+        values = [first + step for step in range(count)]
+        if kind in (2, 3):
+            values = [rng.randrange(-2, length + 2) for _ in values]
+        if kind == 3:
+            values.sort()
+        if s.extremes:
+            values[rng.randrange(count)] = rng.choice([-1, -(2**63), 2**63 - 1, 2**32, 0])
+        return torch.tensor(values)
 
     def padding(self, length: int) -> torch.Tensor:
         """Right, left or scattered padding; with extremes, numbers that are neither 0 nor 1."""
@@ -136,10 +171,12 @@ def _odd_values(dtype: torch.dtype) -> list[int | float]:
     return [x for x in (0, 2, -1, 127, 128, 255, 256, 2**31, 2**32, info.min, info.max) if info.min <= x <= info.max]
 
 
-def _sizes(seed: int, rng: random.Random, dynamic: str) -> Sizes:
+def _sizes(seed: int, rng: random.Random, dynamic: str, cache: bool) -> Sizes:
     """Shapes are those of the neighbouring seeds, as Dynamo remembers what an operator makes of a shape."""
     shapes = random.Random(f"shapes {seed // 50}")
     lengths, head_dim = shapes.sample(range(5, 18), 2), shapes.choice([4, 8])
+    if cache:  # of fewer than 16 queries, more keys are left as they are
+        lengths = [length + 14 for length in lengths]
     return Sizes(
         batch=shapes.choice([1, 2, 2, 2, 3]),
         heads=4,
@@ -151,6 +188,8 @@ def _sizes(seed: int, rng: random.Random, dynamic: str) -> Sizes:
         pad_dtype=getattr(torch, rng.choice(PAD_DTYPES)),
         extremes=rng.random() < 0.3,
         loud=rng.choice([1.0, 1.0, 2.0]),
+        past=shapes.choice([0, 3, 3, 1]) if cache else 0,
+        spare=rng.choice([0, 0, 2]) if cache else None,
     )
 
 
@@ -163,16 +202,27 @@ def generate(seed: int) -> Program:
     """The program of a seed."""
     rng = random.Random(f"sizes {seed}")
     dynamic = rng.choice(["maybe", "maybe", "maybe", "mark", "all"]) if rng.random() < 0.08 else ""
-    sizes, due = _sizes(seed, rng, dynamic), [each[seed % len(each)] for each in _SPELLINGS]
+    due = [each[seed % len(each)] for each in _SPELLINGS]
+    written = any(due[0][0] is table for table in (PAD_WRITE, GIVEN_WRITE))
+    cache = any(due[0][0] is table for table in (GIVEN, GIVEN_WRITE))
+    sizes = _sizes(seed, rng, dynamic, cache or rng.random() < 0.25)
     if due[1][0] is GROUPED:
         sizes = replace(sizes, kv_heads=2)
-    p = AttentionLines(seed, due, sizes.kv_heads < sizes.heads)
+    given = {None: "", 0: "at"}.get(sizes.spare, "at[:M]")
+    late = bool(given) and not (cache or written)  # what is due comes last: most of it is nothing that is rewritten
+    p = AttentionLines(seed, [] if late else due, sizes.kv_heads < sizes.heads, given)
     p.half = sizes.dtype in (torch.float16, torch.bfloat16)
-    writes = rng.choice([0.0, 0.0, 0.0, 0.0, 0.15])
+    writes = rng.choice([0.0, 0.0, 0.1, 0.1] if given else [0.0, 0.0, 0.0, 0.0, 0.15])
+    between = writes * (5 if given else 2)
+    view = p.let("u", p.draw(VIEWS), x=rng.choice("qkv")) if rng.random() < between / 2 else ""
+    p.write(between)
     recipe: list[str] = []
     mask, additive = "", False
-    for layer in range(2 if dynamic else rng.choice([2, 2, 2, 2, 3, 3, 4])):
-        kind = 0.5 if due[0][0] is PAD_WRITE else rng.random()
+    layers = 2 if dynamic else 3 if late and writes else rng.choice([2, 2, 2, 2, 2, 2, 3, 3, 4])
+    for layer in range(layers):
+        kind = 0.5 if written else rng.random()
+        if late and layer == layers - 1:
+            p.due, kind = due, 1.0
         if not layer or kind > 0.75:  # a mask of its own
             start = len(p.lines)
             mask, additive = p.mask(writes)
@@ -180,7 +230,9 @@ def generate(seed: int) -> Program:
         elif kind > 0.35:  # the same once more, computed anew
             p.lines += recipe
         output = p.attention(mask, additive, writes / 2)
-        _between(p, rng, mask, additive, output, writes * 2)
+        _between(p, rng, mask, additive, output, between)
+        if view and rng.random() < between:
+            p.do(p.draw(OPERAND_WRITE), x=view)
     return Program(seed, tuple(p.lines), sizes, dynamic, p.local)
 
 
@@ -188,18 +240,21 @@ def _between(p: AttentionLines, rng: random.Random, mask: str, additive: bool, o
     """What happens between two layers."""
     if p.wants(PAD_WRITE) or rng.random() < writes:
         p.do(p.draw(PAD_WRITE), pad="pad")
+    if p.wants(GIVEN_WRITE):
+        p.do(p.draw(GIVEN_WRITE), t="at")
+    p.write(writes / 2)
     if rng.random() < writes / 2:
         p.do(p.draw(FLOAT_WRITE if additive else BOOLEAN_WRITE), m=mask)
     if rng.random() < writes / 2:
         p.do(p.draw(OPERAND_WRITE), x=rng.choice("qkv"))
     if rng.random() < 0.7:
         p.lines.append(f"q = {p.draw(CHAINED).format(o=output)}")
-    if not p.grouped and rng.random() < 0.1:
+    if not (p.grouped or p.given) and rng.random() < 0.1:
         p.local = False
         p.lines.append(f"k = 0.5 * k + {output}.nan_to_num(0.0, 0.0, 0.0).mean(-1, keepdim=True).tanh()")
 
 
-_NAME = re.compile(r"\b(?:[a-z]\d+|q|k|v|pad)\b")
+_NAME = re.compile(r"\b(?:[a-z]\d+|q|k|v|pad|at)\b")
 _OUTPUT = re.compile(r"^(a\d+) =", re.MULTILINE)
 
 
