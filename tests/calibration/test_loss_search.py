@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from tsa_compile.backend import tsa_backend
 from tsa_compile.calibration.base import evaluating
 from tsa_compile.calibration.calibrate import Calibration, calibrate, load_calibration
 from tsa_compile.calibration.fingerprint import Fingerprint
-from tsa_compile.calibration.loss import LossMeter
-from tsa_compile.calibration.loss_search import TRIES, LossCalibration, bisect, calibrate_loss, fill, path
+from tsa_compile.calibration.loss import Costs, LossMeter, read_samples
+from tsa_compile.calibration.loss_search import TRIES, LossCalibration, Search, bisect, calibrate_loss, fill, path
 from tsa_compile.config import Floor, KeepRatio, TSAConfig
 from tsa_compile.evaluation.prompts import Sample
 
@@ -195,11 +197,15 @@ def options(**changes):
         ({"config": BASE.replace(layers=[3])}, r"indices of the layers 0 to 2"),
         ({"config": BASE.replace(layers=["a*"])}, "indices of the layers"),
         ({"config": BASE.replace(dense_kernel="a_shape")}, "config.dense_kernel='a_shape'"),
-        ({"nonsense": 1}, "nonsense"),
+        ({"nonsense": 1, "more": 2}, "nonsense, more: objective='loss' has no such option; its options are max_kl, ratios"),
+        ({"ratios": 0.5}, "ratios=0.5 is not allowed"),
+        ({"config": "x"}, "config is a str: pass a TSAConfig"),
+        ({"delta": 7.0}, "delta=7.0: objective='loss' has no such option"),
+        ({"delta": 0.5}, "delta=0.5: objective='loss' has no such option"),
     ],
 )
 def test_what_is_not_allowed_is_named(model, changes, said):
-    with pytest.raises((ConfigError, TypeError), match=said):
+    with pytest.raises(ConfigError, match=said):
         calibrate(model, PROMPTS, objective="loss", **options(**changes))
 
 
@@ -212,6 +218,37 @@ def test_options_of_the_other_objective_are_named(model):
         calibrate(model, [], objective="loss", **options())
     with pytest.raises(ConfigError, match="prompt 1 has the token id 9999"):
         calibrate(model, [PROMPTS[0], [9999] * 60], objective="loss", **options())
+
+
+def test_every_row_of_a_prompt_is_checked(model):
+    ids = torch.ones(2, 20, dtype=torch.long)
+    mask = ids.clone()
+    mask[0, 8:] = 0  # the first row is no longer than its answer
+    with pytest.raises(ConfigError, match="prompt 0 is too short"):
+        read_samples(model, [{"input_ids": ids, "attention_mask": mask}], None, 8)
+    wrong = ids.clone()
+    wrong[0, 3] = 9999
+    with pytest.raises(ConfigError, match="prompt 1 has the token id 9999"):
+        read_samples(model, [ids, wrong], None, 8)
+
+
+def test_rows_have_answers_of_their_own(model):
+    ids, answers = torch.arange(24).view(2, 12), torch.arange(6).view(2, 3)
+    found = read_samples(model, [{"input_ids": ids, "answer_ids": answers}], None, 8)
+    assert found == [Sample(ids[row].tolist(), answers[row].tolist()) for row in range(2)]
+    with pytest.raises(ConfigError, match="prompt 1 has 2 rows of input_ids and 1 of answer_ids"):
+        read_samples(model, [[1] * 20, {"input_ids": ids, "answer_ids": answers[0]}], None, 8)
+
+
+def test_what_is_not_finite_is_no_candidate():
+    def search(*kl):
+        return Search(SimpleNamespace(costs=lambda samples, choices, step: Costs(kl, 8)), [], lambda *told: None)
+
+    found = search(0.1, math.nan, math.inf, math.nan).alone([2, 5], [0.5, 0.3])
+    assert found == {2: {0.5: 0.1}, 5: {}}
+    assert path(found, {0.5: 0.75, 0.3: 0.9}) == [{2: 0.5}]
+    with pytest.raises(ConfigError, match="no layer alone has a finite KL"):
+        search(math.nan, math.inf).alone([2], [0.5, 0.3])
 
 
 @pytest.mark.filterwarnings("ignore:no attention call")

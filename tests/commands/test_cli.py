@@ -261,6 +261,14 @@ def test_options_take_precedence_over_a_file(traced, tmp_path):
     assert traced == [TSAConfig(budget=KeepRatio(0.25), window=6, min_tokens=5)]
 
 
+def test_numbers_of_tokens_are_written_as_lengths(traced):
+    run("explain", *TINY, "--no-predict", "--window", "1K", "--min-tokens", "0", "--min-length", "2k")
+    assert traced == [TSAConfig(window=1024, min_tokens=0, min_length=2048)]
+    assert texts.setting("keep:0.5,window=2K,min_tokens=0")[0] == {
+        "budget": KeepRatio(0.5), "window": 2048, "min_tokens": 0,
+    }  # fmt: skip
+
+
 def test_calibrate_writes_what_explain_reads(calibration, traced):
     run("explain", *TINY, *QUICK, "--sparse-layers", str(calibration))
     chosen = Calibration.load(calibration).sparse_layers

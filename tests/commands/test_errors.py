@@ -29,15 +29,18 @@ USAGE = {
     "a shape that is not": (["--shape", "lama-3.1-8b"], "did you mean 'llama-3.1-8b'?"),
     "no layers": (["--shape", "tiny", "--layers", "0"], "--layers"),
     "an unknown option": ([*TINY, "--lenght", "8"], "No such option: --lenght"),
-    "no number": ([*TINY, "--window", "many"], "'--window': found 'many'"),
+    "no number": ([*TINY, "--batch", "many"], "'--batch': found 'many'"),
     "no number behind an equals sign": ([*TINY, "--batch=many"], "'--batch': found 'many'"),
-    "no text": ([*TINY, "--window", ""], "'--window': found ''"),
+    "no text": ([*TINY, "--batch", ""], "'--batch': found ''"),
     "a budget without a kind": ([*TINY, "--budget", "0.5"], "write coverage:0.005 or keep:0.5"),
     "a budget beyond": ([*TINY, "--budget", "keep:1.5"], "a number in [0, 1]"),
     "a length that is none": ([*TINY, "--length", "8 thousand"], "is not a length"),
-    "a window beyond any length": ([*TINY, "--window", "9" * 20], "an integer >= 1, at most 2,147,483,647"),
-    "a minimum beyond any length": ([*TINY, "--min-length", "9" * 20], "an integer >= 1 or None, at most 2,147,483,647"),
-    "a window below 1": ([*TINY, "--window", "0"], "window=0 is not allowed"),
+    "a window beyond any length": ([*TINY, "--window", "9" * 20], "a number of tokens up to 2,147,483,647"),
+    "a minimum beyond any length": ([*TINY, "--min-length", "9" * 20], "a number of tokens up to 2,147,483,647"),
+    "a window below 1": ([*TINY, "--window", "0"], "--window '0' is not a length"),
+    "a window without a number": ([*TINY, "--window", "many"], "--window 'many' is not a length"),
+    "a window without a text": ([*TINY, "--window", ""], "--window '' is not a length"),
+    "fewer tokens than none": ([*TINY, "--min-tokens", "-1"], "--min-tokens '-1' is not a length"),
     "a layer that is not": ([*TINY, "--sparse-layers", "0,1,2"], "layer 2 does not exist: tiny has the layers 0 to 1"),
     "many layers that are not": ([*TINY, "--sparse-layers", "1-90"], "layer 2 (and 88 more of those given) does not exist"),
     "layers that are no list": ([*TINY, "--sparse-layers", "3-1"], "write the lower index first"),
@@ -93,6 +96,18 @@ OTHERS = {
     "loss below zero": (["calibrate", *TINY, "--objective", "loss", "--max-kl", "-1"], "--max-kl"),
     "a limit of drift": (["calibrate", *TINY, "--max-kl", "1", "--answer", "8"], "--max-kl, --answer goes with --objective"),
     "delta of loss": (["calibrate", *TINY, "--objective", "loss", "--delta", "0.5"], "--delta goes with --objective drift"),
+    "answers of tasks": (
+        ["calibrate", "FOLDER", "--objective", "loss", "--max-kl", "1", "--tasks", "copy", "--answer", "8"],
+        "--answer 8 goes without --tasks",
+    ),
+    "loss on prompts that are kept whole": (
+        ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--length", "1K"],
+        "--length 1K: prompts have at most 960 tokens before their answers, and 1,152 are always kept",
+    ),
+    "loss on tasks that are kept whole": (
+        ["calibrate", "FOLDER", "--objective", "loss", "--max-kl", "1", "--tasks", "copy", "--length", "1K"],
+        "--length 1K: prompts have at most 1,024 tokens before their answers",
+    ),
     "tasks of drift": (["calibrate", *TINY, "--tasks", "needle"], "--tasks goes with --objective loss"),
     "a task of loss that is not": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--tasks", "riddle"],
@@ -132,6 +147,10 @@ OTHERS = {
     "a setting with an unknown field": (["eval", *TINY, "--setting", "keep:0.5,flor=none"], "'flor=none' is not understood"),
     "a setting without a budget": (["eval", *TINY, "--setting", "floor=none"], "'floor=none' is not a budget"),
     "a setting with half a floor": (["eval", *TINY, "--setting", "keep:0.5,floor=256"], "'floor=256' is not understood"),
+    "a budget that every setting replaces": (
+        ["eval", *TINY, "--budget", "keep:0.5", "--setting", "dense", "--setting", "keep:0.3,window=2K"],
+        "--budget keep:0.5 is used by no --setting",
+    ),
     "a setting of other layers": (["eval", *TINY, "--setting", "keep:0.5,layers=1+2"], "has the layers 0 to 1"),
     "a text that is not there": (["eval", *TINY, "--text", "x.txt"], "--text 'x.txt' cannot be read"),
     "a continuation of nothing": (["eval", *TINY, "--tasks", "continuation"], "pass one (--text FILE)"),
@@ -183,6 +202,20 @@ def test_a_calibration_file_that_is_wrong(text, said, tmp_path):
     path = tmp_path / "layers.json"
     path.write_text(text)
     assert said in fails(2, "explain", *TINY, "--sparse-layers", str(path))
+
+
+def test_loss_is_measured_on_longer_prompts(monkeypatch):
+    """Of 1,024 tokens all would be kept; for drift any length will do."""
+    asked = []
+
+    def stop(source, length, batch=1):
+        asked.append(length)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Source, "check", stop)
+    fails(2, "calibrate", *TINY)
+    fails(2, "calibrate", *TINY, "--objective", "loss", "--max-kl", "1")
+    assert asked == [1024, 4096]
 
 
 def test_a_calibration_of_another_size(calibration):
@@ -321,6 +354,7 @@ def test_no_budgets(text):
 
 def test_lengths():
     assert texts.lengths("32K,8k,100,8192") == [100, 8192, 32768]
+    assert texts.length("0", least=0) == 0
     for wrong in ("", "0", "-8", "8.5K", "8M"):
         with pytest.raises(ConfigError):
             texts.lengths(wrong)

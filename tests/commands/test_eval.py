@@ -1,14 +1,20 @@
 """`tsa-compile eval`, end to end on a CPU: a model with a tokenizer of its own, files that go on, and what is refused."""
 
+import inspect
 import json
 
 import pytest
 
-from tsa_compile.commands import texts
+from tsa_compile import shapes
+from tsa_compile.calibration.calibrate import Calibration
+from tsa_compile.commands import evaluate, texts
+from tsa_compile.commands.loading import Source
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
+from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import TASKS, Study
+from tsa_compile.evaluation import evaluate as library
 
-from .support import fails, run
+from .support import TINY, fails, run
 
 pytest.importorskip("statsmodels")
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -67,6 +73,59 @@ def test_a_setting_is_a_budget_and_what_differs():
     assert texts.setting("coverage:0.005,floor=none,layers=upper") == (
         {"budget": Coverage(0.005), "floor": None, "layers": None}, False,
     )  # fmt: skip
+
+
+def test_a_setting_with_the_calibration_of_another_model_is_refused(calibration, word_model):
+    """Of the same rule as --sparse-layers: layers, sizes, and where the weights are at hand these too."""
+    for setting in (f"layers={calibration}", f"keep:0.5,layers={calibration}"):
+        said = fails(2, "eval", str(word_model), "--setting", setting)
+        assert "the calibration is of a model with 2 layers" in said and "calibrate this one" in said
+        said = fails(2, "eval", "--shape", "llama-3.2-1b", "--layers", "2", "--setting", setting)
+        assert "the calibration is not of llama-3.2-1b (hidden_size 2048, not 64" in said
+
+
+def test_a_setting_with_the_calibration_of_other_weights_warns_once(calibration, tmp_path, monkeypatch):
+    shapes.build(shapes.model_config("tiny", layers=2), seed=1).save_pretrained(tmp_path)
+    asked = []
+
+    def stop(model, tokenizer, settings, request, out):
+        asked.extend(setting.config.layers for setting in settings)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evaluate, "_tokenizer", lambda source: None)
+    monkeypatch.setattr(evaluate, "_run", stop)
+    settings = ["--setting", f"layers={calibration}", "--setting", f"keep:0.5,layers={calibration}"]
+    done = run("eval", str(tmp_path), *settings)
+    assert asked == [Calibration.load(calibration).sparse_layers] * 2 and "error: enough" in done.stderr
+    assert done.stderr.count("warning: this calibration belongs to another model") == 1
+
+
+def test_memory_is_asked_for_all_prompts_that_run_at_once(monkeypatch):
+    asked = []
+
+    def stop(source, length, batch=1):
+        asked.append((length, batch))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Source, "load", stop)
+    for given in (["--samples", "9"], ["--samples", "2"], ["--batch-tokens", "1"], ["--samples", "100"]):
+        fails(2, "eval", *TINY, "--lengths", "1K,6K", "--batch-tokens", "10240", *given)
+    assert asked == [(1024, 9), (6144, 1), (6144, 1), (1024, 10)]
+
+
+def test_the_defaults_are_the_librarys():
+    known = inspect.signature(library).parameters
+    assert {name: known[name].default for name in evaluate._ON_GPU} == evaluate._ON_GPU | {"lengths": (4096,)}
+
+
+def test_a_budget_is_for_the_settings_without_one(calibration, tmp_path, monkeypatch):
+    def stop(model, tokenizer, settings, request, out):
+        raise ConfigError(", ".join(str(setting.config.budget) for setting in settings))
+
+    monkeypatch.setattr(evaluate, "_run", stop)
+    settings = ["--setting", "keep:0.3", "--setting", f"layers={calibration}"]
+    done = run("eval", *TINY, "--budget", "keep:0.5", *settings)
+    assert "error: KeepRatio(ratio=0.3), KeepRatio(ratio=0.5)" in done.stderr
 
 
 def test_statsmodels_is_missed_before_the_work(word_model, monkeypatch):

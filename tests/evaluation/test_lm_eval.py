@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tsa_compile.calibration.calibrate import calibrate
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.evaluation.cached import CachedModel
@@ -13,7 +14,7 @@ from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import Setting
 from tsa_compile.report import reports
 
-from .small import TEXT
+from .small import TEXT, llama
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'tsa-compile[eval]'")
 from lm_eval import evaluator, tasks
@@ -182,6 +183,19 @@ def test_a_configuration_of_a_file_is_taken(tmp_path):
 def test_what_is_not_understood_is_named(given, said):
     with pytest.raises(Exception, match=said):
         read_config(given)
+
+
+def test_layers_of_another_models_calibration_are_refused(model, words, tmp_path):
+    """Of another size; other weights warn, as they may be the same model's in another form."""
+    for name, measured in (("same", model), ("larger", llama(layers=3)), ("other", llama(seed=1))):
+        calibrate(measured, [[5] * 20], progress=False).save(tmp_path / f"{name}.json")
+    given = {**GIVEN, "layers": tmp_path / "larger.json"}
+    with pytest.raises(ConfigError, match="a model with 3 layers, LlamaForCausalLM has 2: calibrate this one"):
+        TSALM(model, tokenizer=words, **given)
+    with pytest.warns(TSAWarning, match="belongs to another model"):
+        TSALM(model, tokenizer=words, **{**given, "layers": tmp_path / "other.json"})
+    found = TSALM(model, tokenizer=words, **{**given, "layers": tmp_path / "same.json"}).tsa_config
+    assert found == read_config({**given, "layers": tmp_path / "same.json"}) and len(found.layers) == 1
 
 
 def test_encoder_decoders_are_refused(words):

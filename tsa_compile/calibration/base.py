@@ -33,6 +33,18 @@ class Calibrated(Saved):
     def config(self, **changes: Any) -> TSAConfig:
         """A config with these layers sparse; `changes` are its other options."""
 
+    def check_config(self, config: Any, name: str) -> None:
+        """Raises ConfigError unless a transformers configuration, of the model called `name`, may be the calibrated one's.
+
+        What it says without weights is compared: the number of layers, the architecture and the sizes. `check` goes on.
+        """
+        mine, theirs = len(self.layers), int(config.get_text_config().num_hidden_layers)
+        if mine != theirs:
+            raise ConfigError(f"the calibration is of a model with {mine} layers, {name} has {theirs}: calibrate this one")
+        different = self.fingerprint.differences_of(config)
+        if different:
+            raise ConfigError(f"the calibration is not of {name} ({'; '.join(different)}): calibrate this model")
+
     def check(self, model: nn.Module) -> bool:
         """Whether `model` may be the one that was calibrated; a TSAWarning that says in what it differs if not.
 

@@ -126,20 +126,23 @@ class Calibration(Calibrated):
         save_figure(figure, path)
 
 
+_LOSS_OPTIONS = "max_kl, ratios, config and answer"
+
+
 @overload
 def calibrate(
-    model: nn.Module, prompts: Iterable[Any], delta: float = ..., *, tokenizer: Any = ..., progress: bool = ...,
+    model: nn.Module, prompts: Iterable[Any], delta: float | None = ..., *, tokenizer: Any = ..., progress: bool = ...,
     batch_size: int = ..., objective: Literal["drift"] = ...,
 ) -> Calibration: ...  # fmt: skip
 @overload
 def calibrate(
-    model: nn.Module, prompts: Iterable[Any], delta: float = ..., *, tokenizer: Any = ..., progress: bool = ...,
+    model: nn.Module, prompts: Iterable[Any], delta: None = ..., *, tokenizer: Any = ..., progress: bool = ...,
     batch_size: int = ..., objective: Literal["loss"], max_kl: float, **search: Any,
 ) -> LossCalibration: ...  # fmt: skip
 def calibrate(
     model: nn.Module,
     prompts: Iterable[Any],
-    delta: float = 0.5,
+    delta: float | None = None,
     *,
     tokenizer: Any = None,
     progress: bool = True,
@@ -159,7 +162,7 @@ def calibrate(
         model: a causal language model of transformers, or a module that takes token ids [B, L] and has a list of layers.
         prompts: token ids (lists or tensors [L] or [B, L]), mappings with input_ids and perhaps attention_mask, whose pad
             tokens do not count, or text.
-        delta: the share of the layers to be sparse, in (0, 1]; of "drift".
+        delta: the share of the layers to be sparse, in (0, 1]; of "drift" alone. None: 0.5.
         tokenizer: needed for text alone.
         progress: whether to show a progress bar, on stderr.
         batch_size: how many prompts run at once. "drift" pads them on the right; "loss" puts only prompts of one length
@@ -170,14 +173,21 @@ def calibrate(
     """
     check_int("batch_size", batch_size, 1)
     if objective == "loss":
+        _check_search(delta, search)
         return calibrate_loss(model, prompts, tokenizer=tokenizer, progress=progress, batch_size=batch_size, **search)
     if objective != "drift":
         raise ConfigError(f"objective={objective!r} is not allowed: it must be 'drift' or 'loss'")
     if search:
-        raise ConfigError(
-            f"{', '.join(search)}: objective='drift' has no such option; max_kl, ratios, config and answer are for 'loss'"
-        )
-    return _by_drift(model, prompts, _share(delta), tokenizer, progress, batch_size)
+        raise ConfigError(f"{', '.join(search)}: objective='drift' has no such option; {_LOSS_OPTIONS} are for 'loss'")
+    return _by_drift(model, prompts, _share(0.5 if delta is None else delta), tokenizer, progress, batch_size)
+
+
+def _check_search(delta: float | None, search: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options that are not of objective 'loss'."""
+    wrong = [name for name in search if name not in ("max_kl", "ratios", "config", "answer")]
+    wrong += [] if delta is None else [f"delta={delta!r}"]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: objective='loss' has no such option; its options are {_LOSS_OPTIONS}")
 
 
 def _by_drift(

@@ -165,24 +165,33 @@ def read_samples(model: nn.Module, prompts: Iterable[Any], tokenizer: Any, answe
     Raises:
         ConfigError: something is no prompt, too long or too short, or there is none.
     """
-    found = []
+    found: list[Sample] = []
     for place, prompt in enumerate(prompts):
-        if isinstance(prompt, Sample):
-            found.append(prompt)
-        elif isinstance(prompt, Mapping) and "answer_ids" in prompt:
-            (ids,), (answers,) = (list(rows_of(place, each, tokenizer)) for each in (prompt, prompt["answer_ids"]))
-            found.append(Sample(ids.tolist(), answers.tolist()))
-        else:
-            rows = [ids.tolist() for ids in rows_of(place, prompt, tokenizer)]
-            found += [Sample(ids[:-answer], ids[-answer:]) for ids in rows]
-        if not found or not found[-1].prompt or not found[-1].answer:
-            raise ConfigError(
-                f"prompt {place} is too short: its last {answer} tokens are the answer, and tokens must stand before them. "
-                "Pass longer prompts, a smaller answer, or answers of their own (answer_ids)"
-            )
-        checked(model, place, torch.tensor(found[-1].prompt + found[-1].answer))
+        for sample in _samples_of(place, prompt, tokenizer, answer):
+            if not sample.prompt or not sample.answer:
+                raise ConfigError(
+                    f"prompt {place} is too short: its last {answer} tokens are the answer, and tokens must stand before "
+                    "them. Pass longer prompts, a smaller answer, or answers of their own (answer_ids)"
+                )
+            checked(model, place, torch.tensor(sample.prompt + sample.answer))
+            found.append(sample)
     if not found:
         raise ConfigError(
             "no prompts were given: losses are measured on some, best on long texts of the kind that will be used"
         )
     return found
+
+
+def _samples_of(place: int, prompt: Any, tokenizer: Any, answer: int) -> list[Sample]:
+    """Every row of a prompt, with its answer."""
+    if isinstance(prompt, Sample):
+        return [prompt]
+    rows = [ids.tolist() for ids in rows_of(place, prompt, tokenizer)]
+    if not (isinstance(prompt, Mapping) and "answer_ids" in prompt):
+        return [Sample(ids[:-answer], ids[-answer:]) for ids in rows]
+    answers = [ids.tolist() for ids in rows_of(place, prompt["answer_ids"], tokenizer)]
+    if len(rows) != len(answers):
+        raise ConfigError(
+            f"prompt {place} has {len(rows)} rows of input_ids and {len(answers)} of answer_ids: pass an answer for each row"
+        )
+    return [Sample(*pair) for pair in zip(rows, answers, strict=True)]

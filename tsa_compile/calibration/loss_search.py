@@ -27,7 +27,7 @@ from tsa_compile.calibration.loss import Choice, LossMeter, read_samples
 from tsa_compile.calibration.token_ids import items
 from tsa_compile.config import KeepRatio, LayerBudgets, TSAConfig, check_int, checked_number
 from tsa_compile.costs.breakeven import kept_share
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.evaluation.cached import check_model
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.progress import Progress, bar
@@ -46,7 +46,8 @@ class LossCalibration(Calibrated):
     Attributes:
         layers: module names, first layer first.
         ratios: what each of them keeps; None where it stays dense.
-        alone: for each layer, keep ratio -> KL of the answers where it alone is sparse; empty where it cannot be.
+        alone: for each layer, keep ratio -> KL of the answers where it alone is sparse; empty where it cannot be, and
+            without ratios of which it is not finite.
         kl: of the choice as a whole: mean over the answers' tokens of KL(dense || sparse), in nats.
         max_kl: what was allowed.
         saved: the share of the pairs of queries and keys, of all layers, that the choice leaves out of selected attention.
@@ -137,8 +138,10 @@ def calibrate_loss(
         answer: tokens.
 
     Raises:
-        ConfigError: an option or prompt is not allowed, no layer can be sparse, or no prompt is long enough to matter.
+        ConfigError: an option or prompt is not allowed, no layer can be sparse, no prompt is long enough to matter, or no KL
+            is a finite number.
     """
+    check_type("config", config, (TSAConfig, type(None)), "a TSAConfig, or None for the default one")
     base = TSAConfig() if config is None else config
     if base.dense_kernel is not None:
         raise ConfigError(
@@ -154,7 +157,7 @@ def calibrate_loss(
     check_model(model)
     samples = read_samples(model, items(prompts), tokenizer, answer)
     length = round(fmean(len(sample.prompt) for sample in samples))
-    _check_length(base, max(len(sample.prompt) for sample in samples))
+    check_length(base, max(len(sample.prompt) for sample in samples))
     with evaluating(model), bar(progress) as show:
         stack = find_layers(model, torch.tensor([samples[0].prompt[:PROBE]], device=device))
         meter = LossMeter(model, base, _candidates(base, len(stack.layers)), batch_size)
@@ -179,7 +182,11 @@ class Search:
         self.meter, self.samples, self.show = meter, samples, show
 
     def alone(self, layers: Sequence[int], ratios: Sequence[float]) -> dict[int, dict[float, float]]:
-        """Every layer alone at every ratio."""
+        """Every layer alone at every ratio; those of which the KL is not finite are left out.
+
+        Raises:
+            ConfigError: there is none of which it is.
+        """
         single = [(layer, ratio) for layer in layers for ratio in ratios]
         total = len(single)
         costs = self.meter.costs(
@@ -187,7 +194,13 @@ class Search:
         )
         found: dict[int, dict[float, float]] = {layer: {} for layer in layers}
         for (layer, ratio), kl in zip(single, costs.kl, strict=True):
-            found[layer][ratio] = kl
+            if math.isfinite(kl):
+                found[layer][ratio] = kl
+        if not any(found.values()):
+            raise ConfigError(
+                f"no layer alone has a finite KL to dense, of {total} pairs of layers and ratios: hidden states overflow, "
+                "or weights are not loaded. Calibrate in bfloat16 or float32"
+            )
         return found
 
     def best(self, alone: Alone, saved: Mapping[float, float], max_kl: float) -> tuple[Choice, float]:
@@ -279,7 +292,8 @@ def _steps(choice: Choice, alone: Alone, saved: Mapping[float, float]) -> list[_
 
 def _levels(ratios: Sequence[float]) -> list[float]:
     """The ratios, largest first."""
-    found = sorted({KeepRatio(ratio).ratio for ratio in ratios}, reverse=True) if not isinstance(ratios, str) else []
+    listed = isinstance(ratios, Iterable) and not isinstance(ratios, str)
+    found = sorted({KeepRatio(ratio).ratio for ratio in ratios}, reverse=True) if listed else []
     if not found or found[0] == 1:
         raise ConfigError(f"ratios={ratios!r} is not allowed: it must be a list of keep ratios in [0, 1)")
     return found
@@ -295,7 +309,8 @@ def _candidates(base: TSAConfig, count: int) -> list[int]:
     return [layer for layer in chosen if isinstance(layer, int)]
 
 
-def _check_length(base: TSAConfig, longest: int) -> None:
+def check_length(base: TSAConfig, longest: int) -> None:
+    """Raises ConfigError where the longest prompt, its answer left out, has no token that may be dropped."""
     kept = never_dropped(base.window, base.min_tokens)
     if longest <= kept:
         raise ConfigError(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tsa_compile.commands import output, prompts, texts
-from tsa_compile.commands.options import TASK_NAMES, Batch, FigureOptions, Length, ModelOptions, command, read_config
-from tsa_compile.config import KeepRatio
+from tsa_compile.commands.options import TASK_NAMES, Batch, FigureOptions, ModelOptions, command, read_config
+from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
 from tsa_compile.text import as_text, new_table
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
 
 _SHORTEST = 16  # tokens of a prompt; of fewer, each of which sees next to nothing, drift says nothing about long ones
+_LENGTHS = {"drift": "1K", "loss": "4K"}  # of fewer than 1,152 tokens all are kept by default, and nothing is lost
 _SEED, _EACH = 1, 4  # of the samples of a task
 _RANDOM = 2  # with random weights more prompts say nothing more
 
@@ -48,7 +49,10 @@ def calibrate(
         int | None,
         typer.Option("--random", min=1, max=10_000, help="So many prompts of random tokens instead; 2 for a shape."),
     ] = None,
-    length: Length = "1K",
+    length: Annotated[
+        str | None,
+        typer.Option("--length", help="Prompt length in tokens: 8192, or 8K. Default: 1K for drift, 4K for loss."),
+    ] = None,
     batch: Batch = 1,
     count: Annotated[int | None, typer.Option("--count", min=1, help="At most so many prompts of the file.")] = None,
     delta: Annotated[
@@ -84,24 +88,20 @@ def calibrate(
 
     Run it on long prompts of the kind that the model will see. What --out writes is what --sparse-layers takes.
     """
+    length = _LENGTHS.get(objective, "1K") if length is None else length
     tokens = texts.length(length)
     search = _search(objective, delta, out, max_kl=max_kl, ratios=ratios, answer=answer, tasks=tasks, config=config)
     if tokens < _SHORTEST:
         raise ConfigError(
             f"--length {length} is too short to calibrate: take {_SHORTEST} or more, best what the model will see"
         )
-    if random is not None and (file is not None or tasks is not None):
-        raise ConfigError(f"both {'--tasks' if file is None else '--prompts'} and --random given: choose one")
-    if count is not None and file is None and tasks is None:
-        raise ConfigError(f"--count goes with --prompts or --tasks; so many random prompts are --random {count}")
-    if file is not None:
-        prompts.read_text(file)  # what is wrong with it is found before anything heavy is imported
-    if file is None and random is None and tasks is None and model.folder is not None:
-        raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), or --random 8 for random tokens")
+    _check_prompts(model, file, random, tasks, count)
+    by_task = tasks is not None
     with output.working("Loading PyTorch and transformers"):
+        if objective == "loss":
+            _check_length(length, search, by_task)
         source = model.source()
         source.check(tokens, batch)
-        by_task = tasks is not None
         chosen = _samples(source, tasks, file, tokens, count) if by_task else _prompts(source, file, random, tokens, count)
     with output.working(f"Loading {source.name}"):
         loaded = source.load(tokens, batch)
@@ -113,6 +113,29 @@ def calibrate(
     if objective == "drift":
         out.draw(found.plot)
     out.show(_table(found, out.out) if objective == "drift" else _costs(found, out.out), found.to_dict())
+
+
+def _check_prompts(model: ModelOptions, file: Path | None, random: int | None, tasks: str | None, count: int | None) -> None:
+    """Raises ConfigError unless it is clear which prompts are meant, before anything heavy is imported."""
+    if random is not None and (file is not None or tasks is not None):
+        raise ConfigError(f"both {'--tasks' if file is None else '--prompts'} and --random given: choose one")
+    if count is not None and file is None and tasks is None:
+        raise ConfigError(f"--count goes with --prompts or --tasks; so many random prompts are --random {count}")
+    if file is not None:
+        prompts.read_text(file)
+    if file is None and random is None and tasks is None and model.folder is not None:
+        raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), or --random 8 for random tokens")
+
+
+def _check_length(length: str, search: dict[str, Any], by_task: bool) -> None:
+    """Raises ConfigError where all tokens of prompts of this length are kept; a task's answer stands behind them."""
+    from tsa_compile.calibration.loss_search import ANSWER, check_length
+
+    answer = 0 if by_task else search.get("answer", ANSWER)
+    try:
+        check_length(search.get("config", TSAConfig()), texts.length(length) - answer)
+    except ConfigError as error:
+        raise ConfigError(f"--length {length}: {error}") from error
 
 
 def _search(objective: str, delta: float | None, out: FigureOptions, **given: Any) -> dict[str, Any]:
@@ -132,6 +155,10 @@ def _search(objective: str, delta: float | None, out: FigureOptions, **given: An
     if given["max_kl"] is None:
         raise ConfigError("--objective loss needs --max-kl: how far answers may be from dense, as --max-kl 0.01")
     if given["tasks"] is not None:
+        if given["answer"] is not None:
+            raise ConfigError(
+                f"--answer {given['answer']} goes without --tasks, which have answers of their own: leave it out"
+            )
         texts.check_tasks(texts.names(given["tasks"]), TASK_NAMES)
     search: dict[str, Any] = {"objective": "loss", "max_kl": given["max_kl"]}
     search |= {} if given["ratios"] is None else {"ratios": _ratios(given["ratios"])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,8 @@ import typer
 
 from tsa_compile.commands import output, prompts, texts
 from tsa_compile.commands.options import TASK_NAMES, ModelOptions, ResultOptions, SparseOptions, check_layers, command
-from tsa_compile.config import TSAConfig
+from tsa_compile.config import LayerBudgets, TSAConfig
+from tsa_compile.errors import ConfigError
 from tsa_compile.files import read_json, writable
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_SAMPLES = 1_000_000
 _DENSE = "dense"  # evaluation.DENSE
+_ON_GPU: dict[str, Any] = {"lengths": [4096], "samples": 50, "batch_tokens": 32768}  # study.BATCH_TOKENS
 _ON_CPU: dict[str, Any] = {"lengths": [2048], "samples": 8, "tasks": ["needle"], "batch_tokens": 4096}
 
 
@@ -85,9 +88,7 @@ def evaluate(
     request |= {"samples": samples} if samples else {}
     request |= {"batch_tokens": batch_tokens} if batch_tokens else {}
     texts.check_tasks(request.get("tasks", ()), TASK_NAMES)
-    for name in setting or []:
-        if name != _DENSE:
-            TSAConfig().replace(**texts.setting(name)[0])
+    _check_settings(setting or [], sparse.budget)
     if out is not None and writable(out).exists():
         read_json(out, "pass a file that tsa-compile eval wrote, or a new name")
     request |= {"text": prompts.read_text(text, "--text")} if text else {}
@@ -96,14 +97,14 @@ def evaluate(
 
         require_statsmodels()  # found missing before the work
         source = model.source()
-        defaults = _ON_CPU if source.device.type == "cpu" else {}
+        defaults = _ON_CPU if source.device.type == "cpu" else _ON_GPU
         every = [task for task in TASK_NAMES if text is not None or task != "continuation"]
         request = {"tasks": every, **defaults, **request}
         settings = _settings(source, sparse, setting or [])
         tokenizer = _tokenizer(source)
     with output.working(f"Loading {source.name}"):
-        loaded = source.load(max(request.get("lengths", [4096])))
-    sparse.check_model(loaded)
+        loaded = source.load(*_largest_batch(request))
+    _check_weights(loaded, source, sparse, setting or [])
     if source.folder is None:
         output.say("note", "the weights are random: this shows that the study runs; its accuracies mean nothing")
     study = _run(loaded, tokenizer, settings, request, out)
@@ -124,6 +125,36 @@ def _show(study: Study, result: ResultOptions) -> None:
     result.show(table(study), {**study.to_dict(), "summary": summary(study)})
 
 
+def _check_settings(named: list[str], budget: str | None) -> None:
+    """Raises ConfigError for a setting that is not understood, and for a `--budget` that none of them leaves in place."""
+    changes = [texts.setting(name)[0] for name in named if name != _DENSE]
+    for each in changes:
+        TSAConfig().replace(**each)
+    own = all("budget" in each or isinstance(each.get("layers"), LayerBudgets) for each in changes)
+    if named and own and budget is not None:
+        raise ConfigError(
+            f"--budget {budget} is used by no --setting: each has a budget of its own, or is dense. Leave it out, or "
+            f"compare it as well, by --setting {budget}"
+        )
+
+
+def _largest_batch(request: dict[str, Any]) -> tuple[int, int]:
+    """The length and the number of the prompts that run at once with the most tokens together."""
+    from tsa_compile.evaluation.study import Plan
+
+    plan = Plan((), (), tuple(request["lengths"]), request["samples"], request["seed"], request["batch_tokens"])
+    return max(((length, plan.batch(length)) for length in plan.lengths), key=lambda size: (size[0] * size[1], size[1]))
+
+
+def _check_weights(model: Any, source: Source, sparse: SparseOptions, named: list[str]) -> None:
+    """Warns, once for each of them, of calibrations with other weights than the model's."""
+    sparse.check_model(model)
+    read = functools.cache(functools.partial(texts.layers_of, config=source.config, name=source.name, model=model))
+    for name in named:
+        if name != _DENSE:
+            texts.setting(name, read)
+
+
 def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[Setting]:
     """The settings of the command line; without `--setting` that of the other options."""
     from tsa_compile.evaluation import DENSE, Setting
@@ -133,10 +164,11 @@ def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[S
     if not named:
         return [Setting(sparse.budget or "sparse", base)]
     found = []
+    read = functools.partial(texts.layers_of, config=source.config, name=source.name)
     for name in dict.fromkeys(named):
         if name == DENSE.name:
             continue
-        changes, random = texts.setting(name)
+        changes, random = texts.setting(name, read)
         config = base.replace(**changes)
         check_layers(config, source)
         found.append(Setting(name, config, random))

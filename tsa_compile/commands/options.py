@@ -20,12 +20,11 @@ import typer
 
 from tsa_compile.commands import output, texts
 from tsa_compile.commands.errors import guarded
-from tsa_compile.config import MOST_LAYERS, HeldLayers, LayerBudgets, TSAConfig
+from tsa_compile.config import MOST_LAYERS, TSAConfig
 from tsa_compile.errors import ConfigError, unknown
 from tsa_compile.files import writable
 
 if TYPE_CHECKING:
-    from tsa_compile.calibration.base import Calibrated
     from tsa_compile.commands.loading import Source
 
 _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
@@ -146,15 +145,16 @@ class SparseOptions:
         ),
     ] = None  # fmt: skip
     window: Annotated[
-        int | None,
+        str | None,
         _option("--window", panel=_SPARSE, help="The last tokens, always kept, which score the others. Default: 128."),
     ] = None
     min_tokens: Annotated[
-        int | None,
-        _option("--min-tokens", panel=_SPARSE, help="At least so many are kept besides the window. Default: 1024."),
+        str | None,
+        _option("--min-tokens", panel=_SPARSE, help="At least so many are kept besides the window, or 0. Default: 1K."),
     ] = None
     min_length: Annotated[
-        int | None, _option("--min-length", panel=_SPARSE, help="The shortest prompt that is compressed. Default: by cost.")
+        str | None,
+        _option("--min-length", panel=_SPARSE, help="The shortest prompt that is compressed: 2K. Default: by cost."),
     ] = None
     kernel: Annotated[
         str | None, _option("--kernel", panel=_SPARSE, help="The attention kernel over the kept rows. Default: auto.")
@@ -173,7 +173,7 @@ class SparseOptions:
         from tsa_compile.kernels import registry
 
         if self.sparse_layers is not None:
-            changes["layers"], _ = chosen_layers(self.sparse_layers, source)
+            changes["layers"] = texts.layers_of(self.sparse_layers, source.config, source.name)
             texts.check_one_budget(self.budget, changes["layers"])
         config = self._but_layers().replace(**changes)
         check_layers(config, source)
@@ -188,8 +188,10 @@ class SparseOptions:
 
     def _but_layers(self) -> TSAConfig:
         base = TSAConfig() if self.config is None else read_config(self.config)
-        given = {name: getattr(self, name) for name in ("window", "min_tokens", "min_length", "kernel")}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes: dict[str, Any] = {} if self.kernel is None else {"kernel": self.kernel}
+        for name, least in (("window", 1), ("min_tokens", 0), ("min_length", 1)):
+            if (value := getattr(self, name)) is not None:
+                changes[name] = texts.length(value, least, f"--{name.replace('_', '-')}")
         if self.budget is not None:
             changes["budget"] = texts.budget(self.budget)
         if self.floor is not None:
@@ -209,26 +211,6 @@ def read_config(path: Path) -> TSAConfig:
         return TSAConfig.from_json(path)
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
-
-
-def chosen_layers(text: str, source: Source) -> tuple[HeldLayers | None, Calibrated | None]:
-    """The layers that a text names, and the calibration that chose them, if one did.
-
-    Raises:
-        ConfigError: it names none, or the calibration is of a model of another architecture or of other sizes.
-    """
-    found = texts.layers(text)
-    if found is None or isinstance(found, (tuple, LayerBudgets)):
-        return found, None
-    if len(found.layers) != source.layers:
-        count = len(found.layers)
-        raise ConfigError(
-            f"the calibration is of a model with {count} layers, {source.name} has {source.layers}: calibrate this one"
-        )
-    different = found.fingerprint.differences_of(source.config)
-    if different:
-        raise ConfigError(f"the calibration is not of {source.name} ({'; '.join(different)}): calibrate this model")
-    return found.sparse_layers, found
 
 
 def check_layers(config: TSAConfig, source: Source) -> None:

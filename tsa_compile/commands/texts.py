@@ -14,7 +14,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,19 @@ if TYPE_CHECKING:
 _MOST_DIGITS = 18
 
 
-def length(text: str) -> int:
-    """A number of tokens; K stands for 1024."""
-    found = re.fullmatch(r"([0-9]+)([kK]?)", str(text).strip())
-    tokens = (_number(found[1]) * (1024 if found[2] else 1)) if found else 0
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise ConfigError(f"{text!r} is not a length: write a number of tokens up to {MOST_TOKENS:,}, as 8192 or 8K")
+def length(text: str, least: int = 1, option: str = "") -> int:
+    """A number of tokens, at least so many; K stands for 1024. What is wrong is said of the option that it is for."""
+    tokens = _tokens(str(text))
+    if tokens is None or not least <= tokens <= MOST_TOKENS:
+        said = f"{option} {text!r}".lstrip()
+        raise ConfigError(f"{said} is not a length: write a number of tokens up to {MOST_TOKENS:,}, as 8192 or 8K")
     return tokens
+
+
+def _tokens(text: str) -> int | None:
+    """The number of tokens that a text writes, with K or without; None where it is no number."""
+    found = re.fullmatch(r"([0-9]+)([kK]?)", text.strip())
+    return None if found is None else _number(found[1]) * (1024 if found[2] else 1)
 
 
 def lengths(text: str) -> list[int]:
@@ -72,7 +78,37 @@ def budget(text: str) -> Budget:
     return kinds[kind](value)
 
 
-def setting(text: str) -> tuple[dict[str, Any], bool]:
+def unchecked_layers(text: str) -> HeldLayers | None:
+    """The layers that a text names, of any calibration: for what can be said before the model is known."""
+    found = layers(text)
+    return found if found is None or isinstance(found, (tuple, LayerBudgets)) else found.sparse_layers
+
+
+def layers_of(text: str, config: Any, name: str, model: Any = None) -> HeldLayers | None:
+    """The layers that a text names for a model; every command reads them here once it knows the model.
+
+    Args:
+        config: of transformers.
+        name: of the model, for errors.
+        model: where it is at hand, a TSAWarning says that a calibration is of other weights.
+
+    Raises:
+        ConfigError: the text names none, or the calibration is of a model of another architecture or of other sizes.
+    """
+    found = layers(text)
+    if found is None or isinstance(found, (tuple, LayerBudgets)):
+        return found
+    found.check_config(config, name)
+    if model is not None:
+        found.check(model)
+    return found.sparse_layers
+
+
+LayerReader = Callable[[str], HeldLayers | None]
+"""`unchecked_layers`, or `layers_of` a model."""
+
+
+def setting(text: str, read: LayerReader = unchecked_layers) -> tuple[dict[str, Any], bool]:
     """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
 
     Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json.
@@ -87,7 +123,7 @@ def setting(text: str) -> tuple[dict[str, Any], bool]:
         if name == "select" and value == "random":
             random = True
             continue
-        change = field(name, value)
+        change = field(name, value, read)
         if change is None:
             raise ConfigError(
                 f"--setting {text}: {part!r} is not understood: behind the budget write {FIELDS} or select=random"
@@ -108,7 +144,7 @@ FIELDS = (
 )
 
 
-def field(name: str, value: str) -> dict[str, Any] | None:
+def field(name: str, value: str, read: LayerReader = unchecked_layers) -> dict[str, Any] | None:
     """A field of a TSAConfig where fields are written in a row, `FIELDS`; None where it is not understood.
 
     What else has commas in it, layers and a floor, is written with + there.
@@ -116,10 +152,9 @@ def field(name: str, value: str) -> dict[str, Any] | None:
     if name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
         return {"floor": floor(value.replace("+", ","))}
     if name == "layers" and value:
-        found = layers(value.replace("+", ","))
-        return {"layers": getattr(found, "sparse_layers", found)}
-    if name in ("window", "min_tokens") and value.isdecimal():
-        return {name: _number(value)}
+        return {"layers": read(value.replace("+", ","))}
+    if name in ("window", "min_tokens") and (tokens := _tokens(value)) is not None:
+        return {name: tokens}
     return {name: value} if name in ("granularity", "kernel") and value else None
 
 

@@ -50,17 +50,20 @@ class TSALM(HFLM):
             layers=none for dense), config=FILE.json, compiler=NAME; everything else as for `hf`.
 
     Raises:
-        ConfigError: a field is not allowed, or the model is no causal language model with a cache.
+        ConfigError: a field is not allowed, the model is no causal language model with a cache, or a calibration whose
+            layers are named is of a model of another architecture or of other sizes.
     """
 
     def __init__(self, pretrained: Any, **given: Any) -> None:
-        self.tsa_config = read_config({name: given.pop(name) for name in _FIELDS if name in given})
+        fields = {name: given.pop(name) for name in _FIELDS if name in given}
+        self.tsa_config = read_config(fields)  # what is wrong is found before the model is loaded
         if isinstance(pretrained, str) and Path(pretrained).is_dir() and (file := texts.gguf_file(Path(pretrained))):
             given.setdefault("gguf_file", file)
         super().__init__(pretrained, **given)
         if self.backend != "causal":
             raise ConfigError(f"{type(self.model).__name__} is no decoder-only model: only such are prefilled")
         check_model(self.model)
+        self.tsa_config = read_config(fields, self.model)
         options: dict[str, Any] = {"config": self.tsa_config}
         self._prefill = torch.compile(self.model.forward, backend=tsa_backend, dynamic=True, options=options)
         self._cached = CachedModel(self.model, self._prefill)
@@ -152,8 +155,11 @@ class TSALM(HFLM):
             )
 
 
-def read_config(given: Mapping[str, Any]) -> TSAConfig:
+def read_config(given: Mapping[str, Any], model: torch.nn.Module | None = None) -> TSAConfig:
     """The configuration that fields of `--model_args` ask for; the harness has read numbers, and "none" as None, already.
+
+    Args:
+        model: what a calibration must be of; None: it is not known yet.
 
     Raises:
         ConfigError, KernelError: a field is not understood or not allowed.
@@ -166,8 +172,9 @@ def read_config(given: Mapping[str, Any]) -> TSAConfig:
     budget = written.pop("budget", None)
     changes |= {} if budget is None else {"budget": texts.budget(budget)}
     changes |= {"compiler": written.pop("compiler")} if "compiler" in written else {}
+    read = texts.unchecked_layers if model is None else _reader(model)
     for name, value in written.items():
-        change = texts.field(name, value)
+        change = texts.field(name, value, read)
         if change is None:
             raise ConfigError(f"--model_args {name}={value} is not understood: write budget=keep:0.15, {texts.FIELDS}")
         changes |= change
@@ -175,6 +182,10 @@ def read_config(given: Mapping[str, Any]) -> TSAConfig:
     config = config.replace(**changes)
     registry.check(config.kernel, config.dense_kernel)
     return config
+
+
+def _reader(model: torch.nn.Module) -> texts.LayerReader:
+    return functools.partial(texts.layers_of, config=model.config, name=type(model).__name__, model=model)
 
 
 def _likelihood(scored: Tensor, answer: list[int]) -> tuple[float, bool]:
