@@ -19,7 +19,8 @@ Longer rows: five launches, each over (row, split); a split is one of at most 16
 Each launch first adds up the histograms that the one before left, which gives one more digit of the threshold.
 
     _histogram x 4   per split, how many tokens have which digit, among those that share the digits found so far
-                     -> state int32 [B*Hs,2,17,256]: in turns, one histogram per split, and a line of what was found
+                     -> state int32 [B*Hs,2,17,256]: two copies, used in turns, each of 16 histograms (one a split) and
+                        one line with how many tokens of each split have higher digits, and the digits found so far
     _write           tokens of the split, at slots after those of the splits before it; filler              -> indices
 
 Bytes: one read of scores (five of the longer rows, four of them from the L2 cache), one write of indices, and 16 KB of

@@ -44,7 +44,7 @@ def test_every_mode_of_a_real_model():
 
 
 def test_running_out_of_memory_is_a_result():
-    model = Counts()
+    model = Counts().eval()
     result = bench(model, [120, 60], modes=["eager"], rounds=3)
     assert result.row("eager", 60).ms > 0
     lost = result.row("eager", 120)
@@ -55,13 +55,14 @@ def test_running_out_of_memory_is_a_result():
 
 def test_progress_never_goes_back_and_ends():
     seen = []
-    bench(Counts(), [30, 60], modes=["eager"], rounds=2, progress=lambda text, done, total: seen.append((done, total)))
+    model = Counts().eval()
+    bench(model, [30, 60], modes=["eager"], rounds=2, progress=lambda text, done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (4, 4) and {total for _, total in seen} == {4}
 
 
 def test_short_calls_have_more_rounds():
-    model = Counts()
+    model = Counts().eval()
     bench(model, [30], modes=["eager"], rounds=3)
     assert len(model.seen) == 1 + 20
     model.seen.clear()
@@ -71,12 +72,35 @@ def test_short_calls_have_more_rounds():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"modes": ["fast"]}, {"modes": []}, {"modes": ["eager", "eager"]}, {"lengths": []}, {"lengths": [0]}, {"rounds": 0}],
+    [
+        *({"modes": modes} for modes in (["fast"], [], ["eager", "eager"], "eager", 5, [["eager"]])),
+        *({"lengths": lengths} for lengths in ([], [0], [8.5], ["8K"], [True], 8, "8", None)),
+        *({name: value} for name in ("rounds", "batch") for value in (0, 1.5, True, "2")),
+        {"seed": -1},
+    ],
+    ids=str,
 )
 def test_what_is_not_allowed(changes):
-    model = Counts()
-    with pytest.raises(ConfigError, match="is not allowed"):
+    model = Counts().eval()
+    (name,) = changes
+    with pytest.raises(ConfigError, match=f"{name}=.* is not allowed: {name} must be"):
         bench(model, **{"lengths": [30], "modes": ["eager"], **changes})
+    assert model.seen == []
+
+
+def test_models_that_cannot_be_measured():
+    model = Counts()
+    with pytest.raises(ConfigError, match=r"in training mode: a benchmark is of inference, call model\.eval\(\) first"):
+        bench(model, [30], modes=["eager"])
+    with pytest.raises(ConfigError, match=r"Linear\.forward takes no logits_to_keep"):
+        bench(torch.nn.Linear(2, 2).eval(), [30])
+    positions = model.config.max_position_embeddings
+    said = f"prompts of {positions + 1:,} tokens do not fit: Counts has {positions:,} positions, lengths up to {positions:,}"
+    with pytest.raises(ConfigError, match=said):
+        bench(model.eval(), [30, positions + 1], modes=["eager"])
+    del model.config
+    with pytest.raises(ConfigError, match="Counts has no configuration of transformers: pass a causal language model"):
+        bench(model, [30], modes=["eager"])
     assert model.seen == []
 
 
@@ -102,6 +126,16 @@ def test_the_table(result):
         ['backend="tsa", coverage 0.2', "out of memory", "206 ms (1.23x), 1.9 GiB"],
     ]
     assert first_calls == 'first call, which compiles: eager 0.5 s, backend="tsa", coverage 0.2 20 s'
+
+
+def test_the_table_says_where_nothing_was_sparse(result):
+    """At that length, under a mode whose name says what sparse layers would keep; "exact" never has a sparse call."""
+    dense = dataclasses.replace(result.row("sparse", 8192), sparse_calls=0)
+    rows = (result.row("eager", 8192), dataclasses.replace(dense, mode="exact"), dense)
+    found = dataclasses.replace(result, rows=rows)
+    assert str(found).count("206 ms (1.23x), 1.9 GiB") == 2
+    assert str(found).count("206 ms (1.23x), 1.9 GiB (no sparse call)") == str(found).count("sparse call)") == 1
+    assert found.narrow(70).count("(no sparse") == 1 and "sparse call" not in str(result)
 
 
 def test_json_holds_every_row(result):

@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 
-from tsa_compile.config import Coverage, TSAConfig, given
-from tsa_compile.errors import ConfigError, check_type
+from tsa_compile.config import Coverage, TSAConfig, check_int, given
+from tsa_compile.errors import ConfigError, check_inference, check_list
+from tsa_compile.evaluation.cached import check_model
+from tsa_compile.evaluation.limits import check_positions
 from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
 from tsa_compile.report import reports
@@ -140,19 +142,21 @@ def bench(
     """Measures a causal language model of transformers where its weights are. Resets Dynamo before and after.
 
     Args:
-        model: in evaluation mode.
+        model: a causal language model of transformers, in evaluation mode.
         lengths: prompt lengths; with several, the length is dynamic, so that one compilation serves all.
         config: of the modes "exact" (its compiler) and "sparse"; the defaults if None.
         modes: some of `MODES`; speeds are relative to the first.
+        batch: prompts at once.
         rounds: at least so many timed calls of each mode at each length, and more where they are short.
         progress: is told about every step.
 
     Raises:
-        ConfigError: no model, no configuration, a mode that does not exist, or no lengths.
+        ConfigError: no such model, or one in training mode; no configuration; a mode that does not exist; a number that is
+            not allowed; or lengths that there are none of, or that the model has no positions for.
     """
     config = given(config, "bench")
-    check_type("model", model, torch.nn.Module, "a causal language model of transformers")
-    lengths = check_request(lengths, modes, rounds)
+    lengths = check_request(lengths, modes, rounds, batch, seed)
+    _check_model(model, lengths[-1])
     steps = 2 * len(modes)
     rows: list[Measurement] = []
     torch._dynamo.reset()
@@ -175,16 +179,28 @@ def bench(
     return Benchmark(tuple(rows), _conditions(model, config, batch, rounds))
 
 
-def check_request(lengths: Sequence[int], modes: Sequence[str], rounds: int) -> list[int]:
+def check_request(lengths: Sequence[int], modes: Sequence[str], rounds: int, batch: int = 1, seed: int = 0) -> list[int]:
     """The lengths, ascending, once it is clear that they and the modes can be measured; ConfigError otherwise."""
-    unknown = [mode for mode in modes if mode not in MODES]
-    if unknown or not modes or len(set(modes)) < len(modes):
+    check_list("modes", modes)
+    if not all(mode in MODES for mode in modes) or len(set(modes)) < len(modes):
         raise ConfigError(f"modes={list(modes)} is not allowed: modes must be some of {', '.join(MODES)}, each once")
-    if not lengths or min(lengths) < 1:
-        raise ConfigError(f"lengths={list(lengths)} is not allowed: at least one length >= 1 is needed")
-    if rounds < 1:
-        raise ConfigError(f"rounds={rounds} is not allowed: rounds must be at least 1")
+    check_list("lengths", lengths)
+    for length in lengths:
+        check_int("lengths", length, 1)
+    check_int("rounds", rounds, 1)
+    check_int("batch", batch, 1)
+    check_int("seed", seed, 0)
     return sorted(set(lengths))
+
+
+def _check_model(model: Any, longest: int) -> None:
+    """Raises ConfigError unless prompts of that length can be run through the model, in evaluation mode."""
+    check_model(model)
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        name = type(model).__name__
+        raise ConfigError(f"{name} has no configuration of transformers: pass a causal language model of transformers")
+    check_inference(model, "a benchmark is of inference")
+    check_positions(model, longest)
 
 
 def _compiled(model: Any, mode: str, config: TSAConfig) -> Callable[..., Any]:
@@ -329,7 +345,8 @@ def _cell(row: Measurement) -> str:
         return "out of memory"
     text = f"{row.ms:,.{0 if row.ms >= 100 else 1 if row.ms >= 10 else 2}f} ms"
     text += "" if row.speed is None else f" ({row.speed:.2f}x)"
-    return text + ("" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB")
+    text += "" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB"
+    return text + (" (no sparse call)" if row.mode == "sparse" and row.sparse_calls == 0 else "")
 
 
 _COLOURS = {"eager": "0.45", "compile": "0.7", "exact": "tab:blue", "sparse": "tab:orange"}

@@ -1,7 +1,8 @@
 """The exceptions and the warning that a user of the package can meet."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class TSAError(Exception):
@@ -32,6 +33,18 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: 
     """Raises ConfigError unless an argument is of a type; `wanted` is what to pass instead."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name} is a {type(value).__name__}: pass {wanted}")
+
+
+def check_list(name: str, value: object) -> None:
+    """Raises ConfigError unless an argument is a list or another sequence, with something in it; a str is none."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise ConfigError(f"{name}={value!r} is not allowed: {name} must be a list with at least one of them")
+
+
+def check_inference(model: Any, what: str) -> None:
+    """Raises ConfigError for a model in training mode; `what` is done with it: "a benchmark is of inference"."""
+    if model.training:
+        raise ConfigError(f"the model is in training mode: {what}, call model.eval() first")
 
 
 def unknown(name: str, what: str, known: Iterable[str]) -> ConfigError:

@@ -72,4 +72,4 @@ def _change(pairs: list[tuple[Cell, Cell]]) -> str:
         return f"{math.fsum(changes) / count:+.3f}"
     answers = [(ours, theirs) for cell, dense in pairs for ours, theirs in zip(cell.right, dense.right)]
     paired = mcnemar([ours for ours, _ in answers], [theirs for _, theirs in answers])
-    return f"{100 * (paired.gained - paired.lost) / count:+.1f} (p {paired.p_value:.2f})"
+    return f"{100 * (paired.won - paired.lost) / count:+.1f} (p {paired.p_value:.2f})"

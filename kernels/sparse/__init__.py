@@ -30,12 +30,14 @@ those that the kernel looked at, and of the others its neighbourhood.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tsa_compile.errors import KernelError
 from tsa_compile.kernels import flash
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, register
 from tsa_compile.kernels.sparse.blocks import block_sparse_attention
@@ -44,7 +46,7 @@ from tsa_compile.kernels.sparse.flexprefill import flexprefill_lists
 from tsa_compile.kernels.sparse.lists import Lists, Selector, density, lists_of
 from tsa_compile.kernels.sparse.minference import a_shape_lists, minference_lists
 from tsa_compile.kernels.sparse.vertical_slash import VerticalSlash, vertical_slash_attention
-from tsa_compile.kernels.sparse.xattention import xattention_lists
+from tsa_compile.kernels.sparse.xattention import stride_fault, xattention_lists
 
 PRIORITY = -20
 STREAM_BYTES = 2**32
@@ -70,12 +72,18 @@ __all__ = [
 
 
 def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionKernel:
-    """Registers block-sparse attention over what a selector chooses; KernelError if the name is taken.
+    """Registers block-sparse attention over what a selector chooses.
 
     selector: `(query [B,H,C,D], key [B,Hk,C,D], scale, count int32 [B] or None, **options) -> (kv_num_blocks, kv_indices)`
         as blocks.py takes them, or a VerticalSlash. It must not synchronise, and query and key behind the count may hold
         anything.
+
+    Raises:
+        KernelError: the name is taken, or the selector cannot be called with these options.
     """
+    fault = _option_fault(selector, options)
+    if fault is not None:
+        raise KernelError(f"cannot register attention kernel {name!r}: {fault}")
     chosen = functools.partial(selector, **options)
     run, run_lse = functools.partial(run_blocks, selector=chosen), functools.partial(run_blocks_lse, selector=chosen)
     return register(
@@ -84,6 +92,24 @@ def block_sparse(name: str, selector: AnySelector, **options: Any) -> AttentionK
             device_count=True, round_rows=_whole_groups, exact=False, stream_bytes=STREAM_BYTES, run_lse=run_lse,
         )
     )  # fmt: skip
+
+
+def _option_fault(selector: object, options: dict[str, Any]) -> str | None:
+    """Why a selector could not be called with its options; None if it could."""
+    if not callable(selector):
+        return f"the selector is a {type(selector).__name__}: pass a function of query, key, scale, count and its options"
+    try:
+        signature = inspect.signature(selector)
+    except ValueError:  # of a function that is written in C
+        return None
+    try:
+        signature.bind(None, None, 1.0, None, **options)
+    except TypeError as error:
+        given = ", ".join(["query", "key", "scale", "count", *(f"{name}={value!r}" for name, value in options.items())])
+        known = ", ".join(list(signature.parameters)[4:]) or "no options"
+        who = getattr(selector, "__name__", type(selector).__name__)
+        return f"{who} cannot be called with {given} ({error}): it takes {known}"
+    return stride_fault(**options) if selector is xattention_lists else None
 
 
 def run_blocks(

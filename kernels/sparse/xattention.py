@@ -186,4 +186,11 @@ def xattention_aten(
     return lists_of(candidates & ((sums >= smallest) | always))
 
 
+def stride_fault(*, stride: int = STRIDE, block: int = BLOCK, **_: object) -> str | None:
+    """Why a stride cannot be used; None if it can."""
+    if isinstance(stride, int) and stride > 0 and block % stride == 0:
+        return None
+    return f"stride={stride!r} is not allowed: it must divide the block of {block} rows, as 8 and 16 do"
+
+
 xattention_lists = by_device(xattention_triton, xattention_aten)

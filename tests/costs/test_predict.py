@@ -356,6 +356,11 @@ class TestRefused:
         with pytest.raises(ConfigError, match=f"{name}="):
             predict(None, SMALL, options.pop("length"), "h200", **options)
 
+    @pytest.mark.parametrize("length", [0, -5, 2.5, True, "8K", None])
+    def test_other_lengths(self, length):
+        with pytest.raises(ConfigError, match="length="):
+            predict(None, SMALL, K, "h200").at(length)
+
     @pytest.mark.parametrize("kept", [0, -1, 1.1, "half", True, float("nan")])
     def test_kept(self, kept):
         with pytest.raises(ConfigError, match="kept="):

@@ -22,16 +22,16 @@ def test_wilson_gives_the_published_intervals(right, samples, low, high):
     assert share.value == right / samples
 
 
-@pytest.mark.parametrize(("lost", "gained"), list(itertools.product(range(5), range(5))))
-def test_mcnemar_is_the_share_of_outcomes_as_extreme(lost, gained):
-    dense = [True] * lost + [False] * gained + [True] * 3 + [False] * 2
-    setting = [False] * lost + [True] * gained + [True] * 3 + [False] * 2
-    pairs = lost + gained
+@pytest.mark.parametrize(("lost", "won"), list(itertools.product(range(5), range(5))))
+def test_mcnemar_is_the_share_of_outcomes_as_extreme(lost, won):
+    dense = [True] * lost + [False] * won + [True] * 3 + [False] * 2
+    setting = [False] * lost + [True] * won + [True] * 3 + [False] * 2
+    pairs = lost + won
     extreme = [
-        outcome for outcome in itertools.product((0, 1), repeat=pairs) if abs(2 * sum(outcome) - pairs) >= abs(lost - gained)
+        outcome for outcome in itertools.product((0, 1), repeat=pairs) if abs(2 * sum(outcome) - pairs) >= abs(lost - won)
     ]
     found = mcnemar(setting, dense)
-    assert (found.lost, found.gained) == (lost, gained)
+    assert (found.lost, found.won) == (lost, won)
     assert math.isclose(found.p_value, len(extreme) / 2**pairs)
 
 

@@ -29,7 +29,8 @@ def model():
 def run(model, words):
     def call(**changes):
         given = dict(settings=SETTINGS, tasks=["needle"], lengths=[LENGTH], samples=3, text=TEXT, batch_tokens=2 * LENGTH)
-        return evaluate(given.pop("model", model), words, **{**given, **changes})
+        given |= changes
+        return evaluate(given.pop("model", model), given.pop("tokenizer", words), **given)
 
     return call
 
@@ -122,6 +123,14 @@ def test_other_models_texts_seeds_and_configurations_are_refused(run, tmp_path, 
         evaluate(llama(1), tokenizer(chat=False), settings=SETTINGS, lengths=[LENGTH], samples=1, text=TEXT, file=path)
 
 
+def test_conditions_are_what_a_file_will_hold(run, runs, tmp_path):
+    """A tuple is a list there, and a number that names something a text: neither is another condition."""
+    given = dict(file=tmp_path / "study.json", samples=1, settings=[], conditions={"factors": (1, 2), "by": {4: "yarn"}})
+    assert run(**given).conditions["factors"] == [1, 2]
+    runs.clear()
+    assert run(**given).conditions["by"] == {"4": "yarn"} and runs == []
+
+
 def test_a_damaged_file_is_refused(run, tmp_path):
     path = tmp_path / "study.json"
     run(file=path, samples=1)
@@ -146,6 +155,19 @@ def test_a_damaged_file_is_refused(run, tmp_path):
         (dict(text=" "), "the text is blank"),
         (dict(tasks=["continuation"], text=None), "continuation goes on with a text of yours"),
         (dict(settings=[Setting("dense", CONFIG)]), "several settings are called 'dense'"),
+        (dict(settings=[CONFIG]), r"settings\[0\] is a TSAConfig: pass a Setting"),
+        (dict(settings={"floor": CONFIG}), "settings is a dict: pass a list of Setting"),
+        (dict(settings=SETTINGS[0]), "settings is a Setting: pass a list of Setting"),
+        (dict(settings=[Setting("floor", {})]), "the config of setting 'floor' is a dict: pass a TSAConfig"),
+        (dict(settings=[Setting(3, CONFIG)]), "the name of setting 3 is a int: pass a str"),
+        (dict(lengths=1024), "lengths=1024 is not allowed: lengths must be a list with at least one"),
+        (dict(tasks="needle"), "tasks='needle' is not allowed: tasks must be a list with at least one"),
+        (dict(text=3), "text is a int: pass a str"),
+        (dict(tokenizer=None), "tokenizer is a NoneType: pass the model's own tokenizer"),
+        (dict(conditions=["made"]), "conditions is a list: pass a dict"),
+        (dict(conditions={"made": object()}), "conditions=.* must be plain JSON types .*not JSON serializable"),
+        (dict(conditions={"made": float("nan")}), "conditions=.* must be plain JSON types"),
+        (dict(model=llama(1).train()), r"in training mode: a study is of inference, call model\.eval\(\) first"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_the_work(run, runs, changes, said):

@@ -1,5 +1,8 @@
 """What a reader of a study sees: comparisons where dense can do a task, and a remark where it cannot."""
 
+import json
+import math
+
 import pytest
 
 from tsa_compile.evaluation import Cell, Study
@@ -35,19 +38,32 @@ def study():
 def test_a_setting_is_compared_with_dense_on_the_same_samples(study):
     dense, other = rows(study, "needle", 4096)
     assert (dense.setting, dense.accuracy.right, dense.paired, dense.kl) == ("dense", 9, None, None)
-    assert (other.accuracy.right, other.paired.lost, other.paired.gained, other.samples) == (4, 6, 1, 10)
+    assert (other.accuracy.right, other.paired.lost, other.paired.won, other.samples) == (4, 6, 1, 10)
     assert other.paired.p_value == pytest.approx(2 * (1 + 7) / 2**7)
     assert other.difference.value == pytest.approx(0.45) and other.difference.low < 0.45 < other.difference.high
     assert (other.kl, other.kept, dense.kept) == (0.25, 0.5, 1.0)
 
 
-def test_fewer_samples_than_dense_has_are_compared_with_these(study):
+def shortened(study, count):
+    """The study where the setting ran fewer samples of one task."""
     short = study.find("needle", 4096, LONG)
-    count = 3
     fields = ("right", "nll", "kl", "kept", "output")
-    cut = Cell("needle", 4096, LONG, **{name: getattr(short, name)[:count] for name in fields})
-    row = rows(study.with_cell(cut), "needle", 4096)[1]
-    assert (row.samples, row.paired.lost, row.paired.gained) == (3, 3, 0)
+    return study.with_cell(Cell("needle", 4096, LONG, **{name: getattr(short, name)[:count] for name in fields}))
+
+
+def test_fewer_samples_than_dense_has_are_compared_with_these(study):
+    row = rows(shortened(study, 3), "needle", 4096)[1]
+    assert (row.samples, row.paired.lost, row.paired.won) == (3, 3, 0)
+
+
+def test_both_tables_say_how_many_samples_those_were(study):
+    study = shortened(study, 3)
+    lines = text(study).splitlines()
+    start = lines.index("needle, 4,096 tokens, 10 samples")
+    end = lines.index("copy, 4,096 tokens, 10 samples")
+    assert "".join(line.split("  ")[0] for line in lines[start + 4 : end]).count("n 3") == 1
+    assert "n 10" not in "".join(lines) and "n 3" not in "".join(lines[end:]) and max(map(len, lines)) <= 80
+    assert "| 0%, 0.200 (+0.100), n 3 |" in markdown(study)
 
 
 @pytest.mark.parametrize(("right", "says"), [(0, True), (1, True), (2, False)])
@@ -94,3 +110,11 @@ def test_the_summary_is_plain(study):
         ("needle", "dense"), ("needle", LONG), ("variables", None), ("copy", "dense"), ("copy", LONG),
     ]  # fmt: skip
     assert found[1]["paired"]["lost"] == 6 and "remark" in found[2]
+
+
+def test_the_summary_is_json_where_there_is_no_number(study):
+    """One sample has no interval, and an answer that is NaN no likelihood."""
+    found = summary(shortened(study, 1).with_cell(cell("copy", LONG, (), (math.nan,) * 10)))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found[1]["difference"] == {"value": pytest.approx(0.0), "low": None, "high": None}
+    assert found[1]["kl"] == 0.25 and found[-1]["nll"] is None is found[-1]["difference"]["value"]

@@ -185,6 +185,8 @@ def test_a_range_that_would_need_two_versions_is_refused():
     [
         ({"dynamic_lengths": (64, 200)}, "example's length is 20, outside dynamic_lengths"),
         ({"dynamic_lengths": (200, 16)}, r"dynamic_lengths must be \(shortest, longest\)"),
+        ({"dynamic_lengths": (True, 200)}, r"dynamic_lengths must be \(shortest, longest\)"),
+        ({"dynamic_lengths": LENGTHS, "dynamic_batch": (False, True)}, r"dynamic_batch must be \(shortest, longest\)"),
         ({"dynamic_lengths": LENGTHS, "dynamic_batch": (2, 2)}, r"dynamic_batch must be \(shortest, longest\)"),
         ({"dynamic_lengths": LENGTHS, "lower": "onnx"}, "lower='onnx' is not allowed"),
         ({"dynamic_lengths": LENGTHS, "config": TSAConfig(layers=(7,))}, r"layers=\[7\] not found"),
@@ -198,6 +200,9 @@ def test_options_that_are_not_allowed(options, message):
 
 def test_inputs_that_are_not_allowed():
     model = tiny("llama", num_hidden_layers=2)
+    for wrong in (5, None, tokens(1, 20)):
+        with pytest.raises(ConfigError, match=f"example_inputs is a {type(wrong).__name__}: pass a dict of inputs by name"):
+            export_program(model, wrong, HALF)
     with pytest.raises(ConfigError, match="no tensor"):
         export_program(model, {"input_ids": None}, HALF)
     with pytest.raises(ConfigError, match="'past_key_values' is a list"):

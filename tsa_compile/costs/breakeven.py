@@ -24,8 +24,8 @@ STEP = 256  # break-even lengths are rounded up to multiples: the figures behind
 MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
 WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
 FEW_QUERIES = 16
-"""Fewer than that behind a cache, as assisted decoding has in a step, are dense; where it is known while compiling, with
-their mask."""
+"""Behind a cache, fewer queries than this stay dense (assisted decoding has so few in a step). Where their number is known
+while compiling, they also keep their mask."""
 LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
 
 _DROPPABLE = "where tokens can be dropped"

@@ -36,8 +36,8 @@ ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the h
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
 FLOOR_RATE = sympy.Rational(57, 100)  # of dense attention's: a program of the floor's kernel has few tiles
 FLOOR_MS = sympy.Rational(2, 100)  # its launches
-# Of dense attention's, by the kernel behind a cache: `benchmarks/attention.py --parts behind` says under its table what it
-# is. The lowest of an H100 at 16K to 128K keys (benchmarks/results/behind-h100.md).
+# Of dense attention's, by the kernel behind a cache: `benchmarks/attention.py --parts behind` prints this ratio under its
+# table. The lowest of an H100 at 16K to 128K keys (benchmarks/results/behind-h100.md).
 BEHIND_RATE = sympy.Rational(72, 100)
 FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate

@@ -156,7 +156,8 @@ class Prediction:
         return added([*attention, *(layer.rest for layer in self.layers), self.head])
 
     def at(self, length: int) -> Prediction:
-        """The same question for another length."""
+        """The same question for another length; ConfigError unless it is an integer of at least 1."""
+        check_int("length", length, 1)
         return _predict(self.config, self.model, length, self.costs, self.notes, self.batch, self.kept)
 
     def to_dict(self) -> dict[str, Any]:

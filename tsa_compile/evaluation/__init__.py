@@ -7,6 +7,7 @@ settings.py     what is compared: dense, configurations, the control of a random
 probe.py        how many tokens sparse layers keep, and random ones in their place
 cached.py       a prefill, compiled or not, and what follows through its cache
 running.py      one prefill a sample and setting; the answer through its cache: likelihood, then greedily
+limits.py       whether a model has positions for prompts of a length
 study.py        evaluate(model, tokenizer, ...): every setting on the same samples, in a file that goes on
 outcomes.py     every sample's outcome
 statistics.py   intervals and paired tests, by statsmodels

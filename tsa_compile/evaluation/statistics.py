@@ -31,12 +31,12 @@ class Paired:
     """A setting against dense on the same samples.
 
     Attributes:
-        lost, gained: samples that dense alone, and the setting alone, has right.
+        lost, won: samples that dense alone, and the setting alone, has right.
         p_value: of McNemar's exact test that both are equally accurate.
     """
 
     lost: int
-    gained: int
+    won: int
     p_value: float
 
 
@@ -71,11 +71,9 @@ def mcnemar(setting: Sequence[bool], dense: Sequence[bool]) -> Paired:
     _some(setting, dense)
     tables, _, _ = require_statsmodels()
     pairs = list(zip(map(bool, dense), map(bool, setting), strict=True))
-    both, lost, gained, neither = (
-        pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
-    )
-    p_value = tables.mcnemar([[both, lost], [gained, neither]], exact=True).pvalue if lost + gained else 1.0
-    return Paired(lost, gained, min(1.0, float(p_value)))
+    both, lost, won, neither = (pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
+    p_value = tables.mcnemar([[both, lost], [won, neither]], exact=True).pvalue if lost + won else 1.0
+    return Paired(lost, won, min(1.0, float(p_value)))
 
 
 def mean_difference(setting: Sequence[float], dense: Sequence[float]) -> Mean:

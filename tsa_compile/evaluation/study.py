@@ -6,6 +6,7 @@ tokens is in memory for one batch alone. The file is written behind every settin
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,12 @@ import torch
 from torch import nn
 
 from tsa_compile.calibration.drift import PROBE, find_layers
-from tsa_compile.calibration.fingerprint import Fingerprint, text_config
-from tsa_compile.config import check_int
-from tsa_compile.errors import ConfigError
+from tsa_compile.calibration.fingerprint import Fingerprint
+from tsa_compile.config import TSAConfig, check_int
+from tsa_compile.errors import ConfigError, check_inference, check_list, check_type
 from tsa_compile.evaluation import tasks as known_tasks
 from tsa_compile.evaluation.cached import check_model
+from tsa_compile.evaluation.limits import check_positions
 from tsa_compile.evaluation.outcomes import Study
 from tsa_compile.evaluation.prompts import Sample, Writer
 from tsa_compile.evaluation.running import MORE, Runner
@@ -91,17 +93,19 @@ def evaluate(
         progress: is told about every setting of every batch.
 
     Raises:
-        ConfigError: an option is not allowed, a prompt is longer than the model's positions, a text too short, a setting
+        ConfigError: an argument is not allowed, a prompt is longer than the model's positions, a text too short, a setting
             finds no layer to make sparse, or the file holds another study.
     """
     plan = _plan(settings, tasks, lengths, samples, seed, batch_tokens)
+    others = _others(tokenizer, text, conditions)
     check_model(model)
-    _check_positions(model, max(plan.lengths))
+    check_inference(model, "a study is of inference")
+    check_positions(model, max(plan.lengths), ROOM)
     writer = Writer(tokenizer, text)
     for length in plan.lengths:
         for task in plan.tasks:
             writer.sample(task, length, plan.seed, 0)  # what does not fit is found before the work
-    study = _start(plan, model, writer, file, conditions or {})
+    study = _start(plan, model, writer, file, others)
     todo = [(*batch, names) for batch in plan.batches() if (names := _missing(study, plan, batch))]
     done, total = 0, sum(map(len, (names for *_, names in todo)))
     runners = _Runners(model, tokenizer)
@@ -144,9 +148,8 @@ class _Runners:
 def _plan(
     settings: Sequence[Setting], tasks: Sequence[str], lengths: Sequence[int], samples: int, seed: int, batch_tokens: int
 ) -> Plan:
-    for name, value in (("tasks", tasks), ("lengths", lengths)):
-        if isinstance(value, str) or not len(value):
-            raise ConfigError(f"{name}={value!r} is not allowed: it must be a list with at least one of them")
+    check_list("tasks", tasks)
+    check_list("lengths", lengths)
     for task in tasks:
         known_tasks.check(task)
     for length in lengths:
@@ -154,6 +157,7 @@ def _plan(
     check_int("samples", samples, 1)
     check_int("seed", seed, 0)
     check_int("batch_tokens", batch_tokens, 1)
+    _check_settings(settings)
     different = dict.fromkeys((DENSE, *(setting for setting in settings if setting != DENSE)))
     names = [setting.name for setting in different]
     twice = [name for name in names if names.count(name) > 1]
@@ -164,13 +168,25 @@ def _plan(
     )  # fmt: skip
 
 
-def _check_positions(model: nn.Module, longest: int) -> None:
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(positions, int) and longest + ROOM > positions:
-        raise ConfigError(
-            f"prompts of {longest:,} tokens and {ROOM} of an answer make {longest + ROOM:,}, {type(model).__name__} has "
-            f"{positions:,} positions: lengths up to {positions - ROOM:,} fit"
-        )
+def _check_settings(settings: Sequence[Setting]) -> None:
+    check_type("settings", settings, Sequence, "a list of Setting(name, config)")
+    for place, setting in enumerate(settings):
+        check_type(f"settings[{place}]", setting, Setting, "a Setting(name, config)")
+        check_type(f"the name of setting {setting.name!r}", setting.name, str, "a str")
+        wanted = "a TSAConfig, or None for the model as it is"
+        check_type(f"the config of setting {setting.name!r}", setting.config, (TSAConfig, type(None)), wanted)
+
+
+def _others(tokenizer: Any, text: str | None, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The caller's conditions as a file will hold them: tuples are lists there. What samples are written with is checked."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: pass the model's own tokenizer, one of transformers")
+    check_type("text", text, (str, type(None)), "a str, or None for sentences of the package's own")
+    check_type("conditions", conditions, (Mapping, type(None)), "a dict of what else must be the same, or None")
+    try:
+        return dict(json.loads(json.dumps(dict(conditions or {}), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"conditions={conditions!r} is not allowed: they must be plain JSON types ({error})") from error
 
 
 def _start(

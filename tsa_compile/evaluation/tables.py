@@ -24,10 +24,10 @@ WIDTH = 80
 _SCORED = ("right % [95%]", "lost", "won", "p")
 _HEADER = ("setting", "kept", *_SCORED, "nll - dense [95%]", "KL")
 LEGEND = (
-    "kept: mean share of the tokens in sparse layers. right: everything expected is in the output. lost, won: samples "
-    "that dense alone, or the setting alone, has right; p: McNemar's exact test of these. nll: mean negative log-likelihood "
-    "of the expected answer's tokens, and of settings its difference to dense with Student's interval. KL: from dense to "
-    "the setting at these tokens, in nats."
+    "n: samples of a setting that ran fewer than dense. kept: mean share of the tokens in sparse layers. right: everything "
+    "expected is in the output. lost, won: samples that dense alone, or the setting alone, has right; p: McNemar's exact "
+    "test of these. nll: mean negative log-likelihood of the expected answer's tokens, and of settings its difference to "
+    "dense with Student's interval. KL: from dense to the setting at these tokens, in nats."
 )
 
 
@@ -59,7 +59,10 @@ def remark(study: Study, task: str, length: int) -> str | None:
 
 
 def rows(study: Study, task: str, length: int) -> list[Row]:
-    """Every setting at a task and length that ran as many samples as dense, dense first; none where there is a remark."""
+    """Dense and behind it every setting that ran samples at a task and length; none where there is a remark.
+
+    A setting that ran fewer samples than dense is compared with dense on these.
+    """
     if remark(study, task, length):
         return []
     cells = [cell for cell in study.cells if (cell.task, cell.length) == (task, length) and cell.samples]
@@ -81,14 +84,21 @@ def _row(study: Study, cell: Cell) -> Row:
 
 
 def summary(study: Study) -> list[dict[str, Any]]:
-    """All rows as plain JSON types, and the remarks in place of rows."""
+    """All rows as plain JSON types, and the remarks in place of rows. JSON has no NaN: what is no number is None."""
     from dataclasses import asdict
 
     found: list[dict[str, Any]] = []
     for length, task in _pairs(study):
         why = remark(study, task, length)
         found += [{"task": task, "length": length, "remark": why}] if why else map(asdict, rows(study, task, length))
-    return found
+    return [_finite(row) for row in found]
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def text(study: Study) -> str:
@@ -109,16 +119,18 @@ def _table(found: Sequence[Row]) -> Table:
     for name in compress(_HEADER, shown):
         table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=name != "setting", overflow="fold")
     for row in found:
-        table.add_row(*(Text(word) for word in compress(_words(row), shown)))
+        table.add_row(*(Text(word) for word in compress(_words(row, found[0].samples), shown)))
     return table
 
 
-def _words(row: Row) -> list[str]:
+def _words(row: Row, samples: int) -> list[str]:
+    """A row's columns; behind the setting n, where it ran fewer samples than the title says."""
+    setting = row.setting + (f", n {row.samples}" if row.samples < samples else "")
     share, paired = row.accuracy, row.paired
     accuracy = "" if share is None else f"{_percent(share.value)} [{_percent(share.low)}, {_percent(share.high)}]"
-    tested = ["", "", ""] if paired is None else [str(paired.lost), str(paired.gained), _p_value(paired.p_value)]
+    tested = ["", "", ""] if paired is None else [str(paired.lost), str(paired.won), _p_value(paired.p_value)]
     difference = f"{row.nll:.3f}" if row.difference is None else _mean(row.difference)
-    return [row.setting, _percent(row.kept) + "%", accuracy, *tested, difference, "" if row.kl is None else f"{row.kl:.3f}"]
+    return [setting, _percent(row.kept) + "%", accuracy, *tested, difference, "" if row.kl is None else f"{row.kl:.3f}"]
 
 
 def markdown(study: Study) -> str:

@@ -27,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import minimum
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.errors import ConfigError, RewriteError, check_type
+from tsa_compile.errors import ConfigError, RewriteError, check_inference, check_type
 from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
@@ -73,8 +73,7 @@ def export_program(
     """
     config = given(config, "export_program")
     check_type("model", model, torch.nn.Module, "a torch.nn.Module")
-    if model.training:
-        raise ConfigError("the model is in training mode: exported programs are for inference, call model.eval() first")
+    check_inference(model, "exported programs are for inference")
     args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export()
     with torch.no_grad(), _without_cache(model), _unaligned_masks(), simplified_minima():
         try:
@@ -139,6 +138,7 @@ class _Example:
     """Example inputs, and which of their dimensions are the length and the batch."""
 
     def __init__(self, inputs: Inputs, lengths: Range | None, batches: Range | None) -> None:
+        check_type("example_inputs", inputs, (Mapping, Sequence), "a dict of inputs by name, or a tuple of positional ones")
         named = isinstance(inputs, Mapping)
         self.inputs: dict[Any, Any] = dict(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
         self.named = named
@@ -193,7 +193,8 @@ def _dimension(option: str, name: str, extents: Range | None, example: int | Non
     if extents is None:
         return None
     pair = tuple(extents) if isinstance(extents, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(size, int) for size in pair) or not 1 <= pair[0] < pair[1]:
+    numbers = [size for size in pair if isinstance(size, int) and not isinstance(size, bool)]
+    if len(pair) != 2 or len(numbers) != 2 or not 1 <= pair[0] < pair[1]:
         raise ConfigError(f"{option}={extents!r} is not allowed: {option} must be (shortest, longest), or None")
     if example is not None and not pair[0] <= example <= pair[1]:
         raise ConfigError(f"the example's {name} is {example}, outside {option}={extents!r}: pass an example within it")

@@ -72,6 +72,30 @@ def test_a_selector_of_ones_own(registered):
     torch.testing.assert_close(out, weights @ value)
 
 
+@pytest.mark.parametrize(
+    ("selector", "options", "said"),
+    [
+        (
+            flashprefill_lists,
+            {"alhpa": 0.1},
+            r"flashprefill.* cannot be called with query, key, scale, count, alhpa=0\.1 \(.*'alhpa'.*: it takes alpha",
+        ),
+        (every_fourth, {"alpha": 0.1}, r"every_fourth cannot be called with .*count, alpha=0\.1 .*: it takes no options"),
+        (flashprefill_lists, {"scale": 0.1}, "scale=0.1 .*multiple values"),
+        (lambda query, key: None, {}, "too many positional arguments"),
+        (5, {}, "the selector is a int: pass a function"),
+        (xattention_lists, {"stride": 24}, "stride=24 .* must divide the block of 128 rows"),
+        (xattention_lists, {"stride": 16, "block": 40}, "stride=16 .* must divide the block of 40 rows"),
+        (xattention_lists, {"stride": 0}, "stride=0 .* must divide the block of 128 rows"),
+        (xattention_lists, {"stride": 8.0}, r"stride=8\.0 .* must divide the block of 128 rows"),
+    ],
+)
+def test_options_that_a_selector_cannot_take_are_refused_at_once(selector, options, said):
+    with pytest.raises(KernelError, match=f"(?s)cannot register attention kernel 'mistaken': .*{said}"):
+        block_sparse("mistaken", selector, **options)
+    assert "mistaken" not in registry.names()
+
+
 @pytest.mark.parametrize("name", [*NAMES, "band"])
 def test_composed_with_token_selection(registered, name):
     """The fused op equals its steps, with the same selector between them."""
