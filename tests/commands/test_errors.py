@@ -35,8 +35,8 @@ USAGE = {
     "a budget without a kind": ([*TINY, "--budget", "0.5"], "write coverage:0.005 or keep:0.5"),
     "a budget beyond": ([*TINY, "--budget", "keep:1.5"], "a number in [0, 1]"),
     "a length that is none": ([*TINY, "--length", "8 thousand"], "is not a length"),
-    "a window beyond any length": ([*TINY, "--window", "9" * 20], "a number of tokens up to 2,147,483,647"),
-    "a minimum beyond any length": ([*TINY, "--min-length", "9" * 20], "a number of tokens up to 2,147,483,647"),
+    "a window beyond any length": ([*TINY, "--window", "9" * 20], "a number of tokens from 1 to 2,147,483,647"),
+    "a minimum beyond any length": ([*TINY, "--min-length", "9" * 20], "a number of tokens from 1 to 2,147,483,647"),
     "a window below 1": ([*TINY, "--window", "0"], "--window '0' is not a length"),
     "a window without a number": ([*TINY, "--window", "many"], "--window 'many' is not a length"),
     "a window without a text": ([*TINY, "--window", ""], "--window '' is not a length"),
@@ -46,7 +46,7 @@ USAGE = {
     "layers that are no list": ([*TINY, "--sparse-layers", "3-1"], "write the lower index first"),
     "more layers than fit into memory": ([*TINY, "--sparse-layers", "0-99999999999"], "an index is at most 9,999"),
     "a layer of thousands of digits": ([*TINY, "--sparse-layers", "9" * 5000], "an index is at most 9,999"),
-    "a length beyond any memory": ([*TINY, "--length", "99999999999K"], "a number of tokens up to 2,147,483,647"),
+    "a length beyond any memory": ([*TINY, "--length", "99999999999K"], "a number of tokens from 1 to 2,147,483,647"),
     "a batch beyond any memory": ([*TINY, "--batch", "99999999999"], "--batch"),
     "a shape of too many layers": (["--shape", "tiny", "--layers", "99999999999"], "--layers"),
     "layers as a report names them": ([*TINY, "--sparse-layers", "0..1"], "write 0-1"),
@@ -98,7 +98,7 @@ OTHERS = {
     "delta of loss": (["calibrate", *TINY, "--objective", "loss", "--delta", "0.5"], "--delta goes with --objective drift"),
     "answers of tasks": (
         ["calibrate", "FOLDER", "--objective", "loss", "--max-kl", "1", "--tasks", "copy", "--answer", "8"],
-        "--answer 8 goes without --tasks",
+        "--answer 8 does not go with --tasks",
     ),
     "loss on prompts that are kept whole": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--length", "1K"],

@@ -157,7 +157,7 @@ def _search(objective: str, delta: float | None, out: FigureOptions, **given: An
     if given["tasks"] is not None:
         if given["answer"] is not None:
             raise ConfigError(
-                f"--answer {given['answer']} goes without --tasks, which have answers of their own: leave it out"
+                f"--answer {given['answer']} does not go with --tasks, which have answers of their own: leave it out"
             )
         texts.check_tasks(texts.names(given["tasks"]), TASK_NAMES)
     search: dict[str, Any] = {"objective": "loss", "max_kl": given["max_kl"]}

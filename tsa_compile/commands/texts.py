@@ -34,7 +34,7 @@ def length(text: str, least: int = 1, option: str = "") -> int:
     tokens = _tokens(str(text))
     if tokens is None or not least <= tokens <= MOST_TOKENS:
         said = f"{option} {text!r}".lstrip()
-        raise ConfigError(f"{said} is not a length: write a number of tokens up to {MOST_TOKENS:,}, as 8192 or 8K")
+        raise ConfigError(f"{said} is not a length: write a number of tokens from {least} to {MOST_TOKENS:,}: 8192, or 8K")
     return tokens
 
 
