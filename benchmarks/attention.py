@@ -3,9 +3,9 @@
     python benchmarks/attention.py --out benchmarks/results              everything, in some three minutes on an H100
     python benchmarks/attention.py --parts main --lengths 8192 32768     a part of it
 
-    main     by length and share kept: this package's op with the default floor and, as published, without, and dense
-             cuDNN; at a share of 0.3, the default, also the op's other forms and the paper's pipeline written plainly in
-             torch; at a few lengths FlashAttention-2 and FlexAttention
+    main     by length and share kept: this package's op with the default floor, call by call and as a CUDA graph, and, as
+             published, without; and dense cuDNN; at a share of 0.3 also the op's other forms and the paper's pipeline
+             written plainly in torch; at a few lengths FlashAttention-2 and FlexAttention
     stages   each stage of the op alone: time on the GPU and in calls, what it achieves, and the device's ceiling
     shapes   other head sizes and numbers of heads, batches, float16
     attend   kernels over a number of rows that only the device knows
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch._inductor.config
 from attention_behind import KEPT, ROWS, WHOLE, Behind, behind_methods
 from attention_checks import TOLERANCE, WrongOutputError, check_output, demand, relative_difference
 from attention_kernels import KERNELS, make_rows
@@ -347,6 +348,8 @@ def main() -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(relativeCreated)7d ms  %(message)s"))
     log.addHandler(handler)
+    # Otherwise FlexAttention starts processes that compile, and they take the host's time from what is measured meanwhile.
+    torch._inductor.config.compile_threads = 1
     torch.manual_seed(0)
     run = Run(arguments.seconds)
     with torch.no_grad():

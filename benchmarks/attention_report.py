@@ -48,8 +48,10 @@ def pivot(rows: list[Row], down: str, across: str, cell: Callable[[Row], str], h
 
 
 def main_tables(rows: list[Row]) -> str:
-    """The ratios by length and share; for each share times with the ratio to dense cuDNN, and memory."""
-    parts = [ratio_table(rows)]
+    """The ratios by length and share, by calls and as a CUDA graph; for each share times with the ratio, and memory."""
+    parts = [
+        ratio_table(rows, method) for method in ("ours", "ours, CUDA graph") if any(row["method"] == method for row in rows)
+    ]
     for keep in sorted({row["keep"] for row in rows if row["keep"] is not None}):
         chosen = [row for share in (None, keep) for row in rows if row["keep"] == share]  # dense methods first
         times = pivot(chosen, "method", "length", _time, f"keep {keep}: ms (ratio to dense cuDNN)")
@@ -62,15 +64,15 @@ def main_tables(rows: list[Row]) -> str:
     return "\n\n".join([*parts, *notes])
 
 
-def ratio_table(rows: list[Row]) -> str:
-    """A line for each length, a column for each share kept: the ratio of "ours" to dense cuDNN, and the goal."""
-    chosen = [row for row in rows if row["method"] == "ours" and row["keep"] is not None]
+def ratio_table(rows: list[Row], method: str) -> str:
+    """A line for each length, a column for each share kept: the ratio of the method to dense cuDNN, and the goal."""
+    chosen = [row for row in rows if row["method"] == method and row["keep"] is not None]
     keeps, by_key = sorted({row["keep"] for row in chosen}), {(row["length"], row["keep"]): row for row in chosen}
     lines = []
     for length in sorted({row["length"] for row in chosen}):
         cells = [_against_goal(by_key.get((length, keep)), GOALS.get(length, {}).get(keep)) for keep in keeps]
         lines.append([size_of(length), *cells])
-    return markdown(["ours / dense cuDNN", *(f"keep {keep}" for keep in keeps)], lines)
+    return markdown([f"{method} / dense cuDNN", *(f"keep {keep}" for keep in keeps)], lines)
 
 
 def _against_goal(row: Row | None, goal: float | None) -> str:
