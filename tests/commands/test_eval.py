@@ -128,6 +128,13 @@ def test_a_budget_is_for_the_settings_without_one(calibration, tmp_path, monkeyp
     assert "error: KeepRatio(ratio=0.3), KeepRatio(ratio=0.5)" in done.stderr
 
 
+def test_a_budget_that_the_layers_own_would_hide_is_refused(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(TSAConfig(layers={0: KeepRatio(0.25), 1: KeepRatio(0.5)}).to_json())
+    said = fails(2, "eval", *TINY, "--config", str(config), "--setting", "keep:0.3")
+    assert "--setting keep:0.3 has a budget, but" in said and "--setting keep:0.3,layers=upper" in said
+
+
 def test_statsmodels_is_missed_before_the_work(word_model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "statsmodels.stats", None)
     assert "pip install 'tsa-compile[eval]'" in fails(1, "eval", str(word_model))

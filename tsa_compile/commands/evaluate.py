@@ -170,6 +170,11 @@ def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[S
             continue
         changes, random = texts.setting(name, read)
         config = base.replace(**changes)
+        if "budget" in changes and isinstance(config.layers, LayerBudgets):
+            raise ConfigError(
+                f"--setting {name} has a budget, but the layers that --config or --sparse-layers names have one each, which "
+                f"would hold. Name the setting's layers too: --setting {name},layers=upper"
+            )
         check_layers(config, source)
         found.append(Setting(name, config, random))
     return found
