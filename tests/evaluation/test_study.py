@@ -1,6 +1,7 @@
 """A study is the same whether it runs through or goes on, and refuses what does not belong together."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tsa_compile.config import Floor
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation import DENSE, Setting, Study, evaluate
+from tsa_compile.evaluation.outcomes import Cell
 from tsa_compile.evaluation.running import Runner
 
 from . import small
@@ -182,3 +184,12 @@ def test_likelihood_alone_is_asked_of_a_continuation(run):
     assert dense.right == sparse.right == () and dense.nll != sparse.nll
     ids = tokenizer()(TEXT)["input_ids"]
     assert len(ids) > LENGTH + 64 and all(torch.isfinite(torch.tensor(sparse.nll)))
+
+
+def test_answers_that_are_no_numbers_are_json_too(tmp_path):
+    cell = Cell("copy", 8, "none", (), (float("nan"), 1.5), (float("inf"), 0.5), (0.5, 0.5), ("", "a"))
+    study = Study({}, cells=(cell,))
+    study.save(tmp_path / "study.json")
+    assert '"nll": [null, 1.5], "kl": [null, 0.5]' in (tmp_path / "study.json").read_text()
+    (found,) = Study.load(tmp_path / "study.json").cells
+    assert math.isnan(found.nll[0]) and math.isnan(found.kl[0]) and found.nll[1:] == (1.5,) and found.right == ()

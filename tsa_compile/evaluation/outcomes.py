@@ -118,10 +118,10 @@ class Study(Saved):
         write(path, f'{json.dumps(values, indent=1)[:-2]},\n "cells": [\n{cells}\n]\n}}\n')
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the inverse of `from_dict`."""
+        """Plain JSON types; the inverse of `from_dict`. JSON has no NaN or infinity: they are None, and read as NaN."""
         return {
             "format": self.FORMAT, "conditions": dict(self.conditions), "settings": dict(self.settings),
-            "notes": dict(self.notes), "cells": [asdict(cell) for cell in self.cells],
+            "notes": dict(self.notes), "cells": [finite(asdict(cell)) for cell in self.cells],
         }  # fmt: skip
 
     @classmethod
@@ -131,8 +131,21 @@ class Study(Saved):
 
 
 def _cell(values: Mapping[str, Any]) -> Cell:
-    columns: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    columns: dict[str, Any] = {name: _column(value) if isinstance(value, list) else value for name, value in values.items()}
     return Cell(**columns)
+
+
+def _column(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(math.nan if value is None else value for value in values)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rounded(value: float) -> float:

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tsa_compile.evaluation.outcomes import Cell, Study
+from tsa_compile.evaluation.outcomes import Cell, Study, finite
 from tsa_compile.evaluation.settings import DENSE
 from tsa_compile.evaluation.statistics import CHANCE, Mean, Paired, Share, mcnemar, mean_difference, wilson
 from tsa_compile.evaluation.tasks import is_scored
@@ -91,14 +91,7 @@ def summary(study: Study) -> list[dict[str, Any]]:
     for length, task in _pairs(study):
         why = remark(study, task, length)
         found += [{"task": task, "length": length, "remark": why}] if why else map(asdict, rows(study, task, length))
-    return [_finite(row) for row in found]
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [finite(row) for row in found]
 
 
 def text(study: Study) -> str:
