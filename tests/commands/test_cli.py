@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import sysconfig
@@ -14,14 +13,10 @@ from importlib import import_module
 from importlib.metadata import version
 
 import pytest
-import tokenizers
 import torch
-import transformers
 
 from tsa_compile import RewriteReport, TSAConfig, shapes
 from tsa_compile.bench import MODES
-from tsa_compile.calibration.calibrate import Calibration
-from tsa_compile.calibration.loss_search import LossCalibration
 from tsa_compile.cli import COMMANDS, main
 from tsa_compile.commands import errors, export, output, texts
 from tsa_compile.commands.bench import MODE_NAMES
@@ -37,27 +32,6 @@ from ..support import without_interpreter
 from .support import QUICK, TINY, fails, run
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-
-@pytest.fixture(scope="module")
-def report():
-    """What `explain TINY QUICK` really finds."""
-    done = run("explain", *TINY, *QUICK, "--json")
-    assert (done.exit_code, done.stderr) == (0, "")
-    return RewriteReport.from_json(json.loads(done.stdout)["report"])
-
-
-@pytest.fixture
-def traced(report, monkeypatch):
-    """In place of tracing: the report above, for tests of what is around it. The configurations that were asked for."""
-    asked = []
-
-    def explain_weightless(model_config, length, config, **options):
-        asked.append(config)
-        return report
-
-    monkeypatch.setattr(shapes, "explain_weightless", explain_weightless)
-    return asked
 
 
 def test_help_does_not_wait_for_torch():
@@ -267,66 +241,6 @@ def test_numbers_of_tokens_are_written_as_lengths(traced):
     assert texts.setting("keep:0.5,window=2K,min_tokens=0")[0] == {
         "budget": KeepRatio(0.5), "window": 2048, "min_tokens": 0,
     }  # fmt: skip
-
-
-def test_calibrate_writes_what_explain_reads(calibration, traced):
-    run("explain", *TINY, *QUICK, "--sparse-layers", str(calibration))
-    chosen = Calibration.load(calibration).sparse_layers
-    assert len(chosen) == 1 and traced[0].layers == chosen
-
-
-def test_calibrate_by_loss_writes_a_ratio_for_each_layer(traced, tmp_path):
-    path, config = tmp_path / "layers.json", tmp_path / "config.json"
-    config.write_text(TSAConfig(window=4, min_tokens=0).to_json())
-    search = ["--objective", "loss", "--max-kl", "100", "--ratios", "0.5,0.25", "--answer", "8", "--config", str(config)]
-    done = run("calibrate", *TINY, "--random", "2", "--length", "40", *search, "--out", str(path))
-    assert done.exit_code == 0 and "2 of 2 layers sparse" in done.stdout and f"--sparse-layers {path}" in done.stdout
-    found = LossCalibration.load(path)
-    assert (found.prompts, found.tokens, found.length, found.ratios) == (2, 16, 32, (0.25, 0.25))
-    run("explain", *TINY, *QUICK, "--sparse-layers", str(path))
-    assert traced[0].layers == {0: KeepRatio(0.25), 1: KeepRatio(0.25)}
-    assert texts.setting(f"layers={path},window=8") == ({"layers": found.sparse_layers, "window": 8}, False)
-    said = fails(2, "explain", *TINY, *QUICK, "--sparse-layers", str(path), "--budget", "keep:0.5")
-    assert "the budget keep:0.5, and layers with a budget each: leave one of them out" in said
-    with pytest.raises(ConfigError, match="leave one of them out"):
-        texts.setting(f"keep:0.5,layers={path}")
-
-
-def test_calibrate_by_loss_on_tasks(folder, tmp_path):
-    """Behind prompts of the asked length, in the text that was given."""
-    shutil.copytree(folder, tmp_path / "model")
-    letters = tokenizers.models.BPE({letter: place for place, letter in enumerate(sorted(set(string.printable)))}, [])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(letters)).save_pretrained(tmp_path / "model")
-    (tmp_path / "book.txt").write_text("A morning in May. " * 40)
-    (tmp_path / "config.json").write_text(TSAConfig(window=4, min_tokens=0).to_json())
-    search = ["--objective", "loss", "--max-kl", "100", "--ratios", "0.5", "--config", str(tmp_path / "config.json")]
-    asked = ["--tasks", "needle,copy", "--count", "1", "--length", "1200", "--prompts", str(tmp_path / "book.txt")]
-    done = run("calibrate", str(tmp_path / "model"), *search, *asked, "--json")
-    assert done.exit_code == 0, done.output
-    found = LossCalibration.from_dict(json.loads(done.stdout))
-    assert (found.prompts, found.length, found.ratios) == (2, 1200, (0.5, 0.5)) and found.tokens > 100
-
-
-def test_calibrate_reads_token_ids_from_a_file(tmp_path):
-    ids = shapes.prompts(shapes.model_config("tiny"), 3, 20).tolist()
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps({"input_ids": row}) for row in ids))
-    done = run("calibrate", *TINY, "--prompts", str(path), "--count", "2", "--length", "18", "--json")
-    found = Calibration.from_dict(json.loads(done.stdout))
-    assert (found.prompts, found.tokens) == (2, 36)
-
-
-def test_calibrate_reads_text_with_the_folders_tokenizer(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "model")
-    words = tokenizers.models.WordLevel({"[UNK]": 0, "one": 5, "two": 6, "three": 7}, unk_token="[UNK]")
-    made = tokenizers.Tokenizer(words)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "model")
-    (tmp_path / "book.txt").write_text("one two three two one three two " * 6)
-    arguments = ["--prompts", str(tmp_path / "book.txt"), "--length", "20", "--json"]
-    found = Calibration.from_dict(json.loads(run("calibrate", str(tmp_path / "model"), *arguments).stdout))
-    assert (found.prompts, found.tokens) == (2, 40)
-    assert "holds no tokenizer (tokenizer.json, tokenizer.model" in fails(2, "calibrate", str(folder), *arguments)
 
 
 @pytest.mark.parametrize(("certain", "code"), [(True, 1), (False, 0), (None, 0)])
