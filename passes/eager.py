@@ -14,8 +14,10 @@ alone. Anything else that weighs by a softmax over a product is a call with reas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ _FACTORS = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.multiply.Tensor: "mul", aten.multiply.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.divide.Tensor: "div", aten.true_divide.Tensor: "div",
 }  # fmt: skip
+_MODERATE = (1e-4, 1e4)  # scores times any of these keep to their type's range
 _FAR = 12  # steps within which a softmax's product is looked for
 
 
@@ -79,10 +82,11 @@ def _read_product(call: Node, weights: _Weights) -> RecordedCall | None:
             return None
         return _unsupported(call, product, value, scores.problem or "the scores are no product of query and key")
     query, key = _query_and_key(scores.product)
-    problem = scores.problem or _chain_problem(call, weights, scores)
     value = _four_dimensional(value)
-    if problem is None and None in (query, key, value):
+    problem = scores.problem or _chain_problem(call, weights, scores)
+    if problem is None and (None in (query, key, value) or not _are_matched(call, scores.product, query, key, value)):
         problem = "the products are not [B, H, Lq, D] with a transposed [B, H, Lk, D] and [B, H, Lk, Dv]"
+    problem = problem or scores.problem_for(fake(query))
     if problem is not None:
         return _unsupported(call, scores.product, _operands(call)[1], problem)
     return RecordedCall(call, "eager", query, key, value, tuple(scores.masks), scale=scores.scale, dropout=weights.dropout)
@@ -146,7 +150,11 @@ class _Scores:
 
     product: Node | None = None
     masks: list[MaskTerm] = field(default_factory=list)
+    masked: list[Node] = field(default_factory=list)
+    """Where each mask is applied."""
     scale: Any = 1.0
+    factors: list[float] = field(default_factory=list)
+    """What the scale is the product of, the last step first."""
     chain: list[Node] = field(default_factory=list)
     problem: str | None = None
 
@@ -202,7 +210,8 @@ class _Scores:
         elif name == "div" and factor == 0:
             self.problem = "the scores are divided by zero"
         else:
-            self.scale = self.scale * float(factor) if name == "mul" else self.scale / float(factor)
+            self.factors.append(float(factor) if name == "mul" else 1 / float(factor))
+            self.scale = math.prod(self.factors)
 
     def _bias(self, node: Node) -> Any:
         left, right, alpha = arguments(node)
@@ -213,8 +222,9 @@ class _Scores:
     def _add(self, node: Node, mask: Any, plain: bool) -> None:
         if not self._is_unscaled():
             self.problem = "the mask is scaled together with the scores"
-        if plain and isinstance(mask, Node) and _broadcasts(mask, node):
+        if plain and isinstance(mask, Node) and isinstance(fake(mask), torch.Tensor):
             self.masks.append(MaskTerm(mask, "bias", dtype=fake(node).dtype))
+            self.masked.append(node)
         else:
             self.problem = "something that is no mask is added to the scores"
 
@@ -222,22 +232,35 @@ class _Scores:
         value = _scalar(fill)
         if not isinstance(value, float) or not isinstance(mask, Node) or not self._is_unscaled():
             self.problem = "scores are replaced by something that is no constant, or scaled afterwards"
-        elif not _broadcasts(mask, node) or fake(mask).dtype != torch.bool:
-            self.problem = "the mask is not of the shape of the scores, or not of truth values"
+        elif not isinstance(fake(mask), torch.Tensor) or fake(mask).dtype != torch.bool:
+            self.problem = "the mask is not of truth values"
         else:
             self.masks.append(MaskTerm(mask, role, value, fake(node).dtype))
+            self.masked.append(node)
         return scores if isinstance(scores, Node) else None
 
     def _is_unscaled(self) -> bool:
-        return not isinstance(self.scale, (torch.SymInt, torch.SymFloat)) and self.scale == 1.0
+        symbolic = isinstance(self.scale, (torch.SymInt, torch.SymFloat))
+        return not symbolic and all(factor == 1 for factor in self.factors)  # 2 and 0.5: the mask may overflow in between
+
+    def problem_for(self, query: torch.Tensor) -> str | None:
+        """What is in the way with the query [B, H, Lq, D] of these scores; None if nothing is."""
+        for term, node in zip(self.masks, self.masked, strict=True):
+            if not _broadcasts(fake(term.mask), fake(node).shape, query.shape[:2]):
+                return "a mask is not of the shape of the scores [B, H, Lq, Lk]"
+        partial = [*accumulate(self.factors, mul), *accumulate(reversed(self.factors), mul), *self.factors]
+        if not all(_MODERATE[0] <= abs(factor) <= _MODERATE[1] for factor in partial):
+            return "the scores are scaled by steps that may leave the range of their type"
+        return None
 
 
-def _broadcasts(mask: Node, scores: Node) -> bool:
-    """Whether a mask means the same for scores [B, H, Lq, Lk] as for these, which may have B and H in one dimension."""
-    kind, shape = fake(mask), fake(scores).shape
-    if not isinstance(kind, torch.Tensor) or kind.dim() > min(4, len(shape)):
+def _broadcasts(mask: torch.Tensor, scores: torch.Size, heads: torch.Size) -> bool:
+    """Whether a mask means the same for scores [B, H, Lq, Lk] with `heads` = [B, H] as for these, which may be a view."""
+    if mask.dim() > min(4, len(scores)):
         return False
-    return len(shape) == 4 or kind.dim() <= 2 or known(kind.shape[0] == 1)
+    if len(scores) == 4 and all(known(a == b) for a, b in zip(scores[:2], heads, strict=True)):
+        return True
+    return all(known(extent == 1) for extent in mask.shape[:-2])
 
 
 def _is_scores(node: Any) -> bool:
@@ -285,6 +308,27 @@ def _constant(value: Node) -> float | None:
 
 
 # -- the operands -------------------------------------------------------------------------------------------------------
+
+
+def _are_matched(call: Node, product: Node, query: Node, key: Node, value: Node) -> bool:
+    """Whether both products pair the matrices of one item and head, as those of [B, H, ..] with [B, H or G, ..] do.
+
+    Of a matrix in three dimensions the first is B * H, so it must be that in both factors: beside four dimensions it would
+    be broadcast over the batch.
+    """
+    wanted = fake(query).shape[:2]
+    for left, right, source in ((*_operands(product), key), (*_operands(call), value)):
+        if fake(left).dim() != fake(right).dim():
+            return False
+        flat = fake(left).dim() == 3
+        pairs = [*zip(fake(source).shape[: 1 + flat], wanted, strict=False)]
+        if flat:
+            pairs.append((fake(left).shape[0], fake(right).shape[0]))
+        elif fake(left).dim() == 4:
+            pairs += zip(fake(left).shape[:2], wanted, strict=True)
+        if not all(known(a == b) for a, b in pairs):
+            return False
+    return True
 
 
 def _query_and_key(product: Node) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ a GPU means long enough to gain time there (costs/breakeven.py). On a CPU correc
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import replace
@@ -177,8 +178,10 @@ def inputs_obstacle(query: Tensor, key: Tensor, value: Tensor, dropout: Any, sca
         return Reason.NEEDS_GRAD, ""
     if not isinstance(dropout, (int, float)) or dropout != 0:
         return Reason.DROPOUT, f"dropout {dropout}"
+    if known(query.shape[1] == 0) or known(query.shape[3] == 0):
+        return Reason.UNSUPPORTED_FORM, f"a query of {query.shape[1]} heads of {query.shape[3]} numbers"
     if not _is_positive(scale):
-        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(scale)}, not positive, as causal kernels need it"
+        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(scale)}, not a number above 0, as causal kernels need it"
     return None
 
 
@@ -248,13 +251,13 @@ def _inputs_behind(value: Node) -> set[str]:
 
 
 def _is_positive(scale: Any) -> bool:
-    """Whether a scale is above zero; of a symbolic one, whether it is now: its sign is guarded."""
+    """Whether a scale is a number above zero; of a symbolic one, whether it is now: its sign is guarded."""
     if scale is None:
         return True
     value = fake(scale)
     if isinstance(value, (torch.SymInt, torch.SymFloat)) and value.node.hint is None:
         return False
-    return bool(value > 0)
+    return bool(0 < value < math.inf)
 
 
 def _operands(plan: CallPlan) -> tuple[Tensor, Tensor, Tensor]:

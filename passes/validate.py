@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from operator import attrgetter
 from typing import Any
 
@@ -99,9 +100,14 @@ class Case:
         self.operand_of = {self.call.aten.values.get(operand): operand for operand in self.operands}
         self.upstream = any(map(self.call.aten.writers, self.operands))  # the model in front of them is run as well
         self.nodes = self._needed()
-        self.sizes = self.usual = _Sizes([fake(operand) for operand in self.operands], self.nodes)
-        if self.upstream and self.sizes.short:  # its other sizes may equal the length, too
-            raise Skipped("what writes its operands cannot be run short")
+        self.sizes = self.usual = self._sizes()
+        query, key = fake(self.call.query), fake(self.call.key)
+        if math.prod(map(self.sizes.of, (*query.shape[:3], key.shape[2]))) > _MOST_ELEMENTS:
+            raise Skipped("what writes its operands is too long, and cannot be run short")
+
+    def _sizes(self, *, least: bool = False) -> _Sizes:
+        """Those to run. The model in front of the operands is run as long as it is: its other sizes may equal the length."""
+        return _Sizes([fake(operand) for operand in self.operands], self.nodes, least=least, whole=self.upstream)
 
     def _needed(self) -> list[Node]:
         """The nodes behind the call and its padding, in order, with whatever writes to them on the way."""
@@ -149,9 +155,9 @@ class Case:
         """The largest difference of the call and its normal form, as a sentence; None if they agree."""
         generator = torch.Generator().manual_seed(trial)
         least = trial == _TRIALS - 1 and not self.usual.short
-        self.sizes = _Sizes([fake(operand) for operand in self.operands], self.nodes, least=True) if least else self.usual
+        self.sizes = self._sizes(least=True) if least else self.usual
         with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(trial)
+            torch.default_generator.manual_seed(trial)  # not those of GPUs, which are the user's
             env: dict[Node, Any] = {}
             for node in self.nodes[: self.nodes.index(self.call.node)]:
                 env[node] = self._run(node, env, generator, trial)
@@ -251,12 +257,13 @@ class _Sizes:
     """What the sizes of a graph become: symbols small numbers, a long static length a short one.
 
     Behind a cache three numbers are shortened: the queries, the keys before them, and their sum. With `least` there are as
-    few keys before the queries as the graph admits, where that is a symbol: none, if the cache may be empty.
+    few keys before the queries as the graph admits, where that is a symbol: none, if the cache may be empty. With `whole`
+    static lengths stay as they are.
     """
 
-    def __init__(self, operands: list[Tensor], nodes: list[Node], *, least: bool = False) -> None:
+    def __init__(self, operands: list[Tensor], nodes: list[Node], *, least: bool = False, whole: bool = False) -> None:
         query, key, value = operands
-        self.short = _shortened(query.shape[2], key.shape[2])  # static lengths that are run short
+        self.short = {} if whole else _shortened(query.shape[2], key.shape[2])  # static lengths that are run short
         others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         if any(isinstance(size, int) and size in self.short for size in others):
             self.short = {}
@@ -271,18 +278,20 @@ class _Sizes:
         past: Any = key.shape[2] - query.shape[2]
         for symbol in past.node.expr.free_symbols & self.symbols.keys() if least and isinstance(past, torch.SymInt) else ():
             self.symbols[symbol] = _within(0, past.node.shape_env.var_to_range.get(symbol))
-        self._level(key.shape[2], value.shape[2])
+        self._raise(key.shape[2], query.shape[2], only_up=True)  # queries are the last of the keys
+        self._raise(value.shape[2], key.shape[2])
         if symbolic:
             self._obey([guard.expr for guard in symbolic[0].node.shape_env.guards], [*query.shape, *key.shape, *value.shape])
 
-    def _level(self, keys: Any, values: Any) -> None:
-        """As many values as keys, where a graph has separate symbols for them."""
-        if not isinstance(keys, torch.SymInt) or not isinstance(values, torch.SymInt):
+    def _raise(self, extent: Any, other: Any, *, only_up: bool = False) -> None:
+        """Makes one extent equal to another, or no less, where a graph has separate symbols for them."""
+        if not isinstance(extent, torch.SymInt) or not isinstance(other, torch.SymInt):
             return
-        alone = values.node.expr.free_symbols - keys.node.expr.free_symbols
+        alone = extent.node.expr.free_symbols - other.node.expr.free_symbols
+        missing = self.of(other) - self.of(extent)
         for symbol in sorted(alone, key=str):
-            if values.node.expr.coeff(symbol) == 1:
-                self.symbols[symbol] += self.of(keys) - self.of(values)
+            if extent.node.expr.coeff(symbol) == 1 and (missing > 0 or not only_up):
+                self.symbols[symbol] += missing
                 return
 
     def _obey(self, guards: list[Any], extents: list[Any]) -> None:

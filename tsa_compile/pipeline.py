@@ -19,6 +19,7 @@ from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.kernels import filled, listed, registry, sparse
+from tsa_compile.kernels.autocast import keep_types
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.cleanup import RemoveDeadMasks
@@ -36,6 +37,7 @@ from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them. These import all others.
 OPS = (filled, listed, sparse)
+keep_types()
 
 PASSES: tuple[type[Pass], ...] = (
     FindCalls,  #          find.py           every attention call, in the normal form of call.py

@@ -68,6 +68,19 @@ EAGER_NEAR_MISSES = {
     "sink column": lambda q, k, v: torch.cat([scores(q, k), q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
     "mask is scaled too": lambda q, k, v: ((q @ k.transpose(2, 3) + bias()) * 0.35).softmax(-1) @ v,
     "filled scores are scaled": lambda q, k, v: ((q @ k.mT).masked_fill(~triangle(), lowest()) * 0.35).softmax(-1) @ v,
+    "filled scores are doubled and halved": lambda q, k, v: (
+        ((q @ k.mT).masked_fill(~triangle(), lowest()) * 2 * 0.5).softmax(-1) @ v
+    ),
+    "scores that are 0 in between": lambda q, k, v: (q @ k.mT * 1e-30 * 1e-30 * 1e30 * 1e30).softmax(-1) @ v,
+    "mask of items and heads in one": lambda q, k, v: (
+        ((q.flatten(0, 1) @ k.flatten(0, 1).mT).view(B * H, 1, L, L) + bias().expand(B * H, 1, L, L)).squeeze(1).softmax(-1)
+        @ v.flatten(0, 1)
+    ),
+    "key of all items": lambda q, k, v: (q[:, :B] @ k[:, :1].squeeze(1).mT).softmax(-1) @ v[:, :B],
+    "value of all items": lambda q, k, v: (q[:, :B] @ k[:, :B].mT).softmax(-1) @ v[:, :1].squeeze(1),
+    "other heads in the weights": lambda q, k, v: (
+        (q.flatten(0, 1) @ k.flatten(0, 1).mT).view(H, B, L, L).softmax(-1) @ v.view(H, B, L, D)
+    ),
     "scale per head": lambda q, k, v: (q @ k.mT * torch.arange(1.0, H + 1)[:, None, None]).softmax(-1) @ v,
     "floor division": lambda q, k, v: torch.div(q @ k.mT, 0.25, rounding_mode="floor").softmax(-1) @ v,
     "add with alpha": lambda q, k, v: torch.add(scores(q, k), bias(), alpha=2).softmax(-1) @ v,

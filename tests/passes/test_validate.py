@@ -145,6 +145,42 @@ def test_written_operands_are_computed_with_what_writes_them(caplog):
 
 
 @pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("length", [20, 80])
+def test_calls_of_written_operands_are_checked_at_their_length(monkeypatch, length):
+    from tsa_compile.passes import eager
+
+    def function(q, k, v, pad):
+        q = q.clone()
+        q.mul_(0.5)
+        return written_out(q, k, v, pad)
+
+    monkeypatch.setitem(eager._FACTORS, aten.mul.Tensor, "div")
+    with pytest.warns(TSAWarning, match="validation failed"):
+        assert run(function, length=length).reason is Reason.PASS_FAILED
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_users_random_numbers_go_on(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    assert run(attention).decision is Decision.DENSE_PADDED
+    assert seeded == [] and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_queries_are_the_last_of_the_keys_whatever_their_symbols():
+    def function(q, k, v):
+        rows = torch.ones(k.shape[2], k.shape[2]).tril().bool()[k.shape[2] - q.shape[2] :]
+        return F.scaled_dot_product_attention(q, k, v, rows)
+
+    compiled = torch.compile(function, backend=tsa_backend, dynamic=True, options={"config": EXACT})
+    with torch.no_grad():
+        compiled(heads(length=20)[0], *heads(kv_heads=4, length=40)[1:])
+    assert reports()[-1].rows[0].decision is Decision.DENSE
+
+
+@pytest.mark.usefixtures("fresh")
 def test_layers_that_are_alike_are_computed_once(monkeypatch):
     from tsa_compile.passes.validate import _TRIALS, Case
 
