@@ -24,6 +24,7 @@ from tsa_compile.chunk_cache import carried, find, serves
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.errors import ConfigError
+from tsa_compile.tracing import is_traced
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _CACHED = ("keys", "values")
@@ -48,7 +49,7 @@ class Prefill:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call; calls of fewer than 16 tokens are decode steps, and run as without `prefill`."""
-        if torch.compiler.is_compiling():  # somebody else compiles or exports the model: with one compiler, theirs
+        if is_traced():  # somebody else compiles or exports the model: with one compiler, theirs
             return self._plain(*args, **kwargs)
         tokens = _tokens(args, kwargs)
         if tokens.shape[1] < FEW_QUERIES:

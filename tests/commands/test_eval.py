@@ -133,6 +133,9 @@ def test_a_budget_that_the_layers_own_would_hide_is_refused(tmp_path):
     config.write_text(TSAConfig(layers={0: KeepRatio(0.25), 1: KeepRatio(0.5)}).to_json())
     said = fails(2, "eval", *TINY, "--config", str(config), "--setting", "keep:0.3")
     assert "--setting keep:0.3 has a budget, but" in said and "--setting keep:0.3,layers=upper" in said
+    for command in ("eval", "explain"):
+        said = fails(2, command, *TINY, "--config", str(config), "--budget", "keep:0.3")
+        assert "the budget keep:0.3, and layers with a budget each: leave one of them out" in said
 
 
 def test_statsmodels_is_missed_before_the_work(word_model, monkeypatch):

@@ -404,3 +404,13 @@ def test_one_mask_holds_for_all_items():
     assert difference(logits(model, ids, attention_mask=mask), logits(model, ids, attention_mask=both), both) < ATOL
     with pytest.raises(ConfigError, match="of 2 items does not fit a batch of 3"):
         logits(model, tokens(3, LENGTH), attention_mask=both)
+
+
+def test_a_cache_that_holds_less_than_the_mask_says_is_refused():
+    """As after an error in the middle of a chunk, when the last layers have not got it."""
+    model, ids, cache = sparse("llama"), tokens(1, 60), transformers.DynamicCache()
+    logits(model, ids[:, :30], past_key_values=cache)
+    last = cache.layers[-1]
+    last.keys, last.values = last.keys[:, :, :0], last.values[:, :, :0]
+    with pytest.raises(ConfigError, match=r"an attention_mask of 60 tokens for 30 keys.*new cache"):
+        logits(model, ids[:, 30:], past_key_values=cache, attention_mask=torch.ones(1, 60, dtype=torch.long))

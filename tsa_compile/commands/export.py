@@ -112,9 +112,9 @@ def _target(out: Path | None, kind: Format, check: bool) -> Path:
 
 
 def _example_length(source: Source, low: int, high: int) -> int:
-    """A length within the range that is no size of the model: torch.export would take the two for one."""
+    """A length within the range that is no size of the model, nor 1: torch.export would take them for constants."""
     sizes = {value for value in source.config.get_text_config().to_dict().values() if isinstance(value, int)}
-    return next((length for length in range(low + 1, high) if length not in sizes), low)
+    return next((length for length in range(low + 1, high) if length not in sizes), low if low > 1 else high)
 
 
 def _example_batch(batches: tuple[int, int] | None) -> int:

@@ -174,17 +174,19 @@ class SparseOptions:
 
         if self.sparse_layers is not None:
             changes["layers"] = texts.layers_of(self.sparse_layers, source.config, source.name)
-            texts.check_one_budget(self.budget, changes["layers"])
         config = self._but_layers().replace(**changes)
+        texts.check_one_budget(self.budget, config.layers)
         check_layers(config, source)
         registry.check(config.kernel, config.dense_kernel)
         return config
 
     def check(self) -> None:
         """Raises ConfigError for a value that is not allowed, before PyTorch is imported."""
-        self._but_layers()
+        config = self._but_layers()
         if self.sparse_layers is not None:
             texts.check_layers(self.sparse_layers)
+        else:
+            texts.check_one_budget(self.budget, config.layers)
 
     def _but_layers(self) -> TSAConfig:
         base = TSAConfig() if self.config is None else read_config(self.config)

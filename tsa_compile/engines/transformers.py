@@ -37,6 +37,7 @@ from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
 from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
+from tsa_compile.tracing import is_traced
 
 assert pipeline.OPS
 tsa = torch.ops.tsa
@@ -90,7 +91,7 @@ class Implementation:
         """
         from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-        tracing = torch.compiler.is_compiling()
+        tracing = is_traced()
         if not tracing:
             self._check_caller()
         past = -1 if tracing or kv_offset else int(q_offset)
@@ -135,11 +136,17 @@ class Implementation:
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Query [B,H,Lq,D] over key and value [B,G,Lk,D] gives [B,Lq,H,Dv], and the weights where they are asked for."""
-        if torch.compiler.is_compiling():
+        traced = is_traced()
+        if traced:
             _say_that_it_is_compiled(self.name, query.shape[2] == 1)
         call = read(module, query, key, value, attention_mask, dropout, scaling, is_causal, others)
-        if query.shape[2] == 1 or torch.compiler.is_compiling():
+        if query.shape[2] == 1 or traced:
             return as_written(call)
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > key.shape[2]:
+            raise ConfigError(
+                f"an attention_mask of {attention_mask.shape[1]} tokens for {key.shape[2]} keys: the cache of this layer "
+                "holds less, as after an error in the middle of a prompt. Begin the prompt with a new cache"
+            )
         seat = self.seats.of(module)
         config = self.config.of_layer(seat.place.number, seat.place.names)
         obstacle = call.obstacle()
