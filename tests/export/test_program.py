@@ -175,6 +175,14 @@ def assert_differs(left, right):
     assert difference(left, right) > 1e-3
 
 
+def test_a_length_that_a_sparse_layer_cannot_run_is_refused():
+    config = SMALL.replace(min_length=1)
+    with pytest.raises(ConfigError, match="a size of 1 cannot be exported: let the range begin at 2"):
+        export_program(Attention().eval(), heads(length=40), config.replace(layers=(0,)), dynamic_lengths=(1, 60))
+    exact = export_program(Attention().eval(), heads(length=40), config.replace(layers=()), dynamic_lengths=(1, 60))
+    assert exact.module()(*heads(length=1)).shape[2] == 1
+
+
 def test_a_range_that_would_need_two_versions_is_refused():
     with pytest.raises(ConfigError, match=r"compresses from 150 on.*raise the shortest of dynamic_lengths.*min_length"):
         export_attention(HALF.replace(min_length=150))

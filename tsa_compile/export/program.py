@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
@@ -91,6 +92,7 @@ def export_program(
         _name_layers(program)
         program = lower_program(program, lower)
         _check_sizes(program, free)
+        _check_ends(program)
     record(report)
     return program
 
@@ -115,6 +117,21 @@ def _check_sizes(program: ExportedProgram, free: set[str]) -> None:
             f"a rewrite fixed sizes that the export left free, at {', '.join(fixed)}: please report it, and export with "
             "dynamic_lengths=None meanwhile"
         )
+
+
+def _check_ends(program: ExportedProgram) -> None:
+    """What the rewrite was traced under holds at both ends of each range. A sparse layer may not run with one token, say.
+
+    Raises:
+        ConfigError: it does not, so that such a call of the program would fail.
+    """
+    sizes = (size for node in program.graph.find_nodes(op="placeholder") for size in getattr(fake(node), "shape", ()))
+    symbolic = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
+    guards = [] if symbolic is None else [guard.expr for guard in symbolic.node.shape_env.guards]
+    for symbol, extents in program.range_constraints.items():
+        for end, other in ((extents.lower, f"begin at {extents.lower + 1}"), (extents.upper, f"end at {extents.upper - 1}")):
+            if any(guard.free_symbols == {symbol} and guard.xreplace({symbol: end}) == sympy.false for guard in guards):
+                raise ConfigError(f"with these settings a size of {end} cannot be exported: let the range {other}")
 
 
 def _free_sizes(program: ExportedProgram) -> set[str]:
