@@ -43,7 +43,7 @@ def unwritable(
         for part in (part for side in sides for part in _parts(side)):
             if isinstance(part, AppliedUndef):
                 bad = [index for index in part.args if not _is_plain_index(index)]
-                if bad or len({*part.args}) < len(part.args):
+                if bad or any(sum(index.has(axis) for index in part.args) > 1 for axis in (B, KV)):  # a diagonal
                     return f"reads an element at {bad[0] if bad else part.args}"
                 if fake(leaves[part.func.__name__]).dtype is torch.float8_e8m0fnu:
                     return "reads numbers of a type that has no zero"

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import filled, listed, registry, sparse
+from tsa_compile.kernels import attend_floor, filled, listed, registry, sparse
 from tsa_compile.kernels.autocast import keep_types
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
@@ -36,7 +36,7 @@ from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them. These import all others.
-OPS = (filled, listed, sparse)
+OPS = (attend_floor, filled, listed, sparse)
 keep_types()
 
 PASSES: tuple[type[Pass], ...] = (
