@@ -93,6 +93,7 @@ SCALED = Table(
         "{s}.to(torch.float8_e4m3fn).to(q.dtype)", "{s} // 1", "{s} * torch.tensor(0.3).to(torch.float8_e4m3fn).float()",
         "{s}.tanh()", "{s}.abs()", "{s} - {s}.amax(-1, keepdim=True)", "{s} * torch.rand(())", "{s} * torch.tensor(2)",
         "{s} / 0.0", "{s}.bfloat16().to(q.dtype)", "{s} / torch.arange(1, L + 1)", "{s} * torch.full((L,), 0.35)", "{s} + 1",
+        "{s} * 1e-30 * 1e-30 * 1e30 * 1e30", "{s} * 1e38 * 1e-38",
         "torch.add({s}, {s}, alpha=-0.5)", "{s} ** 2", "{s}.roll(1, 1)", "{s} / one.item()",
     ),
 )  # fmt: skip
@@ -117,7 +118,7 @@ FILLED = Table(
     (
         "{s}.masked_fill({m}, {neg})", "torch.where({m}, {neg}, {s})", "{s}.where(~{m}, {neg})",
         "{s}.masked_fill(~{m}.mT, {neg})", "torch.where({m}, {s}, 0.0)", "torch.full_like({s}, {neg}).where({m}, {s})",
-        "torch.where({m}, {s}, {s} * {neg})",
+        "torch.where({m}, {s}, {s} * {neg})", "{s}.masked_fill(~{m}, {neg}) * 2 * 0.5",
     ),
 )  # fmt: skip
 SOFTMAX = Table(
