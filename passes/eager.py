@@ -89,7 +89,8 @@ def _read_product(call: Node, weights: _Weights) -> RecordedCall | None:
     problem = problem or scores.problem_for(fake(query))
     if problem is not None:
         return _unsupported(call, scores.product, _operands(call)[1], problem)
-    return RecordedCall(call, "eager", query, key, value, tuple(scores.masks), scale=scores.scale, dropout=weights.dropout)
+    masks = tuple(term for term, _ in scores.masks)
+    return RecordedCall(call, "eager", query, key, value, masks, scale=scores.scale, dropout=weights.dropout)
 
 
 def _unsupported(call: Node, product: Node, value: Any, problem: str) -> RecordedCall:
@@ -149,14 +150,18 @@ class _Scores:
     """What stands between `q @ k^T` and the softmax, read backwards."""
 
     product: Node | None = None
-    masks: list[MaskTerm] = field(default_factory=list)
-    masked: list[Node] = field(default_factory=list)
-    """Where each mask is applied."""
-    scale: Any = 1.0
+    masks: list[tuple[MaskTerm, Node]] = field(default_factory=list)
+    """Each mask, and the step that applies it."""
     factors: list[float] = field(default_factory=list)
     """What the scale is the product of, the last step first."""
+    symbol: Any = None
+    """A number that the graph computes, in place of factors."""
     chain: list[Node] = field(default_factory=list)
     problem: str | None = None
+
+    @property
+    def scale(self) -> Any:
+        return math.prod(self.factors, start=1.0) if self.symbol is None else self.symbol
 
     def walk(self, node: Any) -> _Scores:
         while isinstance(node, Node) and self.product is None:
@@ -202,16 +207,15 @@ class _Scores:
         if factor is None:
             self.problem = f"the scores are {'multiplied' if name == 'mul' else 'divided'} by a tensor"
         elif isinstance(factor, (torch.SymInt, torch.SymFloat)):
-            if name == "div" or self.scale != 1.0:
+            if name == "div" or not self._is_unscaled():
                 self.problem = "the scale is computed by the graph in several steps"
-            self.scale = factor
-        elif isinstance(self.scale, (torch.SymInt, torch.SymFloat)):
+            self.symbol = factor
+        elif self.symbol is not None:
             self.problem = "the scale is computed by the graph in several steps"
         elif name == "div" and factor == 0:
             self.problem = "the scores are divided by zero"
         else:
             self.factors.append(float(factor) if name == "mul" else 1 / float(factor))
-            self.scale = math.prod(self.factors)
 
     def _bias(self, node: Node) -> Any:
         left, right, alpha = arguments(node)
@@ -223,8 +227,7 @@ class _Scores:
         if not self._is_unscaled():
             self.problem = "the mask is scaled together with the scores"
         if plain and isinstance(mask, Node) and isinstance(fake(mask), torch.Tensor):
-            self.masks.append(MaskTerm(mask, "bias", dtype=fake(node).dtype))
-            self.masked.append(node)
+            self.masks.append((MaskTerm(mask, "bias", dtype=fake(node).dtype), node))
         else:
             self.problem = "something that is no mask is added to the scores"
 
@@ -235,19 +238,16 @@ class _Scores:
         elif not isinstance(fake(mask), torch.Tensor) or fake(mask).dtype != torch.bool:
             self.problem = "the mask is not of truth values"
         else:
-            self.masks.append(MaskTerm(mask, role, value, fake(node).dtype))
-            self.masked.append(node)
+            self.masks.append((MaskTerm(mask, role, value, fake(node).dtype), node))
         return scores if isinstance(scores, Node) else None
 
     def _is_unscaled(self) -> bool:
-        symbolic = isinstance(self.scale, (torch.SymInt, torch.SymFloat))
-        return not symbolic and all(factor == 1 for factor in self.factors)  # 2 and 0.5: the mask may overflow in between
+        return self.symbol is None and all(factor == 1 for factor in self.factors)  # 2 * 0.5: a mask may overflow in between
 
     def problem_for(self, query: torch.Tensor) -> str | None:
         """What is in the way with the query [B, H, Lq, D] of these scores; None if nothing is."""
-        for term, node in zip(self.masks, self.masked, strict=True):
-            if not _broadcasts(fake(term.mask), fake(node).shape, query.shape[:2]):
-                return "a mask is not of the shape of the scores [B, H, Lq, Lk]"
+        if not all(_broadcasts(fake(term.mask), fake(step).shape, query.shape[:2]) for term, step in self.masks):
+            return "a mask is not of the shape of the scores [B, H, Lq, Lk]"
         partial = [*accumulate(self.factors, mul), *accumulate(reversed(self.factors), mul), *self.factors]
         if not all(_MODERATE[0] <= abs(factor) <= _MODERATE[1] for factor in partial):
             return "the scores are scaled by steps that may leave the range of their type"

@@ -142,11 +142,7 @@ class Implementation:
         call = read(module, query, key, value, attention_mask, dropout, scaling, is_causal, others)
         if query.shape[2] == 1 or traced:
             return as_written(call)
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > key.shape[2]:
-            raise ConfigError(
-                f"an attention_mask of {attention_mask.shape[1]} tokens for {key.shape[2]} keys: the cache of this layer "
-                "holds less, as after an error in the middle of a prompt. Begin the prompt with a new cache"
-            )
+        _check_keys(key, attention_mask)
         seat = self.seats.of(module)
         config = self.config.of_layer(seat.place.number, seat.place.names)
         obstacle = call.obstacle()
@@ -218,6 +214,15 @@ class Implementation:
         if call.is_behind and decision is Decision.DENSE:
             return _rows_first(tsa.cached_attention(*operands, call.scale)), None
         return as_written(call)
+
+
+def _check_keys(key: Tensor, mask: Tensor | None) -> None:
+    """Raises ConfigError where a mask [B, tokens so far] speaks of more tokens than there are keys [B, G, Lk, D]."""
+    if mask is not None and mask.dim() == 2 and mask.shape[1] > key.shape[2]:
+        raise ConfigError(
+            f"an attention_mask of {mask.shape[1]} tokens for {key.shape[2]} keys: the cache of this layer holds less, as "
+            "after an error in the middle of a prompt. Begin the prompt with a new cache"
+        )
 
 
 @torch.compiler.assume_constant_result
