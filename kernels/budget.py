@@ -196,8 +196,8 @@ def _check(scores: Tensor, coverage: float | None, keep_ratio: float | None, min
         raise ValueError(f"tsa::budget: coverage {coverage} and keep_ratio {keep_ratio}; expected exactly one of them")
     if coverage is not None and not 0 <= coverage < 1:
         raise ValueError(f"tsa::budget: coverage is {coverage}; expected 0 <= coverage < 1")
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(f"tsa::budget: keep_ratio is {keep_ratio}; expected 0 < keep_ratio <= 1")
+    if keep_ratio is not None and not 0 <= keep_ratio <= 1:
+        raise ValueError(f"tsa::budget: keep_ratio is {keep_ratio}; expected 0 <= keep_ratio <= 1")
     if min_tokens < 0:
         raise ValueError(f"tsa::budget: min_tokens is {min_tokens}; expected at least 0")
 

@@ -93,19 +93,20 @@ def names() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=256)
 def choose(
-    request: KernelRequest, name: str = AUTO, *, device_count: bool = False, lse: bool = False, behind: bool = False
+    request: KernelRequest | None, name: str = AUTO, *, device_count: bool = False, lse: bool = False, behind: bool = False
 ) -> AttentionKernel:
     """The kernel to run for a request.
 
     With "auto" the fitting exact one of the highest priority; with `device_count`, one that reads the count on the device
     if any fits. With `lse` one that gives the log-sum-exp, with `behind` one that takes queries behind a cache. With a
-    name that kernel, or KernelError if it does not fit or does not exist.
+    name that kernel, or KernelError if it does not fit or does not exist; the request is None where the device that is
+    meant is not here to be asked.
     """
     if name != AUTO:
         kernel = get(name)
         reason = _refusal(kernel, request, lse, behind)
         if reason is not None:
-            raise KernelError(f"attention kernel {name!r} cannot run {request}: {reason}")
+            raise KernelError(f"attention kernel {name!r} cannot run {request or 'a call'}: {reason}")
         return kernel
     exact = [kernel for kernel in _registry.values() if kernel.exact]
     candidates = sorted(exact, key=lambda k: (device_count and k.device_count, k.priority), reverse=True)
@@ -118,12 +119,12 @@ def choose(
     raise KernelError(f"no attention kernel can run {request}: {'; '.join(refusals)}")
 
 
-def _refusal(kernel: AttentionKernel, request: KernelRequest, lse: bool, behind: bool) -> str | None:
+def _refusal(kernel: AttentionKernel, request: KernelRequest | None, lse: bool, behind: bool) -> str | None:
     if behind and kernel.run_behind is None:
         return "it takes as many queries as keys alone: register it with run_behind, or prefill the whole prompt at once"
     if lse and kernel.run_lse is None:
         return "it gives no log-sum-exp, which the floor is merged by: register it with run_lse, or set floor=None"
-    return kernel.supports(request)
+    return None if request is None else kernel.supports(request)
 
 
 for _kernel in (sdpa.CUDNN, sdpa.FLASH, sdpa.SDPA, flash.KERNEL):

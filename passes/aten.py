@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class AtenGraph:
         self.scalars: dict[Any, Node] = {}
         self.ran: dict[Node, set[Any]] = {}
         self.problems: dict[Node, str] = {}
+
+    @cached_property
+    def extents(self) -> set[Any]:
+        """The symbols that are the size of some recorded tensor."""
+        values = (node.meta["val"] for node in self.calls.nodes)
+        extents: Iterable[Any] = (extent for value in values if isinstance(value, torch.Tensor) for extent in value.shape)
+        return {extent.node.expr for extent in extents if isinstance(extent, torch.SymInt)}
 
     def source(self, value: Any, at: Node) -> Any:
         """The graph's node that still holds a recorded value just before `at` runs; None if there is none.

@@ -5,7 +5,11 @@ softmax(scale * query key^T, where the masks allow) value          query [B,H,Lq
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any, Literal
 
 import torch
@@ -16,6 +20,20 @@ from tsa_compile.reasons import Reason
 
 Form = Literal["sdpa", "eager", "flex", "other"]
 Problem = tuple[Reason, str]
+
+OUT_OF_RANGE = "the scores are scaled by steps that may leave the range of their type"
+_MODERATE = (1e-4, 1e4)  # scores times any of these keep to their type's range
+
+
+def keeps_range(factors: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether scores may be multiplied by all factors at once, the first step first: no step leaves the type's range.
+
+    Scores in float16 reach into the last bits of its range, so that no step may make them larger than the last one does.
+    """
+    partial = [*accumulate(factors, mul), *accumulate(reversed(factors), mul), *factors]
+    if dtype == torch.float16 and any(abs(step) > max(1.0, abs(math.prod(factors))) for step in accumulate(factors, mul)):
+        return False
+    return all(_MODERATE[0] <= abs(factor) <= _MODERATE[1] for factor in partial)
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from tsa_compile.passes.aten import AtenGraph, users
-from tsa_compile.passes.call import MaskTerm, RecordedCall
+from tsa_compile.passes.call import OUT_OF_RANGE, MaskTerm, RecordedCall, keeps_range
 from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.operators import arguments, aten, functional, without_copies
 from tsa_compile.reasons import Reason
@@ -45,7 +44,6 @@ _FACTORS = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.multiply.Tensor: "mul", aten.multiply.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.divide.Tensor: "div", aten.true_divide.Tensor: "div",
 }  # fmt: skip
-_MODERATE = (1e-4, 1e4)  # scores times any of these keep to their type's range
 _FAR = 12  # steps within which a softmax's product is looked for
 
 
@@ -248,10 +246,7 @@ class _Scores:
         """What is in the way with the query [B, H, Lq, D] of these scores; None if nothing is."""
         if not all(_broadcasts(fake(term.mask), fake(step).shape, query.shape[:2]) for term, step in self.masks):
             return "a mask is not of the shape of the scores [B, H, Lq, Lk]"
-        partial = [*accumulate(self.factors, mul), *accumulate(reversed(self.factors), mul), *self.factors]
-        if not all(_MODERATE[0] <= abs(factor) <= _MODERATE[1] for factor in partial):
-            return "the scores are scaled by steps that may leave the range of their type"
-        return None
+        return None if keeps_range([*reversed(self.factors)], query.dtype) else OUT_OF_RANGE
 
 
 def _broadcasts(mask: torch.Tensor, scores: torch.Size, heads: torch.Size) -> bool:

@@ -11,6 +11,7 @@ value, and with the graph's own values in place of what the functions capture.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from tsa_compile.passes.aten import AtenGraph
-from tsa_compile.passes.call import BlockLists, MaskTerm, RecordedCall
+from tsa_compile.passes.call import OUT_OF_RANGE, BlockLists, MaskTerm, RecordedCall, keeps_range
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.operators import arguments, aten
 from tsa_compile.reasons import Reason
@@ -75,14 +76,17 @@ def read_flex(graph: AtenGraph, call: Node) -> RecordedCall | None:
     if call.target is not FLEX or not isinstance(read, RecordedFlex):
         return None
     output, *others = (user for user in call.users if user.args == (call,))
-    factor = _factor(read.modified, read.score)
+    factors = _factors(read.modified, read.score)
+    factor = None if factors is None else math.prod(factors)
     problem = None
     if "example_value" not in call.meta["origin"].meta:
         problem = "flex_attention is not read in exported graphs"
     elif any(map(graph.is_used, others)):
         problem = "what flex_attention returns besides its output is read"
-    elif factor is None or factor <= 0:
+    elif factors is None or factor is None or factor <= 0:
         problem = "its score_mod does more than to scale scores"
+    elif not keeps_range(factors, torch.float32):
+        problem = f"by its score_mod {OUT_OF_RANGE}"
     elif factor != 1 and not isinstance(read.scale, (int, float)):
         problem = "its score_mod scales scores that have a symbolic scale"
     elif not isinstance(read.allowed, Node) or fake(read.allowed).dtype != torch.bool or fake(read.allowed).dim() != 0:
@@ -98,9 +102,9 @@ def read_flex(graph: AtenGraph, call: Node) -> RecordedCall | None:
     )  # fmt: skip
 
 
-def _factor(modified: Any, score: Any) -> float | None:
-    """The number that a score is multiplied by; None if anything else happens to it."""
-    factor = 1.0
+def _factors(modified: Any, score: Any) -> list[float] | None:
+    """The numbers that a score is multiplied by, the first step first; None if anything else happens to it."""
+    factors: list[float] = []
     while modified is not score:
         if not isinstance(modified, Node):
             return None
@@ -114,6 +118,6 @@ def _factor(modified: Any, score: Any) -> float | None:
             left, right = right, left
         if type(right) not in (int, float) or right == 0:
             return None
-        factor = factor * right if modified.target is aten.mul.Tensor else factor / right
+        factors.insert(0, float(right) if modified.target is aten.mul.Tensor else 1 / right)
         modified = left
-    return factor
+    return factors

@@ -147,7 +147,7 @@ def decide(
     elif config.dense_kernel is not None and not behind and kernel_obstacle(*operands)[0] is None:
         decision = Decision.KERNEL
     try:
-        return decision, reason, detail, kernel_of(*operands, decision, config)
+        return decision, reason, detail, kernel_of(*operands, decision, config, costs)
     except KernelError as error:  # a kernel that was asked for by name and does not fit this call
         return dense, Reason.KERNEL, str(error), ""
 
@@ -158,6 +158,9 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     if call.problem is not None:
         return call.problem
     query, key, value = _operands(plan)
+    unknown = [size for size in (query.shape[2], key.shape[2]) if isinstance(size, torch.SymInt) and size.node.hint is None]
+    if unknown and call.form != "sdpa":
+        return Reason.LENGTH_UNKNOWN, f"length {unknown[0]} is not known before the graph runs"
     obstacle = inputs_obstacle(query, key, value, call.dropout, call.scale)
     if obstacle is not None:
         return obstacle
@@ -349,14 +352,20 @@ def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, al
     return None, ""
 
 
-def kernel_of(query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig) -> str:
-    """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none."""
+def kernel_of(
+    query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig, costs: DeviceCosts | None = None
+) -> str:
+    """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none.
+
+    Where `costs` are those of a device that is not here, a kernel that is configured by name is taken to fit.
+    """
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
     sparse = decision is Decision.SPARSE
     behind = sparse and not known(query.shape[2] == key.shape[2])
-    request = KernelRequest.of(query, key, value)
+    elsewhere = costs is not None and not query.is_cuda and configured not in (None, AUTO)
+    request = None if elsewhere else KernelRequest.of(query, key, value)
     chosen = choose(request, configured or AUTO, lse=sparse and config.floor is not None, behind=behind).name
     return "triton" if behind and query.is_cuda else chosen  # it takes rows of which each head has another number

@@ -207,8 +207,8 @@ class _Recording:
         if not (isinstance(score_mod, GraphModule) and isinstance(mask_mod, GraphModule)):
             return self._unknown(node, wanted)
         recorded = self.book.of(call)  # before the functions run: a captured tensor is a value of the graph, not of theirs
-        before, indices = self.tick, self._indices(call["query"].device)
         outside, self.book.inside = self.book.inside, FLEX.__name__
+        before, indices = self.tick, self._indices(call["query"].device)
         modified = self._run_graph(score_mod, [None, *indices, *call["score_mod_other_buffers"]])
         allowed = self._run_graph(mask_mod, [*indices, *call["mask_mod_other_buffers"]])
         self.book.inside = outside

@@ -1,7 +1,8 @@
 """What must hold for a graph when all passes have run; a violation is a bug in a pass and raises.
 
 The shape, dtype, device and strides of each replacement are held against the original where it is made (`layout.py`).
-Here: the graph is well formed, nothing reads a replaced call, and no new node reads a mask that was proven away.
+Here: the graph is well formed, nothing reads a replaced call, and no new node reads a mask that was proven away. Which
+inputs must not share memory in later calls is left in the graph's `meta` (`apart.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from tsa_compile.errors import RewriteError
+from tsa_compile.passes.apart import pieces_of_inputs
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.masks.info import CAUSAL_KINDS
 from tsa_compile.reasons import Decision
@@ -32,4 +34,6 @@ class Verify(Pass):
         for reader in readers:
             if "tsa" in str(reader.target):
                 raise RewriteError(f"{reader.name!r} reads a mask that was proven away")
+        if changed and self.state.aten is not None:
+            graph_module.meta["pieces_of_inputs"] = pieces_of_inputs(graph_module.graph, self.state.aten)
         return self.result(graph_module, len(changed), modified=False)

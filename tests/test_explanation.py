@@ -120,6 +120,12 @@ class TestExpectations:
         on_cpu = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="cpu")
         assert on_cpu.sparse == 2 and on_cpu.expected["break_even"] == 9
 
+    def test_a_kernel_of_a_device_that_is_not_here(self):
+        config = CONFIG.replace(layers=[1], kernel="triton", min_length=1)
+        row = explain(Stack(), *heads(), config=config, device="h100").rows[1]
+        assert (row.reason, row.kernel) == (Reason.SPARSE, "triton")
+        assert explain(Stack(), *heads(), config=config, device="cpu").rows[1].reason is Reason.KERNEL
+
     def test_a_device_without_figures_is_said_to_have_none(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         report = explain(Stack(), *heads(), config=CONFIG.replace(layers=[1]), device="cpu")

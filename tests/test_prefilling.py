@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import tsa_compile
-from tsa_compile import ConfigError, Prefill, TSAConfig, attention, reports
+from tsa_compile import ConfigError, KeepRatio, Prefill, TSAConfig, attention, reports
 
 from .support import Stack, chunks, difference, heads, mixed_padding, slow_but, tiny, tokens
 
@@ -167,6 +167,16 @@ def test_it_can_be_undone_and_done_again():
         raise ZeroDivisionError
     generate(model)
     assert len(reports()) == 1, "an error in the block undoes it too"
+
+
+def test_every_model_and_setting_is_compiled_however_many_there_are():
+    """Dynamo runs a function as it is from its ninth graph on."""
+    models, ids = [tiny("llama", num_hidden_layers=1) for _ in range(2)], tokens(1, 40)
+    budgets = [KeepRatio(0.1 + 0.05 * number) for number in range(10)]
+    for number, budget in enumerate(budgets):
+        with torch.no_grad(), tsa_compile.prefill(models[number % 2], CONFIG.replace(layers=[0], budget=budget)):
+            models[number % 2](ids)
+    assert [report.sparse for report in reports()] == [1] * len(budgets)
 
 
 def test_copies_and_files_are_not_compiled():

@@ -132,7 +132,10 @@ class TestJson:
 
     @pytest.mark.parametrize(
         "text",
-        ["[", "[]", "{}", '{"rows": [{}]}', '{"rows": [], "config": null}', '{"rows": [], "expected": 3}', "[" * 10**5],
+        [
+            *("[", "[]", "{}", '{"rows": [{}]}', '{"rows": [], "config": null}', '{"rows": [], "expected": 3}', "[" * 10**5),
+            '{"rows": [], "expected": {"break_even": "x"}}',
+        ],
     )
     def test_what_is_no_report(self, text):
         with pytest.raises(ConfigError, match=r"pass what RewriteReport\.to_json wrote"):

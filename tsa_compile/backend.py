@@ -24,6 +24,7 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAError, TSAWarning
 from tsa_compile.handover import keep_out_of_packages, take_over
 from tsa_compile.kernels.sdpa import fastest_first
+from tsa_compile.passes.apart import apart
 from tsa_compile.passes.base import summary
 from tsa_compile.pipeline import PASSES, WHOLE, run_passes
 from tsa_compile.reasons import Decision, Reason
@@ -31,6 +32,9 @@ from tsa_compile.regions import NotCut, compile_by_region
 from tsa_compile.report import RewriteReport, record
 
 Compiled = Callable[..., Any]
+
+_WITHOUT_WRITES = ("inductor", "aot_")
+"""How the names of compilers begin that make a graph functional first (AOTAutograd)."""
 
 
 def tsa_backend(
@@ -74,7 +78,10 @@ def tsa_backend(
         compiled = compiler(original, list(example_inputs))
         report, notes = untouched(report, text), ()
     record(replace(report, notes=(*report.notes, *notes)))
-    return compiled
+    pieces = graph_module.meta.get("pieces_of_inputs")
+    if not pieces or (isinstance(config.compiler, str) and config.compiler.startswith(_WITHOUT_WRITES)):
+        return compiled
+    return apart(compiled, original, pieces)
 
 
 def _compile(

@@ -305,7 +305,7 @@ def _layers(value: object) -> HeldLayers | None:
         raise rejected("layers", value, allowed)
     keys = tuple(value)
     if isinstance(value, Mapping):  # of which JSON has text as keys only
-        keys = tuple(int(key) if isinstance(key, str) and key.isdecimal() else key for key in keys)
+        keys = tuple(int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key for key in keys)
     indices = all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in keys)
     patterns = all(isinstance(item, str) and item for item in keys)
     if not (indices or patterns):

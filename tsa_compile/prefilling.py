@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from inspect import signature
 from types import TracebackType
@@ -44,7 +44,7 @@ class Prefill:
         self._plain = model._call_impl
         options: dict[str, Any] = {"config": config}
         self._compiled = torch.compile(
-            model._call_impl, backend=tsa_backend, options=options, dynamic=dynamic, fullgraph=fullgraph
+            _with_own_code(model._call_impl), backend=tsa_backend, options=options, dynamic=dynamic, fullgraph=fullgraph
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +80,20 @@ class Prefill:
 
     def __repr__(self) -> str:
         return f"<prefill of {type(self.model).__name__} by {self.config}>"
+
+
+def _with_own_code(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call as a function that has its code to itself.
+
+    Dynamo keeps the graphs of a function with its code, and after eight of them runs it as it is. The code of a module's
+    call is that of all modules, so that the ninth model or setting of a process would stay dense.
+    """
+
+    def prefilled(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    prefilled.__code__ = prefilled.__code__.replace()
+    return prefilled
 
 
 def prefill(

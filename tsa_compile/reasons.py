@@ -102,8 +102,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
     Reason.UNSUPPORTED_FORM: (
-        'Load the model with attn_implementation="sdpa", whose masks are read, not flash. Use regional=True in '
-        "place of torch.compiler.nested_compile_region."
+        'Load a transformers model with attn_implementation="sdpa", whose masks are read, not flash. Use regional=True '
+        "in place of torch.compiler.nested_compile_region."
     ),
     Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
     Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",

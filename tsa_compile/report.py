@@ -178,6 +178,9 @@ class RewriteReport:
             values = json.loads(text) if isinstance(text, str) else text
             if not all(isinstance(values.get(name, {}), Mapping) for name in ("config", "expected")):
                 raise TypeError("its config is no mapping")
+            length = values.get("expected", {}).get("break_even")
+            if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+                raise TypeError(f"its break_even is {length!r}, no number of tokens")
             return cls(**{**values, "rows": tuple(CallRow(**row) for row in values["rows"])})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"no report can be read ({error!r}): pass what RewriteReport.to_json wrote") from error

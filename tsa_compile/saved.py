@@ -45,7 +45,7 @@ class Saved(ABC):
             raise ConfigError(f"found format {found!r}, expected {cls.FORMAT!r}: pass a file that {cls.WRITER} wrote")
         try:
             return cls._read(values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             raise ConfigError(f"a value is not what was saved ({why}): {cls.REMEDY}") from error
 

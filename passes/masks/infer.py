@@ -30,6 +30,7 @@ from tsa_compile.passes.masks.info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, 
 from tsa_compile.passes.masks.predicate import KV, Atom, Atoms, B, H, Q
 from tsa_compile.passes.masks.symbolic import (
     MAX_ATOMS,
+    MODERATE,
     Evaluator,
     NotUnderstood,
     Unsupported,
@@ -83,8 +84,22 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
         allowed = sympy.And(allowed, atoms.le(KV, Q))
     elif call.is_causal is not False:
         return MaskInfo(MaskKind.OPAQUE, detail="is_causal is computed by the graph")
+    large = next((symbol for symbol in evaluator.moderate if not _is_moderate(symbol, call)), None)
+    if large is not None:
+        return MaskInfo(MaskKind.OPAQUE, detail=f"{large} may be too large for the integers that it is computed with")
     info = _classify(allowed, atoms, evaluator, hidden, absorbing)
     return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden and _may_hide_all(info))
+
+
+def _is_moderate(symbol: sympy.Symbol, call: AttentionCall) -> bool:
+    """Whether a symbol is a size, or a moderate number. Of a number that is given to the graph this becomes a guard."""
+    if symbol in call.aten.extents:
+        return True
+    number = call.aten.scalars.get(str(symbol))
+    size = None if number is None else fake(number)
+    if size is None or (size.node.hint is None and not known(abs(size) < MODERATE)):
+        return False
+    return bool(abs(size) < MODERATE)
 
 
 def _may_hide_all(info: MaskInfo) -> bool:

@@ -39,6 +39,7 @@ MAX_ATOMS = 8  # beyond, normal forms get expensive and no known model is near
 _MAX_SIZE = 200  # operations in a formula
 _MAX_STEPS = 2000  # operators looked at for one mask
 _WIDEST = 2**31  # no dimension that attention goes over is longer
+MODERATE = 2**28  # a few numbers of this size and a dimension are together below 2^31
 
 
 class Unsupported(Exception):
@@ -76,10 +77,15 @@ class Evaluator:
 
     Args:
         atoms: where comparisons are turned into symbols.
+
+    Attributes:
+        leaves: the nodes that stand as functions in the formulas, by their names.
+        moderate: the symbols of the graph that were taken to be sizes, or numbers below MODERATE.
     """
 
     def __init__(self, atoms: Atoms) -> None:
         self.atoms = atoms
+        self.moderate: set[sympy.Symbol] = set()
         self.leaves: dict[str, Node] = {}
         self._cache: dict[tuple[Node, Index], Value] = {}
         self._steps = 0
@@ -160,8 +166,10 @@ class Evaluator:
         largest = 2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(_integer(dtype)).max
         smallest = -largest if dtype.is_floating_point else torch.iinfo(_integer(dtype)).min
         within = smallest <= low and high <= largest
-        if number.is_integer is not True or not (within or (dtype == torch.int32 and is_distance(number))):
+        distance = dtype == torch.int32 and is_distance(number)
+        if number.is_integer is not True or not (within or distance):
             raise NotUnderstood
+        self.moderate |= number.free_symbols - self.atoms.sizes.keys()
         return number
 
     def _bounds(self, expr: sympy.Expr) -> tuple[Any, Any]:
@@ -206,9 +214,9 @@ class Evaluator:
 
 
 def is_distance(number: sympy.Expr) -> bool:
-    """Sums of positions and lengths: those of a cache and what goes into it are below 2^31 together, and so fit in int32."""
+    """Sums of positions, lengths and moderate numbers: those of a cache and what goes into it fit in int32 together."""
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(number)]
-    return all((rest.is_Symbol and abs(factor) == 1) or (rest == 1 and abs(factor) < _WIDEST) for factor, rest in terms)
+    return all((rest.is_Symbol and abs(factor) == 1) or (rest == 1 and abs(factor) < MODERATE) for factor, rest in terms)
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:

@@ -254,7 +254,11 @@ def _neg(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
 
 @rule("floor_divide.default", "floor_divide.Scalar")
 def _floor_divide(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
-    above, below = _numbers(evaluator, node, index, left, right)
+    dtype = fake(node).dtype  # in which both are divided: 200 // 257 of uint8 is 200 // 1
+    above, below = (
+        [(condition, evaluator.held_by(number, dtype)) for condition, number in cases]
+        for cases in _numbers(evaluator, node, index, left, right)
+    )
     if not all(number.is_integer for _, number in above) or not all(number.is_Integer and number > 0 for _, number in below):
         raise NotUnderstood
     return combine(lambda a, b: sympy.floor(a / b), above, below)

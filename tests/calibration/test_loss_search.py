@@ -288,6 +288,12 @@ def test_files(tmp_path):
         LossCalibration.load(tmp_path / "d.json")
     for change, said in (
         ({"kl": None}, "calibrate again"),
+        ({"kl": math.nan}, "kl=nan is not allowed"),
+        ({"max_kl": -1}, "max_kl=-1.0 is not allowed"),
+        ({"max_kl": 10**400}, "calibrate again"),
+        ({"saved": 7.0}, "saved=7.0 is not allowed"),
+        ({"tokens": -5}, "tokens=-5 is not allowed"),
+        ({"prompts": math.inf}, "calibrate again"),
         ({"layers": []}, "0 layers"),
         ({"config": {"a": 1}}, "not an option"),
     ):

@@ -182,7 +182,7 @@ class TestExpressions:
         symbols = {"L": LENGTH, "s": KEPT}
         work = sympy.sympify(layer["work"]["sparse"]["ms"], locals=symbols)
         assert float(work.subs({LENGTH: 32 * K, KEPT: layer["kept"]})) == pytest.approx(layer["ms"])
-        assert (values["device"], values["length"], values["break_even"]) == (H200.name, 32 * K, 1)
+        assert (values["device"], values["length"], values["break_even"]) == (H200.name, 32 * K, 2)
         assert values["ms"] == pytest.approx(found.ms) and len(values["layers"]) == 32
         assert TSAConfig.from_json(values["config"]) == found.config
 
@@ -242,6 +242,11 @@ class TestLayers:
         assert found.saved_ms == 0 and found.gain == 1
         assert found.layers[16].sparse_ms > 0, "what it would take is told all the same"
         assert found.at(found.break_even).saved_ms > 0 == found.at(found.break_even - 1).saved_ms
+
+    def test_one_token_is_never_sparse(self):
+        found = predict(self.CONFIG.replace(min_length=1), LLAMA, 1, "h200")
+        assert reasons(found)[16:] == [Reason.TOO_SHORT] * 16 and found.break_even == 2
+        assert reasons(found.at(2))[16:] == [Reason.SPARSE] * 16
 
     def test_nothing_to_gain_at_any_length(self):
         found = predict(TSAConfig(budget=KeepRatio(1)), LLAMA, 128 * K, "h200")

@@ -319,6 +319,32 @@ def test_a_bidirectional_encoder_stays_as_it_is():
     assert set(reasons(models[1])) == {Reason.NOT_CAUSAL}
 
 
+@pytest.mark.parametrize("config", [FLOOR.replace(layers=[]), KEEP_ALL], ids=["exact", "sparse"])
+def test_a_causal_mask_is_one_in_modules_that_say_they_are_not_causal(config):
+    """PaliGemma's modules and those of Gemma with this option: what SDPA is given hides the future all the same."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+    shape = transformers.GemmaConfig(
+        **sizes, num_key_value_heads=2, head_dim=16, pad_token_id=0, use_bidirectional_attention=True
+    )
+    attention.register(config, name="tsa_not_causal")
+    torch.manual_seed(0)
+    model = transformers.GemmaModel(shape).eval()
+    assert not model.layers[0].self_attn.is_causal
+    ids, pads = tokens(3, LENGTH), mixed_padding(LENGTH)
+    for mask in (pads, None, torch.ones_like(pads)):
+        found = {}
+        for name in ("sdpa", "tsa_not_causal"):
+            model.set_attn_implementation(name)
+            with torch.no_grad():
+                whole = model(ids, attention_mask=mask).last_hidden_state
+                first = model(ids[:, :30], attention_mask=None if mask is None else mask[:, :30])
+                rest = model(ids[:, 30:], attention_mask=mask, past_key_values=first.past_key_values).last_hidden_state
+            found[name] = torch.cat([whole, rest], 1)
+        valid = (torch.ones_like(pads) if mask is None else mask).bool()
+        valid = torch.cat([valid, valid[:, 30:]], 1)
+        assert difference(found["sdpa"][valid], found["tsa_not_causal"][valid]) < ATOL
+
+
 def test_configurations_side_by_side():
     ids = tokens(1, LENGTH)
     attention.register(FLOOR, name="tsa-a")

@@ -137,10 +137,18 @@ def test_a_damaged_file_is_refused(run, tmp_path):
     path = tmp_path / "study.json"
     run(file=path, samples=1)
     values = json.loads(path.read_text())
-    values["cells"][0]["nll"].append(1.0)
-    path.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=r"study.json' is not a study of accuracy: .*columns of \[1, 2\] samples"):
-        run(file=path)
+    for change, said in (
+        ({"nll": [0.5, 1.0]}, r"columns of \[1, 2\] samples"),
+        ({"right": None}, "right is None"),
+        ({"right": ["x"]}, "right is 'x'"),
+        ({"task": {}}, r"task is \{\}"),
+        ({"length": None}, "length is None"),
+        ({"length": [1]}, "length is a list"),
+        ({"kl": [10**400]}, "too large"),
+    ):
+        path.write_text(json.dumps(values | {"cells": [values["cells"][0] | change]}))
+        with pytest.raises(ConfigError, match=rf"study.json' is not a study of accuracy: .*{said}"):
+            run(file=path)
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,14 @@ def test_select_any_scores(values, capacity):
     assert torch.equal(select_by_bisection(scores, None, capacity), select_by_sorting(scores, None, capacity))
 
 
-@pytest.mark.parametrize("budget", [(None, 0.3, 4), (None, 0.675, 40), (0.05, None, 4), (0.4, None, 4), (0.0, None, 4)])
+@pytest.mark.parametrize(
+    "budget", [(None, 0.3, 4), (None, 0.675, 40), (None, 0.0, 4), *((tau, None, 4) for tau in (0.05, 0.4, 0.0))]
+)
 @pytest.mark.parametrize("kind", ["smooth", "few values", "padded", "nothing valid", "faulty"])
 def test_budget(kind, budget):
     scores = make_scores(kind)
     got = STANDARD["budget"](scores, *budget)
-    assert got.dtype == torch.int32
+    assert torch.equal(got, torch.ops.tsa.budget(scores, *budget)) and got.dtype == torch.int32
     assert torch.equal(got, reference.budget(scores, *budget))
 
 

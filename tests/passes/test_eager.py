@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tsa_compile.pipeline import run_passes
 from tsa_compile.reasons import Reason
+from tsa_compile.testing import capture_all
 
 from .call_reading import B, D, G, H, L, attention_of, bias, expect, inputs, lowest, read, repeat_kv, triangle
+from .support import EXACT
 
 
 def scores(q, k):
@@ -131,6 +134,26 @@ class TestEager:
         assert len(calls) == (0 if name in NO_ATTENTION else 1)
         for call in calls:
             assert call.problem is not None and call.problem[0] is Reason.UNSUPPORTED_FORM
+
+    @pytest.mark.parametrize("dtype, read_as_one", [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)])
+    def test_scores_that_grow_before_they_shrink(self, dtype, read_as_one):
+        """Scores in float16 may be infinite in between."""
+        _, (call,), _ = read(lambda q, k, v: (q @ k.mT * 9000 / 9000).softmax(-1) @ v, *(x.to(dtype) for x in inputs()))
+        assert (call.problem is None) == read_as_one
+
+    @torch._dynamo.config.patch(capture_scalar_outputs=True)
+    def test_a_length_that_is_known_later(self):
+        def attention(q, k, v, number):
+            length = number.sum().item()
+            torch._check(length >= 0)
+            torch._check(length <= q.shape[2])
+            q, k, v = (x[:, :, :length] for x in (q, k, v))
+            seen = torch.arange(length)[None] <= torch.arange(length)[:, None]
+            return scores(q, k).masked_fill(~seen, float("-inf")).softmax(-1) @ v
+
+        graph = capture_all(attention, *inputs(), torch.ones(5, dtype=torch.long)).graphs[0]
+        row = run_passes(graph, EXACT).rows[0]
+        assert row.reason is Reason.LENGTH_UNKNOWN
 
     @pytest.mark.parametrize("name", ["added mask", "masked_fill", "where", "dropout in evaluation"])
     def test_exported(self, name):

@@ -182,6 +182,8 @@ SCORES = {
     "the score": (lambda score, b, h, q, kv: score, Decision.DENSE),
     "twice the score": (lambda score, b, h, q, kv: score * 2, Decision.DENSE),
     "scaled from both sides": (lambda score, b, h, q, kv: 0.5 * (score / 4.0), Decision.DENSE),
+    "far and back": (lambda score, b, h, q, kv: score * 1e5 * 1e-5, Decision.UNCHANGED),
+    "near and back": (lambda score, b, h, q, kv: score / 1e5 * 1e5, Decision.UNCHANGED),
     "less": (lambda score, b, h, q, kv: score * -1.0, Decision.UNCHANGED),
     "nothing": (lambda score, b, h, q, kv: score * 0.0, Decision.UNCHANGED),
     "a number more": (lambda score, b, h, q, kv: score + 1.0, Decision.UNCHANGED),

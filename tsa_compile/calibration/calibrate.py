@@ -98,13 +98,19 @@ class Calibration(Calibrated):
 
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> Calibration:
-        """Ranks and sparse layers are computed again from drift and delta."""
-        return cls(
+        """Ranks and sparse layers are computed again from drift and delta, and must be those that were saved."""
+        found = cls(
             layers=tuple(str(layer["name"]) for layer in values["layers"]),
             drift=tuple(float(layer["drift"]) for layer in values["layers"]),
             delta=values["delta"], tokens=int(values["tokens"]), prompts=int(values["prompts"]),
             fingerprint=Fingerprint.from_dict(values["fingerprint"]),
         )  # fmt: skip
+        if values["sparse_layers"] != [*found.sparse_layers]:
+            raise ValueError(
+                f"sparse_layers is {values['sparse_layers']!r}, and by drift and delta {[*found.sparse_layers]}: to choose "
+                "layers by hand, pass TSAConfig(layers=[...])"
+            )
+        return found
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the drift of each layer, the sparse ones in another colour; the path's suffix is the image's format.

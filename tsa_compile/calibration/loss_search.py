@@ -76,6 +76,11 @@ class LossCalibration(Calibrated):
             raise ConfigError(
                 f"{len(self.layers)} layers, {len(self.ratios)} ratios and {len(self.alone)} costs: as many each"
             )
+        checked_number("kl", self.kl, "a finite number", math.isfinite)
+        checked_number("max_kl", self.max_kl, "a finite number >= 0", lambda number: 0 <= number < math.inf)
+        checked_number("saved", self.saved, "a share in [0, 1]", lambda number: 0 <= number <= 1)
+        for name in ("tokens", "prompts", "length"):
+            check_int(name, getattr(self, name), 0)
         _ = self.sparse_layers  # refuses what is no ratio
 
     @property
@@ -312,6 +317,8 @@ def _candidates(base: TSAConfig, count: int) -> list[int]:
 def check_length(base: TSAConfig, longest: int) -> None:
     """Raises ConfigError where the longest prompt, its answer left out, has no token that may be dropped."""
     kept = never_dropped(base.window, base.min_tokens)
+    if longest < 1:
+        raise ConfigError("no prompt is longer than its answer: pass longer prompts, or a smaller number of answer tokens")
     if longest <= kept:
         raise ConfigError(
             f"prompts have at most {longest:,} tokens before their answers, and {kept:,} are always kept (window + "

@@ -81,7 +81,8 @@ def calibrate(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="loss: a TSAConfig as JSON (floor, window, min_tokens, ...).")
+        Path | None,
+        typer.Option("--config", help="loss: a TSAConfig as JSON (floor, window, ...), without its budget."),
     ] = None,
 ) -> None:
     """Find the layers that may be sparse: those that change their input least, or cost the answers least.

@@ -42,6 +42,10 @@ class Commands(TyperGroup):
         except typer.Abort:
             code = INTERRUPTED
         except Exception as error:
+            if isinstance(error, OSError):  # help that cannot be written; what commands raise is handled in `guarded`
+                message, code = describe(error)
+                output.say("error", message)
+                sys.exit(code)
             if not hasattr(error, "format_message"):  # the base of typer's usage errors, whose home changes with versions
                 raise
             context = getattr(error, "ctx", None)

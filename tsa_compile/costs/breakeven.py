@@ -128,6 +128,11 @@ class Minimum:
     of_keys: bool
     why: str
 
+    @property
+    def shortest(self) -> int | None:
+        """The shortest prompt that is compressed; one token alone, a decode step, never is."""
+        return None if self.tokens is None else max(self.tokens, 2)
+
     def __str__(self) -> str:
         return f"for no length: {self.why}" if self.tokens is None else f"from {self.tokens} tokens on, {self.why}"
 

@@ -30,7 +30,7 @@ def with_expectations(
     if shapes:
         decider = None if getattr(device, "type", device) == "cpu" else costs  # as the calls were decided about
         share = len(candidates) / len(rows)
-        known = [minimum(_own(row, config), shape, share, decider).tokens for row, shape in shapes]
+        known = [minimum(_own(row, config), shape, share, decider).shortest for row, shape in shapes]
         expected["break_even"] = min((length for length in known if length is not None), default=None)
     return replace(report, rows=rows, expected=expected, notes=(*report.notes, *notes))
 

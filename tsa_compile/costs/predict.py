@@ -24,7 +24,7 @@ import torch
 from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number, is_named, upper_half
-from tsa_compile.costs.breakeven import expected_kept, minimum
+from tsa_compile.costs.breakeven import Minimum, expected_kept, minimum
 from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, dense_work, rest_work, sparse_path
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
@@ -235,7 +235,7 @@ def _predict(
         CallShape.configured(own, batch, layer.heads, layer.kv_heads, layer.head_dim, layer.value_head_dim, itemsize)
         for own, layer in zip(configs, model.layers, strict=True)
     ]
-    minima = [minimum(own, shape, share, costs).tokens for own, shape in zip(configs, shapes, strict=True)]
+    minima = [minimum(own, shape, share, costs) for own, shape in zip(configs, shapes, strict=True)]
     layers = []
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
         reason = _reason(sizes, index in selected, length, minima[index])
@@ -253,7 +253,7 @@ def _predict(
         )  # fmt: skip
     head = rest_work(RestShape(batch, 1, model.head, model.head, 0, itemsize), costs)
     full = [index for index, layer in enumerate(model.layers) if layer.kind == FULL]
-    gaining = [minima[index] for index in [index for index in full if index in selected] or full[:1]]
+    gaining = [minima[index].shortest for index in [index for index in full if index in selected] or full[:1]]
     said = dict.fromkeys((*notes, *_notes(config, model, kept)))
     return Prediction(
         model=model, config=config, costs=costs, length=length, batch=batch, layers=tuple(layers), head=head,
@@ -278,7 +278,7 @@ def _selected(config: TSAConfig, model: ModelSizes) -> frozenset[int]:
     return frozenset().union(*named.values())
 
 
-def _reason(layer: LayerSizes, selected: bool, length: int, minimum: int | None) -> Reason:
+def _reason(layer: LayerSizes, selected: bool, length: int, least: Minimum) -> Reason:
     if not layer.attends:
         return Reason.UNSUPPORTED_FORM
     if layer.kind in _WINDOWS:
@@ -287,7 +287,7 @@ def _reason(layer: LayerSizes, selected: bool, length: int, minimum: int | None)
         return Reason.LAYER_NOT_SELECTED
     if max(layer.head_dim, layer.value_head_dim) > MAX_HEAD_DIM:
         return Reason.HEAD_DIM
-    return Reason.TOO_SHORT if minimum is None or length < minimum else Reason.SPARSE
+    return Reason.SPARSE if least.reached_by(length, length) else Reason.TOO_SHORT
 
 
 def _notes(config: TSAConfig, model: ModelSizes, kept: float | None) -> list[str]:

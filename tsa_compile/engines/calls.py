@@ -1,8 +1,9 @@
 """A call of a transformers attention function: what was asked for, why it must stay as it is, and how it runs then.
 
-By the conventions for SDPA and FlashAttention: without a mask `is_causal` tells, a mask bool [B, tokens so far] of a causal
-module is its padding, and any other is bool or additive, [B, 1 or H, Lq, Lk]. Tokens so far may be fewer than a static
-cache has room for, and more than there are queries, which are the last of them.
+By the conventions for SDPA and FlashAttention: without a mask `is_causal` tells. A mask bool [B, tokens so far] of several
+queries is the padding of a causal mask, as `Implementation.mask` makes it where a model asked for one, whatever the module
+says of itself: PaliGemma's modules call themselves not causal. Any other mask is bool or additive, [B, 1 or H, Lq, Lk].
+Tokens so far may be fewer than a static cache has room for, and more than there are queries, which are the last of them.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def read(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     length, padding, kind = query.shape[2], None, MaskKind.NONE
     if mask is not None and mask.dim() == 2:
-        if causal and length > 1:
+        if length > 1:
+            causal = True
             kind, length = getattr(mask, MASK_KIND, MaskKind.CAUSAL_PADDING), mask.shape[1]
             padding, mask = mask if kind is MaskKind.CAUSAL_PADDING else None, None
         else:

@@ -130,13 +130,30 @@ class Study(Saved):
         return cls(dict(values["conditions"]), dict(values["settings"]), cells, dict(values["notes"]))
 
 
+_TEXTS, _NUMBERS = ("task", "setting", "output"), ("nll", "kl", "kept", "seconds")
+
+
 def _cell(values: Mapping[str, Any]) -> Cell:
-    columns: dict[str, Any] = {name: _column(value) if isinstance(value, list) else value for name, value in values.items()}
-    return Cell(**columns)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        fields[name] = _column(name, value) if isinstance(value, list) else _entry(name, value)
+    return Cell(**fields)
 
 
-def _column(values: list[Any]) -> tuple[Any, ...]:
-    return tuple(math.nan if value is None else value for value in values)
+def _column(name: str, values: list[Any]) -> tuple[Any, ...]:
+    if name not in ("right", "nll", "kl", "kept", "output"):
+        raise TypeError(f"{name} is a list")
+    return tuple(_entry(name, value) for value in values)
+
+
+def _entry(name: str, value: Any) -> Any:
+    """A value of a column, or of a field that is no column; TypeError where it is of another type."""
+    wanted = str if name in _TEXTS else (int, float) if name in _NUMBERS else bool if name == "right" else int
+    if value is None and name in _NUMBERS:
+        return math.nan
+    if not isinstance(value, wanted) or (isinstance(value, bool) and name != "right"):
+        raise TypeError(f"{name} is {value!r}")
+    return float(value) if name in _NUMBERS else value
 
 
 def finite(value: Any) -> Any:

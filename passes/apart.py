@@ -1,0 +1,58 @@
+"""Inputs that do not share memory while a graph is rewritten must not share any when it runs.
+
+    s = q @ k.mT; x.zero_(); softmax(s) @ v        rewritten, k is read behind the write to x, which was another tensor
+
+Compilers on AOTAutograd run a graph without its writes, so that k is what it was. Any other compiler runs the graph as it
+is, and Dynamo does not ask whether x is a view of k in a later call. So where a graph writes to an input, `apart` looks at
+the inputs of every call, and the graph that the model wrote runs where inputs have come to share memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.fx import Graph
+from torch.nn import Parameter
+
+from tsa_compile.passes.aten import AtenGraph
+from tsa_compile.passes.fakes import is_plain
+from tsa_compile.passes.graph import fake
+
+Pieces: TypeAlias = "list[tuple[list[int], bool]]"
+"""For each piece of memory the positions of the inputs that lie in it, and whether the graph writes to it."""
+
+
+def pieces_of_inputs(graph: Graph, aten: AtenGraph) -> Pieces:
+    """The memory of a graph's inputs, weights left out; none if the graph writes to no input."""
+    found: dict[int, tuple[list[int], bool]] = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        if is_plain(fake(node)) and not isinstance(fake(node), Parameter) and node in aten.pieces:
+            positions, writes = found.get(aten.pieces[node], ([], bool(aten.writers(node))))
+            found[aten.pieces[node]] = ([*positions, position], writes)
+    return [*found.values()] if any(writes for _, writes in found.values()) else []
+
+
+def apart(compiled: Callable[..., Any], written: Callable[..., Any], pieces: Pieces) -> Callable[..., Any]:
+    """`compiled`, or, where pieces of memory overlap of which one is written to, `written`: the graph as it was."""
+
+    def call(*inputs: Any) -> Any:
+        spans = [([_span(inputs[position]) for position in positions], writes) for positions, writes in pieces]
+        for (one, writes), (other, also_writes) in combinations(spans, 2):
+            if (writes or also_writes) and _overlap(one, other):
+                return written(*inputs)
+        return compiled(*inputs)
+
+    return call
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's memory, the end behind it."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _overlap(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
+    return any(a < d and c < b for a, b in one for c, d in other)
