@@ -233,7 +233,8 @@ def test_what_does_not_fit_is_refused():
         ((scores, None, None, 0), "exactly one"),
         ((scores, 0.1, 0.5, 0), "exactly one"),
         ((scores, 1.0, None, 0), "coverage is 1.0"),
-        ((scores, None, 0.0, 0), "keep_ratio is 0.0"),
+        ((scores, None, -0.1, 0), "keep_ratio is -0.1"),
+        ((scores, None, 1.5, 0), "keep_ratio is 1.5"),
         ((scores, 0.1, None, -1), "min_tokens is -1"),
         ((scores[0], 0.1, None, 0), r"\(3, 300\)"),
     ):
