@@ -33,6 +33,7 @@ POSITIONS = Table(
     (
         "torch.arange(L - 1, -1, -1)", "i.flip(0)", "torch.arange(1, L + 1)", "torch.arange(0, 2 * L, 2)", "i // 2", "-i",
         "(i + 250).to(torch.uint8)", "(i + 125).to(torch.int8)", "(i + 2**31 - 4).to(torch.int32)", "i.clamp(max=5)",
+        "torch.arange(L, dtype=torch.int32) + (2**31 - 5)", "i.to(torch.int32) - (2**31 - 3)", "i.to(torch.uint8) // 257",
         "i.roll(1)", "torch.arange(L + 2)[2:]", "i % 5", "i.to(torch.uint8) - 3", "torch.randperm(L)", "i * 0",
         "i[i.flip(0)]", "(i + 2045).to(torch.float16)", "(i * 2**28).to(torch.int32)", "i - i",
     ),
@@ -79,6 +80,7 @@ CAUSAL = Table(
         "({kv} // 4) <= ({qi}[:, None] // 4)", "torch.vmap(lambda a: {kv} >= a)({qi})",
         "tril(torch.ones(M, L, dtype=torch.bool))", "torch.ones(M, L, dtype=torch.bool).tril() == 0",
         "torch.full((M, L), True)", "(2**30 * ({qi}[:, None] - {kv}).to(torch.int32)) >= 0",
+        "{kv}.to(torch.int32) + (2**31 - 5) <= {qi}[:, None].to(torch.int32) + (2**31 - 5)",
         "torch.ones(M, L).tril().cumsum(0) > 1",
     ),
 )  # fmt: skip
@@ -95,7 +97,8 @@ VALID = Table(
     ),
     (
         "{pad} > -1", "{pad} != 256", "{pad} < 200", "{pad}.to(torch.int8) != 0", "{pad}.to(torch.uint8) > 0", "{pad} == 0",
-        "{pad}.to(torch.int32) + (2**31 - 1) > 0", "{pad}.cumsum(-1) > 0", "{pad}.float() - {pad}.float() == 0",
+        "{pad}.to(torch.int32) + (2**31 - 1) > 0", "({pad} * 200).to(torch.uint8) // 257 > 0",
+        "{pad}.cumsum(-1) > 0", "{pad}.float() - {pad}.float() == 0",
         "{pad}.float() * 0 == 0", "{pad}.half() != 0", "{pad}.to(torch.float8_e4m3fn).float() != 0", "({pad} * {pad}) > 0",
         "torch.rand(B, L) > 0.3", "F.dropout(torch.ones(B, L), 0.3) > 0", "torch.randint(0, 3, (B, L)) > 0",
         "{pad}.roll(1, -1) > 0", "{pad}.flip(-1) > 0", "(-{pad}.to(torch.uint8)) < 0",
