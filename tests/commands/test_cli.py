@@ -53,6 +53,15 @@ def test_the_package_imports_its_names_when_they_are_asked_for():
     assert without_interpreter(source).split() == ["True", "[]", "True", "True", "tsa_compile.report"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_cannot_be_written_ends_in_one_line(option):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-P", "-m", "tsa_compile", option]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "free some space" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_every_command(arguments):
     done = run(*arguments)

@@ -133,6 +133,15 @@ class TestMaskFunctions:
         assert "causal+padding (filled cache)" in reports()[-1].rows[0].mask
         assert len(reports()) < 5, "one graph for all numbers but those that Dynamo takes for constants"
 
+    @pytest.mark.parametrize(
+        "function",
+        [lambda b, h, q, kv: (q >= kv) & ((q - kv).float() < 20), lambda b, h, q, kv: q.float() >= kv.float()],
+    )
+    def test_positions_as_floats(self, function):
+        """What they give depends on the positions, and is no padding."""
+        row = run(attend, *inputs(), masked(function))
+        assert row.reason is Reason.MASK_OPAQUE and "written" not in row.detail
+
     def test_any_length(self):
         """Behind caches of any length, in one graph."""
 
