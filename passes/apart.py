@@ -9,8 +9,7 @@ the inputs of every call, and the graph that the model wrote runs where inputs h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import combinations
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -39,10 +38,13 @@ def apart(compiled: Callable[..., Any], written: Callable[..., Any], pieces: Pie
     """`compiled`, or, where pieces of memory overlap of which one is written to, `written`: the graph as it was."""
 
     def call(*inputs: Any) -> Any:
-        spans = [([_span(inputs[position]) for position in positions], writes) for positions, writes in pieces]
-        for (one, writes), (other, also_writes) in combinations(spans, 2):
-            if (writes or also_writes) and _overlap(one, other):
+        numbered = ((position, number) for number, (positions, _) in enumerate(pieces) for position in positions)
+        reached: list[tuple[int, int]] = []  # the ends of spans that have begun and not ended, with their pieces
+        for start, end, number in sorted((*_span(inputs[position]), number) for position, number in numbered):
+            reached = [(last, other) for last, other in reached if last > start]
+            if any(other != number and (pieces[other][1] or pieces[number][1]) for _, other in reached):
                 return written(*inputs)
+            reached.append((end, number))
         return compiled(*inputs)
 
     return call
@@ -52,7 +54,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses of a tensor's memory, the end behind it."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-
-def _overlap(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
-    return any(a < d and c < b for a, b in one for c, d in other)

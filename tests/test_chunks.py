@@ -162,9 +162,10 @@ def test_a_filled_cache_goes_on():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_static_cache_is_prefilled_as_far_as_it_is_filled(padded):
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen3"], "llama"))
+def test_a_static_cache_is_prefilled_as_far_as_it_is_filled(name, padded):
     """The graph knows the buffer's length and a tensor of positions; one serves all chunks from the third on."""
-    model, ids, mask = short("llama"), tokens(3, 100), PADDING[:, :100] if padded else None
+    model, ids, mask = short(name), tokens(3, 100), PADDING[:, :100] if padded else None
     expected = whole(model, ids, mask)
     for compiled in in_turn(model, (EXACT, SPARSE)):
         cache = StaticCache(config=model.config, max_cache_len=128)
