@@ -54,12 +54,15 @@ def test_the_package_imports_its_names_when_they_are_asked_for():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_what_cannot_be_written_ends_in_one_line(option):
+def test_what_cannot_be_written_ends_in_one_line(option, unbuffered):
+    """Also where Python keeps what is printed in a buffer until its end, as it does for files."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-P", "-m", "tsa_compile", option]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1 and "free some space" in done.stderr and "Traceback" not in done.stderr
+        where = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=where)
+    assert done.returncode == 1 and "free some space" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

@@ -43,9 +43,7 @@ class Commands(TyperGroup):
             code = INTERRUPTED
         except Exception as error:
             if isinstance(error, OSError):  # help that cannot be written; what commands raise is handled in `guarded`
-                message, code = describe(error)
-                output.say("error", message)
-                sys.exit(code)
+                sys.exit(_flushed(_say(error)))
             if not hasattr(error, "format_message"):  # the base of typer's usage errors, whose home changes with versions
                 raise
             context = getattr(error, "ctx", None)
@@ -54,7 +52,24 @@ class Commands(TyperGroup):
             code = USAGE
         if not options.get("standalone_mode", True):
             return code
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_flushed(code if isinstance(code, int) else 0))
+
+
+def _say(error: BaseException) -> int:
+    """Says in one line what an exception means, and gives the exit code."""
+    message, code = describe(error)
+    output.say("error", message)
+    return code
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once stdout is written: Python flushes it at its end too, where a failure is a traceback and code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        return code or _say(error)
+    return code
 
 
 def _with_value(message: str, given: list[str]) -> str:
@@ -86,9 +101,7 @@ def guarded(call: Callable[[], None], debug: bool) -> None:
             raise _interrupted() from None
         if debug:
             traceback.print_exc()
-        message, code = describe(error)
-        output.say("error", message)
-        raise typer.Exit(code) from None
+        raise typer.Exit(_say(error)) from None
 
 
 def _interrupted() -> typer.Exit:
