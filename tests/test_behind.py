@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.usefixtures("fresh"), pytest.mark.filterwarnings("igno
 
 EXACT = TSAConfig(layers=(), compiler="eager")
 KEEP_ALL = TSAConfig(budget=KeepRatio(1.0), layers=["*"], window=3, min_tokens=1, min_length=1, compiler="eager")
-LQ, LK = 18, 40
+LQ, LK = 34, 60
 HOLES = torch.rand(2, LK, generator=torch.Generator().manual_seed(1)) < 0.6
 HOLES[0, :20] = False
 
@@ -97,7 +97,7 @@ def test_as_many_queries_as_keys_by_chance(config):
 
     for function in (upper_left, by_flag, lower_right):
         torch._dynamo.reset()
-        calls = [operands(*lengths) for lengths in ((24, 24), (24, 40), (40, 40), (31, 33), (20, 21))]
+        calls = [operands(*lengths) for lengths in ((40, 40), (40, 56), (56, 56), (47, 49), (36, 37))]
         for call in calls:
             for tensor in call:
                 torch._dynamo.mark_dynamic(tensor, 2)
@@ -112,14 +112,14 @@ def test_a_cache_that_is_longer_than_the_mask_says():
         allowed = torch.arange(used) <= torch.arange(LQ)[:, None] + (used - LQ)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=True)
 
-    same(function, [(*operands(), used) for used in (LK, LK - 1, 30, 25, LQ, 20)], EXACT)
+    same(function, [(*operands(), used) for used in (LK, LK - 1, 50, 45, LQ, 36)], EXACT)
 
 
 def test_a_mask_of_more_keys_that_is_cut():
     """The mask of a whole buffer, of which a chunk's rows and columns are taken."""
 
     def function(query, key, value, start):
-        whole = torch.ones(64, 64, dtype=torch.bool).tril()
+        whole = torch.ones(80, 80, dtype=torch.bool).tril()
         allowed = whole[start : start + LQ, :LK]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=True)
 

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 EXACT = TSAConfig(layers=[], compiler="eager")
 SPARSE = TSAConfig(layers=[0, 1], window=6, min_tokens=4, budget=KeepRatio(0.3), floor=Floor(8, 2), compiler="eager")
-CHUNK = 30
-PROMPTS = (110, 80)
+CHUNK = 40
+PROMPTS = (155, 115)
 """Their last chunks are shorter than the others."""
 ATOL = 1e-5
 TWO = dict(num_hidden_layers=2)
@@ -31,7 +31,7 @@ def compiled(name, config, attention="sdpa", **changes):
 
 def padding(length):
     """On the left: over more than the first chunk of one item."""
-    return mixed_padding(length, (0, 37))
+    return mixed_padding(length, (0, 47))
 
 
 def fill(model, cache, ids, mask=None, size=CHUNK):
@@ -102,7 +102,7 @@ def test_the_cache_is_what_the_plain_model_leaves(made_for):
     """Chunks, a second turn, and decode steps, whose queries are the model's own."""
     model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
     caches = [DynamicCache(config=model.config) if made_for else DynamicCache() for _ in range(2)]
-    for ids in (tokens(2, 70), tokens(2, 50, 1), tokens(2, 1, 2), tokens(2, 3, 3), tokens(2, 40, 4)):
+    for ids in (tokens(2, 80), tokens(2, 75, 1), tokens(2, 1, 2), tokens(2, 21, 3), tokens(2, 50, 4)):
         found, wanted = (fill(each, cache, ids) for each, cache in zip((model, plain), caches, strict=True))
         assert difference(found, wanted) < ATOL
         assert_same(*caches)
@@ -113,7 +113,7 @@ def test_a_cache_that_holds_views_is_compiled_for_as_well():
     model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
     caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
     for each, cache in zip((model, plain), caches, strict=True):
-        fill(each, cache, tokens(2, 60))
+        fill(each, cache, tokens(2, 80))
         cache.crop(-25)  # a view of each layer
         fill(each, cache, tokens(2, 40, 1))
     assert_same(*caches)
@@ -129,7 +129,7 @@ def test_an_error_leaves_the_cache_as_it_was():
     def fail(*_):
         raise ZeroDivisionError
 
-    for ids in (tokens(2, 40), tokens(2, 30, 1)):
+    for ids in (tokens(2, 40), tokens(2, 35, 1)):
         before = [(layer.is_initialized, layer.keys) for layer in cache.layers]
         hook = model.model.layers[1].mlp.register_forward_hook(fail)
         with torch.compiler.set_stance("force_eager"), pytest.raises(ZeroDivisionError):
@@ -235,16 +235,16 @@ def test_inductor_compiles_one_graph(regional):
 
 def test_a_minimum_is_of_the_prompt_so_far():
     """A last chunk that is shorter than the minimum is sparse as the others are, in the same graph."""
-    model = compiled("llama", SPARSE.replace(min_length=25))
-    chunks(model, tokens(2, 80), None, CHUNK)
+    model = compiled("llama", SPARSE.replace(min_length=38))
+    chunks(model, tokens(2, 115), None, CHUNK)
     assert [report.sparse for report in reports()] == [2]
-    chunks(model, tokens(2, 20), None, CHUNK)
+    chunks(model, tokens(2, 35), None, CHUNK)
     assert [report.sparse for report in reports()] == [2, 0], "a shorter prompt is another graph"
 
 
 def test_prompts_of_which_all_is_kept_need_no_graph_of_their_own():
     model, plain = compiled("llama", SPARSE.replace(min_tokens=50)), tiny("llama", **TWO)
-    ids = tokens(2, 20)
+    ids = tokens(2, 36)
     assert difference(chunks(model, ids, None, CHUNK), chunks(plain, ids, None, CHUNK)) < ATOL
     chunks(model, tokens(2, 110), None, CHUNK)
     assert [report.sparse for report in reports()] == [2]
@@ -259,7 +259,7 @@ def test_both_forms_are_validated(monkeypatch):
         return normal_form(self, operands, *others)
 
     monkeypatch.setattr(Case, "_normal_form", spy)
-    chunks(compiled("llama", EXACT), tokens(2, 60), padding(60), CHUNK)
+    chunks(compiled("llama", EXACT), tokens(2, 80), padding(80), CHUNK)
     assert {keys - queries == 0 for queries, keys in seen} == {False, True}
 
 
@@ -267,7 +267,7 @@ def test_both_forms_are_validated(monkeypatch):
 def test_kernels_of_whole_prompts_run_in_first_chunks(options):
     config = SPARSE.replace(**options)
     assert serves(EXACT) and not serves(config)
-    chunks(compiled("llama", config), tokens(2, 60), None, CHUNK)
+    chunks(compiled("llama", config), tokens(2, 80), None, CHUNK)
     first, *_ = reports()
     assert {row.kernel for row in first} & {"a_shape", "sdpa"} and len(reports()) == 2
 

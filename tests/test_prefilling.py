@@ -16,8 +16,8 @@ from .support import Stack, chunks, difference, heads, mixed_padding, slow_but, 
 pytestmark = pytest.mark.usefixtures("fresh")
 
 CONFIG = TSAConfig(window=8, min_tokens=8, layers=[1, 2], compiler="eager")
-PROMPT = tokens(3, 60)
-MASK = mixed_padding(60, (0, 9, 4))
+PROMPT = tokens(3, 70)
+MASK = mixed_padding(70, (0, 9, 4))
 
 
 def generate(model, **options):
@@ -29,7 +29,7 @@ def generate(model, **options):
     [
         ({}, 1, 2),
         ({"cache_implementation": "static"}, 1, 0),  # generate builds the mask itself, outside the model
-        ({"prefill_chunk_size": 30}, 2, 2),
+        ({"prefill_chunk_size": 35}, 2, 2),
     ],
     ids=["dynamic cache", "static cache", "chunks"],
 )
@@ -66,9 +66,9 @@ def test_two_graphs_serve_chunks_of_any_prompt_in_other_caches(masked):
     expected = tiny("llama", attention.register(config, name="tsa_chunks"))
     model = tiny("llama")
     tsa_compile.prefill(model, config, dynamic=True)
-    for length in (90, 75):
+    for length in (108, 106):
         ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long) if masked else None
-        assert difference(chunks_of_another_cache(model, ids, mask, 30), chunks(expected, ids, mask, 30)) < 1e-4
+        assert difference(chunks_of_another_cache(model, ids, mask, 36), chunks(expected, ids, mask, 36)) < 1e-4
     assert [report.sparse for report in reports()] == [2, 2]
 
 
@@ -82,7 +82,7 @@ def test_layers_of_chunks_are_compiled_once():
 
     config = CONFIG.replace(layers=[2, 3], regional=True, compiler=keep)
     expected = tiny("llama", attention.register(config, name="tsa_regional"), num_hidden_layers=4)
-    model, prompt = tiny("llama", num_hidden_layers=4), (tokens(1, 60), torch.ones(1, 60, dtype=torch.long), 30)
+    model, prompt = tiny("llama", num_hidden_layers=4), (tokens(1, 72), torch.ones(1, 72, dtype=torch.long), 36)
     tsa_compile.prefill(model, config, dynamic=True)
     assert difference(chunks_of_another_cache(model, *prompt), chunks(expected, *prompt)) < 1e-4
     assert [report.notes[-1].partition(",")[0] for report in reports()] == ["regional: 6 parts of the graph"] * 2
@@ -108,8 +108,8 @@ def test_a_cache_of_any_layout_is_made_dense():
 def test_inductor_compiles_two_graphs_for_chunks_in_other_caches():
     model, plain = tiny("llama", num_hidden_layers=2), tiny("llama", num_hidden_layers=2)
     tsa_compile.prefill(model, CONFIG.replace(layers=[], compiler="inductor"), dynamic=True)
-    ids, mask = tokens(1, 120), torch.ones(1, 120, dtype=torch.long)
-    assert difference(chunks_of_another_cache(model, ids, mask, 30), plain(ids, attention_mask=mask).logits) < 1e-4
+    ids, mask = tokens(1, 144), torch.ones(1, 144, dtype=torch.long)
+    assert difference(chunks_of_another_cache(model, ids, mask, 36), plain(ids, attention_mask=mask).logits) < 1e-4
     assert len(reports()) == 2
 
 
@@ -126,11 +126,11 @@ def test_short_calls_are_the_models_own():
     model, ran = tiny("llama"), []
     model.register_forward_hook(lambda *_: ran.append(torch.compiler.is_compiling()))
     with tsa_compile.prefill(model, CONFIG), torch.no_grad():
-        model(PROMPT[:, :15])
+        model(PROMPT[:, :31])
         assert not reports()
-        model(PROMPT[:, :17])
+        model(PROMPT[:, :33])
         model(inputs_embeds=model.get_input_embeddings()(PROMPT))
-    assert [report.rows[0].query[2] for report in reports()] == [17, 60]
+    assert [report.rows[0].query[2] for report in reports()] == [33, 70]
     assert len(ran) == 3, "hooks run in both forms"
 
 
@@ -233,10 +233,10 @@ def test_errors_say_what_to_do():
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_mask_holds_for_all_items(dynamic):
     """transformers reads a row of the mask for every item: it would raise an IndexError."""
-    model, mask = tiny("llama"), mixed_padding(60, (9,))
-    wanted = chunks(tiny("llama"), PROMPT, mask.expand(3, -1), 20)
+    model, mask, ids = tiny("llama"), mixed_padding(96, (9,)), tokens(3, 96)
+    wanted = chunks(tiny("llama"), ids, mask.expand(3, -1), 32)
     tsa_compile.prefill(model, CONFIG.replace(layers=[]), dynamic=dynamic)
-    assert difference(chunks(model, PROMPT, mask, 20), wanted, mask.expand(3, -1)) < 1e-4
+    assert difference(chunks(model, ids, mask, 32), wanted, mask.expand(3, -1)) < 1e-4
 
 
 def test_arguments_may_be_anything():
@@ -249,3 +249,11 @@ def test_arguments_may_be_anything():
 
     with tsa_compile.prefill(model := Model(), CONFIG.replace(layers=[]), dynamic=True), torch.no_grad():
         assert model(torch.ones(1, 20), settings=Settings()).sum() == 60
+
+
+def test_images_have_no_length():
+    """[B, 3, H, W]: three channels would pass for three tokens, and each call for a decode step."""
+    model = torch.nn.Conv2d(3, 4, 2)
+    tsa_compile.prefill(model)
+    with pytest.raises(ConfigError, match=r"no tensor \[B, L\] or \[B, L, D\]"):
+        model(torch.randn(1, 3, 8, 8))

@@ -48,7 +48,7 @@ class Prefill:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's call; calls of fewer than 16 tokens are decode steps, and run as without `prefill`."""
+        """The model's call; calls of fewer than 32 tokens are decode steps, and run as without `prefill`."""
         if is_traced():  # somebody else compiles or exports the model: with one compiler, theirs
             return self._plain(*args, **kwargs)
         tokens = _tokens(args, kwargs)
@@ -101,7 +101,7 @@ def prefill(
 ) -> Prefill:
     """Compiles the prefill of a model, in place: `model(...)` and `model.generate(...)` use it from now on.
 
-    A call of 16 tokens or more is a prefill, or a chunk of one (`generate(prefill_chunk_size=...)`). Shorter calls are
+    A call of 32 tokens or more is a prefill, or a chunk of one (`generate(prefill_chunk_size=...)`). Shorter calls are
     decode steps: the model runs them as before, so they are neither compiled nor reported. Copies of the model, and models
     that are loaded from a file, are not compiled.
 
@@ -215,10 +215,10 @@ def _mask_of_ones(
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The token ids [B, L] or embeddings [B, L, D] of a call, or else its first tensor."""
+    """The token ids [B, L] or embeddings [B, L, D] of a call, or else its first tensor of such a form."""
     named = (kwargs.get(name) for name in _TOKENS)
     for value in (*named, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() >= 2:
+        if isinstance(value, Tensor) and value.dim() in (2, 3):
             return value
     raise ConfigError(
         f"no tensor [B, L] or [B, L, D] found among the arguments of a call ({len(args)} by position, "

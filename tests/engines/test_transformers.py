@@ -24,6 +24,9 @@ from tsa_compile import (
     reports,
 )
 
+from tsa_compile.engines.calls import read
+from tsa_compile.passes.masks.info import MaskKind
+
 from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = [
@@ -129,16 +132,17 @@ def test_generate(cache):
 @pytest.mark.parametrize("pads", [None, (0, 9, 35)], ids=["plain", "padded"])
 def test_prompts_in_chunks(pads):
     """Each chunk selects among all tokens so far; one item has no valid token in the first."""
-    ids, mask = tokens(3, LENGTH), None if pads is None else mixed_padding(LENGTH, pads)
+    length = 96
+    ids, mask = tokens(3, length), None if pads is None else mixed_padding(length, pads)
     model = sparse("llama")
-    found = chunks(model, ids, mask, 25)
+    found = chunks(model, ids, mask, 32)
     assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
-    assert {row.key[2] for row in attention.report(model)} == {LENGTH}
+    assert {row.key[2] for row in attention.report(model)} == {length}
     with oracle({0, 2}, window=4, min_tokens=4, keep_ratio=0.5, floor_window=8, floor_sinks=2):
-        wanted = chunks(tiny("llama", "oracle"), ids, mask, 25)
+        wanted = chunks(tiny("llama", "oracle"), ids, mask, 32)
     assert difference(found, wanted, mask) < ATOL
     assert (
-        difference(chunks(sparse("llama", KEEP_ALL), ids, mask, 25), logits(tiny("llama"), ids, attention_mask=mask), mask)
+        difference(chunks(sparse("llama", KEEP_ALL), ids, mask, 32), logits(tiny("llama"), ids, attention_mask=mask), mask)
         < ATOL
     )
 
@@ -157,9 +161,10 @@ def test_autocast_is_left_to_sdpa_as_in_a_compiled_model():
     assert Reason.SPARSE in reasons(model), "whose types are all that of autocast"
 
 
-@pytest.mark.parametrize("rows", [20, 5])
+@pytest.mark.parametrize("rows", [33, 21])
 def test_chunks_in_a_static_cache(rows):
-    """As in one that grows. A few rows, as of a step of assisted decoding, keep their mask and stay dense without a word."""
+    """As in one that grows. As many rows as transformers has in a step of assisted decoding keep their mask, and stay
+    dense without a word."""
     ids, mask, start = tokens(3, LENGTH), mixed_padding(LENGTH, (0, 9, 20)), LENGTH - rows
     model, found = sparse("llama"), []
     for cache in (transformers.DynamicCache(), transformers.StaticCache(config=model.config, max_cache_len=64)):
@@ -167,7 +172,8 @@ def test_chunks_in_a_static_cache(rows):
         with no_warning():
             found.append(logits(model, ids[:, start:], attention_mask=mask, past_key_values=cache))
     assert difference(*found, mask[:, start:]) < ATOL
-    assert reasons(model)[0] is (Reason.SPARSE if rows == 20 else Reason.NOT_SELF_ATTENTION)
+    row, *_ = attention.report(model)
+    assert row.reason is Reason.SPARSE and row.query[2] == (rows if rows == 33 else start), "the last prefill's"
 
 
 @pytest.mark.parametrize(
@@ -434,9 +440,65 @@ def test_one_mask_holds_for_all_items():
 
 def test_a_cache_that_holds_less_than_the_mask_says_is_refused():
     """As after an error in the middle of a chunk, when the last layers have not got it."""
-    model, ids, cache = sparse("llama"), tokens(1, 60), transformers.DynamicCache()
-    logits(model, ids[:, :30], past_key_values=cache)
+    model, ids, cache = sparse("llama"), tokens(1, 72), transformers.DynamicCache()
+    logits(model, ids[:, :36], past_key_values=cache)
     last = cache.layers[-1]
     last.keys, last.values = last.keys[:, :, :0], last.values[:, :, :0]
-    with pytest.raises(ConfigError, match=r"an attention_mask of 60 tokens for 30 keys.*new cache"):
-        logits(model, ids[:, 30:], past_key_values=cache, attention_mask=torch.ones(1, 60, dtype=torch.long))
+    with pytest.raises(ConfigError, match=r"an attention_mask of 72 tokens for 36 keys.*new cache"):
+        logits(model, ids[:, 36:], past_key_values=cache, attention_mask=torch.ones(1, 72, dtype=torch.long))
+
+
+PEGASUS = dict(vocab_size=64, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0)
+
+
+def test_a_decoder_whose_modules_do_not_say_that_they_are_causal():
+    """BigBirdPegasus relies on the mask alone, by its eager function: transformers refuses it SDPA."""
+    config = transformers.BigBirdPegasusConfig(**PEGASUS, max_position_embeddings=256, is_decoder=True)
+    torch.manual_seed(0)
+    model, ids = transformers.BigBirdPegasusForCausalLM(config).eval(), tokens(2, LENGTH)
+    assert model.config._attn_implementation == "eager" and not model.model.decoder.layers[0].self_attn.is_causal
+    expected = logits(model, ids)
+    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-mask-alone"))
+    for inputs in (dict(attention_mask=torch.ones_like(ids)), {}):
+        assert difference(logits(model, ids, **inputs), expected) < ATOL
+    assert reasons(model) == [Reason.LAYER_NOT_SELECTED] * 2
+    model.set_attn_implementation(attention.register(KEEP_ALL.replace(layers=[0, 1]), name="tsa-mask-alone-sparse"))
+    assert difference(logits(model, ids), expected) < ATOL
+    assert reasons(model) == [Reason.SPARSE] * 2
+
+
+def test_a_model_of_which_only_the_tower_asks_the_interface_is_refused():
+    """GIT's text layers add the mask to their scores; by the file, which has its vision layers too, transformers allows it."""
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8)
+    sizes = dict(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    model = transformers.GitForCausalLM(transformers.GitConfig(**sizes, pad_token_id=0, vision_config=vision)).eval()
+    model.set_attn_implementation(attention.register(FLOOR, name="tsa-tower"))
+    with pytest.raises(ConfigError, match=r"GitModel, whose attention \(GitSelfAttention\) does not come from"):
+        logits(model, tokens(1, LENGTH))
+
+
+def test_a_position_bias_in_a_static_cache_is_cut_as_the_keys_are():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    inputs = dict(input_ids=tokens(2, 9), decoder_input_ids=tokens(2, 30, 1))
+    how = dict(max_new_tokens=3, do_sample=False, cache_implementation="static", disable_compile=True)
+    expected = model.generate(**inputs, **how)
+    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-bias"))
+    assert torch.equal(model.generate(**inputs, **how), expected)
+
+
+def test_the_report_is_of_the_prefill_when_decoding_is_assisted():
+    model = sparse("llama", pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    ids = tokens(1, 12).repeat(1, 4)  # what comes next stands in the prompt
+    model.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=20)
+    assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
+
+
+@pytest.mark.parametrize("rows, kind", [(LENGTH, MaskKind.OPAQUE), (1, MaskKind.PADDING)])
+def test_a_mask_that_is_not_known_is_not_taken_for_padding(rows, kind):
+    """Of a module that is not causal, as PaliGemma's, which reads its prefix in both directions and the rest as usual."""
+    module, operand = torch.nn.Module(), torch.randn(1, 2, LENGTH, 8)
+    module.is_causal = False
+    mask = torch.ones(1, 1, rows, LENGTH, dtype=torch.bool)
+    assert read(module, operand, operand, operand, mask, 0.0, None, None, {}).kind is kind

@@ -33,13 +33,13 @@ def by(where=CPU, **options):
     "starts, lengths, prefilling, rule, prompts, others",
     [
         ([0, 9, 12], [9, 3], [True, True], ANY, [(0, 9), (9, 12)], ()),
-        ([0, 1, 10, 30], [20, 9, 40], [False, True, True], ANY, [(1, 10), (10, 30)], (0,)),  # decode step, prompt, chunk
+        ([0, 1, 10, 42], [20, 9, 52], [False, True, True], ANY, [(1, 10), (10, 42)], (0,)),  # decode step, prompt, chunk
         ([0, 20, 40], [40, 20], None, ANY, [(20, 40)], (0,)),  # whether it is a chunk is not known
-        ([0, 20, 35], [20, 35], [True, True], ANY, [(0, 20)], (1,)),  # a chunk of few queries
+        ([0, 20, 51], [20, 51], [True, True], ANY, [(0, 20)], (1,)),  # a chunk of few queries
         ([0, 9, 11], [9, 2], [True, True], ANY, [(0, 9)], (1,)),  # too short
-        ([0, 20, 50], [50, 80], [True, True], by(min_length=25), [(20, 50)], (0,)),
-        ([0, 20, 50], [50, 80], [True, True], by(min_tokens=57), [(20, 50)], (0,)),
-        ([0, 20, 40, 60], [20, 400, 30], [True] * 3, by(min_tokens=297), [(20, 40)], (0, 2)),
+        ([0, 33, 70], [50, 80], [True, True], by(min_length=35), [(33, 70)], (0,)),
+        ([0, 33, 70], [50, 80], [True, True], by(min_tokens=57), [(33, 70)], (0,)),
+        ([0, 20, 60, 80], [20, 400, 30], [True] * 3, by(min_tokens=297), [(20, 60)], (0, 2)),
         ([0, 3000, 6000, 9000], [3000, 33_000, 6000], [True] * 3, by(H200), [(3000, 6000)], (0, 2)),  # where a GPU gains
         ([0, 1], [1], [True], by(min_length=1), (), (0,)),  # a prompt of one token
         ([0, 9, 9], [9, 0], [True], ANY, [(0, 9)], ()),  # an empty request

@@ -18,7 +18,7 @@ import transformers
 from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, TSAConfig, attention, prefill, reports, tsa_backend
 from tsa_compile.engines import transformers as engine
 
-# `min_length`: on a GPU the default is the length from which sparse attention is faster, and 50 tokens would stay dense.
+# `min_length`: on a GPU the default is the length from which sparse attention is faster, and 72 tokens would stay dense.
 SMALL = dict(window=4, min_tokens=4, min_length=9, floor=None, compiler="eager", layers=[0, 2])
 CONFIGS = {
     "exact": TSAConfig(**{**SMALL, "layers": []}),
@@ -35,7 +35,7 @@ DEVICE = (
 PADS = (0, 9, -13)
 
 
-def batch(length=50):
+def batch(length=72):
     """Token ids and a mask, padded left and right."""
     mask = torch.ones(len(PADS), length, dtype=torch.long)
     mask[1, : PADS[1]], mask[2, PADS[2] :] = 0, 0
@@ -70,7 +70,7 @@ def compiled(model, wanted):
     return found
 
 
-def chunked(model, size=20):
+def chunked(model, size=36):
     """The logits of the batch in chunks through a cache, by the one graph of `prefill(dynamic=True)`."""
     model.set_attn_implementation("sdpa")
     inputs, cache, parts = batch(), transformers.DynamicCache(config=model.config), []

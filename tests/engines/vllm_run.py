@@ -14,7 +14,7 @@ BATCH = 64
 CALLS = (
     [([50], 3)],
     [([20], 1), ([24], 4), ([30], 3), ([3], 2)],
-    [([64, 26], 3)],
+    [([64, 34], 3)],
     [([20], 6), ([44, 63, 43], 3)],
 )
 """Of each prompt the chunks that it is run in, and how many tokens to generate. Two prompts run at a time, in batches of at

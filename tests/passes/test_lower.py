@@ -70,7 +70,7 @@ def chunk_inputs(rows, past, padded):
 
 def exported_chunk(padded):
     """One program for any lengths of both."""
-    rows, past = torch.export.Dim("rows", min=16, max=500), torch.export.Dim("past", min=2, max=500)
+    rows, past = torch.export.Dim("rows", min=32, max=500), torch.export.Dim("past", min=2, max=500)
     shapes = ({2: rows},) * 3 + ({2: past},) * 2 + (({1: torch.export.Dim.AUTO},) if padded else ())
     return torch.export.export(Chunk(), chunk_inputs(40, 60, padded), dynamic_shapes=shapes)
 
@@ -82,7 +82,7 @@ def test_a_chunk_behind_a_cache_becomes_aten(padded):
     assert report.rows[0].decision is (Decision.DENSE_PADDED if padded else Decision.DENSE)
     lowered = lower_program(traced)
     assert not any("tsa" in str(node.target) for node in lowered.graph.nodes)
-    for sizes in ((40, 60), (17, 3), (21, 300)):
+    for sizes in ((40, 60), (33, 3), (37, 300)):
         inputs = chunk_inputs(*sizes, padded)
         torch.testing.assert_close(lowered.module()(*inputs), Chunk()(*inputs))
 
@@ -95,7 +95,7 @@ def test_a_sparse_chunk_becomes_aten_for_all_lengths(padded):
     assert run_passes(traced.graph_module, config).rows[0].decision is Decision.SPARSE
     lowered = lower_program(traced)
     assert not any("tsa" in str(node.target) for node in lowered.graph.nodes)
-    for sizes in ((40, 60), (17, 3), (21, 90)):
+    for sizes in ((40, 60), (33, 3), (37, 90)):
         query, key, value, past_key, past_value, *mask = inputs = chunk_inputs(*sizes, padded)
         key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
         options = {"keep_ratio": 0.4, "window": 20, "min_tokens": 3, "reduce": "max", **floor}

@@ -21,10 +21,10 @@ class TestPrefillBehindACache:
         return row.detail
 
     def test_is_said(self):
-        with pytest.warns(TSAWarning, match="30 queries over 40 keys: a prefill behind a cache"):
-            self.plan(30, torch.ones(30, 40).tril().bool())
+        with pytest.warns(TSAWarning, match="35 queries over 40 keys: a prefill behind a cache"):
+            self.plan(35, torch.ones(35, 40).tril().bool())
 
-    @pytest.mark.parametrize("queries, decision", [(16, Decision.DENSE), (15, Decision.UNCHANGED)])
+    @pytest.mark.parametrize("queries, decision", [(32, Decision.DENSE), (31, Decision.UNCHANGED)])
     def test_is_exact_without_its_mask_unless_it_is_of_a_few_tokens(self, queries, decision):
         assert self.behind(queries, 40, layers=[]) == (decision, "causal (behind a cache)")
 
@@ -39,22 +39,22 @@ class TestPrefillBehindACache:
         return row.decision, row.mask
 
     def test_is_sparse_where_tokens_of_all_can_be_dropped(self):
-        assert self.behind(20, 60, window=20, min_tokens=20)[0] is Decision.SPARSE
-        with pytest.warns(TSAWarning, match="60 < 200"):
-            assert self.behind(20, 60, window=100, min_tokens=99)[0] is Decision.DENSE
+        assert self.behind(40, 80, window=20, min_tokens=20)[0] is Decision.SPARSE
+        with pytest.warns(TSAWarning, match="80 < 200"):
+            assert self.behind(40, 80, window=100, min_tokens=99)[0] is Decision.DENSE
         assert self.reason is Reason.TOO_SHORT
 
     def test_a_configured_minimum_is_of_the_chunk(self):
-        with pytest.warns(TSAWarning, match="length 20 < 30"):
-            assert self.behind(20, 60, window=4, min_tokens=4, min_length=30)[0] is Decision.DENSE
+        with pytest.warns(TSAWarning, match="length 40 < 50"):
+            assert self.behind(40, 80, window=4, min_tokens=4, min_length=50)[0] is Decision.DENSE
 
     def test_a_kernel_that_takes_no_queries_behind_a_cache_leaves_it_dense(self):
         with pytest.warns(TSAWarning, match="run_behind"):
-            assert self.behind(20, 60, window=4, min_tokens=4, floor=None, kernel="a_shape")[0] is Decision.DENSE
+            assert self.behind(40, 80, window=4, min_tokens=4, floor=None, kernel="a_shape")[0] is Decision.DENSE
         assert self.reason is Reason.KERNEL
 
     def test_another_dense_kernel_is_for_whole_prompts(self):
-        assert self.behind(20, 60, layers=[], dense_kernel="sdpa")[0] is Decision.DENSE
+        assert self.behind(40, 80, layers=[], dense_kernel="sdpa")[0] is Decision.DENSE
 
     @pytest.mark.parametrize(
         "queries, mask",

@@ -23,9 +23,9 @@ LONGEST = 2**20  # tokens; a call that does not gain here never does
 STEP = 256  # break-even lengths are rounded up to multiples: the figures behind them are no finer
 MARGIN = 0.05  # the sparse path must be faster than dense by this share: medians of two runs differ by as much
 WORST_LOSS = 0.02  # how much slower a model may become on the input of which `Coverage` drops least
-FEW_QUERIES = 16
-"""Behind a cache, fewer queries than this stay dense (assisted decoding has so few in a step). Where their number is known
-while compiling, they also keep their mask."""
+FEW_QUERIES = 32
+"""Behind a cache, fewer queries than this stay dense: a step of assisted decoding, which must be exact, has up to 21 of them
+with the defaults of transformers (20 candidates). Where their number is known while compiling, they also keep their mask."""
 LAYER_WEIGHTS = 12  # weights of a layer's projections and MLP, in (H D)^2: the least that dense decoders have (Llama 13)
 
 _DROPPABLE = "where tokens can be dropped"

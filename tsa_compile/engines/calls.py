@@ -8,7 +8,9 @@ Tokens so far may be fewer than a static cache has room for, and more than there
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -47,6 +49,9 @@ _COMMON = (
     "kwargs",
 )
 """What every attention function takes. That there is a window says the mask."""
+
+_SOFTMAX = re.compile(r"softmax\(", re.IGNORECASE)
+_ASKS = ("ALL_ATTENTION_FUNCTIONS", "attention_interface", "scaled_dot_product_attention", "eager_attention_forward")
 
 _own: dict[str, tuple[str, ...]] = {}
 
@@ -137,12 +142,15 @@ def read(
         else:
             mask, kind = mask[:, None, None, :].to(torch.bool), MaskKind.PADDING
     elif mask is not None:
-        kind = getattr(mask, MASK_KIND, MaskKind.OPAQUE if causal else MaskKind.PADDING)
+        kind = getattr(mask, MASK_KIND, MaskKind.PADDING if not causal and mask.shape[-2] == 1 else MaskKind.OPAQUE)
         if kind is MaskKind.SLIDING_WINDOW and not (others.get("sliding_window") or getattr(module, "sliding_window", None)):
             kind = MaskKind.CHUNKED
     elif causal and length > 1:
         kind = MaskKind.CAUSAL
     if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):  # without those of a static cache that are still to be written
+        bias = others.get("position_bias")  # [1 or B, H, Lq, Lk]
+        if isinstance(bias, Tensor) and bias.shape[-1] == key.shape[2]:
+            others = {**others, "position_bias": bias[..., :length]}
         key, value = key[:, :, :length], value[:, :, :length]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return Call(module, query, key, value, padding, mask, kind, scale, dropout, causal, others)
@@ -160,6 +168,22 @@ def _own_arguments(home: str) -> tuple[str, ...]:
         names = inspect.signature(function).parameters if function else ()
         _own[home] = tuple(name for name in names if name not in _COMMON)
     return _own[home]
+
+
+@functools.cache
+def computes_attention_alone(kind: type[Module]) -> bool:
+    """Whether modules of a class take a mask and compute a softmax themselves, in place of asking the interface.
+
+    By their source, as transformers tells whether a model can have another implementation; that is by the whole file, of
+    which another class may ask.
+    """
+    if "attention_mask" not in inspect.signature(kind.forward).parameters or kind.__module__.startswith("torch."):
+        return False
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # of a class that was made in a shell, nothing is known
+        return False
+    return _SOFTMAX.search(source) is not None and not any(name in source for name in _ASKS)
 
 
 def as_written(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """transformers' AttentionInterface and AttentionMaskInterface: the attention of a model that is not compiled.
 
-    the model asks for a mask     causal, nothing hidden       None
+    the model asks for a mask     causal, nothing hidden       None, if the model can have SDPA
                                   causal and padding           bool [B, tokens so far], with its valid ranges
                                   causal, behind a cache       the same, with or without padding
                                   anything else                bool [B, 1, Lq, Lk], as SDPA has it
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.nn import Module
 from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.breakeven import FEW_QUERIES
-from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, read
+from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, computes_attention_alone, read
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
@@ -70,6 +70,7 @@ class Implementation:
     def __init__(self, name: str, config: TSAConfig) -> None:
         self.name, self.config = name, config
         self.seats = Seats(f'attn_implementation="{name}"', config)
+        self._callers: weakref.WeakKeyDictionary[Module, bool] = weakref.WeakKeyDictionary()
 
     def mask(
         self,
@@ -92,36 +93,51 @@ class Implementation:
         from transformers.masking_utils import causal_mask_function, sdpa_mask
 
         tracing = is_traced()
-        if not tracing:
-            self._check_caller()
+        none_is_causal = tracing or self._check_caller()
         past = -1 if tracing or kv_offset else int(q_offset)
         so_far = past + q_length
         prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
         if prefill and allow_is_causal_skip and (local_size is None or so_far <= local_size):
-            return _padding(attention_mask, batch_size, so_far, past > 0, others.get("device"))
+            return _padding(attention_mask, batch_size, so_far, past == 0 and none_is_causal, others.get("device"))
         mask = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
             local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **others,
         )  # fmt: skip
-        if mask is not None and not tracing and allow_is_causal_skip and local_size is not None:
+        if mask is None or tracing:
+            return mask
+        if allow_is_causal_skip and local_size is not None:
             setattr(mask, MASK_KIND, MaskKind.SLIDING_WINDOW)
+        elif others.get("allow_is_bidirectional_skip") and local_size is None:  # nothing but padding hides anything
+            setattr(mask, MASK_KIND, MaskKind.PADDING)
         return mask
 
-    def _check_caller(self) -> None:
-        """A model that computes attention by itself would take a mask of two dimensions for another one.
+    def _check_caller(self) -> bool:
+        """Whether the running model takes None for a causal mask where all tokens are valid, as it does with SDPA.
+
+        A model without SDPA may rely on the mask alone: its modules need not say that they are causal.
 
         Raises:
-            ConfigError: the running model does not ask the interface for its attention.
+            ConfigError: the running model, or a module in it, does not ask the interface for its attention. It would take
+                our masks for other ones.
         """
         from transformers import PreTrainedModel
 
         model = next((module for module in running_modules() if isinstance(module, PreTrainedModel)), None)
-        if model is not None and not model._can_set_attn_implementation():
+        if model is None:
+            return True
+        if model in self._callers:
+            return self._callers[model]
+        modules = [*_of_its_own(model)]
+        alone = {kind.__name__: None for kind in map(type, modules) if computes_attention_alone(kind)}
+        if alone or not model._can_set_attn_implementation():
+            named = f" ({', '.join(alone)})" if alone else ""
             raise ConfigError(
-                f'attn_implementation="{self.name}" is not possible for {type(model).__name__}, whose attention does not '
-                'come from transformers\' AttentionInterface. Compile it: torch.compile(model, backend="tsa")'
+                f'attn_implementation="{self.name}" is not possible for {type(model).__name__}, whose attention{named} does '
+                'not come from transformers\' AttentionInterface. Compile it: torch.compile(model, backend="tsa")'
             )
+        known = model._supports_sdpa or all(getattr(module, "is_causal", True) for module in modules)
+        return self._callers.setdefault(model, known)
 
     def attention(
         self,
@@ -168,7 +184,8 @@ class Implementation:
             dtype=str(call.query.dtype).removeprefix("torch."), form=self.name, mask=str(call.kind), decision=decision,
             reason=reason, kernel=kernel, detail=detail, budget=budget,
         )  # fmt: skip
-        _rows[call.module] = (row, self.config)
+        if not (call.is_chunk and query[2] < FEW_QUERIES and call.module in _rows):  # a step of assisted decoding is no prefill
+            _rows[call.module] = (row, self.config)
         asked = self.config.layers != () and (seat.unselected is None or seat.unselected is Reason.LAYER_COUNT_UNKNOWN)
         missed = asked and reason is not Reason.SPARSE and reason not in _ORDINARY
         if self.config.strict and asked and reason in NOT_UNDERSTOOD:
@@ -216,6 +233,16 @@ class Implementation:
         return as_written(call)
 
 
+def _of_its_own(model: Module) -> Iterator[Module]:
+    """The modules that get the masks that a model asks for: not those of a model within it, as a tower for images."""
+    from transformers import PreTrainedModel
+
+    for child in model.children():
+        if not isinstance(child, PreTrainedModel):
+            yield child
+            yield from _of_its_own(child)
+
+
 def _check_keys(key: Tensor, mask: Tensor | None) -> None:
     """Raises ConfigError where a mask [B, tokens so far] speaks of more tokens than there are keys [B, G, Lk, D]."""
     if mask is not None and mask.dim() == 2 and mask.shape[1] > key.shape[2]:
@@ -237,24 +264,25 @@ def _say_that_it_is_compiled(name: str, decoding: bool) -> None:
         )
 
 
-def _padding(attention_mask: Tensor | None, batch: int, so_far: int, behind: bool, device: Any) -> Tensor | None:
-    """The valid ones of the tokens so far, bool [B, so_far], with their ranges. The host waits once.
+def _padding(attention_mask: Tensor | None, batch: int, so_far: int, plain: bool, device: Any) -> Tensor | None:
+    """The valid ones of the tokens so far, bool [B, so_far], with their ranges. The host waits once, if there is a mask.
 
-    Where all are valid: None, or, `behind` a cache, what says no more than how many there are.
+    Where all are valid: None if the mask is `plain`, which says enough; else what says that it is causal, and of how many.
     """
-    if attention_mask is None:
-        padding = torch.ones(batch, so_far, dtype=torch.bool, device=device) if behind else None
-    else:
-        if attention_mask.shape[0] not in (1, batch):
-            raise ConfigError(f"an attention_mask of {attention_mask.shape[0]} items does not fit a batch of {batch}")
-        padding = attention_mask[:, :so_far].to(torch.bool, copy=True)  # whatever is written to the model's own later
-        padding = padding.expand(batch, -1)
-        padding = torch.nn.functional.pad(padding, (0, so_far - padding.shape[1]))
-    if padding is None:
+    if attention_mask is None and plain:
         return None
+    if attention_mask is None:
+        padding = torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, so_far)
+        setattr(padding, MASK_KIND, MaskKind.CAUSAL)
+        return padding
+    if attention_mask.shape[0] not in (1, batch):
+        raise ConfigError(f"an attention_mask of {attention_mask.shape[0]} items does not fit a batch of {batch}")
+    padding = attention_mask[:, :so_far].to(torch.bool, copy=True)  # whatever is written to the model's own later
+    padding = padding.expand(batch, -1)
+    padding = torch.nn.functional.pad(padding, (0, so_far - padding.shape[1]))
     ranges = tsa.valid_ranges(padding)
     whole = all(row == [0, so_far, 1] for row in ranges.tolist())
-    if whole and not behind:
+    if whole and plain:
         return None
     setattr(padding, VALID_RANGES, ranges)
     setattr(padding, MASK_KIND, MaskKind.CAUSAL if whole else MaskKind.CAUSAL_PADDING)
