@@ -38,13 +38,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scal
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     chosen = choose(KernelRequest.of(query, key, value), kernel, device_count=count is not None and capturing)
     if chosen.device_count:
-        return chosen.run(query, key, value, scale, count).contiguous()
+        return chosen.causal(query, key, value, scale, count).contiguous()
     if count is None or capturing:
-        return chosen.run(query, key, value, scale).contiguous()
+        return chosen.causal(query, key, value, scale).contiguous()
     capacity = query.shape[2]
     counts = [min(n, capacity) for n in count.tolist()]
     if len(set(counts)) == 1 and min(chosen.round_rows(counts[0]), capacity) == capacity == counts[0]:
-        return chosen.run(query, key, value, scale).contiguous()
+        return chosen.causal(query, key, value, scale).contiguous()
     return _attend_counts(chosen, query, key, value, counts, scale)
 
 
@@ -117,7 +117,7 @@ def _attend_counts(
         if n == 0:
             continue
         rows = min(kernel.round_rows(n), query.shape[2])
-        result = kernel.run(query[items, :, :rows], key[items, :, :rows], value[items, :, :rows], scale)
+        result = kernel.causal(query[items, :, :rows], key[items, :, :rows], value[items, :, :rows], scale)
         output[items, :, :n] = result[:, :, :n]
     return output
 

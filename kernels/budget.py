@@ -192,14 +192,19 @@ def _(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_toke
 def _check(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> None:
     if scores.dim() != 3 or scores.dtype != torch.float32:
         raise ValueError(f"tsa::budget: scores is {scores.dtype} {tuple(scores.shape)}; expected float32 [B,Hs,L]")
+    check_numbers("budget", coverage, keep_ratio, min_tokens)
+
+
+def check_numbers(op: str, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> None:
+    """ValueError where an op is told no budget, two of them, or one that is not allowed."""
     if (coverage is None) == (keep_ratio is None):
-        raise ValueError(f"tsa::budget: coverage {coverage} and keep_ratio {keep_ratio}; expected exactly one of them")
+        raise ValueError(f"tsa::{op}: coverage {coverage} and keep_ratio {keep_ratio}; expected exactly one of them")
     if coverage is not None and not 0 <= coverage < 1:
-        raise ValueError(f"tsa::budget: coverage is {coverage}; expected 0 <= coverage < 1")
+        raise ValueError(f"tsa::{op}: coverage is {coverage}; expected 0 <= coverage < 1")
     if keep_ratio is not None and not 0 <= keep_ratio <= 1:
-        raise ValueError(f"tsa::budget: keep_ratio is {keep_ratio}; expected 0 <= keep_ratio <= 1")
+        raise ValueError(f"tsa::{op}: keep_ratio is {keep_ratio}; expected 0 <= keep_ratio <= 1")
     if min_tokens < 0:
-        raise ValueError(f"tsa::budget: min_tokens is {min_tokens}; expected at least 0")
+        raise ValueError(f"tsa::{op}: min_tokens is {min_tokens}; expected at least 0")
 
 
 def budget_aten(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:

@@ -35,7 +35,7 @@ FEW = 128
 @torch.library.custom_op("tsa::cached_attention", mutates_args=())
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Dense attention under kv <= q + Lk - Lq; ValueError where shapes do not fit. See the module's docstring."""
-    check_lengths("cached_attention", query, key, value)
+    check_operands("cached_attention", query, key, value)
     return as_rows(behind(query, key, value, scale))
 
 
@@ -58,12 +58,22 @@ def query_positions(query: Tensor, key: Tensor) -> Tensor:
     return positions if isinstance(past, int) and past == 0 else positions + past
 
 
-def check_lengths(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """ValueError where key and value differ in length, as a graph with symbols for them cannot know, or are too short."""
-    if key.shape[2] != value.shape[2] or key.shape[2] < query.shape[2]:
+def check_operands(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """ValueError where query, key and value do not fit: lengths among others, which a graph with symbols cannot know."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"tsa::{op}: tensors of {query.dim()}, {key.dim()} and {value.dim()} dimensions; expected 4")
+    (batch, heads, rows, dim), (_, kv_heads, keys, _) = query.shape, key.shape
+    if value.shape[2] != keys or keys < rows:
         raise ValueError(
-            f"tsa::{op}: {query.shape[2]} queries over {key.shape[2]} keys and {value.shape[2]} values; expected as many "
-            "values as keys, and at least as many as queries"
+            f"tsa::{op}: {rows} queries over {keys} keys and {value.shape[2]} values; expected as many values as keys, and "
+            "at least as many as queries"
+        )
+    fits = key.shape[0] == value.shape[0] == batch and value.shape[1] == kv_heads and key.shape[3] == dim
+    if not fits or heads % max(kv_heads, 1) != 0 or not query.dtype == key.dtype == value.dtype:
+        given = ", ".join(f"{tensor.dtype} {[*tensor.shape]}" for tensor in (query, key, value))
+        raise ValueError(
+            f"tsa::{op}: {given}; expected query [B,H,Lq,D], key [B,G,L,D] and value [B,G,L,Dv] of one dtype, G a divisor "
+            "of H"
         )
 
 
@@ -75,7 +85,7 @@ def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if query.is_cuda and rows >= FEW:
         kernel = choose(request, lse=True, behind=True)
         if kernel is not SDPA and kernel.run_behind is not None:  # that one writes out the products of all rows
-            return kernel.run_behind(query, key, value, scale)[0]
+            return kernel.causal_behind(query, key, value, scale)[0]
     return in_blocks(query, key, value, None, scale)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
-from tsa_compile.kernels.cached import behind, check_lengths
+from tsa_compile.kernels.cached import behind, check_operands
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
@@ -67,7 +67,7 @@ def _check(
     op: str, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None,
     positions: Tensor,
 ) -> None:  # fmt: skip
-    check_lengths(op, query, key, value)
+    check_operands(op, query, key, value)
     if padding is not None and valid_ranges is not None:
         check_padding(op, key, padding, valid_ranges)
     if len(positions) != query.shape[2]:

@@ -26,6 +26,7 @@ Method: Token Sparse Attention, arXiv 2602.03216, section 3.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from inspect import Signature, signature
 from typing import Any
@@ -36,8 +37,8 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.attend import attend, attend_lse, runs_of
-from tsa_compile.kernels.budget import budget_aten, budget_cuda
-from tsa_compile.kernels.cached import behind, check_lengths
+from tsa_compile.kernels.budget import budget_aten, budget_cuda, check_numbers
+from tsa_compile.kernels.cached import behind, check_operands
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import attention_output, decompress_aten, decompress_triton
 from tsa_compile.kernels.flash_behind import behind_triton
@@ -47,7 +48,7 @@ from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.padded import HOST, check_padding, runs_of_ranges
 from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
-from tsa_compile.kernels.score import score_aten, score_cuda
+from tsa_compile.kernels.score import check_window, score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_sorting, select_triton
 
 STREAM_BYTES = 2**30
@@ -68,13 +69,32 @@ def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
     torch.library.register_fake(name, attention_output)
 
 
+@functools.lru_cache(maxsize=256)
+def _checked(*options: Any) -> Options:
+    """An op's options by name; ValueError if one is not allowed. Remembered: those of a layer are the same in each call."""
+    named = Options(*options)
+    check_numbers("sparse_attention", named.coverage, named.keep_ratio, named.min_tokens)
+    check_window("sparse_attention", named.window, named.pool, named.reduce)
+    if named.capacity is not None and named.capacity < 1:
+        raise ValueError(f"tsa::sparse_attention: capacity is {named.capacity}; expected at least 1, or None")
+    if named.floor_window is not None and (named.floor_window < 1 or named.floor_sinks < 0):
+        raise ValueError(
+            f"tsa::sparse_attention: a floor of {named.floor_window} tokens and {named.floor_sinks} sinks; expected at "
+            "least 1 and 0"
+        )
+    return named
+
+
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    """Token sparse attention without padding. See the module's docstring; KernelError if the kernel cannot run it."""
-    check_lengths("sparse_attention", query, key, value)
+    """Token sparse attention without padding. See the module's docstring.
+
+    KernelError if the kernel cannot run it, ValueError where tensors do not fit or an option is not allowed.
+    """
+    check_operands("sparse_attention", query, key, value)
     if not (query.is_cuda and HAS_TRITON):
-        return _plain(query, key, value, None, Options(*options))
+        return _plain(query, key, value, None, _checked(*options))
     with torch.cuda.device_of(query):
-        return sparse_triton(query, key, value, Options(*options))
+        return sparse_triton(query, key, value, _checked(*options))
 
 
 define_op(sparse_attention)
@@ -84,12 +104,12 @@ def padded_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, *options: Any
 ) -> Tensor:
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
-    check_lengths("padded_sparse_attention", query, key, value)
+    check_operands("padded_sparse_attention", query, key, value)
     check_padding("padded_sparse_attention", key, padding, valid_ranges)
     if not (query.is_cuda and HAS_TRITON):
-        return _plain(query, key, value, padding, Options(*options))
+        return _plain(query, key, value, padding, _checked(*options))
     with torch.cuda.device_of(query):
-        return padded_sparse_triton(query, key, value, padding, valid_ranges, Options(*options))
+        return padded_sparse_triton(query, key, value, padding, valid_ranges, _checked(*options))
 
 
 define_op(padded_sparse_attention, *HOST)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from tsa_compile.errors import KernelError
 
 MAX_HEAD_DIM = 256
 """Of the heads that this package's Triton kernels take."""
@@ -43,7 +46,8 @@ class AttentionKernel:
 
     run: `(query, key, value, scale) -> out`, causal over all rows given, query head h reading key head h // (H / Hk).
         The inputs may be views of longer buffers (last stride 1). With `device_count` it is called with a fifth
-        argument, `count` (int32 [B] on the device, or None), must not synchronise, and returns all C rows.
+        argument, `count` (int32 [B] on the device, or None), must not synchronise, and returns all C rows. It must not write
+        to its inputs, which may be the model's own tensors, and out is [B, H, rows, Dv] of the query's dtype.
     supports: None if the request fits, else a sentence that says why not.
     priority: "auto" takes the fitting kernel of the highest; the built-in ones have 30, 20, 0 and -10.
     round_rows: the rows to hand over for a count that the host knows, at least as many; for kernels that are planned anew
@@ -69,12 +73,51 @@ class AttentionKernel:
     run_behind: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def causal(self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None) -> Tensor:
-        """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows."""
-        return self.run(query, key, value, scale, *([count] if self.device_count else []))
+        """Causal attention; the count is handed on to a kernel that reads it, any other computes all rows.
+
+        Raises:
+            KernelError: here and below, what the kernel returned is not what it promises.
+        """
+        out = self.run(query, key, value, scale, *([count] if self.device_count else []))
+        if not self._fits(out, query, value):
+            self._refuse(out, query, value)
+        return out
 
     def causal_lse(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, count: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `causal`, with the log-sum-exp of each row."""
         assert self.run_lse is not None, f"{self.name} was chosen under a floor"
-        return self.run_lse(query, key, value, scale, *([count] if self.device_count else []))
+        found = self.run_lse(query, key, value, scale, *([count] if self.device_count else []))
+        return self._with_lse(found, query, value)
+
+    def causal_behind(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """As `causal_lse`, of queries that are the last of more keys' positions."""
+        assert self.run_behind is not None, f"{self.name} was chosen for queries behind a cache"
+        return self._with_lse(self.run_behind(query, key, value, scale), query, value)
+
+    def _with_lse(self, found: Any, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(found, tuple) or len(found) != 2 or not self._fits(found[0], query, value):
+            self._refuse(found, query, value, lse=True)
+        out, lse = found
+        if not isinstance(lse, Tensor) or lse.shape != query.shape[:3] or lse.dtype != torch.float32:
+            self._refuse(found, query, value, lse=True)
+        return out, lse
+
+    def _fits(self, out: Any, query: Tensor, value: Tensor) -> bool:
+        """Whether an output is [B, H, rows, Dv] of the query's dtype, where the query is."""
+        if not isinstance(out, Tensor) or out.dtype != query.dtype or out.device != query.device:
+            return False
+        return out.shape[:3] == query.shape[:3] and out.dim() == 4 and out.shape[3] == value.shape[3]
+
+    def _refuse(self, found: Any, query: Tensor, value: Tensor, lse: bool = False) -> NoReturn:
+        several = found if isinstance(found, tuple) else (found,)
+        said = [_described(each) if isinstance(each, Tensor) else f"a {type(each).__name__}" for each in several]
+        expected = f"{query.dtype} {[*query.shape[:3], value.shape[3]]} on {query.device}"
+        if lse:
+            expected = f"a pair of {expected} and the log-sum-exp, torch.float32 {[*query.shape[:3]]}"
+        raise KernelError(f"attention kernel {self.name!r} returned {' and '.join(said)}; expected {expected}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {[*tensor.shape]} on {tensor.device}"

@@ -37,7 +37,7 @@ from tsa_compile.kernels._aten import (
     take_rows,
     torch_attention,
 )
-from tsa_compile.kernels.cached import behind, causal_behind, check_lengths, in_blocks, query_positions, shared_keys
+from tsa_compile.kernels.cached import behind, causal_behind, check_operands, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 
 _COLUMNS = 8
@@ -73,7 +73,7 @@ def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
 ) -> Tensor:
     """Dense attention under (kv <= q + Lk - Lq) & padding[b, kv]. See the module's docstring."""
-    check_lengths("padded_attention", query, key, value)
+    check_operands("padded_attention", query, key, value)
     check_padding("padded_attention", key, padding, valid_ranges)
     items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
     return attend_ranges(query, key, value, padding, items, scale, value if mean_rows else None)

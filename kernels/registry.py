@@ -41,12 +41,15 @@ _registry: dict[str, AttentionKernel] = {}
 def register(kernel: AttentionKernel) -> AttentionKernel:
     """Add a kernel under its name; KernelError if it is no AttentionKernel, or if the name is taken or is "auto".
 
+    KernelError too if a field is not what `AttentionKernel` says: "auto" asks all kernels, so that one would disturb all.
+
     The same function once more, as from a notebook's cell that is run again, replaces the kernel, with a TSAWarning.
     """
     if not isinstance(kernel, AttentionKernel):
         raise KernelError(
             f"a {type(kernel).__name__} is no kernel: register(AttentionKernel(name, run, supports, priority=...))"
         )
+    _check_fields(kernel)
     if kernel.name in _registry and _same_function(kernel, _registry[kernel.name]):
         said = f"attention kernel {kernel.name!r} was registered before by the same function: the new one replaces it"
         warnings.warn(said, TSAWarning, stacklevel=2)
@@ -56,6 +59,19 @@ def register(kernel: AttentionKernel) -> AttentionKernel:
     _registry[kernel.name] = kernel
     choose.cache_clear()
     return kernel
+
+
+def _check_fields(kernel: AttentionKernel) -> None:
+    number = isinstance(kernel.priority, (int, float)) and not isinstance(kernel.priority, bool)
+    wrong = {"name": not isinstance(kernel.name, str) or not kernel.name, "priority": not number}
+    wrong |= {field: not callable(getattr(kernel, field)) for field in ("run", "supports", "round_rows")}
+    optional = {field: getattr(kernel, field) for field in ("run_lse", "run_behind")}
+    wrong |= {field: value is not None and not callable(value) for field, value in optional.items()}
+    for field in (field for field, is_wrong in wrong.items() if is_wrong):
+        expected = {"name": "a text", "priority": "a number"}.get(field, "a function")
+        raise KernelError(
+            f"cannot register attention kernel {kernel.name!r}: {field}={getattr(kernel, field)!r}; expected {expected}"
+        )
 
 
 def _same_function(kernel: AttentionKernel, before: AttentionKernel) -> bool:
@@ -124,7 +140,21 @@ def _refusal(kernel: AttentionKernel, request: KernelRequest | None, lse: bool, 
         return "it takes as many queries as keys alone: register it with run_behind, or prefill the whole prompt at once"
     if lse and kernel.run_lse is None:
         return "it gives no log-sum-exp, which the floor is merged by: register it with run_lse, or set floor=None"
-    return None if request is None else kernel.supports(request)
+    return None if request is None else _asked(kernel, request)
+
+
+def _asked(kernel: AttentionKernel, request: KernelRequest) -> str | None:
+    """What a kernel's `supports` says; where it fails the kernel does not fit, which is said: "auto" takes another."""
+    try:
+        said: object = kernel.supports(request)
+    except Exception as error:  # noqa: BLE001 whatever a user's function raises
+        problem = f"supports() raised {type(error).__name__}: {error}"
+    else:
+        if said is None or isinstance(said, str):
+            return said
+        problem = f"supports() returned {said!r}; expected None where the request fits, else a sentence that says why not"
+    warnings.warn(f"attention kernel {kernel.name!r} is left out: {problem}", TSAWarning, stacklevel=2)
+    return problem
 
 
 for _kernel in (sdpa.CUDNN, sdpa.FLASH, sdpa.SDPA, flash.KERNEL):

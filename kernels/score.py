@@ -321,10 +321,15 @@ def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool
         )
     if padding is not None and (padding.dtype != torch.bool or padding.shape != (batch, seq_len)):
         raise ValueError(f"tsa::score: padding is {padding.dtype} {tuple(padding.shape)}; expected bool {(batch, seq_len)}")
+    check_window("score", window, pool, reduce)
+
+
+def check_window(op: str, window: int, pool: int, reduce: str) -> None:
+    """ValueError where an op is told to score in a way that is not allowed."""
     if window < 1 or pool < 1 or pool % 2 == 0:
-        raise ValueError(f"tsa::score: window {window} must be at least 1, pool {pool} odd and at least 1")
+        raise ValueError(f"tsa::{op}: window {window} must be at least 1, pool {pool} odd and at least 1")
     if reduce not in REDUCTIONS:
-        raise ValueError(f"tsa::score: reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}")
+        raise ValueError(f"tsa::{op}: reduce is {reduce!r}; expected one of {', '.join(REDUCTIONS)}")
 
 
 def score_aten(

@@ -24,9 +24,6 @@ from tsa_compile import (
     reports,
 )
 
-from tsa_compile.engines.calls import read
-from tsa_compile.passes.masks.info import MaskKind
-
 from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
 
 pytestmark = [
@@ -325,32 +322,6 @@ def test_a_bidirectional_encoder_stays_as_it_is():
     assert set(reasons(models[1])) == {Reason.NOT_CAUSAL}
 
 
-@pytest.mark.parametrize("config", [FLOOR.replace(layers=[]), KEEP_ALL], ids=["exact", "sparse"])
-def test_a_causal_mask_is_one_in_modules_that_say_they_are_not_causal(config):
-    """PaliGemma's modules and those of Gemma with this option: what SDPA is given hides the future all the same."""
-    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
-    shape = transformers.GemmaConfig(
-        **sizes, num_key_value_heads=2, head_dim=16, pad_token_id=0, use_bidirectional_attention=True
-    )
-    attention.register(config, name="tsa_not_causal")
-    torch.manual_seed(0)
-    model = transformers.GemmaModel(shape).eval()
-    assert not model.layers[0].self_attn.is_causal
-    ids, pads = tokens(3, LENGTH), mixed_padding(LENGTH)
-    for mask in (pads, None, torch.ones_like(pads)):
-        found = {}
-        for name in ("sdpa", "tsa_not_causal"):
-            model.set_attn_implementation(name)
-            with torch.no_grad():
-                whole = model(ids, attention_mask=mask).last_hidden_state
-                first = model(ids[:, :30], attention_mask=None if mask is None else mask[:, :30])
-                rest = model(ids[:, 30:], attention_mask=mask, past_key_values=first.past_key_values).last_hidden_state
-            found[name] = torch.cat([whole, rest], 1)
-        valid = (torch.ones_like(pads) if mask is None else mask).bool()
-        valid = torch.cat([valid, valid[:, 30:]], 1)
-        assert difference(found["sdpa"][valid], found["tsa_not_causal"][valid]) < ATOL
-
-
 def test_configurations_side_by_side():
     ids = tokens(1, LENGTH)
     attention.register(FLOOR, name="tsa-a")
@@ -382,12 +353,6 @@ def test_compiled_it_is_what_the_backend_finds():
         found = logits(torch.compile(model, backend="tsa", options={"config": FLOOR}), ids)
     assert reports()[0].sparse == 2
     assert difference(found, eager) < ATOL
-
-
-@pytest.mark.parametrize("name", ["bloom (ALiBi)", "mpt (ALiBi)"])
-def test_models_that_compute_attention_by_themselves_are_refused(name):
-    with pytest.raises(ConfigError, match=r"AttentionInterface.*backend"):
-        logits(sparse(name), tokens(1, LENGTH), attention_mask=mixed_padding(LENGTH, (9,)))
 
 
 def test_continuous_batching_is_refused():
@@ -448,57 +413,8 @@ def test_a_cache_that_holds_less_than_the_mask_says_is_refused():
         logits(model, ids[:, 36:], past_key_values=cache, attention_mask=torch.ones(1, 72, dtype=torch.long))
 
 
-PEGASUS = dict(vocab_size=64, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0)
-
-
-def test_a_decoder_whose_modules_do_not_say_that_they_are_causal():
-    """BigBirdPegasus relies on the mask alone, by its eager function: transformers refuses it SDPA."""
-    config = transformers.BigBirdPegasusConfig(**PEGASUS, max_position_embeddings=256, is_decoder=True)
-    torch.manual_seed(0)
-    model, ids = transformers.BigBirdPegasusForCausalLM(config).eval(), tokens(2, LENGTH)
-    assert model.config._attn_implementation == "eager" and not model.model.decoder.layers[0].self_attn.is_causal
-    expected = logits(model, ids)
-    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-mask-alone"))
-    for inputs in (dict(attention_mask=torch.ones_like(ids)), {}):
-        assert difference(logits(model, ids, **inputs), expected) < ATOL
-    assert reasons(model) == [Reason.LAYER_NOT_SELECTED] * 2
-    model.set_attn_implementation(attention.register(KEEP_ALL.replace(layers=[0, 1]), name="tsa-mask-alone-sparse"))
-    assert difference(logits(model, ids), expected) < ATOL
-    assert reasons(model) == [Reason.SPARSE] * 2
-
-
-def test_a_model_of_which_only_the_tower_asks_the_interface_is_refused():
-    """GIT's text layers add the mask to their scores; by the file, which has its vision layers too, transformers allows it."""
-    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8)
-    sizes = dict(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
-    model = transformers.GitForCausalLM(transformers.GitConfig(**sizes, pad_token_id=0, vision_config=vision)).eval()
-    model.set_attn_implementation(attention.register(FLOOR, name="tsa-tower"))
-    with pytest.raises(ConfigError, match=r"GitModel, whose attention \(GitSelfAttention\) does not come from"):
-        logits(model, tokens(1, LENGTH))
-
-
-def test_a_position_bias_in_a_static_cache_is_cut_as_the_keys_are():
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
-    inputs = dict(input_ids=tokens(2, 9), decoder_input_ids=tokens(2, 30, 1))
-    how = dict(max_new_tokens=3, do_sample=False, cache_implementation="static", disable_compile=True)
-    expected = model.generate(**inputs, **how)
-    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-bias"))
-    assert torch.equal(model.generate(**inputs, **how), expected)
-
-
 def test_the_report_is_of_the_prefill_when_decoding_is_assisted():
     model = sparse("llama", pad_token_id=0, eos_token_id=None, bos_token_id=None)
     ids = tokens(1, 12).repeat(1, 4)  # what comes next stands in the prompt
     model.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=20)
     assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
-
-
-@pytest.mark.parametrize("rows, kind", [(LENGTH, MaskKind.OPAQUE), (1, MaskKind.PADDING)])
-def test_a_mask_that_is_not_known_is_not_taken_for_padding(rows, kind):
-    """Of a module that is not causal, as PaliGemma's, which reads its prefix in both directions and the rest as usual."""
-    module, operand = torch.nn.Module(), torch.randn(1, 2, LENGTH, 8)
-    module.is_causal = False
-    mask = torch.ones(1, 1, rows, LENGTH, dtype=torch.bool)
-    assert read(module, operand, operand, operand, mask, 0.0, None, None, {}).kind is kind

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsa_compile import ConfigError, Floor, KeepRatio
+from tsa_compile import ConfigError, Floor, KeepRatio, TSAConfig
 from tsa_compile.export import aoti, export_program
 from tsa_compile.testing import count_ops
 
@@ -45,6 +45,8 @@ def test_equals_the_program(folder, package, number):
     result = package(**inputs)
     assert list(result) == ["logits"]
     assert difference(result["logits"], expected) < TOLERANCE
+    columns_first = {name: value.t().contiguous().t() for name, value in inputs.items()}
+    assert difference(package(**columns_first)["logits"], expected) < TOLERANCE, "the compiled code ignores strides"
 
 
 def only_static_libraries(folder, monkeypatch):
@@ -136,6 +138,16 @@ def program():
 
 
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
+def test_the_strides_of_an_example_are_not_compiled_in(tmp_path):
+    """One mask for all items, as `ones(1, L).expand(B, L)`, would be the mask of every item for ever."""
+    examples = torch.randn(4, 2).t(), torch.ones(1, 4).expand(2, 4)
+    program = export_program(torch.nn.Bilinear(4, 4, 3).eval(), examples, TSAConfig(layers=[]), dynamic_lengths=None)
+    strides = [node.meta["val"].stride() for node in program.graph.find_nodes(op="placeholder")]
+    assert strides[-2:] == [(4, 1)] * 2
+    with pytest.raises(ConfigError, match=r"'input1' of the program has strides \(1, 2\)"):
+        aoti.save(torch.export.export(torch.nn.Bilinear(4, 4, 3).eval(), examples), tmp_path / "a.pt2")
+
+
 def test_what_cannot_be_saved(tmp_path):
     exported = program()
     with pytest.raises(ConfigError, match=r"must end in \.pt2"):

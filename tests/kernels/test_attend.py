@@ -8,7 +8,7 @@ import torch
 
 from tsa_compile.errors import KernelError, TSAWarning
 from tsa_compile.kernels import reference
-from tsa_compile.kernels.attend import attend, attend_aten
+from tsa_compile.kernels.attend import attend, attend_aten, attend_lse
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose, get, names, register, unregister
 from tsa_compile.kernels.sdpa import plan_rows
 
@@ -114,7 +114,7 @@ def test_builtin_names_by_priority():
 
 
 def test_auto_passes_over_what_is_not_exact():
-    register(AttentionKernel("rough", run=None, supports=lambda request: None, priority=99, device_count=True, exact=False))
+    register(AttentionKernel("rough", run=plain, supports=lambda request: None, priority=99, device_count=True, exact=False))
     try:
         assert choose(REQUEST).name == "sdpa" and choose(REQUEST, device_count=True).name == "sdpa"
         assert choose(REQUEST, "rough").name == "rough"
@@ -229,6 +229,65 @@ def test_a_kernel_that_reads_the_count_on_the_device_gets_it(own_kernel):
     assert seen[0] is not None and seen[1] is None
     assert choose(REQUEST).name == "sdpa"
     assert choose(REQUEST, device_count=True).name == "device"
+
+
+WRONG = {
+    "rows and heads in the other order": lambda out: out.transpose(1, 2),
+    "one head": lambda out: out[:, :1],
+    "double": lambda out: out.double(),
+    "nothing": lambda out: None,
+    "a pair": lambda out: (out, out[..., 0].float()),
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_what_a_kernel_returns_is_checked(own_kernel, change):
+    """By shape, type and device: a forgotten transpose would give other numbers, and no error, further down."""
+    own_kernel(AttentionKernel("careless", lambda *given: change(plain(*given)), lambda request: None, priority=-1))
+    for count in (None, torch.tensor([20, 4], dtype=torch.int32)):
+        with pytest.raises(KernelError, match=r"'careless' returned .*; expected torch.float32 \[\d, 4, \d+, 32\] on cpu"):
+            attend(*operands(), count, 0.2, "careless")
+
+
+@pytest.mark.parametrize("found", ["out", "of another length", "half"])
+def test_the_log_sum_exp_that_a_kernel_returns_is_checked(own_kernel, found):
+    def run_lse(query, key, value, scale):
+        out, lse = plain(query, key, value, scale), torch.zeros(query.shape[:3])
+        return {"out": out, "of another length": (out, lse[..., 1:]), "half": (out, lse.half())}[found]
+
+    kernel = AttentionKernel("careless", plain, lambda request: None, priority=-1, run_lse=run_lse, run_behind=run_lse)
+    own_kernel(kernel)
+    with pytest.raises(KernelError, match=r"'careless' returned .*; expected a pair of .* and the log-sum-exp"):
+        attend_lse(*operands(), None, 0.2, "careless")
+    with pytest.raises(KernelError, match=r"'careless' returned .*; expected a pair"):
+        kernel.causal_behind(*operands(), 0.2)
+
+
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("name", 5, "a text"), ("name", "", "a text"), ("priority", None, "a number"), ("priority", True, "a number"),
+        ("run", "flash", "a function"), ("supports", None, "a function"), ("round_rows", 8, "a function"),
+        ("run_lse", True, "a function"), ("run_behind", 1, "a function"),
+    ],
+)  # fmt: skip
+def test_fields_of_a_kernel_are_checked(field, value, expected):
+    """Where no kernel is named all are asked: one that cannot be asked would disturb every model."""
+    kernel = AttentionKernel("odd", plain, lambda request: None, priority=-1)
+    with pytest.raises(KernelError, match=f"{field}=.*expected {expected}"):
+        register(dataclasses.replace(kernel, **{field: value}))
+    assert "odd" not in names()
+
+
+@pytest.mark.parametrize(
+    "supports, said", [(lambda request: 1 / 0, "ZeroDivisionError"), (lambda request: True, "returned True")]
+)
+def test_a_kernel_that_cannot_say_whether_it_fits_is_left_out(own_kernel, supports, said):
+    own_kernel(AttentionKernel("unsure", plain, supports, priority=99))
+    with pytest.warns(TSAWarning, match=f"'unsure' is left out: .*{said}"):
+        assert choose(REQUEST).name == "sdpa"
+    with pytest.warns(TSAWarning), pytest.raises(KernelError, match=f"'unsure' cannot run .*{said}"):
+        choose(REQUEST, "unsure")
 
 
 def test_rounded_rows_are_cut_to_the_capacity_and_not_returned(own_kernel):

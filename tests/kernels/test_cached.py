@@ -115,6 +115,21 @@ def test_lengths_that_do_not_fit_are_refused():
         cached_attention(query, key[:, :, 1:], value[:, :, 1:], 0.2)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q[:1], k, v), lambda q, k, v: (q, k, v[:1]), lambda q, k, v: (q, k, v[:, :1]),
+        lambda q, k, v: (q, k[..., :16], v), lambda q, k, v: (q[:, :3], k, v), lambda q, k, v: (q, k, v.double()),
+    ],
+)  # fmt: skip
+def test_operands_that_do_not_fit_are_refused(change):
+    """One item, head or type for several would be read as something else."""
+    with pytest.raises(ValueError, match=r"expected query \[B,H,Lq,D\], key \[B,G,L,D\] and value"):
+        cached_attention(*change(*qkv(seq_len=20)), 0.2)
+    with pytest.raises(ValueError, match="of 3, 4 and 4 dimensions; expected 4"):
+        cached_attention(qkv(seq_len=20)[0][0], *qkv(seq_len=20)[1:], 0.2)
+
+
 def test_opcheck(device):
     torch.library.opcheck(cached_attention, (*chunk(11, device, value_dim=48), 0.2))
 

@@ -292,6 +292,33 @@ def test_a_kernel_without_a_log_sum_exp_is_refused_under_a_floor(device, own_ker
         torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(dataclasses.replace(options, kernel="mute")))
 
 
+WRONG = {
+    "two budgets": (dict(keep_ratio=0.5, coverage=0.1), "exactly one"),
+    "no budget": (dict(keep_ratio=None, coverage=None), "exactly one"),
+    "all tokens dropped": (dict(keep_ratio=None, coverage=1.0), "coverage is 1.0"),
+    "no window": (dict(window=0), "window 0"),
+    "a sum": (dict(reduce="sum"), "'sum'"),
+    "fewer than none": (dict(min_tokens=-1), "min_tokens is -1"),
+    "no room": (dict(capacity=0), "capacity is 0"),
+    "no neighbours": (dict(floor_window=0), "a floor of 0"),
+}
+
+
+@pytest.mark.parametrize("change, said", WRONG.values(), ids=WRONG)
+def test_options_that_are_not_allowed_are_refused(device, change, said):
+    options = dataclasses.astuple(dataclasses.replace(OPTIONS["floor"], **change))
+    with pytest.raises(ValueError, match=rf"tsa::sparse_attention: .*{said}"):
+        torch.ops.tsa.sparse_attention(*qkv(1, 4, 2, L, 32, 32, device=device), *options)
+
+
+def test_a_floor_far_wider_than_the_prompt_takes_no_memory_for_it():
+    """Its rows of logits would be 2,000,000,000 numbers long."""
+    inputs, options = qkv(1, 4, 2, L, 32, 32), dataclasses.replace(OPTIONS["floor"], floor_window=10**9)
+    out = torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(options))
+    whole = dataclasses.replace(options, floor_window=L)
+    close(out, torch.ops.tsa.sparse_attention(*inputs, *dataclasses.astuple(whole)))
+
+
 def test_operands_that_do_not_fit_are_refused(device):
     query, key, value = qkv(3, 4, 2, L, 32, 32, device=device)
     padding, scalars = sided().to(device), dataclasses.astuple(OPTIONS["floor"])

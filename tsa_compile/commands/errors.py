@@ -63,7 +63,7 @@ def _say(error: BaseException) -> int:
 
 
 def _flushed(code: int) -> int:
-    """The exit code, once stdout is written: Python flushes it at its end too, where a failure is a traceback and code 120."""
+    """The exit code, once stdout is written. Python flushes it at its end too, but fails there with a traceback and 120."""
     try:
         sys.stdout.flush()
     except OSError as error:

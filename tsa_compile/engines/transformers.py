@@ -184,7 +184,8 @@ class Implementation:
             dtype=str(call.query.dtype).removeprefix("torch."), form=self.name, mask=str(call.kind), decision=decision,
             reason=reason, kernel=kernel, detail=detail, budget=budget,
         )  # fmt: skip
-        if not (call.is_chunk and query[2] < FEW_QUERIES and call.module in _rows):  # a step of assisted decoding is no prefill
+        assisted = call.is_chunk and query[2] < FEW_QUERIES  # a step of assisted decoding is no prefill
+        if not assisted or call.module not in _rows:
             _rows[call.module] = (row, self.config)
         asked = self.config.layers != () and (seat.unselected is None or seat.unselected is Reason.LAYER_COUNT_UNKNOWN)
         missed = asked and reason is not Reason.SPARSE and reason not in _ORDINARY

@@ -9,7 +9,7 @@ was exported for (`INPUTS_KEY` in its metadata, JSON), and the loaded package ho
     [{"name": "input_ids", "dtype": "int64", "device": "cpu", "shape": [["s43", 1, 8], ["s53", 1024, 131072]]}, ...]
 
 A number is a fixed size; a symbol with its range is one size wherever it stands. A C++ program reads the same key from
-`AOTIModelPackageLoader::get_metadata()`.
+`AOTIModelPackageLoader::get_metadata()`. It must pass contiguous tensors: the compiled code asks none for its strides.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def save(program: ExportedProgram, path: StrPath, **inductor_options: Any) -> st
     for option in inductor_options:
         if option not in known:
             raise ConfigError(f"{option!r} is not an option of torch._inductor {torch.__version__} (see `config.py` there)")
+    _check_strides(program)
     if not is_lowered(program):
         program = lower_program(program, default_form(program))
     metadata = {**inductor_options.get("aot_inductor.metadata", {}), INPUTS_KEY: json.dumps(describe_inputs(program))}
@@ -107,15 +108,34 @@ class Package:
         self.inputs = inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the package; ConfigError where an input is not what the program was exported for."""
+        """Runs the package; ConfigError where an input is not what the program was exported for.
+
+        Tensors may have any strides: those that are not contiguous are copied.
+        """
         check_inputs(self.inputs, args, kwargs)
         try:
-            return self.loaded(*args, **kwargs)
+            return self.loaded(*map(_contiguous, args), **{name: _contiguous(value) for name, value in kwargs.items()})
         except ValueError as error:  # torch's comparison of the call with the example's
             names = ", ".join(entry["name"] for entry in self.inputs)
             raise ConfigError(
                 f"the package takes {names} as the example passed them, by position or by name: {summary(error)}"
             ) from error
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _check_strides(program: ExportedProgram) -> None:
+    """Raises ConfigError where a program takes an input that is not contiguous, as only one of another exporter may."""
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = fake(node)
+        if node.name in names and isinstance(value, Tensor) and not value.is_contiguous():
+            raise ConfigError(
+                f"input {node.name!r} of the program has strides {tuple(value.stride())}, which would be compiled in: "
+                "export it with a contiguous example"
+            )
 
 
 def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:

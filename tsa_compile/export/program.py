@@ -164,6 +164,8 @@ class _Example:
                 del self.inputs[name]
             elif value is not None and not isinstance(value, (Tensor, int, float, bool, str)):
                 raise ConfigError(f"example input {name!r} is a {type(value).__name__}: inputs must be tensors or constants")
+            elif isinstance(value, Tensor):
+                self.inputs[name] = value.contiguous()  # whoever compiles the program compiles these strides in
         self.batch, self.length = self._sizes()
         self.lengths = _dimension("dynamic_lengths", "length", lengths, self.length)
         if batches is not None and self.batch == 1:

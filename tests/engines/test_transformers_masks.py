@@ -1,0 +1,111 @@
+"""The masks that `attn_implementation="tsa"` makes, and models that read them in ways of their own."""
+
+import pytest
+import torch
+import transformers
+
+from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, attention
+from tsa_compile.engines.calls import read
+from tsa_compile.passes.masks.info import MaskKind
+
+from ..support import difference, mixed_padding, tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+LENGTH = 50
+SMALL = dict(window=4, min_tokens=4, compiler="eager")
+FLOOR = TSAConfig(budget=KeepRatio(0.5), layers=[0, 2], floor=Floor(8, 2), **SMALL)
+KEEP_ALL = TSAConfig(budget=Coverage(0), layers=[0, 2], floor=None, **SMALL)
+ATOL = 1e-5
+
+
+def logits(model, *inputs, **named):
+    with torch.no_grad():
+        return model(*inputs, **named).logits
+
+
+def reasons(model):
+    return [row.reason for row in attention.report(model)]
+
+
+@pytest.mark.parametrize("config", [FLOOR.replace(layers=[]), KEEP_ALL], ids=["exact", "sparse"])
+def test_a_causal_mask_is_one_in_modules_that_say_they_are_not_causal(config):
+    """PaliGemma's modules and those of Gemma with this option: what SDPA is given hides the future all the same."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+    shape = transformers.GemmaConfig(
+        **sizes, num_key_value_heads=2, head_dim=16, pad_token_id=0, use_bidirectional_attention=True
+    )
+    attention.register(config, name="tsa_not_causal")
+    torch.manual_seed(0)
+    model = transformers.GemmaModel(shape).eval()
+    assert not model.layers[0].self_attn.is_causal
+    ids, pads = tokens(3, LENGTH), mixed_padding(LENGTH)
+    for mask in (pads, None, torch.ones_like(pads)):
+        found = {}
+        for name in ("sdpa", "tsa_not_causal"):
+            model.set_attn_implementation(name)
+            with torch.no_grad():
+                whole = model(ids, attention_mask=mask).last_hidden_state
+                first = model(ids[:, :30], attention_mask=None if mask is None else mask[:, :30])
+                rest = model(ids[:, 30:], attention_mask=mask, past_key_values=first.past_key_values).last_hidden_state
+            found[name] = torch.cat([whole, rest], 1)
+        valid = (torch.ones_like(pads) if mask is None else mask).bool()
+        valid = torch.cat([valid, valid[:, 30:]], 1)
+        assert difference(found["sdpa"][valid], found["tsa_not_causal"][valid]) < ATOL
+
+
+@pytest.mark.parametrize("name", ["bloom (ALiBi)", "mpt (ALiBi)"])
+def test_models_that_compute_attention_by_themselves_are_refused(name):
+    with pytest.raises(ConfigError, match=r"AttentionInterface.*backend"):
+        model = tiny(name, attention.register(FLOOR, name="tsa-alone"))
+        logits(model, tokens(1, LENGTH), attention_mask=mixed_padding(LENGTH, (9,)))
+
+
+PEGASUS = dict(vocab_size=64, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0)
+
+
+def test_a_decoder_whose_modules_do_not_say_that_they_are_causal():
+    """BigBirdPegasus relies on the mask alone, by its eager function: transformers refuses it SDPA."""
+    config = transformers.BigBirdPegasusConfig(**PEGASUS, max_position_embeddings=256, is_decoder=True)
+    torch.manual_seed(0)
+    model, ids = transformers.BigBirdPegasusForCausalLM(config).eval(), tokens(2, LENGTH)
+    assert model.config._attn_implementation == "eager" and not model.model.decoder.layers[0].self_attn.is_causal
+    expected = logits(model, ids)
+    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-mask-alone"))
+    for inputs in (dict(attention_mask=torch.ones_like(ids)), {}):
+        assert difference(logits(model, ids, **inputs), expected) < ATOL
+    assert reasons(model) == [Reason.LAYER_NOT_SELECTED] * 2
+    model.set_attn_implementation(attention.register(KEEP_ALL.replace(layers=[0, 1]), name="tsa-mask-alone-sparse"))
+    assert difference(logits(model, ids), expected) < ATOL
+    assert reasons(model) == [Reason.SPARSE] * 2
+
+
+def test_a_model_of_which_only_the_tower_asks_the_interface_is_refused():
+    """GIT's text layers add the mask to their scores. transformers goes by the file, which has its vision layers too."""
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    vision = dict(**sizes, image_size=16, patch_size=8)
+    config = transformers.GitConfig(**sizes, vocab_size=64, pad_token_id=0, vision_config=vision)
+    model = transformers.GitForCausalLM(config).eval()
+    model.set_attn_implementation(attention.register(FLOOR, name="tsa-tower"))
+    with pytest.raises(ConfigError, match=r"GitModel, whose attention \(GitSelfAttention\) does not come from"):
+        logits(model, tokens(1, LENGTH))
+
+
+def test_a_position_bias_in_a_static_cache_is_cut_as_the_keys_are():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    inputs = dict(input_ids=tokens(2, 9), decoder_input_ids=tokens(2, 30, 1))
+    how = dict(max_new_tokens=3, do_sample=False, cache_implementation="static", disable_compile=True)
+    expected = model.generate(**inputs, **how)
+    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-bias"))
+    assert torch.equal(model.generate(**inputs, **how), expected)
+
+
+@pytest.mark.parametrize("rows, kind", [(LENGTH, MaskKind.OPAQUE), (1, MaskKind.PADDING)])
+def test_a_mask_that_is_not_known_is_not_taken_for_padding(rows, kind):
+    """Of a module that is not causal, as PaliGemma's, which reads its prefix in both directions and the rest as usual."""
+    module, operand = torch.nn.Module(), torch.randn(1, 2, LENGTH, 8)
+    module.is_causal = False
+    mask = torch.ones(1, 1, rows, LENGTH, dtype=torch.bool)
+    assert read(module, operand, operand, operand, mask, 0.0, None, None, {}).kind is kind
