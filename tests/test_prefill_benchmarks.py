@@ -97,7 +97,7 @@ def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, 
     def compiled(model, mode, chunked):
         return prefill.compiled(model, mode, dynamic, dynamic and chunked)
 
-    (rows,) = chunks.run(model, compiled, ["exact"], (True,), [120], 24, 1, [])
+    (rows,) = chunks.run(model, compiled, ["exact"], (True,), [200], 40, 1, [])
     (row,) = rows
     assert (row["whole_graphs"], row["chunked_graphs"], row["chunked_graphs_later"]) == (1, 1 if dynamic else 3, 0)
     assert row["relative_difference"] < 1e-4 and row["ratio"] > 0

@@ -98,7 +98,7 @@ def behind_a_cache(q, past, k, v, pad):
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("length, past", [(20, 20), (200, 200), (200, 300), (20, 300)])
+@pytest.mark.parametrize("length, past", [(40, 40), (200, 200), (200, 300), (40, 300)])
 @pytest.mark.parametrize("dynamic", [None, True])
 class TestQueriesBehindACache:
     def run(self, length, past, dynamic):
