@@ -175,8 +175,8 @@ def _sizes(seed: int, rng: random.Random, dynamic: str, cache: bool) -> Sizes:
     """Shapes are those of the neighbouring seeds, as Dynamo remembers what an operator makes of a shape."""
     shapes = random.Random(f"shapes {seed // 50}")
     lengths, head_dim = shapes.sample(range(5, 18), 2), shapes.choice([4, 8])
-    if cache:  # of fewer than 16 queries, more keys are left as they are
-        lengths = [length + 14 for length in lengths]
+    if cache:  # of fewer than 32 queries, more keys are left as they are
+        lengths = [length + 30 for length in lengths]
     return Sizes(
         batch=shapes.choice([1, 2, 2, 2, 3]),
         heads=4,

@@ -64,12 +64,12 @@ def behind_a_cache_with_padding(q, k, v, pad):
 
 
 def test_queries_behind_a_cache_have_an_op():
-    new, call = replacement(behind_a_cache, *inputs(24))
+    new, call = replacement(behind_a_cache, *inputs(40))
     assert new.target is CACHED and new.args == (call.query, call.key, call.value, 0.3)
 
 
 def test_queries_behind_a_cache_with_padding():
-    new, call = replacement(behind_a_cache_with_padding, *inputs(24), padding(24))
+    new, call = replacement(behind_a_cache_with_padding, *inputs(40), padding(40))
     assert new.target is PADDED and new.args[:3] == (call.query, call.key, call.value)
 
 
