@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, attention
-from tsa_compile.engines.calls import read
+from tsa_compile.engines.calls import as_written, read
 from tsa_compile.passes.masks.info import MaskKind
 
 from ..support import difference, mixed_padding, tiny, tokens
@@ -109,3 +109,40 @@ def test_a_mask_that_is_not_known_is_not_taken_for_padding(rows, kind):
     module.is_causal = False
     mask = torch.ones(1, 1, rows, LENGTH, dtype=torch.bool)
     assert read(module, operand, operand, operand, mask, 0.0, None, None, {}).kind is kind
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="needs a transformers with Gemma 4")
+def test_a_model_that_asks_for_sdpa_by_name_gets_its_masks_whole():
+    """Gemma 4 cuts queries and masks of its last layers to the logits that are kept, but not under SDPA without a mask."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    layers = dict(num_hidden_layers=2, num_kv_shared_layers=1, layer_types=["full_attention"] * 2, global_head_dim=16)
+    small = dict(vocab_size=64, vocab_size_per_layer_input=64, hidden_size_per_layer_input=16, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**sizes, **layers, **small)).eval()
+    ids, found = tokens(2, LENGTH), {}
+    for name in ("sdpa", attention.register(FLOOR.replace(layers=[]), name="tsa-by-name")):
+        model.set_attn_implementation(name)
+        masks = (None, mixed_padding(LENGTH, (0, 9)))
+        found[name] = [logits(model, ids, attention_mask=mask, logits_to_keep=keep) for mask in masks for keep in (0, 1, 20)]
+    for plain, other in zip(*found.values(), strict=True):
+        assert difference(plain[:, -20:], other[:, -20:]) < ATOL
+
+
+def test_keys_that_a_model_chose_by_index_are_not_lost():
+    """DeepSeek V3.2 hides the others by the mask alone where the implementation is SDPA; else it passes their indices."""
+    module, operand = torch.nn.Module(), torch.randn(1, 2, LENGTH, 8)
+    call = read(module, operand, operand, operand, None, 0.0, None, None, {"indices": torch.zeros(1, LENGTH, 4)})
+    assert call.obstacle() == (Reason.UNSUPPORTED_FORM, "keys that were chosen by index")
+    with pytest.raises(ConfigError, match=r'Module passes indices to its attention.*attn_implementation="sdpa"'):
+        as_written(call)
+
+
+def test_a_class_without_source_is_what_it_inherits_from():
+    """As one that is made in a shell."""
+    mine = type("Mine", (transformers.LlamaModel,), {})
+    shape = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    model = mine(transformers.LlamaConfig(**shape)).eval()
+    model.set_attn_implementation(attention.register(KEEP_ALL.replace(layers=[0]), name="tsa-mine"))
+    with torch.no_grad():
+        model(tokens(1, LENGTH))
+    assert reasons(model) == [Reason.SPARSE]

@@ -8,11 +8,10 @@ Tokens so far may be fewer than a static cache has room for, and more than there
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +33,12 @@ _ARGUMENTS = {
     "s_aux": "a sink in each softmax",
     "position_bias": "a bias added to the logits",
     "head_mask": "a mask over heads",
+    "indices": "keys that were chosen by index",
+    "block_indices": "blocks of keys that were chosen by index",
 }
 """Keyword arguments that change what attention computes, and so what SDPA must be able to do as well."""
+_CHOSEN = ("indices", "block_indices")
+"""Those of which the model's mask says nothing, and its eager function neither."""
 _COMMON = (
     "module",
     "query",
@@ -50,10 +53,12 @@ _COMMON = (
 )
 """What every attention function takes. That there is a window says the mask."""
 
-_SOFTMAX = re.compile(r"softmax\(", re.IGNORECASE)
-_ASKS = ("ALL_ATTENTION_FUNCTIONS", "attention_interface", "scaled_dot_product_attention", "eager_attention_forward")
+_COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(", re.IGNORECASE)
+_ASKS = re.compile(r"ALL_ATTENTION_FUNCTIONS|attention_interface|eager_attention_forward")
+_BY_NAME = re.compile(r"_attn_implementation\b.*[\"']sdpa[\"']")
 
 _own: dict[str, tuple[str, ...]] = {}
+_sources: dict[type[Module], str] = {}
 
 
 @dataclass(frozen=True)
@@ -170,20 +175,37 @@ def _own_arguments(home: str) -> tuple[str, ...]:
     return _own[home]
 
 
-@functools.cache
-def computes_attention_alone(kind: type[Module]) -> bool:
-    """Whether modules of a class take a mask and compute a softmax themselves, in place of asking the interface.
+# What a model does with masks is told by its classes' source, as transformers tells whether a model can have another
+# implementation. It goes by the whole file, of which only some classes may ask.
 
-    By their source, as transformers tells whether a model can have another implementation; that is by the whole file, of
-    which another class may ask.
-    """
-    if "attention_mask" not in inspect.signature(kind.forward).parameters or kind.__module__.startswith("torch."):
-        return False
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # of a class that was made in a shell, nothing is known
-        return False
-    return _SOFTMAX.search(source) is not None and not any(name in source for name in _ASKS)
+
+def asks_the_interface(kind: type[Module]) -> bool:
+    """Whether modules of a class ask the AttentionInterface for their attention."""
+    return _ASKS.search(_source(kind)) is not None
+
+
+def computes_attention_alone(kind: type[Module]) -> bool:
+    """Whether modules of a class take a mask and compute attention themselves."""
+    takes_mask = "attention_mask" in inspect.signature(kind.forward).parameters
+    return takes_mask and _COMPUTES.search(_source(kind)) is not None and not asks_the_interface(kind)
+
+
+def knows_sdpa_by_name(kind: type[Module]) -> bool:
+    """Whether modules of a class do something else where the implementation's name is not "sdpa"; what, is not known."""
+    return _BY_NAME.search(_source(kind)) is not None
+
+
+def _source(kind: type[Module]) -> str:
+    """A class's source, for which Python reads the whole file; of one that was made in a shell, what it inherits from."""
+    if kind not in _sources:
+        _sources[kind] = ""
+        for each in kind.__mro__:
+            if each.__module__.startswith(("torch.", "transformers.modeling_utils")):
+                break
+            with suppress(OSError, TypeError):
+                _sources[kind] = inspect.getsource(each)
+                break
+    return _sources[kind]
 
 
 def as_written(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -192,6 +214,12 @@ def as_written(call: Call) -> tuple[Tensor, Tensor | None]:
 
     known = sdpa_attention_forward.__code__.co_varnames
     changed = _changed(call.module, call.others)
+    lost = [name for name in changed if name in _CHOSEN and name not in _own_arguments(type(call.module).__module__)]
+    if lost:
+        raise ConfigError(
+            f"{type(call.module).__name__} passes {', '.join(lost)} to its attention, which neither SDPA nor its eager "
+            'function takes: load the model with attn_implementation="sdpa", and compile it with backend="tsa"'
+        )
     if call.others.get("output_attentions") or not all(name in known for name in changed):
         return _eager(call)
     causal = call.kind is MaskKind.CAUSAL and not call.is_behind

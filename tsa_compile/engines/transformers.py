@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,16 @@ from torch.nn import Module
 from tsa_compile import pipeline  # registers the ops
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.breakeven import FEW_QUERIES
-from tsa_compile.engines.calls import MASK_KIND, VALID_RANGES, Call, as_written, computes_attention_alone, read
+from tsa_compile.engines.calls import (
+    MASK_KIND,
+    VALID_RANGES,
+    Call,
+    as_written,
+    asks_the_interface,
+    computes_attention_alone,
+    knows_sdpa_by_name,
+    read,
+)
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
 from tsa_compile.passes.frame import running_modules
@@ -64,13 +73,27 @@ def report_of(model: Module) -> RewriteReport:
     return RewriteReport(rows=tuple(rows), config=found[-1][1].to_dict() if found else {})
 
 
+@dataclass(frozen=True)
+class _Caller:
+    """What a model makes of masks.
+
+    none_is_causal: where all tokens are valid it takes None for a causal mask, as it does with SDPA. A model without SDPA
+        may rely on the mask alone: its modules need not say that they are causal.
+    knows_sdpa: it asks whether the implementation is named "sdpa", and may cut queries or masks where it is not (Gemma 4):
+        it gets the masks of SDPA, whole.
+    """
+
+    none_is_causal: bool = True
+    knows_sdpa: bool = False
+
+
 class Implementation:
     """The attention function and the mask function of one registered name."""
 
     def __init__(self, name: str, config: TSAConfig) -> None:
         self.name, self.config = name, config
         self.seats = Seats(f'attn_implementation="{name}"', config)
-        self._callers: weakref.WeakKeyDictionary[Module, bool] = weakref.WeakKeyDictionary()
+        self._callers: weakref.WeakKeyDictionary[Module, _Caller] = weakref.WeakKeyDictionary()
 
     def mask(
         self,
@@ -93,12 +116,14 @@ class Implementation:
         from transformers.masking_utils import causal_mask_function, sdpa_mask
 
         tracing = is_traced()
-        none_is_causal = tracing or self._check_caller()
+        caller = _Caller() if tracing else self._check_caller()
+        if caller.knows_sdpa:
+            allow_is_causal_skip = False
         past = -1 if tracing or kv_offset else int(q_offset)
         so_far = past + q_length
         prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
         if prefill and allow_is_causal_skip and (local_size is None or so_far <= local_size):
-            return _padding(attention_mask, batch_size, so_far, past == 0 and none_is_causal, others.get("device"))
+            return _padding(attention_mask, batch_size, so_far, past == 0 and caller.none_is_causal, others.get("device"))
         mask = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
@@ -112,10 +137,8 @@ class Implementation:
             setattr(mask, MASK_KIND, MaskKind.PADDING)
         return mask
 
-    def _check_caller(self) -> bool:
-        """Whether the running model takes None for a causal mask where all tokens are valid, as it does with SDPA.
-
-        A model without SDPA may rely on the mask alone: its modules need not say that they are causal.
+    def _check_caller(self) -> _Caller:
+        """What the running model makes of a mask.
 
         Raises:
             ConfigError: the running model, or a module in it, does not ask the interface for its attention. It would take
@@ -125,19 +148,20 @@ class Implementation:
 
         model = next((module for module in running_modules() if isinstance(module, PreTrainedModel)), None)
         if model is None:
-            return True
+            return _Caller()
         if model in self._callers:
             return self._callers[model]
         modules = [*_of_its_own(model)]
-        alone = {kind.__name__: None for kind in map(type, modules) if computes_attention_alone(kind)}
-        if alone or not model._can_set_attn_implementation():
+        kinds = dict.fromkeys(map(type, modules))
+        alone = [kind.__name__ for kind in kinds if computes_attention_alone(kind)]
+        if alone or not (any(map(asks_the_interface, kinds)) or model._can_set_attn_implementation()):
             named = f" ({', '.join(alone)})" if alone else ""
             raise ConfigError(
                 f'attn_implementation="{self.name}" is not possible for {type(model).__name__}, whose attention{named} does '
                 'not come from transformers\' AttentionInterface. Compile it: torch.compile(model, backend="tsa")'
             )
-        known = model._supports_sdpa or all(getattr(module, "is_causal", True) for module in modules)
-        return self._callers.setdefault(model, known)
+        causal = model._supports_sdpa or all(getattr(module, "is_causal", True) for module in modules)
+        return self._callers.setdefault(model, _Caller(causal, any(map(knows_sdpa_by_name, (type(model), *kinds)))))
 
     def attention(
         self,
