@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, attention
+from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, TSAWarning, attention
 from tsa_compile.engines.calls import as_written, read
 from tsa_compile.passes.masks.info import MaskKind
 
@@ -126,6 +126,8 @@ def test_a_model_that_asks_for_sdpa_by_name_gets_its_masks_whole():
         found[name] = [logits(model, ids, attention_mask=mask, logits_to_keep=keep) for mask in masks for keep in (0, 1, 20)]
     for plain, other in zip(*found.values(), strict=True):
         assert difference(plain[:, -20:], other[:, -20:]) < ATOL
+    with pytest.raises(ConfigError, match="20 queries over 50 keys and no mask"), pytest.warns(TSAWarning):
+        logits(torch.compile(model, backend="eager"), ids, logits_to_keep=20)  # the names of a trace are those of its model
 
 
 def test_keys_that_a_model_chose_by_index_are_not_lost():

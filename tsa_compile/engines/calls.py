@@ -136,7 +136,12 @@ def read(
     module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float,
     scaling: float | None, is_causal: bool | None, others: dict[str, Any],
 ) -> Call:  # fmt: skip
-    """The arguments of an attention function, by transformers' conventions for SDPA and FlashAttention."""
+    """The arguments of an attention function, by transformers' conventions for SDPA and FlashAttention.
+
+    Raises:
+        ConfigError: there are more keys than queries, and no mask: as of a compiled model that cuts its queries to the
+            logits that are kept, but not under the name "sdpa" (Gemma 4).
+    """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     length, padding, kind = query.shape[2], None, MaskKind.NONE
     if mask is not None and mask.dim() == 2:
@@ -152,6 +157,11 @@ def read(
             kind = MaskKind.CHUNKED
     elif causal and length > 1:
         kind = MaskKind.CAUSAL
+        if length < key.shape[2]:
+            raise ConfigError(
+                f"{type(module).__name__} has {length} queries over {key.shape[2]} keys and no mask, which does not say "
+                'where they stand: load the model with attn_implementation="sdpa", and compile it with backend="tsa"'
+            )
     if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):  # without those of a static cache that are still to be written
         bias = others.get("position_bias")  # [1 or B, H, Lq, Lk]
         if isinstance(bias, Tensor) and bias.shape[-1] == key.shape[2]:

@@ -1,6 +1,6 @@
 """transformers' AttentionInterface and AttentionMaskInterface: the attention of a model that is not compiled.
 
-    the model asks for a mask     causal, nothing hidden       None, if the model can have SDPA
+    the model asks for a mask     causal, nothing else hidden  None, if the model can have SDPA
                                   causal and padding           bool [B, tokens so far], with its valid ranges
                                   causal, behind a cache       the same, with or without padding
                                   anything else                bool [B, 1, Lq, Lk], as SDPA has it
@@ -123,7 +123,8 @@ class Implementation:
         so_far = past + q_length
         prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
         if prefill and allow_is_causal_skip and (local_size is None or so_far <= local_size):
-            return _padding(attention_mask, batch_size, so_far, past == 0 and caller.none_is_causal, others.get("device"))
+            plain = caller.none_is_causal and q_length == kv_length
+            return _padding(attention_mask, batch_size, so_far, plain, others.get("device"))
         mask = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
