@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 LENGTHS = (40, 300)
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=8, min_tokens=8, layers=[1], min_length=1, floor=None)
 SINGLE = CONFIG.replace(layers=[0])
-CHUNK = 30
+CHUNK = 34
 WIDE = 256
 # configuration, padded, and of what: a whole model, one attention call, which is traced in a third of the time, one whose
 # queries are the last CHUNK positions, or one with heads of WIDE

@@ -46,7 +46,7 @@ PARSED = {
     for name in DECODERS
     for config, padded in ((FLOOR, False), (BARE, True), (BARE, False))
 }
-ROWS = {"chunk": 30, "dense chunk": 30}
+ROWS = {"chunk": 34, "dense chunk": 34}
 WIDTH = {"dense with wide heads, padded": 256}
 SECONDS = 60
 """Of one core, which two layers may take to build."""
