@@ -309,7 +309,7 @@ def _write_constants(program: ExportedProgram) -> None:
 def _name_layers(program: ExportedProgram) -> None:
     """What the passes inserted belongs to the module that reads it: a refusal of a later export names the layer."""
     for node in reversed(program.graph.nodes):
-        if node.op == "call_function" and not node.meta.get("nn_module_stack"):
+        if node.op in ("call_function", "call_method") and not node.meta.get("nn_module_stack"):
             stacks = (reader.meta.get("nn_module_stack") for reader in node.users)
             stack = next(filter(None, stacks), None)
             if stack is not None:
