@@ -54,7 +54,17 @@ def known(condition: Any) -> bool:
     return bool(condition)
 
 
-def in_marked_range(size: torch.SymInt) -> bool:
+def guarded(condition: Any) -> bool:
+    """Whether a (symbolic) condition holds for the sizes at hand. A guard lets sizes with another answer compile anew.
+
+    False where no guard can be had: a size is not known before the graph runs, or lies in a range that the user marked.
+    """
+    if known(condition) or not isinstance(condition, torch.SymBool):
+        return bool(condition)
+    return condition.node.hint is not None and not in_marked_range(condition) and bool(condition)
+
+
+def in_marked_range(size: torch.SymInt | torch.SymBool) -> bool:
     """Whether the user marked a range (`mark_dynamic(x, 1, min=2, max=4096)`) for a size that this one depends on.
 
     A guard within such a range is an error of Dynamo's. One on a size that is dynamic without a range compiles anew.

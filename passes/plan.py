@@ -31,7 +31,7 @@ from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.graph import fake, in_marked_range, known
+from tsa_compile.passes.graph import fake, guarded, in_marked_range, known
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.masks.info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.ranks import group_of_heads, splits_heads
@@ -192,15 +192,15 @@ def is_behind_cache(plan: CallPlan) -> bool:
     """Whether the queries are proven to be the last of the keys, and more than a few, for which the mask is small.
 
     The keys may be no more than the queries in some calls: of a cache that may be empty (`tsa_compile/chunk_cache.py`).
+    A symbolic number of queries fits into a cache of a fixed size by a guard.
     """
     query, key, mask = fake(plan.call.query), fake(plan.call.key), plan.mask
-    if mask is None or mask.kind not in CAUSAL_KINDS:
+    if mask is None or mask.kind not in CAUSAL_KINDS or known(query.shape[2] < FEW_QUERIES):
         return False
-    if not known(query.shape[2] <= key.shape[2]) or known(query.shape[2] < FEW_QUERIES):
-        return False
+    fits = query.shape[2] <= key.shape[2]
     if mask.kind in FILLED_KINDS:
-        return plan.call.is_causal is False
-    return not known(query.shape[2] == key.shape[2])
+        return plan.call.is_causal is False and guarded(fits)
+    return known(fits) and not known(query.shape[2] == key.shape[2])
 
 
 def is_decode_step(plan: CallPlan) -> bool:

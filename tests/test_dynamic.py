@@ -175,6 +175,25 @@ def test_static_cache(padded):
     assert all(row.decision is not Decision.SPARSE for report in reports()[1:] for row in report)
 
 
+@pytest.mark.parametrize("config", [KEEP_ALL, KEEP_ALL.replace(layers=[])], ids=["sparse", "exact"])
+def test_prompts_of_several_lengths_in_static_caches(config):
+    """The second length makes the number of queries symbolic; that it fits into the cache is a guard."""
+    model = llama()
+    compiled = torch.compile(model, backend="tsa", options={"config": config})
+    for length in (40, 34, 50):
+        ids, mask = tokens(3, length), mixed_padding(length, (0, 9, 4))
+        caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
+        with torch.no_grad():
+            found, plain = (
+                m(ids, attention_mask=mask, past_key_values=cache).logits
+                for m, cache in zip((compiled, model), caches, strict=True)
+            )
+        assert difference(found, plain, mask) < ATOL, length
+    assert {row.decision for report in reports() for row in report} <= {Decision.SPARSE, Decision.DENSE_PADDED}
+    assert len(reports()) == 2
+    assert reports()[0].sparse == reports()[1].sparse == len(config.layers)
+
+
 @pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "gpt2"], "llama"))
 def test_generate(name):
     """Greedy tokens equal the plain model's where every token is kept."""
