@@ -109,9 +109,12 @@ transformers.logging.disable_progress_bar()
 
 
 def tiny(name, attention="sdpa", **changes):
-    """A causal language model with random weights, in evaluation mode; the same weights whatever the attention."""
+    """A causal language model with random weights, in evaluation mode; the same weights whatever the attention.
+
+    The weights are larger than a model begins training with: attention would be nearly uniform, and scores would tie.
+    """
     kind, sizes = {**DECODERS, **OTHERS}[name]
-    config = getattr(transformers, kind)(**{**sizes, **changes})
+    config = getattr(transformers, kind)(**{"initializer_range": 0.1, **sizes, **changes})
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
