@@ -33,7 +33,7 @@ def found(request, tmp_path_factory):
     if transformers.__version__ < "5.24" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("transformers before 5.24 splits models by accelerate only")
     folder = tmp_path_factory.mktemp("ranks")
-    model = tiny("llama")
+    model = tiny("llama", initializer_range=0.02)
     for layer in model.model.layers:  # from flat attention to sharp: the two processes would decide otherwise
         layer.self_attn.q_proj.weight.data.unflatten(0, (4, -1)).mul_(torch.tensor([1, 4, 16, 64])[:, None, None])
     model.save_pretrained(folder / "model")

@@ -64,20 +64,36 @@ def test_models_that_compute_attention_by_themselves_are_refused(name):
 PEGASUS = dict(vocab_size=64, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0)
 
 
-def test_a_decoder_whose_modules_do_not_say_that_they_are_causal():
-    """BigBirdPegasus relies on the mask alone, by its eager function: transformers refuses it SDPA."""
-    config = transformers.BigBirdPegasusConfig(**PEGASUS, max_position_embeddings=256, is_decoder=True)
+V4 = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, vocab_size=64, n_routed_experts=4, q_lora_rank=8,
+    qk_rope_head_dim=8, num_experts_per_tok=2, moe_intermediate_size=16, sliding_window=16, pad_token_id=0,
+    layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+)  # fmt: skip
+WITHOUT_SDPA = [
+    pytest.param("BigBirdPegasus", dict(PEGASUS, is_decoder=True), Reason.MASK_OPAQUE, id="relies on the mask"),
+    pytest.param("DeepseekV4", V4, Reason.UNSUPPORTED_FORM, id="adds to the mask"),
+]
+
+
+@pytest.mark.parametrize("name, sizes, reason", WITHOUT_SDPA)
+def test_models_that_transformers_gives_no_sdpa_get_the_masks_of_eager_attention(name, sizes, reason):
+    """BigBirdPegasus' modules do not say that they are causal; DeepSeek V4 joins numbers to its masks."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"needs a transformers with {name}")
+    config = getattr(transformers, f"{name}Config")(**sizes, max_position_embeddings=256)
     torch.manual_seed(0)
-    model, ids = transformers.BigBirdPegasusForCausalLM(config).eval(), tokens(2, LENGTH)
-    assert model.config._attn_implementation == "eager" and not model.model.decoder.layers[0].self_attn.is_causal
-    expected = logits(model, ids)
-    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[]), name="tsa-mask-alone"))
-    for inputs in (dict(attention_mask=torch.ones_like(ids)), {}):
-        assert difference(logits(model, ids, **inputs), expected) < ATOL
-    assert reasons(model) == [Reason.LAYER_NOT_SELECTED] * 2
-    model.set_attn_implementation(attention.register(KEEP_ALL.replace(layers=[0, 1]), name="tsa-mask-alone-sparse"))
-    assert difference(logits(model, ids), expected) < ATOL
-    assert reasons(model) == [Reason.SPARSE] * 2
+    model, ids = getattr(transformers, f"{name}ForCausalLM")(config).eval(), tokens(2, LENGTH)
+    assert model.config._attn_implementation == "eager"
+    masks = [{}, dict(attention_mask=torch.ones_like(ids)), dict(attention_mask=mixed_padding(LENGTH, (0, 9)))]
+    expected = [logits(model, ids, **inputs) for inputs in masks]
+    model.set_attn_implementation(attention.register(FLOOR.replace(layers=[0, 1]), name="tsa-whole-masks"))
+    with pytest.warns(TSAWarning, match="no attention call became sparse|none became sparse"):
+        found = [logits(model, ids, **inputs) for inputs in masks]
+    for plain, other, inputs in zip(expected, found, masks, strict=True):
+        assert difference(plain, other, inputs.get("attention_mask")) < ATOL
+    assert reasons(model) == [reason] * 2
+    with pytest.raises(ConfigError, match=rf'{name}\w+ has none.*attn_implementation="eager"'), pytest.warns(TSAWarning):
+        logits(torch.compile(model, backend="eager"), ids)
 
 
 def test_a_model_of_which_only_the_tower_asks_the_interface_is_refused():

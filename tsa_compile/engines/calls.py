@@ -95,8 +95,11 @@ class Call:
             cached = ": a prefill behind a cache" if self.is_chunk else ""
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
         reason = plan.MASK_REASONS.get(self.kind)
-        opaque = reason is Reason.MASK_OPAQUE
-        return None if reason is None else (reason, "it was not asked for as causal, a window or chunks" if opaque else "")
+        if reason is not Reason.MASK_OPAQUE:
+            return None if reason is None else (reason, "")
+        if hasattr(self.mask, MASK_KIND):
+            return reason, "the model may change its masks, so it gets them whole"
+        return reason, "it was not asked for as causal, a window or chunks"
 
     def _computed_in(self) -> torch.dtype:
         """The type that SDPA computes in: autocast casts for it, but not for our ops."""

@@ -1,9 +1,9 @@
 """transformers' AttentionInterface and AttentionMaskInterface: the attention of a model that is not compiled.
 
-    the model asks for a mask     causal, nothing else hidden  None, if the model can have SDPA
+    the model asks for a mask     causal, nothing else hidden  None
                                   causal and padding           bool [B, tokens so far], with its valid ranges
                                   causal, behind a cache       the same, with or without padding
-                                  anything else                bool [B, 1, Lq, Lk], as SDPA has it
+                                  anything else                [B, 1, Lq, Lk], as SDPA or eager attention has it
     a layer asks for attention    prefill, layer selected      tsa.sparse_attention, tsa.padded_sparse_attention
                                   prefill, layer dense         SDPA, tsa.cached_attention, tsa.padded_attention
                                   anything else                as the model wrote it: SDPA, or its own eager function
@@ -14,10 +14,11 @@ Under `torch.compile` and `torch.export` all of it is SDPA, whose calls the comp
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,27 +74,13 @@ def report_of(model: Module) -> RewriteReport:
     return RewriteReport(rows=tuple(rows), config=found[-1][1].to_dict() if found else {})
 
 
-@dataclass(frozen=True)
-class _Caller:
-    """What a model makes of masks.
-
-    none_is_causal: where all tokens are valid it takes None for a causal mask, as it does with SDPA. A model without SDPA
-        may rely on the mask alone: its modules need not say that they are causal.
-    knows_sdpa: it asks whether the implementation is named "sdpa", and may cut queries or masks where it is not (Gemma 4):
-        it gets the masks of SDPA, whole.
-    """
-
-    none_is_causal: bool = True
-    knows_sdpa: bool = False
-
-
 class Implementation:
     """The attention function and the mask function of one registered name."""
 
     def __init__(self, name: str, config: TSAConfig) -> None:
         self.name, self.config = name, config
         self.seats = Seats(f'attn_implementation="{name}"', config)
-        self._callers: weakref.WeakKeyDictionary[Module, _Caller] = weakref.WeakKeyDictionary()
+        self._masks: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()
 
     def mask(
         self,
@@ -113,33 +100,35 @@ class Implementation:
         `allow_is_causal_skip` is transformers' word that nothing but causality, a window or chunks of `local_size` tokens,
         and padding hides anything.
         """
-        from transformers.masking_utils import causal_mask_function, sdpa_mask
+        from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
         tracing = is_traced()
-        caller = _Caller() if tracing else self._check_caller()
-        if caller.knows_sdpa:
-            allow_is_causal_skip = False
+        whole = "" if tracing else self._whole_masks()
         past = -1 if tracing or kv_offset else int(q_offset)
         so_far = past + q_length
         prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
-        if prefill and allow_is_causal_skip and (local_size is None or so_far <= local_size):
-            plain = caller.none_is_causal and q_length == kv_length
-            return _padding(attention_mask, batch_size, so_far, plain, others.get("device"))
-        mask = sdpa_mask(
+        if prefill and allow_is_causal_skip and not whole and (local_size is None or so_far <= local_size):
+            return _padding(attention_mask, batch_size, so_far, q_length == kv_length, others.get("device"))
+        mask = (eager_mask if whole == "eager" else sdpa_mask)(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
-            local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **others,
+            local_size=local_size, allow_is_causal_skip=allow_is_causal_skip and not whole, **others,
         )  # fmt: skip
         if mask is None or tracing:
             return mask
-        if allow_is_causal_skip and local_size is not None:
+        if whole:
+            setattr(mask, MASK_KIND, MaskKind.OPAQUE)
+        elif allow_is_causal_skip and local_size is not None:
             setattr(mask, MASK_KIND, MaskKind.SLIDING_WINDOW)
         elif others.get("allow_is_bidirectional_skip") and local_size is None:  # nothing but padding hides anything
             setattr(mask, MASK_KIND, MaskKind.PADDING)
         return mask
 
-    def _check_caller(self) -> _Caller:
-        """What the running model makes of a mask.
+    def _whole_masks(self) -> str:
+        """Whose masks the running model gets, whole: "sdpa" or "eager"; "" if ours tell it what it needs.
+
+        A model may do something else with masks where the implementation's name is not "sdpa", such as cut them (Gemma 4).
+        One that transformers gives no SDPA may add to its masks (DeepSeek V4), or rely on them for causality.
 
         Raises:
             ConfigError: the running model, or a module in it, does not ask the interface for its attention. It would take
@@ -149,11 +138,10 @@ class Implementation:
 
         model = next((module for module in running_modules() if isinstance(module, PreTrainedModel)), None)
         if model is None:
-            return _Caller()
-        if model in self._callers:
-            return self._callers[model]
-        modules = [*_of_its_own(model)]
-        kinds = dict.fromkeys(map(type, modules))
+            return ""
+        if model in self._masks:
+            return self._masks[model]
+        kinds = dict.fromkeys(map(type, _of_its_own(model)))
         alone = [kind.__name__ for kind in kinds if computes_attention_alone(kind)]
         if alone or not (any(map(asks_the_interface, kinds)) or model._can_set_attn_implementation()):
             named = f" ({', '.join(alone)})" if alone else ""
@@ -161,8 +149,8 @@ class Implementation:
                 f'attn_implementation="{self.name}" is not possible for {type(model).__name__}, whose attention{named} does '
                 'not come from transformers\' AttentionInterface. Compile it: torch.compile(model, backend="tsa")'
             )
-        causal = model._supports_sdpa or all(getattr(module, "is_causal", True) for module in modules)
-        return self._callers.setdefault(model, _Caller(causal, any(map(knows_sdpa_by_name, (type(model), *kinds)))))
+        by_name = any(map(knows_sdpa_by_name, (type(model), *kinds)))
+        return self._masks.setdefault(model, "eager" if not model._supports_sdpa else "sdpa" if by_name else "")
 
     def attention(
         self,
@@ -180,6 +168,7 @@ class Implementation:
         traced = is_traced()
         if traced:
             _say_that_it_is_compiled(self.name, query.shape[2] == 1)
+            _check_sdpa(self.name, _without_sdpa(type(module).__module__))
         call = read(module, query, key, value, attention_mask, dropout, scaling, is_causal, others)
         if query.shape[2] == 1 or traced:
             return as_written(call)
@@ -275,6 +264,24 @@ def _check_keys(key: Tensor, mask: Tensor | None) -> None:
         raise ConfigError(
             f"an attention_mask of {mask.shape[1]} tokens for {key.shape[2]} keys: the cache of this layer holds less, as "
             "after an error in the middle of a prompt. Begin the prompt with a new cache"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _without_sdpa(home: str) -> str:
+    """The name of a model in a file whose models transformers gives no SDPA. Which one runs is not known in a trace."""
+    from transformers import PreTrainedModel
+
+    classes = (each for each in vars(sys.modules[home]).values() if isinstance(each, type) and each.__module__ == home)
+    models: list[type[PreTrainedModel]] = [each for each in classes if issubclass(each, PreTrainedModel)]
+    return "" if any(model._supports_sdpa for model in models) or not models else models[0].__name__
+
+
+def _check_sdpa(name: str, without: str) -> None:
+    if without:
+        raise ConfigError(
+            f'attn_implementation="{name}" is SDPA in a compiled or exported model, and {without} has none: load the model '
+            'with attn_implementation="eager", and compile it with backend="tsa"'
         )
 
 
