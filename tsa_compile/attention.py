@@ -38,7 +38,7 @@ def register(config: TSAConfig | None = None, *, name: str = "tsa") -> str:
         The name.
 
     Raises:
-        ConfigError: the name is not allowed, or an argument is no configuration.
+        ConfigError: the name is not allowed, an argument is no configuration, or transformers is older than 5.4.
         KernelError: the configuration names a kernel that is not registered.
         ImportError: transformers is not installed.
     """

@@ -14,6 +14,7 @@ Under `torch.compile` and `torch.export` all of it is SDPA, whose calls the comp
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 import weakref
@@ -59,9 +60,15 @@ _rows: weakref.WeakKeyDictionary[Module, tuple[CallRow, TSAConfig]] = weakref.We
 
 def add(name: str, config: TSAConfig) -> None:
     """Registers an implementation under a name."""
-    from transformers.masking_utils import AttentionMaskInterface
+    import transformers
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        raise ConfigError(
+            f"attn_implementation={name!r} needs transformers 5.4 or newer, which says where the queries of a mask stand; "
+            f'this is {transformers.__version__}: upgrade it, or compile the model with backend="tsa"'
+        )
     implementation = Implementation(name, config)
     AttentionInterface.register(name, implementation.attention)
     AttentionMaskInterface.register(name, implementation.mask)
