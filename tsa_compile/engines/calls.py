@@ -98,7 +98,7 @@ class Call:
         if reason is not Reason.MASK_OPAQUE:
             return None if reason is None else (reason, "")
         if hasattr(self.mask, MASK_KIND):
-            return reason, "the model may change its masks, so it gets them whole"
+            return reason, 'the model may change its masks, so it gets them whole; a compiler with backend="tsa" reads them'
         return reason, "it was not asked for as causal, a window or chunks"
 
     def _computed_in(self) -> torch.dtype:
