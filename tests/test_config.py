@@ -241,3 +241,8 @@ class TestJson:
         path.write_text("[1]")
         with pytest.raises(ConfigError, match=r"config\.json' must be a JSON object"):
             TSAConfig.from_json(path)
+
+
+def test_a_calibration_is_told_from_a_configuration():
+    with pytest.raises(ConfigError, match=r"load_calibration\(path\)\.config\(\).*--sparse-layers"):
+        TSAConfig.from_json({"format": "tsa_compile.calibration/1", "fingerprint": {}})

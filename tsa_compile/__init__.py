@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tsa_compile.backend import tsa_backend
-    from tsa_compile.calibration.calibrate import Calibration, calibrate, preset
+    from tsa_compile.calibration.calibrate import Calibration, calibrate, load_calibration, preset
     from tsa_compile.calibration.loss_search import LossCalibration
     from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
     from tsa_compile.costs.predict import Prediction, predict
@@ -54,6 +54,7 @@ __all__ = [
     "calibrate",
     "clear_reports",
     "explain",
+    "load_calibration",
     "predict",
     "prefill",
     "preset",
@@ -64,7 +65,7 @@ __all__ = [
 # Where each name lives. It is imported when it is asked for, so that `tsa-compile --help` need not wait for torch.
 _HOMES = {
     "backend": ("tsa_backend",),
-    "calibration.calibrate": ("Calibration", "calibrate", "preset"),
+    "calibration.calibrate": ("Calibration", "calibrate", "load_calibration", "preset"),
     "calibration.loss_search": ("LossCalibration",),
     "config": ("Coverage", "Floor", "KeepRatio", "TSAConfig"),
     "errors": ("ConfigError", "KernelError", "RewriteError", "TSAError", "TSAWarning"),

@@ -244,6 +244,11 @@ class TSAConfig:
             ConfigError: the text is no JSON object, a key is unknown or a value not allowed.
         """
         values = _read_json(source)
+        if str(values.get("format")).startswith("tsa_compile.") and "fingerprint" in values:
+            raise ConfigError(
+                "this is a calibration, not a configuration: read it with load_calibration(path).config(), or on the command "
+                "line pass it to --sparse-layers"
+            )
         _check_names(values, OPTIONS)
         return cls().replace(**values)
 

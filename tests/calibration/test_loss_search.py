@@ -296,6 +296,9 @@ def test_files(tmp_path):
         ({"prompts": math.inf}, "calibrate again"),
         ({"layers": []}, "0 layers"),
         ({"config": {"a": 1}}, "not an option"),
+        ({"config": {**found.to_dict()["config"], "layers": {"2": {"keep_ratio": 0.3}}}}, "to change layers by hand"),
+        ({"layers": found.to_dict()["layers"][:2]}, "and by its ratios"),
+        ({"layers": [*found.to_dict()["layers"], found.to_dict()["layers"][0]]}, "4 layers, and its model 3"),
     ):
         (tmp_path / "c.json").write_text(json.dumps(found.to_dict() | change))
         with pytest.raises(ConfigError, match=said):

@@ -34,9 +34,17 @@ def test_calibrate_by_loss_writes_a_ratio_for_each_layer(traced, tmp_path):
     assert done.exit_code == 0 and "2 of 2 layers sparse" in done.stdout and f"--sparse-layers {path}" in done.stdout
     found = LossCalibration.load(path)
     assert (found.prompts, found.tokens, found.length, found.ratios) == (2, 16, 32, (0.25, 0.25))
-    run("explain", *TINY, *QUICK, "--sparse-layers", str(path))
-    assert traced[0].layers == {0: KeepRatio(0.25), 1: KeepRatio(0.25)}
-    assert texts.setting(f"layers={path},window=8") == ({"layers": found.sparse_layers, "window": 8}, False)
+    short = ["explain", *TINY, "--length", "40", "--no-predict", "--sparse-layers", str(path)]
+    run(*short)
+    assert traced[0] == found.config(), "with what was measured"
+    assert traced[0].layers == {0: KeepRatio(0.25), 1: KeepRatio(0.25)} and traced[0].window == 4
+    run(*short, "--window", "6", "--floor", "none")
+    assert traced[1] == found.config(window=6, floor=None)
+    (tmp_path / "other.json").write_text("{}")
+    run(*short, "--config", str(tmp_path / "other.json"))
+    assert traced[2] == TSAConfig(layers=found.sparse_layers)
+    changes, random = texts.setting(f"layers={path},window=8")
+    assert TSAConfig(**changes) == found.config(window=8) and not random
     said = fails(2, "explain", *TINY, *QUICK, "--sparse-layers", str(path), "--budget", "keep:0.5")
     assert "the budget keep:0.5, and layers with a budget each: leave one of them out" in said
     with pytest.raises(ConfigError, match="leave one of them out"):

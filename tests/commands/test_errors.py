@@ -381,10 +381,25 @@ def test_lines_of_json_are_prompts(tmp_path):
     assert read(path, 2, None, Words) == [[1, 2], [2, 1], [7, 8], [4]]
 
 
+def test_lines_end_where_json_says(tmp_path):
+    """Scraped text has Unicode's separators of lines and paragraphs, and files of some editors begin with a mark."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028bb\u0085ccc"}\r\n{"text": "dd"}\r\n'.encode())
+    assert read(path, 5, None, Words) == [[1, 2, 3], [2]]
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.txt", "prompts.JSONL"])
+def test_lines_of_json_are_known_by_their_first(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('{"text": "a bb ccc"}\n{"input_ids": [7, 8]}\n')
+    assert read(path, 2, None, Words) == [[1, 2], [7, 8]]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "is empty"),
+        ('{"input_ids": []}', "has no tokens"),
         ('"a"\n{', "line 2 is not JSON"),
         ('{"input_ids": [1.5]}', "line 1 is no prompt"),
         ("3", "is no"),

@@ -107,7 +107,7 @@ class LossCalibration(Calibrated):
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> LossCalibration:
         rows = values["layers"]
-        return cls(
+        found = cls(
             layers=tuple(str(row["name"]) for row in rows), ratios=tuple(row["ratio"] for row in rows),
             alone=tuple({float(ratio): float(kl) for ratio, kl in row["alone"].items()} for row in rows),
             kl=float(values["kl"]), max_kl=float(values["max_kl"]), saved=float(values["saved"]),
@@ -115,6 +115,14 @@ class LossCalibration(Calibrated):
             base=TSAConfig.from_json(values["config"]).replace(layers=None),
             fingerprint=Fingerprint.from_dict(values["fingerprint"]),
         )  # fmt: skip
+        if TSAConfig.from_json(values["config"]).layers != found.sparse_layers:
+            raise ValueError(
+                f"the layers of its config are {values['config'].get('layers')!r}, and by its ratios "
+                f"{found.config().to_dict()['layers']!r}: to change layers by hand, write a TSAConfig's JSON file of your own"
+            )
+        if len(rows) != found.fingerprint.layers:
+            raise ValueError(f"it has {len(rows)} layers, and its model {found.fingerprint.layers}")
+        return found
 
 
 def calibrate_loss(

@@ -172,9 +172,11 @@ class SparseOptions:
         """
         from tsa_compile.kernels import registry
 
+        base = {}
         if self.sparse_layers is not None:
             changes["layers"] = texts.layers_of(self.sparse_layers, source.config, source.name)
-        config = self._but_layers().replace(**changes)
+            base = texts.measured(self.sparse_layers)
+        config = self._but_layers(**base).replace(**changes)
         texts.check_one_budget(self.budget, config.layers)
         check_layers(config, source)
         registry.check(config.kernel, config.dense_kernel)
@@ -188,8 +190,9 @@ class SparseOptions:
         else:
             texts.check_one_budget(self.budget, config.layers)
 
-    def _but_layers(self) -> TSAConfig:
-        base = TSAConfig() if self.config is None else read_config(self.config)
+    def _but_layers(self, **measured: Any) -> TSAConfig:
+        """The configuration of the options besides the layers, over those by which the layers were measured."""
+        base = TSAConfig(**measured) if self.config is None else read_config(self.config)
         changes: dict[str, Any] = {} if self.kernel is None else {"kernel": self.kernel}
         for name, least in (("window", 1), ("min_tokens", 0), ("min_length", 1)):
             if (value := getattr(self, name)) is not None:

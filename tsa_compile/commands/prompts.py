@@ -15,8 +15,9 @@ _TEXT_KEYS = ("text", "prompt", "content")
 def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[list[int]]:
     """The prompts of a file, each of at most `length` tokens.
 
-    A file named .jsonl or .ndjson holds one prompt a line: {"input_ids": [...]}, {"text": "..."} (also "prompt" or
-    "content"), or a JSON string. Any other file is one text, which is cut into pieces of `length` tokens.
+    A file named .jsonl, .ndjson or .json, or whose first line is such a prompt, holds one prompt a line:
+    {"input_ids": [...]}, {"text": "..."} (also "prompt" or "content"), or a JSON string. Any other file is one text, which
+    is cut into pieces of `length` tokens.
 
     Args:
         count: at most so many; None: all.
@@ -26,12 +27,12 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
         ConfigError: the file cannot be read or holds no prompts.
     """
     text = read_text(path)
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json") or _begins_with_prompt(text):
         found = [ids[:length] for ids in _lines(path, text, count, tokenizer)]
     else:
         found = _pieces(_encode(path, tokenizer(), text), length)[:count]
     if not found:
-        raise ConfigError(f"{str(path)!r} holds no prompts: it is empty")
+        raise ConfigError(f"{str(path)!r} holds no prompts: it has no tokens")
     return found
 
 
@@ -39,7 +40,7 @@ def read_text(path: Path, option: str = "--prompts") -> str:
     """What the file of an option holds; ConfigError where it cannot be read or is blank."""
     allowed = "a text file in UTF-8" + (", or a JSONL file of prompts" if option == "--prompts" else "")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors of Windows begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{option} {str(path)!r} cannot be read ({reason}): pass {allowed}") from error
@@ -53,9 +54,18 @@ def _pieces(ids: list[int], length: int) -> list[list[int]]:
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)] or ([ids] if ids else [])
 
 
+def _begins_with_prompt(text: str) -> bool:
+    first = text.lstrip().partition("\n")[0]
+    try:
+        value = json.loads(first) if first.startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return _prompt(value) is not None
+
+
 def _lines(path: Path, text: str, count: int | None, tokenizer: Any) -> Iterator[list[int]]:
     encoder = None
-    given = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    given = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for number, line in given[:count]:
         where = f"{str(path)!r}, line {number}"
         try:

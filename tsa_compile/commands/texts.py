@@ -104,6 +104,16 @@ def layers_of(text: str, config: Any, name: str, model: Any = None) -> HeldLayer
     return found.sparse_layers
 
 
+_MEASURED = ("window", "floor", "score", "pool", "min_tokens", "granularity", "capacity", "kernel")
+"""The options that the cost of a sparse layer depends on, besides its budget."""
+
+
+def measured(text: str) -> dict[str, Any]:
+    """The options by which the calibration that a text names was measured; none where nothing sparse was measured."""
+    base = getattr(layers(text), "base", None)
+    return {} if base is None else {name: getattr(base, name) for name in _MEASURED}
+
+
 LayerReader = Callable[[str], HeldLayers | None]
 """`unchecked_layers`, or `layers_of` a model."""
 
@@ -111,11 +121,12 @@ LayerReader = Callable[[str], HeldLayers | None]
 def setting(text: str, read: LayerReader = unchecked_layers) -> tuple[dict[str, Any], bool]:
     """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
 
-    Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json.
+    Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json. They come with
+    the options by which they were measured, which fields behind them change.
     """
     first, *others = text.split(",")
     calibrated = first.startswith("layers=")  # which may have a budget each
-    changes: dict[str, Any] = {} if calibrated else {"budget": budget(first)}
+    changes: dict[str, Any] = measured(_layers_in(first)) if calibrated else {"budget": budget(first)}
     others = [first, *others] if calibrated else others
     random = False
     for part in others:
@@ -152,10 +163,15 @@ def field(name: str, value: str, read: LayerReader = unchecked_layers) -> dict[s
     if name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
         return {"floor": floor(value.replace("+", ","))}
     if name == "layers" and value:
-        return {"layers": read(value.replace("+", ","))}
+        return {"layers": read(_layers_in(f"layers={value}"))}
     if name in ("window", "min_tokens") and (tokens := _tokens(value)) is not None:
         return {name: tokens}
     return {name: value} if name in ("granularity", "kernel") and value else None
+
+
+def _layers_in(part: str) -> str:
+    """The layers of layers=4-7+9, as an option of their own writes them."""
+    return part.partition("=")[2].strip().replace("+", ",")
 
 
 def floor(text: str) -> Floor | None:
