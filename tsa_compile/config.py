@@ -246,8 +246,8 @@ class TSAConfig:
         values = _read_json(source)
         if str(values.get("format")).startswith("tsa_compile.") and "fingerprint" in values:
             raise ConfigError(
-                "this is a calibration, not a configuration: read it with load_calibration(path).config(), or on the command "
-                "line pass it to --sparse-layers"
+                "this is a calibration, not a configuration: read it with load_calibration(path).config(), or pass it to "
+                "--sparse-layers on the command line"
             )
         _check_names(values, OPTIONS)
         return cls().replace(**values)

@@ -296,7 +296,7 @@ def test_files(tmp_path):
         ({"prompts": math.inf}, "calibrate again"),
         ({"layers": []}, "0 layers"),
         ({"config": {"a": 1}}, "not an option"),
-        ({"config": {**found.to_dict()["config"], "layers": {"2": {"keep_ratio": 0.3}}}}, "to change layers by hand"),
+        ({"config": {**found.to_dict()["config"], "layers": {"2": {"keep_ratio": 0.3}}}}, "to choose layers by hand"),
         ({"layers": found.to_dict()["layers"][:2]}, "and by its ratios"),
         ({"layers": [*found.to_dict()["layers"], found.to_dict()["layers"][0]]}, "4 layers, and its model 3"),
     ):

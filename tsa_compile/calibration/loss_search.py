@@ -118,7 +118,7 @@ class LossCalibration(Calibrated):
         if TSAConfig.from_json(values["config"]).layers != found.sparse_layers:
             raise ValueError(
                 f"the layers of its config are {values['config'].get('layers')!r}, and by its ratios "
-                f"{found.config().to_dict()['layers']!r}: to change layers by hand, write a TSAConfig's JSON file of your own"
+                f"{found.config().to_dict()['layers']!r}: to choose layers by hand, write a TSAConfig's JSON file"
             )
         if len(rows) != found.fingerprint.layers:
             raise ValueError(f"it has {len(rows)} layers, and its model {found.fingerprint.layers}")

@@ -56,8 +56,11 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="The file to write: .pt2, .onnx, .engine or .ts.")] = None,
     kind: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.PROGRAM,
     lengths: Annotated[
-        tuple[str, str], typer.Option("--lengths", metavar="MIN MAX", help="The shortest and the longest prompt.")
-    ] = ("1K", "128K"),
+        tuple[str, str] | None,
+        typer.Option(
+            "--lengths", metavar="MIN MAX", help="The shortest and the longest prompt. Default: 1K 128K, or the positions."
+        ),
+    ] = None,
     batches: Annotated[
         tuple[int, int] | None,
         typer.Option("--batches", metavar="MIN MAX", help="A range of batch sizes. Default: 1 alone."),
@@ -67,7 +70,7 @@ def export(
     ] = False,
 ) -> None:
     """Export the prefill for a range of lengths: for C++ (AOTInductor), ONNX, TensorRT, or as a torch.export program."""
-    span = texts.extent(*lengths)
+    given = None if lengths is None else texts.extent(*lengths)
     if batches is not None and not 1 <= batches[0] < batches[1]:
         raise ConfigError(
             f"--batches {batches[0]} {batches[1]} is not a range of sizes from 1 on: write the smaller size first, as 1 8"
@@ -76,6 +79,8 @@ def export(
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         config = sparse.tsa_config(source)
+        span = _span(source, given)
+        _check_installed(kind)
         length = _example_length(source, *span)
         source.check(length, _example_batch(batches))
     with output.working(f"Loading {source.name}"):
@@ -109,6 +114,26 @@ def _target(out: Path | None, kind: Format, check: bool) -> Path:
     if check and kind is not Format.ONNX:
         raise ConfigError(f"--check goes with --format onnx, found {kind}: TensorRT's tables speak of ONNX operators")
     return writable(out, *SUFFIXES[kind])
+
+
+def _span(source: Source, given: tuple[int, int] | None) -> tuple[int, int]:
+    """The shortest and the longest length, before any weights are loaded."""
+    from tsa_compile.evaluation.limits import check_config
+    from tsa_compile.export.program import default_lengths
+
+    config = source.config.get_text_config()
+    span = given or default_lengths(None, config)
+    check_config(config, source.name, span[1])
+    return span
+
+
+def _check_installed(kind: Format) -> None:
+    """Raises what a missing package or compiler raises, before the model is loaded and traced."""
+    from tsa_compile.export import aoti, onnx, tensorrt
+
+    needed = {Format.AOTI: aoti.require_compiler, Format.ONNX: onnx.packages, Format.TENSORRT: tensorrt.package}
+    if kind in needed:
+        needed[kind]()
 
 
 def _example_length(source: Source, low: int, high: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from tsa_compile.calibration.fingerprint import text_config
@@ -13,10 +15,15 @@ def check_positions(model: nn.Module, longest: int, room: int = 0) -> None:
 
     A model whose configuration names no positions takes any length.
     """
-    positions = getattr(text_config(model), "max_position_embeddings", None)
+    check_config(text_config(model), type(model).__name__, longest, room)
+
+
+def check_config(config: Any, name: str, longest: int, room: int = 0) -> None:
+    """The same by the configuration, without its other parts, of the model called `name`."""
+    positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or not 0 < positions < longest + room:
         return
-    name, most = type(model).__name__, f"lengths up to {positions - room:,} fit"
+    most = f"lengths up to {positions - room:,} fit"
     if room:
         raise ConfigError(
             f"prompts of {longest:,} tokens and {room} of an answer make {longest + room:,}, {name} has "

@@ -61,7 +61,7 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
         ImportError: the packages onnx and onnxscript are missing.
     """
     check_type("program", program, ExportedProgram, "what export_program returns")
-    onnx = require("onnx", "onnxscript")[0]
+    onnx = packages()[0]
     if opset not in OPSETS:
         raise ConfigError(
             f"opset={opset!r} is not allowed: opset must be one of {', '.join(map(str, OPSETS))} "
@@ -76,6 +76,11 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     with replacing(target) as beside:
         exported.save(str(beside))
         onnx.checker.check_model(str(beside), full_check=True)
+
+
+def packages() -> list[Any]:
+    """The packages onnx and onnxscript, by which files are written; ImportError where one is missing."""
+    return require("onnx", "onnxscript")
 
 
 def require(*modules: str, extra: str = "onnx") -> list[Any]:

@@ -12,23 +12,27 @@ is sparse is decided for the whole range of lengths, and where that would change
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import Tensor
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tsa_compile.calibration.fingerprint import text_config, unwrapped
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import minimum
 from tsa_compile.costs.calls import CallShape
-from tsa_compile.errors import ConfigError, RewriteError, check_inference, check_type
+from tsa_compile.errors import ConfigError, RewriteError, check_inference, check_type, unknown
+from tsa_compile.evaluation.limits import check_positions
 from tsa_compile.passes.base import CallPlan, PassResult, summary
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
@@ -37,6 +41,7 @@ from tsa_compile.passes.plan import PlanCalls, all_kept_below
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import record
 
+_SHORTEST, _LONGEST = 1024, 131072
 Range = tuple[int, int]
 Inputs = Mapping[str, Any] | Sequence[Any]
 
@@ -46,7 +51,7 @@ def export_program(
     example_inputs: Inputs,
     config: TSAConfig | None = None,
     *,
-    dynamic_lengths: Range | None = (1024, 131072),
+    dynamic_lengths: Range | Literal["auto"] | None = "auto",
     dynamic_batch: Range | None = None,
     lower: Form | None = None,
 ) -> ExportedProgram:
@@ -59,7 +64,8 @@ def export_program(
         example_inputs: keyword inputs by name, or positional ones: token ids and masks [B, L], embeddings [B, L, E]. L and
             B are read from `input_ids`, `inputs_embeds` or else the first input. None stands for an input left out.
         config: which layers become sparse, and how; the defaults if None.
-        dynamic_lengths: shortest and longest length: every dimension of an input that is L in the example; None: L as it is.
+        dynamic_lengths: shortest and longest length: every dimension of an input that is L in the example. "auto": from
+            1,024 to 131,072 tokens, or as many as the model has positions. None: L as it is.
         dynamic_batch: the same for the first dimension, B.
         lower: None: the tsa ops stay, to be read, or lowered by `aoti.save` and `onnx.save`. "aten": plain ATen operators.
             "triton" (CUDA): triton_ops around our kernels, which AOTInductor compiles in.
@@ -75,15 +81,23 @@ def export_program(
     config = given(config, "export_program")
     check_type("model", model, torch.nn.Module, "a torch.nn.Module")
     check_inference(model, "exported programs are for inference")
-    args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export()
+    model = unwrapped(model)
+    if dynamic_lengths == "auto":
+        dynamic_lengths = default_lengths(model)
+    args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export(model)
+    if dynamic_lengths is not None:
+        check_positions(model, dynamic_lengths[1])
     with torch.no_grad(), _without_cache(model), _unaligned_masks(), simplified_minima():
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
+            sizes = (
+                ". If a size of the model equals the example's length or batch, choose another; if the model itself fixes a "
+                "size, pass None for it"
+            )
             raise RewriteError(
                 f"torch.export cannot trace the model with dynamic_lengths={dynamic_lengths} and "
-                f"dynamic_batch={dynamic_batch}: {summary(error)}. If a size of the model equals the example's length or "
-                "batch, choose another; if the model itself fixes a size, pass None for it."
+                f"dynamic_batch={dynamic_batch}: {summary(error)}{sizes * _is_about_sizes(error)}"
             ) from error
         _write_constants(program)
         free = _free_sizes(program)
@@ -95,6 +109,18 @@ def export_program(
         _check_ends(program)
     record(report)
     return program
+
+
+def default_lengths(model: torch.nn.Module | None, config: Any = None) -> Range:
+    """The shortest and the longest length of an export where none are named; of a model, or of its configuration."""
+    config = text_config(model) if model is not None else config
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = min(_LONGEST, positions) if isinstance(positions, int) and positions > 1 else _LONGEST
+    return min(_SHORTEST, longest // 2), longest
+
+
+def _is_about_sizes(error: Exception) -> bool:
+    return isinstance(error, UserError) or any(word in str(error) for word in ("onstrain", "dynamic", "specializ"))
 
 
 def _unaligned_masks() -> AbstractContextManager[Any]:
@@ -199,12 +225,27 @@ class _Example:
             dims[0] = self.batches
         return dims
 
-    def for_export(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """args, kwargs and dynamic_shapes of torch.export."""
-        shapes = {name: self._dims(value) for name, value in self.inputs.items()}
-        if self.named:
-            return (), self.inputs, shapes
-        return tuple(self.inputs.values()), {}, tuple(shapes.values())
+    def for_export(self, model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """args, kwargs and dynamic_shapes of torch.export.
+
+        Raises:
+            ConfigError: the model takes no input of a name, or the example asks for a cache, which a program has none of.
+        """
+        shapes: dict[Any, Any] = {name: self._dims(value) for name, value in self.inputs.items()}
+        if not self.named:
+            return tuple(self.inputs.values()), {}, tuple(shapes.values())
+        if self.inputs.get("use_cache"):
+            raise ConfigError("use_cache=True is not possible: exported programs have no cache. Leave it out")
+        known = inspect.signature(model.forward).parameters
+        extra = next((str(name) for name in self.inputs if name not in known), None)
+        if extra is not None and all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in known.values()):
+            raise unknown(extra, "an input", known)
+        if extra is not None:  # torch.export flattens these in one place and not in another
+            raise ConfigError(
+                f"{type(model).__name__}.forward takes {extra!r} through **kwargs, for which torch.export takes no dynamic "
+                "shapes: leave it out, or give forward a parameter of this name"
+            )
+        return (), self.inputs, shapes
 
 
 def _dimension(option: str, name: str, extents: Range | None, example: int | None) -> Dim | None:
@@ -214,7 +255,11 @@ def _dimension(option: str, name: str, extents: Range | None, example: int | Non
     pair = tuple(extents) if isinstance(extents, Sequence) else ()
     numbers = [size for size in pair if isinstance(size, int) and not isinstance(size, bool)]
     if len(pair) != 2 or len(numbers) != 2 or not 1 <= pair[0] < pair[1]:
-        raise ConfigError(f"{option}={extents!r} is not allowed: {option} must be (shortest, longest), or None")
+        ends = "(shortest, longest)" if name == "length" else "(smallest, largest)"
+        raise ConfigError(
+            f"{option}={extents!r} is not allowed: {option} must be {ends}, the first below the second, or None for the "
+            "example's own alone"
+        )
     if example is not None and not pair[0] <= example <= pair[1]:
         raise ConfigError(f"the example's {name} is {example}, outside {option}={extents!r}: pass an example within it")
     return Dim(name, min=pair[0], max=pair[1])

@@ -67,7 +67,7 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
     """
     check_type("program", program, ExportedProgram, "what export_program returns")
     target = writable(path, *FORMATS)
-    torch_tensorrt = require("torch_tensorrt", extra="torch-tensorrt")[0]
+    torch_tensorrt = package()
     known = inspect.signature(torch_tensorrt.dynamo.compile).parameters
     for option in options:
         if option not in known:  # torch-tensorrt takes any, and ignores it
@@ -82,6 +82,11 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
     module = torch_tensorrt.dynamo.compile(lowered, arg_inputs=args, kwarg_inputs=kwargs, **options)
     with replacing(target) as beside:
         _save_module(torch_tensorrt, module, lowered, beside)
+
+
+def package() -> Any:
+    """The package torch-tensorrt, by which `save` builds; ImportError where it is missing."""
+    return require("torch_tensorrt", extra="torch-tensorrt")[0]
 
 
 def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, target: Path) -> None:
