@@ -37,6 +37,7 @@ class Frame:
         names: each module's name by its id: in `model` if the frame's module is the only one of its class there, else in
             the frame's module.
         kinds: the class of each such name.
+        module: the frame's module, which holds all those that the graph names.
         root: the name of the frame's module; "" if it is `model`, or one of several of its class.
         repeated: the frame's module is one of several of its class side by side, so that its code may run for any of them.
         siblings: the names in `model` of all modules of that class, if it is repeated.
@@ -49,6 +50,7 @@ class Frame:
     model: weakref.ref[Module] | None
     names: Mapping[str, str]
     kinds: Mapping[str, type]
+    module: weakref.ref[Module] | None = None
     root: str = ""
     repeated: bool = False
     siblings: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ def _read(graph_module: GraphModule, translator: Any) -> Frame:
         model=weakref.ref(getattr(model, "_orig_mod", model)),
         names=names,
         kinds={name: type(module) for name, module in base.named_modules()},
+        module=weakref.ref(root),
         root=names[str(id(root))],
         repeated=not alone,
         siblings=() if alone else tuple(name for name, module in model.named_modules() if type(module) is type(root)),

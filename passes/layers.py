@@ -6,6 +6,7 @@
     stages.0.blocks.0, stages.0.blocks.1, stages.1.blocks.0       unknown     neither tells all calls apart
     layers.0, applied four times                                  unknown     a module has one number for all its calls
     self_attn, of a layer that Dynamo compiles by itself          unknown     its code runs for any layer
+    layers.0, found as an argument or in a list of the model's own          unknown     which layer that is may change
 
 A wrong number would make the wrong layers sparse, so a number counts only where it is proven to be the layer's: the
 calls of the graph, or the modules that the frame's module holds (`frame.py`), are told apart by it alone. How many layers a
@@ -31,7 +32,7 @@ _ROOT = re.compile(r"^(?:[LG]\['[^']*'\]\.?|L__self__(?:_|$))+")
 _AMONG_ARGUMENTS = re.compile(r"^L\['args'\]\[\d+\]")
 _GETATTR = re.compile(r"getattr\(([^()]*), ?['\"]([^'\"]*)['\"]\)")
 _SUBSCRIPT = re.compile(r"\[['\"]?(\w+)['\"]?\]")
-_HIDDEN = re.compile(r"\.(?:_modules|__dict__)\b")
+_HIDDEN = re.compile(r"\.(?:_modules|__dict__|__self__)\b")
 _CLOSURE = re.compile(r"^.*\bcell_contents\b")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PREFIXES = (("module",), ("base_model", "model"))
@@ -73,8 +74,8 @@ def module_name(node: Node) -> str:
     among = _AMONG_ARGUMENTS.match(path)
     if among is not None and among.group() not in paths:
         path = path[among.end() :].removeprefix(".")
-    path = _ROOT.sub("", _CLOSURE.sub("", path))
-    return _SUBSCRIPT.sub(r".\1", _HIDDEN.sub("", path)).strip(".")
+    path = _ROOT.sub("", _HIDDEN.sub("", _CLOSURE.sub("", path)))
+    return _SUBSCRIPT.sub(r".\1", path).strip(".")
 
 
 def _numbered(name: str) -> list[int]:
@@ -204,12 +205,34 @@ class _Stacks:
                 return name
         return module_name(node)
 
+    def _leads_to(self, node: Node) -> bool:
+        """Whether the way by which Dynamo found a node's module goes through registered modules alone.
+
+        Dynamo guards that way, and of the module only what it looks like. As an argument, or as a member of a list that the
+        model keeps besides its layers, the next call may have another layer there.
+        """
+        stack = node.meta.get("nn_module_stack") or {}
+        module = None if self.frame is None or self.frame.module is None else self.frame.module()
+        if module is None or not stack:
+            return True
+        found = str(next(reversed(stack))).partition("@")[0]
+        if found not in self.frame.names:  # type: ignore[union-attr]  # it is there where its module is
+            return True
+        for part in filter(None, module_name(node).split(".")):
+            module = None if module is None else module._modules.get(part)
+        return str(id(module)) == found
+
     def _place(self, call: AttentionCall, name: str) -> Place:
         names = tuple(dict.fromkeys([unwrapped(name) or call.node.name, *aliases(name), *aliases(module_name(call.node))]))
         if self.frame is not None and self.frame.repeated:
             doubt = "Dynamo compiles its module by itself, once for all of its class"
             possible = (alias for sibling in self.frame.siblings for alias in aliases(f"{sibling}.{name}".strip(".")))
             return Place(names, doubt=doubt, possible=tuple(possible))
+        if not self._leads_to(call.node):
+            doubt = "it is an argument, or in a list of the model's own, so the next call may have another layer there"
+            kinds = self.frame.kinds  # type: ignore[union-attr]  # it is there where a name is doubted
+            alike = (alias for other, kind in kinds.items() if kind is kinds[name] for alias in aliases(other))
+            return Place((module_name(call.node) or call.node.name,), doubt=doubt, possible=tuple(alike))
         if name in self.repeated:
             return Place(
                 names, doubt="one module is applied several times" if _numbered(name) else "its module has no number"

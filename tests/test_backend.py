@@ -396,3 +396,41 @@ def test_layers_that_are_compiled_one_by_one():
         if layers in ([2], ["model.layers.2.*"]):
             allowed.append(wanted[20])
         assert min(difference(output.logits, one) for one in allowed) < ATOL, layers
+
+
+class Chosen(Stack):
+    """Applies the layers of a list that it keeps besides its layers, or one that it is given."""
+
+    def forward(self, query, key, value):
+        for layer in self.active:
+            query = layer(query, key, value)
+        return query
+
+    def one(self, layer, query, key, value):
+        return layer(query, key, value)
+
+
+@pytest.mark.parametrize("layers", [[3], ["layers.3"], None], ids=["index", "pattern", "default"])
+def test_a_layer_that_may_be_another_in_the_next_call_has_no_number(layers):
+    """Dynamo guards the way to a module and what it looks like, so its graph of layer 3 runs for layer 0 as well."""
+    (query, key, value), model = heads(kv_heads=4), Chosen()
+    with torch.no_grad(), pytest.warns(TSAWarning, match="the next call may have another layer there"):
+        model.active = [*model.layers]
+        wanted = model(query, key, value)
+        found = compiled(model, layers=layers)(query, key, value)
+        one = compiled(model.one, layers=layers)(model.layers[3], query, key, value)
+    assert difference(found, wanted) < ATOL and difference(one, Attention()(query, key, value)) < ATOL
+    assert {row.reason for report in reports() for row in report} == {Reason.LAYER_COUNT_UNKNOWN}
+
+
+def test_registered_layers_may_change_places():
+    (query, key, value), model = heads(kv_heads=4), Stack()
+    model.layers[0].settings["scale"] = 0.5
+    run = compiled(model, layers=[0])
+    with torch.no_grad():
+        for scales in ((0.5, None, None, None), (None, None, None, 0.5)):
+            expected = half_of(query, key, value, **({} if scales[0] is None else {"scale": scales[0]}))
+            for scale in scales[1:]:
+                expected = Attention(scale=scale)(expected, key, value)
+            assert difference(run(query, key, value), expected) < ATOL
+            model.layers = torch.nn.ModuleList(reversed(model.layers))

@@ -257,3 +257,16 @@ def test_images_have_no_length():
     tsa_compile.prefill(model)
     with pytest.raises(ConfigError, match=r"no tensor \[B, L\] or \[B, L, D\]"):
         model(torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_model_that_is_not_causal_stays_so(dynamic):
+    """A mask of ones, which costs a causal model nothing, would make it causal."""
+    models = [tiny("llama", num_hidden_layers=2) for _ in range(2)]
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    tsa_compile.prefill(models[1], CONFIG.replace(layers=[]), dynamic=dynamic)
+    with torch.no_grad():
+        expected, found = (model(PROMPT, past_key_values=DynamicCache()).logits for model in models)
+    assert difference(found, expected) < 1e-5

@@ -203,12 +203,15 @@ def _mask_of_ones(
     """The padding mask that a call without one stands for, where its absence would cost the first chunk its own graph.
 
     Without a padding mask, transformers asks whether there are as many keys as queries while it builds the causal mask for
-    SDPA, and Dynamo compiles for the answer. With one it does not ask.
+    SDPA, and Dynamo compiles for the answer. With one it does not ask. In a trace a mask hides the future also in modules
+    that say that they are not causal, so they get none.
     """
     parameters = list(signature(model.forward).parameters)
     if _MASK not in parameters[len(args) :] or kwargs.get(_MASK) is not None:
         return {}
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+        return {}
+    if not all(getattr(module, "is_causal", True) for module in model.modules()):
         return {}
     shape = (tokens.shape[0], past + tokens.shape[1])
     return {_MASK: torch.ones(shape, dtype=torch.long, device=tokens.device)}

@@ -418,3 +418,22 @@ def test_the_report_is_of_the_prefill_when_decoding_is_assisted():
     ids = tokens(1, 12).repeat(1, 4)  # what comes next stands in the prompt
     model.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=20)
     assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
+
+
+@pytest.mark.parametrize("change", [lambda layers: layers[:2], lambda layers: torch.nn.ModuleList(reversed(layers))])
+def test_layers_that_are_cut_off_or_change_places_are_looked_up_again(change):
+    used, fresh, ids = *(sparse("llama", FLOOR.replace(layers=layers)) for layers in (None, None)), tokens(2, LENGTH)
+    logits(used, ids)
+    for model in (used, fresh):
+        model.model.layers = change(model.model.layers)
+    assert difference(logits(used, ids, use_cache=False), logits(fresh, ids, use_cache=False)) == 0
+    assert rows_of(attention.report(used)) == rows_of(attention.report(fresh))
+    assert Reason.SPARSE in reasons(used)
+
+
+def test_a_report_is_of_the_implementation_that_a_model_has():
+    model, ids = sparse("llama"), tokens(2, LENGTH)
+    logits(model, ids)
+    assert len(attention.report(model)) == 3
+    model.set_attn_implementation("sdpa")
+    assert len(attention.report(model)) == 0

@@ -28,11 +28,13 @@ class Stack:
 
     Attributes:
         selected: for each module's name its place, and the reason why its layer is not asked to be sparse, if it is not.
+        sizes: for each of them, how many members the modules have that it is found in.
         share: how many of them are asked to be sparse, of all.
     """
 
     title: str
     selected: dict[str, tuple[Place, Reason | None]]
+    sizes: dict[str, tuple[int, ...]]
     last: int = -1
     sparse: bool = False
     misses: dict[Reason, str] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Seat:
     """An attention module in its model. `outermost`: the module whose call was the first when it was looked up."""
 
     outermost: weakref.ref[Module]
+    model: weakref.ref[Module]
     name: str
     stack: Stack
 
@@ -75,6 +78,25 @@ class Seat:
     def unselected(self) -> Reason | None:
         return self.stack.selected[self.name][1]
 
+    def is_of(self, module: Module, outermost: Module) -> bool:
+        """Whether the module is where it was looked up, beside as many others: layers may be cut off, or change places."""
+        model = self.model()
+        if model is None or self.outermost() is not outermost:
+            return False
+        return _found(model, self.name) == (module, self.stack.sizes[self.name])
+
+
+def _found(model: Module, name: str) -> tuple[Module | None, tuple[int, ...]]:
+    """The module of a name, and how many members each of the modules has that it is found in."""
+    module: Module | None = model
+    sizes = []
+    for part in filter(None, name.split(".")):
+        if module is None:
+            break
+        sizes.append(len(module._modules))
+        module = module._modules.get(part)
+    return module, tuple(sizes)
+
 
 class Seats:
     """The seats of all modules that ran under one configuration."""
@@ -85,21 +107,21 @@ class Seats:
         self._stacks: weakref.WeakKeyDictionary[Module, dict[type, Stack]] = weakref.WeakKeyDictionary()
 
     def of(self, module: Module) -> Seat:
-        """Where a module stands; looked up again when it runs within another model."""
+        """Where a module stands; looked up again when it runs within another model, or elsewhere in its own."""
         running = [*running_modules()]
         outermost = running[-1] if running else module
         seat = self._seats.get(module)
-        if seat is None or seat.outermost() is not outermost:
+        if seat is None or not seat.is_of(module, outermost):
             holding = [each for each in running if any(inner is module for inner in each.modules())]
             model = holding[-1] if holding else module
             name = next(name for name, inner in model.named_modules() if inner is module)
-            seat = Seat(weakref.ref(outermost), name, self._stack(model, type(module), name))
+            seat = Seat(weakref.ref(outermost), weakref.ref(model), name, self._stack(model, type(module), name))
             self._seats[module] = seat
         return seat
 
     def _stack(self, model: Module, kind: type, name: str) -> Stack:
         stacks = self._stacks.setdefault(model, {})
-        if kind not in stacks or name not in stacks[kind].selected:
+        if kind not in stacks or stacks[kind].sizes.get(name) != _found(model, name)[1]:
             stacks[kind] = self._read(model, kind)
         return stacks[kind]
 
@@ -117,6 +139,5 @@ class Seats:
         if unused:
             text = f"{self.title}: {said_of_unused(unused, [*places.values()])}"
             warnings.warn(text, TSAWarning, stacklevel=2)
-        return Stack(
-            self.title, {name: (place, reason) for (name, place), reason in zip(places.items(), reasons, strict=True)}
-        )
+        selected = {name: (place, reason) for (name, place), reason in zip(places.items(), reasons, strict=True)}
+        return Stack(self.title, selected, {name: _found(model, name)[1] for name in selected})

@@ -75,10 +75,15 @@ def add(name: str, config: TSAConfig) -> None:
 
 
 def report_of(model: Module) -> RewriteReport:
-    """One row for each attention module that had a prefill."""
-    found = [_rows[module] for module in model.modules() if module in _rows]
+    """One row for each attention module that had a prefill, and has not been given another implementation since."""
+    found = [_rows[module] for module in model.modules() if module in _rows and _has(module, _rows[module][0].form)]
     rows = (replace(row, index=index) for index, (row, _) in enumerate(found))
     return RewriteReport(rows=tuple(rows), config=found[-1][1].to_dict() if found else {})
+
+
+def _has(module: Module, name: str) -> bool:
+    """Whether a module asks for the implementation of this name; one that says nothing of it does."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", name) == name
 
 
 class Implementation:
