@@ -135,6 +135,11 @@ def choose(
     raise KernelError(f"no attention kernel can run {request}: {'; '.join(refusals)}")
 
 
+def of_sdpa(request: KernelRequest) -> str:
+    """The kernel of torch's that SDPA runs for a request, whatever else is registered."""
+    return next(kernel.name for kernel in (sdpa.CUDNN, sdpa.FLASH, sdpa.SDPA) if kernel.supports(request) is None)
+
+
 def _refusal(kernel: AttentionKernel, request: KernelRequest | None, lse: bool, behind: bool) -> str | None:
     if behind and kernel.run_behind is None:
         return "it takes as many queries as keys alone: register it with run_behind, or prefill the whole prompt at once"

@@ -28,7 +28,7 @@ from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.kept import never_dropped
-from tsa_compile.kernels.registry import AUTO, KernelRequest, choose
+from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_sdpa
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, guarded, in_marked_range, known
@@ -357,6 +357,8 @@ def kernel_of(
 ) -> str:
     """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none.
 
+    A dense call of a whole prompt without padding becomes SDPA, which chooses among torch's own.
+
     Where `costs` are those of a device that is not here, a kernel that is configured by name is taken to fit.
     """
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
@@ -364,6 +366,8 @@ def kernel_of(
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
     sparse = decision is Decision.SPARSE
+    if decision is Decision.DENSE and known(query.shape[2] == key.shape[2]):
+        return of_sdpa(KernelRequest.of(query, key, value))
     behind = sparse and not known(query.shape[2] == key.shape[2])
     elsewhere = costs is not None and not query.is_cuda and configured not in (None, AUTO)
     request = None if elsewhere else KernelRequest.of(query, key, value)

@@ -130,7 +130,12 @@ OTHERS = {
     "modes that are not": (["bench", *TINY, "--modes", "fast"], "modes must be some of"),
     "lengths that are none": (["bench", *TINY, "--lengths", "8K,x"], "'x' is not a length"),
     "export to nothing": (["export", *TINY], "pass --out model.pt2"),
-    "export with another ending": (["export", *TINY, "--out", "x.onnx"], "must end in .pt2"),
+    "export with another ending": (["export", *TINY, "--out", "x.zip"], "must end in .pt2"),
+    "export with another format's ending": (["export", *TINY, "--out", "x.onnx"], "is a file of --format onnx"),
+    "export beyond the positions": (
+        ["export", *TINY, "--out", "x.pt2", "--lengths", "1K", "1000K"],
+        "prompts of 1,024,000 tokens do not fit",
+    ),
     "export of a range upside down": (["export", *TINY, "--out", "x.pt2", "--lengths", "4K", "1K"], "is not a range"),
     "batches from none on": (["export", *TINY, "--out", "x.pt2", "--batches", "0", "4"], "--batches 0 4 is not a range"),
     "batches upside down": (

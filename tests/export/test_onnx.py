@@ -119,6 +119,7 @@ def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, progr
     rows = [(2, "length"), (2, "length"), (4, CHUNK if of == "chunk" else "length")]
     dim = WIDE if of == "wide" else 8
     shapes = [["batch", "length"]] if of == "model" else [["batch", *sizes, dim] for sizes in rows]
+    assert [tensor.name for tensor in session.get_outputs()] == ["logits" if of == "model" else "output"]
     assert [tensor.shape for tensor in session.get_inputs()] == shapes + [["batch", "length"]] * padded
     for batch, length in ((2, 80), (1, 41), (3, 150)):
         inputs = make_inputs(batch, length, padded=padded, of=of, seed=length)

@@ -196,6 +196,7 @@ def test_a_range_that_would_need_two_versions_is_refused():
         ({"dynamic_lengths": (True, 200)}, r"dynamic_lengths must be \(shortest, longest\)"),
         ({"dynamic_lengths": LENGTHS, "dynamic_batch": (False, True)}, r"dynamic_batch must be \(smallest, largest\)"),
         ({"dynamic_lengths": LENGTHS, "dynamic_batch": (2, 2)}, r"dynamic_batch must be \(smallest, largest\)"),
+        ({"dynamic_lengths": (16, 257)}, "prompts of 257 tokens do not fit: LlamaForCausalLM has 256 positions"),
         ({"dynamic_lengths": LENGTHS, "lower": "onnx"}, "lower='onnx' is not allowed"),
         ({"dynamic_lengths": LENGTHS, "config": TSAConfig(layers=(7,))}, r"layers=\[7\] not found"),
     ],
@@ -206,6 +207,13 @@ def test_options_that_are_not_allowed(options, message):
         export_program(tiny("llama", num_hidden_layers=2), {"input_ids": tokens(1, 20)}, **options)
 
 
+class Ids(torch.nn.Module):
+    """Takes nothing else."""
+
+    def forward(self, input_ids):
+        return input_ids
+
+
 def test_inputs_that_are_not_allowed():
     model = tiny("llama", num_hidden_layers=2)
     for wrong in (5, None, tokens(1, 20)):
@@ -213,10 +221,27 @@ def test_inputs_that_are_not_allowed():
             export_program(model, wrong, HALF)
     with pytest.raises(ConfigError, match="no tensor"):
         export_program(model, {"input_ids": None}, HALF)
+    ids = {"input_ids": tokens(1, 20)}
     with pytest.raises(ConfigError, match="'past_key_values' is a list"):
-        export_program(model, {"input_ids": tokens(1, 20), "past_key_values": []}, HALF)
+        export_program(model, {**ids, "past_key_values": []}, HALF)
+    with pytest.raises(ConfigError, match="use_cache=True is not possible"):
+        export_program(model, {**ids, "use_cache": True}, HALF, dynamic_lengths=LENGTHS)
+    with pytest.raises(ConfigError, match=r"takes 'output_hidden_states' through \*\*kwargs"):
+        export_program(model, {**ids, "output_hidden_states": True}, HALF, dynamic_lengths=LENGTHS)
+    with pytest.raises(
+        ConfigError, match=r"'input_idz' is not an input \(did you mean 'input_ids'\?\): the inputs are input_ids"
+    ):
+        export_program(Ids(), {"input_idz": tokens(1, 20)}, HALF, dynamic_lengths=LENGTHS)
     with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
-        export_program(model.train(), {"input_ids": tokens(1, 20)}, HALF)
+        export_program(model.train(), ids, HALF)
+
+
+def test_default_lengths_are_those_that_a_model_has_positions_for():
+    config = HALF.replace(min_length=1, layers=[0])
+    for model in (tiny("llama", num_hidden_layers=1), torch.compile(tiny("llama", num_hidden_layers=1), backend="eager")):
+        program = export_program(model, {"input_ids": tokens(1, 140)}, config)
+        (extents,) = program.range_constraints.values()
+        assert (extents.lower, extents.upper) == (128, 256)
 
 
 def test_a_model_of_fixed_length_is_named():

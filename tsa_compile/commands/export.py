@@ -92,6 +92,8 @@ def export(
     with output.working(f"Writing {target}"):
         _save(program, kind, target)
         findings = _findings(target) if check else []
+    if kind is Format.ONNX and "bfloat16" in str(source.dtype):
+        summary += "\nonnxruntime runs bfloat16 on GPUs alone: for its CPU provider, pass --dtype float16 or float32"
     beside = target.with_name(f"{target.name}.data")  # weights that do not fit into one ONNX file
     size = sum(path.stat().st_size for path in (target, beside) if path.exists())
     text = f"{target}: {kind}, {size / 1e6:,.1f} MB, lengths {span[0]:,} to {span[1]:,}\n{summary}"
@@ -113,6 +115,9 @@ def _target(out: Path | None, kind: Format, check: bool) -> Path:
         raise ConfigError(f"no file given: pass --out model{SUFFIXES[kind][0]}")
     if check and kind is not Format.ONNX:
         raise ConfigError(f"--check goes with --format onnx, found {kind}: TensorRT's tables speak of ONNX operators")
+    others = [str(each) for each, suffixes in SUFFIXES.items() if out.suffix in suffixes]
+    if others and str(kind) not in others:
+        raise ConfigError(f"--out {out} is a file of --format {' or '.join(others)}, and the format is {kind}")
     return writable(out, *SUFFIXES[kind])
 
 
@@ -129,9 +134,10 @@ def _span(source: Source, given: tuple[int, int] | None) -> tuple[int, int]:
 
 def _check_installed(kind: Format) -> None:
     """Raises what a missing package or compiler raises, before the model is loaded and traced."""
-    from tsa_compile.export import aoti, onnx, tensorrt
+    from tsa_compile.export import onnx, tensorrt
+    from tsa_compile.export._toolchain import require_compiler
 
-    needed = {Format.AOTI: aoti.require_compiler, Format.ONNX: onnx.packages, Format.TENSORRT: tensorrt.package}
+    needed = {Format.AOTI: require_compiler, Format.ONNX: onnx.packages, Format.TENSORRT: tensorrt.package}
     if kind in needed:
         needed[kind]()
 

@@ -53,7 +53,7 @@ def extent(shortest: str, longest: str) -> tuple[int, int]:
     """A range of lengths."""
     low, high = length(shortest), length(longest)
     if low >= high:
-        raise ConfigError(f"{shortest} {longest} is not a range: write the shortest length first, as 1024 32K")
+        raise ConfigError(f"{shortest} {longest} is not a range: write two lengths, the shorter one first, as 1024 32K")
     return low, high
 
 

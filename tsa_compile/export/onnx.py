@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError, check_type
@@ -73,6 +74,7 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     with without_stacks():
         exported = _export(program, opset) if domain is None else _export_domain(program, opset)
     _name_axes(exported, program)
+    _name_outputs(exported, program)
     with replacing(target) as beside:
         exported.save(str(beside))
         onnx.checker.check_model(str(beside), full_check=True)
@@ -183,6 +185,21 @@ def _name_axes(exported: Any, program: ExportedProgram) -> None:
         if symbol in ranges:
             exported.model.metadata_props[f"tsa_compile.{name}"] = f"{ranges[symbol].lower}..{ranges[symbol].upper}"
     exported.rename_axes(names)
+
+
+def _name_outputs(exported: Any, program: ExportedProgram) -> None:
+    """Calls outputs what the model calls them: "logits", "hidden_states.0"; "output" and a number where it has no names."""
+    spec = program.call_spec.out_spec
+    outputs = exported.model.graph.outputs
+    if spec is None or spec.num_leaves != len(outputs):
+        return
+    paths = tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]
+    names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
+    names = [f"output.{name}".rstrip(".") if name.isdigit() or not name else name for name in names]
+    taken = {value.name for value in exported.model.graph.inputs} | {*exported.model.graph.initializers}
+    for value, name in zip(outputs, names, strict=True):
+        if name not in taken:
+            value.name = name
 
 
 def _symbolic_dims(exported: Any) -> Iterator[tuple[int, str]]:
