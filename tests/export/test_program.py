@@ -228,10 +228,8 @@ def test_inputs_that_are_not_allowed():
         export_program(model, {**ids, "use_cache": True}, HALF, dynamic_lengths=LENGTHS)
     with pytest.raises(ConfigError, match=r"takes 'output_hidden_states' through \*\*kwargs"):
         export_program(model, {**ids, "output_hidden_states": True}, HALF, dynamic_lengths=LENGTHS)
-    with pytest.raises(
-        ConfigError, match=r"'input_idz' is not an input \(did you mean 'input_ids'\?\): the inputs are input_ids"
-    ):
-        export_program(Ids(), {"input_idz": tokens(1, 20)}, HALF, dynamic_lengths=LENGTHS)
+    with pytest.raises(ConfigError, match=r"'input_idz' is not an input .did you mean 'input_ids'"):
+        export_program(Ids().eval(), {"input_idz": tokens(1, 20)}, HALF, dynamic_lengths=LENGTHS)
     with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
         export_program(model.train(), ids, HALF)
 
