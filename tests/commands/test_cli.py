@@ -26,6 +26,7 @@ from tsa_compile.config import KeepRatio
 from tsa_compile.costs.devices import MEASURED
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.tasks import TASKS
+from tsa_compile.export import _rtx
 from tsa_compile.export.tensorrt import Finding
 
 from ..support import without_interpreter
@@ -253,6 +254,13 @@ def test_numbers_of_tokens_are_written_as_lengths(traced):
     assert texts.setting("keep:0.5,window=2K,min_tokens=0")[0] == {
         "budget": KeepRatio(0.5), "window": 2048, "min_tokens": 0,
     }  # fmt: skip
+
+
+def test_what_is_not_installed_is_told_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(_rtx, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("loaded"))
+    done = run("export", *TINY, "--format", "tensorrt", "--out", str(tmp_path / "model.engine"))
+    assert done.exit_code != 0 and "TensorRT-RTX is not installed" in done.stderr
 
 
 @pytest.mark.parametrize(("certain", "code"), [(True, 1), (False, 0), (None, 0)])

@@ -12,6 +12,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.export import _rtx, export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
 
+from ..commands.support import run
 from ..support import DECODERS, mixed_padding, slow_but, tiny, tokens
 from .support import Call
 
@@ -128,6 +129,14 @@ def test_attention_without_a_kernel_is_named_and_decomposed_on_request(tmp_path)
     assert not engine.exists()
     tensorrt.build(path, engine, decompose=True)
     assert engine.exists()
+
+
+@library
+def test_the_command_line_builds_an_engine(tmp_path):
+    engine, small = tmp_path / "tiny.engine", ["--shape", "tiny", "--layers", "2", "--dtype", "float16"]
+    done = run("export", *small, "--format", "tensorrt", "--out", str(engine), "--lengths", "1K", "2K", "--min-length", "1K")
+    assert done.exit_code == 0 and "1 of 2 attention calls sparse" in done.stdout, done.output
+    assert engine.stat().st_size > 0 and [*tmp_path.iterdir()] == [engine]
 
 
 @library

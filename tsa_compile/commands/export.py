@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,7 +55,10 @@ def export(
     sparse: SparseOptions,
     result: ResultOptions,
     out: Annotated[Path | None, typer.Option("--out", help="The file to write: .pt2, .onnx, .engine or .ts.")] = None,
-    kind: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.PROGRAM,
+    kind: Annotated[
+        Format,
+        typer.Option("--format", help="What to write. tensorrt: .engine by TensorRT-RTX, .ts and .pt2 by torch-tensorrt."),
+    ] = Format.PROGRAM,
     lengths: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -80,7 +84,7 @@ def export(
         source = model.source()
         config = sparse.tsa_config(source)
         span = _span(source, given)
-        _check_installed(kind)
+        _check_installed(kind, target)
         length = _example_length(source, *span)
         source.check(length, _example_batch(batches))
     with output.working(f"Loading {source.name}"):
@@ -132,14 +136,19 @@ def _span(source: Source, given: tuple[int, int] | None) -> tuple[int, int]:
     return span
 
 
-def _check_installed(kind: Format) -> None:
+def _check_installed(kind: Format, target: Path) -> None:
     """Raises what a missing package or compiler raises, before the model is loaded and traced."""
     from tsa_compile.export import onnx, tensorrt
     from tsa_compile.export._toolchain import require_compiler
 
-    needed = {Format.AOTI: require_compiler, Format.ONNX: onnx.packages, Format.TENSORRT: tensorrt.package}
-    if kind in needed:
-        needed[kind]()
+    if kind is Format.AOTI:
+        require_compiler()
+    elif kind is Format.ONNX or target.suffix == ".engine":
+        onnx.packages()
+    elif kind is Format.TENSORRT:
+        tensorrt.package()
+    if target.suffix == ".engine":
+        tensorrt.require_library()
 
 
 def _example_length(source: Source, low: int, high: int) -> int:
@@ -179,6 +188,10 @@ def _save(program: Any, kind: Format, target: Path) -> None:
         aoti.save(program, target)
     elif kind is Format.ONNX:
         onnx.save(program, target)
+    elif target.suffix == ".engine":
+        with TemporaryDirectory(prefix=".tsa-", dir=target.parent) as folder:
+            onnx.save(program, Path(folder) / "model.onnx")
+            tensorrt.build(Path(folder) / "model.onnx", target)
     elif kind is Format.TENSORRT:
         tensorrt.save(program, target)
     else:

@@ -29,13 +29,14 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.export import _rtx
+from tsa_compile.export._rtx import require_library
 from tsa_compile.export._trt_check import Finding, documented, read
 from tsa_compile.export.onnx import require, to_portable
 from tsa_compile.export.program import bounds
 from tsa_compile.files import StrPath, replacing, writable, write
 from tsa_compile.passes.graph import fake
 
-__all__ = ["Finding", "build", "check", "save"]
+__all__ = ["Finding", "build", "check", "require_library", "save"]
 
 RUNTIMES = ("auto", "rtx", "tables")
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
