@@ -218,7 +218,12 @@ class _Stacks:
         found = str(next(reversed(stack))).partition("@")[0]
         if found not in self.frame.names:  # type: ignore[union-attr]  # it is there where its module is
             return True
-        for part in filter(None, module_name(node).split(".")):
+        parts = [*filter(None, module_name(node).split("."))]
+        while (
+            parts and parts[0].isdigit() and parts[0] not in module._modules
+        ):  # the frame's module is in a list of arguments
+            parts = parts[1:]
+        for part in parts:
             module = None if module is None else module._modules.get(part)
         return str(id(module)) == found
 

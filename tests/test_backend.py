@@ -434,3 +434,12 @@ def test_registered_layers_may_change_places():
                 expected = Attention(scale=scale)(expected, key, value)
             assert difference(run(query, key, value), expected) < ATOL
             model.layers = torch.nn.ModuleList(reversed(model.layers))
+
+
+def test_layers_of_a_model_in_a_list_of_arguments_have_numbers():
+    query, key, value = heads(kv_heads=4)
+    with torch.no_grad():
+        out = compiled(lambda models, *rows: models[0](*rows), layers=[1])([Stack()], query, key, value)
+        for call in (Attention(), half_of, Attention(), Attention()):
+            query = call(query, key, value)
+    assert difference(out, query) < ATOL
