@@ -72,7 +72,9 @@ def test_calibrate_reads_token_ids_from_a_file(tmp_path):
     path.write_text("\n".join(json.dumps({"input_ids": row}) for row in ids))
     done = run("calibrate", *TINY, "--prompts", str(path), "--count", "2", "--length", "18", "--json")
     found = Calibration.from_dict(json.loads(done.stdout))
-    assert (found.prompts, found.tokens) == (2, 36)
+    assert (found.prompts, found.tokens) == (2, 36) and "no prompt has more" not in done.stderr
+    done = run("calibrate", *TINY, "--prompts", str(path), "--length", "1K")
+    assert "no prompt has more than 20 tokens, of the 1,024 asked for by --length" in done.stderr
 
 
 def test_calibrate_reads_text_with_the_folders_tokenizer(folder, tmp_path):

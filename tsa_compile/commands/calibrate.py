@@ -193,6 +193,8 @@ def _prompts(source: Source, file: Path | None, random: int | None, length: int,
                 f"{str(file)!r} holds a prompt of {shortest} tokens, too short to calibrate: leave out what is shorter than "
                 f"{_SHORTEST} tokens"
             )
+        if (longest := max(map(len, found))) < length // 2:
+            output.say("warning", f"no prompt has more than {longest:,} tokens, of the {length:,} asked for by --length")
         return found
     from tsa_compile.shapes import prompts as random_prompts
 
