@@ -382,10 +382,10 @@ def test_architectures_are_examined(load, tmp_path, capsys):
     models = load("models")
     assert models.main(["--models", "llama", "bert", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "models.json").read_text())
-    counts = {"architectures": 2, "ran": 2, "wrong": 0, "exact gain": 1, "can be sparse": 1}
+    counts = {"architectures": 2, "ran": 2, "wrong": 0, "exact gain": 1, "can be sparse": 1, "in chunks": 1}
     assert {name: found["conditions"][name] for name in counts} == counts
-    assert "| llama | sdpa | 2 dense (padding) | 2 sparse |  |" in (tmp_path / "models.md").read_text()
-    assert "| bert | sdpa | 2 unchanged | 2 unchanged | NOT_CAUSAL |" in capsys.readouterr().out
+    assert "| llama | sdpa | 2 dense (padding) | 2 sparse | sparse |  |" in (tmp_path / "models.md").read_text()
+    assert "| bert | sdpa | 2 unchanged | 2 unchanged | no | NOT_CAUSAL |" in capsys.readouterr().out
     row = found["rows"][0]
     assert models.is_wrong(row | {"exact": row["exact"] | {"difference": 0.1}}) and models.is_wrong(
         {"failed": "exact: KeyError"}
