@@ -133,7 +133,7 @@ def chunks_of(model: Any) -> list[Tensor]:
     """The same, or nothing where the model takes no chunks."""
     try:
         return [chunk_logits(model)]
-    except Exception:  # noqa: BLE001, a foreign model may raise anything
+    except Exception:  # noqa: BLE001, a foreign model may raise anything; the table has "-" for it
         return []
 
 

@@ -205,44 +205,41 @@ class _Stacks:
                 return name
         return module_name(node)
 
-    def _leads_to(self, node: Node) -> bool:
-        """Whether the way by which Dynamo found a node's module goes through registered modules alone.
-
-        Dynamo guards that way, and of the module only what it looks like. As an argument, or as a member of a list that the
-        model keeps besides its layers, the next call may have another layer there.
-        """
-        stack = node.meta.get("nn_module_stack") or {}
-        module = None if self.frame is None or self.frame.module is None else self.frame.module()
-        if module is None or not stack:
-            return True
-        found = str(next(reversed(stack))).partition("@")[0]
-        if found not in self.frame.names:  # type: ignore[union-attr]  # it is there where its module is
-            return True
-        parts = [*filter(None, module_name(node).split("."))]
-        while (
-            parts and parts[0].isdigit() and parts[0] not in module._modules
-        ):  # the frame's module is in a list of arguments
-            parts = parts[1:]
-        for part in parts:
-            module = None if module is None else module._modules.get(part)
-        return str(id(module)) == found
-
     def _place(self, call: AttentionCall, name: str) -> Place:
         names = tuple(dict.fromkeys([unwrapped(name) or call.node.name, *aliases(name), *aliases(module_name(call.node))]))
-        if self.frame is not None and self.frame.repeated:
+        frame = self.frame
+        if frame is not None and frame.repeated:
             doubt = "Dynamo compiles its module by itself, once for all of its class"
-            possible = (alias for sibling in self.frame.siblings for alias in aliases(f"{sibling}.{name}".strip(".")))
+            possible = (alias for sibling in frame.siblings for alias in aliases(f"{sibling}.{name}".strip(".")))
             return Place(names, doubt=doubt, possible=tuple(possible))
-        if not self._leads_to(call.node):
+        if frame is not None and not _leads_to(frame, call.node):
             doubt = "it is an argument, or in a list of the model's own, so the next call may have another layer there"
-            kinds = self.frame.kinds  # type: ignore[union-attr]  # it is there where a name is doubted
-            alike = (alias for other, kind in kinds.items() if kind is kinds[name] for alias in aliases(other))
-            return Place((module_name(call.node) or call.node.name,), doubt=doubt, possible=tuple(alike))
+            alike = (other for other, kind in frame.kinds.items() if kind is frame.kinds[name])
+            possible = (alias for other in alike for alias in aliases(other))
+            return Place((module_name(call.node) or call.node.name,), doubt=doubt, possible=tuple(possible))
         if name in self.repeated:
             return Place(
                 names, doubt="one module is applied several times" if _numbered(name) else "its module has no number"
             )
         return self.numbering.place(name, names)
+
+
+def _leads_to(frame: Frame, node: Node) -> bool:
+    """Whether the way by which Dynamo found a node's module goes through registered modules alone.
+
+    Dynamo guards that way, and of the module only what it looks like. As an argument, or as a member of a list that the
+    model keeps besides its layers, the next call may have another layer there.
+    """
+    module = None if frame.module is None else frame.module()
+    found = str(next(reversed(node.meta.get("nn_module_stack") or {}), "")).partition("@")[0]
+    if module is None or found not in frame.names:
+        return True
+    parts = [*filter(None, module_name(node).split("."))]
+    while parts and parts[0].isdigit() and parts[0] not in module._modules:
+        parts = parts[1:]  # the frame's module is in a list of arguments
+    for part in parts:
+        module = None if module is None else module._modules.get(part)
+    return str(id(module)) == found
 
 
 def unwrapped(name: str) -> str:

@@ -328,3 +328,19 @@ def test_options_and_paths(tmp_path):
 def test_a_missing_package_is_named_with_the_extra():
     with pytest.raises(ImportError, match=r"'not_there': pip install 'tsa-compile\[onnx\]'"):
         tsa_onnx.require("json", "not_there")
+
+
+class HandsThrough(torch.nn.Module):
+    def forward(self, input_ids):
+        doubled = input_ids * 2
+        return {"input_ids": input_ids, "mul": doubled + 1, "parts": [doubled]}
+
+
+def test_outputs_have_the_models_names_unless_they_are_taken(tmp_path):
+    program = export_program(
+        HandsThrough().eval(), {"input_ids": torch.ones(1, 80, dtype=torch.int64)}, dynamic_lengths=LENGTHS
+    )
+    tsa_onnx.save(program, tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    names = [value.name for value in model.graph.output]
+    assert names[0] == "input_ids" and names[-1] == "parts.0" and len(set(names)) == 3

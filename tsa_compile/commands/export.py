@@ -97,7 +97,7 @@ def export(
         _save(program, kind, target)
         findings = _findings(target) if check else []
     if kind is Format.ONNX and "bfloat16" in str(source.dtype):
-        summary += "\nonnxruntime runs bfloat16 on GPUs alone: for its CPU provider, pass --dtype float16 or float32"
+        output.say("note", "onnxruntime runs bfloat16 on GPUs alone: for its CPU provider, pass --dtype float16 or float32")
     beside = target.with_name(f"{target.name}.data")  # weights that do not fit into one ONNX file
     size = sum(path.stat().st_size for path in (target, beside) if path.exists())
     text = f"{target}: {kind}, {size / 1e6:,.1f} MB, lengths {span[0]:,} to {span[1]:,}\n{summary}"
@@ -131,7 +131,7 @@ def _span(source: Source, given: tuple[int, int] | None) -> tuple[int, int]:
     from tsa_compile.export.program import default_lengths
 
     config = source.config.get_text_config()
-    span = given or default_lengths(None, config)
+    span = given or default_lengths(config)
     check_config(config, source.name, span[1])
     return span
 

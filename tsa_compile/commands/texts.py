@@ -126,7 +126,7 @@ def setting(text: str, read: LayerReader = unchecked_layers) -> tuple[dict[str, 
     """
     first, *others = text.split(",")
     calibrated = first.startswith("layers=")  # which may have a budget each
-    changes: dict[str, Any] = measured(_layers_in(first)) if calibrated else {"budget": budget(first)}
+    changes: dict[str, Any] = measured(_layers_in(first.partition("=")[2])) if calibrated else {"budget": budget(first)}
     others = [first, *others] if calibrated else others
     random = False
     for part in others:
@@ -163,15 +163,15 @@ def field(name: str, value: str, read: LayerReader = unchecked_layers) -> dict[s
     if name == "floor" and re.fullmatch(r"none|\d+\+\d+", value, re.ASCII):
         return {"floor": floor(value.replace("+", ","))}
     if name == "layers" and value:
-        return {"layers": read(_layers_in(f"layers={value}"))}
+        return {"layers": read(_layers_in(value))}
     if name in ("window", "min_tokens") and (tokens := _tokens(value)) is not None:
         return {name: tokens}
     return {name: value} if name in ("granularity", "kernel") and value else None
 
 
-def _layers_in(part: str) -> str:
-    """The layers of layers=4-7+9, as an option of their own writes them."""
-    return part.partition("=")[2].strip().replace("+", ",")
+def _layers_in(value: str) -> str:
+    """The layers 4-7+9 of a setting, as an option of their own writes them."""
+    return value.strip().replace("+", ",")
 
 
 def floor(text: str) -> Floor | None:

@@ -196,9 +196,11 @@ def _name_outputs(exported: Any, program: ExportedProgram) -> None:
     paths = tree_flatten_with_path(tree_unflatten(range(spec.num_leaves), spec))[0]
     names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in paths]
     names = [f"output.{name}".rstrip(".") if name.isdigit() or not name else name for name in names]
-    taken = {value.name for value in exported.model.graph.inputs} | {*exported.model.graph.initializers}
+    graph = exported.model.graph
+    given = {value.name for value in graph.inputs} | {*graph.initializers}
+    taken = given | {value.name for node in graph for value in node.outputs}
     for value, name in zip(outputs, names, strict=True):
-        if name not in taken:
+        if value.name not in given and name not in taken:  # an input may be handed through
             value.name = name
 
 

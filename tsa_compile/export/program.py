@@ -83,7 +83,7 @@ def export_program(
     check_inference(model, "exported programs are for inference")
     model = unwrapped(model)
     if dynamic_lengths == "auto":
-        dynamic_lengths = default_lengths(model)
+        dynamic_lengths = default_lengths(text_config(model))
     args, kwargs, shapes = _Example(example_inputs, dynamic_lengths, dynamic_batch).for_export(model)
     if dynamic_lengths is not None:
         check_positions(model, dynamic_lengths[1])
@@ -111,9 +111,8 @@ def export_program(
     return program
 
 
-def default_lengths(model: torch.nn.Module | None, config: Any = None) -> Range:
-    """The shortest and the longest length of an export where none are named; of a model, or of its configuration."""
-    config = text_config(model) if model is not None else config
+def default_lengths(config: Any) -> Range:
+    """The shortest and the longest length of an export where none are named, by a model's configuration."""
     positions = getattr(config, "max_position_embeddings", None)
     longest = min(_LONGEST, positions) if isinstance(positions, int) and positions > 1 else _LONGEST
     return min(_SHORTEST, longest // 2), longest
