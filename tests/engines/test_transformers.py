@@ -382,17 +382,20 @@ def test_without_a_prefill_there_are_no_rows():
 @pytest.mark.gpu
 @pytest.mark.parametrize("padded", [False, True])
 def test_on_a_gpu(padded):
-    """bfloat16, kernels of the GPU: as the compiled model, within what that differs from itself in float32."""
+    """bfloat16, kernels of the GPU: against float32, the error is not half again as large as the compiled model's."""
     length, config = 3000, TSAConfig(layers=[0, 2], window=64, min_tokens=128, min_length=1, compiler="eager")
     sizes = dict(max_position_embeddings=4096, head_dim=64)
     mask = mixed_padding(length, (0, 500, -700)).cuda() if padded else None
     inputs = dict(input_ids=tokens(3, length).cuda(), attention_mask=mask)
     model = sparse("llama", config, **sizes).to("cuda", torch.bfloat16)
     plain = tiny("llama", **sizes).to("cuda", torch.bfloat16)
+    compiled = {"backend": "tsa", "options": {"config": config}}
     found = logits(model, **inputs)
-    wanted = logits(torch.compile(plain, backend="tsa", options={"config": config}), **inputs)
+    wanted = logits(torch.compile(plain, **compiled), **inputs)
+    true = logits(torch.compile(tiny("llama", **sizes).cuda(), **compiled), **inputs)
     assert attention.report(model).sparse == reports()[0].sparse == 2
-    assert difference(found.float(), wanted.float(), mask) < 0.05
+    valid = ... if mask is None else mask.bool()
+    assert (found - true)[valid].norm() < 1.5 * (wanted - true)[valid].norm()
 
 
 def test_one_mask_holds_for_all_items():
