@@ -260,7 +260,9 @@ def _dimension(option: str, name: str, extents: Range | None, example: int | Non
             "example's own alone"
         )
     if example is not None and not pair[0] <= example <= pair[1]:
-        raise ConfigError(f"the example's {name} is {example}, outside {option}={extents!r}: pass an example within it, or another range")
+        raise ConfigError(
+            f"the example's {name} is {example}, outside {option}={extents!r}: pass an example within it, or another range"
+        )
     return Dim(name, min=pair[0], max=pair[1])
 
 
