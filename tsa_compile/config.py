@@ -110,7 +110,7 @@ class TSAConfig:
             block-sparse one makes them approximate as well. None: dense attention, exactly as the model wrote it.
         regional: compile layers that are alike once, not each by itself (regional compilation): compiling takes less time,
             and nothing is fused across the border of two layers. Not with CUDA graphs.
-        strict: raise where a rewrite that was asked for is not made, instead of warning.
+        strict: raise where a rewrite fails or the attention of a selected layer is not understood, instead of warning.
         compiler: what compiles the rewritten graph: a Dynamo backend's name, or a callable ``(gm, inputs)``, which is given
             the single steps of sparse attention.
         skip_passes: passes of `pipeline.py` that are left out, by name, to look for a fault or to spare their time:

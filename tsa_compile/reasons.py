@@ -62,7 +62,7 @@ NOT_UNDERSTOOD = (Reason.MASK_OPAQUE, Reason.UNSUPPORTED_FORM, Reason.PASS_FAILE
 EXPLANATIONS: dict[Reason, str] = {
     Reason.SPARSE: "The call was rewritten to token sparse attention.",
     Reason.LAYER_NOT_SELECTED: "The layer is not among those that were selected to be sparse.",
-    Reason.LAYER_COUNT_UNKNOWN: "The call cannot be placed among the model's layers, so no default selects it.",
+    Reason.LAYER_COUNT_UNKNOWN: "The call cannot be placed among the model's layers, so the default cannot select it.",
     Reason.TOO_SHORT: "The sequence is too short for compression to drop tokens or to gain time.",
     Reason.LENGTH_UNKNOWN: "The sequence length is not known well enough to prove the rewrite right and worth it.",
     Reason.MASK_OPAQUE: "The meaning of the mask could not be proven.",
@@ -83,7 +83,7 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
 }
 
-_BY_LAYER = 'Where layers are compiled one by one (FSDP2, layer.compile()): attn_implementation="tsa" needs no graph.'
+_BY_LAYER = 'If layers are compiled one by one (FSDP2, layer.compile()), use attn_implementation="tsa" without compiling.'
 
 REMEDIES: dict[Reason, str] = {
     Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
@@ -102,8 +102,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",
     Reason.UNSUPPORTED_FORM: (
-        'Load a transformers model with attn_implementation="sdpa", whose masks are read, not flash. Use regional=True '
-        "in place of torch.compiler.nested_compile_region."
+        'Load a transformers model with attn_implementation="sdpa", not "flash_attention_2": only the masks of "sdpa" can '
+        "be read. Use regional=True in place of torch.compiler.nested_compile_region."
     ),
     Reason.KERNEL: 'Set `kernel="auto"`, or register a kernel that supports the call.',
     Reason.PASS_SKIPPED: "Take it out of `skip_passes`.",

@@ -29,9 +29,9 @@ class CallRow:
     """One attention call.
 
     Shapes hold an int for each static dimension and the expression's text for each symbolic one. `mask` is what the mask was
-    proven to be, `form` how the model computes attention ("sdpa", "eager"), `kernel` what runs the call now. Where a
-    device's costs were asked for, `expected_dense_ms` and `expected_ms` are the expected times of the call, dense and as
-    decided. `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
+    proven to be, `form` how the model computes attention ("sdpa", "eager", "flex", "other"), `kernel` what runs the call
+    now. Where a device's costs were asked for, `expected_dense_ms` and `expected_ms` are the expected times of the call,
+    dense and as decided. `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
     """
 
     index: int

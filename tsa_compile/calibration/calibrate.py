@@ -160,7 +160,8 @@ def calibrate(
 
     objective "drift": the layers that change hidden states least. The model runs once, dense, without cache and head.
     objective "loss": the layers, and how much each keeps, that change the probabilities of answers by at most `max_kl`. The
-    model runs once for each layer and keep ratio and a few times more; see `calibrate_loss` for its further options.
+    model runs once for each layer and keep ratio, and a few times more. Its further options are ratios, config and answer
+    (tsa_compile.calibration.loss_search.calibrate_loss).
 
     Either way it runs in evaluation mode without gradients, and activations of no more than a batch are in memory.
 
@@ -220,7 +221,7 @@ def _by_drift(
 
 
 def load_calibration(path: str | os.PathLike[str]) -> Calibration | LossCalibration:
-    """Reads what either of them has saved.
+    """Reads the file that `save` of a `Calibration` or of a `LossCalibration` wrote.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else; the message names it.

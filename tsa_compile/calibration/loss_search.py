@@ -46,11 +46,11 @@ class LossCalibration(Calibrated):
     Attributes:
         layers: module names, first layer first.
         ratios: what each of them keeps; None where it stays dense.
-        alone: for each layer, keep ratio -> KL of the answers where it alone is sparse; empty where it cannot be, and
-            without ratios of which it is not finite.
+        alone: for each layer, a mapping from keep ratio to the KL of the answers if only this layer is sparse. It is empty
+            for a layer that cannot be sparse, and it has no ratios whose KL is not finite.
         kl: of the choice as a whole: mean over the answers' tokens of KL(dense || sparse), in nats.
         max_kl: what was allowed.
-        saved: the share of the pairs of queries and keys, of all layers, that the choice leaves out of selected attention.
+        saved: the share of all layers' pairs of queries and keys that are not computed, without counting the floor.
         tokens: how many tokens the answers have, all together.
         prompts, length: how many prompts were used, and how many tokens they have on average.
         base: the configuration that was measured, without its layers and budgets.
@@ -148,7 +148,7 @@ def calibrate_loss(
         max_kl: the mean over the answers' tokens of KL(dense || sparse), in nats, that is allowed.
         ratios: the keep ratios that a layer may have.
         config: everything but layers and budgets; its `layers`, if given as indices, are the only candidates.
-        answer: tokens.
+        answer: how many tokens at the end of each prompt are its answer.
 
     Raises:
         ConfigError: an option or prompt is not allowed, no layer can be sparse, no prompt is long enough to matter, or no KL

@@ -35,10 +35,10 @@ Length = TypeVar("Length", int, torch.SymInt)
 def expected_share(budget: Budget, length: int) -> float | Fraction:
     """The share of candidates that a budget is expected to keep.
 
-    KeepRatio: its ratio, exactly. Coverage(tau) depends on the input. At tau .005 the publication (arXiv 2602.03216) found
-    17% of the attention map skipped in the sparse layers at 4K and 54% at 128K: sqrt(.83) and sqrt(.46) of the tokens kept.
-    In between it is taken as linear in log2 L, beyond as constant. The share dropped is a concave function of tau, 0 at 0
-    and 1 at 1, because the least-scored tokens go first; so the chords from its one known value bound it from below.
+    KeepRatio: its ratio, exactly. Coverage(tau) depends on the input. At tau 0.005 the publication (arXiv 2602.03216) found
+    17% of the attention map skipped in the sparse layers at 4K and 54% at 128K: sqrt(0.83) and sqrt(0.46) of the tokens
+    kept. In between it is taken as linear in log2 L, beyond as constant. The share dropped is a concave function of tau, 0
+    at 0 and 1 at 1, because the least-scored tokens go first; so the chords from its one known value bound it from below.
     """
     if isinstance(budget, KeepRatio):
         return budget.fraction

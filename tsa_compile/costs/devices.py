@@ -56,15 +56,15 @@ class DeviceCosts:
 
 
 # torch 2.11, cuDNN 9.19, bfloat16, causal, medians. attention_*: a fit (tests/costs/test_calls.py) of dense attention from
-# 4K to 128K and of the compressed rows of keep .3, .5 and .675 (23 times), with a rate that is 1% higher, as a second
+# 4K to 128K and of the compressed rows of keep 0.3, 0.5 and 0.675 (23 times), with a rate that is 1% higher, as a second
 # machine was 4% faster between 8K and 64K. At 128K dense attention took 249 to 256 ms in three runs, where the fit says
 # 232; all up to 105 ms is on the curve. exponential: from head sizes 64 and 256 at 32K. score to select solve one measured
-# step at 128K, B=1 H=32 G=8 D=128, for the rate (benchmarks/results/attention-h200.md, GPU ms): score .712 ms, select .125,
-# compress .680 and decompress .405 at keep .5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B. sparse_ms:
-# at 4K and 8K these steps take .03 ms more than the rates say; the rest is left for a host that does not run ahead.
-# count_ms: a layer at 32K took .5 to 1 ms longer where the host read the count: budget, .03 to .2 ms on the GPU, which then
-# waits until what depends on it is launched. host_ms: calls at 4K, .18 ms of work, took .33 to .69 ms on the hosts of four
-# machines; a model of two layers was 6% slower there than with dense attention.
+# step at 128K, B=1 H=32 G=8 D=128, for the rate (GPU ms, benchmarks/attention.py --parts stages): score 0.712 ms, select
+# 0.125, compress 0.680 and decompress 0.405 at keep 0.5. matmul: 84 ms of projections and MLP in a layer of Llama-3.1-8B.
+# sparse_ms: at 4K and 8K these steps take 0.03 ms more than the rates say; the rest is left for a host that does not run
+# ahead. count_ms: a layer at 32K took 0.5 to 1 ms longer where the host read the count: budget, 0.03 to 0.2 ms on the GPU,
+# which then waits until what depends on it is launched. host_ms: calls at 4K, 0.18 ms of work, took 0.33 to 0.69 ms on the
+# hosts of four machines; a model of two layers was 6% slower there than with dense attention.
 H200 = DeviceCosts(
     name="NVIDIA H200",
     attention_tflops=612,
@@ -84,8 +84,8 @@ H200 = DeviceCosts(
 H200_PROCESSORS = 132
 H200_BUS = 4.9  # TB/s that torch computes from the memory's clock and width, not what is reached
 # The same chip with slower memory (3.35 instead of 4.8 TB/s); attention takes what it takes on an H200, within 7%. From
-# benchmarks/results/attention-h100.md, at 128K and keep .5: compress .944 ms, decompress .560 (the bandwidth), score .706.
-# There launches are remembered: 32K tokens took .55 ms longer where the host read the count, budget's .06 included.
+# benchmarks/results/attention-h100.md, at 128K and keep 0.5: compress 0.944 ms, decompress 0.560 (the bandwidth), score
+# 0.706. There launches are remembered: 32K tokens took 0.55 ms longer where the host read the count, budget's 0.06 included.
 H100 = replace(H200, name="NVIDIA H100 80GB HBM3", bandwidth_tbs=2.87, score_tflops=500, count_ms=0.35)
 MEASURED = {"h200": H200, "h100": H100}
 

@@ -8,7 +8,7 @@ probe.py        how many tokens sparse layers keep, and random ones in their pla
 cached.py       a prefill, compiled or not, and what follows through its cache
 running.py      one prefill a sample and setting; the answer through its cache: likelihood, then greedily
 limits.py       whether a model has positions for prompts of a length
-study.py        evaluate(model, tokenizer, ...): every setting on the same samples, in a file that goes on
+study.py        evaluate(model, tokenizer, ...): every setting on the same samples; a file keeps the results, to be continued
 outcomes.py     every sample's outcome
 statistics.py   intervals and paired tests, by statsmodels
 lm_eval.py      the model type `tsa` of lm-evaluation-harness

@@ -1,7 +1,8 @@
 """`evaluate(model, tokenizer, ...)`: what settings cost one model in accuracy, on the same samples.
 
-For every length, task and batch of samples dense runs first, and then every setting, so that what dense gives the answer's
-tokens is in memory for one batch alone. The file is written behind every setting; a run with the same file goes on there.
+For every length, task and batch of samples, dense attention runs first and then every setting. So dense attention's
+probabilities of the answers are in memory for only one batch. The file is written after every setting. A later run with the
+same file continues where the earlier one stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def evaluate(
     file: str | os.PathLike[str] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Study:
-    """Runs dense and every setting on every task at every length, over the same samples, where the model's weights are.
+    """Runs dense attention and every setting on the same samples of every task and length, on the model's device.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
@@ -83,7 +84,7 @@ def evaluate(
         settings: what is compared with dense, which need not be named.
         tasks: some of `tasks.TASKS`.
         lengths: of the prompts, in tokens.
-        samples: of every task and length.
+        samples: how many samples of every task and length.
         text: what things are hidden in, and what "continuation" continues; None: a few sentences, repeated.
         conditions: what else must be the same for results to belong together in a file, by names of the caller's; plain JSON
             types.

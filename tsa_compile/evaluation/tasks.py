@@ -6,7 +6,7 @@
 | needle_keys | six numbers, each under its name | the number of one name |
 | needle_values | four numbers of one name | all four |
 | needle_queries | four numbers, each under its name | all four |
-| question_first | one number, under a name | the number; the question stands before the text alone |
+| question_first | one number, under a name | the number; the question stands only before the text |
 | variables | a variable with a number, four that are set to one another in a chain | the five variables |
 | common_words | a list; five of its entries are there ten times as often as the others | these five |
 | frequent_words | coined words, the one of rank k in proportion to k^-2 | the three most frequent |
