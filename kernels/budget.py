@@ -34,11 +34,7 @@ from torch import Tensor
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._aten import at_least
-from tsa_compile.kernels.kept import (
-    at_least_and_most,
-    at_least_and_most_triton,
-    kept_candidates,
-)
+from tsa_compile.kernels.kept import at_least_and_most, at_least_and_most_triton, kept_candidates
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 
 WHOLE = 2**60  # the mass of all candidates

@@ -66,8 +66,11 @@ def _cudnn_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple
 
 
 def _flash_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """With the log-sum-exp, from FlashAttention-2's operator, which takes heads of a multiple of 8 alone."""
-    if query.shape[3] % 8 != 0 or query.shape[3] != value.shape[3]:
+    """With the log-sum-exp, from FlashAttention-2's operator, which takes heads of a multiple of 8 alone.
+
+    It aligns causality lower right where queries are fewer than keys.
+    """
+    if not query.is_cuda or query.shape[3] % 8 != 0 or query.shape[3] != value.shape[3]:
         return written_out_lse(query, key, value, scale)
     key, value = (_repeated(tensor, query) for tensor in (key, value))
     attention = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -107,13 +110,6 @@ def _cudnn_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
     out, lse = attention(*operands, scale=scale)[:2]
     out, lse = (part.unflatten(2, (group, -1)).flatten(1, 2) for part in (out, lse.reshape(rows.shape[:3])))
     return merged(*own, out, lse)
-
-
-def _flash_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2's operator aligns causality lower right where lengths differ."""
-    if not query.is_cuda:
-        return written_out_lse(query, key, value, scale)
-    return _flash_lse(query, key, value, scale)
 
 
 def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
@@ -172,7 +168,7 @@ FLASH = AttentionKernel(
     "flash",
     run=functools.partial(_sdpa, backends=PRIORITY[1:]),
     run_lse=_flash_lse,
-    run_behind=_flash_behind,
+    run_behind=_flash_lse,
     supports=functools.partial(_refusal, SDPBackend.FLASH_ATTENTION),
     priority=20,
 )

@@ -240,11 +240,9 @@ def _behind_expand(node: Node) -> Node | None:
     expanded = without_copies(node.args[0])
     if expanded.target is not aten.expand.default or fake(expanded).dim() != 5:
         return None
-    inserted = expanded.args[0]
+    inserted = _without_full_slices(expanded.args[0])
     if inserted.target is not aten.unsqueeze.default or inserted.args[1] not in (2, -3):
-        inserted = _without_full_slices(inserted)
-        if inserted.target is not aten.unsqueeze.default or inserted.args[1] not in (2, -3):
-            return None
+        return None
     source = _without_full_slices(inserted.args[0])
     batch, groups, repeats, length, width = fake(expanded).shape
     outer, inner = fake(node), fake(source)

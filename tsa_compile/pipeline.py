@@ -103,7 +103,8 @@ def run_passes(
             _restore(graph_module, original, state, message)
             break
     _announce_misses(state)
-    return make_report(state)
+    rows = tuple(_row(index, plan) for index, plan in enumerate(state.plans))
+    return RewriteReport(rows, state.config.to_dict(), tuple(state.notes))
 
 
 def _run(step: Pass, graph_module: GraphModule, after: Callable[[Pass, GraphModule], None] | None) -> None:
@@ -123,15 +124,6 @@ def _restore(graph_module: GraphModule, original: Graph, state: GraphState, mess
     state.notes.append(message)
     for plan in state.plans:
         plan.keep(Reason.PASS_FAILED, message)
-
-
-def make_report(state: GraphState) -> RewriteReport:
-    """One row for each attention call."""
-    return RewriteReport(
-        rows=tuple(_row(index, plan) for index, plan in enumerate(state.plans)),
-        config=state.config.to_dict(),
-        notes=tuple(state.notes),
-    )
 
 
 def _row(index: int, plan: CallPlan) -> CallRow:

@@ -159,8 +159,6 @@ def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
     if not value.is_number:
         raise Unsupported(f"adds {value}, which is not constant")
     value = round_constant(value, dtype)
-    if value == -sympy.oo:
-        return -sympy.oo
     if value > _LOWEST:
         raise Unsupported(f"adds {value}, which need not hide a score")
     return value

@@ -45,7 +45,7 @@ class Fingerprint:
             for index in sorted({0, count // 2, count - 1})
             for name, values in _samples(layers[index])
         }
-        return cls(type(model).__name__, type(unwrapped(layers[0])).__name__, count, _sizes(model), weights)
+        return cls(type(model).__name__, type(unwrapped(layers[0])).__name__, count, _sizes_of(text_config(model)), weights)
 
     def differences(self, other: Fingerprint) -> list[str]:
         """In what another model differs, in words; empty if it may be the same."""
@@ -101,11 +101,6 @@ def text_config(model: nn.Module) -> Any:
     """A transformers model's configuration, of one with several parts that of the text; None where there is none."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    """The sizes that a transformers configuration names."""
-    return _sizes_of(text_config(model))
 
 
 def _architecture(config: Any) -> str | None:
