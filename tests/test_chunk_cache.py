@@ -242,6 +242,21 @@ def test_a_minimum_is_of_the_prompt_so_far():
     assert [report.sparse for report in reports()] == [2, 0], "a shorter prompt is another graph"
 
 
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+def test_a_mask_that_is_read_for_more_than_attention_is_not_made_up(by):
+    """The loss of a router takes a mask for one of the chunk's tokens, and not of all so far."""
+    model, plain = compiled("mixtral", EXACT), tiny("mixtral", **TWO)
+    given = {"output_router_logits": True} if by == "argument" else {}
+    if not given:
+        model.config.output_router_logits = plain.config.output_router_logits = True
+    ids, losses = tokens(2, 90), []
+    for called in (model, plain):
+        cache = DynamicCache(config=called.config)
+        with torch.no_grad():
+            losses.append([called(part, past_key_values=cache, **given).aux_loss for part in ids.split(CHUNK, dim=1)])
+    assert torch.allclose(torch.stack(losses[0]), torch.stack(losses[1]), atol=ATOL)
+
+
 def test_prompts_of_which_all_is_kept_need_no_graph_of_their_own():
     model, plain = compiled("llama", SPARSE.replace(min_tokens=50)), tiny("llama", **TWO)
     ids = tokens(2, 36)

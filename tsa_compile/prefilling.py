@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tsa_compile.backend import tsa_backend
+from tsa_compile.calibration.fingerprint import text_config
 from tsa_compile.chunk_cache import carried, find, serves
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import FEW_QUERIES
@@ -204,14 +205,20 @@ def _mask_of_ones(
 
     Without a padding mask, transformers asks whether there are as many keys as queries while it builds the causal mask for
     SDPA, and Dynamo compiles for the answer. With one it does not ask. In a trace a mask hides the future also in modules
-    that say that they are not causal, so they get none.
+    that say that they are not causal, so they get none. Nor does a model that reads the mask for more than attention:
+    the loss of a router takes it for one of the call's tokens alone, and models with images compute positions from it.
     """
     parameters = list(signature(model.forward).parameters)
+    passed = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    config = getattr(model, "config", None)
     if _MASK not in parameters[len(args) :] or kwargs.get(_MASK) is not None:
         return {}
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+    if getattr(config, "_attn_implementation", None) != "sdpa":
         return {}
-    if not all(getattr(module, "is_causal", True) for module in model.modules()):
+    routed = passed.get("output_router_logits")
+    if getattr(config, "output_router_logits", False) if routed is None else routed:
+        return {}
+    if text_config(model) is not config or not all(getattr(module, "is_causal", True) for module in model.modules()):
         return {}
     shape = (tokens.shape[0], past + tokens.shape[1])
     return {_MASK: torch.ones(shape, dtype=torch.long, device=tokens.device)}
