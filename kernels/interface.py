@@ -33,8 +33,9 @@ class KernelRequest:
     def of(cls, query: Tensor, key: Tensor, value: Tensor) -> KernelRequest:
         """The request that these [B, heads, rows, head_dim] tensors make."""
         capability = _capability(query.device) if query.is_cuda else None
-        heads, kv_heads = query.shape[1], key.shape[1]
-        return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], heads, kv_heads, capability)
+        widths, heads = (query.shape[3], value.shape[3]), (query.shape[1], key.shape[1])
+        # int: a size that is symbolic by type alone, as Dynamo leaves one that a guard has fixed, cannot be hashed
+        return cls(query.device.type, query.dtype, *map(int, widths), *map(int, heads), capability)
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

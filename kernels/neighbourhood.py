@@ -40,7 +40,8 @@ def near_aten(
         the slot of each row, 0 where it has none, int64 [B, H, L]; and the rank of each position, [B, L], or None.
     """
     heads, seq_len = query.shape[1:3]
-    window = min(window, seq_len) if isinstance(seq_len, int) else window  # a wider one sees no more, and takes memory
+    if isinstance(seq_len, int):  # more would see no more, and take memory
+        window, sinks = min(window, seq_len), min(sinks, seq_len)
     slots = _slots_aten(indices, count, seq_len)
     if padding is None:
         valid, rank = torch.full_like(slots[:, :1, :1], seq_len), None

@@ -27,7 +27,7 @@ from tsa_compile.passes.call import AttentionCall, BlockLists, MaskTerm, Problem
 from tsa_compile.passes.eager import WrittenOut
 from tsa_compile.passes.flex import read_flex
 from tsa_compile.passes.frame import frame_of
-from tsa_compile.passes.graph import fake, known, same_shape
+from tsa_compile.passes.graph import fake, known, same_shape, static
 from tsa_compile.passes.layers import module_name, places_of
 from tsa_compile.passes.operators import arguments, aten, is_attention, without_copies
 from tsa_compile.passes.record import record
@@ -133,7 +133,8 @@ def _place(graph: AtenGraph, call: RecordedCall) -> tuple[Node, Problem | None]:
         return node, call.problem
     origin = call.output.meta["origin"]
     name = inside or getattr(origin.target, "__name__", str(origin.target))
-    return origin, call.problem or (Reason.UNSUPPORTED_FORM, f"it is inside {name}")
+    leave = "; call model.eval() or model.gradient_checkpointing_disable()" if "checkpoint" in name else ""
+    return origin, call.problem or (Reason.UNSUPPORTED_FORM, f"it is inside {name}{leave}")
 
 
 def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionCall | None:
@@ -176,10 +177,11 @@ def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem |
     if any(tensor.dim() != 4 for tensor in tensors):
         return Reason.RANK, f"query has {q.dim()} dimensions, not the 4 of [batch, heads, length, head_dim]"
     heads, kv_heads = q.shape[1], k.shape[1]
+    number, kv_number = static(heads), static(kv_heads)
     if grouped:
-        matching = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
+        matching = number is not None and kv_number is not None and number % kv_number == 0
     else:  # a single head is broadcast to all queries: one group of them
-        matching = known(heads == kv_heads) or (isinstance(heads, int) and known(kv_heads == 1))
+        matching = known(heads == kv_heads) or (number is not None and known(kv_heads == 1))
     if not matching or not known(kv_heads == v.shape[1]):
         return Reason.UNSUPPORTED_FORM, f"{heads} query heads over {kv_heads} key and {v.shape[1]} value heads"
     if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0])):

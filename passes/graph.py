@@ -54,6 +54,14 @@ def known(condition: Any) -> bool:
     return bool(condition)
 
 
+def static(size: Any) -> int | None:
+    """A size as a number, also one that was symbolic until a guard fixed it; None where it is symbolic.
+
+    Dynamo takes a size for symbolic that another model had differently at the same line of code.
+    """
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def guarded(condition: Any) -> bool:
     """Whether a (symbolic) condition holds for the sizes at hand. A guard lets sizes with another answer compile anew.
 
@@ -157,7 +165,7 @@ def fake_mode(graph: Graph) -> FakeTensorMode | None:
 
 def size(graph: Graph, node: Node, dim: int) -> int | Node:
     """A tensor's size along a dimension: an int where it is static, else a node of the graph."""
-    value = fake(node).shape[dim]
-    if isinstance(value, int):
+    value = static(fake(node).shape[dim])
+    if value is not None:
         return value
     return insert(graph, torch.ops.aten.sym_size.int, node, dim)

@@ -31,7 +31,7 @@ from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_sdpa
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.graph import fake, guarded, in_marked_range, known
+from tsa_compile.passes.graph import fake, guarded, in_marked_range, known, static
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.masks.info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.ranks import group_of_heads, splits_heads
@@ -319,10 +319,12 @@ def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason |
         return Reason.DEVICE, f"on {query.device.type}"
     if query.dtype not in _DTYPES:
         return Reason.DTYPE, str(query.dtype)
-    widths = (query.shape[3], value.shape[3])
-    if not all(isinstance(width, int) and width <= MAX_HEAD_DIM for width in widths):
+    widths = (static(query.shape[3]), static(value.shape[3]))
+    if None in widths:
+        return Reason.HEAD_DIM, "the head size is not static"
+    if not all(width <= MAX_HEAD_DIM for width in widths if width is not None):
         return Reason.HEAD_DIM, f"head sizes {widths[0]} and {widths[1]}"
-    if not isinstance(query.shape[1], int):
+    if static(query.shape[1]) is None:
         return Reason.UNSUPPORTED_FORM, "the number of heads is not static"
     return None, ""
 
@@ -362,7 +364,7 @@ def kernel_of(
     Where `costs` are those of a device that is not here, a kernel that is configured by name is taken to fit.
     """
     sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    if query.device.type not in _DEVICES or not all(isinstance(size, int) for size in sizes):
+    if query.device.type not in _DEVICES or any(static(size) is None for size in sizes):
         return "sdpa"
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
     sparse = decision is Decision.SPARSE

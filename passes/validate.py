@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.flex import FLEX, flex_arguments
-from tsa_compile.passes.graph import fake, map_leaves
+from tsa_compile.passes.graph import fake, map_leaves, static
 from tsa_compile.passes.masks.info import FILLED_KINDS
 from tsa_compile.passes.operators import aten
 from tsa_compile.reasons import Decision
@@ -265,7 +265,7 @@ class _Sizes:
         query, key, value = operands
         self.short = {} if whole else _shortened(query.shape[2], key.shape[2])  # static lengths that are run short
         others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        if any(isinstance(size, int) and size in self.short for size in others):
+        if any(static(size) in self.short for size in others):
             self.short = {}
         self.symbols: dict[sympy.Symbol, int] = {}
         extents = [size for node in nodes for size in getattr(fake(node), "shape", (fake(node),))]

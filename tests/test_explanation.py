@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tsa_compile import ConfigError, Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
 from tsa_compile.costs.breakeven import expected_kept
@@ -141,6 +142,21 @@ class TestExpectations:
         report = explain(Stack(), *heads(length=400), config=CONFIG.replace(layers=[1]), device=slow)
         fast = explain(Stack(), *heads(length=400), config=CONFIG.replace(layers=[1]), device="h200")
         assert report.expected["device"] == "mine" and report.expected_dense_ms > fast.expected_dense_ms
+
+
+def test_a_cache_stays_as_it_is():
+    model, cache, ids = tiny("llama", num_hidden_layers=2), DynamicCache(), tokens(1, 90)
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+    explain(model, ids[:, 40:], past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_a_class_is_no_model():
+    """torch.compile would change it for all of its instances."""
+    kind = type(tiny("llama", num_hidden_layers=1))
+    with pytest.raises(ConfigError, match="a type is not allowed"):
+        explain(kind, tokens(1, 40))
 
 
 def test_a_model_without_attention():

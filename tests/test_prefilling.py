@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import tsa_compile
 from tsa_compile import ConfigError, KeepRatio, Prefill, TSAConfig, attention, reports
@@ -272,3 +272,48 @@ def test_a_model_that_is_not_causal_stays_so(dynamic):
     with torch.no_grad():
         expected, found = (model(PROMPT, past_key_values=DynamicCache()).logits for model in models)
     assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_hooks_that_are_registered_later_run(dynamic):
+    """Decode steps, which are not compiled, run them as well."""
+    model, plain = tiny("llama", num_hidden_layers=2), tiny("llama", num_hidden_layers=2)
+    tsa_compile.prefill(model, CONFIG.replace(layers=[]), dynamic=dynamic)
+    with torch.no_grad():
+        for steered in (False, True, False):
+            hooks = [
+                each.model.layers[0].register_forward_hook(lambda *given: given[2] + 1) for each in (model, plain) if steered
+            ]
+            assert difference(model(PROMPT).logits, plain(PROMPT).logits) < 1e-5
+            for hook in hooks:
+                hook.remove()
+
+
+def test_a_handle_without_effect_is_no_context():
+    model = tiny("llama", num_hidden_layers=1)
+    first = tsa_compile.prefill(model)
+    second = tsa_compile.prefill(model)
+    with pytest.raises(ConfigError, match="another replaced it"), first:
+        pass
+    second.remove()
+    with pytest.raises(ConfigError, match="was removed"), second:
+        pass
+
+
+@pytest.mark.parametrize("option", [{"dynamic": "yes"}, {"fullgraph": 5}])
+def test_switches_are_true_or_false(option):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is a"):
+        tsa_compile.prefill(tiny("llama", num_hidden_layers=1), **option)
+
+
+def test_head_sizes_that_differ_between_models_are_numbers():
+    """Dynamo takes a size for symbolic that another model had differently at the same line of code."""
+    for head_dim in (32, 16):
+        model = tiny("llama", num_hidden_layers=2, head_dim=head_dim)
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        tsa_compile.prefill(model, CONFIG)
+        with torch.no_grad():
+            for part in tokens(1, 80).split(40, dim=1):
+                model(part, past_key_values=cache)
+        report = reports()[-1]
+        assert report.sparse > 0 and report.rows[0].key == (1, 2, 96, head_dim)

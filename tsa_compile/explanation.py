@@ -28,9 +28,10 @@ def explain(
 ) -> RewriteReport:
     """One row for each attention call of a model, for these inputs.
 
-    The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form:
-    dense, and without L x L masks where they are proven causal. Nothing is compiled and nothing is recorded. Like
-    `torch._dynamo.explain` it resets Dynamo: what was compiled before is compiled again at its next call.
+    The model runs once, without gradients (the only way in which anything is rewritten), in its exact rewritten form: dense,
+    and without L x L masks where they are proven causal. A cache among the inputs is copied, and so stays as it is. Nothing
+    is compiled and nothing is recorded. Like `torch._dynamo.explain` it resets Dynamo: what was compiled before is compiled
+    again at its next call.
 
     Args:
         model: a module or function.
@@ -47,7 +48,7 @@ def explain(
     Raises:
         ConfigError: `model` cannot be called, or `config`, a value in it or `device` is not allowed.
     """
-    if not callable(model):
+    if not callable(model) or isinstance(model, type):  # torch.compile would change a class for all of its instances
         raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
     config = given(config, "explain")
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
@@ -68,11 +69,17 @@ def explain(
     torch._dynamo.reset()
     try:
         with torch.no_grad():
-            torch.compile(model, backend=look)(*args, **kwargs)
+            own = {name: _own(value) for name, value in kwargs.items()}
+            torch.compile(model, backend=look)(*map(_own, args), **own)
     finally:  # or the model's next compilation would count this one against Dynamo's recompilation limit
         torch._dynamo.reset()
     report, on = _merge(seen, config), device or next(iter(devices), None)
     return report if on is None else with_expectations(report, config, on)
+
+
+def _own(value: Any) -> Any:
+    """An argument that the model may write to: a cache of transformers is copied."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 def _merge(reports: list[RewriteReport], config: TSAConfig) -> RewriteReport:

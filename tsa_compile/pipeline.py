@@ -26,7 +26,7 @@ from tsa_compile.passes.cleanup import RemoveDeadMasks
 from tsa_compile.passes.decompose import Decompose
 from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.passes.find import FindCalls
-from tsa_compile.passes.graph import fake
+from tsa_compile.passes.graph import fake, static
 from tsa_compile.passes.masks.infer import InferMasks
 from tsa_compile.passes.plan import PlanCalls, is_cached_prefill, is_decode_step
 from tsa_compile.passes.rewrite import RewriteSparse
@@ -148,7 +148,8 @@ def own_budget(config: TSAConfig) -> tuple[str, float] | None:
 
 
 def _shape(value: object) -> tuple[int | str, ...]:
-    return tuple(extent if isinstance(extent, int) else str(extent) for extent in getattr(value, "shape", ()))
+    numbers = ((static(extent), extent) for extent in getattr(value, "shape", ()))
+    return tuple(str(extent) if number is None else number for number, extent in numbers)
 
 
 _ORDINARY = (Reason.LAYER_NOT_SELECTED, Reason.NOT_SELF_ATTENTION, Reason.NOT_CAUSAL)

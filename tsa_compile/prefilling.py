@@ -24,7 +24,7 @@ from tsa_compile.calibration.fingerprint import text_config
 from tsa_compile.chunk_cache import carried, find, serves
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import FEW_QUERIES
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, check_type
 from tsa_compile.tracing import is_traced
 
 _TOKENS = ("input_ids", "inputs_embeds")
@@ -56,11 +56,13 @@ class Prefill:
         if tokens.shape[1] < FEW_QUERIES:
             return self._plain(*args, **kwargs)
         kwargs = {**kwargs, **_mask_of_each_item(kwargs, tokens)}
+        # Dynamo would leave out hooks that are registered later, but decode steps, which are not compiled, run them.
         if not self.dynamic:
-            return self._compiled(*args, **kwargs)
+            with dynamo_config.patch(skip_nnmodule_hook_guards=False):
+                return self._compiled(*args, **kwargs)
         # Floats of modules, as the epsilon of a norm, are no lengths. As symbols they would be inputs of the graph, and
         # Inductor, which takes them for constants in the end, would send Dynamo back to trace everything once more.
-        with dynamo_config.patch(specialize_float=True), ExitStack() as stack:
+        with dynamo_config.patch(skip_nnmodule_hook_guards=False, specialize_float=True), ExitStack() as stack:
             cache = None if torch.is_grad_enabled() or not serves(self.config) else find(args, kwargs)
             if cache is not None:
                 kwargs = {**kwargs, **_mask_of_ones(self.model, args, kwargs, tokens, cache.get_seq_length())}
@@ -74,6 +76,10 @@ class Prefill:
             self.model._compiled_call_impl = None
 
     def __enter__(self) -> Prefill:
+        if self.model._compiled_call_impl is not self:
+            raise ConfigError(
+                f"this prefill of a {type(self.model).__name__} was removed, or another replaced it: call prefill() again"
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -126,6 +132,8 @@ def prefill(
             well if none of its tensors has a length, which tells a prompt from a decode step.
     """
     config = given(config, "prefill")
+    check_type("dynamic", dynamic, (bool, type(None)), "True, False or None")
+    check_type("fullgraph", fullgraph, bool, "True or False")
     _check(model)
     handle = Prefill(model, config, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = handle

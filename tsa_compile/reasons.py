@@ -97,7 +97,10 @@ REMEDIES: dict[Reason, str] = {
         f"Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input. {_BY_LAYER}"
     ),
     Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
-    Reason.NOT_SELF_ATTENTION: "Let the model build the mask of a prefill itself, over a DynamicCache or a StaticCache.",
+    Reason.NOT_SELF_ATTENTION: (
+        "Let the model build the mask of a prefill itself, over a DynamicCache or a StaticCache. For a padded batch and a "
+        'static cache generate() builds it: use a dynamic cache or attn_implementation="tsa".'
+    ),
     Reason.NEEDS_GRAD: "Run the model under torch.inference_mode() or torch.no_grad().",
     Reason.DROPOUT: "Call model.eval().",
     Reason.DTYPE: "Load the model in float32, float16 or bfloat16; under autocast, in the type that autocast uses.",

@@ -95,6 +95,11 @@ def test_kernel_equals_dense_attention_under_the_mask(triton_device, length, win
     Case(length, device=triton_device).check(merge_floor_triton, window, sinks)
 
 
+@pytest.mark.parametrize("function", [merge_floor_triton, merge_floor_aten])
+def test_more_sinks_than_tokens_take_no_memory(triton_device, function):
+    Case(70, device=triton_device).check(function, 2**31 - 1, 2**31 - 1)
+
+
 @pytest.mark.parametrize("paddings", [("left", "right"), ("holes", "none"), ("one", "nothing", "holes")], ids=str)
 @pytest.mark.parametrize("selections", [4, 2, 1])
 def test_kernel_with_padding(triton_device, paddings, selections):

@@ -96,9 +96,10 @@ class CallShape:
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, config: TSAConfig) -> CallShape:
         """The call on these [B,H,Lq,D], [B,G,Lk,D], [B,G,Lk,Dv]."""
-        batch, heads, length, head_dim = query.shape
-        kv_heads, past = key.shape[1] if isinstance(key.shape[1], int) else heads, key.shape[2] - length
-        return cls.configured(config, batch, heads, kv_heads, head_dim, value.shape[3], query.dtype.itemsize, past)
+        batch, past = query.shape[0], key.shape[2] - query.shape[2]
+        # Static; int, because Dynamo leaves a size that a guard has fixed symbolic by type, which cannot be hashed.
+        sizes = map(int, (query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
+        return cls.configured(config, batch, *sizes, query.dtype.itemsize, past)
 
 
 @dataclass(frozen=True)
