@@ -289,3 +289,9 @@ class TestHistory:
         record(RewriteReport(()))
         clear_reports()
         assert reports() == []
+
+
+@pytest.mark.parametrize("width", [0, -3, "80", True])
+def test_a_width_is_a_number_of_characters(width):
+    with pytest.raises(ConfigError, match=r"width=.* is not allowed"):
+        RewriteReport((), {}).narrow(width)

@@ -104,6 +104,7 @@ class Benchmark:
 
     def narrow(self, width: int) -> str:
         """As text in lines of at most so many characters: where a column for each length is too wide, a row for each."""
+        check_int("width", width, 1)
         table = self._table()
         if max(map(len, table.splitlines())) > width:
             rows = new_table("tokens", "mode", "prefill", right=("tokens",), fold=("mode", "prefill"))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from tsa_compile.budgets import check_int
 from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.text import as_text, new_table, number, spans, wrapped
@@ -187,6 +188,7 @@ class RewriteReport:
 
     def narrow(self, width: int) -> str:
         """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""
+        check_int("width", width, 1)
         return render(self, width)
 
     def __str__(self) -> str:

@@ -176,6 +176,7 @@ class Prediction:
 
     def narrow(self, width: int) -> str:
         """As text whose sentences are broken into lines of at most so many characters; the table has 78."""
+        check_int("width", width, 1)
         return _render(self, width)
 
     def __str__(self) -> str:
