@@ -56,7 +56,7 @@ class Prefill:
         if tokens.shape[1] < FEW_QUERIES:
             return self._plain(*args, **kwargs)
         kwargs = {**kwargs, **_mask_of_each_item(kwargs, tokens)}
-        # Dynamo would leave out hooks that are registered later, but decode steps, which are not compiled, run them.
+        # Dynamo would leave out hooks of modules that are registered later; decode steps, which are not compiled, run them.
         if not self.dynamic:
             with dynamo_config.patch(skip_nnmodule_hook_guards=False):
                 return self._compiled(*args, **kwargs)
