@@ -33,9 +33,10 @@ class KernelRequest:
     def of(cls, query: Tensor, key: Tensor, value: Tensor) -> KernelRequest:
         """The request that these [B, heads, rows, head_dim] tensors make."""
         capability = _capability(query.device) if query.is_cuda else None
-        widths, heads = (query.shape[3], value.shape[3]), (query.shape[1], key.shape[1])
         # int: a size that is symbolic by type alone, as Dynamo leaves one that a guard has fixed, cannot be hashed
-        return cls(query.device.type, query.dtype, *map(int, widths), *map(int, heads), capability)
+        width, value_width = int(query.shape[3]), int(value.shape[3])
+        heads, kv_heads = int(query.shape[1]), int(key.shape[1])
+        return cls(query.device.type, query.dtype, width, value_width, heads, kv_heads, capability)
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

@@ -98,8 +98,9 @@ class CallShape:
         """The call on these [B,H,Lq,D], [B,G,Lk,D], [B,G,Lk,Dv]."""
         batch, past = query.shape[0], key.shape[2] - query.shape[2]
         # Static; int, because Dynamo leaves a size that a guard has fixed symbolic by type, which cannot be hashed.
-        sizes = map(int, (query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
-        return cls.configured(config, batch, *sizes, query.dtype.itemsize, past)
+        heads, kv_heads = int(query.shape[1]), int(key.shape[1])
+        width, value_width = int(query.shape[3]), int(value.shape[3])
+        return cls.configured(config, batch, heads, kv_heads, width, value_width, query.dtype.itemsize, past)
 
 
 @dataclass(frozen=True)
