@@ -217,13 +217,12 @@ def _mask_of_ones(
     the loss of a router takes it for one of the call's tokens alone, and models with images compute positions from it.
     """
     parameters = list(signature(model.forward).parameters)
-    passed = {**dict(zip(parameters, args, strict=False)), **kwargs}
     config = getattr(model, "config", None)
     if _MASK not in parameters[len(args) :] or kwargs.get(_MASK) is not None:
         return {}
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return {}
-    routed = passed.get("output_router_logits")
+    routed = {**dict(zip(parameters, args, strict=False)), **kwargs}.get("output_router_logits")
     if getattr(config, "output_router_logits", False) if routed is None else routed:
         return {}
     if text_config(model) is not config or not all(getattr(module, "is_causal", True) for module in model.modules()):
