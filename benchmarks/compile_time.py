@@ -1,16 +1,12 @@
 """How long compiling takes, with the layers compiled each by itself and compiled once (`regional=True`).
 
     python benchmarks/compile_time.py --layers 32 --output benchmarks/results/compile-time
-    python benchmarks/compile_time.py --layers 8 --chunk 512          a prompt in chunks against the whole one
 
 A small Llama with random weights, whose number of layers is a large model's: how long a graph takes to compile follows from
 its operators, not from their sizes. Each figure is from a process of its own, with Inductor's caches switched off and one
 compiling process. Seconds are CPU seconds, of Python and of the compilers that it starts, so that what else the
 machine does hardly matters; those of a second prompt, which compiles nothing, are taken off. Writes OUTPUT.json and
 OUTPUT.md.
-
-With `--chunk N`, `prefill` compiles a prompt of 1,280 tokens, through a new DynamicCache: at once, for its length alone
-and for all lengths, and in chunks of N tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +18,6 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +26,6 @@ FORMS: dict[str, dict[str, Any]] = {
     'backend="tsa"': {"backend": "tsa"},
     'backend="tsa", regional=True': {"backend": "tsa", "options": {"regional": True}},
 }
-CHUNKED = {
-    "whole": (False, None, False),
-    "whole, dynamic": (False, True, False),
-    "in chunks, dynamic": (True, True, False),
-    "whole, dynamic, regional": (False, True, True),
-    "in chunks, dynamic, regional": (True, True, True),
-}
-"""Whether the prompt is in chunks, `dynamic`, and `regional`."""
 LENGTH = 1280
 
 
@@ -49,30 +36,7 @@ def seconds() -> tuple[float, float]:
     return own, children
 
 
-def prompt_of(model: Any, form: str, chunk: int | None) -> Callable[[], None]:
-    """Compiles a model in one form, when the function that is returned is called: a prompt, with a mask of ones."""
-    import torch
-    from transformers import DynamicCache
-
-    import tsa_compile
-
-    ids = torch.randint(1, 64, (1, LENGTH), device=model.device)
-    if chunk is None:
-        fast: Any = torch.compile(model, **FORMS[form])
-        return lambda: fast(input_ids=ids, attention_mask=torch.ones_like(ids))
-    chunked, dynamic, regional = CHUNKED[form]
-    tsa_compile.prefill(model, tsa_compile.TSAConfig(regional=regional), dynamic=dynamic)
-
-    def prompt() -> None:
-        cache, size = DynamicCache(config=model.config), chunk if chunked else LENGTH
-        for low in range(0, LENGTH, size):
-            seen = torch.ones_like(ids[:, : low + size])
-            model(input_ids=ids[:, low : low + size], attention_mask=seen, past_key_values=cache)
-
-    return prompt
-
-
-def measure(form: str, layers: int, chunk: int | None) -> dict[str, Any]:
+def measure(form: str, layers: int) -> dict[str, Any]:
     """Compiles a model of so many layers in one form, in this process."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,11 +46,12 @@ def measure(form: str, layers: int, chunk: int | None) -> dict[str, Any]:
     sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompt = prompt_of(model, form, chunk)
+    ids = torch.randint(1, 64, (1, LENGTH), device=model.device)
+    fast: Any = torch.compile(model, **FORMS[form])
     with torch.no_grad():
         marks = [seconds()]
         for _ in range(2):
-            prompt()
+            fast(input_ids=ids, attention_mask=torch.ones_like(ids))
             marks.append(seconds())
     python, compilers = (after - before - (again - after) for before, after, again in zip(*marks, strict=True))
     notes = [note for report in reports() for note in report.notes]
@@ -98,11 +63,10 @@ def measure(form: str, layers: int, chunk: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_apart(form: str, layers: int, chunk: int | None) -> dict[str, Any]:
+def measure_apart(form: str, layers: int) -> dict[str, Any]:
     """The same in a process of its own."""
     environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-P", __file__, "--one", form, "--layers", str(layers)]
-    command += [] if chunk is None else ["--chunk", str(chunk)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{form} with {layers} layers failed:\n{done.stderr}")
@@ -125,19 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[32])
     parser.add_argument("--output", type=Path, default=None, help="write OUTPUT.json and OUTPUT.md")
-    parser.add_argument("--chunk", type=int, default=None, help="a prompt in chunks of so many tokens against the whole one")
-    parser.add_argument(
-        "--one", choices=[*FORMS, *CHUNKED], help="one form, in this process: what the others are started with"
-    )
+    parser.add_argument("--one", choices=[*FORMS], help="one form, in this process: what the others are started with")
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.one, arguments.layers[0], arguments.chunk)))
+        print(json.dumps(measure(arguments.one, arguments.layers[0])))
         return
-    forms = FORMS if arguments.chunk is None else CHUNKED
-    found = [measure_apart(form, count, arguments.chunk) for count in arguments.layers for form in forms]
-    how = "" if arguments.chunk is None else f", {LENGTH} tokens at once or {arguments.chunk} at a time"
+    found = [measure_apart(form, count) for count in arguments.layers for form in FORMS]
     text = (
-        f"# Compile time\n\nCompiling a small Llama for a prefill with a mask of ones{how}: CPU seconds of Python + of the "
+        f"# Compile time\n\nCompiling a small Llama for a prefill with a mask of ones: CPU seconds of Python + of the "
         f"compilers that it starts ({found[0]['device']}, torch {found[0]['torch']}; `benchmarks/compile_time.py`).\n\n"
         f"{table(found)}\n"
     )

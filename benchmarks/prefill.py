@@ -81,10 +81,8 @@ def modes(arguments: argparse.Namespace) -> list[str]:
     return [name for mode in arguments.modes for name in expanded.get(mode, [mode])]
 
 
-def configuration(mode: str, layers: int, regional: bool = False) -> TSAConfig:
+def configuration(mode: str, layers: int) -> TSAConfig:
     """The settings of a mode that is neither eager nor plain torch.compile, for a model of so many layers."""
-    if regional:
-        return configuration(mode, layers).replace(regional=True)
     if mode == "exact":
         return TSAConfig(layers=[])
     kernel, _, sparse = mode.rpartition(COMPOSED)
@@ -95,7 +93,7 @@ def configuration(mode: str, layers: int, regional: bool = False) -> TSAConfig:
     return TSAConfig(budget=KeepRatio(float(keep)), layers=upper, dense_kernel=kernel or None)
 
 
-def compiled(model: Any, mode: str, regional: bool = False, dynamic: bool = False) -> Callable[..., Any]:
+def compiled(model: Any, mode: str, dynamic: bool = False) -> Callable[..., Any]:
     """The model in one of the modes; `dynamic`: by `tsa_compile.prefill(model, dynamic=True)`, of its kinds of modes."""
     if isinstance(model._compiled_call_impl, Prefill):
         model._compiled_call_impl.remove()
@@ -103,7 +101,7 @@ def compiled(model: Any, mode: str, regional: bool = False, dynamic: bool = Fals
         return model
     if mode == "compile":
         return torch.compile(model)
-    config = configuration(mode, model.config.num_hidden_layers, regional)
+    config = configuration(mode, model.config.num_hidden_layers)
     if dynamic:
         prefill(model, config, dynamic=True)
         return model
@@ -259,7 +257,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wide-keep", type=float, default=0.15, help='the share kept, for "wide" and "composed"')
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="the prompt in chunks of so many tokens as well")
-    parser.add_argument("--regional", action="store_true", help="with --chunk: layers that are alike are compiled once")
     parser.add_argument(
         "--dynamic",
         action="store_true",
@@ -314,10 +311,10 @@ def run(arguments: argparse.Namespace, conditions: Row, make_model: Callable[[in
 def in_chunks(arguments: argparse.Namespace, conditions: Row) -> None:
     """Prompts whole and in chunks, by all modes that were asked for."""
     model, masks = build_model(arguments.layers), MASKS[arguments.masks]
-    conditions = conditions | {"chunk": arguments.chunk, "regional": arguments.regional, "dynamic": arguments.dynamic}
+    conditions = conditions | {"chunk": arguments.chunk, "dynamic": arguments.dynamic}
 
     def make(model: Any, mode: str, chunked: bool) -> Callable[..., Any]:
-        return compiled(model, mode, arguments.regional, arguments.dynamic and chunked)
+        return compiled(model, mode, arguments.dynamic and chunked)
 
     results = None if arguments.out is None else arguments.out / f"{arguments.name}_chunks"
     known: list[Row] = prefill_chunks.earlier(conditions, results) if arguments.resume and results is not None else []

@@ -210,15 +210,16 @@ def test_generate_with_chunks_and_with_assistance():
         assert len(reports()) == graphs, "a whole prompt is its only chunk; assistance calls the model in another way"
 
 
-def test_layers_of_one_graph_are_compiled_once():
-    config = SPARSE.replace(layers=[2, 3], regional=True)
+@pytest.mark.parametrize("regional", [None, False])
+def test_layers_of_one_graph_are_compiled_once_unless_that_is_switched_off(regional):
+    config = SPARSE.replace(layers=[2, 3], regional=regional)
     model, prompt = tiny("llama", num_hidden_layers=4), (tokens(1, 80), torch.ones(1, 80, dtype=torch.long), CHUNK)
-    expected = tiny("llama", attention.register(config, name="tsa_one_graph"), num_hidden_layers=4)
+    expected = tiny("llama", attention.register(config, name=f"tsa_one_graph_{regional}"), num_hidden_layers=4)
     tsa_compile.prefill(model, config, dynamic=True)
     assert difference(chunks(model, *prompt), chunks(expected, *prompt)) < 1e-4
     (report,) = reports()
     said = "regional: 6 parts of the graph, of which 5 were compiled"  # the first layer's finds the padding for all
-    assert report.notes[-1].startswith(said)
+    assert [note.startswith(said) for note in report.notes] == ([] if regional is False else [True])
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ INVALID = {
     "kernel": ["", None, 3],
     "dense_kernel": ["", 3, True],
     "skip_passes": [None, "Validate", [1]],
-    "regional": [None, 1, "yes"],
+    "regional": [0, 1, "yes"],
     "strict": [None, 1, "yes"],
     "compiler": ["", None, 3],
 }  # fmt: skip
@@ -49,7 +49,7 @@ def test_defaults():
     assert (config.window, config.score, config.pool, config.min_tokens) == (128, "max", 7, 1024)
     assert (config.layers, config.granularity, config.kernel, config.compiler) == (None, "head", "auto", "inductor")
     assert (config.capacity, config.min_length, config.dense_kernel) == (None, None, None)
-    assert (config.regional, config.strict) == (False, False)
+    assert (config.regional, config.strict) == (None, False)
 
 
 def test_every_option_has_invalid_values_here():

@@ -163,7 +163,7 @@ def test_option_table_names_every_option_and_its_default():
         ("accuracy", "pretrained"),
         ("accuracy-qwen", "pretrained_qwen"),
         ("chunks", "prefill-h200_chunks"),
-        ("regional", "prefill-h200-regional_chunks"),
+        ("first-call", "first-call"),
         ("compile-time", "compile-time"),
         ("vllm", "vllm"),
         ("tensor-parallel", "tensor-parallel"),

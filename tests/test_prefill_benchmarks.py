@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tsa_compile import KeepRatio, TSAConfig
+from tsa_compile import KeepRatio, TSAConfig, reports
 
 from .support import tiny
 
@@ -91,11 +91,10 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, monkeypatch, dynamic):
     chunks, prefill, model = load("prefill_chunks"), load("prefill"), tiny("llama", num_hidden_layers=1)
-    settings = TSAConfig(layers=[], compiler="eager")
-    monkeypatch.setattr(prefill, "configuration", lambda mode, layers, regional: settings.replace(regional=regional))
+    monkeypatch.setattr(prefill, "configuration", lambda mode, layers: TSAConfig(layers=[], compiler="eager"))
 
     def compiled(model, mode, chunked):
-        return prefill.compiled(model, mode, dynamic, dynamic and chunked)
+        return prefill.compiled(model, mode, dynamic and chunked)
 
     (rows,) = chunks.run(model, compiled, ["exact"], (True,), [200], 40, 1, [])
     (row,) = rows
@@ -104,6 +103,30 @@ def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, 
     chunks.write([*rows, {**row, "error": "out of memory"}], {"device": "none"}, tmp_path / "chunks")
     assert json.loads((tmp_path / "chunks.json").read_text())["rows"][0] == row
     assert "| out of memory |" in (tmp_path / "chunks.md").read_text()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("form", ["whole", "regional", "chunks", "chunks-apart"])
+def test_a_first_prompt_compiles_and_a_later_one_does_not(load, form):
+    load("prefill_chunks")
+    first_call, model = load("first_call"), tiny("llama", num_hidden_layers=4)
+    prompt = first_call.prompt_of(model, form, TSAConfig(layers=[], compiler="eager"), 200, 40)
+    with torch.no_grad():
+        assert first_call.seconds(prompt) > first_call.seconds(prompt)
+    (report,) = reports()
+    assert any("parts of the graph" in note for note in report.notes) == (form in ("regional", "chunks"))
+
+
+def test_first_calls_are_told_by_their_mean_and_their_range(load):
+    first_call = load("first_call")
+    run = dict(form="chunks", mode="exact", layers=8, length=64, chunk=8, later_ms=10, graphs=1, device="none", torch="2")
+    rows = [{**run, "first_s": first} for first in (20.0, 23.0)]
+    rows += [{**run, "form": "whole", "first_s": 30.0}, {**run, "mode": "0.15", "first_s": 40.0}]
+    assert first_call.text(rows).splitlines()[-3:] == [
+        "| 8 | exact | the whole prompt | 30.0 | 1 run | 10 | 1 |",
+        "| 8 | exact | in chunks, prefill(dynamic=True) | 21.5 | 20.0 to 23.0 | 10 | 1 |",
+        "| 8 | keep 0.15 in the upper half | in chunks, prefill(dynamic=True) | 40.0 | 1 run | 10 | 1 |",
+    ]
 
 
 @pytest.mark.parametrize("length, rounds", [(32768, 5), (131072, 2)])

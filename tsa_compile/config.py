@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from tsa_compile.budgets import (
@@ -109,7 +110,8 @@ class TSAConfig:
         dense_kernel: attention kernel over all tokens in the causal layers that are not sparse, by its registered name; a
             block-sparse one makes them approximate as well. None: dense attention, exactly as the model wrote it.
         regional: compile layers that are alike once, not each by itself (regional compilation): compiling takes less time,
-            and nothing is fused across the border of two layers. Not with CUDA graphs.
+            and nothing is fused across the border of two layers. Not with CUDA graphs. None: in `prefill(dynamic=True)`
+            alone, unless `compiler` is a callable: a graph for all lengths takes longer to compile than one for one length.
         strict: raise where a rewrite fails or the attention of a selected layer is not understood, instead of warning.
         compiler: what compiles the rewritten graph: a Dynamo backend's name, or a callable ``(gm, inputs)``, which is given
             the single steps of sparse attention.
@@ -129,7 +131,7 @@ class TSAConfig:
     min_length: int | None = None
     kernel: str = "auto"
     dense_kernel: str | None = None
-    regional: bool = False
+    regional: bool | None = None
     strict: bool = False
     compiler: Compiler = "inductor"
     skip_passes: Sequence[str] = ()
@@ -155,9 +157,10 @@ class TSAConfig:
             raise rejected("kernel", self.kernel, '"auto" or the name of a registered attention kernel')
         if self.dense_kernel is not None and (not isinstance(self.dense_kernel, str) or not self.dense_kernel):
             raise rejected("dense_kernel", self.dense_kernel, "the name of a registered attention kernel, or None")
-        for switch in ("regional", "strict"):
-            if not isinstance(getattr(self, switch), bool):
-                raise rejected(switch, getattr(self, switch), "True or False")
+        if not isinstance(self.regional, (bool, NoneType)):
+            raise rejected("regional", self.regional, "True, False or None")
+        if not isinstance(self.strict, bool):
+            raise rejected("strict", self.strict, "True or False")
         object.__setattr__(self, "skip_passes", _names("skip_passes", self.skip_passes))
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise rejected("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')

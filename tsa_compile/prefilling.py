@@ -44,6 +44,8 @@ class Prefill:
         self.model, self.config, self.dynamic = model, config, dynamic
         self._plain = model._call_impl
         options: dict[str, Any] = {"config": config}
+        if dynamic and config.regional is None and isinstance(config.compiler, str):  # a callable is given whole graphs
+            options["regional"] = True
         self._compiled = torch.compile(
             _with_own_code(model._call_impl), backend=tsa_backend, options=options, dynamic=dynamic, fullgraph=fullgraph
         )
@@ -117,11 +119,12 @@ def prefill(
             one of these as the first tensor.
         config: the options of the backend; the defaults if None.
         dynamic, fullgraph: as for `torch.compile`. With `dynamic=True` one graph serves all chunks of prompts of any length,
-            in transformers' DynamicCache (chunk_cache.py). Two graphs, one for the first chunk and one for all others, are
-            taken where a cache is of a subclass, offloaded, or has layers that are no plain DynamicLayers, as those of
-            sliding windows; where the model asks whether its cache is empty, to read the first chunk in another way; where
-            `config` names a kernel that takes whole prompts alone, as `dense_kernel`; where the first chunk is shorter than
-            what pays on a GPU; and where gradients are on.
+            in transformers' DynamicCache (chunk_cache.py), and layers that are alike are compiled once in it, unless
+            `config.regional` is False or `config.compiler` a callable. Two graphs, one for the first chunk and one for all
+            others, are taken where a cache is of a subclass, offloaded, or has layers that are no plain DynamicLayers, as
+            those of sliding windows; where the model asks whether its cache is empty, to read the first chunk in another
+            way; where `config` names a kernel that takes whole prompts alone, as `dense_kernel`; where the first chunk is
+            shorter than what pays on a GPU; and where gradients are on.
 
     Returns:
         A handle. `handle.remove()` undoes it, and so does leaving `with prefill(model):`. A second `prefill` of the same
