@@ -346,9 +346,18 @@ def _read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raise rejected("source", source, "JSON text, a path or a mapping")
     name = "the config" if text is source else repr(str(source))
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and thousands of brackets
         raise ConfigError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be a JSON object of options, found {type(values).__name__}")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would keep the last of several values for one key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"{twice!r} is there twice; keep one of the two values")
     return values

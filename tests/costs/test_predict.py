@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, T5Config
 
-from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig, explain
+from tsa_compile import ConfigError, Coverage, KeepRatio, KernelError, Reason, TSAConfig, explain
 from tsa_compile.costs.calls import KEPT, LENGTH
 from tsa_compile.costs.devices import H200, costs_of
 from tsa_compile.costs.models import FULL, anatomy
@@ -375,6 +375,11 @@ class TestRefused:
     def test_configs(self, config):
         with pytest.raises(ConfigError, match="TSAConfig"):
             predict(config, SMALL, K, "h200")
+
+    @pytest.mark.parametrize("name", ["kernel", "dense_kernel"])
+    def test_kernels_that_are_not_registered(self, name):
+        with pytest.raises(KernelError, match="unknown attention kernel 'nope'; registered: "):
+            predict(TSAConfig(**{name: "nope"}), SMALL, K, "h200")
 
     @pytest.mark.parametrize("config", [None, {}, SMALL.to_dict(), "llama", torch.nn.Linear(2, 2)])
     def test_what_is_no_configuration(self, config):

@@ -29,6 +29,7 @@ from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, 
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
+from tsa_compile.kernels import registry
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.reasons import Reason
 from tsa_compile.text import as_text, number, spans, wrapped
@@ -207,10 +208,12 @@ def predict(
 
     Raises:
         ConfigError: a value is not allowed, or the configuration is of no causal language model.
+        KernelError: `config` names a kernel that is not registered.
     """
     config = TSAConfig() if config is None else config
     if not isinstance(config, TSAConfig):
         raise ConfigError(f"config is {type(config).__name__}: pass a TSAConfig, or None for the defaults")
+    registry.check(config.kernel, config.dense_kernel)
     check_int("length", length, 1)
     check_int("batch", batch, 1)
     if kept is not None:
