@@ -241,6 +241,12 @@ def test_a_report_does_not_hang_on_a_prediction(traced, report, monkeypatch):
     assert done.stderr == "note: no times are predicted: an unknown kind of layer\n"
 
 
+def test_lengths_that_the_model_has_no_positions_for_are_told(traced):
+    done = run("explain", *TINY, "--no-predict", "--length", "256K")
+    assert done.exit_code == 0 and "note: prompts of 262,144 tokens do not fit: tiny has 131,072 positions" in done.stderr
+    assert "fit" not in run("explain", *TINY, "--no-predict", "--length", "128K").stderr
+
+
 def test_options_take_precedence_over_a_file(traced, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(TSAConfig(budget=KeepRatio(0.25), window=7, min_tokens=5).to_json())

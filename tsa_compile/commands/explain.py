@@ -58,6 +58,7 @@ def explain(
     with output.working("Loading PyTorch and transformers"):
         source, costs = _place(model, gpu, weights)
         config = sparse.tsa_config(source)
+    _note_positions(source, tokens)
     with output.working(f"Tracing {source.name} at {tokens:,} tokens"):
         if weights:
             report = _with_weights(source, sparse, config, tokens, batch)
@@ -98,6 +99,16 @@ def _place(model: ModelOptions, gpu: str | None, weights: bool) -> tuple[Source,
     if source.folder is None and model.dtype == "auto":
         source = replace(source, dtype=torch.bfloat16)
     return source, MEASURED[gpu]
+
+
+def _note_positions(source: Source, length: int) -> None:
+    """Tracing takes any length; the model itself may not."""
+    from tsa_compile.evaluation.limits import check_config
+
+    try:
+        check_config(source.config.get_text_config(), source.name, length)
+    except ConfigError as error:
+        output.say("note", str(error))
 
 
 def _prediction(
