@@ -169,6 +169,19 @@ def test_it_can_be_undone_and_done_again():
     assert len(reports()) == 1, "an error in the block undoes it too"
 
 
+def test_a_block_in_a_block_leaves_the_outer_one_in_place():
+    model = tiny("llama")
+    with tsa_compile.prefill(model, CONFIG) as outer:
+        with tsa_compile.prefill(model, CONFIG.replace(layers=[])) as inner:
+            assert model._compiled_call_impl is inner
+        assert model._compiled_call_impl is outer
+        later = tsa_compile.prefill(model, CONFIG)
+        with later:
+            outer.remove()
+        assert model._compiled_call_impl is None
+    assert model._compiled_call_impl is None
+
+
 def test_every_model_and_setting_is_compiled_however_many_there_are():
     """Dynamo runs a function as it is from its ninth graph on."""
     models, ids = [tiny("llama", num_hidden_layers=1) for _ in range(2)], tokens(1, 40)

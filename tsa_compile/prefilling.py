@@ -33,7 +33,8 @@ _MASK = "attention_mask"
 
 
 class Prefill:
-    """A model whose prefill is compiled, until `remove()`; as a context manager, until the block ends.
+    """A model whose prefill is compiled, until `remove()`; as a context manager, until the block ends. A block inside the
+    block of another one leaves the model as the outer one has it.
 
     Attributes:
         model: the module.
@@ -42,6 +43,9 @@ class Prefill:
 
     def __init__(self, model: Module, config: TSAConfig, *, dynamic: bool | None, fullgraph: bool) -> None:
         self.model, self.config, self.dynamic = model, config, dynamic
+        earlier = model._compiled_call_impl
+        self._around = earlier if isinstance(earlier, Prefill) and earlier._is_entered else None
+        self._is_entered = False
         self._plain = model._call_impl
         options: dict[str, Any] = {"config": config}
         if dynamic and config.regional is None and isinstance(config.compiler, str):  # a callable is given whole graphs
@@ -74,6 +78,7 @@ class Prefill:
 
     def remove(self) -> None:
         """Makes the model what it was. Does nothing if it is that already, or if a later `prefill` took over."""
+        self._is_entered = False
         if self.model._compiled_call_impl is self:
             self.model._compiled_call_impl = None
 
@@ -82,9 +87,13 @@ class Prefill:
             raise ConfigError(
                 f"this prefill of a {type(self.model).__name__} was removed, or another replaced it: call prefill() again"
             )
+        self._is_entered = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        around = self._around if self._around is not None and self._around._is_entered else None
+        if self.model._compiled_call_impl is self:
+            self.model._compiled_call_impl = around
         self.remove()
 
     def __repr__(self) -> str:
