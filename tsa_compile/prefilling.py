@@ -43,9 +43,9 @@ class Prefill:
 
     def __init__(self, model: Module, config: TSAConfig, *, dynamic: bool | None, fullgraph: bool) -> None:
         self.model, self.config, self.dynamic = model, config, dynamic
+        self._is_entered = False
         earlier = model._compiled_call_impl
         self._around = earlier if isinstance(earlier, Prefill) and earlier._is_entered else None
-        self._is_entered = False
         self._plain = model._call_impl
         options: dict[str, Any] = {"config": config}
         if dynamic and config.regional is None and isinstance(config.compiler, str):  # a callable is given whole graphs
