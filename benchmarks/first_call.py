@@ -65,11 +65,11 @@ def seconds(prompt: Callable[[], Any]) -> float:
 def measure(arguments: argparse.Namespace, form: str, mode: str, layers: int) -> Row:
     """The first prompt and the second one, in this process."""
     import torch
-    from prefill import build_model, configuration, modes
+    from prefill import build_model, configuration
 
-    from tsa_compile import reports
+    from tsa_compile import TSAConfig, reports
 
-    (name,) = modes(argparse.Namespace(modes=[mode], layers=layers, keep=[0.15], kernels=[], wide_keep=0.15))
+    name = mode if mode == "exact" else str(TSAConfig().budget.ratio)
     model = build_model(layers)
     warm = torch.ones(1024, 1024, dtype=torch.bfloat16, device="cuda")
     warm @ warm  # the library's own start, which is no part of a compilation
@@ -143,7 +143,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Measures, prints and writes after each run."""
+    import torch
+
     arguments = parse()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device; compile_time.py also runs on a CPU")
     if arguments.one is not None:
         print(json.dumps(measure(arguments, arguments.one, arguments.modes[0], arguments.layers[0])))
         return
