@@ -146,6 +146,16 @@ class TestQueriesBehindACache:
         check_launched_steps(inputs, padding, OPTIONS[name])
 
 
+def test_a_chunk_gathers_the_selected_rows_once(triton_device, monkeypatch):
+    """Those before the chunk among them, of all heads together."""
+    gathered, compress = [], fused._compressed_behind
+    monkeypatch.setattr(fused, "_compressed_behind", lambda *given: (gathered.append(given), compress(*given))[1])
+    query, key, value = qkv(1, 4, 2, L, 32, 32, device=triton_device)
+    sparse_triton(query[:, :, L - 24 :], key, value, HALF)
+    ((asked, held, *_),) = gathered
+    assert (asked.shape[:3], held.shape[:3]) == ((1, 4, 24), (1, 2, L))
+
+
 # Every fault meets every budget and every padding, and every budget meets every padding; test_score has all faults alone.
 BUDGETS, SIDES = ["keep_ratio", "coverage", "group", "capacity"], [None, sided, holes]
 FAULTS = ["NaN key", "NaN key in the window", "inf key", "-inf key", "NaN query in the window"]
