@@ -26,7 +26,7 @@ from typing import Any
 Row = dict[str, Any]
 
 FORMS = {
-    "whole": "the whole prompt",
+    "whole": "the whole prompt, regional=False",
     "regional": "the whole prompt, regional=True",
     "chunks": "in chunks, prefill(dynamic=True)",
     "chunks-apart": "in chunks, prefill(dynamic=True), regional=False",

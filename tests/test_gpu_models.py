@@ -111,6 +111,15 @@ def test_regional_compilation(config):
     assert reports()[-1].sparse == (0 if config.layers == () else 3)
 
 
+def test_layers_with_work_enough_are_compiled_once_by_default():
+    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 16}
+    model = tiny("llama", num_hidden_layers=4, max_position_embeddings=8192, **sizes).cuda().bfloat16()
+    ids = tokens(1, 8192).cuda()
+    with torch.no_grad():
+        torch.compile(model, backend="tsa", options={"config": EXACT})(input_ids=ids, logits_to_keep=1)
+    assert any("parts of the graph" in note for note in reports()[-1].notes)
+
+
 def test_generate():
     model = tiny("llama", eos_token_id=None).cuda()
     inputs = dict(input_ids=tokens(3, 60).cuda(), attention_mask=mixed_padding(60, (0, 9, 4)).cuda())

@@ -123,7 +123,7 @@ def test_first_calls_are_told_by_their_mean_and_their_range(load):
     rows = [{**run, "first_s": first} for first in (20.0, 23.0)]
     rows += [{**run, "form": "whole", "first_s": 30.0}, {**run, "mode": "0.15", "first_s": 40.0}]
     assert first_call.text(rows).splitlines()[-3:] == [
-        "| 8 | exact | the whole prompt | 30.0 | 1 run | 10 | 1 |",
+        "| 8 | exact | the whole prompt, regional=False | 30.0 | 1 run | 10 | 1 |",
         "| 8 | exact | in chunks, prefill(dynamic=True) | 21.5 | 20.0 to 23.0 | 10 | 1 |",
         "| 8 | keep 0.15 in the upper half | in chunks, prefill(dynamic=True) | 40.0 | 1 run | 10 | 1 |",
     ]

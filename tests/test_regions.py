@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tsa_compile import ConfigError, KeepRatio, TSAConfig, reports
+from tsa_compile import ConfigError, KeepRatio, TSAConfig, regions, reports
 
 from .support import Attention, heads, mixed_padding, slow_but, tiny, tokens
 
@@ -178,3 +178,15 @@ def test_inductor():
     found = run(model, CONFIG.replace(compiler="inductor", regional=True), ids, attention_mask=mask).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert "of which" in notes()
+
+
+@pytest.mark.parametrize(("regional", "share", "cut"), [(None, 0.99, True), (None, 1.01, False), (False, 0.0, False)])
+def test_by_itself_it_is_done_where_layers_have_work_enough(monkeypatch, regional, share, cut):
+    """Two operations for each token and weight; where it is not done, there is nothing to say, as nobody asked for it."""
+    model, ids, compiled = tiny("llama", num_hidden_layers=4), tokens(2, 30), []
+    weights = sum(weight.numel() for weight in model.model.layers[0].parameters() if weight.dim() == 2)
+    monkeypatch.setitem(regions.LEAST_WORK, "cpu", share * 2 * ids.numel() * weights)
+    monkeypatch.setattr("tsa_compile.backend.lookup_backend", lambda name: counting(compiled))
+    run(model, TSAConfig(layers=[], regional=regional), ids)
+    assert (len(compiled) > 1, "parts of the graph" in notes()) == (cut, cut)
+    assert cut or not notes()

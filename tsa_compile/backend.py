@@ -67,7 +67,7 @@ def tsa_backend(
     report = run_passes(graph_module, config, WHOLE if isinstance(config.compiler, str) else PASSES)
     try:
         with dense_kernels():
-            compiled, notes = _compile(graph_module, example_inputs, config, compiler, report)
+            compiled, notes = _compile(graph_module, example_inputs, _regional(config, mode), compiler, report)
     except (TorchDynamoException, TSAError):
         raise  # Dynamo's own control flow (a restart of the analysis among it), or an error that is already clear
     except Exception as error:
@@ -84,16 +84,27 @@ def tsa_backend(
     return apart(compiled, original, pieces)
 
 
+def _regional(config: TSAConfig, mode: str | None) -> bool | None:
+    """What was asked for; None, which is "where it costs no time", for Inductor as it is, without a mode."""
+    usual = config.compiler == "inductor" and mode in (None, "default")
+    return config.regional if config.regional is not None or usual else False
+
+
 def _compile(
-    graph_module: GraphModule, example_inputs: Sequence[Any], config: TSAConfig, compiler: Compiled, report: RewriteReport
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    regional: bool | None,
+    compiler: Compiled,
+    report: RewriteReport,
 ) -> tuple[Compiled, tuple[str, ...]]:
     """The compiled graph, and notes for the report."""
-    if not config.regional:
+    if regional is False:
         return compiler(graph_module, list(example_inputs)), ()
     try:
-        compiled, note = compile_by_region(graph_module, example_inputs, report, compiler)
+        compiled, note = compile_by_region(graph_module, example_inputs, report, compiler, always=regional is True)
     except NotCut as error:
-        return compiler(graph_module, list(example_inputs)), (f"regional: the graph is compiled as a whole: {error}",)
+        notes = (f"regional: the graph is compiled as a whole: {error}",) if regional else ()
+        return compiler(graph_module, list(example_inputs)), notes
     return compiled, (f"regional: {note}",)
 
 
