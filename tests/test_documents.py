@@ -162,6 +162,7 @@ def test_option_table_names_every_option_and_its_default():
         ("sparse", "sparse"),
         ("accuracy", "pretrained"),
         ("accuracy-qwen", "pretrained_qwen"),
+        ("accuracy-between", "pretrained_between"),
         ("chunks", "prefill-h200_chunks"),
         ("first-call", "first-call"),
         ("compile-time", "compile-time"),

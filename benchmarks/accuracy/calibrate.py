@@ -1,6 +1,7 @@
 """Which layers: chosen by what they cost in the answers, by representation drift, or the upper part of the model.
 
-    python benchmarks/accuracy/calibrate.py --model smollm2 --out benchmarks/results/calibrate.json --minutes 9
+    python benchmarks/accuracy/calibrate.py --model smollm2 --out calibrate_4k.json --dtype bfloat16 --unseen 5 \\
+        --tasks needle needle_keys question_first copy continuation --minutes 9
 
 The same command goes on where a call was stopped; `--render FILE.md` writes the table and runs nothing. How to get the
 model: pretrained.py. On a CPU (no conclusion about longer prompts): --length 512 --samples 1 --ratios 0.3 0.08

@@ -25,7 +25,9 @@ file of 491 MB whose SHA-256 begins with 1d9614638d18024d. The packages name no 
         "floor, keep .15, upper two thirds, max" "floor, keep .15, upper two thirds, a_shape in the others, max"
 
 Prompts longer than the model's positions need `--stretch`: `--lengths 7680 15872 32256 --stretch 2 4` runs each length by
-the least factor by which there are positions enough, 1 among them (stretch.py says how).
+the least factor by which there are positions enough, 1 among them (stretch.py says how). Other results were made with
+--settings "floor, keep .15, last 57%, max" "floor, keep .15, last 60%, max" (pretrained_between), the second of them alone
+for Qwen (pretrained_between_qwen), and --lengths 15872 32256 --stretch 2 4 --samples 40 (pretrained_yarn).
 
 The text in which things are hidden is Python's language reference, which comes with Python (pydoc_data), or `--text FILE`.
 
@@ -84,13 +86,16 @@ def settings(layers: int) -> list[Setting]:
     """What is compared, the most telling first."""
     upper, two_thirds = upper_half(layers), range(layers // 3, layers)
     ranges = {"upper half": upper, "upper two thirds": two_thirds, "all but 2": range(2, layers)}
+    between = {f"last {share}%": range(layers - share * layers // 100, layers) for share in (57, 60)}
     found = [setting(f"published, keep {_short(ratio)}", KeepRatio(ratio), upper, None) for ratio in (0.5, 0.3, 0.7)]
     found += [setting(f"published, Coverage {_short(tau)}", Coverage(tau), upper, None) for tau in (0.005, 0.01, 0.02)]
     found.append(setting("floor alone, upper half", KeepRatio(0), upper, FLOOR))
     found.append(setting("floor, keep .3 at random, upper half", KeepRatio(0.3), upper, FLOOR, random=True))
-    for ratio, name in ((0.15, "upper half"), (0.3, "upper half"), (0.08, "upper half"), (0.15, "upper two thirds")):
+    with_max = [(0.15, "upper half"), (0.3, "upper half"), (0.08, "upper half"), (0.15, "upper two thirds")]
+    with_max += [(0.15, name) for name in between]
+    for ratio, name in with_max:
         called = f"floor, keep {_short(ratio)}, {name}, max"
-        found.append(setting(called, KeepRatio(ratio), ranges[name], FLOOR, score="max"))
+        found.append(setting(called, KeepRatio(ratio), (ranges | between)[name], FLOOR, score="max"))
     for name, which in ranges.items():
         found += [
             setting(f"floor, keep {_short(ratio)}, {name}", KeepRatio(ratio), which, FLOOR)

@@ -45,7 +45,7 @@ def short_model(tmp_path_factory):
 
 def test_settings_are_what_their_names_say(pretrained):
     found = {setting.name: setting for setting in pretrained.settings(30)}
-    assert len(found) == 6 + 2 + 4 + 12 + 3 + 12
+    assert len(found) == 6 + 2 + 6 + 12 + 3 + 12
     for name, setting in found.items():
         config = setting.config
         assert (config.window, config.min_tokens, config.min_length) == (32 if "window 32" in name else 128, 0, 1)
