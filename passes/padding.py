@@ -7,7 +7,7 @@ after    getitem, ne, and ... on small tensors: no query dimension, so nothing o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any
 
@@ -22,6 +22,8 @@ from tsa_compile.passes.call import AttentionCall, BlockLists
 from tsa_compile.passes.graph import expr_of, fake, insert, is_erased, known, size
 from tsa_compile.passes.masks.info import MaskInfo
 from tsa_compile.passes.masks.predicate import KV, Atom, B
+
+_EMITTED = "tsa_emitted"
 
 
 def unwritable(
@@ -96,6 +98,17 @@ def _is_plain_index(index: sympy.Expr) -> bool:
     return bool(index.is_Integer or any(offset.is_Integer and offset >= 0 for offset in offsets))
 
 
+def is_emitted(node: Node) -> bool:
+    """Whether a node tells calls of their masks: it writes to nothing, and its inputs alone say what it gives."""
+    return _EMITTED in node.meta
+
+
+def _emit(graph: Graph, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    node = insert(graph, target, *args, **kwargs)
+    node.meta[_EMITTED] = True
+    return node
+
+
 class PaddingBuilder:
     """Emits what calls are told of their masks, once for all that share it.
 
@@ -127,7 +140,7 @@ class PaddingBuilder:
             if reader.target is valid_ranges:
                 return reader
         with self.graph.inserting_after(padding):
-            return insert(self.graph, valid_ranges, padding)
+            return _emit(self.graph, valid_ranges, padding)
 
     def positions(self, call: AttentionCall, info: MaskInfo) -> tuple[Node, Node]:
         """Up to which key each query of a call sees, int64 [Lq], and what of it the host is told, once for all calls.
@@ -143,8 +156,8 @@ class PaddingBuilder:
         key = (leaf, given, str(fake(call.query).shape[2]))
         if key not in self._filled or any(map(is_erased, self._filled[key])):
             if not known(fake(given).shape[0] == fake(call.query).shape[2]):  # more positions than the mask reads
-                given = insert(self.graph, operator.getitem, given, slice(size(self.graph, call.query, 2)))
-            self._filled[key] = given, insert(self.graph, torch.ops.tsa.filled.default, given)
+                given = _emit(self.graph, operator.getitem, given, slice(size(self.graph, call.query, 2)))
+            self._filled[key] = given, _emit(self.graph, torch.ops.tsa.filled.default, given)
         return self._filled[key]
 
     def lists_match(self, call: AttentionCall, lists: BlockLists, padding: Node | None, positions: Node | None) -> Node:
@@ -158,7 +171,7 @@ class PaddingBuilder:
         read = (node for node in (*lists.tensors, positions) if node is not None)
         key = (lists, padding, positions, lengths, tuple(call.aten.version(node, call.node) for node in read))
         if key not in self._lists_match or is_erased(self._lists_match[key]):
-            self._lists_match[key] = insert(self.graph, torch.ops.tsa.listed.default, *arguments)
+            self._lists_match[key] = _emit(self.graph, torch.ops.tsa.listed.default, *arguments)
         return self._lists_match[key]
 
     def _counted_positions(self, call: AttentionCall, offset: sympy.Expr) -> Node:
@@ -166,13 +179,13 @@ class PaddingBuilder:
         key = str(fake(call.query).shape[2]), str(offset)
         if key not in self._counted or is_erased(self._counted[key]):
             extent = size(self.graph, call.query, 2)
-            positions = insert(self.graph, torch.arange, extent, device=fake(call.key).device)
+            positions = _emit(self.graph, torch.arange, extent, device=fake(call.key).device)
             for term in sympy.Add.make_args(offset):
                 factor, symbol = term.as_coeff_Mul()  # plus or minus a symbol, or a number
                 number = call.aten.number(str(symbol), call.node) if symbol.is_Symbol else int(factor)
                 if number != 0:
                     join = operator.sub if symbol.is_Symbol and factor < 0 else operator.add
-                    positions = insert(self.graph, join, positions, number)
+                    positions = _emit(self.graph, join, positions, number)
             self._counted[key] = positions
         return self._counted[key]
 
@@ -187,18 +200,18 @@ class _Emitter:
     def emit(self) -> Node:
         assert self.mask.padding is not None
         node = self._formula(self.mask.padding)
-        return insert(self.graph, "expand", node, self._extent(0), self._extent(2))
+        return _emit(self.graph, "expand", node, self._extent(0), self._extent(2))
 
     def _extent(self, dim: int) -> int | Node:
         return size(self.graph, self.key, dim)
 
     def _formula(self, formula: Boolean) -> Node:
         if isinstance(formula, sympy.Not):
-            return insert(self.graph, torch.logical_not, self._formula(formula.args[0]))
+            return _emit(self.graph, torch.logical_not, self._formula(formula.args[0]))
         if isinstance(formula, (sympy.And, sympy.Or)):
             join = torch.logical_and if isinstance(formula, sympy.And) else torch.logical_or
             parts = [self._formula(part) for part in sorted(formula.args, key=str)]
-            return reduce(lambda left, right: insert(self.graph, join, left, right), parts)
+            return reduce(lambda left, right: _emit(self.graph, join, left, right), parts)
         if formula.is_Symbol:
             return self._atom(self.mask.atoms[formula])
         raise RewriteError(f"the padding predicate {formula} cannot be written as a tensor")
@@ -208,7 +221,7 @@ class _Emitter:
             return self._truth(atom.expr)
         left, right, turned = two_sides(atom.expr)
         comparison = operator.eq if atom.kind == "eq" else operator.ge if turned else operator.le
-        return insert(self.graph, comparison, self._value(left), self._value(right))
+        return _emit(self.graph, comparison, self._value(left), self._value(right))
 
     def _truth(self, expr: sympy.Basic) -> Node:
         if isinstance(expr, AppliedUndef):
@@ -216,7 +229,7 @@ class _Emitter:
         comparisons = {sympy.Le: operator.le, sympy.Lt: operator.lt, sympy.Eq: operator.eq}
         for kind, call in comparisons.items():
             if isinstance(expr, kind):
-                return insert(self.graph, call, self._value(expr.args[0]), self._value(expr.args[1]))
+                return _emit(self.graph, call, self._value(expr.args[0]), self._value(expr.args[1]))
         raise RewriteError(f"the padding condition {expr} cannot be written as a tensor")
 
     def _value(self, expr: sympy.Expr) -> Any:
@@ -231,7 +244,7 @@ class _Emitter:
         if isinstance(expr, AppliedUndef):
             element = self._element(expr)
             narrow = expr.is_integer and fake(element).dtype != torch.int64
-            return insert(self.graph, "to", element, torch.int64) if narrow else element  # uint8 wraps around
+            return _emit(self.graph, "to", element, torch.int64) if narrow else element  # uint8 wraps around
         if isinstance(expr, (sympy.Add, sympy.Mul)):
             call = operator.add if isinstance(expr, sympy.Add) else operator.mul
             return reduce(lambda a, b: self._join(call, a, b), [self._value(part) for part in expr.args])
@@ -240,12 +253,12 @@ class _Emitter:
     def _join(self, call: Any, left: Any, right: Any) -> Any:
         if not isinstance(left, Node) and not isinstance(right, Node):
             return call(left, right)
-        return insert(self.graph, call, left, right)
+        return _emit(self.graph, call, left, right)
 
     def _positions(self, symbol: sympy.Symbol) -> Node:
         extent = self._extent(0 if symbol == B else 2)
-        positions = insert(self.graph, torch.arange, extent, device=fake(self.key).device)
-        return insert(self.graph, "unsqueeze", positions, 1 if symbol == B else 0)
+        positions = _emit(self.graph, torch.arange, extent, device=fake(self.key).device)
+        return _emit(self.graph, "unsqueeze", positions, 1 if symbol == B else 0)
 
     def _element(self, call: AppliedUndef) -> Node:
         """`x(b, 0, kv)` as `x[:, 0, :]`: [B, L], or [1, L] and [B, 1] where b or kv does not occur."""
@@ -257,15 +270,15 @@ class _Emitter:
             raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")
         entries = tuple(self._entry(argument, dim, leaf) for dim, argument in enumerate(call.args))
         whole = all(entry == slice(None) for entry in entries)
-        node = leaf if whole else insert(self.graph, operator.getitem, leaf, entries)
+        node = leaf if whole else _emit(self.graph, operator.getitem, leaf, entries)
         if axes == [B]:
-            return insert(self.graph, "unsqueeze", node, 1)
+            return _emit(self.graph, "unsqueeze", node, 1)
         if axes == [KV]:
-            return insert(self.graph, "unsqueeze", node, 0)
+            return _emit(self.graph, "unsqueeze", node, 0)
         if axes == [KV, B]:
-            return insert(self.graph, "transpose", node, 0, 1)
+            return _emit(self.graph, "transpose", node, 0, 1)
         if not axes:
-            return insert(self.graph, "reshape", node, 1, 1)
+            return _emit(self.graph, "reshape", node, 1, 1)
         return node
 
     def _entry(self, argument: sympy.Expr, dim: int, leaf: Node) -> Any:

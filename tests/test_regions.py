@@ -35,7 +35,7 @@ def notes():
 
 @pytest.mark.parametrize("name", slow_but(["llama", "gpt2", "gpt_neox"], "llama"))
 def test_six_layers_are_compiled_as_two(name):
-    """The parts: what precedes the layers, layer 0 (which writes the padding), 1 and 2, 3 to 5, what follows."""
+    """The parts: what precedes the layers, the padding included, 0 to 2, 3 to 5, what follows."""
     sizes = {"n_layer": 6} if name == "gpt2" else {"num_hidden_layers": 6}
     model, ids, mask = tiny(name, **sizes), tokens(3, 60), mixed_padding(60)
     config = CONFIG.replace(layers=[3, 4, 5], compiler="eager")
@@ -45,8 +45,19 @@ def test_six_layers_are_compiled_as_two(name):
     assert torch.equal(regional.logits, whole.logits)
     for layer, its in zip(regional.past_key_values.layers, whole.past_key_values.layers, strict=True):
         assert torch.equal(layer.keys, its.keys) and torch.equal(layer.values, its.values)
-    assert "8 parts of the graph, of which 5 were compiled" in notes()
+    assert "8 parts of the graph, of which 4 were compiled" in notes()
     assert [report.sparse for report in reports()] == [3, 3]
+
+
+def test_the_padding_stays_where_it_is_if_the_graph_writes_to_an_input():
+    compiled = []
+    config = CONFIG.replace(layers=[], compiler=counting(compiled))
+    run(tiny("llama"), config, tokens(3, 60), attention_mask=mixed_padding(60))
+    (graph_module,) = compiled
+    *formula, ranges = regions._shared(graph_module)
+    assert formula and ranges.target is torch.ops.tsa.valid_ranges.default
+    graph_module.meta["pieces_of_inputs"] = [([0], True)]
+    assert not regions._shared(graph_module)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from torch.nn import Module, Parameter
 from tsa_compile.passes.fakes import key_of
 from tsa_compile.passes.graph import fake
 from tsa_compile.passes.layers import module_name
+from tsa_compile.passes.padding import is_emitted
 from tsa_compile.report import RewriteReport
 
 LEAST_WORK = {"cuda": 4e11}
@@ -70,7 +71,8 @@ def compile_by_region(
         raise NotCut("a gradient may be needed")
     if inductor.freezing or inductor.triton.cudagraphs:
         raise NotCut("Inductor's freezing and CUDA graphs hold the weights of one layer, whose code the others would run")
-    parts = [_Part(graph_module, nodes) for nodes in _cut(graph_module.graph, _container(report))]
+    cut = _cut(graph_module.graph, _container(report), _shared(graph_module))
+    parts = [_Part(graph_module, nodes) for nodes in cut]
     keys = [part.key() for part in parts]
     try:
         alike = len(set(keys)) < len(keys)
@@ -105,12 +107,24 @@ def _container(report: RewriteReport) -> str:
     return "" if at == 0 else names[0][0][at - 1]
 
 
-def _cut(graph: Graph, container: str) -> list[list[Node]]:
-    """The nodes of each part, in the graph's order."""
+def _shared(graph_module: GraphModule) -> list[Node]:
+    """What passes wrote into the first layer for all of them, the padding, if it reads the graph's inputs alone.
+
+    It is to be in front of the layers, so that the first one is like the others. Not if the graph writes to an input.
+    """
+    found: dict[Node, None] = {}
+    for node in graph_module.graph.nodes if graph_module.meta.get("pieces_of_inputs") == [] else ():
+        if is_emitted(node) and all(read.op == "placeholder" or read in found for read in node.all_input_nodes):
+            found[node] = None
+    return [*found]
+
+
+def _cut(graph: Graph, container: str, first: Sequence[Node]) -> list[list[Node]]:
+    """The nodes of each part, in the graph's order, but for those that are to be in the first part."""
     parts: list[list[Node]] = [[]]
     current, opened = "", 0
     for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "output") or node in first:
             continue
         name = module_name(node)
         layer = _layer(name.split("."), container) if name else current  # what passes insert belongs where it stands
@@ -119,6 +133,7 @@ def _cut(graph: Graph, container: str) -> list[list[Node]]:
         opened += _opens(node)
         current = layer
         parts[-1].append(node)
+    parts[0] += first
     return parts
 
 
