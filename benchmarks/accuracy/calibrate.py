@@ -128,8 +128,9 @@ def run(given: argparse.Namespace) -> None:
     }  # fmt: skip
     meter = LossMeter(model, BASE, range(count))
     kept = Kept(meter, given.out, conditions, end)
+    device = next(model.parameters()).device
     kept.data |= {
-        "device": str(next(model.parameters()).device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "torch": torch.__version__,
         "samples": [len(seen), len(unseen)],
     }
