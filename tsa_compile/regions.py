@@ -11,6 +11,7 @@ them inputs) share one compiled function. Nothing is fused across a cut.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +76,13 @@ def compile_by_region(
     parts = [_Part(graph_module, nodes) for nodes in cut]
     keys = [part.key() for part in parts]
     try:
-        alike = len(set(keys)) < len(keys)
+        counts = Counter(keys)
     except TypeError as error:
         raise NotCut(f"its parts cannot be compared: {error}") from error
-    if not alike:
+    repeated = [part for part, key in zip(parts, keys, strict=True) if counts[key] > 1]
+    if not repeated:
         raise NotCut("it has no two parts that are alike")
-    if not always and not all(part.is_work_enough() for part, key in zip(parts, keys) if keys.count(key) > 1):
+    if not always and not all(part.is_work_enough() for part in repeated):
         raise NotCut("its layers have too little work for a function each")
     given = dict(zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     functions: dict[Hashable, Callable[..., Any]] = {}
@@ -112,11 +114,14 @@ def _shared(graph_module: GraphModule) -> list[Node]:
 
     It is to be in front of the layers, so that the first one is like the others. Not if the graph writes to an input.
     """
-    found: dict[Node, None] = {}
-    for node in graph_module.graph.nodes if graph_module.meta.get("pieces_of_inputs") == [] else ():
-        if is_emitted(node) and all(read.op == "placeholder" or read in found for read in node.all_input_nodes):
+    if graph_module.meta.get("pieces_of_inputs") != []:
+        return []
+    inputs = graph_module.graph.find_nodes(op="placeholder")
+    found = dict.fromkeys(node for node in inputs if not isinstance(fake(node), Parameter))
+    for node in graph_module.graph.nodes:
+        if is_emitted(node) and all(read in found for read in node.all_input_nodes):
             found[node] = None
-    return [*found]
+    return [node for node in found if node.op != "placeholder"]
 
 
 def _cut(graph: Graph, container: str, first: Sequence[Node]) -> list[list[Node]]:
