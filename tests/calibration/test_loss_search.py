@@ -91,6 +91,16 @@ def test_costs_are_means_over_all_answers(meter, samples):
     assert together == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
+def test_the_error_of_a_cost_is_that_of_its_mean_over_samples():
+    sums = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]], dtype=torch.float64)
+    alike = Costs.of(sums, torch.full((3,), 2.0, dtype=torch.float64))
+    assert alike.kl == (1.5, 2.0) and alike.tokens == 6
+    assert alike.errors == pytest.approx(((sums[0] / 2).std().item() / 3**0.5, 0.0))
+    longer = Costs.of(torch.tensor([[2.0, 6.0]], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64))
+    assert longer.kl == (2.0,) and longer.errors == (0.0,), "both samples have the same mean, whatever their length"
+    assert math.isnan(Costs.of(sums[:, :1], torch.ones(1, dtype=torch.float64)).errors[0])
+
+
 def saved_by(choice, length):
     """The share of pairs left out, from how many of the tokens each ratio keeps."""
     kept = {ratio: (4 + -(-(length - 4) * ratio // 1)) / length for ratio in choice.values()}
@@ -112,7 +122,7 @@ def test_what_is_chosen_against_all_choices(model, brute, max_kl):
     )
     chosen = {layer: budget.ratio for layer, budget in found.sparse_layers.items()}
     assert found.kl == pytest.approx(dict_of(brute, chosen), rel=1e-4, abs=1e-9) and found.kl <= max_kl
-    assert (found.tokens, found.prompts, found.length) == (24, 3, 47)
+    assert (found.tokens, found.prompts, found.length) == (24, 3, 47) and 0 < found.kl_error < found.kl
     assert found.saved == pytest.approx(saved_by(chosen, 47))
     best = max(saved_by(choice, 47) for choice, kl in brute if kl <= max_kl)
     assert found.saved == pytest.approx(best)
@@ -280,6 +290,9 @@ def test_files(tmp_path):
     assert LossCalibration.load(tmp_path / "c.json") == load_calibration(tmp_path / "c.json") == found
     assert TSAConfig.from_json(json.loads((tmp_path / "c.json").read_text())["config"]) == found.config()
     assert found.config(window=8) == BASE.replace(layers={1: 0.5, 2: 0.1}, window=8)
+    told = dataclasses.replace(found, kl_error=0.002)
+    told.save(tmp_path / "e.json")
+    assert load_calibration(tmp_path / "e.json") == told != found
     assert made((None, None, None)).config().layers == ()
     drift = Calibration(("a",), (1.0,), 1.0, 1, 1, found.fingerprint)
     drift.save(tmp_path / "d.json")
@@ -291,6 +304,7 @@ def test_files(tmp_path):
         ({"kl": math.nan}, "kl=nan is not allowed"),
         ({"max_kl": -1}, "max_kl=-1.0 is not allowed"),
         ({"max_kl": 10**400}, "calibrate again"),
+        ({"kl_error": -0.1}, "kl_error=-0.1 is not allowed"),
         ({"saved": 7.0}, "saved=7.0 is not allowed"),
         ({"tokens": -5}, "tokens=-5 is not allowed"),
         ({"prompts": math.inf}, "calibrate again"),

@@ -10,6 +10,7 @@ layer an op belongs to is known by its ratio: each is traced with one of its own
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,30 @@ class _Run(Interpreter):
 
 @dataclass(frozen=True)
 class Costs:
-    """What choices cost: the mean KL of each over the answers' tokens."""
+    """What choices cost.
+
+    Attributes:
+        kl: of each, the mean over the answers' tokens.
+        tokens: of all answers.
+        errors: of each, the standard error of its KL over the samples; NaN for a single sample.
+    """
 
     kl: tuple[float, ...]
     tokens: int
+    errors: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, sums: Tensor, tokens: Tensor) -> Costs:
+        """From each sample's sum over its answer's tokens, float64 [choices, samples], and how many these are, [samples].
+
+        The mean over all tokens is a ratio of two sums over samples, whose standard error is that of its linear form.
+        """
+        means = sums.sum(1) / tokens.sum()
+        spread = (sums - means[:, None] * tokens).square().sum(1)
+        count = len(tokens)
+        factor = math.sqrt(count / (count - 1)) if count > 1 else math.nan
+        errors = factor * spread.sqrt() / tokens.sum()
+        return cls(tuple(means.tolist()), int(tokens.sum()), tuple(errors.tolist()))
 
 
 class LossMeter:
@@ -112,18 +133,18 @@ class LossMeter:
         Args:
             step: is told what share of the work is done.
         """
-        totals = torch.zeros(len(choices), dtype=torch.float64)
-        done, work, tokens = 0, len(samples) * max(len(choices), 1), 0
+        sums = torch.zeros(len(choices), len(samples), dtype=torch.float64)
+        done, work = 0, len(samples) * max(len(choices), 1)
         with torch.no_grad(), dynamo_remembers():
             for place, batch in _batches(samples, self.batch_size):
                 with running(len(batch), len(batch[0].prompt), place, self.device):
                     dense = self._answers(batch, {})
                     for number, choice in enumerate(choices):
-                        totals[number] += divergence(dense, self._answers(batch, choice)).double().sum().cpu()
+                        found = divergence(dense, self._answers(batch, choice)).double().sum(1)
+                        sums[number, place + 1 - len(batch) : place + 1] = found.cpu()
                         done += len(batch)
                         step(done / work)
-                tokens += dense.shape[0] * dense.shape[1]
-        return Costs(tuple((totals / tokens).tolist()), tokens)
+        return Costs.of(sums, torch.tensor([len(sample.answer) for sample in samples], dtype=torch.float64))
 
     def eligible(self, sample: Sample) -> list[int]:
         """The candidates that the compiler can make sparse, ascending; found out by one prefill.

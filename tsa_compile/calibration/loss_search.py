@@ -54,6 +54,8 @@ class LossCalibration(Calibrated):
         tokens: how many tokens the answers have, all together.
         prompts, length: how many prompts were used, and how many tokens they have on average.
         base: the configuration that was measured, without its layers and budgets.
+        kl_error: the standard error of `kl` over the prompts: how far other prompts of the kind may well be from it. None if
+            there is only one, or in a file of an earlier version.
     """
 
     FORMAT = "tsa_compile.loss_calibration/1"
@@ -70,6 +72,7 @@ class LossCalibration(Calibrated):
     length: int
     base: TSAConfig
     fingerprint: Fingerprint
+    kl_error: float | None = None
 
     def __post_init__(self) -> None:
         if not len(self.layers) == len(self.ratios) == len(self.alone) > 0:
@@ -78,6 +81,8 @@ class LossCalibration(Calibrated):
             )
         checked_number("kl", self.kl, "a finite number", math.isfinite)
         checked_number("max_kl", self.max_kl, "a finite number >= 0", lambda number: 0 <= number < math.inf)
+        if self.kl_error is not None:
+            checked_number("kl_error", self.kl_error, "a finite number >= 0", lambda number: 0 <= number < math.inf)
         checked_number("saved", self.saved, "a share in [0, 1]", lambda number: 0 <= number <= 1)
         for name in ("tokens", "prompts", "length"):
             check_int(name, getattr(self, name), 0)
@@ -98,7 +103,9 @@ class LossCalibration(Calibrated):
             {"name": name, "ratio": ratio, "alone": {str(each): kl for each, kl in costs.items()}}
             for name, ratio, costs in zip(self.layers, self.ratios, self.alone, strict=True)
         ]
-        numbers = {name: getattr(self, name) for name in ("kl", "max_kl", "saved", "tokens", "prompts", "length")}
+        numbers = {
+            name: getattr(self, name) for name in ("kl", "kl_error", "max_kl", "saved", "tokens", "prompts", "length")
+        }
         return {
             "format": self.FORMAT, "config": self.config().to_dict(), **numbers, "layers": layers,
             "fingerprint": self.fingerprint.to_dict(),
@@ -114,6 +121,7 @@ class LossCalibration(Calibrated):
             tokens=int(values["tokens"]), prompts=int(values["prompts"]), length=int(values["length"]),
             base=TSAConfig.from_json(values["config"]).replace(layers=None),
             fingerprint=Fingerprint.from_dict(values["fingerprint"]),
+            kl_error=None if values.get("kl_error") is None else float(values["kl_error"]),
         )  # fmt: skip
         if TSAConfig.from_json(values["config"]).layers != found.sparse_layers:
             raise ValueError(
@@ -177,14 +185,14 @@ def calibrate_loss(
         search = Search(meter, samples, show)
         alone = search.alone(meter.eligible(samples[0]), levels)
         saved = {ratio: 1 - kept_share(base, length, KeepRatio(ratio).fraction) ** 2 for ratio in levels}
-        choice, kl = search.best(alone, saved, allowed)
+        choice, kl, error = search.best(alone, saved, allowed)
     count = len(stack.layers)
     return LossCalibration(
         layers=stack.names, ratios=tuple(choice.get(layer) for layer in range(count)),
         alone=tuple(alone.get(layer, {}) for layer in range(count)), kl=kl, max_kl=allowed,
         saved=math.fsum(saved[ratio] for ratio in choice.values()) / count,
         tokens=sum(len(sample.answer) for sample in samples), prompts=len(samples),
-        length=length, base=base.replace(layers=None), fingerprint=Fingerprint.of(model, stack.layers),
+        length=length, base=base.replace(layers=None), fingerprint=Fingerprint.of(model, stack.layers), kl_error=error,
     )  # fmt: skip
 
 
@@ -216,19 +224,24 @@ class Search:
             )
         return found
 
-    def best(self, alone: Alone, saved: Mapping[float, float], max_kl: float) -> tuple[Choice, float]:
-        """The choice that saves most of those that are measured as a whole and within `max_kl`, and its KL."""
+    def best(self, alone: Alone, saved: Mapping[float, float], max_kl: float) -> tuple[Choice, float, float | None]:
+        """The choice that saves most of those that are measured as a whole and within `max_kl`, its KL and its error."""
         choices = path(alone, saved)
         turns = itertools.count()
+        errors: dict[frozenset[tuple[int, float]], float] = {frozenset(): 0.0}
         total = (len(choices) + 1).bit_length() + TRIES
 
         def measure(choice: Choice) -> float:
             turn = next(turns)
             step = lambda share: self.show("as a whole", turn + share, total)  # noqa: E731
-            return self.meter.costs(self.samples, [choice], step).kl[0]
+            found = self.meter.costs(self.samples, [choice], step)
+            errors[frozenset(choice.items())] = found.errors[0] if found.errors else math.nan
+            return found.kl[0]
 
         place, kl = bisect(len(choices), lambda place: measure(choices[place]), max_kl)
-        return fill(choices[place] if place >= 0 else {}, kl, measure, alone, saved, max_kl)
+        choice, kl = fill(choices[place] if place >= 0 else {}, kl, measure, alone, saved, max_kl)
+        error = errors[frozenset(choice.items())]
+        return choice, kl, error if math.isfinite(error) else None
 
 
 def bisect(count: int, measure: Callable[[int], float], limit: float) -> tuple[int, float]:

@@ -221,11 +221,12 @@ def _costs(found: LossCalibration, path: Path | None) -> str:
         cells = (f"{costs[each]:.2g}" if each in costs else "" for each in ratios)
         table.add_row(name, *cells, "dense" if ratio is None else f"keep {ratio:g}")
     chosen = found.sparse_layers
+    error = "" if found.kl_error is None else f" +- {found.kl_error:.1g}"
     lines = [
         as_text(table),
         f"(KL of the answers to dense with that layer alone sparse; {found.tokens:,} tokens of {found.prompts:,} answers)",
-        f"{len(chosen)} of {len(found.layers)} layers sparse: KL {found.kl:.2g} as a whole, of {found.max_kl:g} allowed; "
-        f"{found.saved:.0%} of the pairs of queries and keys left out of selected attention",
+        f"{len(chosen)} of {len(found.layers)} layers sparse: KL {found.kl:.2g}{error} as a whole, of {found.max_kl:g} "
+        f"allowed; {found.saved:.0%} of the pairs of queries and keys left out of selected attention",
     ]
     if not chosen:
         return "\n".join([*lines, "no layer is sparse: allow a larger --max-kl, or larger --ratios"])
