@@ -112,7 +112,7 @@ class TSAConfig:
         regional: compile layers that are alike once, not each by itself (regional compilation): compiling takes less time,
             and nothing is fused across the border of two layers. Not with CUDA graphs. None: with Inductor without a mode on
             a GPU where the products with a layer's weights are 4e11 operations (`regions.LEAST_WORK`), so that the GPU is
-            not kept waiting (8B shape: from 1,024 tokens on); and in `prefill(dynamic=True)`, whose graph for all lengths
+            not kept waiting (8B shape: from 920 tokens on); and in `prefill(dynamic=True)`, whose graph for all lengths
             takes longer to compile, unless `compiler` is a callable.
         strict: raise where a rewrite fails or the attention of a selected layer is not understood, instead of warning.
         compiler: what compiles the rewritten graph: a Dynamo backend's name, or a callable ``(gm, inputs)``, which is given
