@@ -70,6 +70,8 @@ def compile_by_region(
     """
     if torch.is_grad_enabled():
         raise NotCut("a gradient may be needed")
+    if not always and not any(isinstance(given, Tensor) and given.device.type in LEAST_WORK for given in example_inputs):
+        raise NotCut("its device is none of those where a function for each layer is known to cost no time")
     if inductor.freezing or inductor.triton.cudagraphs:
         raise NotCut("Inductor's freezing and CUDA graphs hold the weights of one layer, whose code the others would run")
     cut = _cut(graph_module.graph, _container(report), _shared(graph_module))

@@ -57,9 +57,11 @@ from pretrained_report import report
 from stretch import WAYS, by_factor, stretched
 
 from tsa_compile.commands.loading import source
+from tsa_compile.commands.texts import gguf_file
 from tsa_compile.config import Budget, Coverage, Floor, KeepRatio, TSAConfig, upper_half
 from tsa_compile.errors import ConfigError, TSAError
 from tsa_compile.evaluation import Setting, Study, evaluate
+from tsa_compile.evaluation.study import ROOM
 from tsa_compile.evaluation.tables import summary
 from tsa_compile.evaluation.tasks import TASKS
 
@@ -191,9 +193,23 @@ def run_jobs(given: argparse.Namespace, arguments: list[str]) -> int:
     """Runs this script for each length and task, several at a time, and puts their files together; the worst exit code."""
     pairs = [(length, task) for length in sorted(given.lengths, reverse=True) for task in given.tasks]  # the longest first
     parts = {f"{task}-{length}": ["--lengths", str(length), "--tasks", task] for length, task in pairs}
-    code = run_parts(__file__, arguments, parts, given.out, given.jobs, given.minutes)
+    model = unpacked(given.model, folder_of(given.out), given.dtype)
+    code = run_parts(__file__, [*arguments, "--model", str(model)], parts, given.out, given.jobs, given.minutes)
     together([Study.load(path) for path in sorted(folder_of(given.out).glob("*.json"))]).save(given.out)
     return code
+
+
+def unpacked(model: Path, folder: Path, dtype: str) -> Path:
+    """The model, or if it is a GGUF file a folder with what it holds: unpacking it would take every job half a minute."""
+    if gguf_file(model) is None:
+        return model
+    made, part = folder / "model", folder / "model.part"
+    if not made.exists():
+        packed = source(model, None, None, "cpu", dtype, False)
+        packed.load(ROOM).save_pretrained(part)
+        packed.tokenizer("copy the tokenizer's files into the folder").save_pretrained(part)
+        part.rename(made)
+    return made
 
 
 def together(studies: list[Study]) -> Study:

@@ -81,6 +81,17 @@ def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, word_model, tmp_p
     assert "LlamaForCausalLM has 4,096 positions" in capsys.readouterr().err
 
 
+def test_a_gguf_file_is_unpacked_once_for_all_jobs(pretrained, short_model, tmp_path, monkeypatch):
+    assert pretrained.unpacked(short_model, tmp_path, "float32") == short_model
+    monkeypatch.setattr(pretrained, "gguf_file", lambda folder: "model.gguf")
+    made = pretrained.unpacked(short_model, tmp_path, "bfloat16")
+    again, before = (source(folder, None, None, "cpu", "bfloat16", False) for folder in (made, short_model))
+    assert all(map(torch.equal, again.load(8).state_dict().values(), before.load(8).state_dict().values()))
+    assert again.tokenizer("")("harbour") == before.tokenizer("")("harbour")
+    monkeypatch.setattr(pretrained, "source", None)
+    assert pretrained.unpacked(short_model, tmp_path, "bfloat16") == made
+
+
 def test_the_text_is_the_language_reference(pretrained):
     text = pretrained.handbook()
     assert len(text) > 200_000 and "Assert statements are a convenient way" in text
