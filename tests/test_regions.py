@@ -201,3 +201,22 @@ def test_by_itself_it_is_done_where_layers_have_work_enough(monkeypatch, regiona
     run(model, TSAConfig(layers=[], regional=regional), ids)
     assert (len(compiled) > 1, "parts of the graph" in notes()) == (cut, cut)
     assert cut or not notes()
+
+
+def test_work_is_counted_where_a_weight_is_taken_apart(monkeypatch):
+    class Split(Layer):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Parameter(torch.rand(2, 16))
+
+        def forward(self, x, seen):
+            first, second = torch.split(self.both, 1)
+            return super().forward(x, seen) * first + second.sum()
+
+    monkeypatch.setitem(regions.LEAST_WORK, "cpu", 0.0)
+    monkeypatch.setattr("tsa_compile.backend.lookup_backend", lambda name: lambda graph_module, inputs: graph_module)
+    model, (x, *_) = Model(Split(), Split(), Split()), heads()
+    with torch.no_grad():
+        expected = model(x.clone())
+    torch.testing.assert_close(run(model, TSAConfig(layers=[]), x.clone()), expected)
+    assert "parts of the graph" in notes()

@@ -10,6 +10,7 @@ them inputs) share one compiled function. Nothing is fused across a cut.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -219,11 +220,13 @@ class _Part:
     def is_work_enough(self) -> bool:
         """Whether the products with the part's weights are as many operations as `LEAST_WORK` asks for."""
         weights = {node for node in self.inputs if isinstance(fake(node), Parameter) and fake(node).dim() == 2}
-        done, least = 0.0, float("inf")
+        done, least = 0.0, math.inf
         for node in self.nodes:
+            result = fake(node)
+            rows = math.prod(map(_hint, result.shape[:-1])) if isinstance(result, Tensor) else 0
             for weight in weights.intersection(node.all_input_nodes):
                 least = LEAST_WORK.get(fake(weight).device.type, least)
-                done += 2.0 * _hint(fake(node).numel()) / _hint(fake(node).shape[-1]) * _hint(fake(weight).numel())
+                done += 2.0 * rows * _hint(fake(weight).numel())
         return done >= least
 
     def _target(self, node: Node) -> Hashable:
