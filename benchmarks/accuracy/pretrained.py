@@ -201,9 +201,11 @@ def run_jobs(given: argparse.Namespace, arguments: list[str]) -> int:
 
 def unpacked(model: Path, folder: Path, dtype: str) -> Path:
     """The model, or if it is a GGUF file a folder with what it holds: unpacking it would take every job half a minute."""
-    if gguf_file(model) is None:
+    name = gguf_file(model)
+    if name is None:
         return model
-    made, part = folder / "model", folder / "model.part"
+    made = folder / f"{name}-{(model / name).stat().st_size}-{dtype}"  # not what another file or type left there
+    part = made.with_name(made.name + ".part")
     if not made.exists():
         packed = source(model, None, None, "cpu", dtype, False)
         packed.load(ROOM).save_pretrained(part)

@@ -83,13 +83,18 @@ def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, word_model, tmp_p
 
 def test_a_gguf_file_is_unpacked_once_for_all_jobs(pretrained, short_model, tmp_path, monkeypatch):
     assert pretrained.unpacked(short_model, tmp_path, "float32") == short_model
-    monkeypatch.setattr(pretrained, "gguf_file", lambda folder: "model.gguf")
+    monkeypatch.setattr(pretrained, "gguf_file", lambda folder: "book.txt")
     made = pretrained.unpacked(short_model, tmp_path, "bfloat16")
     again, before = (source(folder, None, None, "cpu", "bfloat16", False) for folder in (made, short_model))
     assert all(map(torch.equal, again.load(8).state_dict().values(), before.load(8).state_dict().values()))
     assert again.tokenizer("")("harbour") == before.tokenizer("")("harbour")
+    assert pretrained.unpacked(short_model, tmp_path, "float32") != made, "a run in another type would get rounded weights"
     monkeypatch.setattr(pretrained, "source", None)
     assert pretrained.unpacked(short_model, tmp_path, "bfloat16") == made
+    (short_model / "book.txt").write_text(TEXT + "another model's")
+    with pytest.raises(TypeError, match="NoneType"):
+        pretrained.unpacked(short_model, tmp_path, "bfloat16")
+    (short_model / "book.txt").write_text(TEXT)
 
 
 def test_the_text_is_the_language_reference(pretrained):
