@@ -146,6 +146,11 @@ def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, name: str
     return node
 
 
+def hint(size: int | torch.SymInt) -> int | None:
+    """A size in the call that is being compiled; None where nobody knows it before the graph runs. Guards nothing."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
 def propagate(graph: Graph, target: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a call makes of fake values; a string target is a method of the first."""
     call = getattr(args[0], target) if isinstance(target, str) else target

@@ -31,7 +31,7 @@ from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_sdpa
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
-from tsa_compile.passes.graph import fake, guarded, in_marked_range, known, static
+from tsa_compile.passes.graph import fake, guarded, hint, in_marked_range, known, static
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.masks.info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
 from tsa_compile.passes.ranks import group_of_heads, splits_heads
@@ -295,7 +295,7 @@ def sparse_obstacle(
     shape = replace(shape, past=0) if filled else shape
     least = minimum(config, shape, sparse_layers, query.device if costs is None else costs)
     if not filled and may_be_whole(query, key):
-        queries = query.shape[2].node.hint if isinstance(query.shape[2], torch.SymInt) else query.shape[2]
+        queries = hint(query.shape[2])
         if shape.past == 0 or (queries is not None and least.reached_by(queries, queries + shape.past)):
             least = least.of_all_keys(shape.past)
         if least.of_keys and least.tokens is not None and least.tokens <= all_kept_below(config):

@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module, Parameter
 
 from tsa_compile.passes.fakes import key_of
-from tsa_compile.passes.graph import fake
+from tsa_compile.passes.graph import fake, hint
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.padding import is_emitted
 from tsa_compile.report import RewriteReport
@@ -223,10 +223,10 @@ class _Part:
         done, least = 0.0, math.inf
         for node in self.nodes:
             result = fake(node)
-            rows = math.prod(map(_hint, result.shape[:-1])) if isinstance(result, Tensor) else 0
+            rows = math.prod(hint(size) or 0 for size in result.shape[:-1]) if isinstance(result, Tensor) else 0
             for weight in weights.intersection(node.all_input_nodes):
                 least = LEAST_WORK.get(fake(weight).device.type, least)
-                done += 2.0 * rows * _hint(fake(weight).numel())
+                done += 2.0 * rows * (hint(fake(weight).numel()) or 0)
         return done >= least
 
     def _target(self, node: Node) -> Hashable:
@@ -238,11 +238,6 @@ class _Part:
 def _is_passed(value: Any) -> bool:
     """Whether a value can go from one compiled function to another."""
     return type(value) is FakeTensor or isinstance(value, (SymInt, SymFloat, SymBool, int, float, bool))
-
-
-def _hint(size: int | SymInt) -> int:
-    """The size in the call that is being compiled; 0 where nobody knows it."""
-    return int(size.node.hint or 0) if isinstance(size, SymInt) else size
 
 
 def _sizes(value: Any) -> list[Expr]:
