@@ -45,10 +45,11 @@ def short_model(tmp_path_factory):
 
 def test_settings_are_what_their_names_say(pretrained):
     found = {setting.name: setting for setting in pretrained.settings(30)}
-    assert len(found) == 6 + 2 + 6 + 12 + 3 + 12
+    assert len(found) == 6 + 2 + 12 + 2 + 4 + 11
     for name, setting in found.items():
         config = setting.config
         assert (config.window, config.min_tokens, config.min_length) == (32 if "window 32" in name else 128, 0, 1)
+        assert config.score == ("mean" if name.startswith("published") or "mean" in name else "max")
         assert config.granularity == ("group" if "groups" in name else "head")
         assert (config.floor is None) == name.startswith("published")
         assert config.floor in (None, Floor(256, 16)) and setting.random == ("random" in name)

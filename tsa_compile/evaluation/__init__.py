@@ -6,6 +6,7 @@ prompts.py      a task through a tokenizer: prompts of exactly so many tokens, a
 settings.py     what is compared: dense, configurations, the control of a random selection
 probe.py        how many tokens sparse layers keep, and random ones in their place
 cached.py       a prefill, compiled or not, and what follows through its cache
+traced.py       a model that Dynamo traces once for all settings
 running.py      one prefill a sample and setting; the answer through its cache: likelihood, then greedily
 limits.py       whether a model has positions for prompts of a length
 study.py        evaluate(model, tokenizer, ...): every setting on the same samples; a file keeps the results, to be continued

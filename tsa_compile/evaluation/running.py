@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsa_compile.backend import tsa_backend
 from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.cached import CachedModel, divergence, dynamo_remembers
 from tsa_compile.evaluation.probe import Probe
 from tsa_compile.evaluation.prompts import Sample
 from tsa_compile.evaluation.settings import Setting
+from tsa_compile.evaluation.traced import Traced
 from tsa_compile.reasons import Decision
 from tsa_compile.report import reports
 
@@ -50,17 +50,16 @@ class Runner:
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
+        traced: that model, if settings share its trace.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, setting: Setting) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, setting: Setting, traced: Traced | None = None) -> None:
         self.model, self.tokenizer, self.setting = model, tokenizer, setting
         self.device = next(model.parameters()).device
         self.probe = Probe(shuffle=setting.random)
         prefill: Any = None
         if setting.config is not None:
-            config = setting.config.replace(compiler=self.probe, strict=True)
-            options: dict[str, Any] = {"config": config}
-            prefill = torch.compile(model, backend=tsa_backend, dynamic=False, options=options)
+            prefill = (traced or Traced(model)).by(setting.config.replace(compiler=self.probe, strict=True))
         self._cached = CachedModel(model, prefill)
         self._checked = False
 

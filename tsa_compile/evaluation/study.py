@@ -30,6 +30,7 @@ from tsa_compile.evaluation.prompts import Sample, Writer
 from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
 from tsa_compile.evaluation.tasks import CONTINUED
+from tsa_compile.evaluation.traced import Traced
 from tsa_compile.progress import Progress
 
 BATCH_TOKENS = 2**15
@@ -130,19 +131,20 @@ def evaluate(
 
 
 class _Runners:
-    """Compiled settings of one length: those of another are forgotten, and Dynamo forgets what it compiled."""
+    """Compiled settings of one length, from one trace: those of another are forgotten, and Dynamo forgets what it traced."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._length = 0
         self._made: dict[str, Runner] = {}
+        self._traced = Traced(model)
 
     def get(self, setting: Setting, length: int) -> Runner:
         if length != self._length:
             self._length, self._made = length, {}
             torch._dynamo.reset()
         if setting.name not in self._made:
-            self._made[setting.name] = Runner(self.model, self.tokenizer, setting)
+            self._made[setting.name] = Runner(self.model, self.tokenizer, setting, self._traced)
         return self._made[setting.name]
 
 
