@@ -183,15 +183,15 @@ FRONT = {
     "`tsa`, exact": ('backend="tsa", exact', "as eager"),
     "`tsa`, keep 0.15 in the upper half (default)": (
         'backend="tsa", keep 0.15 in the upper half',
-        "floor, keep 0.15, upper half, max",
+        "floor, keep 0.15, upper half",
     ),
     "`tsa`, keep 0.15 in the last two thirds": (
         'backend="tsa", keep 0.15 in the last 21 layers',
-        "floor, keep 0.15, upper two thirds, max",
+        "floor, keep 0.15, upper two thirds",
     ),
     "the same, and `a_shape` in the other layers": (
         'backend="tsa", keep 0.15 in the last 21 layers, a_shape in the others',
-        "floor, keep 0.15, upper two thirds, a_shape in the others, max",
+        "floor, keep 0.15, upper two thirds, a_shape in the others",
     ),
 }
 

@@ -1,12 +1,13 @@
 """What published and floored settings cost a pretrained model: dense, sparse and controls on the same samples.
 
     python benchmarks/accuracy/pretrained.py --model smollm2 --out pretrained.json --samples 250 --dtype bfloat16 \\
-        --jobs 18 --minutes 9
+        --jobs 9 --batch-tokens 131072 --minutes 9
 
 The same command goes on where a call was stopped; `--minutes` stops by itself. With `--jobs` every length and task is a
 process of its own with a file of its own (pretrained.json.parts), and what they have found is put together in the end: a
-small model keeps a GPU busy for a fraction of the time. Once there are results, `--render FILE.md` writes them as
-tables and runs nothing (it needs statsmodels).
+small model keeps a GPU busy for a fraction of the time. All settings take an H200 half an hour; pretrained.md has 20 of
+them, which took 14 minutes, and pretrained_others.md an earlier run of the others. Once there are results, `--render
+FILE.md` writes them as tables and runs nothing (it needs statsmodels).
 
 SmolLM2-135M-Instruct (Apache-2.0) lies in a package on PyPI, as a GGUF file of 98 MB, which needs the package gguf:
 

@@ -141,7 +141,8 @@ def markdown(study: Study) -> str:
                 cells_of = [_cell(row, samples) for row in found]
                 lines.append([setting, f"{_percent(math.fsum(kept) / len(kept))}%", *cells_of])
         remarks = [f"- {task}: {why}" for task in names if (why := remark(study, task, length))]
-        title = f"**{length:,} tokens**, {samples} samples of each task, or n"
+        fewer = ", or n" if any(row.samples < samples for row in cells.values()) else ""
+        title = f"**{length:,} tokens**, {samples} samples of each task{fewer}"
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append("\n\n".join(filter(None, (title, table, "\n".join(remarks)))))
     return "\n\n".join(parts)
