@@ -383,17 +383,29 @@ def test_architectures_are_examined(load, tmp_path, capsys):
     assert models.main(["--models", "llama", "bert", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "models.json").read_text())
     counts = {"architectures": 2, "ran": 2, "wrong": 0, "exact gain": 1, "can be sparse": 1, "in chunks": 1}
-    assert {name: found["conditions"][name] for name in counts} == counts
-    assert "| llama | sdpa | 2 dense (padding) | 2 sparse | sparse |  |" in (tmp_path / "models.md").read_text()
-    assert "| bert | sdpa | 2 unchanged | 2 unchanged | no | NOT_CAUSAL |" in capsys.readouterr().out
+    counts |= {"ran uncompiled": 2, "sparse uncompiled": 1}
+    assert {name: value for name, value in found["conditions"].items() if name in counts or "image" in name} == counts
+    text = (tmp_path / "models.md").read_text()
+    assert "| llama | sdpa | 2 dense (padding) | 2 sparse | sparse | 2 sparse |  |" in text
+    assert "| bert | sdpa | 2 unchanged | 2 unchanged | no | 2 unchanged | NOT_CAUSAL |" in capsys.readouterr().out
     row = found["rows"][0]
     assert models.is_wrong(row | {"exact": row["exact"] | {"difference": 0.1}}) and models.is_wrong(
         {"failed": "exact: KeyError"}
     )
     torchs_own = row | {"exact": row["exact"] | {"difference": 0.1, models.PLAIN: 0.0}}
     assert not models.is_wrong(torchs_own) and "1e-01 (plain torch.compile too)" in models.table([torchs_own])
+    assert models.is_wrong(row | {models.UNCOMPILED: row[models.UNCOMPILED] | {"difference": float("nan")}})
     with pytest.raises(SystemExit):
         models.main(["--models", "no-such-model"])
+
+
+@pytest.mark.slow
+def test_architectures_with_images_are_examined(load, tmp_path):
+    """PaliGemma's images are seen from both sides; its prompt without a mask means something else once it is compiled."""
+    assert load("models").main(["--images", "--models", "paligemma", "--out", str(tmp_path)]) == 0
+    row = next(line for line in (tmp_path / "image_models.md").read_text().splitlines() if line.startswith("| paligemma"))
+    assert "| 2 dense (padding) | 2 sparse | sparse | 5 unchanged | 4 unchanged | MASK_OPAQUE, NOT_CAUSAL" in row
+    assert row.endswith("(plain torch.compile too) |")
 
 
 def test_engines_of_vllm_are_compared_by_their_settings(load):

@@ -83,7 +83,10 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.PASS_FAILED: "A pass raised an error, so the graph was compiled without it.",
 }
 
-_BY_LAYER = 'If layers are compiled one by one (FSDP2, layer.compile()), use attn_implementation="tsa" without compiling.'
+_BY_LAYER = (
+    "If layers are compiled one by one (FSDP2, layer.compile(), a graph break between them), use "
+    'attn_implementation="tsa" without compiling.'
+)
 
 REMEDIES: dict[Reason, str] = {
     Reason.LAYER_NOT_SELECTED: "Name the layer in `layers`.",
