@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, QuantizedCache
 
 import tsa_compile
 from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, attention, reports
@@ -353,3 +353,17 @@ def test_the_layers_of_a_call_are_its_own():
         cache.update(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 6), 1)
     assert cache.layers is own and [layer.get_seq_length() for layer in own] == [0, 9, 0]
     assert [layer.is_initialized for layer in own] == [False, True, False]
+
+
+@pytest.mark.slow
+def test_a_cache_that_quantizes_what_it_holds():
+    """Later chunks see less precise keys and values of earlier ones, as they do in the plain model."""
+    plain, model = tiny("llama", **TWO), compiled("llama", SPARSE.replace(budget=Coverage(0)))
+    ids, mask = tokens(2, PROMPTS[0]), padding(PROMPTS[0])
+    try:
+        wanted = fill(plain, QuantizedCache("fp8", plain.config), ids, mask)
+    except ValueError:
+        pytest.skip("this version of transformers has no cache in FP8")
+    found = fill(model, QuantizedCache("fp8", model.config), ids, mask)
+    assert difference(found, wanted, mask) < ATOL < difference(fill(plain, DynamicCache(), ids, mask), wanted, mask)
+    assert {row.decision for report in reports() for row in report} == {Decision.SPARSE}
