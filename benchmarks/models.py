@@ -8,10 +8,10 @@ Each is run as it is, then through backend="tsa" in exact mode and with all laye
 must compute the same, and then with attn_implementation="tsa", which keeps all tokens as well: a prompt with padding and one
 without a mask, the first in two chunks through a cache, and with --images one that has padding and an image, where a way to
 pass one was found. A row says what became of the attention calls of the first prompt, of the last one with an image and of
-the last one uncompiled; whether the second chunk has sparse layers too, or "-" where the model itself takes none; and the
-largest difference of the logits, relative to their norm, at valid tokens. What cannot be built at a small size, or needs a
-package that is not there, is listed with the reason. The exit code is 1 if a result differs, from plain torch.compile's as
-well, or the backend fails where plain torch.compile does not.
+the last one uncompiled; whether the second chunk has sparse layers too, or "-" where the model itself takes none or computes
+something else in chunks; and the largest difference of the logits, relative to their norm, at valid tokens. What cannot be
+built at a small size, or needs a package that is not there, is listed with the reason. The exit code is 1 if a result
+differs, from plain torch.compile's as well, or the backend fails where plain torch.compile does not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import Decision
 from tsa_compile.report import CallRow, clear_reports
 
-TOLERANCE = 1e-4
+TOLERANCE, AGREE = 1e-4, 1e-3
 SAME: dict[str, Any] = dict(window=4, min_tokens=4, min_length=1, compiler="eager")
 UNCOMPILED = "uncompiled"
 PLAIN, PLAIN_TOO = "difference to plain torch.compile", " (plain torch.compile too)"
@@ -65,9 +65,12 @@ class Subject:
         given = prompts(model, images)
         wanted = logits_of(model, given)
         try:
-            return cls(model, given, [*wanted, chunk_logits(model, given[0])])
+            chunks = chunk_logits(model, given[0])
         except Exception:  # noqa: BLE001, a foreign model may raise anything; the table has "-" for it
             return cls(model, given, wanted)
+        # GIT's later chunks see the padding, of which nothing is promised (docs/limits.md).
+        agree = difference([chunks], wanted[:1]) < AGREE
+        return cls(model, given, [*wanted, chunks] if agree else wanted)
 
     @property
     def chunked(self) -> bool:
