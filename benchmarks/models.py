@@ -40,6 +40,7 @@ from tsa_compile.reasons import Decision
 from tsa_compile.report import CallRow, clear_reports
 
 TOLERANCE, AGREE = 1e-4, 1e-3
+"""Relative differences of logits: at most so much by this package, and between a model's own chunks and its whole prompt."""
 SAME: dict[str, Any] = dict(window=4, min_tokens=4, min_length=1, compiler="eager")
 UNCOMPILED = "uncompiled"
 PLAIN, PLAIN_TOO = "difference to plain torch.compile", " (plain torch.compile too)"

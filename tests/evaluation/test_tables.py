@@ -57,13 +57,14 @@ def test_fewer_samples_than_dense_has_are_compared_with_these(study):
 
 
 def test_both_tables_say_how_many_samples_those_were(study):
+    assert "**4,096 tokens**, 10 samples of each task\n" in markdown(study)
     study = shortened(study, 3)
     lines = text(study).splitlines()
     start = lines.index("needle, 4,096 tokens, 10 samples")
     end = lines.index("copy, 4,096 tokens, 10 samples")
     assert "".join(line.split("  ")[0] for line in lines[start + 4 : end]).count("n 3") == 1
     assert "n 10" not in "".join(lines) and "n 3" not in "".join(lines[end:]) and max(map(len, lines)) <= 80
-    assert "| 0%, 0.200 (+0.100), n 3 |" in markdown(study)
+    assert "| 0%, 0.200 (+0.100), n 3 |" in markdown(study) and "10 samples of each task, or n\n" in markdown(study)
 
 
 @pytest.mark.parametrize(("right", "says"), [(0, True), (1, True), (2, False)])
