@@ -3,7 +3,7 @@
     out[b, h, i] = sum_{j <= i} softmax_j(scale * <query[b, h, i], key[b, g, j]>) value[b, g, j]     i < count[b]
 
     query [B, H, C, D], key [B, Hk, C, D], value [B, Hk, C, Dv], g = h // (H / Hk), strides free but for the last, 1;
-    float16 | bfloat16 | float32 (float32 exactly, without TF32, and slowly); D, Dv <= 256, padded to powers of two;
+    float16 | bfloat16 | float32 (float32 exactly, without TF32, and slowly); D, Dv <= 512, padded to powers of two;
     count int32 [B] or None (= C)
     ->  out [B, H, C, Dv], contiguous; rows from `count` on are left unwritten
 

@@ -41,6 +41,7 @@ from tsa_compile.kernels.padded import padded_attention_aten, valid_ranges_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting, select_triton
+from tsa_compile.kernels.sliding import padded_sliding_attention_aten, sliding_attention_aten
 
 CAUSAL_KERNELS = ("auto", "sdpa", "flash", "cudnn", "triton")
 """The attention kernels that every form of attend stands for: those of this package, which compute causal attention."""
@@ -139,6 +140,8 @@ _ATEN: Table = {
     tsa.filled.default: filled_aten,
     tsa.filled_attention.default: filled_attention_aten,
     tsa.padded_attention.default: padded_attention_aten,
+    tsa.sliding_attention.default: sliding_attention_aten,
+    tsa.padded_sliding_attention.default: padded_sliding_attention_aten,
 }
 
 FORMS: dict[str, Table] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tsa_compile.errors import KernelError
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 """Of the heads that this package's Triton kernels take."""
 
 

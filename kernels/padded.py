@@ -109,7 +109,7 @@ def attend_ranges(
     for group, (start, stop, contiguous) in runs_of_ranges(items):
         parts = (query[group], key[group], value[group])
         nowhere = output[group, :, : max(start - past, 0)] if stop else output[group]
-        _fill_masked_rows(nowhere, None if mean_of is None else mean_of[group])
+        fill_masked_rows(nowhere, None if mean_of is None else mean_of[group])
         if contiguous:
             _fill_range(output[group], *parts, start, stop, scale)
         else:
@@ -235,12 +235,17 @@ def _mean(value: Tensor) -> Tensor:
     return value.mean(dim=2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
-def _fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
+def mean_of_keys(value: Tensor, heads: int) -> Tensor:
+    """What each query head sees where it sees all keys alike: [B, heads, 1, Dv], in at least float32."""
+    return repeat_heads(_mean(value), heads)
+
+
+def fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
     """Rows that may attend to no token: the mean of values, or 0."""
     if output.shape[2] == 0:
         return
     if value is not None:
-        output.copy_(repeat_heads(_mean(value), output.shape[1]))
+        output.copy_(mean_of_keys(value, output.shape[1]))
     else:
         output.zero_()
 

@@ -241,16 +241,21 @@ def log_sum_exp(query: Tensor, key: Tensor, count: Tensor | None, scale: float) 
 
 
 def padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """Dense attention of the last Lq of Lk positions under (kv <= q + Lk - Lq) & padding[b, kv]: [B,H,Lq,Dv].
 
-    A row that may attend to no token (nothing valid at or before it) is 0, or with `mean_rows` the mean of value over all Lk
-    keys: what a softmax over equal, finitely masked logits gives.
+    With `window` rows see that many positions, up to their own, and none before.
+
+    A row that may attend to no token (nothing valid among what it sees) is 0, or with `mean_rows` the mean of value over all
+    Lk keys: what a softmax over equal, finitely masked logits gives.
     """
     batch, heads, rows, _ = query.shape
     out = query.new_zeros(batch, heads, rows, value.shape[-1])
     causal = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[key.shape[2] - rows :]
+    if window is not None:
+        causal = causal.triu(key.shape[2] - rows - window + 1)
     for b in range(batch):
         valid = slice(None) if padding is None else padding[b]
         allowed = causal[:, valid]

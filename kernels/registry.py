@@ -33,6 +33,7 @@ from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
 __all__ = ["AUTO", "AttentionKernel", "KernelRequest", "choose", "get", "names", "register", "unregister"]
 
 AUTO = "auto"
+TRITON = flash.KERNEL.name
 _PACKAGE = __name__.partition(".")[0]
 
 _registry: dict[str, AttentionKernel] = {}
@@ -135,9 +136,15 @@ def choose(
     raise KernelError(f"no attention kernel can run {request}: {'; '.join(refusals)}")
 
 
-def of_sdpa(request: KernelRequest) -> str:
-    """The kernel of torch's that SDPA runs for a request, whatever else is registered."""
-    return next(kernel.name for kernel in (sdpa.CUDNN, sdpa.FLASH, sdpa.SDPA) if kernel.supports(request) is None)
+def of_dense(request: KernelRequest) -> str:
+    """The kernel that dense attention runs by, whatever else is registered: torch's, and where that is slow ours."""
+    fast = (kernel.name for kernel in (sdpa.CUDNN, sdpa.FLASH) if kernel.supports(request) is None)
+    return next(fast, sdpa.SDPA.name if sdpa.SDPA.supports(request) is None else TRITON)
+
+
+def of_window(request: KernelRequest) -> str:
+    """The kernel that runs a sliding window (sliding.py)."""
+    return TRITON if flash.supports(request) is None else sdpa.SDPA.name
 
 
 def _refusal(kernel: AttentionKernel, request: KernelRequest | None, lse: bool, behind: bool) -> str | None:

@@ -46,7 +46,7 @@ from torch import Tensor
 from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, take_rows
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
-from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, row_strides, rows_contiguous
+from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, on_hopper, row_strides, rows_contiguous
 from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows, window_rows_aten
 
 REDUCTIONS = ("mean", "max")
@@ -237,7 +237,7 @@ def score_triton(
     seq_len, past = key.shape[2], keys_before(query, key)
     query, key = rows_contiguous(query), rows_contiguous(key)
     block_d = block_dim(head_dim)
-    tiles = _tiles(query.dtype, block_d, window)
+    tiles = _tiles(query.dtype, block_d, window, on_hopper(query))
     # A static size, for whoever traces this with a symbolic length; the splits there are lie densely in it.
     most_splits = SPLITS if split_len == 0 else max(SPLITS, next_power_of_2(cdiv(seq_len, split_len)))
     per_split = cdiv(split_len or torch.sym_max(MIN_SPLIT, cdiv(seq_len, SPLITS)), tiles.block_n)
@@ -276,11 +276,13 @@ def score_triton(
     return scores
 
 
-def _tiles(dtype: torch.dtype, block_d: int, window: int) -> Tiles:
+def _tiles(dtype: torch.dtype, block_d: int, window: int, hopper: bool) -> Tiles:
     """Rows of the window and keys, for _row_stats and _columns: what fits into registers and shared memory."""
     rows = max(16, next_power_of_2(window))
     if dtype == torch.float32:  # exact products run on the ordinary cores; larger tiles spill
         return Tiles(min(rows, 32), 64, 8, 2)
+    if block_d > 256:
+        return Tiles(min(rows, 64), 64, 4, 2) if hopper else Tiles(min(rows, 32), 32, 4, 1)
     # Four warps leave room for two programs on a multiprocessor: one multiplies while the other exponentiates.
     return Tiles(min(rows, 128), 128, 4, 2) if block_d <= 128 else Tiles(min(rows, 64), 128, 8 if rows >= 64 else 4, 2)
 

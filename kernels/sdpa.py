@@ -19,7 +19,8 @@ from torch.backends import cuda as cuda_backends
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.kernels._aten import torch_attention
-from tsa_compile.kernels.interface import AttentionKernel, KernelRequest
+from tsa_compile.kernels.interface import MAX_HEAD_DIM, AttentionKernel, KernelRequest
+from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.kernels.merge import merged
 
 PRIORITY = (
@@ -32,6 +33,8 @@ PRIORITY = (
 
 _ROWS = 512
 """How many rows of logits are written out at a time."""
+_FUSED_HEAD_DIM = 256
+"""The widest heads that torch's fast kernels take."""
 _CUDNN_ROWS = 128
 """Below, SDPA is asked which kernel takes the rows: cuDNN takes no single one."""
 
@@ -149,6 +152,15 @@ def _refusal(backend: SDPBackend, request: KernelRequest) -> str | None:
     return None if fits else f"torch {torch.__version__} refuses it ({ask.__name__})"
 
 
+def _plain_refusal(request: KernelRequest) -> str | None:
+    """What is left of torch's for wider heads in half precision takes several times what flash.py does."""
+    half = request.device_type == "cuda" and request.dtype in (torch.float16, torch.bfloat16) and HAS_TRITON
+    widest = max(request.head_dim, request.value_head_dim)
+    if half and _FUSED_HEAD_DIM < widest <= MAX_HEAD_DIM:
+        return f"torch has no fast kernel for heads of {widest}: kernel='triton' has"
+    return None
+
+
 def plan_rows(rows: int) -> int:
     """At most 1/32 more rows, from a grid of few: cuDNN builds a plan of tens of milliseconds for every new shape."""
     step = max(256, (1 << (rows - 1).bit_length()) // 64)
@@ -177,6 +189,6 @@ SDPA = AttentionKernel(
     run=_run_plain,
     run_lse=written_out_lse,
     run_behind=written_out_lse,
-    supports=lambda request: None,
+    supports=_plain_refusal,
     priority=0,
 )

@@ -353,6 +353,8 @@ def choose_tiles(dtype: torch.dtype, block_d: int, hopper: bool) -> Tiles:
     """The tiles for a padded head size (the larger of the two); hopper: on Hopper, with strides that TMA takes."""
     if dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if block_d > 128 else Tiles(32, 16 if block_d > 64 else 32, 4, 1)
+    if block_d > 256:  # 64 rows of outputs alone fill the registers of eight warps to the half
+        return Tiles(64, 64, 8, 1, use_tma=True, lag=True) if hopper else Tiles(32, 16, 4, 1)
     if not hopper:  # fits the 99 KB of shared memory of the GPUs that have least
         return Tiles(64, 32 if block_d > 128 else 64, 4, 2)
     if block_d > 128:

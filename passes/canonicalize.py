@@ -3,8 +3,11 @@
     before   m = <arange, <=, &, padding[b, kv], expand ...>                              [B, 1, L, L]
              o = sdpa(q, repeat(k), repeat(v), attn_mask=m)      or softmax(q @ k.mT * s + m) @ v
     after    o = sdpa(q, k, v, is_causal=True, enable_gqa=True)                           mask proven causal
+             o = tsa.attend(q, k, v, None, s, "triton")                                   the same, where SDPA is slow
              o = tsa.cached_attention(q, k, v, s)                                         causal, q the last of k's positions
              o = tsa.padded_attention(q, k, v, padding, valid_ranges, s)                         causal and padding [B, L]
+             o = tsa.sliding_attention(q, k, v, s, window)                                causal, window keys a row
+             o = tsa.padded_sliding_attention(q, k, v, padding, valid_ranges, s, window)             and padding [B, L]
              o = tsa.filled_attention(q, k, v, .., positions [Lq], filled [2], s)         causal up to positions in a cache
 
 Each computes what the model computes, up to rounding; the clean-up then removes what built the mask.
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tsa_compile.kernels.registry import TRITON
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
 from tsa_compile.passes.graph import fake, insert, known
@@ -25,9 +29,9 @@ from tsa_compile.reasons import Decision
 
 
 class CanonicalizeDense(Pass):
-    """Replaces dense calls whose mask is proven causal, or causal and padding."""
+    """Replaces dense calls whose mask is proven causal, over a window or not, or that and padding."""
 
-    decisions = (Decision.DENSE, Decision.DENSE_PADDED)
+    decisions = (Decision.DENSE, Decision.DENSE_PADDED, Decision.WINDOW)
     optional = True
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -35,6 +39,11 @@ class CanonicalizeDense(Pass):
 
     def _dense(self, graph: Graph, plan: CallPlan) -> Node | None:
         call = plan.call
+        if plan.decision is Decision.WINDOW:
+            return self._window(graph, plan)
+        if plan.decision is Decision.DENSE and plan.kernel == TRITON and known(_length(call.query) == _length(call.key)):
+            rows = (call.query, call.key, call.value)
+            return insert(graph, torch.ops.tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
         if call.form == "sdpa" and not call.masks and not call.peeled:
             return None
         if plan.filled is None and plan.decision is Decision.DENSE:
@@ -43,6 +52,17 @@ class CanonicalizeDense(Pass):
         op = torch.ops.tsa.padded_attention if plan.filled is None else torch.ops.tsa.filled_attention
         operands = (*self.state.operands(plan, graph), scale_of(call))
         return insert(graph, op.default, *operands, plan.mask.mean_rows)
+
+    def _window(self, graph: Graph, plan: CallPlan) -> Node:
+        assert plan.mask is not None
+        operands = (*self.state.operands(plan, graph), scale_of(plan.call), plan.mask.window)
+        if plan.padding is None:
+            return insert(graph, torch.ops.tsa.sliding_attention.default, *operands)
+        return insert(graph, torch.ops.tsa.padded_sliding_attention.default, *operands, plan.mask.mean_rows)
+
+
+def _length(rows: Node) -> Any:
+    return fake(rows).shape[2]
 
 
 def scale_of(call: AttentionCall) -> Any:
@@ -53,7 +73,7 @@ def scale_of(call: AttentionCall) -> Any:
 def _causal(graph: Graph, call: AttentionCall) -> Node:
     key, value = call.key, call.value
     query = fake(call.query)
-    if not known(query.shape[2] == fake(key).shape[2]):
+    if not known(_length(call.query) == _length(key)):
         return insert(graph, torch.ops.tsa.cached_attention.default, call.query, key, value, scale_of(call))
     if call.peeled and query.device.type == "cuda" and query.dtype == torch.float32:
         assert call.wide_key is not None and call.wide_value is not None

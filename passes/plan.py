@@ -28,7 +28,7 @@ from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.kept import never_dropped
-from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_sdpa
+from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_dense, of_window
 from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, guarded, hint, in_marked_range, known, static
@@ -111,7 +111,10 @@ class PlanCalls(Pass):
     def _decide(self, plan: CallPlan, selected: Reason | None, sparse_layers: float) -> None:
         obstacle = _obstacle(plan)
         if obstacle is not None:
-            return plan.keep(*obstacle)
+            plan.keep(*obstacle)
+            if obstacle[0] is Reason.SLIDING_WINDOW and _is_exact_window(plan):
+                plan.decision, plan.kernel = Decision.WINDOW, of_window(KernelRequest.of(*_operands(plan)))
+            return None
         assert plan.mask is not None
         plan.decision, plan.reason, plan.detail, plan.kernel = decide(
             _operands(plan), plan.config, selected, plan.place.doubt, sparse_layers,
@@ -186,6 +189,14 @@ def inputs_obstacle(query: Tensor, key: Tensor, value: Tensor, dropout: Any, sca
     if not _is_positive(scale):
         return Reason.UNSUPPORTED_FORM, f"the scale is {fake(scale)}, not a number above 0, as causal kernels need it"
     return None
+
+
+def _is_exact_window(plan: CallPlan) -> bool:
+    """Whether a call under a sliding window can be computed without its mask. FlexAttention skips what a window hides."""
+    mask, query = plan.mask, fake(plan.call.query)
+    if mask is None or mask.window is None or mask.nan_rows or plan.call.lists is not None:
+        return False
+    return known(query.shape[2] == fake(plan.call.key).shape[2]) and kernel_obstacle(*_operands(plan))[0] is None
 
 
 def is_behind_cache(plan: CallPlan) -> bool:
@@ -369,7 +380,7 @@ def kernel_of(
     configured = {Decision.SPARSE: config.kernel, Decision.KERNEL: config.dense_kernel}.get(decision)
     sparse = decision is Decision.SPARSE
     if decision is Decision.DENSE and known(query.shape[2] == key.shape[2]):
-        return of_sdpa(KernelRequest.of(query, key, value))
+        return of_dense(KernelRequest.of(query, key, value))
     behind = sparse and not known(query.shape[2] == key.shape[2])
     elsewhere = costs is not None and not query.is_cuda and configured not in (None, AUTO)
     request = None if elsewhere else KernelRequest.of(query, key, value)

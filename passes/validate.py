@@ -1,12 +1,13 @@
 """A second check besides the proofs: each accepted call is computed twice on small random inputs, and must agree.
 
     original      the graph's own nodes behind the call, run as they are: mask, repeated heads, written-out products
-    normal form   softmax(scale * q k^T where kv <= q + Lk - Lq and padding[b, kv]) v, in float64, of the same inputs
+    normal form   softmax(scale * q k^T where kv <= q + Lk - Lq and padding[b, kv]) v, in float64, of the same inputs;
+                  of a sliding window where kv > q - window besides
 
 The graph's inputs get random numbers, those of masks the extremes of their types among them. Long static lengths are run
-short: every number in the graph that equals the length becomes a small one. A call that differs is left as the model wrote
-it, PASS_FAILED, with the case in the report. A call that cannot be run in this way (its mask depends on half of the model,
-say) has been proven all the same.
+short: every number in the graph that equals the length, or a window's, becomes a small one. A call that differs is left as
+the model wrote it, PASS_FAILED, with the case in the report. A call that cannot be run in this way (its mask depends on half
+of the model, say) has been proven all the same.
 
 Calls that are computed alike, node by node, are computed once. `TSAConfig(skip_passes=["Validate"])` switches this pass off.
 """
@@ -38,6 +39,7 @@ from tsa_compile.reasons import Decision
 _log = logging.getLogger(__name__)
 _LONGEST = 64  # a static length up to which nothing is shortened
 _SHORT = 24
+_WINDOW = 3
 _SMALL = (5, 3, 7, 2, 6, 4)  # what symbolic sizes become, one after the other
 _MOST_NODES = 300
 _MOST_ELEMENTS = 2**22
@@ -107,7 +109,9 @@ class Case:
 
     def _sizes(self, *, least: bool = False) -> _Sizes:
         """Those to run. The model in front of the operands is run as long as it is: its other sizes may equal the length."""
-        return _Sizes([fake(operand) for operand in self.operands], self.nodes, least=least, whole=self.upstream)
+        window = None if self.plan.mask is None else self.plan.mask.window
+        operands = [fake(operand) for operand in self.operands]
+        return _Sizes(operands, self.nodes, least=least, whole=self.upstream, window=window)
 
     def _needed(self) -> list[Node]:
         """The nodes behind the call and its padding, in order, with whatever writes to them on the way."""
@@ -243,6 +247,8 @@ class Case:
         allowed = torch.ones(length, past + length, dtype=torch.bool).tril(past)
         if positions is not None:
             allowed = torch.arange(past + length) <= positions[:length, None]
+        if info is not None and info.window is not None:
+            allowed = allowed.triu(past + 1 - self.sizes.shorten(info.window))
         if padding is not None:
             allowed = allowed & padding[:, None, None, :]
         scores = (query @ key.mT * scale).masked_fill(~allowed, float("-inf"))
@@ -258,10 +264,13 @@ class _Sizes:
 
     Behind a cache three numbers are shortened: the queries, the keys before them, and their sum. With `least` there are as
     few keys before the queries as the graph admits, where that is a symbol: none, if the cache may be empty. With `whole`
-    static lengths stay as they are.
+    static lengths stay as they are. A `window` and the number before it become small where no size of the graph equals one.
     """
 
-    def __init__(self, operands: list[Tensor], nodes: list[Node], *, least: bool = False, whole: bool = False) -> None:
+    def __init__(
+        self, operands: list[Tensor], nodes: list[Node], *, least: bool = False, whole: bool = False,
+        window: int | None = None,
+    ) -> None:  # fmt: skip
         query, key, value = operands
         self.short = {} if whole else _shortened(query.shape[2], key.shape[2])  # static lengths that are run short
         others = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
@@ -270,6 +279,10 @@ class _Sizes:
         self.symbols: dict[sympy.Symbol, int] = {}
         extents = [size for node in nodes for size in getattr(fake(node), "shape", (fake(node),))]
         symbolic = [size for size in extents if isinstance(size, torch.SymInt)]
+        numbers = {static(size) for size in extents if isinstance(size, (int, torch.SymInt))}
+        if window is not None and window > _WINDOW and not {window, window - 1} & {*numbers, *self.short}:
+            bounds = {window: _WINDOW, window - 1: _WINDOW - 1}
+            self.short |= bounds | {-wide: -narrow for wide, narrow in bounds.items()}
         for size in symbolic:
             ranges = size.node.shape_env.var_to_range
             for symbol in sorted(size.node.expr.free_symbols, key=str):

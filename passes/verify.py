@@ -24,7 +24,8 @@ class Verify(Pass):
         nodes = set(graph_module.graph.nodes)
         changed = [plan for plan in self.state.plans if plan.decision is not Decision.UNCHANGED]
         for plan in changed:
-            if plan.mask is None or plan.mask.kind not in CAUSAL_KINDS:
+            window = plan.decision is Decision.WINDOW and plan.mask is not None and plan.mask.window is not None
+            if not window and (plan.mask is None or plan.mask.kind not in CAUSAL_KINDS):
                 raise RewriteError(f"{plan.call.layer!r} was rewritten, but its mask is {plan.mask}")
             kept = plan.call.form == "sdpa" and not plan.call.masks and plan.decision is Decision.DENSE
             if not kept and plan.call.node in nodes and plan.call.node.users:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from tsa_compile.config import LayerBudgets, TSAConfig, budget_dict
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
-from tsa_compile.kernels import attend_floor, filled, listed, registry, sparse
+from tsa_compile.kernels import attend_floor, filled, listed, registry, sliding, sparse
 from tsa_compile.kernels.autocast import keep_types
 from tsa_compile.passes.base import CallPlan, GraphState, Pass, summary
 from tsa_compile.passes.canonicalize import CanonicalizeDense
@@ -36,7 +36,7 @@ from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
 # Importing a kernel module registers its ops as torch.ops.tsa.*, which is how the passes know them. These import all others.
-OPS = (attend_floor, filled, listed, sparse)
+OPS = (attend_floor, filled, listed, sliding, sparse)
 keep_types()
 
 PASSES: tuple[type[Pass], ...] = (
@@ -46,7 +46,7 @@ PASSES: tuple[type[Pass], ...] = (
     EmitPadding,  #        emit_padding.py   which tokens are valid, once for calls that share it
     Validate,  #           validate.py       each call and its normal form, on small random inputs
     RewriteSparse,  #      rewrite.py        one op for each sparse call
-    CanonicalizeDense,  #  canonicalize.py   is_causal, or causal and padding; no repeated heads
+    CanonicalizeDense,  #  canonicalize.py   is_causal, a window, or that and padding; no repeated heads
     Decompose,  #          decompose.py      the op opened into score, budget, select, compress, attend, decompress
     RemoveDeadMasks,  #    cleanup.py        what only the replaced calls read
     Verify,  #             verify.py         what must hold afterwards

@@ -6,11 +6,12 @@ from enum import StrEnum
 
 
 class Decision(StrEnum):
-    """What became of an attention call. `DENSE`, `DENSE_PADDED` and `UNCHANGED` compute exactly what the model wrote."""
+    """What became of an attention call. All but `SPARSE` and `KERNEL` compute exactly what the model wrote."""
 
     SPARSE = "sparse"
     DENSE = "dense"  # dense, its mask removed: is_causal
     DENSE_PADDED = "dense (padding)"  # dense, its L x L mask replaced by the padding mask behind it
+    WINDOW = "dense (window)"  # dense, its L x L mask replaced by the number of tokens that each row sees
     KERNEL = "kernel"  # all tokens, by the kernel that `dense_kernel` names: as exact as that kernel is
     UNCHANGED = "unchanged"
 

@@ -154,6 +154,7 @@ class RewriteReport:
             (self.sparse, "sparse"),
             (self.dense, "dense with the mask removed"),
             (self.dense_padded, "dense with padding and no L x L mask"),
+            (self.count(Decision.WINDOW), "dense over a window and no L x L mask"),
             (self.count(Decision.KERNEL), "over all tokens by the configured kernel"),
             (self.unchanged, "unchanged"),
         ]

@@ -49,6 +49,8 @@ from tsa_compile.kernels.sparse.vertical_slash import VerticalSlash, vertical_sl
 from tsa_compile.kernels.sparse.xattention import stride_fault, xattention_lists
 
 PRIORITY = -20
+MAX_HEAD_DIM = 256
+"""Selectors hold 128 rows at once, four times as many as fit with heads of 512."""
 STREAM_BYTES = 2**32
 """So many bytes of rows at a time: a selector's small launches take as long for few heads. Over 0.675 of 128K tokens,
 H = 32, D = 128, MInference's 3500 columns and 100 diagonals take 15.9 ms in four streams, 14.3 in one; XAttention
@@ -139,8 +141,12 @@ def _whole_groups(rows: int) -> int:
 
 
 def _supports(request: KernelRequest) -> str | None:
-    """On CUDA what the Triton kernels take, on the CPU everything."""
-    return None if request.device_type == "cpu" else flash.supports(request)
+    """On CUDA what the Triton kernels take, with heads that fit their larger tiles; on the CPU everything."""
+    if request.device_type == "cpu":
+        return None
+    if max(request.head_dim, request.value_head_dim) > MAX_HEAD_DIM:
+        return f"takes heads of at most {MAX_HEAD_DIM}, not {request.head_dim} and {request.value_head_dim}"
+    return flash.supports(request)
 
 
 block_sparse("flashprefill", flashprefill_lists)

@@ -42,7 +42,7 @@ from tsa_compile.passes.masks.symbolic import (
 from tsa_compile.passes.padding import unwritable
 
 _RULE_MODULES = (symbolic_ops, symbolic_views, symbolic_indexing)  # importing them registers the rules
-_WITH_PADDING = (MaskKind.CAUSAL_PADDING, MaskKind.FILLED_PADDING, MaskKind.PADDING)
+_WITH_PADDING = (MaskKind.CAUSAL_PADDING, MaskKind.FILLED_PADDING, MaskKind.PADDING, MaskKind.SLIDING_WINDOW)
 _LOWEST = exact(torch.finfo(torch.bfloat16).min)
 
 
@@ -109,6 +109,9 @@ def _may_hide_all(info: MaskInfo) -> bool:
 
 def still_held(info: MaskInfo, call: AttentionCall) -> MaskInfo:
     """What a mask means to a call: what its padding reads must still be in the graph where the call stands."""
+    if info.kind is MaskKind.SLIDING_WINDOW:
+        held = all(call.aten.source(value, call.node) is not None for value in info.leaves.values())
+        return info if held else replace(info, window=None)
     if info.kind not in CAUSAL_KINDS or info.kind is MaskKind.CAUSAL:
         return info
     for name, value in info.leaves.items():
@@ -173,21 +176,23 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     for clause in sympy.And.make_args(normal):
         reading.read(clause)
     kind, detail = reading.verdict()
-    padding = sympy.And(*reading.padding) if kind in _WITH_PADDING else None
+    padding = sympy.And(*reading.padding) if kind in _WITH_PADDING and reading.padding else None
     causal = kind in CAUSAL_KINDS and kind is not MaskKind.CAUSAL
-    if causal and (len(hidden) > 1 or not absorbing):  # a fully masked row depends on the values
-        kind, detail = MaskKind.OPAQUE, "hides scores with different values"
-    if causal and padding is not None:
+    window, unknown = reading.window(kind), None
+    if (causal or padding is not None) and (len(hidden) > 1 or not absorbing):  # a fully masked row depends on the values
+        unknown = "hides scores with different values"
+    if (causal or window is not None) and padding is not None:
         obstacle = unwritable(padding, atoms.table, evaluator.leaves, (atoms.sizes[B], atoms.sizes[KV]))
-        if obstacle is not None:
-            kind, detail = MaskKind.OPAQUE, f"its padding {obstacle}"
+        unknown = f"its padding {obstacle}" if obstacle is not None else unknown
+    if unknown is not None:
+        window, (kind, detail) = None, (MaskKind.OPAQUE, unknown) if causal else (kind, detail)
     positions = reading.positions(kind)
     if positions is not None and fake(evaluator.leaves[positions]).dtype != torch.int64:
         kind, detail, positions = MaskKind.OPAQUE, f"bounded by {positions}, which is no int64", None
     calls = (call for symbol in normal.free_symbols for call in atoms.table[symbol].expr.atoms(AppliedUndef))
     leaves = {name: evaluator.leaves[name] for name in sorted({call.func.__name__ for call in calls})}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, False, positions, reading.offset, detail)
+    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, False, positions, reading.offset, window, detail)
 
 
 class _Reading:
@@ -255,6 +260,14 @@ class _Reading:
     def positions(self, kind: MaskKind) -> str | None:
         """The leaf that says up to which key queries see."""
         return self.given[0] if kind in FILLED_KINDS and self.given else None
+
+    def window(self, kind: MaskKind) -> int | None:
+        """How many tokens a row sees of a causal window over the queries' own keys; None: it is none, or no number."""
+        if kind is not MaskKind.SLIDING_WINDOW or self.past != 0 or not self.upper or not self.lower:
+            return None
+        if any(bound != 0 for bound in self.upper) or not all(bound.is_Integer for bound in self.lower):
+            return None
+        return int(1 - max(self.lower))
 
     def _band(self, past: sympy.Expr, where: str) -> tuple[MaskKind, str]:
         """The kind, if query q is at position q + past. Several bounds on kv - (q + past): only one at zero is causal."""

@@ -13,7 +13,7 @@ from tsa_compile.passes.masks.predicate import Atom
 
 
 class MaskKind(StrEnum):
-    """The meanings that a rewrite can tell apart; only the causal ones are rewritten."""
+    """The meanings that a rewrite can tell apart; only the causal ones and causal windows are rewritten."""
 
     NONE = "none"
     CAUSAL = "causal"  # kv <= q + Lk - Lq: of the last Lq positions each sees itself and those before it
@@ -28,7 +28,7 @@ class MaskKind(StrEnum):
 
 
 CAUSAL_KINDS = (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING, MaskKind.FILLED, MaskKind.FILLED_PADDING)
-"""The kinds that a rewrite knows."""
+"""The kinds that sparse and dense rewrites know."""
 FILLED_KINDS = (MaskKind.FILLED, MaskKind.FILLED_PADDING)
 
 
@@ -44,6 +44,8 @@ class MaskInfo:
         nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.
         positions: of kinds FILLED and FILLED_PADDING the leaf that says up to which key each query sees; None: it is
             q + `offset`, in the graph's shape symbols.
+        window: of kind SLIDING_WINDOW how many tokens a row sees, itself the last of them, where the queries are the keys'
+            and the rewrite knows all that hides a token besides; None: anything else.
         detail: for a person: the window's size, or why the mask is opaque.
     """
 
@@ -56,6 +58,7 @@ class MaskInfo:
     nan_rows: bool = False
     positions: str | None = None
     offset: sympy.Expr = sympy.S.Zero
+    window: int | None = None
     detail: str = ""
 
     def __str__(self) -> str:

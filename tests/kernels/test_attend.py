@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tsa_compile.errors import KernelError, TSAWarning
-from tsa_compile.kernels import reference
+from tsa_compile.kernels import flash, reference, sdpa
 from tsa_compile.kernels.attend import attend, attend_aten, attend_lse
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose, get, names, register, unregister
 from tsa_compile.kernels.sdpa import plan_rows
@@ -40,7 +40,7 @@ def test_equals_reference(device, counts):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1), (1, 1)])
-@pytest.mark.parametrize("dim, value_dim", [(32, 32), (80, 80), (96, 48), (64, 128), (256, 256)])
+@pytest.mark.parametrize("dim, value_dim", [(32, 32), (80, 80), (96, 48), (64, 128), (256, 256), (512, 512)])
 def test_dtypes_sharing_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
     inputs = operands(3, heads, kv_heads, dim=dim, value_dim=value_dim, dtype=dtype, device=device)
     check(inputs, [33, 12, 1])
@@ -191,6 +191,15 @@ def test_a_third_party_kernel_is_found_by_name_and_by_auto(own_kernel):
     assert choose(REQUEST).name == "sdpa"
     with pytest.raises(KernelError, match="heads of 32 only"):
         check(operands(dim=64), None, kernel="theirs")
+
+
+def test_heads_that_torch_has_no_fast_kernel_for_run_in_triton():
+    pytest.importorskip("triton")
+    wide = KernelRequest("cuda", torch.bfloat16, 512, 512, 8, 2, (9, 0))
+    assert "heads of 512: kernel='triton' has" in sdpa.SDPA.supports(wide) and flash.supports(wide) is None
+    for changes in ({"head_dim": 256, "value_head_dim": 256}, {"dtype": torch.float32}, {"device_type": "cpu"}):
+        assert sdpa.SDPA.supports(dataclasses.replace(wide, **changes)) is None
+    assert sdpa.SDPA.supports(dataclasses.replace(wide, head_dim=520)) is None, "no kernel of this package takes them"
 
 
 def test_output_in_another_layout_is_made_contiguous(own_kernel):

@@ -201,7 +201,7 @@ def test_equals_the_reference_layer_with_faulty_numbers(fault, kind, budget_, gr
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("dim, value_dim", [(64, 64), (80, 96), (256, 128)])
+@pytest.mark.parametrize("dim, value_dim", [(64, 64), (80, 96), (256, 128), (512, 512)])
 @pytest.mark.parametrize("granularity", ["head", "group"])
 def test_dtypes_and_head_sizes(device, dtype, dim, value_dim, granularity):
     """The selection is the ops' own, so that rounding in a score cannot fail the comparison of the outputs."""

@@ -32,7 +32,7 @@ def test_kernel_equals_reference_in_every_layout(triton_device, layout, selectio
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 80), (80, 96), (96, 48), (33, 32), (256, 128)])
+@pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 80), (80, 96), (96, 48), (33, 32), (256, 128), (512, 512)])
 def test_kernel_equals_reference_at_every_head_size(triton_device, dtype, dim, value_dim):
     inputs = operands(
         batch=1, heads=2, kv_heads=1, seq_len=19, dim=dim, value_dim=value_dim, dtype=dtype, device=triton_device

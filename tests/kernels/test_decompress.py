@@ -35,7 +35,7 @@ def test_kernel_equals_reference(triton_device, counts, selections):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("dim", [33, 48, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [33, 48, 80, 96, 128, 256, 512])
 def test_kernel_equals_reference_at_every_head_size(triton_device, dtype, dim):
     inputs = make_rows([17], heads=2, selections=2, dim=dim, dtype=dtype, device=triton_device)
     assert_scattered(decompress_triton(*inputs, 37), *inputs, 37)

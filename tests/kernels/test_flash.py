@@ -51,7 +51,7 @@ def test_equals_reference(triton_device, tiles, counts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 1), (3, 3)])
-@pytest.mark.parametrize("dim, value_dim", [(80, 80), (96, 48), (64, 128), (8, 33), (256, 256)])
+@pytest.mark.parametrize("dim, value_dim", [(80, 80), (96, 48), (64, 128), (8, 33), (256, 256), (512, 320)])
 def test_dtypes_sharing_and_head_sizes(triton_device, dtype, heads, kv_heads, dim, value_dim):
     if dtype == torch.bfloat16 and triton_device == "cpu":
         pytest.skip("the interpreter's bfloat16 products are wrong")
@@ -139,7 +139,7 @@ def test_descriptor_of_dimensions_of_one_element():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("hopper", [False, True])
 def test_every_default_has_whole_diagonals(dtype, hopper):
-    for block_d in (16, 32, 64, 128, 256):
+    for block_d in (16, 32, 64, 128, 256, 512):
         tiles = choose_tiles(dtype, block_d, hopper)
         assert tiles.block_m % tiles.block_n == 0
 
@@ -154,19 +154,19 @@ def request(**changes):
     [
         (dict(device_type="cpu", capability=None), "CUDA devices only, not on cpu"),
         (dict(dtype=torch.float64), "not torch.float64"),
-        (dict(value_head_dim=257), "at most 256, not 128 and 257"),
+        (dict(value_head_dim=513), "at most 512, not 128 and 513"),
         (dict(capability=(7, 5)), "8.0, not 7.5"),
     ],
 )
 def test_what_it_does_not_support(changes, reason):
     pytest.importorskip("triton")
-    assert supports(request()) is None and supports(request(dtype=torch.float32, head_dim=256)) is None
+    assert supports(request()) is None and supports(request(dtype=torch.float32, head_dim=512)) is None
     assert reason in supports(request(**changes))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["BHLD", "BLHD", "shared", "odd"])
-@pytest.mark.parametrize("dim, value_dim", [(128, 128), (64, 64), (80, 96), (256, 256), (192, 128)])
+@pytest.mark.parametrize("dim, value_dim", [(128, 128), (64, 64), (80, 96), (256, 256), (192, 128), (512, 512), (320, 64)])
 def test_default_tiles(layout, dim, value_dim):
     inputs = qkv(2, 4, 2, 1100, dim, value_dim, torch.bfloat16, "cuda", layout)
     check(inputs, [1100, 517], tiles=None, scale=dim**-0.5)

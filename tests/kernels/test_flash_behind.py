@@ -39,6 +39,19 @@ def test_kernel_equals_the_reference(triton_device, rows, keys, counts, dtype):
         close(lse[b, :, rows - wanted.shape[1] :].cpu(), wanted_lse, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_large_tiles(dim):
+    query, key, value = qkv(2, 4, 2, 900, dim, dim, dtype=torch.bfloat16, device="cuda")
+    query, counts = query[:, :, 600:] * 0.1, [900, 411]
+    key, value = (poison_behind(x, counts) for x in (key, value))
+    out, lse = behind_triton(query, key, value, counts_of(counts, "cuda"), None, SCALE)
+    wide = (tensor.cpu().double() for tensor in (query, key, value))
+    for b, (wanted, wanted_lse) in enumerate(rows_of(*wide, counts, 300)):
+        close(out[b].cpu(), wanted, torch.bfloat16)
+        close(lse[b].cpu(), wanted_lse, torch.bfloat16)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_programs_without_a_query_write_nothing(triton_device):
     query, key, value = qkv(1, 2, 1, 200, 32, device=triton_device)

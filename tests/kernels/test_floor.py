@@ -109,7 +109,7 @@ def test_kernel_with_padding(triton_device, paddings, selections):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dims", [(16, 32), (40, 24), (128, 128), (256, 64)])
+@pytest.mark.parametrize("dims", [(16, 32), (40, 24), (128, 128), (256, 64), (64, 512), (512, 512)])
 def test_kernel_at_every_head_size(triton_device, dtype, dims):
     if dtype == torch.bfloat16 and triton_device == "cpu":
         pytest.skip("the interpreter's bfloat16 products are wrong")

@@ -90,7 +90,7 @@ def test_queries_behind_a_cache(device, name, mean_rows, rows, monkeypatch):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "heads, kv_heads, dim, value_dim", [(4, 4, 64, 64), (4, 1, 80, 80), (6, 2, 96, 32), (2, 1, 32, 256)]
+    "heads, kv_heads, dim, value_dim", [(4, 4, 64, 64), (4, 1, 80, 80), (6, 2, 96, 32), (2, 1, 32, 256), (2, 1, 512, 512)]
 )
 def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
     padding = MASKS["mixed with holes"].to(device)

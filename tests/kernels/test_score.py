@@ -46,7 +46,7 @@ def test_kernels_equal_reference_in_every_layout(triton_device, layout):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("dim", [32, 33, 80, 96, 256])
+@pytest.mark.parametrize("dim", [32, 33, 80, 96, 256, 512])
 def test_kernels_equal_reference_at_every_head_size(triton_device, dtype, dim):
     if triton_device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
@@ -181,7 +181,9 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, "left", "holes"])
-@pytest.mark.parametrize("heads, kv_heads, dim, window", [(8, 2, 128, 128), (4, 4, 64, 500), (4, 1, 256, 128)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, window", [(8, 2, 128, 128), (4, 4, 64, 500), (4, 1, 256, 128), (4, 2, 512, 128)]
+)
 def test_real_sizes(poisoned_empty, dtype, kind, heads, kv_heads, dim, window, reduce):
     padding = make_padding(kind, 2, 9001, "cuda")
     query, key = (

@@ -85,6 +85,26 @@ CAUSAL = Table(
     ),
 )  # fmt: skip
 
+# A causal mask without what lies further back than a window.
+WINDOW = Table(
+    (
+        "{c} & ({kv} > {qi}[:, None] - 4)", "{c} & ({qi}[:, None] - {kv} < 3)", "({kv} >= {qi}[:, None] - 2) & {c}",
+        "{c} & ~torch.ones(M, L, dtype=torch.bool).tril(-3)", "{c}.triu(-2)", "torch.triu({c}, diagonal=-4)",
+        "torch.logical_and({c}, {qi}[:, None] <= {kv} + 1)", "{c}.masked_fill({qi}[:, None] - {kv} > 2, False)",
+        "torch.where({kv} + 5 > {qi}[:, None], {c}, False)", "{c} & ({kv} > {qi}[:, None] - 40)",
+        "{c} & ({kv} == {qi}[:, None])", "{c} & ({kv} >= {qi}[:, None])", "{c} & (({qi}[:, None] - {kv}) // 3 == 0)",
+        "~(~{c} | ({qi}[:, None] >= {kv} + 4))",
+        "{c} & ({qi}[:, None] - {kv} < 3) & ({qi}[:, None] - {kv} < 5)", "({qi}[:, None] - {kv}).abs().lt(3) & {c}",
+    ),
+    (
+        "{c} | ({qi}[:, None] - {kv} < 3)", "{c} & ({kv} < {qi}[:, None] - 3)", "{c} & ({kv} > {qi}[:, None] + 1)",
+        "{c} & ({qi}[:, None] - {kv} < 0)", "{c} & ({qi}[:, None] - {kv} < L // 2)", "{c} & ({kv} > {qi}[:, None] // 2)",
+        "{c} & ({qi}[:, None] - {kv} < pad.sum().long())", "{c} & (({kv} > {qi}[:, None] - 3) | ({kv} < 2))",
+        "({qi}[:, None] - {kv} < 3) & ({kv} - {qi}[:, None] < 3)", "{c} & ({qi}[:, None] - {kv} != 3)", "{c}.triu(1)",
+        "{c} & ({qi}[:, None].to(torch.uint8) - {kv}.to(torch.uint8) < 3)", "{c}.triu(-2).tril(-1)",
+    ),
+)  # fmt: skip
+
 # The padding input [B, L] as a condition. On values other than 0 and 1 these differ from each other.
 VALID = Table(
     (
@@ -318,7 +338,10 @@ class MaskLines(Lines):
     def causal(self) -> str:
         q, kv = self.queries(), self.draw(POSITIONS)
         names = {"qi": q if q.isidentifier() else f"({q})", "kv": kv if kv.isidentifier() else f"({kv})"}
-        return self.piece("c", self.draw(CAUSAL), **names)
+        found = self.piece("c", self.draw(CAUSAL), **names)
+        if self.wants(WINDOW) or self.maybe(0.12):
+            found = self.piece("c", self.draw(WINDOW), c=found, **names)
+        return found
 
     def padding(self) -> str:
         valid = self.piece("x", self.draw(VALID), pad="pad")

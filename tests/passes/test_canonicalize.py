@@ -10,7 +10,7 @@ from tsa_compile.passes.base import GraphState
 from tsa_compile.passes.canonicalize import CanonicalizeDense
 from tsa_compile.passes.emit_padding import EmitPadding
 from tsa_compile.pipeline import run_passes
-from tsa_compile.reasons import Decision
+from tsa_compile.reasons import Decision, Reason
 from tsa_compile.testing import capture_all, graph_text
 
 from .support import (
@@ -18,6 +18,7 @@ from .support import (
     SPARSE,
     D,
     H,
+    Rewritten,
     causal,
     causal_attention,
     inputs,
@@ -25,6 +26,7 @@ from .support import (
     padded_attention,
     padding,
     passed,
+    repeat_kv,
     written_out,
 )  # fmt: skip
 
@@ -32,6 +34,9 @@ SDPA = F.scaled_dot_product_attention
 DEFAULT_SCALE = 1.0 / math.sqrt(D)
 PADDED = torch.ops.tsa.padded_attention.default
 CACHED = torch.ops.tsa.cached_attention.default
+SLIDING = torch.ops.tsa.sliding_attention.default
+PADDED_SLIDING = torch.ops.tsa.padded_sliding_attention.default
+OPS = (SDPA, PADDED, CACHED, SLIDING, PADDED_SLIDING)
 
 
 def replacement(function, *arguments, config=EXACT):
@@ -39,7 +44,7 @@ def replacement(function, *arguments, config=EXACT):
     graph, state, given = passed(CanonicalizeDense, function, *arguments, config=config)
     torch.testing.assert_close(graph(*given)[0], function(*arguments))
     (plan,) = state.plans
-    (new,) = (node for node in graph.graph.nodes if node.target in (SDPA, PADDED, CACHED) and node.users)
+    (new,) = (node for node in graph.graph.nodes if node.target in OPS and node.users)
     assert plan.call.node in state.detached and not plan.call.node.users
     return new, plan.call
 
@@ -71,6 +76,58 @@ def test_queries_behind_a_cache_have_an_op():
 def test_queries_behind_a_cache_with_padding():
     new, call = replacement(behind_a_cache_with_padding, *inputs(40), padding(40))
     assert new.target is PADDED and new.args[:3] == (call.query, call.key, call.value)
+
+
+def windowed(q, k, v):
+    i = torch.arange(q.shape[2])
+    return merge_heads(SDPA(q, k, v, attn_mask=(i <= i[:, None]) & (i > i[:, None] - 5), scale=0.3, enable_gqa=True))
+
+
+def windowed_with_padding(q, k, v, pad):
+    i = torch.arange(q.shape[2])
+    mask = (i <= i[:, None]) & (i > i[:, None] - 5) & (pad != 0)[:, None, None]
+    return merge_heads(SDPA(q, k, v, attn_mask=mask, enable_gqa=True))
+
+
+def windowed_and_written_out(q, k, v, pad):
+    i = torch.arange(q.shape[2])
+    mask = (i <= i[:, None]) & (i > i[:, None] - 5) & (pad != 0)[:, None, None]
+    scores = (q @ repeat_kv(k).mT * 0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return merge_heads(scores.softmax(-1) @ repeat_kv(v))
+
+
+def test_a_window_becomes_a_number():
+    new, call = replacement(windowed, *inputs())
+    assert new.target is SLIDING and new.args == (call.query, call.key, call.value, 0.3, 5)
+
+
+@pytest.mark.parametrize(
+    ("function", "scale", "mean_rows"),
+    [(windowed_with_padding, DEFAULT_SCALE, False), (windowed_and_written_out, 0.5, True)],
+)
+def test_a_window_and_padding(function, scale, mean_rows):
+    new, call = replacement(function, *inputs(), padding())
+    assert new.target is PADDED_SLIDING and new.args[:3] == (call.query, call.key, call.value)
+    assert new.args[5:] == (scale, 5, mean_rows)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", [windowed, windowed_with_padding, windowed_and_written_out])
+def test_nothing_reads_the_mask_of_a_window(function, dynamic):
+    def attention(hidden, *pad):  # queries and keys are of one length for certain
+        keys, values = hidden[:, ::2].chunk(2, -1)
+        return function(hidden[..., :D], keys, values, *pad)
+
+    hidden, pad = torch.cat(inputs(40, H)[:2], -1), [] if function is windowed else [padding(40)]
+    if dynamic:
+        for tensor, axis in zip((hidden, *pad), (2, 1), strict=False):
+            torch._dynamo.mark_dynamic(tensor, axis)
+    rewritten = Rewritten(attention, hidden, *pad, config=EXACT)
+    (row,) = rewritten.report
+    assert (row.decision, row.reason) == (Decision.WINDOW, Reason.SLIDING_WINDOW)
+    rewritten.check_same()
+    made = [node.meta.get("example_value") for node in rewritten.after.graph.nodes]
+    assert not any(isinstance(value, torch.Tensor) and list(value.shape[-2:]) == [40, 40] for value in made)
 
 
 def test_as_many_key_heads_as_query_heads_need_no_grouping():

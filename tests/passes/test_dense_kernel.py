@@ -77,14 +77,14 @@ def test_beside_sparse_layers(calls, pads):
     assert calls and all(heads == model.config.num_attention_heads for _, heads, _, _ in calls)
 
 
-def test_windows_and_decode_steps_stay_as_they_are(calls):
+def test_windows_do_not_get_it(calls):
     model, ids = tiny("mistral"), tokens(1, LENGTH)
     with torch.no_grad():
         wanted = model(ids).logits
         options = {"layers": [], "dense_kernel": "mine", "compiler": "eager"}
         logits = torch.compile(model, backend=tsa_backend, options=options)(ids).logits
     assert difference(logits, wanted) < ATOL and not calls
-    assert {row.decision for row in reports()[-1]} == {Decision.UNCHANGED}
+    assert {row.decision for row in reports()[-1]} == {Decision.WINDOW}
 
 
 def test_a_selected_layer_that_is_too_short_gets_it_too(calls):

@@ -33,6 +33,7 @@ from .mask_spellings import (
     PADDING_FORMS,
     PADDING_NEAR_MISSES,
     SLIDING,
+    Inferred,
     additive,
     behind_with_padding,
     causal,
@@ -165,6 +166,12 @@ class TestPadding:
         assert all(value.numel() <= BATCH * LENGTH for value in made if isinstance(value, torch.Tensor))
 
 
+def near(n, m, window):
+    """Not further than that before the query; what is behind it is near."""
+    q, kv = positions(n, m)
+    return q - kv < window
+
+
 class TestOtherShapes:
     """Masks with a name of their own, which stay as the model wrote them."""
 
@@ -176,6 +183,31 @@ class TestOtherShapes:
 
         result = expect(SLIDING, build, dynamic=dynamic)
         assert result.mask.detail == "kv <= q and kv >= q - 3"
+        assert result.mask.window == 4 and result.mask.padding is None
+
+    @pytest.mark.parametrize(
+        "build, window",
+        [
+            (lambda n, m, pad: torch.ones(n, m, dtype=torch.bool).tril().triu(-2), 3),
+            (lambda n, m, pad: causal(n, m) & ~torch.ones(n, m, dtype=torch.bool).tril(-5), 5),
+            (lambda n, m, pad: causal(n, m) & (torch.arange(m) > torch.arange(n)[:, None] - 2), 2),
+            (lambda n, m, pad: causal(n, m) & (torch.arange(m) >= torch.arange(n)[:, None]), 1),
+            (lambda n, m, pad: additive(causal(n, m) & near(n, m, 4)), 4),
+            (lambda n, m, pad: looked_up(n, m, pad) & near(n, m, 3), 3),
+            (lambda n, m, pad: additive(looked_up(n, m, pad) & near(n, m, 3)), 3),
+            # what is no causal window, or hides tokens in ways that the rewrite does not know
+            (lambda n, m, pad: near(n, m, 3) & (torch.arange(m) - torch.arange(n)[:, None] < 3), None),
+            (lambda n, m, pad: additive(looked_up(n, m, pad) & near(n, m, 3), -1e38), None),
+            (lambda n, m, pad: additive(looked_up(n, m, pad), INF) + additive(near(n, m, 3)), None),
+        ],
+    )
+    def test_how_many_tokens_a_window_has(self, build, window):
+        result = expect(SLIDING, build) if window is not None else Inferred(build)
+        assert result.mask.window == window
+        if window is not None:
+            seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(1 - window)
+            valid = padding_mask(LENGTH).bool()[:, None, None] if result.mask.padding is not None else True
+            assert torch.equal(result.allowed, (seen & valid).expand_as(result.allowed))
 
     def test_a_window_wider_than_any_length_is_causal(self):
         def build(n, m, pad):
@@ -286,7 +318,8 @@ class TestQueriesAndKeysOfOtherLengths:
             q, kv = torch.arange(n)[:, None] + (m - n), torch.arange(m)
             return (kv <= q) & (kv > q - 3)
 
-        assert "q + 4 - 2" in expect(SLIDING, build, length=4, keys=8).mask.detail
+        mask = expect(SLIDING, build, length=4, keys=8).mask
+        assert "q + 4 - 2" in mask.detail and mask.window is None
 
     def test_lower_right_of_a_square_is_causal(self):
         expect(CAUSAL, lambda n, m, pad: torch.arange(m) <= torch.arange(n)[:, None] + (m - n))

@@ -89,7 +89,7 @@ class Masks(Pieces):
         return result
 
     def condition(self):
-        family = self.rng.randrange(12)
+        family = self.rng.randrange(13)
         if family < 3:
             return self.conjunction(self.causal())
         if family < 6:
@@ -103,6 +103,8 @@ class Masks(Pieces):
         if family == 9:
             other = self.pick(self.window, self.chunk, self.documents, self.query_padding, self.per_head, self.bound)
             return self.conjunction(self.causal(), other())
+        if family == 10:
+            return self.conjunction(self.causal(), self.window(), *([self.padding()] if self.maybe(0.5) else []))
         return self.tree(self.rng.randrange(1, 4))
 
     # -- masks --------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def check(seed, symbolic):
     if info.kind is MaskKind.OPAQUE:
         return info
     padding = None
-    if info.padding is not None:
+    if info.padding is not None and (info.kind is not MaskKind.SLIDING_WINDOW or info.window is not None):
         with graph_module.graph.inserting_before(call.node):
             padding = PaddingBuilder(graph_module.graph).padding(call, info)
     sizes = [masks.p.traced] * 3 + ([(3, 11), (2, 5)] if symbolic else [])
@@ -248,9 +250,11 @@ def hold_against(info, call, values, mask, padding, symbols):
     elif info.kind is MaskKind.CAUSAL:
         assert valid is None
         assert torch.equal(allowed, triangle)
-    elif info.kind is MaskKind.CAUSAL_PADDING:
-        assert torch.equal(allowed, triangle & valid[:, None, None])
-        expected = reference.padded_attention(query, key, value, valid, query.shape[3] ** -0.5, info.mean_rows)
+    elif info.kind is MaskKind.CAUSAL_PADDING or info.window is not None:
+        seen = triangle if info.window is None else triangle.triu(1 - info.window)
+        assert torch.equal(allowed, seen if valid is None else seen & valid[:, None, None])
+        scale = query.shape[3] ** -0.5
+        expected = reference.padded_attention(query, key, value, valid, scale, info.mean_rows, info.window)
         actual = values[call.node.name]
         tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(query.dtype, 1e-4)
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
@@ -264,11 +268,13 @@ def test_random_masks(block, symbolic):
     for seed in range(block * cases, (block + 1) * cases):
         seed = seed + (1_000_000 if symbolic else 0)
         try:
-            kinds[check(seed, symbolic).kind] += 1
+            info = check(seed, symbolic)
+            kinds["window" if info.window is not None else info.kind] += 1
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error}") from error
     # Enough of each, or the comparison above would compare nothing.
     assert kinds[MaskKind.CAUSAL] >= cases * 0.1, kinds
     assert kinds[MaskKind.CAUSAL_PADDING] >= cases * 0.1, kinds
+    assert kinds["window"] >= cases * 0.02, kinds
     assert kinds[MaskKind.OPAQUE] <= cases * 0.6, kinds
     assert len(kinds) >= (4 if symbolic else 6), kinds

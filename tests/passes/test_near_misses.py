@@ -30,9 +30,10 @@ def shifted(q, k, v, pad):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def windowed(q, k, v, pad):
+def windowed_both_ways(q, k, v, pad):
     positions = torch.arange(q.shape[2])
-    mask = causal(q.shape[2]) & (positions[None, :] > positions[:, None] - 4)
+    distance = positions[:, None] - positions
+    mask = (distance < 4) & (distance > -4)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
@@ -55,7 +56,7 @@ def capped(q, k, v, pad):
 
 NEAR_MISSES = {
     shifted: Reason.MASK_OPAQUE,
-    windowed: Reason.SLIDING_WINDOW,
+    windowed_both_ways: Reason.SLIDING_WINDOW,
     bidirectional: Reason.NOT_CAUSAL,
     with_dropout: Reason.DROPOUT,
     with_a_cache: Reason.NOT_SELF_ATTENTION,

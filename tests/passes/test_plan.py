@@ -117,7 +117,7 @@ def test_what_is_not_safe_stays_as_written(options, call, reason):
 @pytest.mark.filterwarnings("ignore:no attention call")
 @pytest.mark.parametrize(
     ("call", "reason"),
-    [({"dtype": torch.float64}, Reason.DTYPE), ({"width": 2 * 264}, Reason.HEAD_DIM), ({"width": 2 * 256}, Reason.SPARSE)],
+    [({"dtype": torch.float64}, Reason.DTYPE), ({"width": 2 * 520}, Reason.HEAD_DIM), ({"width": 2 * 512}, Reason.SPARSE)],
 )
 def test_what_the_kernels_cannot_take_is_dense_all_the_same(call, reason):
     (row,) = rows(Stack(1), SPARSE, **call)

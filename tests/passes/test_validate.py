@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile import Decision, Reason, RewriteError, TSAConfig, TSAWarning, tsa_backend
+from tsa_compile.passes.masks import infer
 from tsa_compile.passes.masks.info import MaskInfo
 from tsa_compile.passes.masks.symbolic import RULES
 from tsa_compile.report import reports
@@ -36,13 +37,13 @@ def put_together(q, k, v, pad):
     return attention(q, key, v, pad)
 
 
-def run(function, *, length=20, config=EXACT, **options):
+def run(function, *, length=20, config=EXACT, any_length=False, **options):
     torch._dynamo.reset()
-    inputs = heads(kv_heads=4, length=length)
+    inputs = (*heads(kv_heads=4, length=length), torch.ones(2, length, dtype=torch.long))
+    for tensor in inputs if any_length else ():
+        torch._dynamo.mark_dynamic(tensor, 2 if tensor.dim() == 4 else 1)
     with torch.no_grad():
-        torch.compile(function, backend=tsa_backend, options={"config": config}, **options)(
-            *inputs, torch.ones(2, length, dtype=torch.long)
-        )
+        torch.compile(function, backend=tsa_backend, options={"config": config}, **options)(*inputs)
     (row,) = reports()[-1].rows
     return row
 
@@ -87,6 +88,38 @@ class TestWrongReadings:
         with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
             assert run(function, length=length).decision is Decision.DENSE_PADDED
         assert not skipped(caplog)
+
+
+def windowed(q, k, v, pad):
+    q, k, v = torch.cat([q, k, v], -1).chunk(3, -1)  # of one length for certain
+    i = torch.arange(q.shape[2])
+    seen = (i <= i[:, None]) & (i > i[:, None] - 100)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen & (pad != 0)[:, None, None, :])
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("any_length", [False, True])
+class TestWindows:
+    """A short prompt shows a window only if that is made short too."""
+
+    def test_right_readings_pass(self, any_length, caplog):
+        with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
+            assert run(windowed, length=200, any_length=any_length).decision is Decision.WINDOW
+        assert not skipped(caplog)
+
+    def test_a_mask_that_is_written_to(self, any_length, caplog):
+        def written(q, k, v, pad):
+            pad.numpy()[:, :5] = 0
+            return windowed(q, k, v, pad)
+
+        with caplog.at_level(logging.DEBUG, "tsa_compile.passes.validate"):
+            assert run(written, length=200, any_length=any_length).decision is Decision.WINDOW
+
+    def test_a_wrong_width_is_found(self, any_length, monkeypatch):
+        read = infer._Reading.window
+        monkeypatch.setattr(infer._Reading, "window", lambda self, kind: read(self, kind) + 1)
+        with pytest.warns(TSAWarning, match="validation failed"):
+            assert run(windowed, length=200, any_length=any_length).reason is Reason.PASS_FAILED
 
 
 def behind_a_cache(q, past, k, v, pad):

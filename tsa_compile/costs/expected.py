@@ -14,13 +14,16 @@ from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
+_UNKNOWN = (Decision.UNCHANGED, Decision.WINDOW)
+
 
 def with_expectations(
     report: RewriteReport, config: TSAConfig, device: torch.device | str | DeviceCosts | None
 ) -> RewriteReport:
     """The report with what its calls are expected to take on a device, and the length from which sparse ones gain there.
 
-    A call that is not known well enough has no figures: one that stays as the model wrote it, or whose sizes are symbolic.
+    A call that is not known well enough has no figures: one with a window, one that stays as the model wrote it, or whose
+    sizes are symbolic.
     """
     costs, notes = costs_of(device)
     rows = tuple(_with_times(row, config, costs) for row in report.rows)
@@ -37,7 +40,7 @@ def with_expectations(
 
 def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
-    if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
+    if shape is None or not isinstance(length, int) or length < 1 or row.decision in _UNKNOWN:
         return row
     dense = dense_ms(shape, costs)(length)
     sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length + shape.past))

@@ -2,7 +2,8 @@
 
 By the conventions for SDPA and FlashAttention: without a mask `is_causal` tells. A mask bool [B, tokens so far] of several
 queries is the padding of a causal mask, as `Implementation.mask` makes it where a model asked for one, whatever the module
-says of itself: PaliGemma's modules call themselves not causal. Any other mask is bool or additive, [B, 1 or H, Lq, Lk].
+says of itself: PaliGemma's modules call themselves not causal. One of int32 is that of a sliding window: minus its width at
+valid tokens, which no padding mask has, so that a copy says it too. Any other mask is bool or additive, [B, 1 or H, Lq, Lk].
 Tokens so far may be fewer than a static cache has room for, and more than there are queries, which are the last of them.
 """
 
@@ -26,8 +27,8 @@ from tsa_compile.passes.find import types_problem
 from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.reasons import Reason
 
-MASK_KIND, VALID_RANGES = "tsa_kind", "tsa_valid_ranges"
-"""Attributes of a mask: what it means, and on the host where its valid tokens lie. A copy of it has none."""
+MASK_KIND, VALID_RANGES, WINDOW = "tsa_kind", "tsa_valid_ranges", "tsa_window"
+"""Attributes of a mask: what it means, on the host where its valid tokens lie, and its window. A copy of it has none."""
 _ARGUMENTS = {
     "softcap": "a soft cap on the logits",
     "s_aux": "a sink in each softmax",
@@ -65,7 +66,8 @@ _sources: dict[type[Module], str] = {}
 class Call:
     """A call of several queries. `padding`: valid tokens [B, Lk] of a causal mask; `mask`: any other, [B, 1 or H, Lq, Lk].
 
-    Key and value are those of the tokens so far where the mask is causal.
+    Key and value are those of the tokens so far where the mask is causal. `window`: how many tokens a row sees then, the
+    last of them itself; None: all.
     """
 
     module: Module
@@ -79,6 +81,7 @@ class Call:
     dropout: float
     is_causal: bool
     others: dict[str, Any]
+    window: int | None = None
 
     def obstacle(self) -> tuple[Reason, str] | None:
         """Why the call must stay exactly as the model wrote it, in the order of the compiler's questions."""
@@ -120,7 +123,7 @@ class Call:
         """The mask as SDPA takes it; None if nothing is hidden but, where it is causal, the future."""
         if self.padding is not None:
             return self._causal() & self.padding[:, None, None, :]
-        return self._causal() if self.is_behind else self.mask
+        return self._causal() if self.is_behind or self.window is not None else self.mask
 
     def additive_mask(self) -> Tensor | None:
         """The mask as the models' eager functions take it, which know of no causality."""
@@ -132,7 +135,8 @@ class Call:
 
     def _causal(self) -> Tensor:
         rows, keys = self.query.shape[2], self.key.shape[2]
-        return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=self.query.device).tril(keys - rows)
+        seen = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=self.query.device).tril(keys - rows)
+        return seen if self.window is None else seen.triu(keys - rows - self.window + 1)
 
 
 def read(
@@ -146,12 +150,14 @@ def read(
             logits that are kept, but not under the name "sdpa" (Gemma 4).
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    length, padding, kind = query.shape[2], None, MaskKind.NONE
+    length, padding, kind, window = query.shape[2], None, MaskKind.NONE, None
     if mask is not None and mask.dim() == 2:
         if length > 1:
             causal = True
-            kind, length = getattr(mask, MASK_KIND, MaskKind.CAUSAL_PADDING), mask.shape[1]
+            kind, length, window = getattr(mask, MASK_KIND, MaskKind.CAUSAL_PADDING), mask.shape[1], window_of(mask)
             padding, mask = mask if kind is MaskKind.CAUSAL_PADDING else None, None
+            if window is not None:
+                padding, kind = None if padding is None else with_ranges(padding < 0, padding), MaskKind.SLIDING_WINDOW
         else:
             mask, kind = mask[:, None, None, :].to(torch.bool), MaskKind.PADDING
     elif mask is not None:
@@ -165,13 +171,30 @@ def read(
                 f"{type(module).__name__} has {length} queries over {key.shape[2]} keys and no mask, which does not say "
                 'where they stand: load the model with attn_implementation="sdpa", and compile it with backend="tsa"'
             )
-    if kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):  # without those of a static cache that are still to be written
+    if window is not None or kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING):
+        # Without the keys of a static cache that are still to be written.
         bias = others.get("position_bias")  # [1 or B, H, Lq, Lk]
         if isinstance(bias, Tensor) and bias.shape[-1] == key.shape[2]:
             others = {**others, "position_bias": bias[..., :length]}
         key, value = key[:, :, :length], value[:, :, :length]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return Call(module, query, key, value, padding, mask, kind, scale, dropout, causal, others)
+    return Call(module, query, key, value, padding, mask, kind, scale, dropout, causal, others, window)
+
+
+def window_of(mask: Tensor) -> int | None:
+    """The window that a mask [B, tokens so far] tells of; the host waits only for a copy of one that a layer was given."""
+    if mask.dtype != torch.int32:
+        return None
+    window = getattr(mask, WINDOW, None)
+    found = -int(mask.min()) if window is None and mask.numel() else window
+    return found if found is not None and found > 0 else None
+
+
+def with_ranges(padding: Tensor, source: Tensor) -> Tensor:
+    """A padding mask with the valid ranges that another one has, where it has them."""
+    if hasattr(source, VALID_RANGES):
+        setattr(padding, VALID_RANGES, getattr(source, VALID_RANGES))
+    return padding
 
 
 def _changed(module: Module, others: dict[str, Any]) -> list[str]:

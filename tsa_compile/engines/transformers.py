@@ -3,9 +3,11 @@
     the model asks for a mask     causal, nothing else hidden  None
                                   causal and padding           bool [B, tokens so far], with its valid ranges
                                   causal, behind a cache       the same, with or without padding
+                                  causal over a window         int32 [B, tokens so far] (calls.py), of a whole prompt
                                   anything else                [B, 1, Lq, Lk], as SDPA or eager attention has it
     a layer asks for attention    prefill, layer selected      tsa.sparse_attention, tsa.padded_sparse_attention
                                   prefill, layer dense         SDPA, tsa.cached_attention, tsa.padded_attention
+                                  prefill, over a window       tsa.sliding_attention, tsa.padded_sliding_attention
                                   anything else                as the model wrote it: SDPA, or its own eager function
 
 What a mask means is not inferred here but known: transformers says how it is made of causality, a window, chunks, padding.
@@ -32,18 +34,21 @@ from tsa_compile.costs.breakeven import FEW_QUERIES
 from tsa_compile.engines.calls import (
     MASK_KIND,
     VALID_RANGES,
+    WINDOW,
     Call,
     as_written,
     asks_the_interface,
     computes_attention_alone,
     knows_sdpa_by_name,
     read,
+    with_ranges,
 )
 from tsa_compile.engines.stacks import Seat, Seats
 from tsa_compile.errors import ConfigError, RewriteError, TSAWarning
+from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
 from tsa_compile.passes.frame import running_modules
 from tsa_compile.passes.masks.info import MaskKind
-from tsa_compile.passes.plan import decide
+from tsa_compile.passes.plan import decide, kernel_obstacle
 from tsa_compile.passes.ranks import group_of_module
 from tsa_compile.passes.rewrite import keeping_all, options_of
 from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
@@ -121,6 +126,9 @@ class Implementation:
         prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
         if prefill and allow_is_causal_skip and not whole and (local_size is None or so_far <= local_size):
             return _padding(attention_mask, batch_size, so_far, q_length == kv_length, others.get("device"))
+        whole_prompt = prefill and past == 0 and q_length == kv_length and allow_is_causal_skip and not whole
+        if whole_prompt and local_size is not None and _is_window(mask_function, local_size, q_length):
+            return _windowed(_padding(attention_mask, batch_size, so_far, False, others.get("device")), local_size)
         mask = (eager_mask if whole == "eager" else sdpa_mask)(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
@@ -190,6 +198,9 @@ class Implementation:
         obstacle = call.obstacle()
         if obstacle is not None:
             decision, reason, detail, kernel = Decision.UNCHANGED, *obstacle, ""
+            operands = (call.query, call.key, call.value)
+            if reason is Reason.SLIDING_WINDOW and call.window is not None and kernel_obstacle(*operands)[0] is None:
+                decision, kernel = Decision.WINDOW, of_window(KernelRequest.of(*operands))
         else:
             decision, reason, detail, kernel = decide(
                 (call.query, call.key, call.value), config, seat.unselected, seat.place.doubt, seat.stack.share,
@@ -251,12 +262,19 @@ class Implementation:
             return _sparse(call, keeping_all(config, kernel)), None
         if decision is Decision.KERNEL:
             return _rows_first(tsa.attend(*operands, None, call.scale, kernel)), None
+        if decision is Decision.WINDOW and call.padding is None:
+            return _rows_first(tsa.sliding_attention(*operands, call.scale, call.window)), None
+        if decision is Decision.WINDOW:
+            masked = (*operands, call.padding, _valid_ranges(call.padding))
+            return _rows_first(tsa.padded_sliding_attention(*masked, call.scale, call.window, False)), None
         if decision is Decision.DENSE_PADDED:
             padding = call.padding
             out = tsa.padded_attention(*operands, padding, _valid_ranges(padding), call.scale, False)
             return _rows_first(out), None
         if call.is_behind and decision is Decision.DENSE:
             return _rows_first(tsa.cached_attention(*operands, call.scale)), None
+        if decision is Decision.DENSE and kernel == TRITON:  # SDPA has no fast one
+            return _rows_first(tsa.attend(*operands, None, call.scale, kernel)), None
         return as_written(call)
 
 
@@ -332,6 +350,32 @@ def _padding(attention_mask: Tensor | None, batch: int, so_far: int, plain: bool
     setattr(padding, VALID_RANGES, ranges)
     setattr(padding, MASK_KIND, MaskKind.CAUSAL if whole else MaskKind.CAUSAL_PADDING)
     return padding
+
+
+def _is_window(mask_function: Callable[..., Any] | None, size: int, length: int) -> bool:
+    """Whether a mask that hides by position alone hides what is before the last `size` tokens, and not by chunks.
+
+    It is asked where the two differ: at the edges of the window of every query.
+    """
+    if mask_function is None:
+        return False
+    query, nothing = torch.arange(length), torch.zeros((), dtype=torch.int64)
+    for distance in (-1, 0, size - 1, size):
+        key = query - distance
+        inside = (key >= 0) & (key < length)
+        seen = torch.as_tensor(mask_function(nothing, nothing, query, key.clamp(0, length - 1))).expand(length)
+        if not bool((seen[inside] == (0 <= distance < size)).all()):
+            return False
+    return True
+
+
+def _windowed(padding: Tensor | None, window: int) -> Tensor:
+    """A mask [B, tokens so far] as `calls.py` describes it, out of a padding mask with its attributes."""
+    assert padding is not None
+    mask = padding.to(torch.int32) * -window
+    setattr(mask, WINDOW, window)
+    setattr(mask, MASK_KIND, getattr(padding, MASK_KIND))
+    return with_ranges(mask, padding)
 
 
 def _valid_ranges(padding: Tensor | None) -> Tensor:

@@ -167,8 +167,11 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
     schemas()
     _check_form(program)
     # What valid_ranges tells the host is no part of the model: it becomes a constant that nobody reads, and is removed.
-    opened = (tsa.valid_ranges.default, tsa.cached_attention.default, tsa.filled.default, tsa.filled_attention.default)
-    program = program.run_decompositions({op: FORMS["standard"][op] for op in opened})
+    ops = (
+        tsa.valid_ranges, tsa.cached_attention, tsa.filled, tsa.filled_attention, tsa.sliding_attention,
+        tsa.padded_sliding_attention,
+    )  # fmt: skip
+    program = program.run_decompositions({op.default: FORMS["standard"][op.default] for op in ops})
     table = {getattr(tsa, name).default: form for name, form in _translations().items()}
     return _export(program, opset, table)
 

@@ -48,6 +48,9 @@ def test_they_are_there_and_never_chosen_unasked():
     cuda = KernelRequest("cuda", torch.float64, 16, 16, 4, 2, (9, 0))
     with pytest.raises(KernelError, match="float64"):
         choose(cuda, "xattention")
+    wide = KernelRequest("cuda", torch.bfloat16, 512, 512, 4, 2, (9, 0))
+    with pytest.raises(KernelError, match=r"'flexprefill' cannot run .* takes heads of at most 256, not 512 and 512"):
+        choose(wide, "flexprefill")
 
 
 @pytest.mark.parametrize(

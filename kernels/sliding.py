@@ -1,0 +1,152 @@
+"""Dense causal attention over a sliding window, exact for every row and without an L x L tensor.
+
+    out[b, h, i] = sum_t softmax_t(scale * <query[b, h, i], key[b, g, t]>) value[b, g, t]
+                   over t with i - window < t <= i, and with padding[b, t] where there is padding
+
+    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], g = h // (H / G), window >= 1: a row sees that many tokens,
+    itself among them; padding bool [B, L] (True = valid)
+    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]
+
+A row that sees no token is 0, or with `mean_rows` the mean of value over all keys, as in padded.py.
+
+Models with such layers write them as attention under a mask of L x L, which torch's kernels read whole: at 32K tokens the
+mask takes 1 GiB and the attention as long as without a window. Here a row costs its window, on CUDA by the kernel of
+floor.py without selected rows: 4 H L (window + 64) D flops, at H = 32, D = 128, L = 128K and a window of 1,024 2.3 TFLOP,
+where causal attention has 141. Elsewhere rows are computed in blocks, each with the mask [rows, window + rows] of its own.
+
+With padding the work is cut as in padded.py: within the one range of an item's valid tokens positions say what ranks do;
+rows behind it, and items whose valid tokens lie apart, are computed in blocks.
+
+Method: the window is that of Longformer, arXiv 2004.05150.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._aten import as_rows, torch_attention
+from tsa_compile.kernels.cached import ROWS, check_operands, shared_keys
+from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.floor import near_triton
+from tsa_compile.kernels.launch import remembered
+from tsa_compile.kernels.padded import (
+    HOST,
+    check_padding,
+    fill_masked_rows,
+    masked_attention_aten,
+    mean_of_keys,
+    runs_of_ranges,
+)
+from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
+
+
+def sliding_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """Dense attention under q - window < kv <= q; ValueError where shapes do not fit. See the module's docstring."""
+    _check("sliding_attention", query, key, value, window)
+    output = attention_output(query, key, value)
+    _fill(output, query, key, value, scale, window)
+    return output
+
+
+def padded_sliding_attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int,
+    mean_rows: bool,
+) -> Tensor:  # fmt: skip
+    """The same with padding; `valid_ranges` as `tsa.valid_ranges` gives them."""
+    _check("padded_sliding_attention", query, key, value, window)
+    check_padding("padded_sliding_attention", key, padding, valid_ranges)
+    output, length = attention_output(query, key, value), key.shape[2]
+    items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
+    for group, (start, stop, contiguous) in runs_of_ranges(items):
+        part, rows = output[group], (query[group], key[group], value[group])
+        mean_of = rows[2] if mean_rows else None
+        reach = min(stop + window - 1, length)  # rows up to there may see a valid token
+        fill_masked_rows(part[:, :, :start], mean_of)
+        fill_masked_rows(part[:, :, reach:] if stop else part, mean_of)
+        first = start
+        if contiguous and start < stop:
+            first = stop
+            _fill(part[:, :, start:stop], *(tensor[:, :, start:stop] for tensor in rows), scale, window)
+        if stop:
+            _fill_blocks(part, *rows, padding[group], range(first, reach), scale, window, mean_rows)
+    return output
+
+
+def _define(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
+    """Registers an op the plain way, which costs the host a tenth of what `custom_op`'s wrapper for autograd does."""
+    name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    torch.library.impl(name, ("cpu", "cuda"), function)
+    torch.library.register_fake(name, attention_output)
+
+
+_define(sliding_attention)
+_define(padded_sliding_attention, *HOST)
+
+
+def sliding_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """The same in ATen ops, on any device; holds a bool mask [1, 1, L, L]."""
+    return as_rows(torch_attention(query, key, value, scale, _near(key, window)))
+
+
+def padded_sliding_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, window: int,
+    mean_rows: bool,
+) -> Tensor:  # fmt: skip
+    """The same in ATen ops, on any device; holds a bool mask [B, 1, L, L]. The valid ranges go unused."""
+    allowed = _near(key, window) & padding[:, None, None, :]
+    return masked_attention_aten(query, key, value, allowed, allowed.any(3, keepdim=True), scale, mean_rows)
+
+
+_near_rows = remembered(near_triton)
+
+
+def _near(key: Tensor, window: int) -> Tensor:
+    """Where q - window < kv <= q: bool [1, 1, L, L]."""
+    positions = torch.arange(key.shape[2], device=key.device)
+    distance = positions[:, None] - positions
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _check(op: str, query: Tensor, key: Tensor, value: Tensor, window: int) -> None:
+    check_operands(op, query, key, value)
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"tsa::{op}: {query.shape[2]} queries over {key.shape[2]} keys; expected as many")
+    if window < 1:
+        raise ValueError(f"tsa::{op}: a window of {window} tokens; expected at least 1")
+
+
+def _fill(output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> None:
+    """All rows, where all tokens are valid."""
+    if of_window(KernelRequest.of(query, key, value)) == TRITON:
+        with torch.cuda.device_of(query):
+            _near_rows(query, key, value, scale, window, output)
+    else:
+        _fill_blocks(output, query, key, value, None, range(query.shape[2]), scale, window)
+
+
+def _fill_blocks(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, rows: range, scale: float,
+    window: int, mean_rows: bool = False,
+) -> None:  # fmt: skip
+    """Some rows, block by block; those that see nothing look at everything, as a softmax over nothing is NaN."""
+    positions = torch.arange(key.shape[2], device=query.device)
+    for low in range(rows.start, rows.stop, ROWS):
+        high = min(low + ROWS, rows.stop)
+        first = max(low - window + 1, 0)
+        distance = positions[low:high, None] - positions[first:high]
+        allowed = ((distance >= 0) & (distance < window))[None, None]  # [1, 1, rows, keys]
+        sees = None
+        if padding is not None:
+            allowed = allowed & padding[:, None, None, first:high]
+            sees = allowed.any(3, keepdim=True)
+            allowed = allowed | ~sees
+        keys, values = key[:, :, first:high], value[:, :, first:high]
+        out = shared_keys(query[:, :, low:high], keys, values, allowed, scale)
+        if sees is not None:
+            elsewhere = mean_of_keys(value, query.shape[1]) if mean_rows else torch.zeros_like(out[:, :, :1])
+            out = torch.where(sees, out, elsewhere.to(out.dtype))
+        output[:, :, low:high] = out
