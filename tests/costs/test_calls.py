@@ -33,6 +33,7 @@ from tsa_compile.costs.calls import (
     slowness,
     sparse_ms,
     sparse_work,
+    window_work,
 )
 from tsa_compile.costs.devices import H100, H200, for_device
 
@@ -404,6 +405,17 @@ def test_chunks_of_a_prompt_are_all_of_its_work(size):
 def test_a_chunk_of_which_all_is_kept_gains_nothing():
     call = dataclasses.replace(LLAMA, past=32 * K, floor=272)
     assert sparse_ms(call, H200)(8 * K, 1.0) > dense_ms(call, H200)(8 * K)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "ms"),
+    [(32, 8, 128, 4096, 20.4), (8, 4, 256, 1024, 2.53), (64, 8, 64, 128, 2.0)],
+)
+def test_a_sliding_window_takes_what_it_took(heads, kv_heads, dim, window, ms):
+    """On an H200, 128K tokens (benchmarks/results/windows.md)."""
+    call = CallShape(1, heads, kv_heads, dim, dim, itemsize=2, window=128)
+    assert window_work(call, H200, window).ms_at(128 * K) == pytest.approx(ms, rel=0.15)
+    assert window_work(call, H200, window).ms_at(64 * K) < dense_work(call, H200).ms_at(64 * K)
 
 
 def test_a_chunk_keeps_its_window():

@@ -279,16 +279,20 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_no_mask_of_length_by_length(padded):
-    """Padding stays two-dimensional, in dense layers as well, and a mask of ones is none."""
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_no_mask_of_length_by_length(name, padded):
+    """Padding stays two-dimensional, in dense layers as well, and a mask of ones is none. So do windows."""
     length = 300
     mask = mixed_padding(length) if padded else torch.ones(3, length, dtype=torch.long)
-    model = sparse("llama")
+    window = name == "mistral"
+    model = sparse(name, FLOOR.replace(layers=[])) if window else sparse(name)
     with Shapes() as shapes:
         logits(model, tokens(3, length), attention_mask=mask)
     assert (3, length, 64) in shapes.seen
     assert not [shape for shape in shapes.seen if shape[-2:] == (length, length)]
-    assert {row.mask for row in attention.report(model)} == {"causal+padding" if padded else "causal"}
+    assert {row.mask for row in attention.report(model)} == {
+        "sliding window" if window else "causal+padding" if padded else "causal"
+    }
 
 
 def test_masks_of_ones_own():

@@ -5,8 +5,9 @@ import torch
 import transformers
 from packaging.version import Version
 
-from tsa_compile import ConfigError, Coverage, Floor, KeepRatio, Reason, TSAConfig, TSAWarning, attention
+from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, Reason, TSAConfig, TSAWarning, attention
 from tsa_compile.engines.calls import as_written, read
+from tsa_compile.engines.transformers import _is_window
 from tsa_compile.passes.masks.info import MaskKind
 
 from ..support import difference, mixed_padding, tiny, tokens
@@ -60,6 +61,42 @@ def test_models_that_compute_attention_by_themselves_are_refused(name):
     with pytest.raises(ConfigError, match=r"AttentionInterface.*backend"):
         model = tiny(name, attention.register(FLOOR, name="tsa-alone"))
         logits(model, tokens(1, LENGTH), attention_mask=mixed_padding(LENGTH, (9,)))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_copy_of_a_window_is_a_window(padded, monkeypatch):
+    """Masks that a model or a hook moves to another device lose their attributes, not what they say."""
+    ids, mask = tokens(3, LENGTH), mixed_padding(LENGTH) if padded else None
+    expected = logits(tiny("mistral"), ids, attention_mask=mask)
+    model = tiny("mistral", attention.register(FLOOR.replace(layers=[]), name="tsa-copied"))
+    made = []
+
+    def copied(module, query, key, value, mask, *others):
+        made.append(mask)
+        return read(module, query, key, value, mask.clone(), *others)
+
+    monkeypatch.setattr("tsa_compile.engines.transformers.read", copied)
+    assert difference(logits(model, ids, attention_mask=mask), expected, mask) < ATOL
+    assert reasons(model) == [Reason.SLIDING_WINDOW] * len(made) and {mask.dtype for mask in made} == {torch.int32}
+    assert {row.decision for row in attention.report(model)} == {Decision.WINDOW}
+
+
+def test_chunks_are_no_window():
+    from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+
+    padding = torch.zeros(3, dtype=torch.long)
+    for size in (1, 7, 16):
+        assert _is_window(sliding_window_causal_mask_function(size), size, LENGTH)
+        assert not _is_window(sliding_window_causal_mask_function(size + 1), size, LENGTH)
+        assert size == 1 or not _is_window(chunked_causal_mask_function(size, padding), size, LENGTH)
+    assert not _is_window(None, 7, LENGTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_a_mask_of_ones_is_padding(dtype):
+    query = torch.randn(2, 4, 9, 8)
+    call = read(torch.nn.Module(), query, query, query, torch.ones(2, 9, dtype=dtype), 0.0, None, True, {})
+    assert call.kind is MaskKind.CAUSAL_PADDING and call.window is None
 
 
 PEGASUS = dict(vocab_size=64, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0)

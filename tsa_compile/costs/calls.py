@@ -40,6 +40,7 @@ FLOOR_MS = sympy.Rational(2, 100)  # its launches
 # table. The lowest of an H100 at 16K to 128K keys (benchmarks/results/behind-h100.md).
 BEHIND_RATE = sympy.Rational(72, 100)
 FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
+LONG_WINDOW, WINDOW_RATE = 512, sympy.Rational(7, 10)  # of the same kernel, over more (benchmarks/results/windows.md)
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
 
@@ -175,6 +176,16 @@ def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
         "attend": _attend_work(call, costs),
         "decompress": moved(scattered + indices, costs.bandwidth_tbs) if not call.floor else _floor_work(call, costs),
     }
+
+
+@functools.lru_cache(maxsize=512)
+def window_work(call: CallShape, costs: DeviceCosts, window: int) -> Work:
+    """Dense attention in which a row sees `window` tokens, by the floor's kernel (kernels/sliding.py)."""
+    width, seen = call.head_dim + call.value_head_dim, sympy.Min(sympy.Integer(window), LENGTH / 2)
+    flops = 2 * call.batch * call.heads * width * LENGTH * (seen + FLOOR_TILES)
+    rate = (WINDOW_RATE if window > LONG_WINDOW else FLOOR_RATE) * costs.attention_tflops
+    ms = flops * slowness(width, costs.attention_exponential) / (rate * 1e9)
+    return Work(flops, call.batch * (call.heads + call.kv_heads) * width * call.itemsize * LENGTH, FLOOR_MS + ms)
 
 
 def _floor_work(call: CallShape, costs: DeviceCosts) -> Work:

@@ -44,6 +44,8 @@ class LayerSizes:
     """All of them."""
     outputs: int
     """Elements that those products give for a token."""
+    window: int | None = None
+    """How many tokens a row of a layer with a sliding window sees."""
 
     @property
     def attends(self) -> bool:
@@ -87,7 +89,8 @@ def anatomy(model_config: Any, dtype: torch.dtype | str | None = None) -> ModelS
     for layer, kind in zip(layers, kinds, strict=True):
         inside = tuple(f"{names[layer]}.{name}" if name else names[layer] for name, _ in layer.named_modules())
         counts = _count(layer, hidden, experts)
-        found.append(LayerSizes(names[layer], inside, kind, heads, kv_heads, head_dim, value_head_dim, *counts))
+        window = getattr(config, "sliding_window", None) if kind == WINDOWED[0] else None
+        found.append(LayerSizes(names[layer], inside, kind, heads, kv_heads, head_dim, value_head_dim, *counts, window))
     head = model.get_output_embeddings()
     return ModelSizes(type(model).__name__, tuple(found), 0 if head is None else head.weight.numel(), _dtype(dtype, config))
 

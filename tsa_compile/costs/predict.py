@@ -5,9 +5,9 @@ measured costs. They include the projections and the MLP of every layer and the 
 prefill is predicted, not its attention alone.
 
 Assumed is what holds for transformers' models with a padding mask of ones: the masks of full attention are proven, those of
-sliding windows are not changed. `explain` says what the compiler really does with a model. Not included: a host that
-launches more slowly than the GPU works (below about 8K tokens without a CUDA graph), padding, dequantisation, a mask tensor
-in layers with a window, communication between devices, and the kernels of what is no attention (Mamba, convolutions).
+sliding windows too. `explain` says what the compiler really does with a model. Not included: a host that
+launches more slowly than the GPU works (below about 8K tokens without a CUDA graph), padding, dequantisation, communication
+between devices, and the kernels of what is no attention (Mamba, convolutions).
 Rates are those of bfloat16 at the sizes of Llama-3.1-8B; much smaller products run at lower ones. A block-sparse `kernel` or
 `dense_kernel` is taken for one that computes everything it is given, as what it leaves out depends on the prompt.
 """
@@ -25,7 +25,17 @@ from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number, is_named, upper_half
 from tsa_compile.costs.breakeven import Minimum, expected_kept, minimum
-from tsa_compile.costs.calls import NOTHING, CallShape, RestShape, Work, added, dense_work, rest_work, sparse_path
+from tsa_compile.costs.calls import (
+    NOTHING,
+    CallShape,
+    RestShape,
+    Work,
+    added,
+    dense_work,
+    rest_work,
+    sparse_path,
+    window_work,
+)
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
@@ -244,7 +254,7 @@ def _predict(
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
         reason = _reason(sizes, index in selected, length, minima[index])
         sparse_kept = expected_kept(configs[index], length) if kept is None else kept
-        dense = dense_work(shape, costs) if sizes.attends else NOTHING
+        dense = _dense(sizes, shape, costs)
         sparse = sparse_path(shape, costs) if sizes.kind == FULL else NOTHING
         rest = rest_work(RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, itemsize), costs)
         layers.append(
@@ -264,6 +274,12 @@ def _predict(
         head_ms=head.ms_at(length), break_even=min((length for length in gaining if length is not None), default=None),
         notes=tuple(said), kept=kept,
     )  # fmt: skip
+
+
+def _dense(sizes: LayerSizes, shape: CallShape, costs: DeviceCosts) -> Work:
+    if sizes.window is not None:
+        return window_work(shape, costs, sizes.window)
+    return dense_work(shape, costs) if sizes.attends else NOTHING
 
 
 def _selected(config: TSAConfig, model: ModelSizes) -> frozenset[int]:
@@ -299,8 +315,10 @@ def _notes(config: TSAConfig, model: ModelSizes, kept: float | None) -> list[str
     counted = [budget for budget in config.budgets if isinstance(budget, Coverage)]
     if counted and kept is None:
         notes.append(f"what {counted[0]} keeps depends on the input: expected is what the publication found")
-    if any(layer.kind in _WINDOWS for layer in model.layers):
-        notes.append("layers with a window are charged as causal attention over all tokens, dense and unchanged")
+    if any(layer.window is not None for layer in model.layers):
+        notes.append("layers with a window are charged for their windows, as they run without a mask")
+    if any(layer.kind in _WINDOWS and layer.window is None for layer in model.layers):
+        notes.append("layers with chunks are charged as causal attention over all tokens, dense and unchanged")
     others = sorted({layer.kind for layer in model.layers if not layer.attends})
     if others:
         notes.append(f"layers of {', '.join(others)} are charged for their products alone")
