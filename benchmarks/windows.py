@@ -71,7 +71,7 @@ def window_methods(inputs: Inputs, window: int) -> Iterator[tuple[str, Callable[
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (query >= key) & (query - key < window)
 
-        mask = create_block_mask(seen, None, None, length, length, device=device, BLOCK_SIZE=BLOCK, _compile=True)
+        mask = torch.compile(create_block_mask)(seen, None, None, length, length, device=device, BLOCK_SIZE=BLOCK)
         call = functools.partial(compiled_flex(), *inputs.tensors, block_mask=mask, scale=inputs.scale, enable_gqa=True)
         return lambda: call()
 
@@ -258,13 +258,11 @@ def main() -> int:
             rows = [row for length in given.lengths for row in measure(length)] if measure else model_part(given.lengths)
             found[part] = rows
             texts.append(f"**{titles[part]}**\n\n{table(rows, 'shape', 'mode' if part == 'model' else 'method')}")
-            print(texts[-1], file=sys.stderr, flush=True)
-    text = "\n\n".join(texts)
-    print(text)
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "windows.json").write_text(json.dumps(found, indent=2) + "\n")
-        (given.out / "windows.md").write_text(text + "\n")
+            print(texts[-1], flush=True)
+            if given.out is not None:  # after each part: a later one may be cut off
+                given.out.mkdir(parents=True, exist_ok=True)
+                (given.out / "windows.json").write_text(json.dumps(found, indent=2) + "\n")
+                (given.out / "windows.md").write_text("\n\n".join(texts) + "\n")
     return 0
 
 

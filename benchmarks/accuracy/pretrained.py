@@ -5,9 +5,8 @@
 
 The same command goes on where a call was stopped; `--minutes` stops by itself. With `--jobs` every length and task is a
 process of its own with a file of its own (pretrained.json.parts), and what they have found is put together in the end: a
-small model keeps a GPU busy for a fraction of the time. All settings take an H200 half an hour; pretrained.md has 20 of
-them, which took 14 minutes, and pretrained_others.md an earlier run of the others. Once there are results, `--render
-FILE.md` writes them as tables and runs nothing (it needs statsmodels).
+small model keeps a GPU busy for a fraction of the time. All settings take an H200 half an hour, in two calls. Once there
+are results, `--render FILE.md` writes them as tables and runs nothing (it needs statsmodels).
 
 SmolLM2-135M-Instruct (Apache-2.0) lies in a package on PyPI, as a GGUF file of 98 MB, which needs the package gguf:
 
@@ -27,8 +26,8 @@ file of 491 MB whose SHA-256 begins with 1d9614638d18024d. The packages name no 
 
 Prompts longer than the model's positions need `--stretch`: `--lengths 7680 15872 32256 --stretch 2 4` runs each length by
 the least factor by which there are positions enough, 1 among them (stretch.py says how). Other results were made with
---settings "floor, keep .15, last 57%" "floor, keep .15, last 60%" (pretrained_between), the second of them alone
-for Qwen (pretrained_between_qwen), and --lengths 15872 32256 --stretch 2 4 --samples 40 (pretrained_yarn).
+--settings "floor, keep .15, last 60%" for Qwen (pretrained_between_qwen), and --lengths 15872 32256 --stretch 2 4
+--samples 40 (pretrained_yarn).
 
 The text in which things are hidden is Python's language reference, which comes with Python (pydoc_data), or `--text FILE`.
 

@@ -88,9 +88,10 @@ def test_what_lies_in_pads_reaches_no_valid_row(device, kind):
 def test_opcheck(device, kind):
     padding, inputs = make_padding(kind, 2, 45, device), operands(device=device, value_dim=48)
     if padding is None:
-        torch.library.opcheck(sliding_attention, (*inputs, 0.2, 9))
+        torch.library.opcheck(torch.ops.tsa.sliding_attention.default, (*inputs, 0.2, 9))
     else:
-        torch.library.opcheck(padded_sliding_attention, (*inputs, padding, valid_ranges(padding), 0.2, 9, True))
+        arguments = (*inputs, padding, valid_ranges(padding), 0.2, 9, True)
+        torch.library.opcheck(torch.ops.tsa.padded_sliding_attention.default, arguments)
 
 
 def test_what_does_not_fit_is_refused():
