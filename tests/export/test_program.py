@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, RewriteError, TSAConfig, clear_reports, reports
 from tsa_compile.export import export_program
+from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
@@ -125,6 +126,40 @@ class Masked(torch.nn.Module):
         for _ in range(2):
             query = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return query
+
+
+class Windowed(torch.nn.Module):
+    """A sliding window of five tokens, with padding if there is any."""
+
+    def forward(self, query, key, value, pad=None):
+        positions = torch.arange(query.shape[2])
+        mask = (positions <= positions[:, None]) & (positions > positions[:, None] - 5)
+        mask = mask if pad is None else mask & (pad != 0)[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("lower", [None, "aten"])
+def test_windows(lower, padded, tmp_path):
+    """In operators of torch's and in ONNX files, in which no domain has one for them, they are masks again."""
+
+    def inputs(length):
+        return *heads(batch=3, length=length), *([mixed_padding(length)] if padded else [])
+
+    module, exact = Windowed().eval(), HALF.replace(layers=())
+    program = export_program(module, inputs(40), exact, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES, lower=lower)
+    assert [row.decision for row in reports()[-1]] == [Decision.WINDOW]
+    for length in (20, 64):
+        torch.testing.assert_close(program.module()(*inputs(length)), module(*inputs(length)))
+    for domain in (None, "tsa") if lower is None else ():
+        onnx = pytest.importorskip("onnx")
+        tsa_onnx.save(program, tmp_path / "model.onnx", domain=domain)
+        file = onnx.load(tmp_path / "model.onnx")
+        assert {node.domain for node in file.graph.node} == {""}
+        run = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx").run
+        names = [value.name for value in file.graph.input]
+        found = run(None, {name: value.numpy() for name, value in zip(names, inputs(33), strict=True)})[0]
+        torch.testing.assert_close(torch.from_numpy(found), module(*inputs(33)), rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_stay_free_where_sdpa_is_traced_by_its_plain_form(monkeypatch):
