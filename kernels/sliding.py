@@ -121,6 +121,7 @@ def _check(op: str, query: Tensor, key: Tensor, value: Tensor, window: int) -> N
 
 def _fill(output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> None:
     """All rows, where all tokens are valid."""
+    window = min(window, query.shape[2])  # kernels count in 32 bits
     if of_window(KernelRequest.of(query, key, value)) == TRITON:
         with torch.cuda.device_of(query):
             _near_rows(query, key, value, scale, window, output)
