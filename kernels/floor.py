@@ -259,12 +259,12 @@ def near_triton(
 
 
 class _Rows(NamedTuple):
-    """The compressed rows, with one more than the slot of each position: int32 [B, Hs, more than L]."""
+    """The compressed rows, one more than the slot of each position, int32 [B, Hs, more than L], and how many are real."""
 
     compressed: Tensor
     lse: Tensor
     slots: Tensor
-    count: Tensor | None
+    real: Tensor | None
     capacity: int
 
 
@@ -287,19 +287,20 @@ def _launch(
     several = (query, key, value, output) if rows is None else (query, key, value, rows.compressed, output)
     align = row_alignment(*several)
     strides = row_strides(align, *several)
+    given: tuple[Tensor | None, ...] = (None, None, None)
+    numbers = [0, 0, 0]
     if rows is None:
-        given, slots_strides, numbers = (None, None, None), (0, 0), (0, 0, 0)
-        strides = (*strides[:9], 0, 0, 0, *strides[9:])
+        strides = (*strides[:9], 0, 0, 0, *strides[9:], 0, 0)
     else:
-        given, slots_strides = rows[:3], rows.lse.stride()[:2]
-        numbers = (rows.compressed.shape[2], rows.slots.shape[2], rows.capacity)
+        given, strides = rows[:3], (*strides, *rows.lse.stride()[:2])
+        numbers = [rows.compressed.shape[2], rows.slots.shape[2], rows.capacity]
     tiles = tiles._replace(use_tma=tiles.use_tma and all(map(tma_fits, (query, key, value, output))))
     rows_tiles = tiles._replace(block_n=tiles.block_m)  # of what has a row for every row
     launch(
         _floor_kernel,
         (heads, cdiv(queries, tiles.block_m), batch),
-        (query, key, value, *given, order, valid, row_order, row_valid, rows.count if rows else None, output),
-        (*strides, *slots_strides, seq_len, past, queries, *numbers, heads // key.shape[1], window, sinks, scale_log2),
+        (query, key, value, *given, order, valid, row_order, row_valid, rows.real if rows else None, output),
+        (*strides, seq_len, past, queries, *numbers, heads // key.shape[1], window, sinks, scale_log2),
         descriptors=(
             *descriptors(rows_tiles, query), *descriptors(tiles, key, value), *descriptors(rows_tiles, output),
         ),

@@ -69,7 +69,8 @@ def padded_sliding_attention(
         first = start
         if contiguous and start < stop:
             first = stop
-            _fill(part[:, :, start:stop], *(tensor[:, :, start:stop] for tensor in rows), scale, window)
+            q, k, v = (tensor[:, :, start:stop] for tensor in rows)
+            _fill(part[:, :, start:stop], q, k, v, scale, window)
         if stop:
             _fill_blocks(part, *rows, padding[group], range(first, reach), scale, window, mean_rows)
     return output
