@@ -225,7 +225,7 @@ def is_wrong(row: dict[str, Any]) -> bool:
 def summarise(rows: list[dict[str, Any]]) -> dict[str, int]:
     """How many architectures of each kind there are."""
     ran = [row for row in rows if all(mode in row for mode in MODES)]
-    gains = [row for row in ran if set(row["exact"]["decisions"]) & {"dense", "dense (padding)"}]
+    gains = [row for row in ran if set(row["exact"]["decisions"]) & {"dense", "dense (padding)", "dense (window)"}]
     with_image = [row["sparse"]["image"] for row in ran if "image" in row["sparse"]]
     uncompiled = [row[UNCOMPILED] for row in ran if row.get(UNCOMPILED)]
     counts = {

@@ -38,6 +38,12 @@ from .support import (
 pytestmark = pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
 
 
+def windowed(q, k, v, pad):
+    i = torch.arange(q.shape[2])
+    mask = (i <= i[:, None]) & (i > i[:, None] - 5) & (pad != 0)[:, None, None]
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+
+
 class TestDense:
     def test_causal(self):
         rewritten = Rewritten(causal_attention, *inputs(), config=EXACT)
@@ -97,6 +103,34 @@ logical_not: bool[2, 12] = not(eq)
 expand: bool[2, 12] = expand(logical_not, 2, 12)
 valid_ranges_default: int64[2, 3] = valid_ranges(expand)
 padded_attention_default: float32[2, 4, 12, 8] = padded_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, False)""",
+        )
+        rewritten.check_same()
+
+    def test_window_and_padding(self):
+        rewritten = Rewritten(windowed, *inputs(), padding(), config=EXACT)
+        assert_expected_inline(
+            calls(rewritten.before),
+            """\
+i: int64[12] = arange(12)
+getitem: int64[12, 1] = getitem(i, (:, None))
+le: bool[12, 12] = le(i, getitem)
+getitem_1: int64[12, 1] = getitem(i, (:, None))
+sub: int64[12, 1] = sub(getitem_1, 5)
+gt: bool[12, 12] = gt(i, sub)
+and_: bool[12, 12] = and(le, gt)
+ne: bool[2, 12] = ne(l_pad_, 0)
+getitem_2: bool[2, 1, 1, 12] = getitem(ne, (:, None, None))
+mask: bool[2, 1, 12, 12] = and(and_, getitem_2)
+scaled_dot_product_attention: float32[2, 4, 12, 8] = scaled_dot_product_attention(l_q_, l_k_, l_v_, attn_mask=mask, enable_gqa=True)""",
+        )
+        assert_expected_inline(
+            calls(rewritten.after),
+            """\
+eq: bool[2, 12] = eq(l_pad_, 0)
+logical_not: bool[2, 12] = not(eq)
+expand: bool[2, 12] = expand(logical_not, 2, 12)
+valid_ranges_default: int64[2, 3] = valid_ranges(expand)
+padded_sliding_attention_default: float32[2, 4, 12, 8] = padded_sliding_attention(l_q_, l_k_, l_v_, expand, valid_ranges_default, 0.353553, 5, False)""",
         )
         rewritten.check_same()
 
