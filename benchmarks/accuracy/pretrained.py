@@ -151,6 +151,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     if found.model is None and not found.render:
         parser.error("pass --model FOLDER, or --render FILE.md")
+    if not found.render and not found.model.is_dir():
+        parser.error(f"--model {found.model}: there is no such folder")
     if found.render is not None and found.render.with_suffix(".json").resolve() == found.out.resolve():
         parser.error(f"--render would write its figures over the results: call it anything but {found.out.stem}.md")
     return found
