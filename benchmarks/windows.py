@@ -125,7 +125,7 @@ def layer_rows(
 
 def checked_window(inputs: Inputs, window: int, name: str, out: Tensor) -> float:
     """The error of a sample of rows: a floor of which no token is selected is a window."""
-    nothing = torch.zeros(inputs.query.shape[:3], dtype=torch.bool, device="cuda")
+    nothing = torch.zeros(inputs.query.shape[:3], dtype=torch.bool, device=inputs.query.device)
     return check_output(*inputs.tensors, out, inputs.scale, name, nothing, Floor(window, 0))
 
 

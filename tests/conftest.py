@@ -128,5 +128,5 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name.startswith(("attention", "memcheck", "models", "prefill", "vllm_serve")):
+        if name.startswith(("attention", "memcheck", "models", "prefill", "vllm_serve", "windows")):
             del sys.modules[name]

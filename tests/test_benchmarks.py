@@ -109,6 +109,21 @@ def test_a_wrong_output_is_found(load, methods, inputs, spoil):
         checks.check_output(*inputs.tensors, out, inputs.scale, "dense")
 
 
+@pytest.mark.parametrize("name", ["SDPA under a mask", "ours"])
+def test_methods_over_a_window_pass_their_check(load, inputs, name):
+    wrong, windows = load("attention_checks").WrongOutputError, load("windows")
+    out = dict(windows.window_methods(inputs, 100))[name]()()
+    assert windows.checked_window(inputs, 100, name, out) < 1e-5
+    with pytest.raises(wrong, match=name):
+        windows.checked_window(inputs, 99, name, out)
+
+
+def test_the_table_of_windows_says_what_failed(load):
+    row = {"shape": "small", "method": "ours", "length": 1024, "ms": 1.5, "memory_gib": 0.25}
+    text = load("windows").table([row, {**row, "length": 2048, "failed": "RuntimeError: no"}], "shape", "method")
+    assert text.splitlines()[-1] == "| small | ours | 1.5, 0.25 | failed: RuntimeError: no |"
+
+
 def test_a_row_that_was_not_selected_must_be_zero_without_a_floor(load, methods, inputs):
     checks = load("attention_checks")
     runner = methods.ours_published(inputs, 0.8)
