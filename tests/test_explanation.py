@@ -25,7 +25,7 @@ def test_rows_and_reasons(form):
     report = explain(model, input_ids=tokens(3, 40), attention_mask=mixed_padding(40), config=CONFIG)
     assert [(row.decision, row.reason) for row in report] == [
         (Decision.DENSE_PADDED, Reason.LAYER_NOT_SELECTED),
-        (Decision.UNCHANGED, Reason.SLIDING_WINDOW),
+        (Decision.WINDOW, Reason.SLIDING_WINDOW),
         (Decision.SPARSE, Reason.SPARSE),
     ]
     assert [row.form for row in report] == [form] * 3
@@ -90,7 +90,7 @@ class TestExpectations:
         report = explain(model, **inputs, config=CONFIG.replace(min_length=1), device="h200")
         dense, window, compressed = report
         assert dense.expected_ms == dense.expected_dense_ms > 0
-        assert window.decision is Decision.UNCHANGED and window.expected_ms is None
+        assert window.decision is Decision.WINDOW and window.expected_ms is None
         assert compressed.expected_dense_ms == dense.expected_dense_ms < compressed.expected_ms, "40 tokens cannot gain"
         assert [dataclasses.replace(row, expected_dense_ms=None, expected_ms=None) for row in report] == list(plain)
         assert report.expected["device"] == "NVIDIA H200"
