@@ -54,7 +54,7 @@ PARTS = ("window", "heads", "model")
 def repeated(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Key and value with as many heads as the query, which torch's fused kernels want."""
     group = inputs.query.shape[1] // inputs.key.shape[1]
-    return tuple(tensor.repeat_interleave(group, 1) for tensor in inputs.tensors[1:])  # type: ignore[return-value]
+    return inputs.key.repeat_interleave(group, 1), inputs.value.repeat_interleave(group, 1)
 
 
 def window_methods(inputs: Inputs, window: int) -> Iterator[tuple[str, Callable[[], Call]]]:
@@ -245,6 +245,8 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--out", type=Path, help="folder for windows.json and windows.md")
     given = parser.parse_args()
+    if min(given.lengths) < 1:
+        parser.error(f"--lengths {min(given.lengths)}: a prompt has at least one token")
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
     torch._inductor.config.compile_threads = 1

@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tsa_compile.kernels.define import define
+
 
 def extend_cache(past_keys: Tensor, past_values: Tensor, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """See the module's docstring; ValueError if the cache holds other numbers than `past` tokens of these shapes take."""
@@ -42,9 +44,6 @@ def _extended_fake(past_keys: Tensor, past_values: Tensor, past: int, keys: Tens
     return keys.new_empty(shapes[0]), values.new_empty(shapes[1])
 
 
-_SCHEMA = torch.library.infer_schema(extend_cache, mutates_args=())
-torch.library.define("tsa::extend_cache", _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.impl("tsa::extend_cache", ("cpu", "cuda"), extend_cache)
-torch.library.register_fake("tsa::extend_cache", _extended_fake)
+define(extend_cache, _extended_fake)
 OP = torch.ops.tsa.extend_cache
 """What a model calls."""

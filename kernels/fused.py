@@ -41,6 +41,7 @@ from tsa_compile.kernels.budget import budget_aten, budget_cuda, check_numbers
 from tsa_compile.kernels.cached import behind, check_operands
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import attention_output, decompress_aten, decompress_triton
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.flash_behind import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
@@ -56,17 +57,11 @@ STREAM_BYTES = 2**30
 
 
 def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
-    """Registers an op of tensors, query, key and value first, and of `*options`, which are the fields of Options.
-
-    The plain way costs the host 10 us a call, `custom_op`'s wrapper for autograd 60 to 120.
-    """
+    """Registers an op of tensors, query, key and value first, and of `*options`, which are the fields of Options."""
     tensors = list(signature(function).parameters.values())[:-1]
     parameters = [*tensors, *signature(Options).parameters.values()]
     vars(function)["__signature__"] = Signature(parameters, return_annotation=Tensor)
-    name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    torch.library.impl(name, ("cpu", "cuda"), function)
-    torch.library.register_fake(name, attention_output)
+    define(function, attention_output, *tags)
 
 
 @functools.lru_cache(maxsize=256)

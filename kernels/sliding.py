@@ -22,14 +22,13 @@ Method: the window is that of Longformer, arXiv 2004.05150.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import as_rows, torch_attention
 from tsa_compile.kernels.cached import ROWS, check_operands, shared_keys
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.floor import near_triton
 from tsa_compile.kernels.launch import remembered
 from tsa_compile.kernels.padded import (
@@ -76,16 +75,8 @@ def padded_sliding_attention(
     return output
 
 
-def _define(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
-    """Registers an op the plain way, which costs the host a tenth of what `custom_op`'s wrapper for autograd does."""
-    name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    torch.library.impl(name, ("cpu", "cuda"), function)
-    torch.library.register_fake(name, attention_output)
-
-
-_define(sliding_attention)
-_define(padded_sliding_attention, *HOST)
+define(sliding_attention, attention_output)
+define(padded_sliding_attention, attention_output, *HOST)
 
 
 def sliding_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
@@ -136,6 +127,7 @@ def _fill_blocks(
 ) -> None:  # fmt: skip
     """Some rows, block by block; those that see nothing look at everything, as a softmax over nothing is NaN."""
     positions = torch.arange(key.shape[2], device=query.device)
+    elsewhere = mean_of_keys(value, query.shape[1]).to(output.dtype) if mean_rows else output.new_zeros(())
     for low in range(rows.start, rows.stop, ROWS):
         high = min(low + ROWS, rows.stop)
         first = max(low - window + 1, 0)
@@ -148,7 +140,4 @@ def _fill_blocks(
             allowed = allowed | ~sees
         keys, values = key[:, :, first:high], value[:, :, first:high]
         out = shared_keys(query[:, :, low:high], keys, values, allowed, scale)
-        if sees is not None:
-            elsewhere = mean_of_keys(value, query.shape[1]) if mean_rows else torch.zeros_like(out[:, :, :1])
-            out = torch.where(sees, out, elsewhere.to(out.dtype))
-        output[:, :, low:high] = out
+        output[:, :, low:high] = out if sees is None else torch.where(sees, out, elsewhere)

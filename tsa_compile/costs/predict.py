@@ -5,9 +5,9 @@ measured costs. They include the projections and the MLP of every layer and the 
 prefill is predicted, not its attention alone.
 
 Assumed is what holds for transformers' models with a padding mask of ones: the masks of full attention are proven, those of
-sliding windows too. `explain` says what the compiler really does with a model. Not included: a host that
-launches more slowly than the GPU works (below about 8K tokens without a CUDA graph), padding, dequantisation, communication
-between devices, and the kernels of what is no attention (Mamba, convolutions).
+sliding windows too. `explain` says what the compiler really does with a model. Not included: a host that launches more
+slowly than the GPU works (below about 8K tokens without a CUDA graph), padding, dequantisation, communication between
+devices, and the kernels of what is no attention (Mamba, convolutions).
 Rates are those of bfloat16 at the sizes of Llama-3.1-8B; much smaller products run at lower ones. A block-sparse `kernel` or
 `dense_kernel` is taken for one that computes everything it is given, as what it leaves out depends on the prompt.
 """

@@ -1,0 +1,16 @@
+"""Registers an op the plain way: a call costs the host 10 us, where the autograd wrapper of `custom_op` takes 60 to 120."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def define(function: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:
+    """The op tsa::<name of the function>, with the schema of its signature, on CPUs and on CUDA; `fake` gives the shapes."""
+    name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    torch.library.impl(name, ("cpu", "cuda"), function)
+    torch.library.register_fake(name, fake)
