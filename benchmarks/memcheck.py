@@ -31,7 +31,7 @@ from tsa_compile.kernels.compress import compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import decompress_triton
 from tsa_compile.kernels.flash import flash_triton
 from tsa_compile.kernels.flash_behind import behind_triton
-from tsa_compile.kernels.floor import merge_floor_triton
+from tsa_compile.kernels.floor import merge_floor_triton, near_triton
 from tsa_compile.kernels.merge import merge_triton
 from tsa_compile.kernels.padded import valid_ranges
 from tsa_compile.kernels.score import score_triton
@@ -120,7 +120,8 @@ def run(case: Case, device: str) -> None:
     """Every launcher, each on the results of the one before."""
     query, key = case.tensor(4, case.dim, device), case.tensor(2, case.dim, device)
     value = case.tensor(2, case.value_dim, device)
-    scores = score_triton(query, key, case.mask(device), SCALE, case.window, 7)
+    sink_logits = torch.linspace(-1, 1, 4, device=device)
+    scores = score_triton(query, key, case.mask(device), SCALE, case.window, 7, "mean", sink_logits)
     if case.shared:
         scores = scores.unflatten(1, (2, -1)).mean(2)
     count = coverage_triton(scores, 0.1, 30).clamp(max=case.capacity) if case.counted else None
@@ -132,7 +133,8 @@ def run(case: Case, device: str) -> None:
     out = flash_triton(*rows, SCALE, count, lse=lse)
     decompress_triton(out, indices, count, case.length)
     for found in ((out, lse), *run_sparse(*rows, count)):
-        merge_floor_triton(query, key, value, *found, indices, count, case.mask(device), SCALE, case.window, 5)
+        merge_floor_triton(query, key, value, *found, indices, count, case.mask(device), SCALE, case.window, 5, sink_logits)
+    near_triton(query, key, value, SCALE, case.window, sink_logits)
 
 
 def run_chunk(case: Case, device: str) -> None:
@@ -149,6 +151,7 @@ def run_chunk(case: Case, device: str) -> None:
     out, lse = behind_triton(*rows, count, first, SCALE)
     decompress_triton(out, indices, count, case.length, past=past)
     merge_floor_triton(query, key, value, out, lse, indices, count, mask, SCALE, case.window, 5)
+    near_triton(query, key, value, SCALE, case.window)
     merge_triton(out, lse, out.clone(), lse.clone())
 
 

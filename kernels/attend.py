@@ -19,7 +19,7 @@ The work follows the count in one of three ways:
 - a count while a CUDA graph is captured: a kernel with `device_count` reads it on the device, as "triton" does (see
   flash.py); without such a kernel all C rows are computed, which is correct and no cheaper than a count of C.
 
-registry.py decides which kernel runs.
+registry.py decides which kernel runs. With sink_logits [H] (sink.py) it is one that gives the log-sum-exp.
 """
 
 from typing import Any
@@ -29,11 +29,19 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import repeat_heads, slots_below, torch_attention
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
+from tsa_compile.kernels.sink import causal_with_sink_aten, check_sink, with_sink
 
 
 @torch.library.custom_op("tsa::attend", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention over the first count rows of each item; ValueError where shapes do not fit."""
+    if sink_logits is not None:
+        check_sink("attend", query, sink_logits)
+        out, lse = attend_lse(query, key, value, count, scale, kernel)
+        return with_sink(out, lse, sink_logits)
     _check(query, key, value, count)
     capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
     chosen = choose(KernelRequest.of(query, key, value), kernel, device_count=count is not None and capturing)
@@ -93,9 +101,15 @@ def _check(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None) -> N
         raise ValueError(f"tsa::attend: count {tuple(count.shape)}; expected {(batch,)}")
 
 
-def attend_aten(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+def attend_aten(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The same in ATen ops, for any exact kernel: all C rows, whatever the count, then zeros behind it."""
-    out = torch_attention(query, key, value, scale)
+    if sink_logits is None:
+        out = torch_attention(query, key, value, scale)
+    else:
+        out = causal_with_sink_aten(query, key, value, scale, sink_logits)
     if count is not None:
         out = torch.where(slots_below(count, query.shape[2])[..., None], out, 0.0)
     return out.contiguous()
@@ -123,5 +137,5 @@ def _attend_counts(
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

@@ -13,18 +13,30 @@ full rate: all queries over the past without causality, and the chunk over itsel
 
 which reads and writes 3 B H Lq Dv elements more. Where no kernel has it, and for few rows, rows are computed in blocks with
 the boolean mask [rows, keys] of each.
+
+Here and in the modules that build on it, `sink_logits` [H] adds a number to each softmax's denominator (sink.py).
 """
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import as_rows, keys_before, torch_attention
+from tsa_compile.kernels._aten import as_rows, keys_before
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import SDPA, fastest_first
+from tsa_compile.kernels.sink import (
+    attention_aten,
+    attention_with_sink,
+    causal_with_sink_aten,
+    check_sink,
+    with_sink,
+)
 
 ROWS = 256
 """Query rows of a block, where a block has a mask of its own."""
@@ -33,18 +45,23 @@ FEW = 128
 
 
 @torch.library.custom_op("tsa::cached_attention", mutates_args=())
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None) -> Tensor:
     """Dense attention under kv <= q + Lk - Lq; ValueError where shapes do not fit. See the module's docstring."""
     check_operands("cached_attention", query, key, value)
-    return as_rows(behind(query, key, value, scale))
+    check_sink("cached_attention", query, sink_logits)
+    return as_rows(behind(query, key, value, scale, sink_logits))
 
 
 cached_attention.register_fake(attention_output)
 
 
-def cached_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The same in ATen ops, on any device; holds a bool mask [1, 1, Lq, Lk]."""
-    return as_rows(torch_attention(query, key, value, scale, causal_behind(query, key)))
+def cached_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None
+) -> Tensor:
+    """The same in ATen ops, on any device; of a chunk holds a bool mask [1, 1, Lq, Lk], and with a sink its logits."""
+    if sink_logits is not None and statically_known_true(query.shape[2] == key.shape[2]):
+        return as_rows(causal_with_sink_aten(query, key, value, scale, sink_logits))
+    return as_rows(attention_aten(query, key, value, causal_behind(query, key), scale, sink_logits))
 
 
 def causal_behind(query: Tensor, key: Tensor) -> Tensor:
@@ -77,9 +94,11 @@ def check_operands(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def behind(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None) -> Tensor:
     """Causal attention of queries that are the last of the keys' positions, by the fastest kernel that fits."""
     request, rows = KernelRequest.of(query, key, value), query.shape[2]
+    if sink_logits is not None:
+        return _behind_with_sink(query, key, value, scale, sink_logits)
     if rows == key.shape[2]:  # no keys before the queries, of which the log-sum-exp would be -inf: no kernel is given them
         return choose(request).causal(query, key, value, scale)
     if query.is_cuda and rows >= FEW:
@@ -89,7 +108,21 @@ def behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return in_blocks(query, key, value, None, scale)
 
 
-def in_blocks(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float) -> Tensor:
+def _behind_with_sink(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor) -> Tensor:
+    """The same by a kernel that gives the log-sum-exp; on a CPU in blocks."""
+    is_chunk = query.shape[2] < key.shape[2]
+    if query.is_cuda:
+        kernel = choose(KernelRequest.of(query, key, value), lse=True, behind=is_chunk)
+        if not is_chunk:
+            return with_sink(*kernel.causal_lse(query, key, value, scale), sink_logits)
+        if kernel is not SDPA:
+            return with_sink(*kernel.causal_behind(query, key, value, scale), sink_logits)
+    return in_blocks(query, key, value, None, scale, sink_logits)
+
+
+def in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, sink_logits: Tensor | None = None
+) -> Tensor:
     """Causal attention of queries behind a cache, block by block; padding bool [B, Lk]: what keys every row may see.
 
     Every row must see a key: with padding, the first one must be valid.
@@ -103,15 +136,22 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None,
         allowed = (keys[seen] <= keys[past + rows.start : past + rows.stop, None])[None, None]
         if padding is not None:
             allowed = allowed & padding[:, None, None, seen]
-        output[:, :, rows] = shared_keys(query[:, :, rows], key[:, :, seen], value[:, :, seen], allowed, scale)
+        keys_seen = (key[:, :, seen], value[:, :, seen])
+        output[:, :, rows] = shared_keys(query[:, :, rows], *keys_seen, allowed, scale, sink_logits)
     return output
 
 
-def shared_keys(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+def shared_keys(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float, sink_logits: Tensor | None = None
+) -> Tensor:
     """Attention [B, H, R, Dv] of R query rows to all keys, or those in `allowed` [B or 1, 1, R, keys].
 
     Without causality rows are independent, so [B, H, R] becomes [B, G, (H / G) R]: any kernel then shares key heads.
     """
+    if sink_logits is not None:
+        parts = query.split(ROWS, 2), [None] if allowed is None else allowed.split(ROWS, 2)
+        several = zip_longest(*parts)
+        return torch.cat([attention_with_sink(q, key, value, seen, scale, sink_logits) for q, seen in several], 2)
     group = query.shape[1] // key.shape[1]
     if allowed is not None:
         allowed = allowed.repeat(1, 1, group, 1)

@@ -25,6 +25,7 @@ from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.padded import HOST, Range, attend_ranges, check_padding, masked_attention_aten
+from tsa_compile.kernels.sink import check_sink
 
 
 @torch.library.custom_op("tsa::filled", mutates_args=(), tags=HOST)
@@ -47,17 +48,19 @@ def filled_aten(positions: Tensor) -> Tensor:
 @torch.library.custom_op("tsa::filled_attention", mutates_args=(), tags=HOST)
 def filled_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
-    filled: Tensor, scale: float, mean_rows: bool,
+    filled: Tensor, scale: float, mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the module's docstring."""
-    _check("filled_attention", query, key, value, padding, valid_ranges, positions)
+    _check("filled_attention", query, key, value, padding, valid_ranges, positions, sink_logits)
     stop = keys_in_use(filled, query, key)
     if stop is None:
-        return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, mean_rows)
+        operands = (query, key, value, padding, valid_ranges, positions, filled)
+        return filled_attention_aten(*operands, scale, mean_rows, sink_logits)
     used = (query, key[:, :, :stop], value[:, :, :stop])
     if padding is None or valid_ranges is None:
-        return as_rows(behind(*used, scale))
-    return attend_ranges(*used, padding[:, :stop], ranges_until(valid_ranges, stop), scale, value if mean_rows else None)
+        return as_rows(behind(*used, scale, sink_logits))
+    ranges, mean_of = ranges_until(valid_ranges, stop), value if mean_rows else None
+    return attend_ranges(*used, padding[:, :stop], ranges, scale, mean_of, sink_logits)
 
 
 filled_attention.register_fake(attention_output)
@@ -65,9 +68,10 @@ filled_attention.register_fake(attention_output)
 
 def _check(
     op: str, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None,
-    positions: Tensor,
+    positions: Tensor, sink_logits: Tensor | None,
 ) -> None:  # fmt: skip
     check_operands(op, query, key, value)
+    check_sink(op, query, sink_logits)
     if padding is not None and valid_ranges is not None:
         check_padding(op, key, padding, valid_ranges)
     if len(positions) != query.shape[2]:
@@ -89,31 +93,31 @@ def ranges_until(valid_ranges: Tensor, stop: int) -> list[Range]:
 
 def filled_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
-    filled: Tensor | None, scale: float, mean_rows: bool,
+    filled: Tensor | None, scale: float, mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in ATen ops, on any device, for any positions; holds a bool mask [B or 1, 1, Lq, Lk]."""
     allowed = (torch.arange(key.shape[2], device=key.device) <= positions[:, None])[None, None]
     if padding is not None:
         allowed = allowed & padding[:, None, None]
     sees = allowed.any(dim=-1, keepdim=True)
-    return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows)
+    return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows, sink_logits)
 
 
 def filled_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
-    filled: Tensor, *options: Any,
+    filled: Tensor, *options: Any, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
-    _check("filled_sparse_attention", query, key, value, padding, valid_ranges, positions)
+    _check("filled_sparse_attention", query, key, value, padding, valid_ranges, positions, sink_logits)
     stop = keys_in_use(filled, query, key)
     if stop is None:
-        scale = Options(*options).scale
-        return filled_attention_aten(query, key, value, padding, valid_ranges, positions, filled, scale, False)
+        operands = (query, key, value, padding, valid_ranges, positions, filled)
+        return filled_attention_aten(*operands, Options(*options).scale, False, sink_logits)
     used = (query, key[:, :, :stop], value[:, :, :stop])
     if padding is None or valid_ranges is None:
-        return sparse_attention(*used, *options)
+        return sparse_attention(*used, *options, sink_logits=sink_logits)
     ranges = torch.tensor(ranges_until(valid_ranges, stop), dtype=torch.int64).reshape(-1, 3)
-    return padded_sparse_attention(*used, padding[:, :stop], ranges, *options)
+    return padded_sparse_attention(*used, padding[:, :stop], ranges, *options, sink_logits=sink_logits)
 
 
 define_op(filled_sparse_attention, *HOST)

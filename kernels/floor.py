@@ -15,6 +15,8 @@
     ascending up to `count` int32 [B] (None: all C); padding bool [B, L] (True = valid) or None
     ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]; rows of invalid tokens are 0
 
+With sink_logits [H] each softmax has a further logit without a value (sink.py), in both parts once.
+
 One kernel takes the place of `decompress`: a program computes BLOCK_M rows of a head over their band of window + BLOCK_M
 keys and the sinks, beginning with the compressed row where there is one, and writes every row once. Nothing of size
 L x window exists, nothing synchronises. Slots from count on and rows of invalid tokens are never read. A compressed row with
@@ -39,8 +41,10 @@ from tsa_compile.kernels._aten import at_least, keys_before, take_rows
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
+from tsa_compile.kernels.sink import check_sink
 from tsa_compile.kernels.tiles import (
     DESCRIPTOR,
+    LOG2_E,
     POINTER,
     STRIDE,
     Tiles,
@@ -67,7 +71,6 @@ from tsa_compile.kernels.tiles import (
 _LOWEST = tl.constexpr(LOWEST_LOGIT)
 _BEHIND_ALL = tl.constexpr(2**31 - 1)
 """A rank that no row has, nor any distance between two."""
-_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_is", "capacity"])
@@ -138,7 +141,7 @@ def _near(
         start, key_ranks, keys, b_penalty = _key_tile(p_slots, p_order, number + 1, fronts, band, valid, sinks, BLOCK_N)
         b_weights, b_keep, b_max, b_sum = weigh(b_scores, b_max, b_sum, scale_log2)
         b_acc = add_values(b_acc, b_keep, b_weights, b_value)
-    return b_acc, b_sum
+    return b_acc, b_max, b_sum
 
 
 @triton.jit(
@@ -157,7 +160,8 @@ def _near(
     ]
 )
 def _floor_kernel(
-    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_row_order, p_row_valid, p_count, p_out,
+    p_query, p_key, p_value, p_compressed, p_lse, p_slots, p_order, p_valid, p_row_order, p_row_valid, p_count, p_sink,
+    p_out,
     desc_query, desc_key, desc_value, desc_out,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_ob, stride_oh, stride_ol, stride_lb, stride_lh,
@@ -183,7 +187,7 @@ def _floor_kernel(
         p_order += item.to(tl.int64) * seq_len
         far = tl.load(p_row_order + item.to(tl.int64) * rows + far, mask=b_inside, other=0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    b_max = tl.full([BLOCK_M], _LOWEST * _LOG2_E, tl.float32)
+    b_max = tl.full([BLOCK_M], _LOWEST * LOG2_E, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_selected = tl.zeros([BLOCK_M], tl.float32)
     if p_slots is not None:
@@ -196,7 +200,7 @@ def _floor_kernel(
         p_lse += item.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
         b_lse = tl.load(p_lse + places, mask=slots >= 0, other=_LOWEST)
         b_chosen = b_lse > _LOWEST
-        b_max = tl.maximum(b_lse, _LOWEST) * _LOG2_E
+        b_max = tl.maximum(b_lse, _LOWEST) * LOG2_E
         p_compressed = at_head(p_compressed, stride_cb, stride_ch, item, head, ALIGN)
         offsets = places.to(tl.int64) * stride_cl * ALIGN
         b_acc = gather_rows(p_compressed, offsets, b_chosen, 0, VALUE_DIM, BLOCK_DV).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
@@ -211,10 +215,12 @@ def _floor_kernel(
     kv_head = head // heads_per_kv
     key = (desc_key, at_head(p_key, stride_kb, stride_kh, item, kv_head, ALIGN), stride_kl, item, kv_head)
     value = (desc_value, at_head(p_value, stride_vb, stride_vh, item, kv_head, ALIGN), stride_vl, item, kv_head)
-    b_acc, b_sum = _near(
+    b_acc, b_max, b_sum = _near(
         b_query, b_acc, b_max, b_sum, b_selected, key, value, p_slots, p_order, first, ranks, valid, window, sinks,
         scale_log2, DIM, VALUE_DIM, ALIGN, BLOCK_N,
     )  # fmt: skip
+    if p_sink is not None:  # a row that sees nothing has no weight beside it
+        b_sum += tl.exp2(tl.load(p_sink + head).to(tl.float32) * LOG2_E - b_max)
     b_out = b_acc * (1.0 / tl.where(b_sum > 0, b_sum, 1.0))[:, None]
     if p_order is not None:
         b_out = tl.where(b_real[:, None], b_out, 0.0)
@@ -230,7 +236,8 @@ def _floor_kernel(
 
 def merge_floor_triton(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int, output: Tensor | None = None,
+    padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches the kernels; also runs on CPU tensors in the Triton interpreter.
 
@@ -246,16 +253,16 @@ def merge_floor_triton(
         grid, numbers = (cdiv(capacity, 1024), selections, batch), (*indices.stride()[:2], slots.shape[2], capacity)
         launch(_slots_kernel, grid, (indices, count, slots), numbers, BLOCK=1024)
     rows = _Rows(compressed, lse, slots, count, capacity)
-    return _launch(query, key, value, rows, padding, scale, window, sinks, output, tiles)
+    return _launch(query, key, value, rows, padding, scale, window, sinks, sink_logits, output, tiles)
 
 
 def near_triton(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, output: Tensor | None = None,
-    tiles: Tiles | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None,
+    output: Tensor | None = None, tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """The neighbourhood alone: every row sees the last `window` tokens up to itself. Arguments as those of the floor."""
     tiles = tiles or _tiles(query, key, value, whole=True, window=window)
-    return _launch(query, key, value, None, None, scale, window, 0, output, tiles)
+    return _launch(query, key, value, None, None, scale, window, 0, sink_logits, output, tiles)
 
 
 class _Rows(NamedTuple):
@@ -270,7 +277,7 @@ class _Rows(NamedTuple):
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, rows: _Rows | None, padding: Tensor | None, scale: float, window: int,
-    sinks: int, output: Tensor | None, tiles: Tiles,
+    sinks: int, sink_logits: Tensor | None, output: Tensor | None, tiles: Tiles,
 ) -> Tensor:  # fmt: skip
     query, key, value = map(rows_contiguous, (query, key, value))
     query, scale_log2 = positive_scale(query, scale)
@@ -299,7 +306,7 @@ def _launch(
     launch(
         _floor_kernel,
         (heads, cdiv(queries, tiles.block_m), batch),
-        (query, key, value, *given, order, valid, row_order, row_valid, rows.real if rows else None, output),
+        (query, key, value, *given, order, valid, row_order, row_valid, rows.real if rows else None, sink_logits, output),
         (*strides, seq_len, past, queries, *numbers, heads // key.shape[1], window, sinks, scale_log2),
         descriptors=(
             *descriptors(rows_tiles, query), *descriptors(tiles, key, value), *descriptors(rows_tiles, output),
@@ -334,10 +341,11 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, whole: bool, window: int =
 
 def merge_floor_aten(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
+    padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in ATen ops, on any device. Holds [B, H, L, 2 window + sinks] logits."""
-    near, near_lse, slots, rank = near_aten(query, key, value, indices, count, padding, scale, window, sinks)
+    operands = (query, key, value, indices, count, padding)
+    near, near_lse, slots, rank = near_aten(*operands, scale, window, sinks, sink_logits)
     chosen = slots > 0
     picked = at_least(slots - 1, 0)
     far = take_rows(compressed, picked).to(near.dtype)
@@ -358,12 +366,13 @@ def valid_first(padding: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("tsa::merge_floor", mutates_args=())
 def merge_floor(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
+    padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Every row in its place, with its floor; ValueError where shapes do not fit. See the module's docstring."""
     tensors = (query, key, value, compressed, lse, indices, count, padding)
     _check(*tensors, window, sinks)
-    return _compute(*tensors, scale, window, sinks)
+    check_sink("merge_floor", query, sink_logits)
+    return _compute(*tensors, scale, window, sinks, sink_logits)
 
 
 merge_floor.register_fake(attention_output)
@@ -371,7 +380,7 @@ merge_floor.register_fake(attention_output)
 
 def merge_floor_by_heads(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
+    padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The ATen form for one key head at a time, so that the logits of all heads are not in memory at once."""
     output, groups = attention_output(query, key, value), key.shape[1]
@@ -379,7 +388,8 @@ def merge_floor_by_heads(
         tensors = (query, key, value, compressed, lse, indices)
         parts = [x[:, g * x.shape[1] // groups : (g + 1) * x.shape[1] // groups] for x in (output, *tensors)]
         q, k, v, rows, sums, chosen = parts[1:]
-        parts[0].copy_(merge_floor_aten(q, k, v, rows, sums, chosen, count, padding, scale, window, sinks))
+        sink = None if sink_logits is None else sink_logits.unflatten(0, (groups, -1))[g]
+        parts[0].copy_(merge_floor_aten(q, k, v, rows, sums, chosen, count, padding, scale, window, sinks, sink))
     return output
 
 

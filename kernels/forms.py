@@ -41,6 +41,7 @@ from tsa_compile.kernels.padded import padded_attention_aten, valid_ranges_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_bisection, select_by_sorting, select_triton
+from tsa_compile.kernels.sink import with_sink
 from tsa_compile.kernels.sliding import padded_sliding_attention_aten, sliding_attention_aten
 
 CAUSAL_KERNELS = ("auto", "sdpa", "flash", "cudnn", "triton")
@@ -81,10 +82,10 @@ def _flash_lse(
 
 def _merge_floor(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int,
+    padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     rows = (query, key, value, compressed, lse, indices, count, padding)
-    return merge_floor_triton(*rows, scale, window, sinks)
+    return merge_floor_triton(*rows, scale, window, sinks, sink_logits)
 
 
 _LAUNCHERS: dict[str, Callable[..., Any]] = {
@@ -103,23 +104,30 @@ for _name, _launcher in _LAUNCHERS.items():
 tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if sink_logits is not None:
+        out, lse = _triton.attend_lse.default(query, key, value, count, scale, kernel)
+        return with_sink(out, lse, sink_logits)
     if count is None:
         return attend_aten(query, key, value, None, scale, kernel)
     return _triton.attend.default(query, key, value, count, scale, kernel)
 
 
 def _padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """As tsa::padded_attention at valid tokens; zero at pad tokens. Queries behind a cache have no such form."""
     if not statically_known_true(query.shape[2] == key.shape[2]):
-        return padded_attention_aten(query, key, value, padding, valid_ranges, scale, mean_rows)
+        return padded_attention_aten(query, key, value, padding, valid_ranges, scale, mean_rows, sink_logits)
     batch, seq_len = padding.shape
     order, count = valid_first(padding)
     indices = order[:, None].expand(batch, key.shape[1], seq_len).contiguous()
     rows = _triton.compress.default(query, key, value, indices, count)
-    out = _triton.attend.default(*rows, count, scale, "triton")
+    out = _attend(rows[0], rows[1], rows[2], count, scale, "triton", sink_logits)
     return _triton.decompress.default(out, indices, count, seq_len)
 
 

@@ -4,6 +4,8 @@
     out[i] = sum_{j in N'(i)} softmax_j(l[i, j]) value[j],    l[i, j] = scale * <query[i], key[j]>
     lse[i] = log sum_{j in N'(i)} exp(l[i, j])
 
+With sink_logits both are of a softmax that has a further logit without a value (sink.py).
+
 Rows lie in the order of their ranks: valid tokens first, as they are. They are computed in blocks of `window` rows, each
 over its own keys, those of the block before it and the sinks: [B, H, L, 2 window + sinks] logits, nothing of size L x L.
 """
@@ -24,6 +26,7 @@ from tsa_compile.kernels._aten import (
     slots_below,
     take_rows,
 )
+from tsa_compile.kernels.sink import lse_with_sink, with_sink
 
 LOWEST_LOGIT = -1e30
 """Below every logit, and finite: a difference of two of them is no NaN."""
@@ -31,7 +34,7 @@ LOWEST_LOGIT = -1e30
 
 def near_aten(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None, padding: Tensor | None, scale: float,
-    window: int, sinks: int,
+    window: int, sinks: int, sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See the module's docstring.
 
@@ -54,6 +57,8 @@ def near_aten(
         real = torch.arange(seq_len, device=padding.device) < valid[:, 0]
         value = torch.where(real[:, None, :, None], value, 0.0)  # a weight of 0 times NaN is NaN
     near, near_lse = _near_aten(query, key, value, slots, valid, scale, window, sinks)
+    if sink_logits is not None:  # in this part alone: the other one joins it by its log-sum-exp
+        near, near_lse = with_sink(near, near_lse, sink_logits), lse_with_sink(near_lse, sink_logits)
     return near, near_lse, repeat_heads(slots, heads), rank
 
 

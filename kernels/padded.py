@@ -39,6 +39,7 @@ from tsa_compile.kernels._aten import (
 )
 from tsa_compile.kernels.cached import behind, causal_behind, check_operands, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.sink import attention_aten, check_sink
 
 _COLUMNS = 8
 """Further columns in the column form: one is used, and rows of half precision stay aligned to 16 bytes."""
@@ -70,13 +71,15 @@ def _(padding: Tensor) -> Tensor:
 
 @torch.library.custom_op("tsa::padded_attention", mutates_args=(), tags=HOST)
 def padded_attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Dense attention under (kv <= q + Lk - Lq) & padding[b, kv]. See the module's docstring."""
     check_operands("padded_attention", query, key, value)
     check_padding("padded_attention", key, padding, valid_ranges)
+    check_sink("padded_attention", query, sink_logits)
     items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
-    return attend_ranges(query, key, value, padding, items, scale, value if mean_rows else None)
+    return attend_ranges(query, key, value, padding, items, scale, value if mean_rows else None, sink_logits)
 
 
 def check_padding(op: str, key: Tensor, padding: Tensor, valid_ranges: Tensor) -> None:
@@ -100,10 +103,11 @@ def runs_of_ranges(items: list[Range]) -> Iterator[tuple[slice, Range]]:
 
 def attend_ranges(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, items: list[Range], scale: float, mean_of: Tensor | None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same with the valid ranges on the host, one an item; rows that see nothing are the mean of `mean_of`, or 0."""
     if all(item == (0, key.shape[2], 1) for item in items):
-        return as_rows(behind(query, key, value, scale))
+        return as_rows(behind(query, key, value, scale, sink_logits))
     output = attention_output(query, key, value)
     past = key.shape[2] - query.shape[2]
     for group, (start, stop, contiguous) in runs_of_ranges(items):
@@ -111,9 +115,9 @@ def attend_ranges(
         nowhere = output[group, :, : max(start - past, 0)] if stop else output[group]
         fill_masked_rows(nowhere, None if mean_of is None else mean_of[group])
         if contiguous:
-            _fill_range(output[group], *parts, start, stop, scale)
+            _fill_range(output[group], *parts, start, stop, scale, sink_logits)
         else:
-            _fill_blocks(output[group], *parts, padding[group], start, scale)
+            _fill_blocks(output[group], *parts, padding[group], start, scale, sink_logits)
     return output
 
 
@@ -131,8 +135,9 @@ def valid_ranges_aten(padding: Tensor) -> Tensor:
 
 
 def padded_attention_aten(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, mean_rows: bool,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The same in ATen ops, on any device: nothing is read on the host, so the valid ranges go unused.
 
     A whole prompt has one of two forms, both without an L x L mask. The column form is one attention over somewhat wider
@@ -143,6 +148,7 @@ def padded_attention_aten(
     rank, whole = running_count(padding), statically_known_true(query.shape[2] == key.shape[2])
     sees = rank if whole else rank.index_select(1, query_positions(query, key))
     sees = (sees > 0)[:, None, :, None]
+    whole = whole and sink_logits is None
     if whole and query.shape[3] + _COLUMNS <= _WIDEST and scale >= _LEAST_SCALE:
         out = _attention_by_column(query, key, value, padding, scale)
         return _where_seen(out, value, sees, mean_rows)
@@ -150,17 +156,18 @@ def padded_attention_aten(
         out = _attention_by_shares(query, key, value, padding, rank, scale)
         return _where_seen(out, value, sees, mean_rows)
     allowed = causal_behind(query, key) & padding[:, None, None, :]
-    return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows)
+    return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows, sink_logits)
 
 
 def masked_attention_aten(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, sees: Tensor, scale: float, mean_rows: bool
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, sees: Tensor, scale: float, mean_rows: bool,
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention under a mask; rows that see nothing, as `sees` [B or 1, 1, Lq, 1] says, are 0 or the mean of value.
 
     They look at everything instead: runtimes differ on a softmax over nothing.
     """
-    return _where_seen(torch_attention(query, key, value, scale, allowed | ~sees), value, sees, mean_rows)
+    return _where_seen(attention_aten(query, key, value, allowed | ~sees, scale, sink_logits), value, sees, mean_rows)
 
 
 def _attention_by_column(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float) -> Tensor:
@@ -250,7 +257,10 @@ def fill_masked_rows(output: Tensor, value: Tensor | None) -> None:
         output.zero_()
 
 
-def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scale: float) -> None:
+def _fill_range(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scale: float,
+    sink_logits: Tensor | None,
+) -> None:  # fmt: skip
     """Rows from position `start` on, where exactly the tokens [start, stop) are valid."""
     if start == stop:
         return
@@ -258,15 +268,16 @@ def _fill_range(output: Tensor, query: Tensor, key: Tensor, value: Tensor, start
     first, last = max(start - past, 0), max(stop - past, 0)
     key, value = key[:, :, start:stop], value[:, :, start:stop]
     if first < last:
-        output[:, :, first:last] = behind(query[:, :, first:last], key, value, scale)
+        output[:, :, first:last] = behind(query[:, :, first:last], key, value, scale, sink_logits)
     if last < query.shape[2]:
-        output[:, :, last:] = shared_keys(query[:, :, last:], key, value, None, scale)
+        output[:, :, last:] = shared_keys(query[:, :, last:], key, value, None, scale, sink_logits)
 
 
 def _fill_blocks(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, start: int, scale: float
-) -> None:
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, start: int, scale: float,
+    sink_logits: Tensor | None,
+) -> None:  # fmt: skip
     """Rows from position `start` on, the first valid token: every row sees that one at least, so no softmax is empty."""
     first = max(start - (key.shape[2] - query.shape[2]), 0)
     seen = (key[:, :, start:], value[:, :, start:], padding[:, start:])
-    output[:, :, first:] = in_blocks(query[:, :, first:], *seen, scale)
+    output[:, :, first:] = in_blocks(query[:, :, first:], *seen, scale, sink_logits)

@@ -11,6 +11,8 @@ the kernels use masks. Nothing here is fast, and nothing shares code with the im
     decompress        the output rows back in their places, zeros elsewhere    [B,H,L,Dv]
     floor_mask        what each row sees where there is a floor                [B,H,L,L]
 
+Where a model has sinks, sink_logits [H], a softmax has a further logit, of its head, whose weight nothing receives.
+
 B batch, H query heads over G key/value heads, L length, C capacity, Hs = H, or G when a group shares its selection.
 Arithmetic is float32 for half-precision inputs and float64 for float64 inputs: feed float64 for ground truth.
 Method: Token Sparse Attention, arXiv 2602.03216.
@@ -41,7 +43,7 @@ REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
 
 def score(
     query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int,
-    reduce: str | Callable[[Tensor], Tensor] = "mean", value: Tensor | None = None,
+    reduce: str | Callable[[Tensor], Tensor] = "mean", value: Tensor | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """How much attention the window pays to each earlier token: [B,H,L] float32 (float64 for float64 inputs).
 
@@ -65,7 +67,7 @@ def score(
         for h in range(heads):
             logits = scale * query[b, h, rows - past] @ key[b, h // group, valid].T
             future = valid[None, :] > rows[:, None]
-            weights = logits.masked_fill(future.to(logits.device), -math.inf).softmax(dim=-1)
+            weights = _softmax(logits.masked_fill(future.to(logits.device), -math.inf), _sink_of(sink_logits, h))
             weights[weights.isnan() & (logits < math.inf)] = 0.0
             scores[b, h, rows] = math.inf
             scores[b, h, candidates] = 0.0
@@ -167,10 +169,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scal
     return out
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
+def _sink_of(sink_logits: Tensor | None, head: int) -> Tensor | None:
+    return None if sink_logits is None else sink_logits[head]
+
+
+def _softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
+    """Over the last dimension of [rows, n], and a sink beside it, if there is one: [rows, n]."""
+    if sink is None:
+        return logits.softmax(dim=-1)
+    return torch.cat((logits, sink.to(logits).expand(len(logits), 1)), dim=1).softmax(dim=-1)[:, :-1]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float, sink: Tensor | None = None
+) -> Tensor:
     """softmax(scale * query key^T, over `allowed`) value for one head; a row that may attend to no token is 0."""
     logits = (scale * _wide(query) @ _wide(key).T).masked_fill(~allowed, -math.inf)
-    weights = logits.softmax(dim=-1).masked_fill(~allowed, 0.0)
+    weights = _softmax(logits, sink).masked_fill(~allowed, 0.0)
     return (weights @ _wide(value)).to(value.dtype)
 
 
@@ -216,14 +231,17 @@ def _among(selected: Tensor) -> Tensor:
     return (selected[..., None] & selected[:, :, None]).tril()
 
 
-def attention_under(mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attention_under(
+    mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None
+) -> Tensor:
     """Dense attention under any mask [B,H,L,L]; a row that may attend to no token is 0: [B,H,L,Dv]."""
     batch, heads, _, _ = query.shape
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     for b in range(batch):
         for h in range(heads):
             kv = h * key.shape[1] // heads
-            out[b, h] = _attention(query[b, h], key[b, kv], value[b, kv], mask[b, h].to(query.device), scale)
+            allowed, sink = mask[b, h].to(query.device), _sink_of(sink_logits, h)
+            out[b, h] = _attention(query[b, h], key[b, kv], value[b, kv], allowed, scale, sink)
     return out
 
 
@@ -242,7 +260,7 @@ def log_sum_exp(query: Tensor, key: Tensor, count: Tensor | None, scale: float) 
 
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, mean_rows: bool = False,
-    window: int | None = None,
+    window: int | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Dense attention of the last Lq of Lk positions under (kv <= q + Lk - Lq) & padding[b, kv]: [B,H,Lq,Dv].
 
@@ -261,7 +279,8 @@ def padded_attention(
         allowed = causal[:, valid]
         for h in range(heads):
             kv = h * key.shape[1] // heads
-            out[b, h] = _attention(query[b, h], key[b, kv][valid], value[b, kv][valid], allowed, scale)
+            seen, sink = (key[b, kv][valid], value[b, kv][valid]), _sink_of(sink_logits, h)
+            out[b, h] = _attention(query[b, h], *seen, allowed, scale, sink)
             if mean_rows:
                 out[b, h, ~allowed.any(dim=-1)] = _wide(value[b, kv]).mean(dim=0).to(value.dtype)
     return out
@@ -284,6 +303,7 @@ def token_sparse_attention(
     floor_window: int | None = None,
     floor_sinks: int = 0,
     reduce: str = "mean",
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """The whole layer: [B,H,Lq,D], [B,G,L,D], [B,G,L,Dv] -> [B,H,Lq,Dv]. A keep ratio, where given, replaces coverage.
 
@@ -294,18 +314,17 @@ def token_sparse_attention(
     past = seq_len - query.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     capacity = seq_len if capacity is None else capacity
-    scores = score(query, key, padding, scale, window, pool, reduce)
+    scores = score(query, key, padding, scale, window, pool, reduce, sink_logits=sink_logits)
     if granularity == "group":
         scores = group_scores(scores, key.shape[1])
     count = budget(scores, None if keep_ratio is not None else coverage, keep_ratio, min_tokens).clamp(max=capacity)
     indices = select(scores, count, capacity)
     if floor_window is not None:
         mask = floor_mask(padding, is_selected(indices, count, query.shape[1], seq_len), floor_window, floor_sinks)
-        return attention_under(mask[:, :, past:], query, key, value, scale)
-    if past > 0:
-        return attention_under(
-            _among(is_selected(indices, count, query.shape[1], seq_len))[:, :, past:], query, key, value, scale
-        )
+        return attention_under(mask[:, :, past:], query, key, value, scale, sink_logits)
+    if past > 0 or sink_logits is not None:
+        mask = _among(is_selected(indices, count, query.shape[1], seq_len))
+        return attention_under(mask[:, :, past:], query, key, value, scale, sink_logits)
     rows = compress(query, key, value, indices, count)
     return decompress(attend(*rows, count, scale), indices, count, seq_len)
 

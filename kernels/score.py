@@ -10,6 +10,8 @@
     -> scores float32 [B,H,L], contiguous: +inf at the window's tokens (the last W_b = min(window, n_b) valid ones),
     -inf at invalid tokens, and at the candidates what the formula says, or NaN.
 
+With sink_logits [H] (sink.py) the softmax has a further logit for each head, of which no score is made.
+
 A row of the window whose softmax is NaN (a logit is NaN or +inf, or all are -inf) has weight 0, and the candidates whose own
 logits in it are NaN or +inf get NaN as raw score. Their scores are NaN too, and the pooling takes them for 0. So no
 computation makes a score infinite, which only the window and padding are, and NaN marks the tokens that are at fault.
@@ -46,7 +48,8 @@ from torch import Tensor
 from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, take_rows
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
-from tsa_compile.kernels.tiles import Tiles, block_dim, gather_rows, log_sum, on_hopper, row_strides, rows_contiguous
+from tsa_compile.kernels.sink import check_sink
+from tsa_compile.kernels.tiles import LOG2_E, Tiles, block_dim, gather_rows, log_sum, on_hopper, row_strides, rows_contiguous
 from tsa_compile.kernels.window import candidates_of, columns_of, load_window, window_rows, window_rows_aten
 
 REDUCTIONS = ("mean", "max")
@@ -125,7 +128,7 @@ def _row_stats_kernel(
 
 @triton.jit(do_not_specialize=["seq_len", "past", "window", "splits"])
 def _combine_kernel(
-    p_partial, p_rank, p_row_lse, seq_len, past, window, heads, splits,
+    p_partial, p_rank, p_sink, p_row_lse, seq_len, past, window, heads, splits,
     HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """row_lse[b,h,w] = log2 sum_split 2^partial; +inf for slots without a row, whose weights thereby become 0.
@@ -141,6 +144,10 @@ def _combine_kernel(
     row_max = tl.max(partial, axis=0)
     total = tl.sum(tl.exp2(partial - tl.where(slots < rows, row_max, 0.0)[None, :]), axis=0)
     row_lse = row_max + tl.log2(total)
+    if p_sink is not None:
+        sink = tl.load(p_sink + line % heads).to(tl.float32) * LOG2_E
+        top = tl.maximum(row_lse, sink)
+        row_lse = tl.where(row_lse == row_lse, top + tl.log2(tl.exp2(row_lse - top) + tl.exp2(sink - top)), row_lse)
     row_lse = tl.where((slots < rows) & (row_lse == row_lse), row_lse, float("inf"))
     tl.store(p_row_lse + line * window + slots, row_lse, mask=slots < window)
 
@@ -230,7 +237,7 @@ def _pool_kernel(
 
 def score_triton(
     query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean",
-    split_len: int = 0,
+    sink_logits: Tensor | None = None, split_len: int = 0,
 ) -> Tensor:  # fmt: skip
     """Launches the kernels. About `split_len` keys go to each program of the first pass; 0 chooses by the length."""
     batch, heads, _, head_dim = query.shape
@@ -262,7 +269,7 @@ def score_triton(
         (*strides, scale_log2, seq_len, past, window, split_len, heads, group), **options,
     )  # fmt: skip
     launch(_combine_kernel, (cdiv(window, 64), batch * heads),
-        (partial, rank, row_lse), (seq_len, past, window, heads, splits),
+        (partial, rank, sink_logits, row_lse), (seq_len, past, window, heads, splits),
         HAS_PADDING=has_padding, BLOCK_S=most_splits, BLOCK_M=64,
     )  # fmt: skip
     launch(_columns_kernel, (cdiv(seq_len, tiles.block_n), key.shape[1], batch),
@@ -288,28 +295,31 @@ def _tiles(dtype: torch.dtype, block_d: int, window: int, hopper: bool) -> Tiles
 
 
 def score_cuda(
-    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
-) -> Tensor:
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean",
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """By the kernels where they fit, else in ATen ops."""
     if query.dtype == torch.float64 or query.shape[3] > MAX_HEAD_DIM:
-        return score_aten(query, key, padding, scale, window, pool, reduce)
-    return score_triton(query, key, padding, scale, window, pool, reduce)
+        return score_aten(query, key, padding, scale, window, pool, reduce, sink_logits)
+    return score_triton(query, key, padding, scale, window, pool, reduce, sink_logits)
 
 
 @torch.library.custom_op("tsa::score", mutates_args=())
 def score(
-    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
-) -> Tensor:
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean",
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Scores [B,H,L] float32 of every token; `reduce`, over the window's rows: "mean" or "max".
 
     ValueError where shapes do not fit or an option is not allowed.
     """
     _check(query, key, padding, window, pool, reduce)
-    return _compute(query, key, padding, scale, window, pool, reduce)
+    check_sink("score", query, sink_logits)
+    return _compute(query, key, padding, scale, window, pool, reduce, sink_logits)
 
 
 @score.register_fake
-def _(query: Tensor, key: Tensor, *others: Any) -> Tensor:
+def _(query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
@@ -335,12 +345,13 @@ def check_window(op: str, window: int, pool: int, reduce: str) -> None:
 
 
 def score_aten(
-    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean"
-) -> Tensor:
+    query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean",
+    sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The same in ATen ops, on any device. Holds the weights of 32 rows of the window at a time: [B,H,32,L]."""
     past = keys_before(query, key)
     rank, candidates, rows, alive = window_rows_aten(padding, key, past, window)
-    total, faulty = _over_window(query, key, padding, rows, alive, scale, past, reduce)
+    total, faulty = _over_window(query, key, padding, rows, alive, scale, past, reduce, sink_logits)
     if reduce == "mean":
         total = total / at_least(rank[:, -1:] - candidates, 1)[:, None].to(total.dtype)
     raw = torch.where(faulty, 0.0, total)
@@ -352,8 +363,9 @@ def score_aten(
 
 
 def _over_window(
-    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float, past: int, reduce: str
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor, alive: Tensor, scale: float, past: int, reduce: str,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum of weights [B,H,L], or their maximum, over those rows [B or 1, W] of the window that are alive and not NaN.
 
     And whether a row has a logit there, bool [B,H,L], that is NaN or +inf.
@@ -374,13 +386,21 @@ def _over_window(
         if padding is not None:
             allowed = allowed & padding[:, None, None]
         logits = torch.where(allowed, logits, -math.inf)
-        weights = logits.softmax(dim=-1)
+        weights = _softmax(logits, sink_logits)
         sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
         weights = torch.where(alive[:, None, first : first + 32, None] & sound, weights, 0.0)
         total = total + weights.sum(dim=2) if reduce == "mean" else torch.maximum(total, weights.amax(dim=2))
         # NaN or +inf if one of them is (or if they pass 1e37); a maximum passes NaN over in some runtimes.
         faulty = faulty | ~(logits.sum(dim=2) < math.inf)
     return total, faulty
+
+
+def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Of logits [B, H, rows, L]; that of the sink takes its share, and has no weight among those that are returned."""
+    if sink_logits is None:
+        return logits.softmax(dim=-1)
+    sink = sink_logits.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
+    return torch.cat((logits, sink), 3).softmax(dim=-1)[..., :-1]
 
 
 def _pool_candidates(raw: Tensor, padding: Tensor | None, rank: Tensor, candidates: Tensor, pool: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Dense causal attention over a sliding window, exact for every row and without an L x L tensor.
 
     out[b, h, i] = sum_t softmax_t(scale * <query[b, h, i], key[b, g, t]>) value[b, g, t]
-                   over t with i - window < t <= i, and with padding[b, t] where there is padding
+                   over t with p(i) - window < t <= p(i), and with padding[b, t] where there is padding
 
-    query [B, H, L, D], key [B, G, L, D], value [B, G, L, Dv], g = h // (H / G), window >= 1: a row sees that many tokens,
-    itself among them; padding bool [B, L] (True = valid)
-    ->  out [B, H, L, Dv] in the memory layout [B, L, H, Dv]
+    query [B, H, Lq, D], key [B, G, Lk, D], value [B, G, Lk, Dv], g = h // (H / G), window >= 1: a row sees that many tokens,
+    itself among them; padding bool [B, Lk] (True = valid); p(i) = i + Lk - Lq: the queries are the last Lq of Lk positions
+    ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
-A row that sees no token is 0, or with `mean_rows` the mean of value over all keys, as in padded.py.
+A row that sees no token is 0, or with `mean_rows` the mean of value over all keys, as in padded.py. With sink_logits each
+softmax has a number more in its denominator (sink.py), on CUDA in the same kernel.
 
 Models with such layers write them as attention under a mask of L x L, which torch's kernels read whole: at 32K tokens the
 mask takes 1 GiB and the attention as long as without a window. Here a row costs its window, on CUDA by the kernel of
@@ -25,8 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._aten import as_rows, torch_attention
-from tsa_compile.kernels.cached import ROWS, check_operands, shared_keys
+from tsa_compile.kernels._aten import as_rows, keys_before
+from tsa_compile.kernels.cached import ROWS, check_operands, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
 from tsa_compile.kernels.floor import near_triton
@@ -40,38 +41,41 @@ from tsa_compile.kernels.padded import (
     runs_of_ranges,
 )
 from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
+from tsa_compile.kernels.sink import attention_aten, check_sink
 
 
-def sliding_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """Dense attention under q - window < kv <= q; ValueError where shapes do not fit. See the module's docstring."""
-    _check("sliding_attention", query, key, value, window)
+def sliding_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None
+) -> Tensor:
+    """Dense attention under p(q) - window < kv <= p(q); ValueError where shapes do not fit. See the module's docstring."""
+    _check("sliding_attention", query, key, value, window, sink_logits)
     output = attention_output(query, key, value)
-    _fill(output, query, key, value, scale, window)
+    _fill(output, query, key, value, scale, window, sink_logits)
     return output
 
 
 def padded_sliding_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int,
-    mean_rows: bool,
+    mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same with padding; `valid_ranges` as `tsa.valid_ranges` gives them."""
-    _check("padded_sliding_attention", query, key, value, window)
+    _check("padded_sliding_attention", query, key, value, window, sink_logits)
     check_padding("padded_sliding_attention", key, padding, valid_ranges)
-    output, length = attention_output(query, key, value), key.shape[2]
+    output, length, past = attention_output(query, key, value), key.shape[2], keys_before(query, key)
     items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
     for group, (start, stop, contiguous) in runs_of_ranges(items):
         part, rows = output[group], (query[group], key[group], value[group])
         mean_of = rows[2] if mean_rows else None
-        reach = min(stop + window - 1, length)  # rows up to there may see a valid token
-        fill_masked_rows(part[:, :, :start], mean_of)
+        # The first row that sees a valid token, those from which all do that it has before it, and the last that sees one.
+        first, last, reach = (max(at - past, 0) for at in (start, stop, min(stop + window - 1, length)))
+        fill_masked_rows(part[:, :, :first], mean_of)
         fill_masked_rows(part[:, :, reach:] if stop else part, mean_of)
-        first = start
-        if contiguous and start < stop:
-            first = stop
-            q, k, v = (tensor[:, :, start:stop] for tensor in rows)
-            _fill(part[:, :, start:stop], q, k, v, scale, window)
+        if contiguous and first < last:
+            q, k, v = rows[0][:, :, first:last], rows[1][:, :, start:stop], rows[2][:, :, start:stop]
+            _fill(part[:, :, first:last], q, k, v, scale, window, sink_logits)
+        first = last if contiguous else first
         if stop:
-            _fill_blocks(part, *rows, padding[group], range(first, reach), scale, window, mean_rows)
+            _fill_blocks(part, *rows, padding[group], range(first, reach), scale, window, sink_logits, mean_rows)
     return output
 
 
@@ -79,65 +83,68 @@ define(sliding_attention, attention_output)
 define(padded_sliding_attention, attention_output, *HOST)
 
 
-def sliding_attention_aten(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """The same in ATen ops, on any device; holds a bool mask [1, 1, L, L]."""
-    return as_rows(torch_attention(query, key, value, scale, _near(key, window)))
+def sliding_attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None
+) -> Tensor:
+    """The same in ATen ops, on any device; holds a bool mask [1, 1, Lq, Lk]."""
+    return as_rows(attention_aten(query, key, value, _near(query, key, window), scale, sink_logits))
 
 
 def padded_sliding_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, window: int,
-    mean_rows: bool,
+    mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same in ATen ops, on any device; holds a bool mask [B, 1, L, L]. The valid ranges go unused."""
-    allowed = _near(key, window) & padding[:, None, None, :]
-    return masked_attention_aten(query, key, value, allowed, allowed.any(3, keepdim=True), scale, mean_rows)
+    """The same in ATen ops, on any device; holds a bool mask [B, 1, Lq, Lk]. The valid ranges go unused."""
+    allowed = _near(query, key, window) & padding[:, None, None, :]
+    return masked_attention_aten(query, key, value, allowed, allowed.any(3, keepdim=True), scale, mean_rows, sink_logits)
 
 
 _near_rows = remembered(near_triton)
 
 
-def _near(key: Tensor, window: int) -> Tensor:
-    """Where q - window < kv <= q: bool [1, 1, L, L]."""
-    positions = torch.arange(key.shape[2], device=key.device)
-    distance = positions[:, None] - positions
+def _near(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Where p(q) - window < kv <= p(q): bool [1, 1, Lq, Lk]."""
+    distance = query_positions(query, key)[:, None] - torch.arange(key.shape[2], device=key.device)
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def _check(op: str, query: Tensor, key: Tensor, value: Tensor, window: int) -> None:
+def _check(op: str, query: Tensor, key: Tensor, value: Tensor, window: int, sink_logits: Tensor | None) -> None:
     check_operands(op, query, key, value)
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(f"tsa::{op}: {query.shape[2]} queries over {key.shape[2]} keys; expected as many")
+    check_sink(op, query, sink_logits)
     if window < 1:
         raise ValueError(f"tsa::{op}: a window of {window} tokens; expected at least 1")
 
 
-def _fill(output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> None:
+def _fill(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None
+) -> None:
     """All rows, where all tokens are valid."""
-    window = min(window, query.shape[2])  # kernels count in 32 bits
+    window = min(window, key.shape[2])  # kernels count in 32 bits
     if of_window(KernelRequest.of(query, key, value)) == TRITON:
         with torch.cuda.device_of(query):
-            _near_rows(query, key, value, scale, window, output)
+            _near_rows(query, key, value, scale, window, sink_logits, output)
     else:
-        _fill_blocks(output, query, key, value, None, range(query.shape[2]), scale, window)
+        _fill_blocks(output, query, key, value, None, range(query.shape[2]), scale, window, sink_logits)
 
 
 def _fill_blocks(
     output: Tensor, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, rows: range, scale: float,
-    window: int, mean_rows: bool = False,
+    window: int, sink_logits: Tensor | None, mean_rows: bool = False,
 ) -> None:  # fmt: skip
     """Some rows, block by block; those that see nothing look at everything, as a softmax over nothing is NaN."""
     positions = torch.arange(key.shape[2], device=query.device)
     elsewhere = mean_of_keys(value, query.shape[1]).to(output.dtype) if mean_rows else output.new_zeros(())
+    past = keys_before(query, key)
     for low in range(rows.start, rows.stop, ROWS):
         high = min(low + ROWS, rows.stop)
-        first = max(low - window + 1, 0)
-        distance = positions[low:high, None] - positions[first:high]
+        first, until = max(past + low - window + 1, 0), past + high
+        distance = positions[past + low : until, None] - positions[first:until]
         allowed = ((distance >= 0) & (distance < window))[None, None]  # [1, 1, rows, keys]
         sees = None
         if padding is not None:
-            allowed = allowed & padding[:, None, None, first:high]
+            allowed = allowed & padding[:, None, None, first:until]
             sees = allowed.any(3, keepdim=True)
             allowed = allowed | ~sees
-        keys, values = key[:, :, first:high], value[:, :, first:high]
-        out = shared_keys(query[:, :, low:high], keys, values, allowed, scale)
+        keys, values = key[:, :, first:until], value[:, :, first:until]
+        out = shared_keys(query[:, :, low:high], keys, values, allowed, scale, sink_logits)
         output[:, :, low:high] = out if sees is None else torch.where(sees, out, elsewhere)

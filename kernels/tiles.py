@@ -24,6 +24,7 @@ from tsa_compile.kernels.launch import next_power_of_2, tl, triton
 # in units of ALIGN, the item, the head. No class: Inductor copies a kernel's functions and constants into packages alone.
 DESCRIPTOR, POINTER, STRIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ITEM, HEAD = tl.constexpr(3), tl.constexpr(4)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Tiles(NamedTuple):

@@ -49,11 +49,22 @@ def test_every_row_equals_the_masked_attention(device, window, kind, mean_rows, 
     check(operands(device=device), make_padding(kind, 2, 45, device), window, mean_rows)
 
 
+@pytest.mark.parametrize("mean_rows", [False, True])
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("rows, window", [(1, 1), (7, 9), (7, 2**40), (30, 2), (44, 20)])
+def test_queries_behind_a_cache(device, rows, window, kind, mean_rows, monkeypatch):
+    monkeypatch.setattr(sliding, "ROWS", 8)
+    query, key, value = operands(device=device)
+    check((query[:, :, 45 - rows :], key, value), make_padding(kind, 2, 45, device), window, mean_rows)
+
+
 @pytest.mark.parametrize("window", [1, 9, 45, 200])
 @pytest.mark.parametrize("layout", ["BLHD", "BHLD", "packed", "strided", "odd"])
 def test_the_kernel_equals_the_reference(triton_device, window, layout):
     inputs = operands(device=triton_device, layout=layout, value_dim=48)
     close(near_triton(*inputs, 0.2, window).cpu(), expected(inputs, None, window))
+    chunk = (inputs[0][:, :, 25:], *inputs[1:])
+    close(near_triton(*chunk, 0.2, window).cpu(), expected(chunk, None, window))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -64,10 +75,11 @@ def test_dtypes_sharing_and_head_sizes(device, dtype, heads, kv_heads, dim, valu
         check(inputs, make_padding(kind, 2, 45, device), 9, scale=dim**-0.5)
 
 
-@given(st.integers(1, 70), st.integers(1, 90), st.sampled_from(PADDINGS), st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_every_form_agrees(length, window, kind, mean_rows):
-    inputs, padding = qkv(2, seq_len=length, dim=8), make_padding(kind, 2, length)
+@given(st.integers(1, 70), st.integers(1, 90), st.sampled_from(PADDINGS), st.booleans(), st.integers(1, 70))
+@settings(max_examples=60, deadline=None)
+def test_every_form_agrees(length, window, kind, mean_rows, rows):
+    (query, *keys), padding = qkv(2, seq_len=length, dim=8), make_padding(kind, 2, length)
+    inputs = (query[:, :, max(length - rows, 0) :], *keys)
     wanted = expected(inputs, padding, window, mean_rows)
     close(run(inputs, padding, window, mean_rows), wanted)
     if padding is None:
@@ -96,8 +108,8 @@ def test_opcheck(device, kind):
 
 def test_what_does_not_fit_is_refused():
     query, key, value = operands()
-    with pytest.raises(ValueError, match=r"tsa::sliding_attention: 40 queries over 45 keys; expected as many"):
-        sliding_attention(query[:, :, 5:], key, value, 0.2, 9)
+    with pytest.raises(ValueError, match=r"tsa::sliding_attention: 45 queries over 40 keys"):
+        sliding_attention(query, key[:, :, 5:], value[:, :, 5:], 0.2, 9)
     with pytest.raises(ValueError, match="a window of 0 tokens; expected at least 1"):
         sliding_attention(query, key, value, 0.2, 0)
     with pytest.raises(ValueError, match="padding"):

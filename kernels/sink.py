@@ -1,0 +1,115 @@
+"""A learned number for each head in the denominator of its softmax, as gpt-oss has it: a key of that logit without a value.
+
+    out[b, h, i] = sum_t exp(l[t]) value[t] / (exp(s[h]) + sum_t exp(l[t]))        l[t] = scale * <query[i], key[t]>, t seen
+                 = o exp(r) / (exp(s[h]) + exp(r))
+
+    s: sink_logits [H], floating point. o [B, H, R, Dv] and r [B, H, R] are the attention without it and the log-sum-exp
+    r = log sum_t exp(l[t]), which kernels give anyway
+
+A row that sees no key is 0. These sinks are no tokens: those of the floor (floor.py) are the first tokens of the prompt.
+
+Method: gpt-oss (arXiv 2508.10925); the number in the denominator is that of "Attention is off by one" and of
+StreamingLLM's zero sink, arXiv 2309.17453.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsa_compile.kernels._aten import torch_attention
+
+_COLUMNS = 8
+"""Further columns of query, key and value: three are used, and rows of half precision stay aligned to 16 bytes."""
+_PARTS = 3
+"""A logit is handed over as a sum of numbers of the query's dtype: three of bfloat16 hold what float32 does."""
+_FACTOR = 64.0
+"""Of the further key, so that a logit of -1e6 fits into float16."""
+
+
+def check_sink(op: str, query: Tensor, sink_logits: Tensor | None) -> None:
+    """ValueError unless there is a number for each of the query's heads, or none at all."""
+    if sink_logits is None:
+        return
+    if sink_logits.shape != query.shape[1:2] or not sink_logits.is_floating_point():
+        raise ValueError(
+            f"tsa::{op}: sink_logits {sink_logits.dtype} {[*sink_logits.shape]} for {query.shape[1]} heads; expected "
+            f"floating point [{query.shape[1]}]"
+        )
+
+
+def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
+    """Attention [B, H, R, Dv] with log-sum-exp [B, H, R] as it is with the number in its denominator, in the same layout."""
+    share = torch.sigmoid(lse - sink_logits.to(lse.dtype)[:, None])
+    return torch.mul(output, share[..., None], out=torch.empty_like(output))  # without a product in float32 in between
+
+
+def lse_with_sink(lse: Tensor, sink_logits: Tensor) -> Tensor:
+    """The log-sum-exp [B, H, R] with the number among the logits."""
+    return torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])
+
+
+def attention_aten(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float, sink_logits: Tensor | None
+) -> Tensor:
+    """Attention under a mask [B or 1, 1, R, K] in ATen ops, with a sink or without."""
+    if sink_logits is None:
+        return torch_attention(query, key, value, scale, allowed)
+    return attention_with_sink(query, key, value, allowed, scale, sink_logits)
+
+
+def attention_with_sink(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float, sink_logits: Tensor
+) -> Tensor:
+    """The rows [B, H, R, Dv], written out; `allowed` [B or 1, 1, R, K] are the keys that each sees, None: all.
+
+    In ATen ops, on any device; holds the logits [B, H, R, K], and repeats no key.
+    """
+    wide, groups = torch.promote_types(query.dtype, torch.float32), key.shape[1]
+    share = query.shape[1] // groups
+    rows = query.unflatten(1, (groups, share)).flatten(2, 3).to(wide)  # a group's heads are further rows of the same keys
+    logits = (scale * rows @ key.to(wide).transpose(2, 3)).unflatten(2, (share, query.shape[2]))  # [B, G, H / G, R, K]
+    if allowed is not None:
+        logits = torch.where(allowed[:, :, None], logits, float("-inf"))
+    sink = sink_logits.to(wide).unflatten(0, (groups, share))[None, :, :, None, None]
+    top = torch.maximum(logits.amax(-1, keepdim=True), sink)
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True) + (sink - top).exp()
+    out = weights.flatten(2, 3) @ value.to(wide)
+    return (out.unflatten(2, (share, query.shape[2])) / total).flatten(1, 2).to(query.dtype)
+
+
+def causal_with_sink_aten(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor) -> Tensor:
+    """Causal attention over as many queries as keys, [B, H, C, Dv], in ATen ops."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = sink_logits.to(wide)[None, :, None].expand(query.shape[:3])
+    return attention_beside(logits, query, key, value, scale)[..., : value.shape[3]].to(query.dtype)
+
+
+def attention_beside(logits: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention over rows [B, H, C, D], and one key before them that has `logits` [B, H, C] and no value.
+
+    In ATen ops, one call of torch's attention with somewhat wider heads, for a positive scale; nothing is [C, C].
+
+    Returns:
+        [B, H, C, Dv + 8]; the further key's share is in column Dv.
+    """
+    logits = logits / (_FACTOR * scale)
+    parts, rest = [], torch.maximum(logits, torch.full_like(logits, torch.finfo(query.dtype).min))
+    for _ in range(_PARTS):
+        parts.append(rest.to(query.dtype)[..., None])
+        rest = rest - parts[-1][..., 0].to(rest.dtype)
+    unused = torch.zeros_like(query[..., :1]).expand(-1, -1, -1, _COLUMNS - _PARTS)
+    query = _behind_one(torch.cat((query, *parts, unused), 3), 0, 0, 0.0)  # row i sees the keys up to i, and one more
+    key = _behind_one(key, _COLUMNS, _PARTS, _FACTOR)
+    value = _behind_one(value, _COLUMNS, 1, 1.0)
+    return torch_attention(query, key, value, scale)[:, :, 1:]
+
+
+def _behind_one(rows: Tensor, columns: int, filled: int, number: float) -> Tensor:
+    """The rows with further columns of zeros, behind a row of zeros that has `number` in the first of these columns."""
+    width = rows.shape[3]
+    rows = torch.cat((rows, torch.zeros_like(rows[..., :1]).expand(-1, -1, -1, columns)), 3) if columns else rows
+    places = torch.arange(width + columns, device=rows.device)
+    first = torch.where((places >= width) & (places < width + filled), number, 0.0).to(rows.dtype)
+    return torch.cat((first.expand(rows.shape[0], rows.shape[1], 1, width + columns), rows), 2)
