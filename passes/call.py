@@ -81,6 +81,7 @@ class AttentionCall:
         layer: the module's name in the model ("model.layers.3.self_attn"), or the node's name outside any module.
         wide_key, wide_value: key and value as the model wrote them, repeated to H heads or not.
         lists: of FlexAttention, which blocks it goes over.
+        sink_logits: a tensor [H] of numbers in the softmaxes' denominators (kernels/sink.py).
         problem: why the call cannot be rewritten whatever its mask, with a sentence for the report; None if it can.
     """
 
@@ -99,6 +100,7 @@ class AttentionCall:
     wide_key: Node | None = None
     wide_value: Node | None = None
     lists: BlockLists | None = None
+    sink_logits: Node | None = None
 
     @property
     def peeled(self) -> bool:
@@ -121,4 +123,5 @@ class RecordedCall:
     dropout: Any = 0.0
     grouped: bool = False
     lists: BlockLists | None = None
+    sink_logits: Node | None = None
     problem: Problem | None = None

@@ -10,7 +10,8 @@
              o = tsa.padded_sliding_attention(q, k, v, padding, valid_ranges, s, window)             and padding [B, L]
              o = tsa.filled_attention(q, k, v, .., positions [Lq], filled [2], s)         causal up to positions in a cache
 
-Each computes what the model computes, up to rounding; the clean-up then removes what built the mask.
+Each computes what the model computes, up to rounding; the clean-up then removes what built the mask. All but SDPA take a
+call's sinks, sink_logits=[H] (kernels/sink.py).
 """
 
 from __future__ import annotations
@@ -41,24 +42,27 @@ class CanonicalizeDense(Pass):
         call = plan.call
         if plan.decision is Decision.WINDOW:
             return self._window(graph, plan)
-        if plan.decision is Decision.DENSE and plan.kernel == TRITON and known(_length(call.query) == _length(call.key)):
-            rows = (call.query, call.key, call.value)
-            return insert(graph, torch.ops.tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
+        rows, whole = (call.query, call.key, call.value), known(_length(call.query) == _length(call.key))
+        named = plan.decision is Decision.DENSE and plan.kernel == TRITON
+        if named and whole:
+            sink = self.state.sink_of(plan)
+            return insert(graph, torch.ops.tsa.attend.default, *rows, None, scale_of(call), plan.kernel, **sink)
         if call.form == "sdpa" and not call.masks and not call.peeled:
             return None
         if plan.filled is None and plan.decision is Decision.DENSE:
-            return _causal(graph, call)
+            return _causal(graph, call, self.state.sink_of(plan))
         assert plan.mask is not None
         op = torch.ops.tsa.padded_attention if plan.filled is None else torch.ops.tsa.filled_attention
         operands = (*self.state.operands(plan, graph), scale_of(call))
-        return insert(graph, op.default, *operands, plan.mask.mean_rows)
+        return insert(graph, op.default, *operands, plan.mask.mean_rows, **self.state.sink_of(plan))
 
     def _window(self, graph: Graph, plan: CallPlan) -> Node:
         assert plan.mask is not None
         operands = (*self.state.operands(plan, graph), scale_of(plan.call), plan.mask.window)
         if plan.padding is None:
-            return insert(graph, torch.ops.tsa.sliding_attention.default, *operands)
-        return insert(graph, torch.ops.tsa.padded_sliding_attention.default, *operands, plan.mask.mean_rows)
+            return insert(graph, torch.ops.tsa.sliding_attention.default, *operands, **self.state.sink_of(plan))
+        operands = (*operands, plan.mask.mean_rows)
+        return insert(graph, torch.ops.tsa.padded_sliding_attention.default, *operands, **self.state.sink_of(plan))
 
 
 def _length(rows: Node) -> Any:
@@ -70,11 +74,11 @@ def scale_of(call: AttentionCall) -> Any:
     return 1.0 / math.sqrt(fake(call.query).shape[3]) if call.scale is None else call.scale
 
 
-def _causal(graph: Graph, call: AttentionCall) -> Node:
+def _causal(graph: Graph, call: AttentionCall, sink: dict[str, Any]) -> Node:
     key, value = call.key, call.value
     query = fake(call.query)
-    if not known(_length(call.query) == _length(key)):
-        return insert(graph, torch.ops.tsa.cached_attention.default, call.query, key, value, scale_of(call))
+    if sink or not known(_length(call.query) == _length(key)):
+        return insert(graph, torch.ops.tsa.cached_attention.default, call.query, key, value, scale_of(call), **sink)
     if call.peeled and query.device.type == "cuda" and query.dtype == torch.float32:
         assert call.wide_key is not None and call.wide_value is not None
         key, value = call.wide_key, call.wide_value  # no fused float32 kernel takes grouped heads

@@ -13,6 +13,8 @@
              o^, lse = tsa.attend_lse(q^, k^, v^, count, scale, kernel)                   [B, H, C, Dv], [B, H, C]
              o       = tsa.merge_floor(q, k, v, o^, lse, indices, count, padding, scale, window, sinks)
 
+    with sinks, sink_logits=[H] (kernels/sink.py) of score, and of merge_floor, or attend without a floor
+
 C is L, the capacity, or, for a keep ratio, an expression in L: no shape depends on data. A keep ratio without padding
 needs no count at all. Where the heads of a group share a selection, scores are averaged over them first: [B, G, L]. Where
 other processes have heads too, a coverage is decided by tsa.mean_over_ranks(scores, group), [B, 1, L].
@@ -81,6 +83,11 @@ class _SparseCall(Options):
     value: Node
     padding: Node | None = None
     valid_ranges: Node | None = None
+    sink_logits: Node | None = None
+
+    @property
+    def sink(self) -> dict[str, Any]:
+        return {} if self.sink_logits is None else {"sink_logits": self.sink_logits}
 
     @classmethod
     def of(cls, node: Node) -> _SparseCall:
@@ -91,7 +98,7 @@ class _SparseCall(Options):
 def _open(graph: Graph, call: _SparseCall) -> Node:
     rows, length = size(graph, call.query, 2), size(graph, call.key, 2)
     scored = (call.query, call.key, call.padding, call.scale, call.window, call.pool, call.reduce)
-    scores = insert(graph, tsa.score.default, *scored)
+    scores = insert(graph, tsa.score.default, *scored, **call.sink)
     if call.shared:
         scores = _group_mean(graph, call, scores)
     capacity = _capacity(graph, call, rows, length)
@@ -117,8 +124,8 @@ def _attend(graph: Graph, call: _SparseCall, indices: Node, count: Node | None, 
         attended = insert(graph, tsa.attend_lse.default, query, key, value, count, call.scale, call.kernel)
         compressed, lse = (insert(graph, operator.getitem, attended, i) for i in range(2))
         operands = (call.query, call.key, call.value, compressed, lse, indices, count, call.padding, call.scale)
-        return insert(graph, tsa.merge_floor.default, *operands, call.floor_window, call.floor_sinks)
-    compressed = insert(graph, tsa.attend.default, query, key, value, count, call.scale, call.kernel)
+        return insert(graph, tsa.merge_floor.default, *operands, call.floor_window, call.floor_sinks, **call.sink)
+    compressed = insert(graph, tsa.attend.default, query, key, value, count, call.scale, call.kernel, **call.sink)
     return insert(graph, tsa.decompress.default, compressed, indices, count, length)
 
 

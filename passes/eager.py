@@ -7,6 +7,11 @@
     weights = dropout(weights, p=0)
     output  = matmul(weights, v)                              [B, H, Lq, Dv]; or bmm, einsum
 
+with a sink for each head (kernels/sink.py), between the masks and the product with the values
+    scores  = cat([scores, s.reshape(1, H, 1, 1).expand(B, H, Lq, 1)], -1)
+    scores  = scores - max(scores, -1, keepdim)               or not: a softmax does not change by it
+    weights = softmax(scores, -1)[..., :-1]
+
 Between the two products only what is named here may stand, and what provably changes nothing: copies, casts to types that
 hold all that the query's type does, and views that leave the last two dimensions. Every step must be read by the next one
 alone. Anything else that weighs by a softmax over a product is a call with reason UNSUPPORTED_FORM.
@@ -25,25 +30,31 @@ from torch.fx import Node
 from tsa_compile.passes.aten import AtenGraph, users
 from tsa_compile.passes.call import OUT_OF_RANGE, MaskTerm, RecordedCall, keeps_range
 from tsa_compile.passes.graph import fake, known, same_shape
-from tsa_compile.passes.operators import arguments, aten, functional, without_copies
+from tsa_compile.passes.operators import arguments, aten, functional
+from tsa_compile.passes.products import (
+    CASTS,
+    FLOATS,
+    SAME,
+    VIEWS,
+    are_matched,
+    factors_of,
+    four_dimensional,
+    holds,
+    is_equation,
+    keeps_last_two,
+    query_and_key,
+)
+from tsa_compile.passes.sinks import drops_last_column, one_a_head, own_maximum
 from tsa_compile.reasons import Reason
 
-_CASTS = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
-)  # fmt: skip
-_SAME = (aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default)
-_VIEWS = (
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.view_as.default, aten.reshape_as.default,
-)  # fmt: skip
-_TRANSPARENT = (*_CASTS, *_SAME, *_VIEWS)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a float8 loses is more than rounding
+_TRANSPARENT = (*CASTS, *SAME, *VIEWS)
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _FACTORS = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.multiply.Tensor: "mul", aten.multiply.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.divide.Tensor: "div", aten.true_divide.Tensor: "div",
 }  # fmt: skip
+_COLUMNS = (aten.cat.default, aten.slice.Tensor)  # a sink's comes and goes
 _FAR = 12  # steps within which a softmax's product is looked for
 
 
@@ -53,7 +64,7 @@ class WrittenOut:
     def __init__(self, graph: AtenGraph) -> None:
         self.softmaxes: dict[Node, _Weights] = {}
         for call in graph.calls.nodes:
-            if call.target in _PRODUCTS and (weights := _operands(call)[0]) is not None:
+            if call.target in _PRODUCTS and (weights := factors_of(call)[0]) is not None:
                 walked = _Weights().walk(weights)
                 if walked.softmax is not None:
                     self.softmaxes[call] = walked
@@ -73,37 +84,29 @@ class WrittenOut:
 def _read_product(call: Node, weights: _Weights) -> RecordedCall | None:
     assert weights.softmax is not None
     scores = _Scores().walk(weights.softmax.args[0])
-    value = _operands(call)[1]
+    value = factors_of(call)[1]
     if scores.product is None:
         product = _product_behind(weights.softmax.args[0])
         if product is None:  # a mixture of something else
             return None
         return _unsupported(call, product, value, scores.problem or "the scores are no product of query and key")
-    query, key = _query_and_key(scores.product)
-    value = _four_dimensional(value)
-    problem = scores.problem or _chain_problem(call, weights, scores)
-    if problem is None and (None in (query, key, value) or not _are_matched(call, scores.product, query, key, value)):
+    query, key = query_and_key(scores.product)
+    value = four_dimensional(value)
+    problem = scores.problem or _chain_problem(call, weights, scores) or scores.sink_problem(query, weights.dropped)
+    if problem is None and (None in (query, key, value) or not are_matched(call, scores.product, query, key, value)):
         problem = "the products are not [B, H, Lq, D] with a transposed [B, H, Lk, D] and [B, H, Lk, Dv]"
     problem = problem or scores.problem_for(fake(query))
     if problem is not None:
-        return _unsupported(call, scores.product, _operands(call)[1], problem)
+        return _unsupported(call, scores.product, factors_of(call)[1], problem)
     masks = tuple(term for term, _ in scores.masks)
-    return RecordedCall(call, "eager", query, key, value, masks, scale=scores.scale, dropout=weights.dropout)
+    return RecordedCall(
+        call, "eager", query, key, value, masks, scale=scores.scale, dropout=weights.dropout, sink_logits=scores.sink_logits
+    )
 
 
 def _unsupported(call: Node, product: Node, value: Any, problem: str) -> RecordedCall:
-    query, key = _operands(product)
+    query, key = factors_of(product)
     return RecordedCall(call, "eager", query, key, value, problem=(Reason.UNSUPPORTED_FORM, problem))
-
-
-def _operands(product: Node) -> tuple[Any, Any]:
-    """The two factors of a product."""
-    if product.target is aten.baddbmm.default:
-        return product.args[1], product.args[2]
-    if product.target is aten.einsum.default:
-        factors: Any = product.args[1]
-        return tuple(factors) if len(factors) == 2 else (None, None)  # type: ignore[return-value]
-    return product.args[0], product.args[1]
 
 
 # -- the weights --------------------------------------------------------------------------------------------------------
@@ -116,6 +119,8 @@ class _Weights:
     softmax: Node | None = None
     dropout: Any = 0.0
     chain: list[Node] = field(default_factory=list)
+    dropped: bool = False
+    """Whether the last column is left out."""
 
     def walk(self, node: Any) -> _Weights:
         while isinstance(node, Node):
@@ -130,6 +135,8 @@ class _Weights:
                 _, probability, training = arguments(node)
                 if training is not False and probability != 0:
                     self.dropout = probability
+            elif not self.dropped and drops_last_column(node):
+                self.dropped = True
             elif target not in _TRANSPARENT:
                 return self
             node = node.args[0]
@@ -152,6 +159,12 @@ class _Scores:
     """Each mask, and the step that applies it."""
     factors: list[float] = field(default_factory=list)
     """What the scale is the product of, the last step first."""
+    sink: Node | None = None
+    """What is joined to the scores as a further column."""
+    sink_logits: Node | None = None
+    """The numbers in it, one a head: [H]."""
+    shifted: dict[Node, Node] = field(default_factory=dict)
+    """Scores from which their own maximum is taken away, and what computes it."""
     symbol: Any = None
     """A number that the graph computes, in place of factors."""
     chain: list[Node] = field(default_factory=list)
@@ -177,6 +190,10 @@ class _Scores:
             return self._factor(node, _FACTORS[target])
         if target is aten.add.Tensor:
             return self._bias(node)
+        if target is aten.sub.Tensor and (maximum := own_maximum(node)) is not None:
+            return self._shift(node, maximum)
+        if target is aten.cat.default and self.sink is None:
+            return self._join_sink(node)
         if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
             scores, mask, fill = arguments(node)
             return self._fill(node, scores, mask, fill, "drop")
@@ -185,6 +202,32 @@ class _Scores:
             return self._fill(node, scores, mask, fill, "keep")
         self.problem = f"the scores go through {target}"
         return None
+
+    def _shift(self, node: Node, maximum: Node) -> Any:
+        if self.sink is not None:
+            self.problem = "the scores are shifted before the sink is joined to them"
+        scores: Any = node.args[0]
+        self.shifted[scores] = maximum
+        return scores
+
+    def _join_sink(self, node: Node) -> Any:
+        columns, dim = arguments(node)
+        if len(columns) != 2 or dim not in (-1, fake(node).dim() - 1) or not known(fake(columns[1]).shape[-1] == 1):
+            self.problem = "the scores are joined with something that is no sink"
+            return None
+        if self.masks or not self._is_unscaled():
+            self.problem = "the sink is masked or scaled together with the scores"
+        self.sink = columns[1]
+        return columns[0]
+
+    def sink_problem(self, query: Any, dropped: bool) -> str | None:
+        """What is in the way with the sink, where the weights' last column is left out, or not."""
+        if (self.sink is not None) is not dropped:
+            return "the weights' last column is left out" if dropped else "the weights of a further column are read"
+        if self.sink is None:
+            return None
+        self.sink_logits = one_a_head(self.sink, fake(query).shape[1])
+        return "the sink is not a number for each head" if self.sink_logits is None else None
 
     def _take_product(self, node: Node) -> None:
         self.product = node
@@ -268,9 +311,10 @@ def _product_behind(node: Any) -> Node | None:
         if not isinstance(node, Node):
             return None
         if node.target in _PRODUCTS:
-            return node if all(map(_is_scores, _operands(node))) else None
+            return node if all(map(_is_scores, factors_of(node))) else None
         if node.target in (aten.sum.dim_IntList, aten.cat.default):  # products by hand, columns for sinks
-            node = next(iter(node.all_input_nodes), None)
+            wide = (each for each in node.all_input_nodes if not known(fake(each).shape[-1] == 1))
+            node = next(wide, None)
             continue
         operands = node.all_input_nodes[1:] if "where" in str(node.target) else node.all_input_nodes
         node = next(filter(_is_scores, operands), None)
@@ -283,7 +327,7 @@ def _scalar(value: Any) -> Any:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, Node) or fake(value).numel() != 1 or fake(value).dtype not in _FLOATS:
+    if not isinstance(value, Node) or fake(value).numel() != 1 or fake(value).dtype not in FLOATS:
         return None
     number = _constant(value)
     return None if number is None else float(torch.tensor(number, dtype=torch.float64).to(fake(value).dtype))
@@ -293,7 +337,7 @@ def _constant(value: Node) -> float | None:
     """The number in a tensor of one element, where the graph says which."""
     if "constant" in value.meta:
         return float(value.meta["constant"].item())
-    if value.target in (*_CASTS, *_SAME, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.expand.default):
+    if value.target in (*CASTS, *SAME, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.expand.default):
         return _scalar(value.args[0])
     if value.target in (aten.full.default, aten.scalar_tensor.default, aten.new_full.default):
         number = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}[value.target]
@@ -302,106 +346,30 @@ def _constant(value: Node) -> float | None:
     return None
 
 
-# -- the operands -------------------------------------------------------------------------------------------------------
-
-
-def _are_matched(call: Node, product: Node, query: Node, key: Node, value: Node) -> bool:
-    """Whether both products pair the matrices of one item and head, as those of [B, H, ..] with [B, H or G, ..] do.
-
-    Of a matrix in three dimensions the first is B * H, so it must be that in both factors: beside four dimensions it would
-    be broadcast over the batch.
-    """
-    wanted = fake(query).shape[:2]
-    for left, right, source in ((*_operands(product), key), (*_operands(call), value)):
-        if fake(left).dim() != fake(right).dim():
-            return False
-        flat = fake(left).dim() == 3
-        pairs = [*zip(fake(source).shape[: 1 + flat], wanted, strict=False)]
-        if flat:
-            pairs.append((fake(left).shape[0], fake(right).shape[0]))
-        elif fake(left).dim() == 4:
-            pairs += zip(fake(left).shape[:2], wanted, strict=True)
-        if not all(known(a == b) for a, b in pairs):
-            return False
-    return True
-
-
-def _query_and_key(product: Node) -> tuple[Any, Any]:
-    """Query [B,H,Lq,D] and key [B,H,Lk,D] of a product [B,H,Lq,Lk]; None for what is not of that form."""
-    left, right = _operands(product)
-    if product.target is aten.einsum.default:
-        return (left, right) if _is_equation(product, "bhqd,bhkd->bhqk") else (None, None)
-    flat = _transposed(right)
-    key = _four_dimensional(flat) if flat is not None else _transposed(_four_dimensional(right))
-    return _four_dimensional(left), key
-
-
-def _is_equation(einsum: Node, form: str) -> bool:
-    """Whether an equation is of a form, whatever its letters."""
-    equation = str(einsum.args[0]).replace(" ", "")
-    if len(equation) != len(form):
-        return False
-    letters = dict(zip(form, equation, strict=True))
-    same = "".join(letters[letter] for letter in form) == equation
-    distinct = len({letters[letter] for letter in "bhqkd"}) == 5
-    return same and distinct and all(letters[sign] == sign for sign in ",->")
-
-
-def _transposed(node: Any) -> Any:
-    """Key [.., L, D] behind the [.., D, L] that is multiplied from the right; None if it is not its transpose."""
-    node = without_copies(node)
-    if not isinstance(node, Node):
-        return None
-    rank, swapped = fake(node).dim(), False
-    if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
-        swapped = {dim % rank for dim in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
-    elif node.target is aten.permute.default:
-        order = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr, operator]
-        swapped = order == [*range(rank - 2), rank - 1, rank - 2]
-    elif node.target is aten.mT.default:
-        swapped = True
-    return node.args[0] if swapped else None
-
-
-def _four_dimensional(node: Any) -> Any:
-    """[B, H, L, D] behind a [B * H, L, D] that is a view of it; a tensor of four dimensions is itself."""
-    while isinstance(node, Node) and fake(node).dim() == 3:
-        inner = without_copies(node)
-        if inner.target not in _VIEWS or not _keeps_last_two(inner):
-            return None
-        node = inner.args[0]
-    return node if isinstance(node, Node) and fake(node).dim() == 4 else None
-
-
-def _keeps_last_two(view: Node) -> bool:
-    """Whether a view only splits or joins dimensions in front of the last two."""
-    before, after = fake(view.args[0]), fake(view)
-    if before.dim() < 3 or after.dim() < 3:
-        return False
-    return all(known(a == b) for a, b in zip(before.shape[-2:], after.shape[-2:], strict=True))
-
-
-def _holds(dtype: torch.dtype, needed: torch.dtype) -> bool:
-    """Whether a type holds what another one does, to the last bit and in range."""
-    return dtype == needed or (dtype in _FLOATS and dtype.itemsize > needed.itemsize)
+def _is_read_once(step: Node, shifted: dict[Node, Node]) -> bool:
+    """Whether the next step alone reads it, besides what computes its maximum for that step."""
+    return len([reader for reader in users(step) if reader is not shifted.get(step)]) == 1
 
 
 def _chain_problem(call: Node, weights: _Weights, scores: _Scores) -> str | None:
     """Every step must be read by the next one only, and none may mix, move or round away what it is handed."""
     chain = [*weights.chain, *scores.chain]
-    if any(len(list(users(step))) != 1 for step in chain):
+    if any(not _is_read_once(step, scores.shifted) for step in chain):
         return "scores or weights are used elsewhere too"
-    needed = fake(_operands(scores.chain[-1])[0]).dtype
-    rounding = next((step for step in chain if not _holds(fake(step).dtype, needed)), None)
+    needed = fake(factors_of(scores.chain[-1])[0]).dtype
+    rounding = next((step for step in chain if not holds(fake(step).dtype, needed)), None)
     if rounding is not None:
         return f"scores or weights of {needed} queries are held in {fake(rounding).dtype}"
     for step, source in pairwise(chain):
-        kept = _keeps_last_two(step) if functional(step.target) in _VIEWS else same_shape(fake(step), fake(source))
+        if step.target in _COLUMNS:  # that they are a sink's is asked by `sink_problem`
+            kept = all(known(a == b) for a, b in zip(fake(step).shape[:-1], fake(source).shape[:-1], strict=True))
+        else:
+            kept = keeps_last_two(step) if functional(step.target) in VIEWS else same_shape(fake(step), fake(source))
         if not kept or fake(step).device != fake(source).device:
             return "the scores change their shape or device on the way"
     forms = ((scores.chain[-1], "bhqd,bhkd->bhqk"), (call, "bhqk,bhkd->bhqd"))
     for product, form in forms:
-        if product.target is aten.einsum.default and not _is_equation(product, form):
+        if product.target is aten.einsum.default and not is_equation(product, form):
             return f"einsum({product.args[0]!r}) has another layout than {form}"
     if call.target is aten.baddbmm.default:
         return "something is added to the product with the values"

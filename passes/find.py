@@ -105,8 +105,11 @@ def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
         located, problem = _narrow(graph, call, node, located)
     if problem is None and call.scale is not None and scale is None:
         problem = Reason.UNSUPPORTED_FORM, "the scale is computed inside another operator"
+    sink = graph.source(call.sink_logits, node)
+    if problem is None and call.sink_logits is not None and sink is None:
+        problem = Reason.UNSUPPORTED_FORM, "its sinks are written to in place, or are made inside"
     if problem is None:
-        problem = _kind_problem(node, *located)
+        problem = _kind_problem(node, *located, *([] if sink is None else [sink]))
     lists = None if call.lists is None else _located(graph, call.lists, node)
     if problem is None and call.lists is not None and lists is None:
         problem = Reason.UNSUPPORTED_FORM, "its lists of blocks are written to, or are made inside another operator"
@@ -114,7 +117,7 @@ def normal_form(graph: AtenGraph, call: RecordedCall) -> AttentionCall:
     return AttentionCall(
         node=node, aten=graph, form=call.form, query=shown[0], key=shown[1], value=shown[2], masks=call.masks,
         is_causal=call.is_causal, scale=scale, dropout=call.dropout, layer=_module_of(node), problem=problem,
-        wide_key=wide_key, wide_value=wide_value, lists=lists,
+        wide_key=wide_key, wide_value=wide_value, lists=lists, sink_logits=sink,
     )  # fmt: skip
 
 
@@ -200,16 +203,18 @@ def types_problem(query: Any, key: Any, value: Any, computed: torch.dtype) -> Pr
     return None if query.dtype == computed else (Reason.DTYPE, f"query is {query.dtype}, the output {computed}")
 
 
-def _kind_problem(output: Node, query: Any, key: Any, value: Any) -> Problem | None:
-    q, k, v = tensors = [fake(node) for node in (query, key, value)]
+def _kind_problem(output: Node, query: Any, key: Any, value: Any, *sink: Any) -> Problem | None:
+    q, k, v, *others = tensors = [fake(node) for node in (query, key, value, *sink)]
     plain = (torch.Tensor, FakeTensor)
     if not all(type(tensor) in plain for tensor in tensors):  # a DTensor, say, has no rule for the ops
         return Reason.UNSUPPORTED_FORM, f"query, key and value are {', '.join(type(t).__name__ for t in tensors)}"
+    if others and fake(output).requires_grad:
+        return Reason.NEEDS_GRAD, ""
     problem = types_problem(q, k, v, fake(output).dtype)
     if problem is not None:
         return problem
-    if not (q.device == k.device == v.device):
-        return Reason.DEVICE, f"query, key and value are on {q.device}, {k.device}, {v.device}"
+    if any(tensor.device != q.device for tensor in tensors):
+        return Reason.DEVICE, f"query, key and value are on {', '.join(str(tensor.device) for tensor in tensors)}"
     return None
 
 

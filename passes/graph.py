@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 from torch.fx.node import map_arg
+from torch.utils._sympy.functions import Max, Min
+from torch.utils._sympy.value_ranges import bound_sympy
 
 
 def fake(node: Any) -> Any:
@@ -43,8 +45,25 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def expr_of(extent: int | torch.SymInt) -> sympy.Expr:
-    """A size as an expression in the graph's shape symbols."""
-    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
+    """A number as an expression in the graph's shape symbols, without maxima and minima that their ranges decide.
+
+    max(0, s - 15) is s - 15 where s is at least 15, as of a sliding window's cache that is full
+    """
+    if not isinstance(extent, torch.SymInt):
+        return sympy.Integer(extent)
+    expr = extent.node.expr
+    decided = {extreme: _decided(extreme, extent.node.shape_env.var_to_range) for extreme in expr.atoms(Max, Min)}
+    return expr.xreplace(decided) if decided else expr
+
+
+def _decided(extreme: sympy.Expr, ranges: Any) -> sympy.Expr:
+    """That argument of a maximum or minimum which is never below, or above, the others; itself if none is known to be."""
+    sign = 1 if isinstance(extreme, Max) else -1
+    for one in extreme.args:
+        apart = [sign * (one - other) for other in extreme.args if other is not one]
+        if all(bound_sympy(sympy.expand(difference), ranges).lower >= 0 for difference in apart):
+            return one
+    return extreme
 
 
 def known(condition: Any) -> bool:

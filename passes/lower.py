@@ -92,7 +92,7 @@ def with_joined_floors(program: ExportedProgram) -> ExportedProgram:
     program = program.run_decompositions({})  # a copy
     graph = program.graph
     for merge in graph.find_nodes(op="call_function", target=tsa.merge_floor.default):
-        query, key, value, compressed, lse, indices, count, padding, scale, window, sinks = arguments(merge)
+        query, key, value, compressed, lse, indices, count, padding, scale, window, sinks, sink_logits = arguments(merge)
         attended = compressed.args[0]
         if [compressed.target, lse.target] != [operator.getitem] * 2 or lse.args != (attended, 1) or compressed.args[1] != 0:
             continue
@@ -102,8 +102,9 @@ def with_joined_floors(program: ExportedProgram) -> ExportedProgram:
         if attended_count is not count or attended_scale != scale:
             continue
         operands = (query, key, value, *rows, indices, count, padding, scale, kernel, window, sinks)
+        sink = {} if sink_logits is None else {"sink_logits": sink_logits}
         with graph.inserting_before(merge):
-            joined = insert(graph, tsa.attend_floor.default, *operands)
+            joined = insert(graph, tsa.attend_floor.default, *operands, **sink)
         joined.meta = dict(merge.meta)
         merge.replace_all_uses_with(joined)
         graph.erase_node(merge)

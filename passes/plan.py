@@ -196,7 +196,9 @@ def _is_exact_window(plan: CallPlan) -> bool:
     mask, query = plan.mask, fake(plan.call.query)
     if mask is None or mask.window is None or mask.nan_rows or plan.call.lists is not None:
         return False
-    return known(query.shape[2] == fake(plan.call.key).shape[2]) and kernel_obstacle(*_operands(plan))[0] is None
+    rows, keys = query.shape[2], fake(plan.call.key).shape[2]
+    alike = known(rows == keys) or (known(rows <= keys) and not known(rows < FEW_QUERIES))
+    return alike and kernel_obstacle(*_operands(plan))[0] is None
 
 
 def is_behind_cache(plan: CallPlan) -> bool:

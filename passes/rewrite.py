@@ -9,6 +9,8 @@
 `dense_kernel` names, needs no steps but for padding:
 
     after    o = tsa.attend(q, k, v, None, scale, dense_kernel)                           [B, H, L, Dv]
+
+A call with sinks (kernels/sink.py) hands them on as sink_logits=[H].
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class RewriteSparse(Pass):
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
-            return insert(graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel)
+            sink = self.state.sink_of(plan)
+            return insert(graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel, **sink)
         return self._sparse(graph, plan, keeping_all(plan.config, plan.kernel))
 
     def _sparse(self, graph: Graph, plan: CallPlan, config: TSAConfig) -> Node:
@@ -53,7 +56,7 @@ class RewriteSparse(Pass):
         elif plan.padding is not None:
             op = tsa.padded_sparse_attention
         options = options_of(config, scale_of(plan.call), plan.group)
-        return insert(graph, op.default, *self.state.operands(plan, graph), *options)
+        return insert(graph, op.default, *self.state.operands(plan, graph), *options, **self.state.sink_of(plan))
 
 
 def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:

@@ -119,6 +119,14 @@ def tiny(name, attention="sdpa", **changes):
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
+def with_sinks(attention="eager", **changes):
+    """gpt-oss with a full layer and one with a window, whose sinks have from hardly any to most of the weight."""
+    model = short("gpt_oss (sinks)", attention, **changes)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = torch.linspace(-3, 4, 4)
+    return model
+
+
 def short(name, attention="sdpa", **changes):
     """The same with two layers; of mixed kinds, a full one and one with a window."""
     _, sizes = {**DECODERS, **OTHERS}[name]
@@ -150,13 +158,17 @@ def oracle(layers, **settings):
     """
     chosen = {"reduce": TSAConfig().score, **settings}
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def attention(module, query, key, value, attention_mask, scaling=None, s_aux=None, **kwargs):
+        if s_aux is not None and module.layer_idx not in layers:
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+            seen = (seen if attention_mask is None else attention_mask).expand(*query.shape[:2], *key.shape[2:3] * 2)
+            return reference.attention_under(seen, query, key, value, scaling, s_aux).transpose(1, 2).contiguous(), None
         if module.layer_idx not in layers or query.shape[2] == 1:  # decode steps are dense
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         padding = None
         if attention_mask is not None:  # the last query sees every valid key
             padding = attention_mask[:, 0, -1].expand(len(query), -1)
-        out = reference.token_sparse_attention(query, key, value, padding, scale=scaling, **chosen)
+        out = reference.token_sparse_attention(query, key, value, padding, scale=scaling, sink_logits=s_aux, **chosen)
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", attention)

@@ -101,8 +101,8 @@ def into(cache, model, ids, mask=None, size=CHUNK):
 
 @pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
 @pytest.mark.parametrize("name, cache, padded", slow_but(WINDOWS, *QUICK))
-def test_windows_of_caches_stay_as_they_are(name, cache, padded):
-    """Layers whose cache holds a window keep their mask behind it, as the reason says; full ones lose it, or are sparse."""
+def test_windows_of_caches_have_no_mask(name, cache, padded):
+    """Layers whose cache holds a window see it, and the chunk; full ones are dense without a mask, or sparse."""
     model, mask = short(name), PADDING[:, :96] if padded else None
     ids, configs = tokens(3, 96), (EXACT, SPARSE)
     expected = whole(model, ids, mask)
@@ -114,8 +114,7 @@ def test_windows_of_caches_stay_as_they_are(name, cache, padded):
             if name == "gemma3" and row.layer == "model.layers.0.self_attn":
                 assert row.decision in full
             else:
-                window = Decision.WINDOW if row.query[2] == row.key[2] else Decision.UNCHANGED
-                assert (row.decision, row.reason) == (window, Reason.SLIDING_WINDOW)
+                assert (row.decision, row.reason) == (Decision.WINDOW, Reason.SLIDING_WINDOW)
 
 
 def test_a_prefix_that_is_used_again():

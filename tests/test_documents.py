@@ -164,6 +164,8 @@ def test_option_table_names_every_option_and_its_default():
         ("accuracy-qwen", "pretrained_qwen"),
         ("windows", "windows"),
         ("wide-heads", "windows"),
+        ("gemma", "windows"),
+        ("gpt-oss", "windows"),
         ("chunks", "prefill-h200_chunks"),
         ("first-call", "first-call"),
         ("compile-time", "compile-time"),

@@ -259,11 +259,9 @@ def test_decode_steps_are_no_miss():
         torch.compile(Attention(is_causal=False), backend="tsa", options=options)(query[:, :, -1:], key, value)
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["gemma2 (soft capping)", "gpt_oss (sinks)", "bloom (ALiBi)", "falcon (ALiBi)"], "bloom (ALiBi)")
-)
+@pytest.mark.parametrize("name", slow_but(["gemma2 (soft capping)", "bloom (ALiBi)", "falcon (ALiBi)"], "bloom (ALiBi)"))
 def test_written_out_attention_of_another_form_is_reported(name):
-    """Soft capping, slopes scaled with the scores, a sink column: recognised, and a row says why nothing was done."""
+    """Soft capping, slopes scaled with the scores: recognised, and a row says why nothing was done."""
     with pytest.warns(TSAWarning):
         report = explain(tiny(name, "eager"), input_ids=tokens(2, 40), config=CONFIG)
     assert len(report) == 3

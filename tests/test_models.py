@@ -20,7 +20,20 @@ from tsa_compile import (
     reports,
 )
 
-from .support import DECODERS, OTHERS, VOCAB, difference, mixed_padding, oracle, run_each, short, slow_but, tiny, tokens
+from .support import (
+    DECODERS,
+    OTHERS,
+    VOCAB,
+    difference,
+    mixed_padding,
+    oracle,
+    run_each,
+    short,
+    slow_but,
+    tiny,
+    tokens,
+    with_sinks,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -190,6 +203,21 @@ def test_half_precision(dtype):
     assert report.sparse == 2
     allowed = 2 * difference(plain(model, **inputs).float(), exact, inputs["attention_mask"])
     assert difference(logits.float(), exact, inputs["attention_mask"]) < allowed
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_sinks_beside_the_softmax(padded):
+    """gpt-oss: exact, published and with the floor, over a window as well."""
+    inputs = dict(input_ids=tokens(3, LENGTH), use_cache=False)
+    if padded:
+        inputs["attention_mask"] = mixed_padding(LENGTH)
+    configs = [EXACT, HALF.replace(layers=[0]), FLOOR.replace(layers=[0])]
+    settings = [None, BUDGETS["half"], BUDGETS["floor"]]
+    for (found, report), chosen in zip(reported(with_sinks(), configs, **inputs), settings, strict=True):
+        with oracle([] if chosen is None else [0], window=4, min_tokens=4, **(chosen or {})):
+            wanted = plain(with_sinks("oracle"), **inputs)
+        assert difference(found, wanted, inputs.get("attention_mask")) < ATOL
+        assert [row.reason for row in report][1] is Reason.SLIDING_WINDOW and report.unchanged == 0
 
 
 ENCODERS = {

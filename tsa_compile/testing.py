@@ -79,7 +79,7 @@ def run_nodes(graph_module: GraphModule, inputs: tuple[Any, ...], call: Attentio
                     source = call.aten.source(recorded, n) if recorded.op == "call_function" else None
                     if source is not None:
                         values[recorded.name] = _copied(self.env[source])
-                for operand in filter(self.env.__contains__, (call.query, call.key, call.value)):
+                for operand in filter(self.env.__contains__, (call.query, call.key, call.value, call.sink_logits)):
                     values[operand.name] = _copied(self.env.get(operand))
             result = super().run_node(n)
             values.setdefault(n.name, _copied(result))

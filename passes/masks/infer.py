@@ -57,7 +57,7 @@ class InferMasks(Pass):
                 continue
             with self.state.attempt(plan, graph_module.graph, "mask inference"):
                 shapes = (tuple(fake(call.query).shape), fake(call.key).shape[2])
-                key = (call.form, call.masks, str(call.is_causal), str(shapes))
+                key = (call.form, call.masks, str(call.is_causal), str(shapes), call.sink_logits is None)
                 if key not in shared:
                     shared[key] = infer_mask(call)
                 plan.mask = still_held(shared[key], call)
@@ -88,6 +88,8 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
     if large is not None:
         return MaskInfo(MaskKind.OPAQUE, detail=f"{large} may be too large for the integers that it is computed with")
     info = _classify(allowed, atoms, evaluator, hidden, absorbing)
+    if call.sink_logits is not None:  # what is hidden has no weight beside it, so a row that sees nothing is 0
+        return replace(info, mean_rows=False)
     return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden and _may_hide_all(info))
 
 
@@ -262,12 +264,13 @@ class _Reading:
         return self.given[0] if kind in FILLED_KINDS and self.given else None
 
     def window(self, kind: MaskKind) -> int | None:
-        """How many tokens a row sees of a causal window over the queries' own keys; None: it is none, or no number."""
-        if kind is not MaskKind.SLIDING_WINDOW or self.past != 0 or not self.upper or not self.lower:
+        """How many tokens a row sees of a causal window up to its own position; None: it is none, or no number."""
+        if kind is not MaskKind.SLIDING_WINDOW or not self.upper or not self.lower:
             return None
-        if any(bound != 0 for bound in self.upper) or not all(bound.is_Integer for bound in self.lower):
+        upper, lower = ([sympy.expand(bound - self.past) for bound in bounds] for bounds in (self.upper, self.lower))
+        if any(bound != 0 for bound in upper) or not all(bound.is_Integer for bound in lower):
             return None
-        return int(1 - max(self.lower))
+        return int(1 - max(lower))
 
     def _band(self, past: sympy.Expr, where: str) -> tuple[MaskKind, str]:
         """The kind, if query q is at position q + past. Several bounds on kv - (q + past): only one at zero is causal."""

@@ -26,7 +26,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 from torch.utils._sympy.functions import Max
 
-from tsa_compile.passes.graph import fake
+from tsa_compile.passes.graph import expr_of, fake
 from tsa_compile.passes.masks.predicate import KV, Atoms, B, H, Q
 from tsa_compile.passes.operators import arguments
 
@@ -231,7 +231,7 @@ def constant(value: Any) -> Value:
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
     if isinstance(value, torch.SymInt):
-        return [(sympy.true, sympy.sympify(value.node.expr))]
+        return [(sympy.true, sympy.sympify(expr_of(value)))]
     if isinstance(value, (int, float)):
         return [(sympy.true, exact(value))]
     raise NotUnderstood

@@ -24,7 +24,7 @@ from tsa_compile import (
     reports,
 )
 
-from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
+from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens, with_sinks
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -173,9 +173,7 @@ def test_chunks_in_a_static_cache(rows):
     assert row.reason is Reason.SPARSE and row.query[2] == (rows if rows == 33 else start), "the last prefill's"
 
 
-@pytest.mark.parametrize(
-    "name, reason", [("gemma2 (soft capping)", "a soft cap"), ("gpt_oss (sinks)", "a sink"), ("mistral", "SLIDING_WINDOW")]
-)
+@pytest.mark.parametrize("name, reason", [("gemma2 (soft capping)", "a soft cap"), ("mistral", "SLIDING_WINDOW")])
 @pytest.mark.parametrize("mask", [None, mixed_padding(LENGTH)], ids=["plain", "padded"])
 def test_what_is_no_plain_softmax_stays_exact(name, reason, mask):
     """Said once, not in each layer or call; equal to the model's own eager attention."""
@@ -187,6 +185,23 @@ def test_what_is_no_plain_softmax_stays_exact(name, reason, mask):
     assert len(said) == 1
     assert difference(found, logits(tiny(name, "eager"), **inputs), mask) < ATOL
     assert difference(logits(model, tokens(3, 1)), logits(tiny(name, "eager"), tokens(3, 1))) < ATOL
+
+
+@pytest.mark.parametrize("config", [FLOOR.replace(layers=[]), FLOOR, COVERAGE], ids=["exact", "floor", "published"])
+@pytest.mark.parametrize("mask", [None, mixed_padding(LENGTH)], ids=["plain", "padded"])
+def test_sinks_as_in_the_compiled_model(config, mask):
+    inputs, plain = dict(input_ids=tokens(3, LENGTH), attention_mask=mask), with_sinks()
+    config = config.replace(layers=[0] if config.layers else [])
+    compiled = torch.compile(plain, backend="tsa", options={"config": config})
+    model = with_sinks(attention.register(config, name=f"tsa-{next(numbers)}"))
+    with torch.no_grad():
+        found, wanted = logits(model, **inputs), compiled(**inputs, use_cache=False).logits
+    assert difference(found, wanted, mask) < ATOL
+    if not config.layers:
+        assert difference(found, logits(plain, **inputs), mask) < ATOL
+    dense = Reason.SPARSE if config.layers else Reason.LAYER_NOT_SELECTED
+    assert reasons(model) == [dense, Reason.SLIDING_WINDOW]
+    assert difference(logits(model, tokens(3, 1)), logits(plain, tokens(3, 1))) < ATOL
 
 
 def test_a_window_that_holds_the_whole_prompt_is_none():

@@ -10,7 +10,7 @@ from tsa_compile.engines.calls import as_written, read
 from tsa_compile.engines.transformers import _is_window
 from tsa_compile.passes.masks.info import MaskKind
 
-from ..support import difference, mixed_padding, tiny, tokens
+from ..support import difference, mixed_padding, short, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -81,15 +81,40 @@ def test_the_copy_of_a_window_is_a_window(padded, monkeypatch):
     assert {row.decision for row in attention.report(model)} == {Decision.WINDOW}
 
 
+CACHES = {
+    "dynamic": lambda config: transformers.DynamicCache(config=config),
+    "static": lambda config: transformers.StaticCache(config=config, max_cache_len=160),
+}
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss (sinks)"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_a_window_behind_a_cache_has_no_mask(name, cache, padded):
+    """The chunks of a prompt: what a layer's cache holds of a window, and the chunk."""
+    ids, mask = tokens(3, 136), mixed_padding(136) if padded else None
+    model = short(name, attention.register(TSAConfig(layers=[]), name="tsa-window"))
+    held, found = CACHES[cache](model.config), []
+    with torch.no_grad():
+        for low, high in ((0, 40), (40, 80), (80, 136)):
+            seen = None if mask is None else mask[:, :high]
+            found.append(model(ids[:, low:high], attention_mask=seen, past_key_values=held).logits)
+        wanted = short(name, "eager")(ids, attention_mask=mask).logits
+    assert difference(torch.cat(found, 1), wanted, mask) < 1e-5
+    decisions = {row.decision for row in attention.report(model) if row.reason is Reason.SLIDING_WINDOW}
+    assert decisions == {Decision.WINDOW}
+
+
 def test_chunks_are_no_window():
     from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
     padding = torch.zeros(3, dtype=torch.long)
     for size in (1, 7, 16):
-        assert _is_window(sliding_window_causal_mask_function(size), size, LENGTH)
-        assert not _is_window(sliding_window_causal_mask_function(size + 1), size, LENGTH)
-        assert size == 1 or not _is_window(chunked_causal_mask_function(size, padding), size, LENGTH)
-    assert not _is_window(None, 7, LENGTH)
+        for first in (0, 33):
+            assert _is_window(sliding_window_causal_mask_function(size), size, first, LENGTH)
+            assert not _is_window(sliding_window_causal_mask_function(size + 1), size, first, LENGTH)
+            assert size == 1 or not _is_window(chunked_causal_mask_function(size, padding), size, first, LENGTH)
+    assert not _is_window(None, 7, 0, LENGTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])

@@ -10,6 +10,22 @@ SMALL = TSAConfig(window=4, min_tokens=3, layers=(1,), floor=None)
 QUICK = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1}
 
 
+class CallWithSinks(torch.nn.Module):
+    """The same written out, with a sink in the softmax of each of four heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.sinks = torch.nn.Parameter(torch.linspace(-2, 3, 4))
+
+    def forward(self, query, key, value, attention_mask):
+        positions = torch.arange(key.shape[2])
+        mask = (positions <= positions[:, None])[None, None] & attention_mask[:, None, None].bool()
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        scores = (query @ key.mT * 0.3).masked_fill(~mask, torch.finfo(query.dtype).min)
+        column = self.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], -1)
+        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1] @ value
+
+
 class Call(torch.nn.Module):
     """One attention call, causal, and padded if there is a mask [B, L]; the queries are those of the last positions."""
 

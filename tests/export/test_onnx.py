@@ -16,7 +16,7 @@ from tsa_compile.kernels import reference
 from tsa_compile.passes.lower import lower_program, with_joined_floors
 
 from ..support import slow_but
-from .support import Call
+from .support import Call, CallWithSinks
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -35,6 +35,8 @@ CASES = {
     "floor of a group": (SINGLE.replace(floor=Floor(9, 0), granularity="group"), False, "call"),
     "coverage within a capacity": (SINGLE.replace(budget=Coverage(0.2), capacity=36, granularity="group"), True, "call"),
     "chunk": (SINGLE.replace(floor=Floor(8, 3)), True, "chunk"),
+    "sinks": (SINGLE.replace(floor=Floor(8, 3)), True, "sinks"),
+    "sinks, published": (SINGLE, True, "sinks"),
     "dense with wide heads": (SINGLE.replace(layers=[]), True, "wide"),
 }
 
@@ -65,7 +67,7 @@ def small_llama():
 
 def make_program(config, padded, of):
     inputs = make_inputs(2, 80, padded=padded, of=of)
-    made = small_llama() if of == "model" else Call().eval()
+    made = small_llama() if of == "model" else CallWithSinks().eval() if of == "sinks" else Call().eval()
     return export_program(made, inputs, config, dynamic_lengths=LENGTHS, dynamic_batch=(1, 8))
 
 

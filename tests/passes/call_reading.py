@@ -72,6 +72,9 @@ def attention_of(call, values):
             scores = scores.masked_fill(~mask if term.role == "keep" else mask, term.fill)
     if call.is_causal is True:
         scores = scores.masked_fill(~triangle(scores.shape[-1])[: scores.shape[-2]], -math.inf)
+    if call.sink_logits is not None:
+        column = values[call.sink_logits.name][:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value
     return scores.softmax(-1) @ value
 
 

@@ -122,6 +122,52 @@ FILLED = Table(
         "torch.where({m}, {s}, {s} * {neg})", "{s}.masked_fill(~{m}, {neg}) * 2 * 0.5",
     ),
 )  # fmt: skip
+# A further column of scores, z a tensor of numbers for the heads, and what is done with it.
+SINK = Table(
+    (
+        "torch.linspace(-1, 2, H).to(q.dtype)", "one.expand(H)", "torch.full((H,), 0.3).to(q.dtype)", "q[0, :, 0, 0]",
+        "torch.arange(H).to(q.dtype) / 3", "k.amax((0, 1, 2, 3)).expand(H).clone()",
+    ),
+    ("torch.arange(H)", "torch.ones(H).to(torch.float16)", "torch.ones(1).to(q.dtype).expand(H)"),
+)  # fmt: skip
+JOINED_SINK = Table(
+    (
+        "torch.cat([{s}, {z}.reshape(1, -1, 1, 1).expand(B, H, M, 1)], dim=-1)",
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, -1, M, -1)], -1)",
+        "torch.concat(({s}, {z}[None, :, None, None].expand(B, H, M, 1)), dim=3)",
+        "torch.cat([{s}, {z}[:, None, None].expand(B, H, M, 1)], 3)",
+        "torch.cat([{s}, {z}.reshape(1, -1, 1, 1).expand(*{s}.shape[:-1], 1)], -1).float()",
+        "torch.cat(tensors=[{s}, {z}.unsqueeze(-1).unsqueeze(-1)[None].expand(B, H, M, 1).contiguous()], dim=-1)",
+    ),
+    (
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, H, M, 1).flip(1)], -1)", "torch.cat([{s}, q[..., :1]], -1)",
+        "torch.cat([{z}.view(1, H, 1, 1).expand(B, H, M, 1), {s}], -1)", "torch.cat([{s}, {s}[..., :1]], -1)",
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, H, M, 2)], -1)[..., :-1]",
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, H, M, 1)], -1) * 0.5",
+        "torch.cat([{s} - {s}.amax(-1, keepdim=True), {z}.view(1, H, 1, 1).expand(B, H, M, 1)], -1)",
+        "torch.cat([{s}, 2 * {z}.view(1, H, 1, 1).expand(B, H, M, 1)], -1)",
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, H, M, 1).bfloat16()], -1)",
+        "torch.cat([{s}, {z}.view(1, 1, 1, H).expand(B, M, H, H)[..., :1].mT.expand(B, H, H, M).mT[:, :, :M, :1]], -1)",
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, H, M, 1)], -1).flip(-1)",
+        "torch.cat([{s}, {z}.view(H, 1, 1, 1).expand(H, B, M, 1).reshape(B, H, M, 1)], -1)",
+        "torch.cat([{s}, {z}.view(1, H, 1, 1).expand(B, H, M, 1) + q[..., :1]], -1)",
+    ),
+)  # fmt: skip
+SHIFTED = Table(
+    (
+        "{s} - {s}.max(dim=-1, keepdim=True).values", "{s} - {s}.amax(-1, keepdim=True)", "{s} - torch.max({s}, 3, True)[0]",
+        "{s}.sub({s}.amax([-1], True))", "{s}",
+    ),
+    (
+        "{s} - {s}.amax(-2, keepdim=True)", "{s} - {s}.max()", "{s} - {s}[..., :1]", "{s} + {s}.amax(-1, keepdim=True)",
+        "{s} - {s}[..., :-1].amax(-1, keepdim=True)", "torch.sub({s}, {s}.amax(-1, keepdim=True), alpha=2)",
+        "{s} - {s}.max(-1, keepdim=True)[1]", "{s} - {s}.amax(1, keepdim=True)", "{s}.amax(-1, keepdim=True) - {s}",
+    ),
+)  # fmt: skip
+DROPPED = Table(
+    ("{w}[..., :-1]", "{w}[:, :, :, :L]", "{w}.narrow(3, 0, L)", "{w}[..., 0:-1]", "{w}.split([L, 1], -1)[0]"),
+    ("{w}[..., 1:]", "{w}[..., :-1].flip(-1)", "{w}[..., -L:]", "{w}.flip(-1)[..., :-1]", "{w}[..., :-1] + {w}[..., -1:]"),
+)  # fmt: skip
 SOFTMAX = Table(
     (
         "torch.softmax({s}, -1)", "{s}.softmax(-1)", "F.softmax({s}, dim=-1)", "{s}.softmax(dim=-1)",
@@ -190,13 +236,14 @@ CHAINED = (
     "q + {o}[..., :1].nan_to_num(0.0, 0.0, 0.0).clamp(-2, 2)",
     "0.5 * q - {o}.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True).tanh()", "q * 0.9",
 )  # fmt: skip
-WRITTEN = (SCORES, SCALED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE)
+SINKS = (SINK, JOINED_SINK, SHIFTED, DROPPED)
+WRITTEN = (SCORES, SCALED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE, *SINKS)
 MASK_TABLES = (
     POSITIONS, CAUSAL, WINDOW, VALID, BROADCAST, JOINED, BOOLEAN_STEP, ADDITIVE, FLOAT_STEP, BOOLEAN_WRITE, FLOAT_WRITE,
     PAD_WRITE, GIVEN, GIVEN_WRITE,
 )  # fmt: skip
 ATTENTION_TABLES = (
-    SDPA, GROUPED, SCORES, SCALED, BIASED, FILLED, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE,
+    SDPA, GROUPED, SCORES, SCALED, BIASED, FILLED, *SINKS, SOFTMAX, WEIGHTS, OUTPUT, OPERAND_WRITE,
 )  # fmt: skip
 
 
@@ -266,7 +313,17 @@ class AttentionLines(MaskLines):
         if self.wants(OPERAND_WRITE) or self.maybe(writes):
             self.do(self.draw(OPERAND_WRITE), x=self.rng.choice([q, k, v, s]))
         self.write(writes)
+        sunk = self.wants(*SINKS) or self.maybe(0.15)
+        if sunk:
+            z = self.let("z", self.draw(SINK))
+            s = self.let("s", self.draw(JOINED_SINK), s=s, z=z)
+            if self.maybe(writes):
+                self.do(self.draw(OPERAND_WRITE), x=z)
+        if (sunk and self.maybe(0.5)) or self.wants(SHIFTED):
+            s = self.let("s", self.draw(SHIFTED), s=s)
         w = self.let("w", self.draw(SOFTMAX), s=s)
+        if sunk:
+            w = self.let("w", self.draw(DROPPED), w=w)
         while self.wants(WEIGHTS) or self.maybe(0.4):
             w = self.let("w", self.draw(WEIGHTS), w=w)
         if self.maybe(writes):

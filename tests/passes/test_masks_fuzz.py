@@ -251,7 +251,7 @@ def hold_against(info, call, values, mask, padding, symbols):
         assert valid is None
         assert torch.equal(allowed, triangle)
     elif info.kind is MaskKind.CAUSAL_PADDING or info.window is not None:
-        seen = triangle if info.window is None else triangle.triu(1 - info.window)
+        seen = triangle if info.window is None else triangle.triu(key.shape[2] - query.shape[2] + 1 - info.window)
         assert torch.equal(allowed, seen if valid is None else seen & valid[:, None, None])
         scale = query.shape[3] ** -0.5
         expected = reference.padded_attention(query, key, value, valid, scale, info.mean_rows, info.window)

@@ -29,9 +29,10 @@ from tsa_compile.reasons import Reason
 
 MASK_KIND, VALID_RANGES, WINDOW = "tsa_kind", "tsa_valid_ranges", "tsa_window"
 """Attributes of a mask: what it means, on the host where its valid tokens lie, and its window. A copy of it has none."""
+SINK = "s_aux"
 _ARGUMENTS = {
     "softcap": "a soft cap on the logits",
-    "s_aux": "a sink in each softmax",
+    SINK: "a sink in each softmax",
     "position_bias": "a bias added to the logits",
     "head_mask": "a mask over heads",
     "indices": "keys that were chosen by index",
@@ -57,6 +58,7 @@ _COMMON = (
 _COMPUTES = re.compile(r"softmax\(|scaled_dot_product_attention\(", re.IGNORECASE)
 _ASKS = re.compile(r"ALL_ATTENTION_FUNCTIONS|attention_interface|eager_attention_forward")
 _BY_NAME = re.compile(r"_attn_implementation\b.*[\"']sdpa[\"']")
+_FLASH_BY_NAME = re.compile(r"is_flash_attention_requested|_attn_implementation\b.*[\"']flash")
 
 _own: dict[str, tuple[str, ...]] = {}
 _sources: dict[type[Module], str] = {}
@@ -85,16 +87,18 @@ class Call:
 
     def obstacle(self) -> tuple[Reason, str] | None:
         """Why the call must stay exactly as the model wrote it, in the order of the compiler's questions."""
-        changed = _changed(self.module, self.others)
+        changed = [name for name in _changed(self.module, self.others) if name != SINK or self.sink_logits is None]
         if changed:
             return Reason.UNSUPPORTED_FORM, ", ".join(_ARGUMENTS.get(name, f"the argument {name!r}") for name in changed)
         if self.others.get("output_attentions"):
             return Reason.UNSUPPORTED_FORM, "its weights are asked for"
         obstacle = types_problem(self.query, self.key, self.value, self._computed_in())
         obstacle = obstacle or plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
+        if torch.is_grad_enabled() and self.sink_logits is not None and self.sink_logits.requires_grad:
+            obstacle = obstacle or (Reason.NEEDS_GRAD, "")
         if obstacle is not None:
             return obstacle
-        if self.query.shape[2] != self.key.shape[2] and not self.is_behind:
+        if self.query.shape[2] != self.key.shape[2] and not self.is_behind and self.window is None:
             cached = ": a prefill behind a cache" if self.is_chunk else ""
             return Reason.NOT_SELF_ATTENTION, f"{self.query.shape[2]} queries over {self.key.shape[2]} keys{cached}"
         reason = plan.MASK_REASONS.get(self.kind)
@@ -103,6 +107,13 @@ class Call:
         if hasattr(self.mask, MASK_KIND):
             return reason, 'the model may change its masks, so it gets them whole; a compiler with backend="tsa" reads them'
         return reason, "it was not asked for as causal, a window or chunks"
+
+    @property
+    def sink_logits(self) -> Tensor | None:
+        """A number for each head in its softmax's denominator, [H]; None if there is none, or something else."""
+        sink = self.others.get(SINK)
+        fits = isinstance(sink, Tensor) and sink.shape == self.query.shape[1:2] and sink.is_floating_point()
+        return sink if fits else None
 
     def _computed_in(self) -> torch.dtype:
         """The type that SDPA computes in: autocast casts for it, but not for our ops."""
@@ -229,6 +240,11 @@ def computes_attention_alone(kind: type[Module]) -> bool:
 def knows_sdpa_by_name(kind: type[Module]) -> bool:
     """Whether modules of a class do something else where the implementation's name is not "sdpa"; what, is not known."""
     return _BY_NAME.search(_source(kind)) is not None
+
+
+def knows_flash_by_name(kind: type[Module]) -> bool:
+    """Whether modules of a class do something else where FlashAttention runs."""
+    return _FLASH_BY_NAME.search(_source(kind)) is not None
 
 
 def _source(kind: type[Module]) -> str:

@@ -39,6 +39,7 @@ from tsa_compile.engines.calls import (
     as_written,
     asks_the_interface,
     computes_attention_alone,
+    knows_flash_by_name,
     knows_sdpa_by_name,
     read,
     with_ranges,
@@ -126,9 +127,12 @@ class Implementation:
         prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
         if prefill and allow_is_causal_skip and not whole and (local_size is None or so_far <= local_size):
             return _padding(attention_mask, batch_size, so_far, q_length == kv_length, others.get("device"))
-        whole_prompt = prefill and past == 0 and q_length == kv_length and allow_is_causal_skip and not whole
-        if whole_prompt and local_size is not None and _is_window(mask_function, local_size, q_length):
-            return _windowed(_padding(attention_mask, batch_size, so_far, False, others.get("device")), local_size)
+        if allow_is_causal_skip and not whole and not tracing and local_size is not None:
+            first = int(q_offset)  # of a chunk, behind the window before it that the cache holds
+            known = kv_offset + kv_length == first + q_length and (first == 0 or q_length >= FEW_QUERIES) and q_length > 1
+            if known and _is_window(mask_function, local_size, first, q_length):
+                seen = None if attention_mask is None else attention_mask[:, kv_offset:]
+                return _windowed(_padding(seen, batch_size, kv_length, False, others.get("device")), local_size)
         mask = (eager_mask if whole == "eager" else sdpa_mask)(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,
@@ -148,7 +152,8 @@ class Implementation:
         """Whose masks the running model gets, whole: "sdpa" or "eager"; "" if ours tell it what it needs.
 
         A model may do something else with masks where the implementation's name is not "sdpa", such as cut them (Gemma 4).
-        One that transformers gives no SDPA may add to its masks (DeepSeek V4), or rely on them for causality.
+        One that transformers gives no SDPA may add to its masks (DeepSeek V4), or rely on them for causality, unless it can
+        have FlashAttention, which knows no such masks (gpt-oss).
 
         Raises:
             ConfigError: the running model, or a module in it, does not ask the interface for its attention. It would take
@@ -170,7 +175,9 @@ class Implementation:
                 'not come from transformers\' AttentionInterface. Compile it: torch.compile(model, backend="tsa")'
             )
         by_name = any(map(knows_sdpa_by_name, (type(model), *kinds)))
-        return self._masks.setdefault(model, "eager" if not model._supports_sdpa else "sdpa" if by_name else "")
+        flash = model._supports_flash_attn and not any(map(knows_flash_by_name, (type(model), *kinds)))
+        unknown = not (model._supports_sdpa or flash)
+        return self._masks.setdefault(model, "eager" if unknown else "sdpa" if by_name else "")
 
     def attention(
         self,
@@ -255,26 +262,26 @@ class Implementation:
         return group
 
     def _run(self, call: Call, decision: Decision, kernel: str, config: TSAConfig) -> tuple[Tensor, Tensor | None]:
-        operands = (call.query, call.key, call.value)
+        operands, sink = (call.query, call.key, call.value), call.sink_logits
         if decision is Decision.SPARSE:
             return _sparse(call, config, self._group(call, config)), None
         if decision is Decision.KERNEL and call.padding is not None:
             return _sparse(call, keeping_all(config, kernel)), None
         if decision is Decision.KERNEL:
-            return _rows_first(tsa.attend(*operands, None, call.scale, kernel)), None
+            return _rows_first(tsa.attend(*operands, None, call.scale, kernel, sink)), None
         if decision is Decision.WINDOW and call.padding is None:
-            return _rows_first(tsa.sliding_attention(*operands, call.scale, call.window)), None
+            return _rows_first(tsa.sliding_attention(*operands, call.scale, call.window, sink)), None
         if decision is Decision.WINDOW:
             masked = (*operands, call.padding, _valid_ranges(call.padding))
-            return _rows_first(tsa.padded_sliding_attention(*masked, call.scale, call.window, False)), None
+            return _rows_first(tsa.padded_sliding_attention(*masked, call.scale, call.window, False, sink)), None
         if decision is Decision.DENSE_PADDED:
             padding = call.padding
-            out = tsa.padded_attention(*operands, padding, _valid_ranges(padding), call.scale, False)
+            out = tsa.padded_attention(*operands, padding, _valid_ranges(padding), call.scale, False, sink)
             return _rows_first(out), None
         if call.is_behind and decision is Decision.DENSE:
-            return _rows_first(tsa.cached_attention(*operands, call.scale)), None
-        if decision is Decision.DENSE and kernel == TRITON:  # SDPA has no fast one
-            return _rows_first(tsa.attend(*operands, None, call.scale, kernel)), None
+            return _rows_first(tsa.cached_attention(*operands, call.scale, sink)), None
+        if decision is Decision.DENSE and (kernel == TRITON or sink is not None):  # SDPA has no fast one, or none
+            return _rows_first(tsa.attend(*operands, None, call.scale, kernel, sink)), None
         return as_written(call)
 
 
@@ -352,18 +359,18 @@ def _padding(attention_mask: Tensor | None, batch: int, so_far: int, plain: bool
     return padding
 
 
-def _is_window(mask_function: Callable[..., Any] | None, size: int, length: int) -> bool:
+def _is_window(mask_function: Callable[..., Any] | None, size: int, first: int, length: int) -> bool:
     """Whether a mask that hides by position alone hides what is before the last `size` tokens, and not by chunks.
 
-    It is asked where the two differ: at the edges of the window of every query.
+    It is asked where the two differ: at the edges of the window of every query, of `length` ones from position `first` on.
     """
     if mask_function is None:
         return False
-    query, nothing = torch.arange(length), torch.zeros((), dtype=torch.int64)
+    query, nothing, stop = torch.arange(first, first + length), torch.zeros((), dtype=torch.int64), first + length
     for distance in (-1, 0, size - 1, size):
         key = query - distance
-        inside = (key >= 0) & (key < length)
-        seen = torch.as_tensor(mask_function(nothing, nothing, query, key.clamp(0, length - 1))).expand(length)
+        inside = (key >= 0) & (key < stop)
+        seen = torch.as_tensor(mask_function(nothing, nothing, query, key.clamp(0, stop - 1))).expand(length)
         if not bool((seen[inside] == (0 <= distance < size)).all()):
             return False
     return True
@@ -387,8 +394,9 @@ def _valid_ranges(padding: Tensor | None) -> Tensor:
 def _sparse(call: Call, config: TSAConfig, group: str | None = None) -> Tensor:
     operands, options = (call.query, call.key, call.value), options_of(config, call.scale, group)
     if call.padding is None:
-        return _rows_first(tsa.sparse_attention(*operands, *options))
-    return _rows_first(tsa.padded_sparse_attention(*operands, call.padding, _valid_ranges(call.padding), *options))
+        return _rows_first(tsa.sparse_attention(*operands, *options, sink_logits=call.sink_logits))
+    masked = (*operands, call.padding, _valid_ranges(call.padding))
+    return _rows_first(tsa.padded_sparse_attention(*masked, *options, sink_logits=call.sink_logits))
 
 
 def _is_distributed() -> bool:

@@ -218,11 +218,12 @@ def _symbolic_dims(exported: Any) -> Iterator[tuple[int, str]]:
 _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "Score",
-        "query T [B,H,Lq,D], key T [B,G,L,D], padding? bool [B,L]",
+        "query T [B,H,Lq,D], key T [B,G,L,D], padding? bool [B,L], sink_logits? float [H]",
         "scores float [B,H,L]",
         "pool int, reduce? string, scale float, window int",
         "Attention of the last `window` valid queries, which are those of the last Lq <= L positions, to each earlier "
-        "token, pooled over `pool` neighbours. +inf marks the window's tokens, -inf invalid ones.",
+        "token, pooled over `pool` neighbours. +inf marks the window's tokens, -inf invalid ones. sink_logits: each softmax "
+        "has a further logit, of its head, here and below.",
     ),
     (
         "Budget",
@@ -249,7 +250,7 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "Attend",
-        "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B]",
+        "query T [B,H,C,D], key T [B,S,C,D], value T [B,S,C,Dv], count? int32 [B], sink_logits? float [H]",
         "rows T [B,H,C,Dv]",
         "kernel? string, scale float",
         "Causal attention over the first `count` rows; what follows them is unspecified. `kernel` names a method that "
@@ -266,14 +267,14 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     (
         "MergeFloor",
         "query T [B,H,L,D], key T [B,G,L,D], value T [B,G,L,Dv], rows T [B,H,C,Dv], lse float [B,H,C], "
-        "indices int32 [B,S,C], count? int32 [B], padding? bool [B,L]",
+        "indices int32 [B,S,C], count? int32 [B], padding? bool [B,L], sink_logits? float [H]",
         "output T [B,H,L,Dv]",
         "scale float, sinks int, window int",
         "Dense attention of row i over N(i) = valid j <= i with rank(i) - rank(j) < window or rank(j) < sinks, where "
         "rank(t) counts the valid tokens before t; a selected row, i = indices[j] with j < count, also over the selected "
         "tokens up to i. So, with (near, m) the attention and its log-sum-exp over N(i), in a selected row without the "
         "selected tokens: (exp(lse[j]) * rows[j] + exp(m) * near) / (exp(lse[j]) + exp(m)) there, near in other rows, 0 "
-        "in those of invalid tokens.",
+        "in those of invalid tokens. With sink_logits, m is log(exp(m) + exp(sink_logits[h])), and near is as much smaller.",
     ),
     (
         "DecompressRows",
@@ -284,7 +285,7 @@ _SCHEMAS: tuple[tuple[str, str, str, str, str], ...] = (
     ),
     (
         "PaddedAttention",
-        "query T [B,H,Lq,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L]",
+        "query T [B,H,Lq,D], key T [B,G,L,D], value T [B,G,L,Dv], padding bool [B,L], sink_logits? float [H]",
         "output T [B,H,Lq,Dv]",
         "mean_rows int, scale float",
         "Dense attention under (kv <= q + L - Lq) and padding[b,kv], with Lq <= L. A row without any token to attend to is "
@@ -349,8 +350,16 @@ def _translations() -> dict[str, Callable[..., Any]]:
     """
     ops: Any = require("onnxscript")[0].values.Opset(DOMAIN, DOMAIN_VERSION)
 
-    def score(query, key, padding, scale: float, window: int, pool: int, reduce: str = "mean"):  # type: ignore[no-untyped-def]
-        return ops.Score(query, key, padding, scale=scale, window=window, pool=pool, reduce=reduce)
+    standard: Any = require("onnxscript")[0].values.Opset("", 18)
+
+    def in_float32(sink_logits):  # type: ignore[no-untyped-def]
+        return [] if sink_logits is None else [standard.Cast(sink_logits, to=1)]
+
+    def score(  # type: ignore[no-untyped-def]
+        query, key, padding, scale: float, window: int, pool: int, reduce: str = "mean", sink_logits=None
+    ):
+        sink = in_float32(sink_logits)
+        return ops.Score(query, key, padding, *sink, scale=scale, window=window, pool=pool, reduce=reduce)
 
     def budget(scores, coverage: float, keep_ratio: float, min_tokens: int):  # type: ignore[no-untyped-def]
         if keep_ratio is None:
@@ -364,25 +373,31 @@ def _translations() -> dict[str, Callable[..., Any]]:
     def compress(query, key, value, indices, count):  # type: ignore[no-untyped-def]
         return ops.CompressRows(query, key, value, indices, count)
 
-    def attend(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
+    def attend(  # type: ignore[no-untyped-def]
+        query, key, value, count, scale: float, kernel: str, sink_logits=None
+    ):
         named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
-        return ops.Attend(query, key, value, count, scale=scale, **named)
+        return ops.Attend(query, key, value, count, *in_float32(sink_logits), scale=scale, **named)
 
     def attend_lse(query, key, value, count, scale: float, kernel: str):  # type: ignore[no-untyped-def]
         named = {} if kernel in CAUSAL_KERNELS else {"kernel": kernel}
         return ops.AttendLse(query, key, value, count, scale=scale, **named)
 
     def merge_floor(  # type: ignore[no-untyped-def]
-        query, key, value, compressed, lse, indices, count, padding, scale: float, window: int, sinks: int
-    ):
-        rows = (query, key, value, compressed, lse, indices, count, padding)
+        query, key, value, compressed, lse, indices, count, padding, scale: float, window: int, sinks: int,
+        sink_logits=None,
+    ):  # fmt: skip
+        rows = (query, key, value, compressed, lse, indices, count, padding, *in_float32(sink_logits))
         return ops.MergeFloor(*rows, scale=scale, window=window, sinks=sinks)
 
     def decompress(compressed, indices, count, seq_len):  # type: ignore[no-untyped-def]
         return ops.DecompressRows(compressed, indices, seq_len, count)
 
-    def padded_attention(query, key, value, padding, valid_ranges, scale: float, mean_rows: bool):  # type: ignore[no-untyped-def]
-        return ops.PaddedAttention(query, key, value, padding, scale=scale, mean_rows=int(mean_rows))
+    def padded_attention(  # type: ignore[no-untyped-def]
+        query, key, value, padding, valid_ranges, scale: float, mean_rows: bool, sink_logits=None
+    ):
+        sink = in_float32(sink_logits)
+        return ops.PaddedAttention(query, key, value, padding, *sink, scale=scale, mean_rows=int(mean_rows))
 
     forms = (score, budget, select, compress, attend, attend_lse, merge_floor, decompress, padded_attention)
     return {form.__name__: form for form in forms}
