@@ -1,6 +1,6 @@
-"""Models with sliding windows on a GPU: one layer's window, heads of 512, and a whole prefill of Gemma 3's shape.
+"""Models with sliding windows on a GPU: one layer's window, heads of 512, whole prefills of two models' shapes.
 
-    python benchmarks/windows.py --out benchmarks/results             everything, in some four minutes on an H200
+    python benchmarks/windows.py --out benchmarks/results             everything, in some ten minutes on an H200
     python benchmarks/windows.py --parts window heads --lengths 8192  a part of it
 
     window   attention over a sliding window: SDPA under the mask of L x L that models write, FlexAttention, and ours
@@ -8,6 +8,8 @@
     heads    heads of 512, as Gemma 4's full-attention layers have: torch's SDPA, our dense kernel, and sparse with the floor
     model    time to first token of Gemma 3's shape (4B, of which 12 layers: two without a window), random weights:
              plain, torch.compile, and torch.compile(backend="tsa"), exact and with one of the two layers sparse
+    sinks    the same of gpt-oss's shape (20B, of which 12 layers and 8 experts: six layers without a window), whose
+             softmaxes have a sink, so that transformers has no SDPA for it
 
 Times are medians of methods that take turns; memory is the peak beyond inputs and output. Outputs of layers are held against
 float64 on a sample of rows, those of the exact model against the plain one. A method that cannot run says why.
@@ -48,7 +50,8 @@ WINDOWS = (
 )
 WIDE = Shape(heads=8, kv_heads=4, head_dim=512)
 KEEPS = (0.15, 0.3)
-PARTS = ("window", "heads", "model")
+FIRST_TOKEN = "time to first token, and the change of the last logits"
+PARTS = ("window", "heads", "model", "sinks")
 
 
 def repeated(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -160,12 +163,36 @@ def gemma() -> Any:
         vocab_size=32768, hidden_size=2560, intermediate_size=10240, num_hidden_layers=12, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, sliding_window=1024, max_position_embeddings=131072, pad_token_id=0,
     )  # fmt: skip
+    return on_gpu(Gemma3ForCausalLM, config)
+
+
+def gpt_oss() -> Any:
+    """gpt-oss's 20B shape with 12 layers, 8 experts and random bfloat16 weights; every other layer sees everything."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=32768, hidden_size=2880, intermediate_size=2880, num_hidden_layers=12, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, sliding_window=128, num_local_experts=8, num_experts_per_tok=4, pad_token_id=0,
+    )  # fmt: skip
+    return on_gpu(GptOssForCausalLM, config)
+
+
+def on_gpu(kind: Any, config: Any) -> Any:
+    """A model with random bfloat16 weights."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = Gemma3ForCausalLM(config).eval()
+        model = kind(config).eval()
     torch.set_default_dtype(torch.float32)
     return model
+
+
+MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "model": (gemma, ("plain", "torch.compile", "tsa, exact", "tsa, layer 11 sparse")),
+    "sinks": (gpt_oss, ("plain", "tsa, exact", "tsa, layer 11 sparse")),
+}
+"""What builds a model, and its modes. In both, layer 11 sees everything. Inductor takes minutes for gpt-oss's written-out
+attention, of which 32K tokens do not fit into memory."""
 
 
 MODES: dict[str, TSAConfig | None] = {
@@ -176,10 +203,11 @@ MODES: dict[str, TSAConfig | None] = {
 }
 
 
-def model_part(lengths: list[int]) -> list[Row]:
+def model_part(build: Callable[[], Any], modes: tuple[str, ...], lengths: list[int]) -> list[Row]:
     """Time to first token by mode and length, with a mask of ones as tokenizers pass it."""
-    model, rows, wanted = gemma(), [], {}
-    for mode, config in MODES.items():
+    model, rows, wanted = build(), [], {}
+    for mode in modes:
+        config = MODES[mode]
         torch._dynamo.reset()
         how: dict[str, Any] = {} if config is None else {"backend": "tsa", "options": {"config": config}}
         call = model if mode == "plain" else torch.compile(model, **how)
@@ -190,6 +218,7 @@ def model_part(lengths: list[int]) -> list[Row]:
                 row |= first_token(call, length, mode, wanted)
             except RuntimeError as error:
                 row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+            print(row, file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
         if config is not None:
             print(reports()[-1].summary, file=sys.stderr, flush=True)
@@ -233,7 +262,8 @@ def table(rows: list[Row], line: str, column: str) -> str:
 
 def _cell(row: Row | None) -> str:
     if row is None or "failed" in row:
-        return "" if row is None else f"failed: {row['failed'][:60]}"
+        failed = "" if row is None else row["failed"]
+        return "out of memory" if failed.startswith("OutOfMemoryError") else failed and f"failed: {failed[:60]}"
     change = row.get("change")
     return f"{row['ms']:.4g}, {row['memory_gib']:.2f}" + (f" ({change:.0e})" if change else "")
 
@@ -252,14 +282,18 @@ def main() -> int:
     torch._inductor.config.compile_threads = 1
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "floor": str(FLOOR)}
     titles = {"window": "One layer over a sliding window", "heads": "One layer with heads of 512",
-              "model": "Gemma 3's shape, 12 layers: time to first token, and the change of the last logits"}  # fmt: skip
+              "model": f"Gemma 3's shape, 12 layers: {FIRST_TOKEN}",
+              "sinks": f"gpt-oss's shape, 12 layers, 8 experts: {FIRST_TOKEN}"}  # fmt: skip
     texts = [f"{found['device']}, torch {found['torch']}, bfloat16"]
     with torch.no_grad():
         for part in given.parts:
             measure = {"window": window_part, "heads": heads_part}.get(part)
-            rows = [row for length in given.lengths for row in measure(length)] if measure else model_part(given.lengths)
+            if measure is None:
+                rows = model_part(*MODELS[part], given.lengths)
+            else:
+                rows = [row for length in given.lengths for row in measure(length)]
             found[part] = rows
-            texts.append(f"**{titles[part]}**\n\n{table(rows, 'shape', 'mode' if part == 'model' else 'method')}")
+            texts.append(f"**{titles[part]}**\n\n{table(rows, 'shape', 'method' if measure else 'mode')}")
             print(texts[-1], flush=True)
             if given.out is not None:  # after each part: a later one may be cut off
                 given.out.mkdir(parents=True, exist_ok=True)
