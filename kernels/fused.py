@@ -144,7 +144,7 @@ def padded_sparse_triton(
 
 
 def _plain(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options, sink_logits: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, options: Options, sink_logits: Tensor | None = None
 ) -> Tensor:
     """The steps in ATen ops. For the keys before a chunk there are queries of zeros, whose rows are computed in vain."""
     rows, seq_len = query.shape[2], key.shape[2]

@@ -41,7 +41,9 @@ def check_sink(op: str, query: Tensor, sink_logits: Tensor | None) -> None:
 def with_sink(output: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
     """Attention [B, H, R, Dv] with log-sum-exp [B, H, R] as it is with the number in its denominator, in the same layout."""
     share = torch.sigmoid(lse - sink_logits.to(lse.dtype)[:, None])
-    return torch.mul(output, share[..., None], out=torch.empty_like(output))  # without a product in float32 in between
+    if output.is_cuda and type(output) is Tensor:  # nobody traces: without a product in float32 in between
+        return torch.mul(output, share[..., None], out=torch.empty_like(output))
+    return (output * share[..., None]).to(output.dtype)
 
 
 def lse_with_sink(lse: Tensor, sink_logits: Tensor) -> Tensor:

@@ -85,14 +85,15 @@ def paged(tokens, size, blocks):
     return cache
 
 
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-3, 4, 4)], ids=["plain", "sinks"])
 @pytest.mark.parametrize("rows", [50, 20])
-def test_a_prompt_is_computed_as_the_reference_does(rows):
-    query, key, value = heads(1, 50)
+def test_a_prompt_is_computed_as_the_reference_does(rows, sinks):
+    query, key, value = heads(1, length=50)
     query = query[:, :, -rows:]
     output = torch.full_like(flat(query)[0], float("nan"))
-    core.attend(*flat(query, key, value), output, 0.3, HALF, None)
+    core.attend(*flat(query, key, value), output, 0.3, HALF, None, sinks)
     settings = dict(keep_ratio=0.5, window=4, min_tokens=4, floor_window=8, floor_sinks=2, reduce="max")
-    wanted = reference.token_sparse_attention(query, key, value, None, scale=0.3, **settings)
+    wanted = reference.token_sparse_attention(query, key, value, None, scale=0.3, sink_logits=sinks, **settings)
     assert torch.allclose(output, flat(wanted)[0], atol=1e-5)
 
 
@@ -162,12 +163,15 @@ def test_the_configurations_of_the_pages_are_valid(page):
     assert configs and {TSAConfig.from_json(config) for config in configs} == {TSAConfig(budget=KeepRatio(0.3))}
 
 
+SINKS = "gpt_oss (sinks)"
+
+
 @has_vllm
 @pytest.mark.timeout(1000)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name, config, processes, additional",
-    [("llama", HALF, 1, False), ("llama", HALF, 1, True), ("qwen3", COVERAGE, 2, True)],
+    [("llama", HALF, 1, False), ("llama", HALF, 1, True), ("qwen3", COVERAGE, 2, True), (SINKS, HALF, 1, True)],
 )
 def test_engine_equals_one_process(tmp_path, name, config, processes, additional):
     """Whole prompts, a short one, some in chunks; in a batch with another prompt's decode step. By heads, and by a coverage

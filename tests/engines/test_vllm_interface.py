@@ -161,6 +161,7 @@ class TestObstacles:
     def test_a_plain_layer_has_none(self):
         assert self.found() is None
         assert self.found(sliding_window=-1, logits_soft_cap=None) is None
+        assert self.found(sinks=torch.ones(4)) is None
 
     @pytest.mark.parametrize(
         "changes, said",
@@ -169,7 +170,6 @@ class TestObstacles:
             (dict(sliding_window=16), "a sliding window"),
             (dict(alibi_slopes=torch.ones(4)), "ALiBi"),
             (dict(logits_soft_cap=30.0), "a soft cap"),
-            (dict(sinks=torch.ones(4)), "a sink"),
             (dict(kv_sharing_target_layer_name="model.layers.0"), "keys of another layer"),
             (dict(kv_cache_dtype="fp8_e4m3"), "a quantised cache"),
             (dict(attn_type="encoder_only"), "attention of type encoder_only"),

@@ -71,15 +71,18 @@ def compare(folder, name, config, processes, dtype, device, additional=False):
     """For each prompt of an engine's calls, by its chunks, the largest differences of log-probabilities: from one process
     that is sparse, from one that is dense, and from one that is sparse in the first chunk alone; infinite where that is
     the same."""
-    model = tiny(name)
+    own = "eager" if "sinks" in name else "sdpa"
+    model = tiny(name, own)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.unflatten(0, (4, -1)).mul_(torch.tensor([1, 2, 4, 8])[:, None, None])
+        if "sinks" in name:
+            layer.self_attn.sinks.data = torch.linspace(-3, 4, 4)
     model.save_pretrained(folder)
     sparse, dense = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=own, dtype=getattr(torch, dtype))
+        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=which, dtype=getattr(torch, dtype))
         .to(device)
         .eval()
-        for own in (attention.register(config, name="tsa-vllm"), "sdpa")
+        for which in (attention.register(config, name="tsa-vllm"), own)
     )
     gaps, nothing = {}, float("inf")
     for call, ids, found in zip(CALLS, prompts(), engine(folder, config, processes, dtype, additional), strict=True):
@@ -90,6 +93,6 @@ def compare(folder, name, config, processes, dtype, device, additional=False):
             gaps[tuple(chunks)] = (
                 float((steps - wanted(sparse, *case)).abs().max()),
                 float((steps - wanted(dense, *case)).abs().max()) if sum(chunks) > 3 else nothing,
-                float((steps - wanted(sparse, *case, later="sdpa")).abs().max()) if len(chunks) > 1 else nothing,
+                float((steps - wanted(sparse, *case, later=own)).abs().max()) if len(chunks) > 1 else nothing,
             )
     return gaps

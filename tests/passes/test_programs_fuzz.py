@@ -12,7 +12,7 @@ from ..support import slow_but
 from .program_check import MODES, check
 from .programs import HEADER, generate, shrink
 
-CHUNKS, PROGRAMS = 5, 92  # in each are due one of the 457 spellings of masks and one of the 253 of attention
+CHUNKS, PROGRAMS = 5, 92  # in each are due one of the 457 spellings of masks and one of the 305 of attention
 
 
 def failure(program):

@@ -167,18 +167,24 @@ def gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, config: TSAConfig, group: str | None
-) -> None:
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, config: TSAConfig, group: str | None,
+    sink_logits: Tensor | None = None,
+) -> None:  # fmt: skip
     """Sparse attention of one prompt or chunk: query [Lq, H, D] into output [Lq, H, Dv].
 
-    The queries are the last of the positions of key [Lk, G, D] and value [Lk, G, Dv], whose earlier chunks were gathered.
+    The queries are the last of the positions of key [Lk, G, D] and value [Lk, G, Dv], whose earlier chunks were gathered;
+    sink_logits [H] are the layer's sinks, if it has any.
     """
     heads_first = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    out = torch.ops.tsa.sparse_attention(*heads_first, *options_of(config, scale, group))
+    options = options_of(config, scale, group)
+    out = torch.ops.tsa.sparse_attention(*heads_first, *options, sink_logits=sink_logits)
     output.copy_(out[0].transpose(0, 1))
 
 
-def rehearse(query: Tensor, kv_heads: int, longest: int, rule: Rule, scale: float, config: TSAConfig) -> None:
+def rehearse(
+    query: Tensor, kv_heads: int, longest: int, rule: Rule, scale: float, config: TSAConfig,
+    sink_logits: Tensor | None = None,
+) -> None:  # fmt: skip
     """Computes, and throws away, the largest request that can come, so that an engine that measures its memory sees it.
 
     Args:
@@ -190,4 +196,4 @@ def rehearse(query: Tensor, kv_heads: int, longest: int, rule: Rule, scale: floa
     kept = query.new_zeros(length, kv_heads, 2 * width)  # keys and values side by side, as they are gathered
     key, value = kept.split(width, dim=-1)
     if rule.takes(Request(0, 0, rows, length)):
-        attend(query, key, value, torch.empty_like(query), scale, config, None)
+        attend(query, key, value, torch.empty_like(query), scale, config, None, sink_logits)

@@ -184,6 +184,7 @@ class Impl(_BESIDE):
 
     rehearses = False
     scale: float
+    sinks: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -210,7 +211,7 @@ class Impl(_BESIDE):
             keys, values = key[rows], value[rows]
             if request.is_behind:
                 keys, values = self.read(layer, kv_cache, attn_metadata.block_table[request.number], request.length)
-            attend(query[rows], keys, values, output[rows], self.scale, config, plan.group)
+            attend(query[rows], keys, values, output[rows], self.scale, config, plan.group, self.sinks)
         if plan.others is not None:
             metadata, tokens = plan.others
             found = torch.empty_like(output[tokens])
@@ -226,7 +227,7 @@ class Impl(_BESIDE):
         if config is not None:
             rule = rule_of(self, query.dtype, layers, query.device)
             longest = vllm_config.model_config.max_model_len
-            rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config)
+            rehearse(query[:longest], self.num_kv_heads, longest, rule, self.scale, config, self.sinks)
 
 
 class CPUBuilder(Builder, cpu_attn.CPUAttentionMetadataBuilder):
@@ -356,7 +357,6 @@ def _obstacle(layer: Any, vllm_config: Any) -> str | None:
         "parts of a prompt that are not causal": bool(getattr(model, "is_mm_prefix_lm", False)),
         "ALiBi": impl.alibi_slopes is not None,
         "a soft cap on the logits": bool(impl.logits_soft_cap),
-        "a sink in each softmax": impl.sinks is not None,
         "keys of another layer": impl.kv_sharing_target_layer_name is not None,
         "a quantised cache": is_quantized_kv_cache(impl.kv_cache_dtype),
     }
