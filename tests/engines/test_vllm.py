@@ -163,7 +163,7 @@ def test_the_configurations_of_the_pages_are_valid(page):
     assert configs and {TSAConfig.from_json(config) for config in configs} == {TSAConfig(budget=KeepRatio(0.3))}
 
 
-SINKS = "gpt_oss (sinks)"
+SINKS, MIDDLE = "gpt_oss (sinks)", HALF.replace(layers=[1])
 
 
 @has_vllm
@@ -171,7 +171,7 @@ SINKS = "gpt_oss (sinks)"
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name, config, processes, additional",
-    [("llama", HALF, 1, False), ("llama", HALF, 1, True), ("qwen3", COVERAGE, 2, True), (SINKS, HALF, 1, True)],
+    [("llama", HALF, 1, False), ("llama", HALF, 1, True), ("qwen3", COVERAGE, 2, True), (SINKS, MIDDLE, 1, True)],
 )
 def test_engine_equals_one_process(tmp_path, name, config, processes, additional):
     """Whole prompts, a short one, some in chunks; in a batch with another prompt's decode step. By heads, and by a coverage

@@ -80,7 +80,7 @@ class TestCUDA:
         metadata = self.builder(interface).build(0, common)
         monkeypatch.setattr(interface.flash_attn.FlashAttentionImpl, "forward", lambda *given: self.forward(*given))
         impl = interface.CUDAImpl.__new__(interface.CUDAImpl)
-        impl.scale, impl._rehearsed = 0.3, True
+        impl.scale, impl.sinks, impl._rehearsed = 0.3, None, True
         output = torch.full_like(joined[0], float("nan"))
         impl.forward(SimpleNamespace(layer_name=name), *joined, cache, metadata, output)
         return output.split([rows for rows, _ in self.LENGTHS.values()]), requests
@@ -116,7 +116,7 @@ class TestCUDA:
         monkeypatch.setattr(interface, "own_config", lambda _: HALF)
         monkeypatch.setattr(interface.flash_attn.FlashAttentionImpl, "forward", lambda *given: given[-3].fill_(0))
         impl = interface.CUDAImpl.__new__(interface.CUDAImpl)
-        impl.__dict__.update(scale=0.3, num_heads=4, num_kv_heads=2, head_size=32, _rehearsed=not impl.rehearses)
+        impl.__dict__.update(scale=0.3, num_heads=4, num_kv_heads=2, head_size=32, sinks=None, _rehearsed=not impl.rehearses)
         impl._vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=90))
         rows = torch.randn(64, 4, 32)
         for _ in range(2):

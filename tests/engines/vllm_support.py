@@ -50,7 +50,7 @@ def engine(folder, config, processes, dtype="float32", additional=False):
     # In that folder: vLLM starts `python -m`, for which a checkout's `kernels` would stand for Hugging Face's package.
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    assert "Token Sparse Attention: sparse: model.layers.0" in done.stdout + done.stderr
+    assert f"sparse: model.layers.{config.layers[0]}" in done.stdout + done.stderr
     return json.loads(output.read_text())
 
 
@@ -72,7 +72,8 @@ def compare(folder, name, config, processes, dtype, device, additional=False):
     that is sparse, from one that is dense, and from one that is sparse in the first chunk alone; infinite where that is
     the same."""
     own = "eager" if "sinks" in name else "sdpa"
-    model = tiny(name, own)
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}  # as vLLM has it for gpt-oss
+    model = tiny(name, own, **(kinds if "sinks" in name else {}))
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.unflatten(0, (4, -1)).mul_(torch.tensor([1, 2, 4, 8])[:, None, None])
         if "sinks" in name:
