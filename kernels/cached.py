@@ -97,26 +97,15 @@ def check_operands(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 def behind(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None) -> Tensor:
     """Causal attention of queries that are the last of the keys' positions, by the fastest kernel that fits."""
     request, rows = KernelRequest.of(query, key, value), query.shape[2]
-    if sink_logits is not None:
-        return _behind_with_sink(query, key, value, scale, sink_logits)
-    if rows == key.shape[2]:  # no keys before the queries, of which the log-sum-exp would be -inf: no kernel is given them
+    is_chunk = rows < key.shape[2]
+    if sink_logits is None and not is_chunk:  # with no keys before the queries: of these the log-sum-exp would be -inf
         return choose(request).causal(query, key, value, scale)
-    if query.is_cuda and rows >= FEW:
-        kernel = choose(request, lse=True, behind=True)
-        if kernel is not SDPA and kernel.run_behind is not None:  # that one writes out the products of all rows
-            return kernel.causal_behind(query, key, value, scale)[0]
-    return in_blocks(query, key, value, None, scale)
-
-
-def _behind_with_sink(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor) -> Tensor:
-    """The same by a kernel that gives the log-sum-exp; on a CPU in blocks."""
-    is_chunk = query.shape[2] < key.shape[2]
-    if query.is_cuda:
-        kernel = choose(KernelRequest.of(query, key, value), lse=True, behind=is_chunk)
-        if not is_chunk:
-            return with_sink(*kernel.causal_lse(query, key, value, scale), sink_logits)
-        if kernel is not SDPA:
-            return with_sink(*kernel.causal_behind(query, key, value, scale), sink_logits)
+    if query.is_cuda and (rows >= FEW or sink_logits is not None):
+        kernel = choose(request, lse=True, behind=is_chunk)
+        if kernel is not SDPA or not is_chunk:  # that one writes out the products of all rows
+            compute = kernel.causal_behind if is_chunk else kernel.causal_lse
+            out, lse = compute(query, key, value, scale)
+            return out if sink_logits is None else with_sink(out, lse, sink_logits)
     return in_blocks(query, key, value, None, scale, sink_logits)
 
 

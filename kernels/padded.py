@@ -39,7 +39,7 @@ from tsa_compile.kernels._aten import (
 )
 from tsa_compile.kernels.cached import behind, causal_behind, check_operands, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
-from tsa_compile.kernels.sink import attention_aten, check_sink
+from tsa_compile.kernels.sink import attention_aten, causal_with_sink_aten, check_sink
 
 _COLUMNS = 8
 """Further columns in the column form: one is used, and rows of half precision stay aligned to 16 bytes."""
@@ -148,11 +148,11 @@ def padded_attention_aten(
     rank, whole = running_count(padding), statically_known_true(query.shape[2] == key.shape[2])
     sees = rank if whole else rank.index_select(1, query_positions(query, key))
     sees = (sees > 0)[:, None, :, None]
-    whole = whole and sink_logits is None
-    if whole and query.shape[3] + _COLUMNS <= _WIDEST and scale >= _LEAST_SCALE:
-        out = _attention_by_column(query, key, value, padding, scale)
+    width = query.shape[3] + _COLUMNS * (1 if sink_logits is None else 2)
+    if whole and width <= _WIDEST and scale >= _LEAST_SCALE:
+        out = _attention_by_column(query, key, value, padding, scale, sink_logits)
         return _where_seen(out, value, sees, mean_rows)
-    if whole and scale > 0:
+    if whole and scale > 0 and sink_logits is None:
         out = _attention_by_shares(query, key, value, padding, rank, scale)
         return _where_seen(out, value, sees, mean_rows)
     allowed = causal_behind(query, key) & padding[:, None, None, :]
@@ -170,7 +170,9 @@ def masked_attention_aten(
     return _where_seen(attention_aten(query, key, value, allowed | ~sees, scale, sink_logits), value, sees, mean_rows)
 
 
-def _attention_by_column(query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float) -> Tensor:
+def _attention_by_column(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float, sink_logits: Tensor | None
+) -> Tensor:
     """Causal attention over the valid keys of a whole prompt, [B, H, L, Dv]; rows that see none are unspecified.
 
     A further column of query and key gives keys that are not valid a logit of -scale * _LOW^2, which is below every other
@@ -183,6 +185,8 @@ def _attention_by_column(query: Tensor, key: Tensor, value: Tensor, padding: Ten
     value, width = torch.where(valid, value, 0.0), value.shape[3]  # a weight of 0 times NaN is NaN
     if query.shape[3] == width + _COLUMNS:  # kernels are fast where rows of all three are as wide
         value = _with_column(value, torch.zeros_like(value[..., :1]))
+    if sink_logits is not None:
+        return causal_with_sink_aten(query, key, value, scale, sink_logits)[..., :width]
     return torch_attention(query, key, value, scale)[..., :width]
 
 

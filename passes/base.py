@@ -88,11 +88,6 @@ class GraphState:
             self._builder = PaddingBuilder(graph)
         return self._builder
 
-    @staticmethod
-    def sink_of(plan: CallPlan) -> dict[str, Any]:
-        """What an op for a call is given by name: its sinks, if it has any."""
-        return {} if plan.call.sink_logits is None else {"sink_logits": plan.call.sink_logits}
-
     def operands(self, plan: CallPlan, graph: Graph) -> tuple[Any, ...]:
         """The tensors of the op for a call.
 

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from tsa_compile.kernels.registry import TRITON
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import AttentionCall
-from tsa_compile.passes.graph import fake, insert, known
+from tsa_compile.passes.graph import fake, given, insert, known
 from tsa_compile.reasons import Decision
 
 
@@ -45,24 +45,24 @@ class CanonicalizeDense(Pass):
         rows, whole = (call.query, call.key, call.value), known(_length(call.query) == _length(call.key))
         named = plan.decision is Decision.DENSE and plan.kernel == TRITON
         if named and whole:
-            sink = self.state.sink_of(plan)
+            sink = given(sink_logits=call.sink_logits)
             return insert(graph, torch.ops.tsa.attend.default, *rows, None, scale_of(call), plan.kernel, **sink)
         if call.form == "sdpa" and not call.masks and not call.peeled:
             return None
         if plan.filled is None and plan.decision is Decision.DENSE:
-            return _causal(graph, call, self.state.sink_of(plan))
+            return _causal(graph, call)
         assert plan.mask is not None
         op = torch.ops.tsa.padded_attention if plan.filled is None else torch.ops.tsa.filled_attention
         operands = (*self.state.operands(plan, graph), scale_of(call))
-        return insert(graph, op.default, *operands, plan.mask.mean_rows, **self.state.sink_of(plan))
+        return insert(graph, op.default, *operands, plan.mask.mean_rows, **given(sink_logits=call.sink_logits))
 
     def _window(self, graph: Graph, plan: CallPlan) -> Node:
         assert plan.mask is not None
         operands = (*self.state.operands(plan, graph), scale_of(plan.call), plan.mask.window)
+        sink = given(sink_logits=plan.call.sink_logits)
         if plan.padding is None:
-            return insert(graph, torch.ops.tsa.sliding_attention.default, *operands, **self.state.sink_of(plan))
-        operands = (*operands, plan.mask.mean_rows)
-        return insert(graph, torch.ops.tsa.padded_sliding_attention.default, *operands, **self.state.sink_of(plan))
+            return insert(graph, torch.ops.tsa.sliding_attention.default, *operands, **sink)
+        return insert(graph, torch.ops.tsa.padded_sliding_attention.default, *operands, plan.mask.mean_rows, **sink)
 
 
 def _length(rows: Node) -> Any:
@@ -74,7 +74,8 @@ def scale_of(call: AttentionCall) -> Any:
     return 1.0 / math.sqrt(fake(call.query).shape[3]) if call.scale is None else call.scale
 
 
-def _causal(graph: Graph, call: AttentionCall, sink: dict[str, Any]) -> Node:
+def _causal(graph: Graph, call: AttentionCall) -> Node:
+    sink = given(sink_logits=call.sink_logits)
     key, value = call.key, call.value
     query = fake(call.query)
     if sink or not known(_length(call.query) == _length(key)):

@@ -46,7 +46,7 @@ from tsa_compile.config import KeepRatio
 from tsa_compile.kernels.kept import kept_of_share
 from tsa_compile.kernels.options import Options
 from tsa_compile.passes.base import Pass, PassResult
-from tsa_compile.passes.graph import fake, insert, known, size
+from tsa_compile.passes.graph import fake, given, insert, known, size
 from tsa_compile.passes.operators import arguments
 
 tsa = torch.ops.tsa
@@ -87,7 +87,7 @@ class _SparseCall(Options):
 
     @property
     def sink(self) -> dict[str, Any]:
-        return {} if self.sink_logits is None else {"sink_logits": self.sink_logits}
+        return given(sink_logits=self.sink_logits)
 
     @classmethod
     def of(cls, node: Node) -> _SparseCall:

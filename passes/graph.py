@@ -33,6 +33,11 @@ def argument(node: Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None: an argument that is left out is not written into a graph."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Applies a function to every leaf of a node's arguments, those of slices included."""
     if isinstance(tree, (tuple, list)):

@@ -38,7 +38,7 @@ from torch.utils._sympy.value_ranges import bound_sympy
 from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS, why_not
 from tsa_compile.kernels.launch import HAS_TRITON
-from tsa_compile.passes.graph import argument, fake, fake_mode, insert
+from tsa_compile.passes.graph import argument, fake, fake_mode, given, insert
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.operators import arguments
@@ -102,9 +102,8 @@ def with_joined_floors(program: ExportedProgram) -> ExportedProgram:
         if attended_count is not count or attended_scale != scale:
             continue
         operands = (query, key, value, *rows, indices, count, padding, scale, kernel, window, sinks)
-        sink = {} if sink_logits is None else {"sink_logits": sink_logits}
         with graph.inserting_before(merge):
-            joined = insert(graph, tsa.attend_floor.default, *operands, **sink)
+            joined = insert(graph, tsa.attend_floor.default, *operands, **given(sink_logits=sink_logits))
         joined.meta = dict(merge.meta)
         merge.replace_all_uses_with(joined)
         graph.erase_node(merge)

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.operators import aten, without_copies
+from tsa_compile.passes.operators import arguments, aten, without_copies
 
 CASTS = (
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
@@ -33,7 +33,7 @@ def factors_of(product: Node) -> tuple[Any, Any]:
         return product.args[1], product.args[2]
     if product.target is aten.einsum.default:
         factors: Any = product.args[1]
-        return tuple(factors) if len(factors) == 2 else (None, None)  # type: ignore[return-value]
+        return (factors[0], factors[1]) if len(factors) == 2 else (None, None)
     return product.args[0], product.args[1]
 
 
@@ -84,12 +84,11 @@ def _transposed(node: Any) -> Any:
     node = without_copies(node)
     if not isinstance(node, Node):
         return None
-    rank, swapped = fake(node).dim(), False
+    rank, swapped, given = fake(node).dim(), False, arguments(node)
     if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
-        swapped = {dim % rank for dim in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[operator]
+        swapped = {dim % rank for dim in given[1:3]} == {rank - 2, rank - 1}
     elif node.target is aten.permute.default:
-        order = [dim % rank for dim in node.args[1]]  # type: ignore[union-attr, operator]
-        swapped = order == [*range(rank - 2), rank - 1, rank - 2]
+        swapped = [dim % rank for dim in given[1]] == [*range(rank - 2), rank - 1, rank - 2]
     elif node.target is aten.mT.default:
         swapped = True
     return node.args[0] if swapped else None

@@ -24,7 +24,7 @@ from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.kernels.options import Options
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.canonicalize import scale_of
-from tsa_compile.passes.graph import insert
+from tsa_compile.passes.graph import given, insert
 from tsa_compile.reasons import Decision
 
 tsa = torch.ops.tsa
@@ -45,7 +45,7 @@ class RewriteSparse(Pass):
         if plan.padding is None:
             call = plan.call
             rows = (call.query, call.key, call.value)
-            sink = self.state.sink_of(plan)
+            sink = given(sink_logits=call.sink_logits)
             return insert(graph, tsa.attend.default, *rows, None, scale_of(call), plan.kernel, **sink)
         return self._sparse(graph, plan, keeping_all(plan.config, plan.kernel))
 
@@ -56,7 +56,8 @@ class RewriteSparse(Pass):
         elif plan.padding is not None:
             op = tsa.padded_sparse_attention
         options = options_of(config, scale_of(plan.call), plan.group)
-        return insert(graph, op.default, *self.state.operands(plan, graph), *options, **self.state.sink_of(plan))
+        sink = given(sink_logits=plan.call.sink_logits)
+        return insert(graph, op.default, *self.state.operands(plan, graph), *options, **sink)
 
 
 def keeping_all(config: TSAConfig, kernel: str) -> TSAConfig:

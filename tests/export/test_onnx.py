@@ -37,6 +37,7 @@ CASES = {
     "chunk": (SINGLE.replace(floor=Floor(8, 3)), True, "chunk"),
     "sinks": (SINGLE.replace(floor=Floor(8, 3)), True, "sinks"),
     "sinks, published": (SINGLE, True, "sinks"),
+    "sinks, dense": (SINGLE.replace(layers=[]), True, "sinks"),
     "dense with wide heads": (SINGLE.replace(layers=[]), True, "wide"),
 }
 
@@ -142,15 +143,16 @@ def op_run(name, compute):
     return type(name, (OpRun,), {"op_domain": "tsa", "_run": run})
 
 
-def merge_floor(query, key, value, rows, lse, indices, count=None, padding=None, *, scale, window, sinks):
+def merge_floor(query, key, value, rows, lse, indices, count=None, padding=None, sink=None, *, scale, window, sinks):
     """Row for row what MergeFloor's schema says."""
     batch, heads, length, _ = query.shape
     count = torch.full((batch,), indices.shape[2]) if count is None else count
     selected = reference.is_selected(indices, count, heads, length)
     mask = reference.floor_mask(padding, selected, window, sinks) & ~(selected[..., None] & selected[:, :, None])
-    output = reference.attention_under(mask, query, key, value, scale)
+    output = reference.attention_under(mask, query, key, value, scale, sink)
     keys = key.repeat_interleave(heads // key.shape[1], 1)
     near = (scale * query @ keys.mT).masked_fill(~mask, -math.inf).logsumexp(-1)
+    near = near if sink is None else torch.logaddexp(near, sink[:, None])
     for b, h in itertools.product(range(batch), range(heads)):
         places = indices[b, h * indices.shape[1] // heads, : count[b]].long()
         shares = torch.stack((lse[b, h, : count[b]], near[b, h, places])).softmax(0)[..., None]
@@ -165,18 +167,27 @@ def reference_ops():
         ratio = None if keep_numerator is None else keep_numerator / keep_denominator
         return reference.budget(scores, coverage, ratio, min_tokens)
 
-    def padded_attention(query, key, value, padding, scale, mean_rows):
-        return reference.padded_attention(query, key, value, padding, scale, bool(mean_rows))
+    def padded_attention(query, key, value, padding, sink=None, *, scale, mean_rows):
+        return reference.padded_attention(query, key, value, padding, scale, bool(mean_rows), sink_logits=sink)
+
+    def attend(query, key, value, count=None, sink=None, *, scale):
+        rows = reference.attend(query, key, value, count, scale)
+        if sink is None:
+            return rows
+        return rows * torch.sigmoid(reference.log_sum_exp(query, key, count, scale) - sink[:, None])[..., None]
 
     def attend_lse(query, key, value, count=None, scale=None):
         return reference.attend(query, key, value, count, scale), reference.log_sum_exp(query, key, count, scale)
 
     return [
-        op_run("Score", lambda q, k, padding=None, **options: reference.score(q, k, padding, **options)),
+        op_run(
+            "Score",
+            lambda q, k, padding=None, sink=None, **options: reference.score(q, k, padding, **options, sink_logits=sink),
+        ),
         op_run("Budget", budget),
         op_run("Select", lambda scores, capacity, count=None: reference.select(scores, count, int(capacity))),
         op_run("CompressRows", lambda *rows: reference.compress(*(*rows, None)[:5])),
-        op_run("Attend", lambda *rows, scale: reference.attend(*(*rows, None)[:4], scale)),
+        op_run("Attend", attend),
         op_run("AttendLse", attend_lse),
         op_run("MergeFloor", merge_floor),
         op_run("DecompressRows", lambda rows, i, length, n=None: reference.decompress(rows, i, n, int(length))),
@@ -190,6 +201,9 @@ DOMAIN = {
     "plain": (*BEFORE_ATTENTION, "Attend", "DecompressRows"),
     "floor of a group": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor"),
     "chunk": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget"),
+    "sinks": (*BEFORE_ATTENTION, "AttendLse", "MergeFloor", "Budget"),
+    "sinks, published": (*BEFORE_ATTENTION, "Attend", "DecompressRows", "Budget"),
+    "sinks, dense": ("PaddedAttention",),
 }
 
 
@@ -212,6 +226,16 @@ def test_domain_has_one_node_for_each_op_that_means_what_its_schema_says(case, p
         got = evaluator.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
         expected = output_of(program, inputs)
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if "sinks" in case])
+def test_sinks_become_aten_operators(case, programs):
+    program = programs(case)
+    lowered = lower_program(program)
+    for batch, length in ((2, 60), (1, 41)):
+        inputs = make_inputs(batch, length, of="sinks")
+        torch.testing.assert_close(output_of(lowered, inputs), output_of(program, inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_schemas_are_registered_and_documented():

@@ -33,6 +33,15 @@ class Attention(torch.nn.Module):
         return query
 
 
+class WithSinks(torch.nn.Module):
+    def forward(self, query, key, value, sinks, padding):
+        mask = torch.ones_like(query[0, 0, :, :1] @ query[0, 0, :, :1].mT).tril().bool() & padding[:, None, None]
+        key, value = (each.repeat_interleave(2, 1) for each in (key, value))
+        scores = (query @ key.mT).masked_fill(~mask, float("-inf"))
+        column = sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], -1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value
+
+
 triton.runtime.driver.set_active(Driver())
 lower._require_cuda = lambda program: None
 query, key, value = (torch.randn(2, n, 40, 16) for n in (4, 2, 2))
@@ -50,6 +59,12 @@ for config, floor in ((padded_config, None), (plain, None), (padded_config, Floo
     for found in dict.fromkeys((program, opened)):
         targets = {str(node.target) for node in found.graph.nodes}
         print(*sorted(name for name in targets if "tsa" in name or "triton" in name))
+with_sinks = padded_config.replace(floor=None, layers=(0,))
+program = export_program(
+    WithSinks().eval(), (query, key, value, torch.ones(4), padding), with_sinks, dynamic_lengths=(16, 20000),
+    dynamic_batch=(1, 8), lower="triton",
+)
+print(*sorted(name for name in {str(node.target) for node in program.graph.nodes} if "tsa" in name))
 """
 
 
@@ -70,6 +85,7 @@ def test_the_kernels_can_be_traced_for_all_lengths_at_once():
         ("attend", "attend_lse", "budget", "decompress", "merge_floor"),
         None,
         ("attend_lse", "merge_floor"),
+        ("attend_lse", "budget", "decompress"),  # sinks
     ]
     assert printed.splitlines() == [
         "triton_kernel_wrapper_functional" if names is None else named(*common, *names) for names in steps

@@ -122,17 +122,16 @@ class Implementation:
 
         tracing = is_traced()
         whole = "" if tracing else self._whole_masks()
-        past = -1 if tracing or kv_offset else int(q_offset)
-        so_far = past + q_length
-        prefill = q_length > 1 and (past == 0 or (past > 0 and q_length >= FEW_QUERIES)) and so_far <= kv_length
-        if prefill and allow_is_causal_skip and not whole and (local_size is None or so_far <= local_size):
+        first = -1 if tracing or q_length == 1 else int(q_offset)  # a static cache has it on the device
+        so_far = first + q_length
+        prefill = first == 0 or (first > 0 and q_length >= FEW_QUERIES)
+        ours = prefill and allow_is_causal_skip and not whole
+        if ours and not kv_offset and so_far <= kv_length and (local_size is None or so_far <= local_size):
             return _padding(attention_mask, batch_size, so_far, q_length == kv_length, others.get("device"))
-        if allow_is_causal_skip and not whole and not tracing and local_size is not None:
-            first = int(q_offset)  # of a chunk, behind the window before it that the cache holds
-            known = kv_offset + kv_length == first + q_length and (first == 0 or q_length >= FEW_QUERIES) and q_length > 1
-            if known and _is_window(mask_function, local_size, first, q_length):
-                seen = None if attention_mask is None else attention_mask[:, kv_offset:]
-                return _windowed(_padding(seen, batch_size, kv_length, False, others.get("device")), local_size)
+        ends = kv_offset + kv_length == so_far  # the last key is the last query's own
+        if ours and ends and local_size is not None and _is_window(mask_function, local_size, first, q_length):
+            seen = None if attention_mask is None else attention_mask[:, kv_offset:]
+            return _windowed(_padding(seen, batch_size, kv_length, False, others.get("device")), local_size)
         mask = (eager_mask if whole == "eager" else sdpa_mask)(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=causal_mask_function if mask_function is None else mask_function, attention_mask=attention_mask,

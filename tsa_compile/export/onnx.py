@@ -172,7 +172,7 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
         tsa.padded_sliding_attention,
     )  # fmt: skip
     program = program.run_decompositions({op.default: FORMS["standard"][op.default] for op in ops})
-    table = {getattr(tsa, name).default: form for name, form in _translations().items()}
+    table = {getattr(tsa, name).default: form for name, form in _translations(opset).items()}
     return _export(program, opset, table)
 
 
@@ -343,16 +343,15 @@ def _entries(text: str) -> Iterator[tuple[str, str, str, bool]]:
         yield name.rstrip("?"), type_, "".join(shape), name.endswith("?")
 
 
-def _translations() -> dict[str, Callable[..., Any]]:
+def _translations(opset: int) -> dict[str, Callable[..., Any]]:
     """One node for each op. torch's exporter takes annotated parameters for attributes, the others for inputs.
 
-    So tensors stay without annotations, which mypy would ask for.
+    So tensors stay without annotations, and mypy is told not to ask for them (no-untyped-def).
     """
-    ops: Any = require("onnxscript")[0].values.Opset(DOMAIN, DOMAIN_VERSION)
+    values: Any = require("onnxscript")[0].values
+    ops, standard = values.Opset(DOMAIN, DOMAIN_VERSION), values.Opset("", opset)
 
-    standard: Any = require("onnxscript")[0].values.Opset("", 18)
-
-    def in_float32(sink_logits):  # type: ignore[no-untyped-def]
+    def in_float32(sink_logits: Any) -> list[Any]:
         return [] if sink_logits is None else [standard.Cast(sink_logits, to=1)]
 
     def score(  # type: ignore[no-untyped-def]
