@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shrink", type=int, default=20, help="at most this many differences are made small")
     parser.add_argument("--out", type=Path, help="a folder; without it, the table is only printed")
     arguments = parser.parse_args(argv)
+    if min(arguments.programs, arguments.processes) < 1:
+        parser.error("--programs and --processes: expected at least 1")
     record = run(arguments)
     write(record, arguments.out)  # shrinking takes its time
     for difference in record["differences"][: arguments.shrink]:

@@ -21,6 +21,13 @@ def soundness(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.parametrize("option", ["--programs", "--processes"])
+def test_nothing_to_run_is_refused(soundness, option, capsys):
+    with pytest.raises(SystemExit):
+        soundness.main([option, "0"])
+    assert "expected at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_is_recorded(soundness, tmp_path, capsys):
     assert soundness.main(["--programs", "6", "--processes", "1", "--out", str(tmp_path)]) == 0
