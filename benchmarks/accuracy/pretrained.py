@@ -24,6 +24,9 @@ file of 491 MB whose SHA-256 begins with 1d9614638d18024d. The packages name no 
         --settings "published, keep .5" "floor, keep .15, upper half" "floor, keep .08, upper half" \\
         "floor, keep .15, upper two thirds" "floor, keep .15, upper two thirds, a_shape in the others"
 
+The default of the compiler at the longer lengths with all 250 samples (pretrained_qwen_default), in 20 minutes of an H200:
+the same with --lengths 15872 30720 --settings "floor, keep .15, upper half" "floor, keep .08, upper half".
+
 Prompts longer than the model's positions need `--stretch`: `--lengths 7680 15872 32256 --stretch 2 4` runs each length by
 the least factor by which there are positions enough, 1 among them (stretch.py says how). Other results were made with
 --settings "floor, keep .15, last 60%" for Qwen (pretrained_between_qwen), and --lengths 15872 32256 --stretch 2 4

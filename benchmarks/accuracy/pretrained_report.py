@@ -13,7 +13,7 @@ from tsa_compile.evaluation.statistics import mcnemar
 from tsa_compile.evaluation.tables import markdown, remark
 
 ENOUGH = 80
-"""Samples that a setting needs of every task, at all lengths together, to stand in the table over all lengths."""
+"""Samples that a setting needs of every task, at all lengths together and some at each, to stand in the table over them."""
 
 
 def report(study: Study) -> str:
@@ -43,7 +43,8 @@ def _over_lengths(study: Study) -> str:
     for setting in study.names("setting"):
         cells = [[study.find(task, length, setting) for length in lengths] for task in tasks]
         counts = [cell.samples for row in cells for cell in row]
-        if setting == DENSE.name or min(sum(cell.samples for cell in row) for row in cells) < ENOUGH:
+        enough = min(counts) > 0 and min(sum(cell.samples for cell in row) for row in cells) >= ENOUGH
+        if setting == DENSE.name or not enough:
             continue
         mean_kl = math.fsum(math.fsum(cell.kl) / cell.samples for row in cells for cell in row) / len(tasks) / len(lengths)
         changes = [_change([(cell, study.dense(cell)) for cell in row if not remark(study, cell.task, cell.length)])

@@ -1,5 +1,6 @@
 """The benchmark of a pretrained model: its settings, that it goes on, and its tables."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -59,7 +60,7 @@ def test_settings_are_what_their_names_say(pretrained):
     assert found["floor alone, upper half"].config.budget == KeepRatio(0)
 
 
-def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, word_model, tmp_path, capsys):
+def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, word_model, tmp_path, capsys, monkeypatch):
     pytest.importorskip("statsmodels")
     path = tmp_path / "small.json"
     arguments = ["--model", str(word_model), "--out", str(path), "--lengths", "400", "--tasks", "copy", "--samples", "2"]
@@ -78,6 +79,10 @@ def test_it_stops_in_time_goes_on_and_makes_tables(pretrained, word_model, tmp_p
     assert len(json.loads(tables.with_suffix(".json").read_text())) == 2
     text = tables.read_text()
     assert "LlamaForCausalLM, 1 layers of 32, float32; seed 0; device cpu" in text and "| dense | 100% |" in text
+    monkeypatch.setitem(pretrained.report.__globals__, "ENOUGH", 2)
+    assert "All lengths together" in pretrained.report(study)
+    longer = dataclasses.replace(study, cells=(*study.cells, dataclasses.replace(study.cells[0], length=500)))
+    assert "All lengths together" not in pretrained.report(longer), "the setting did not run at 500"
     assert pretrained.main([*arguments, "--lengths", "9000"]) == 1
     assert "LlamaForCausalLM has 4,096 positions" in capsys.readouterr().err
 
