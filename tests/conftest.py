@@ -72,21 +72,24 @@ def pytest_sessionfinish() -> None:
 
 
 def thin_out(items: list[pytest.Item]) -> None:
-    """Of a kernel's or a pass's test that has more than six cases, the quick round has every third."""
+    """Of a test that runs kernels in the interpreter, with more than six cases, every third is not exhaustive."""
     cases: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        if item.path.parent.name in ("kernels", "sparse", "passes") and not item.get_closest_marker("gpu"):
+        if item.path.parent.name in ("kernels", "sparse") and "interpreter" in item.name:
             cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
     for same in cases.values():
         for number, item in enumerate(same if len(same) > 6 else ()):
             if number % 3:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path, len(LONG)))
     thin_out(items)
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -94,12 +94,12 @@ MEDIUM = dict(
 """Sizes of a model for GPUs."""
 
 
-def slow_but(names, *quick):
-    """The parameters, single ones or tuples, of which all but a few are for the whole suite alone."""
+def exhaustive_but(names, *quick):
+    """The parameters, single ones or tuples, of which all but a few are for `tox -e full` alone."""
 
     def parameter(name):
         values = name if isinstance(name, tuple) else (name,)
-        return pytest.param(*values, marks=() if name in quick else pytest.mark.slow)
+        return pytest.param(*values, marks=() if name in quick else pytest.mark.exhaustive)
 
     return [parameter(name) for name in names]
 

@@ -23,7 +23,7 @@ from tsa_compile.kernels import reference, registry
 from tsa_compile.kernels.sparse import a_shape_lists, block_sparse
 from tsa_compile.testing import count_ops, widest_elements
 
-from .support import Attention, Stack, difference, heads, mixed_padding, oracle, run_each, slow_but, tiny, tokens
+from .support import Attention, Stack, difference, exhaustive_but, heads, mixed_padding, oracle, run_each, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -61,7 +61,7 @@ def test_both_spellings_of_the_backend(backend):
     assert difference(out, half_of(*inputs)) < ATOL
 
 
-@pytest.mark.parametrize("padded", slow_but([False, True], True))
+@pytest.mark.parametrize("padded", exhaustive_but([False, True], True))
 def test_a_floor_leaves_no_valid_row_blind(padded):
     model, ids = tiny("llama"), tokens(2, 60)
     mask = mixed_padding(60, (0, 11)) if padded else torch.ones_like(ids)
@@ -175,7 +175,7 @@ def test_a_registered_kernel_by_name():
         registry.unregister("test kernel")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_block_sparse_kernels_under_a_floor(registered):
     """Over the kept rows, and over all rows in the layer that is not sparse: of few rows two see all, the third does not."""
     registered.append(block_sparse("narrow", a_shape_lists, sinks=1, window=1))
@@ -266,7 +266,7 @@ def test_what_is_not_allowed_is_named(options, said):
         assert part in str(failure.value), part
 
 
-@pytest.mark.parametrize("layers", slow_but([[7], ["decoder.*"]], [7]), ids=str)
+@pytest.mark.parametrize("layers", exhaustive_but([[7], ["decoder.*"]], [7]), ids=str)
 def test_layers_that_the_model_does_not_have_are_said_once(layers):
     """Once for a model, at whatever lengths it is compiled; a warning, as a stage of a pipeline has a part of them too."""
     model = tiny("llama")
@@ -377,7 +377,7 @@ def broken_in_a_layer():
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
 def test_layers_that_are_compiled_one_by_one():
     """Such a graph does not know which layer it is: no layer may be sparse that was not asked for, and none may fail."""

@@ -31,7 +31,7 @@ class Counts(torch.nn.Module):
         return self.weight
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_mode_of_a_real_model():
     result = bench(build(model_config("tiny", layers=2)), [40], config=CONFIG, modes=("eager", "exact", "sparse"), rounds=1)
     assert [(row.mode, row.length) for row in result.rows] == [("eager", 40), ("exact", 40), ("sparse", 40)]

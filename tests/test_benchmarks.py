@@ -392,7 +392,7 @@ def test_memcheck_launches_every_kernel(load, monkeypatch):
     assert [name for name, count in launches.items() if count == 0] == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_architectures_are_examined(load, tmp_path, capsys):
     models = load("models")
     assert models.main(["--models", "llama", "bert", "--out", str(tmp_path)]) == 0
@@ -414,7 +414,7 @@ def test_architectures_are_examined(load, tmp_path, capsys):
         models.main(["--models", "no-such-model"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_architectures_with_images_are_examined(load, tmp_path):
     """PaliGemma's images are seen from both sides; its prompt without a mask means something else once it is compiled."""
     assert load("models").main(["--images", "--models", "paligemma", "--out", str(tmp_path)]) == 0

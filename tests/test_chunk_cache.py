@@ -10,7 +10,7 @@ from tsa_compile import Coverage, Decision, Floor, KeepRatio, TSAConfig, attenti
 from tsa_compile.chunk_cache import carried, find, serves
 from tsa_compile.passes.validate import Case
 
-from .support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens
+from .support import chunks, difference, exhaustive_but, mixed_padding, oracle, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -57,8 +57,8 @@ def assert_same(cache, plain):
             assert difference(held, wanted) < ATOL
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("padded", exhaustive_but([False, True], False))
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
 def test_one_graph_equals_the_whole_prompt(form, padded):
     graphs = []
 
@@ -83,7 +83,7 @@ REFERENCE = [("llama", KeepRatio(0.3)), ("llama", Coverage(0.3)), ("qwen3", Keep
 """qwen3 has norms of its own between projections and cache, and else llama's code."""
 
 
-@pytest.mark.parametrize("name, budget", slow_but(REFERENCE, *REFERENCE[:2]))
+@pytest.mark.parametrize("name, budget", exhaustive_but(REFERENCE, *REFERENCE[:2]))
 def test_one_graph_equals_the_reference(name, budget):
     """Each chunk selects among all tokens so far, by its own last rows; the first one among its own."""
     model = compiled(name, SPARSE.replace(budget=budget))
@@ -169,7 +169,7 @@ def replaced(kwargs, layer):
         layer.keys = torch.ones(2, 2, layer.get_seq_length(), 32)
 
 
-@pytest.mark.parametrize("change", slow_but([louder_at_first, weighted, replaced], louder_at_first))
+@pytest.mark.parametrize("change", exhaustive_but([louder_at_first, weighted, replaced], louder_at_first))
 def test_who_asks_a_layer_what_it_holds_is_told(change):
     model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
     for each in (model, plain):
@@ -199,6 +199,7 @@ def test_a_layer_that_is_asked_is_a_plain_one():
         assert [layer.is_initialized for layer in cache.layers] == [length > 0] * 2
 
 
+@pytest.mark.exhaustive
 def test_generate_with_chunks_and_with_assistance():
     """What `generate` makes of a cache besides: it crops it, and looks for what comes next in the prompt."""
     settings = dict(max_new_tokens=8, do_sample=False)
@@ -210,7 +211,7 @@ def test_generate_with_chunks_and_with_assistance():
         assert len(reports()) == graphs, "a whole prompt is its only chunk; assistance calls the model in another way"
 
 
-@pytest.mark.parametrize("regional", [None, False])
+@pytest.mark.parametrize("regional", exhaustive_but([None, False], None))
 def test_layers_of_one_graph_are_compiled_once_unless_that_is_switched_off(regional):
     config = SPARSE.replace(layers=[2, 3], regional=regional)
     model, prompt = tiny("llama", num_hidden_layers=4), (tokens(1, 80), torch.ones(1, 80, dtype=torch.long), CHUNK)
@@ -222,7 +223,7 @@ def test_layers_of_one_graph_are_compiled_once_unless_that_is_switched_off(regio
     assert [note.startswith(said) for note in report.notes] == ([] if regional is False else [True])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("regional", "layers"), [(False, 2), (None, 3)])
 def test_inductor_compiles_one_graph(regional, layers):
     config = SPARSE.replace(compiler="inductor", regional=regional, layers=range(1, layers))
@@ -244,7 +245,7 @@ def test_a_minimum_is_of_the_prompt_so_far():
     assert [report.sparse for report in reports()] == [2, 0], "a shorter prompt is another graph"
 
 
-@pytest.mark.parametrize("by", ["argument", "configuration"])
+@pytest.mark.parametrize("by", exhaustive_but(["argument", "configuration"], "configuration"))
 def test_a_mask_that_is_read_for_more_than_attention_is_not_made_up(by):
     """The loss of a router takes a mask for one of the chunk's tokens, and not of all so far."""
     model, plain = compiled("mixtral", EXACT), tiny("mixtral", **TWO)
@@ -259,6 +260,7 @@ def test_a_mask_that_is_read_for_more_than_attention_is_not_made_up(by):
     assert torch.allclose(torch.stack(losses[0]), torch.stack(losses[1]), atol=ATOL)
 
 
+@pytest.mark.exhaustive
 def test_prompts_of_which_all_is_kept_need_no_graph_of_their_own():
     model, plain = compiled("llama", SPARSE.replace(min_tokens=50)), tiny("llama", **TWO)
     ids = tokens(2, 36)
@@ -267,6 +269,7 @@ def test_prompts_of_which_all_is_kept_need_no_graph_of_their_own():
     assert [report.sparse for report in reports()] == [2]
 
 
+@pytest.mark.exhaustive
 def test_both_forms_are_validated(monkeypatch):
     """The call is computed with keys before the queries, and without any."""
     seen, normal_form = [], Case._normal_form
@@ -280,7 +283,12 @@ def test_both_forms_are_validated(monkeypatch):
     assert {keys - queries == 0 for queries, keys in seen} == {False, True}
 
 
-@pytest.mark.parametrize("options", [dict(kernel="a_shape", floor=None), dict(layers=[1], dense_kernel="sdpa")])
+@pytest.mark.parametrize(
+    "options",
+    exhaustive_but(
+        [dict(kernel="a_shape", floor=None), dict(layers=[1], dense_kernel="sdpa")], dict(kernel="a_shape", floor=None)
+    ),
+)
 def test_kernels_of_whole_prompts_run_in_first_chunks(options):
     config = SPARSE.replace(**options)
     assert serves(EXACT) and not serves(config)
@@ -328,6 +336,7 @@ def test_windows_take_two_graphs():
     assert len(reports()) >= 2
 
 
+@pytest.mark.exhaustive
 def test_another_dtype_than_the_weights_have():
     """Of autocast: the first chunk is compiled for itself, and later ones are right."""
     model, plain = compiled("llama", EXACT), tiny("llama", **TWO)
@@ -355,7 +364,7 @@ def test_the_layers_of_a_call_are_its_own():
     assert [layer.is_initialized for layer in own] == [False, True, False]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no such cache")
 def test_a_cache_that_quantizes_what_it_holds():
     """Later chunks see less precise keys and values of earlier ones, as they do in the plain model."""

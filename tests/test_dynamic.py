@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from tsa_compile import Coverage, Decision, KeepRatio, Reason, TSAConfig, reports, tsa_backend
 
-from .support import difference, mixed_padding, oracle, short, slow_but, tiny, tokens
+from .support import difference, exhaustive_but, mixed_padding, oracle, short, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -49,7 +49,10 @@ def wanted_logits(config, length, **inputs):
 
 @pytest.mark.parametrize(
     "config, padded",
-    [pytest.param(HALF, False, id="half-plain"), pytest.param(COVERAGE, True, id="coverage-padded", marks=pytest.mark.slow)],
+    [
+        pytest.param(HALF, False, id="half-plain"),
+        pytest.param(COVERAGE, True, id="coverage-padded", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_one_compilation_serves_all_long_lengths(config, padded):
     """dynamic=True: a guard at the shortest compressed length, two graphs in all, each right on its side."""
@@ -66,7 +69,7 @@ def test_one_compilation_serves_all_long_lengths(config, padded):
     assert [reasons(report) for report in reports()] == [SPARSE, TOO_SHORT]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_short_calls_first_leave_long_ones_sparse():
     """The guard works from below, too: what was compiled as dense is not reused for a long sequence."""
     compiled = torch.compile(llama(), backend="tsa", options={"config": HALF}, dynamic=True)
@@ -77,7 +80,7 @@ def test_short_calls_first_leave_long_ones_sparse():
     assert [reasons(report) for report in reports()] == [TOO_SHORT, SPARSE]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_min_length_moves_the_guard():
     config = HALF.replace(min_length=32)
     compiled = torch.compile(llama(), backend="tsa", options={"config": config}, dynamic=True)
@@ -90,7 +93,7 @@ def test_min_length_moves_the_guard():
     assert [reasons(report) for report in reports()] == [SPARSE, TOO_SHORT]
 
 
-@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("form", exhaustive_but(["sdpa", "eager"], "sdpa"))
 def test_automatic_dynamic_shapes(form):
     """The first length is static, the second compiles a graph for all others."""
     compiled = torch.compile(llama(form), backend="tsa", options={"config": HALF})
@@ -105,6 +108,7 @@ def test_automatic_dynamic_shapes(form):
     assert isinstance(reports()[-1].rows[0].query[2], str), "a symbolic length"
 
 
+@pytest.mark.exhaustive
 def test_batches_and_lengths_may_both_change():
     compiled = torch.compile(llama(), backend="tsa", options={"config": KEEP_ALL}, dynamic=True)
     model = llama()
@@ -116,7 +120,7 @@ def test_batches_and_lengths_may_both_change():
     assert [report.sparse for report in reports()] == [1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_serves_many_lengths_with_one_compilation():
     config = COVERAGE.replace(compiler="inductor")
     compiled = torch.compile(llama(), backend="tsa", options={"config": config}, dynamic=True)
@@ -128,8 +132,8 @@ def test_inductor_serves_many_lengths_with_one_compilation():
     assert [report.sparse for report in reports()] == [1]
 
 
-@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("form", exhaustive_but(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("padded", exhaustive_but([False, True], True))
 def test_prefill_then_decode(form, padded):
     """The prefill is sparse and fills the cache with every token; decode steps are dense over all of it."""
     model = llama(form)
@@ -194,7 +198,7 @@ def test_prompts_of_several_lengths_in_static_caches(config):
     assert reports()[0].sparse == reports()[1].sparse == len(config.layers)
 
 
-@pytest.mark.parametrize("name", slow_but(["llama", "gemma3", "gpt2"], "llama"))
+@pytest.mark.parametrize("name", exhaustive_but(["llama", "gemma3", "gpt2"], "llama"))
 def test_generate(name):
     """Greedy tokens equal the plain model's where every token is kept."""
     model = short(name, pad_token_id=0, eos_token_id=None, bos_token_id=None)
@@ -207,7 +211,7 @@ def test_generate(name):
     assert sparse[0] == 1 and not any(sparse[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_generate_over_dropped_tokens():
     """Generation goes on from a sparse prefill: the same tokens as with the reference in its place."""
     settings = dict(max_new_tokens=6, do_sample=False)

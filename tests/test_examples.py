@@ -23,7 +23,7 @@ def test_every_example_is_tested():
     assert {path.stem for path in FOLDER.glob("*.py")} == {"quickstart", "custom_kernel", "write_a_pass"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quickstart_compares_exact_and_sparse_with_the_plain_model(monkeypatch):
     quickstart = load("quickstart")
     monkeypatch.setattr(quickstart, "ON_GPU", quickstart.ON_CPU)  # the small size, on a GPU machine too

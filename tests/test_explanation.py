@@ -12,14 +12,14 @@ from tsa_compile.costs.breakeven import expected_kept
 from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
 from tsa_compile.costs.devices import H200
 
-from .support import Attention, Stack, heads, mixed_padding, tiny, tokens
+from .support import Attention, Stack, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
 CONFIG = TSAConfig(budget=Coverage(0.2), window=4, min_tokens=4)
 
 
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", exhaustive_but(["sdpa", "eager"], "sdpa"))
 def test_rows_and_reasons(form):
     model = tiny("gemma3", form)
     report = explain(model, input_ids=tokens(3, 40), attention_mask=mixed_padding(40), config=CONFIG)
@@ -82,7 +82,7 @@ class TestExpectations:
         assert report.expected == {} and report.expected_ms is None
         assert all(row.expected_dense_ms is None for row in report)
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_of_each_call_that_is_understood(self):
         model = tiny("gemma3")
         inputs = dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40))
@@ -163,7 +163,7 @@ def test_a_model_without_attention():
     assert len(explain(torch.nn.Linear(3, 3), torch.ones(2, 3))) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_many_questions_leave_room_for_the_compilation():
     """Dynamo stops compiling a function after a number of recompilations; questions must not use them up."""

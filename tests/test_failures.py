@@ -28,7 +28,7 @@ from tsa_compile.passes.rewrite import RewriteSparse
 from tsa_compile.passes.verify import Verify
 from tsa_compile.testing import capture_all, count_ops
 
-from .support import Attention, Stack, difference, heads, mixed_padding, slow_but, tiny, tokens
+from .support import Attention, Stack, difference, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -85,7 +85,7 @@ def present(graph_module):
     return {name: count for name, count in count_ops(graph_module, *OPS).items() if count}
 
 
-@pytest.mark.parametrize("form", slow_but(["sdpa", "eager"], "sdpa"))
+@pytest.mark.parametrize("form", exhaustive_but(["sdpa", "eager"], "sdpa"))
 @pytest.mark.parametrize(("owner", "name"), [(rewrite, "scale_of"), (RewriteSparse, "_sparse")], ids=["before", "after"])
 def test_one_call_fails_in_the_sparse_rewriting(monkeypatch, owner, name, form):
     """The second of two calls: the first stays sparse, the failed one is the model's, and no node is left behind."""
@@ -259,7 +259,9 @@ def test_decode_steps_are_no_miss():
         torch.compile(Attention(is_causal=False), backend="tsa", options=options)(query[:, :, -1:], key, value)
 
 
-@pytest.mark.parametrize("name", slow_but(["gemma2 (soft capping)", "bloom (ALiBi)", "falcon (ALiBi)"], "bloom (ALiBi)"))
+@pytest.mark.parametrize(
+    "name", exhaustive_but(["gemma2 (soft capping)", "bloom (ALiBi)", "falcon (ALiBi)"], "bloom (ALiBi)")
+)
 def test_written_out_attention_of_another_form_is_reported(name):
     """Soft capping, slopes scaled with the scores: recognised, and a row says why nothing was done."""
     with pytest.warns(TSAWarning):

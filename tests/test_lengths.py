@@ -15,7 +15,7 @@ from tsa_compile.kernels.decompress import decompress
 from tsa_compile.kernels.score import score
 from tsa_compile.kernels.select import select
 
-from .support import difference, heads, mixed_padding, slow_but, tiny, tokens
+from .support import difference, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 assert pipeline.OPS
 tsa = torch.ops.tsa
@@ -135,7 +135,7 @@ def run_lengths(model, config, lengths, warm_up, batch, padded, device):
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name, padded", slow_but([("half", False), ("coverage", True)], ("half", False)))
+@pytest.mark.parametrize("name, padded", exhaustive_but([("half", False), ("coverage", True)], ("half", False)))
 def test_a_model_compiles_one_graph_for_forty_lengths(name, padded):
     torch._dynamo.utils.counters.clear()
     config = TSAConfig(budget=BUDGETS[name], window=16, min_tokens=8, min_length=1, layers=[0, 1], compiler="eager")

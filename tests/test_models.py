@@ -25,11 +25,11 @@ from .support import (
     OTHERS,
     VOCAB,
     difference,
+    exhaustive_but,
     mixed_padding,
     oracle,
     run_each,
     short,
-    slow_but,
     tiny,
     tokens,
     with_sinks,
@@ -120,7 +120,7 @@ def rows_of(report):
     return [(row.layer_index, row.decision, row.reason) for row in report]
 
 
-@pytest.mark.parametrize("name, form, case", slow_but(DECODER_CASES, *DECODER_CASES[:4]))
+@pytest.mark.parametrize("name, form, case", exhaustive_but(DECODER_CASES, *DECODER_CASES[:4]))
 def test_decoders(name, form, case):
     """What is exact, or keeps all tokens, equals the plain model: in exact mode on every row, pad rows included, and each
     full-attention layer loses its mask. Where tokens are dropped, the model computes what the method's reference computes in
@@ -143,7 +143,7 @@ def test_decoders(name, form, case):
         assert difference(logits, wanted, None if kind == "exact" else mask) < ATOL, kind
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", exhaustive_but(["left", "right"], "left"))
 def test_padding_changes_nothing_on_valid_rows(side):
     """A padded item of the sparse model equals the same item alone, without padding."""
     model, config, pads = short("gpt2"), HALF.replace(layers=[0]), 10
@@ -205,7 +205,7 @@ def test_half_precision(dtype):
     assert difference(logits.float(), exact, inputs["attention_mask"]) < allowed
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("padded", exhaustive_but([False, True], True))
 def test_sinks_beside_the_softmax(padded):
     """gpt-oss: exact, published and with the floor, over a window as well."""
     inputs = dict(input_ids=tokens(3, LENGTH), use_cache=False)
@@ -262,7 +262,7 @@ def forms_of(name):
     return FORMS
 
 
-@pytest.mark.parametrize("name", slow_but(OTHERS, "opt"))
+@pytest.mark.parametrize("name", exhaustive_but(OTHERS, "opt", "gpt_neo (local)"))
 def test_any_other_model_computes_what_it_did(name):
     """Gains or not: it never breaks because of the backend."""
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
@@ -292,10 +292,10 @@ def test_one_key_head_for_all_queries_becomes_sparse():
     "form, config",
     [
         pytest.param("sdpa", KEEP_ALL.replace(layers=None), id="sdpa-keep-all"),
-        pytest.param("eager", EXACT, id="eager-exact", marks=pytest.mark.slow),
+        pytest.param("eager", EXACT, id="eager-exact", marks=pytest.mark.exhaustive),
     ],
 )
-@pytest.mark.parametrize("name", slow_but(["t5", "bart"], "bart"))
+@pytest.mark.parametrize("name", exhaustive_but(["t5", "bart"], "bart"))
 def test_encoder_decoders_compute_what_they_did(name, config, form):
     """Encoder, decoder and cross-attention in one call; T5 adds a learned relative bias to the scores."""
     kinds = {

@@ -87,7 +87,7 @@ def test_modes_take_turns_and_running_out_of_memory_is_a_result(load, monkeypatc
     assert "| torch.compile | out of memory |" in text and text.count("2.0 GiB") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, monkeypatch, dynamic):
     chunks, prefill, model = load("prefill_chunks"), load("prefill"), tiny("llama", num_hidden_layers=1)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 import tsa_compile
 from tsa_compile import ConfigError, KeepRatio, Prefill, TSAConfig, attention, reports
 
-from .support import Stack, chunks, difference, heads, mixed_padding, slow_but, tiny, tokens
+from .support import Stack, chunks, difference, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -59,7 +59,7 @@ def chunks_of_another_cache(model, ids, mask, size):
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("masked", slow_but([False, True], True))
+@pytest.mark.parametrize("masked", exhaustive_but([False, True], True))
 def test_two_graphs_serve_chunks_of_any_prompt_in_other_caches(masked):
     """Of equal lengths too: the second chunk is as long as the cache before it. Of a DynamicCache: test_chunk_cache.py."""
     config = CONFIG.replace(min_length=1)
@@ -182,6 +182,7 @@ def test_a_block_in_a_block_leaves_the_outer_one_in_place():
     assert model._compiled_call_impl is None
 
 
+@pytest.mark.exhaustive
 def test_every_model_and_setting_is_compiled_however_many_there_are():
     """Dynamo runs a function as it is from its ninth graph on."""
     models, ids = [tiny("llama", num_hidden_layers=1) for _ in range(2)], tokens(1, 40)
@@ -287,7 +288,7 @@ def test_a_model_that_is_not_causal_stays_so(dynamic):
     assert difference(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", exhaustive_but([None, True], True))
 def test_hooks_that_are_registered_later_run(dynamic):
     """Decode steps, which are not compiled, run them as well."""
     model, plain = tiny("llama", num_hidden_layers=2), tiny("llama", num_hidden_layers=2)
@@ -319,6 +320,7 @@ def test_switches_are_true_or_false(option):
         tsa_compile.prefill(tiny("llama", num_hidden_layers=1), **option)
 
 
+@pytest.mark.exhaustive
 def test_head_sizes_that_differ_between_models_are_numbers():
     """Dynamo takes a size for symbolic that another model had differently at the same line of code."""
     for head_dim in (32, 16):

@@ -6,7 +6,7 @@ from torch import nn
 
 from tsa_compile import ConfigError, KeepRatio, TSAConfig, regions, reports
 
-from .support import Attention, heads, mixed_padding, slow_but, tiny, tokens
+from .support import Attention, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -33,7 +33,7 @@ def notes():
     return " ".join(note for report in reports() for note in report.notes if note.startswith("regional"))
 
 
-@pytest.mark.parametrize("name", slow_but(["llama", "gpt2", "gpt_neox"], "llama"))
+@pytest.mark.parametrize("name", exhaustive_but(["llama", "gpt2", "gpt_neox"], "llama"))
 def test_six_layers_are_compiled_as_two(name):
     """The parts: what precedes the layers, the padding included, 0 to 2, 3 to 5, what follows."""
     sizes = {"n_layer": 6} if name == "gpt2" else {"num_hidden_layers": 6}
@@ -182,7 +182,7 @@ def test_not_with_cuda_graphs():
     assert resolve_compiler(TSAConfig(regional=True), "max-autotune-no-cudagraphs")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor():
     model, ids, mask = tiny("llama"), tokens(2, 60), mixed_padding(60, (0, 9))
     expected = run(model, CONFIG.replace(compiler="eager"), ids, attention_mask=mask).logits

@@ -5,7 +5,7 @@ import torch
 
 from tsa_compile import Decision, KeepRatio, Reason, TSAConfig, TSAWarning, reports
 
-from .support import Attention, difference, heads, mixed_padding, tiny, tokens
+from .support import Attention, difference, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -20,7 +20,7 @@ def compiled(model, **changes):
     return torch.compile(model, backend="tsa", options={"config": CONFIG, **changes})
 
 
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", exhaustive_but(["sdpa", "eager"], "sdpa"))
 def test_gradients_equal_the_plain_models(form):
     model, plain = tiny("llama", form).train(), tiny("llama", form).train()
     inputs = dict(input_ids=tokens(3, 40), attention_mask=mixed_padding(40), labels=tokens(3, 40))
@@ -93,6 +93,7 @@ def test_frozen_parameters_need_no_gradient():
     assert reports()[-1].sparse == 2
 
 
+@pytest.mark.exhaustive
 def test_the_mode_may_change_from_call_to_call():
     """One compiled model, evaluated and trained in turns: Dynamo's guards keep the graphs apart."""
     model, plain = tiny("llama"), tiny("llama")

@@ -21,7 +21,7 @@ from tsa_compile.calibration.loss_search import TRIES, LossCalibration, Search, 
 from tsa_compile.config import Floor, KeepRatio, TSAConfig
 from tsa_compile.evaluation.prompts import Sample
 
-from ..support import tiny, tokens
+from ..support import exhaustive_but, tiny, tokens
 
 BASE = TSAConfig(window=4, min_tokens=0, floor=Floor(4, 1))
 RATIOS = (0.5, 0.1)
@@ -76,6 +76,7 @@ def by_plain_compilation(model, choice, sample):
     return float((dense.exp() * (dense - sparse)).sum(-1).mean())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:no attention call")
 def test_costs_are_those_of_the_compiled_configuration(model, meter, samples):
     choice = {0: 0.5, 2: 0.1}
@@ -107,7 +108,7 @@ def saved_by(choice, length):
     return sum(1 - kept[ratio] ** 2 for ratio in choice.values()) / 3
 
 
-@pytest.mark.parametrize("max_kl", [0.0065, 10.0])
+@pytest.mark.parametrize("max_kl", exhaustive_but([0.0065, 10.0], 0.0065))
 def test_what_is_chosen_against_all_choices(model, brute, max_kl):
     found = calibrate(
         model,

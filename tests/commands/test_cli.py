@@ -29,7 +29,7 @@ from tsa_compile.evaluation.tasks import TASKS
 from tsa_compile.export import _rtx
 from tsa_compile.export.tensorrt import Finding
 
-from ..support import without_interpreter
+from ..support import exhaustive_but, without_interpreter
 from .support import QUICK, TINY, fails, run
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -79,7 +79,7 @@ def test_options_name_every_shape_and_device():
 
 
 @pytest.mark.parametrize("device", ["h100", "cpu"])
-@pytest.mark.parametrize("length", ["8K", "64K"])
+@pytest.mark.parametrize("length", exhaustive_but(["8K", "64K"], "64K"))
 def test_the_report_and_the_prediction_say_the_same(device, length):
     """On a CPU the length counts at which tokens can be dropped, on a GPU the one at which that pays."""
     done = run("explain", *TINY, "--length", length, "--device", device, "--json")
@@ -356,7 +356,7 @@ def test_the_installed_command_fails_in_one_line(installed, tmp_path):
     assert done.stderr.startswith("error: there is no folder 'nowhere'") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_the_installed_command_is_interrupted(installed, tmp_path, request):
     """Ctrl-C while it works, which the spinner on stderr shows (TTY_COMPATIBLE: as if that were a terminal)."""

@@ -107,7 +107,7 @@ def limited(tmp_path_factory):
     return dict(zip(WRITERS, zip(paths.values(), results, strict=True), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_was_there_stays(name, limited):
     path, (code, stdout, stderr) = limited[name]

@@ -24,7 +24,7 @@ from tsa_compile import (
     reports,
 )
 
-from ..support import chunks, difference, mixed_padding, oracle, slow_but, tiny, tokens, with_sinks
+from ..support import chunks, difference, exhaustive_but, mixed_padding, oracle, tiny, tokens, with_sinks
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -68,7 +68,7 @@ def no_warning():
 
 
 @pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
-@pytest.mark.parametrize("name", slow_but(["llama", "qwen3", "mistral", "gemma3"], "llama", "gemma3"))
+@pytest.mark.parametrize("name", exhaustive_but(["llama", "qwen3", "mistral", "gemma3"], "llama", "gemma3"))
 def test_equal_to_the_compiled_model(name):
     """Logits, decisions and reasons, over left and right padding in one batch."""
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH))
@@ -188,7 +188,10 @@ def test_what_is_no_plain_softmax_stays_exact(name, reason, mask):
 
 
 @pytest.mark.parametrize("config", [FLOOR.replace(layers=[]), FLOOR, COVERAGE], ids=["exact", "floor", "published"])
-@pytest.mark.parametrize("mask", [None, mixed_padding(LENGTH)], ids=["plain", "padded"])
+@pytest.mark.parametrize(
+    "mask",
+    [pytest.param(None, id="plain", marks=pytest.mark.exhaustive), pytest.param(mixed_padding(LENGTH), id="padded")],
+)
 def test_sinks_as_in_the_compiled_model(config, mask):
     inputs, plain = dict(input_ids=tokens(3, LENGTH), attention_mask=mask), with_sinks()
     config = config.replace(layers=[0] if config.layers else [])

@@ -133,7 +133,7 @@ def test_a_sparse_prefill_is_seen_in_the_answers_likelihood(model, words, sample
         assert outcome.kl > 1e-3 and outcome.nll != before.nll
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_random_selection_keeps_as_many_and_is_the_same_again(model, words, samples):
     sparse, _ = Runner(model, words, Setting("sparse", CONFIG)).run(samples)
     runner = Runner(model, words, Setting("random", CONFIG, random=True))

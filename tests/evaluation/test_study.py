@@ -87,7 +87,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(run, runs, tmp_path):
     assert columns(run(**given, file=path)) == columns(whole) and runs == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_samples_and_settings_can_be_added(run, runs, tmp_path):
     path = tmp_path / "study.json"
     run(file=path, samples=1, settings=[])

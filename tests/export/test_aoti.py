@@ -38,7 +38,7 @@ def case(folder, number):
     return dict(zip(("input_ids", "attention_mask"), saved["inputs"], strict=True)), saved["outputs"][0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [0, 1])
 def test_equals_the_program(folder, package, number):
     inputs, expected = case(folder, number)
@@ -76,7 +76,7 @@ def test_a_floor_without_padding_by_a_compiler_with_only_the_static_cpp_library(
         assert difference(loaded(*inputs), exported.module()(*inputs)) < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake (pip install cmake)")
 def test_runs_from_cpp(folder, tmp_path):
     root = Path(torch.__file__).parent
@@ -106,7 +106,7 @@ def run(build, *arguments):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_call_outside_the_range_says_the_range(package):
     short = {"input_ids": torch.ones(2, 63, dtype=torch.long), "attention_mask": torch.ones(2, 63, dtype=torch.long)}
     with pytest.raises(
@@ -118,7 +118,7 @@ def test_a_call_outside_the_range_says_the_range(package):
         package(**many)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inputs_that_do_not_fit_each_other_or_the_program(folder, package):
     inputs, _ = case(folder, 0)
     with pytest.raises(ConfigError, match=r"takes input_ids, attention_mask; found input_ids"):
@@ -169,7 +169,7 @@ def test_what_cannot_be_loaded(tmp_path):
         aoti.load(tmp_path / "model.pt2")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_package_that_was_cut_off_is_named(share, folder, tmp_path):
     content = (folder / "model.pt2").read_bytes()

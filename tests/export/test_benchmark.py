@@ -45,7 +45,7 @@ def benchmark(monkeypatch):
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("fresh")
 def test_measures_and_writes(benchmark, tmp_path, capsys):
     assert benchmark.main([*OPTIONS, "--out", str(tmp_path)]) == 0
@@ -99,7 +99,7 @@ def only_one_process(files, run=subprocess.run):
     return run_child
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("fresh")
 def test_files_are_run_and_refusals_told(monkeypatch, tmp_path):
     """As on a GPU, where float16 takes float32's place; the graph that is held against it runs as it is in Python."""

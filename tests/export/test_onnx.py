@@ -15,7 +15,7 @@ from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import reference
 from tsa_compile.passes.lower import lower_program, with_joined_floors
 
-from ..support import slow_but
+from ..support import exhaustive_but
 from .support import Call, CallWithSinks
 
 onnx = pytest.importorskip("onnx")
@@ -101,7 +101,7 @@ def programs():
     return get
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "plain"))
+@pytest.mark.parametrize("case", exhaustive_but(CASES, "plain"))
 def test_standard_operators_equal_torch_at_other_lengths_and_batches(case, programs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     padded, of = CASES[case][1:]

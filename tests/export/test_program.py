@@ -14,7 +14,7 @@ from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
-from ..support import Attention, difference, heads, mixed_padding, tiny, tokens
+from ..support import Attention, difference, exhaustive_but, heads, mixed_padding, tiny, tokens
 from .support import SMALL
 
 HALF = SMALL.replace(budget=KeepRatio(0.5))
@@ -51,7 +51,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", exhaustive_but(CASES, "llama-floor"))
 def test_equals_the_compiled_model(case, tmp_path):
     name, attention, config, padded, lower = CASES[case]
     changes = {"sliding_window": None} if name == "mistral" else {}
@@ -76,7 +76,7 @@ def test_equals_the_compiled_model(case, tmp_path):
         assert difference(result["logits"], expected) < ATOL, length
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_exports_again_for_the_same_range():
     inputs = model_inputs(40, True)
     model = tiny("llama", num_hidden_layers=2)
@@ -88,7 +88,7 @@ def test_exports_again_for_the_same_range():
     torch.testing.assert_close(again.module()(**inputs), program.module()(**inputs))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_unpadded_batch_of_one_is_no_constant():
     program = export_program(
         tiny("llama", num_hidden_layers=2),
@@ -139,7 +139,7 @@ class Windowed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("lower", [None, "aten"])
+@pytest.mark.parametrize("lower", exhaustive_but([None, "aten"], "aten"))
 def test_windows(lower, padded, tmp_path):
     """In operators of torch's and in ONNX files, in which no domain has one for them, they are masks again."""
 

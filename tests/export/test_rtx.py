@@ -13,7 +13,7 @@ from tsa_compile.export import _rtx, export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
 
 from ..commands.support import run
-from ..support import DECODERS, mixed_padding, slow_but, tiny, tokens
+from ..support import DECODERS, exhaustive_but, mixed_padding, tiny, tokens
 from .support import Call
 
 onnx = pytest.importorskip("onnx")
@@ -71,7 +71,7 @@ def save_graph(path, nodes=(), inputs=(), outputs=()):
 
 
 @library
-@pytest.mark.parametrize("case", slow_but(CALLS, "floor, padded"))
+@pytest.mark.parametrize("case", exhaustive_but(CALLS, "floor, padded"))
 def test_calls_are_parsed_and_built(case, tmp_path):
     path = save_call(tmp_path / "model.onnx", *CALLS[case], ROWS.get(case, 80), WIDTH.get(case, 16))
     assert tensorrt.check(path) == tensorrt.check(onnx.load(path), runtime="rtx") == []
@@ -97,7 +97,7 @@ def save_model(path, name, config, dtype, padded):
 
 
 @library
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", BUILT)
 def test_models_are_parsed_and_built(case, tmp_path):
     name, dtype, padded = BUILT[case]
@@ -110,7 +110,7 @@ def test_models_are_parsed_and_built(case, tmp_path):
 
 
 @library
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", PARSED)
 def test_the_other_forms_of_models_are_parsed(case, tmp_path):
     name, config, padded = PARSED[case]

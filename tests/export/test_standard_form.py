@@ -19,7 +19,7 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
 
-from ..support import slow_but
+from ..support import exhaustive_but
 from .support import Call
 
 onnx = pytest.importorskip("onnx")
@@ -86,7 +86,7 @@ def accept(layer, padded, found):
     GOLDEN.write_text("\n\n".join([versions(), *(cases[case] for case in CASES if case in cases)]) + "\n")
 
 
-@pytest.mark.parametrize(("layer", "padded"), slow_but(CASES, ("dense", True)))
+@pytest.mark.parametrize(("layer", "padded"), exhaustive_but(CASES, ("dense", True)))
 def test_operators_of_a_layer(layer, padded, tmp_path):
     found = operators(layer, padded, tmp_path / "model.onnx")
     if ACCEPT:

@@ -181,7 +181,7 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
             check(tmp_path / name)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_exported_layer_passes_and_the_domain_needs_plugins(tmp_path):
     pytest.importorskip("onnxscript")
     program, path = layer_program(), tmp_path / "model.onnx"

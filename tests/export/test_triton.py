@@ -72,7 +72,7 @@ def named(*steps):
     return " ".join(sorted(f"tsa_triton.{step}.default" for step in steps))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_kernels_can_be_traced_for_all_lengths_at_once():
     pytest.importorskip("triton")
     printed = without_interpreter(TRACE)

@@ -318,7 +318,7 @@ def test_plan_grid_is_coarse_and_close():
     assert len(grid) < 350 and all(n % 256 == 0 for n in grid)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_compiles_it_for_every_length(device):
     def attention(query, key, value, count):
         return attend(query * 2, key, value, count, 0.2, "auto") + 1

@@ -214,7 +214,7 @@ def test_dtypes_and_head_sizes(device, dtype, dim, value_dim, granularity):
     close(out, restricted(*inputs, indices, count), dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("budget_", [{"keep_ratio": 0.5}, {"coverage": 0.1}])
 def test_one_compilation_serves_every_length(device, budget_):
     def layer(query, key, value):

@@ -207,7 +207,7 @@ def test_padded_attention_at_valid_tokens(device):
     assert actual.stride() == expected.stride()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_finds_all_that_a_kernel_names():
     """It copies a kernel's functions and constants into a CUDA package, and leaves everything else out, classes too."""
     printed = without_interpreter(

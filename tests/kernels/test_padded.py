@@ -249,7 +249,7 @@ def test_opcheck(device, name):
     torch.library.opcheck(padded_attention, (*inputs, padding, valid_ranges(padding), 0.2, False))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_compiles_it_for_every_length(device):
     def attention(query, key, value, padding):
         out = padded_attention(query, key, value, padding, valid_ranges(padding), 0.2, False)

@@ -58,7 +58,8 @@ def test_with_padding_only_the_valid_tokens_are_attended_to(calls, passes):
 
 
 @pytest.mark.parametrize(
-    "pads", [pytest.param((0, 0, 0), id="mask of ones", marks=pytest.mark.slow), pytest.param((0, 9, -13), id="padded")]
+    "pads",
+    [pytest.param((0, 0, 0), id="mask of ones", marks=pytest.mark.exhaustive), pytest.param((0, 9, -13), id="padded")],
 )
 def test_beside_sparse_layers(calls, pads):
     model, ids, mask = tiny("llama"), tokens(3, LENGTH), mixed_padding(LENGTH, pads)

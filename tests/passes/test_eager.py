@@ -24,6 +24,9 @@ EAGER_SPELLINGS = {
     "scale from the left": lambda q, k, v: torch.softmax(0.35 * (q @ k.transpose(2, 3)), 3) @ v,
     "scale of the query": lambda q, k, v: ((q * 0.35) @ k.transpose(2, 3)).softmax(-1) @ v,
     "scale as a tensor": lambda q, k, v: ((q @ k.transpose(2, 3)) / torch.full([], 3.0)).softmax(-1) @ v,
+    "scale as a tensor that is cast": lambda q, k, v: (
+        ((q @ k.mT) / torch.full([], 3.0, dtype=torch.float64).to(q.dtype)).softmax(-1) @ v
+    ),
     "two factors": lambda q, k, v: ((q @ k.transpose(2, 3)) * 0.5 / 2.0).softmax(-1) @ v,
     "softmax by name": lambda q, k, v: torch.matmul(F.softmax(input=scores(q, k), dim=-1), v),
     "no scale": lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1) @ v,

@@ -309,7 +309,7 @@ class TestModels:
             assert difference(self.compiled()(ids, attention_mask=mask).logits, plain, mask) < 1e-5
         assert [row.decision for report in reports() for row in report] == [Decision.DENSE_PADDED] * 2
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_sparse_chunks(self):
         """As the same model by SDPA: the selection is of the same scores."""
         config = ALL.replace(layers=[0, 1], budget=KeepRatio(0.3), window=6)
@@ -320,7 +320,7 @@ class TestModels:
         assert difference(*found) < 1e-5
         assert {row.decision for report in reports() for row in report} == {Decision.SPARSE}
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_a_static_cache(self):
         """Its mask function counts from a number that the cache moves on before it is asked, in transformers 5.24: whatever
         the model computes, it does."""

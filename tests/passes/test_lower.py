@@ -14,7 +14,7 @@ from tsa_compile.passes.lower import lower_program, with_joined_floors
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
-from ..support import Attention, Stack, heads, slow_but
+from ..support import Attention, Stack, exhaustive_but, heads
 
 tsa = torch.ops.tsa
 PADDINGS = {
@@ -87,7 +87,8 @@ def test_a_chunk_behind_a_cache_becomes_aten(padded):
         torch.testing.assert_close(lowered.module()(*inputs), Chunk()(*inputs))
 
 
-@pytest.mark.parametrize("padded", slow_but([False, True], True))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("padded", exhaustive_but([False, True], True))
 def test_a_sparse_chunk_becomes_aten_for_all_lengths(padded):
     traced = exported_chunk(padded)
     floor = {"floor_window": 5, "floor_sinks": 2}
@@ -127,7 +128,7 @@ def test_the_steps_become_aten():
 FLOORED = {"attend_lse": 1, "merge_floor": 1, "attend_floor": 0}
 
 
-@pytest.mark.parametrize("budget", slow_but([KeepRatio(0.5), Coverage(0.3)], KeepRatio(0.5)), ids=str)
+@pytest.mark.parametrize("budget", exhaustive_but([KeepRatio(0.5), Coverage(0.3)], KeepRatio(0.5)), ids=str)
 def test_the_steps_of_a_floor_are_taken_in_one(budget):
     program = export(budget=budget, floor=Floor(5, 2))
     assert count_ops(program.graph_module, *FLOORED) == FLOORED

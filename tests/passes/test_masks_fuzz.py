@@ -20,7 +20,7 @@ from tsa_compile.passes.masks.info import FILLED_KINDS, MaskKind
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.testing import evaluate_mask, run_nodes
 
-from ..support import slow_but
+from ..support import exhaustive_but
 from .mask_programs import HALF, HEADS, HIDDEN, Pieces, draw_padding
 
 
@@ -261,7 +261,7 @@ def hold_against(info, call, values, mask, padding, symbols):
 
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
-@pytest.mark.parametrize("block", slow_but(range(6), 0))
+@pytest.mark.parametrize("block", exhaustive_but(range(6), 0))
 def test_random_masks(block, symbolic):
     cases = 30 if symbolic else 320
     kinds = Counter()

@@ -14,7 +14,7 @@ from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.passes.padding import PaddingBuilder
 from tsa_compile.testing import capture_all, evaluate_mask, run_nodes
 
-from ..support import mixed_padding, slow_but, tiny, tokens
+from ..support import exhaustive_but, mixed_padding, tiny, tokens
 
 BATCH, LENGTH = 3, 24  # longer than the windows of 16
 PADDED = dict(attention_mask=mixed_padding(LENGTH, (0, 5, -7)))
@@ -131,12 +131,12 @@ def check(name, form, case, dynamic=None):
         assert info.kind is (MaskKind.SLIDING_WINDOW if window else KINDS[case])
 
 
-@pytest.mark.parametrize("name, form, case", slow_but(sorted(set(COVERING)), *QUICK))
+@pytest.mark.parametrize("name, form, case", exhaustive_but(sorted(set(COVERING)), *QUICK))
 def test_decoders(name, form, case):
     check(name, form, case)
 
 
-@pytest.mark.parametrize("name, form, case", slow_but(DYNAMIC, DYNAMIC[1]))
+@pytest.mark.parametrize("name, form, case", exhaustive_but(DYNAMIC, DYNAMIC[1]))
 def test_symbolic_lengths(name, form, case):
     check(name, form, case, dynamic=True)
 

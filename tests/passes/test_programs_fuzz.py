@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ..support import slow_but
+from ..support import exhaustive_but
 from .program_check import MODES, check
 from .programs import HEADER, generate, shrink
 
@@ -27,7 +27,7 @@ def failure(program):
     return f"seed {program.seed}, {mode}: {found}\n{shrink(program, fails).source}"
 
 
-@pytest.mark.parametrize("chunk", slow_but(range(CHUNKS), 0))
+@pytest.mark.parametrize("chunk", exhaustive_but(range(CHUNKS), 0))
 def test_random_programs(chunk):
     calls, skipped, different = Counter(), 0, []
     for seed in range(chunk, CHUNKS * PROGRAMS, CHUNKS):  # neighbours have spellings of a kind

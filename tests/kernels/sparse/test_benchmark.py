@@ -59,7 +59,7 @@ def plain_flex(query, key, value, *, block_mask, scale, enable_gqa):
     return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_part_runs_and_is_reported(sparse, load, arguments, tmp_path):
     run = load("attention").Run(0.001)
     run.parts = {name: [] for name in ("kernel", "selectors", "methods")}
@@ -120,7 +120,7 @@ def test_shares_and_errors(load, arguments):
     assert 0.3 < float(load("sparse").density(lists)) < 0.45
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
 def test_candidates_of_the_tuning_script_run(load, arguments):
     pytest.importorskip("triton")
