@@ -61,7 +61,9 @@ class PlanCalls(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:
         places = [plan.place for plan in self.state.plans]
         selected = select_layers(places, self.state.config)
-        share = sum(reason is None for reason in selected) / max(len(places), 1)
+        masks = [plan.mask for plan in self.state.plans]
+        able = [mask is not None and mask.kind not in MASK_REASONS for mask in masks]  # windows, for one, are not
+        share = sum(reason is None and mask for reason, mask in zip(selected, able, strict=True)) / max(len(places), 1)
         for plan, reason in zip(self.state.plans, selected, strict=True):
             if plan.reason is Reason.PASS_FAILED:
                 continue

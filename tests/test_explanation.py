@@ -90,7 +90,8 @@ class TestExpectations:
         report = explain(model, **inputs, config=CONFIG.replace(min_length=1), device="h200")
         dense, window, compressed = report
         assert dense.expected_ms == dense.expected_dense_ms > 0
-        assert window.decision is Decision.WINDOW and window.expected_ms is None
+        assert window.decision is Decision.WINDOW and window.window == 16
+        assert window.expected_ms == window.expected_dense_ms > 0
         assert compressed.expected_dense_ms == dense.expected_dense_ms < compressed.expected_ms, "40 tokens cannot gain"
         assert [dataclasses.replace(row, expected_dense_ms=None, expected_ms=None) for row in report] == list(plain)
         assert report.expected["device"] == "NVIDIA H200"

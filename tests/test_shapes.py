@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 CONFIG = TSAConfig(budget=Coverage(0.2), window=4, min_tokens=4)
 
 # As the Hugging Face Hub counts the parameters of the safetensors files; of Gemma 3 the text model's with its vocabulary of
-# 262208.
+# 262208, of gpt-oss, whose files are quantized, the 20.91 billion of its model card.
 PUBLISHED = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
@@ -28,6 +28,7 @@ PUBLISHED = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "gemma-3-12b": 11_766_034_176,
+    "gpt-oss-20b": 20_914_757_184,
     "phi-3-mini": 3_821_079_552,
 }
 

@@ -136,6 +136,7 @@ def _row(index: int, plan: CallPlan) -> CallRow:
         dtype=dtype, form=call.form, mask=mask, decision=plan.decision, reason=plan.reason, kernel=plan.kernel,
         detail=plan.detail,
         budget=own_budget(plan.config) if plan.decision is Decision.SPARSE else None,
+        window=plan.mask.window if plan.decision is Decision.WINDOW and plan.mask is not None else None,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class CallRow:
     proven to be, `form` how the model computes attention ("sdpa", "eager", "flex", "other"), `kernel` what runs the call
     now. Where a device's costs were asked for, `expected_dense_ms` and `expected_ms` are the expected times of the call,
     dense and as decided. `budget` is how much a sparse call keeps, as ("keep_ratio", 0.3), where layers have a budget each.
+    `window` is how many tokens each row of a call sees that runs over a window.
     """
 
     index: int
@@ -51,6 +52,7 @@ class CallRow:
     expected_dense_ms: float | None = None
     expected_ms: float | None = None
     budget: tuple[str, float] | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None:

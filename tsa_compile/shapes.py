@@ -83,6 +83,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         _sizes(3840, 15360, 48, 16, 8, 256, 262208, sliding_window=1024, rope_parameters=_GEMMA3_ROPE),
     ),
+    "gpt-oss-20b": (
+        "GptOssConfig",
+        _sizes(2880, 2880, 24, 64, 8, 64, 201088, sliding_window=128, num_local_experts=32, num_experts_per_tok=4),
+    ),
     "phi-3-mini": (
         "Phi3Config",
         _sizes(3072, 8192, 32, 32, 32, 96, 32064, rope_parameters=_rope(1e4), sliding_window=None),

@@ -92,6 +92,17 @@ def test_the_report_and_the_prediction_say_the_same(device, length):
         assert found["prediction"]["device"] == "NVIDIA H100 80GB HBM3" and found["report"]["rows"][0]["dtype"] == "bfloat16"
 
 
+def test_they_agree_on_a_model_with_windows():
+    """Of its upper half, one layer in six can be sparse: by that share the length from which on that pays is found."""
+    shape = ["--shape", "gemma-3-12b", "--layers", "12"]
+    found = json.loads(run("explain", *shape, "--length", "8K", "--device", "h200", "--json").stdout)
+    assert found["report"]["expected"]["break_even"] == found["prediction"]["break_even"] == 4352
+    rows, layers = found["report"]["rows"], found["prediction"]["layers"]
+    assert [row["reason"] for row in rows] == [layer["reason"] for layer in layers]
+    windows = [row["expected_ms"] for row in rows if row["reason"] == "SLIDING_WINDOW"]
+    assert windows == [layer["dense_ms"] for layer in layers if layer["reason"] == "SLIDING_WINDOW"] and len(windows) == 10
+
+
 def test_without_a_gpu_one_is_assumed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = run("explain", *TINY, "--length", "2K", "--json", "--device", "auto")

@@ -34,7 +34,7 @@ _MODEL, _SPARSE, _OUTPUT = "Model", "Token Sparse Attention", "Output"
 GPU_NAMES = ("h200", "h100")
 SHAPE_NAMES = (
     "tiny", "small", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b", "mistral-7b", "mistral-nemo",
-    "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "gemma-3-12b", "phi-3-mini",
+    "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "gemma-3-12b", "gpt-oss-20b", "phi-3-mini",
 )  # fmt: skip
 TASK_NAMES = (
     "needle", "needle_keys", "needle_values", "needle_queries", "question_first", "variables", "common_words",

@@ -181,7 +181,7 @@ def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
 @functools.lru_cache(maxsize=512)
 def window_work(call: CallShape, costs: DeviceCosts, window: int) -> Work:
     """Dense attention in which a row sees `window` tokens, by the floor's kernel (kernels/sliding.py)."""
-    width, seen = call.head_dim + call.value_head_dim, sympy.Min(sympy.Integer(window), LENGTH / 2)
+    width, seen = call.head_dim + call.value_head_dim, sympy.Min(sympy.Integer(window), LENGTH / 2 + call.past)
     flops = 2 * call.batch * call.heads * width * LENGTH * (seen + FLOOR_TILES)
     rate = (WINDOW_RATE if window > LONG_WINDOW else FLOOR_RATE) * costs.attention_tflops
     ms = flops * slowness(width, costs.attention_exponential) / (rate * 1e9)

@@ -9,12 +9,10 @@ import torch
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, minimum
-from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
+from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms, window_work
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
-
-_UNKNOWN = (Decision.UNCHANGED, Decision.WINDOW)
 
 
 def with_expectations(
@@ -22,8 +20,8 @@ def with_expectations(
 ) -> RewriteReport:
     """The report with what its calls are expected to take on a device, and the length from which sparse ones gain there.
 
-    A call that is not known well enough has no figures: one with a window, one that stays as the model wrote it, or whose
-    sizes are symbolic.
+    A call over a window is not compared: both of its figures are what it takes. A call that is not known well enough has
+    none: one that stays as the model wrote it, or whose sizes are symbolic.
     """
     costs, notes = costs_of(device)
     rows = tuple(_with_times(row, config, costs) for row in report.rows)
@@ -40,8 +38,13 @@ def with_expectations(
 
 def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
-    if shape is None or not isinstance(length, int) or length < 1 or row.decision in _UNKNOWN:
+    if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
+    if row.decision is Decision.WINDOW:
+        if row.window is None:  # in a report of an earlier version
+            return row
+        ms = window_work(shape, costs, row.window).ms_at(length)
+        return replace(row, expected_dense_ms=ms, expected_ms=ms)
     dense = dense_ms(shape, costs)(length)
     sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length + shape.past))
     return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)

@@ -242,7 +242,7 @@ def _predict(
     kept: float | None,
 ) -> Prediction:
     selected = _selected(config, model)
-    share = len(selected) / len(model.layers)
+    share = sum(layer.kind == FULL for index, layer in enumerate(model.layers) if index in selected) / len(model.layers)
     itemsize = model.dtype.itemsize
     configs = [config.of_layer(index, sizes.modules) for index, sizes in enumerate(model.layers)]
     shapes = [

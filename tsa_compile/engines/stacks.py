@@ -29,7 +29,7 @@ class Stack:
     Attributes:
         selected: for each module's name its place, and the reason why its layer is not asked to be sparse, if it is not.
         sizes: for each of them, how many members the modules have that it is found in.
-        share: how many of them are asked to be sparse, of all.
+        share: how many of them are asked to be sparse, of all. Those with a window count, as their masks come when they run.
     """
 
     title: str

@@ -226,6 +226,7 @@ class Implementation:
             index=0, layer=place.names[0], layer_index=place.number, query=query, key=key, value=value,
             dtype=str(call.query.dtype).removeprefix("torch."), form=self.name, mask=str(call.kind), decision=decision,
             reason=reason, kernel=kernel, detail=detail, budget=budget,
+            window=call.window if decision is Decision.WINDOW else None,
         )  # fmt: skip
         assisted = call.is_chunk and query[2] < FEW_QUERIES  # a step of assisted decoding is no prefill
         if not assisted or call.module not in _rows:
