@@ -78,6 +78,11 @@ CONSTANTS = {
     "uint8 < -1": lambda: whole(200) < -1,
     "int8 * 3": lambda: whole(100, torch.int8) * 3 > 0,
 }
+ADDED = {
+    "0, and exactly 1": lambda: torch.full((), 2.0**24) + 1 - 2.0**24,
+    "NaN, and exactly 0": lambda: torch.full((), 1e30) * 1e30 * 0,
+    "0, and exactly next to 0": lambda: torch.full((), 0.1) + torch.full((), 0.7) - 0.8,
+}
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
@@ -93,3 +98,21 @@ def test_constants_that_a_type_does_not_hold(name):
     compiled, given = torch.compile(function, backend="tsa", options={"config": config}), inputs()
     with torch.no_grad():
         torch.testing.assert_close(compiled(*given), function(*given))
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_constants_are_rounded_as_they_are_computed(name):
+    """A mask adds 0 where torch finds 0, and NaN is no number that hides or allows."""
+    number = ADDED[name]
+
+    def function(query, key, value):
+        causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        return attend(query, key, value, torch.where(causal, number(), -torch.inf))
+
+    torch._dynamo.reset()
+    config = EXACT.replace(compiler="eager", skip_passes=["Validate"])
+    compiled, given = torch.compile(function, backend="tsa", options={"config": config}), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given), function(*given), equal_nan=True)
+    wanted = Decision.DENSE if number() == 0 else Decision.UNCHANGED
+    assert reports()[-1].rows[0].decision is wanted
