@@ -40,9 +40,7 @@ def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     shape, length = _shape(row, config), row.query[2] if len(row.query) == 4 else None
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
-    if row.decision is Decision.WINDOW:
-        if row.window is None:  # in a report of an earlier version
-            return row
+    if row.window is not None:
         ms = window_work(shape, costs, row.window).ms_at(length)
         return replace(row, expected_dense_ms=ms, expected_ms=ms)
     dense = dense_ms(shape, costs)(length)
