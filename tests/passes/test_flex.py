@@ -7,6 +7,7 @@ from transformers import StaticCache
 
 from tsa_compile import Decision, KeepRatio, Reason, TSAConfig, reports, tsa_backend
 from tsa_compile.passes.masks.info import MaskKind
+from tsa_compile.passes.validate import Case
 from tsa_compile.testing import capture_all
 
 from ..support import chunks, difference, heads, mixed_padding, tiny, tokens
@@ -217,6 +218,19 @@ def test_score_functions(name):
 
 def test_with_a_scale():
     assert run(lambda *args: attend(*args, scale=0.3), *inputs(), masked(causal)).decision is Decision.DENSE
+
+
+def test_what_was_read_is_run_on_small_inputs(monkeypatch):
+    """Validate does not skip these calls: what it needs to run them is read, the function's body too."""
+    normal_form, seen = Case._normal_form, []
+
+    def spy(self, *arguments, **named):
+        seen.append(self)
+        return normal_form(self, *arguments, **named)
+
+    monkeypatch.setattr(Case, "_normal_form", spy)
+    assert run(attend, *inputs(), masked(causal)).decision is Decision.DENSE
+    assert seen
 
 
 def test_what_else_it_returns_is_read():
