@@ -211,13 +211,15 @@ def run_each(model, configs, **inputs):
     return found
 
 
-def chunks(model, ids, mask, size):
-    """The logits of a prompt that goes through a model in chunks."""
-    cache, found = transformers.DynamicCache(config=model.config), []
+def chunks(model, ids, mask, size, cache=None):
+    """The logits of a prompt that goes through a model in chunks of one size or of those listed, behind what a cache holds."""
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    found, past = [], cache.get_seq_length()
     with torch.no_grad():
-        for low in range(0, ids.shape[1], size):
-            seen = {} if mask is None else {"attention_mask": mask[:, : low + size]}
-            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
+        for part in ids.split(size, dim=1):
+            past += part.shape[1]
+            seen = {} if mask is None else {"attention_mask": mask[:, :past]}
+            found.append(model(part, past_key_values=cache, **seen).logits)
     return torch.cat(found, dim=1)
 
 

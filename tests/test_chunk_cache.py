@@ -34,14 +34,9 @@ def padding(length):
     return mixed_padding(length, (0, 47))
 
 
-def fill(model, cache, ids, mask=None, size=CHUNK):
+def fill(model, cache, ids, mask=None):
     """The logits of tokens that go through a model behind what a cache holds."""
-    found, past = [], cache.get_seq_length()
-    with torch.no_grad():
-        for low in range(0, ids.shape[1], size):
-            seen = {} if mask is None else {"attention_mask": mask[:, : past + low + size]}
-            found.append(model(ids[:, low : low + size], past_key_values=cache, **seen).logits)
-    return torch.cat(found, dim=1)
+    return chunks(model, ids, mask, CHUNK, cache)
 
 
 def assert_same(cache, plain):
@@ -243,6 +238,13 @@ def test_a_minimum_is_of_the_prompt_so_far():
     assert [report.sparse for report in reports()] == [2]
     chunks(model, tokens(2, 35), None, CHUNK)
     assert [report.sparse for report in reports()] == [2, 0], "a shorter prompt is another graph"
+
+
+def test_a_minimum_that_the_second_chunk_reaches_holds_for_shorter_ones_behind_it():
+    """All keys so far are counted there, too. The first chunk is too short to be compiled at all."""
+    model = compiled("llama", SPARSE.replace(min_length=38))
+    chunks(model, tokens(2, 104), None, [20, 50, 34])
+    assert [report.sparse for report in reports()] == [2]
 
 
 @pytest.mark.parametrize("by", exhaustive_but(["argument", "configuration"], "configuration"))

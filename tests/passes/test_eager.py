@@ -24,6 +24,7 @@ EAGER_SPELLINGS = {
     "scale from the left": lambda q, k, v: torch.softmax(0.35 * (q @ k.transpose(2, 3)), 3) @ v,
     "scale of the query": lambda q, k, v: ((q * 0.35) @ k.transpose(2, 3)).softmax(-1) @ v,
     "scale as a tensor": lambda q, k, v: ((q @ k.transpose(2, 3)) / torch.full([], 3.0)).softmax(-1) @ v,
+    "scale of the queries' type": lambda q, k, v: ((q @ k.mT) * q.new_full([], 0.3)).softmax(-1) @ v,
     "scale as a tensor that is cast": lambda q, k, v: (
         ((q @ k.mT) / torch.full([], 3.0, dtype=torch.float64).to(q.dtype)).softmax(-1) @ v
     ),
