@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import sympy
 import torch
 from attention_checks import TOLERANCE, check_output, demand, relative_difference
 from attention_methods import POOL, SCORE, WINDOW, Inputs, kept, tsa
@@ -123,6 +122,5 @@ def _work(inputs: Inputs, counts: list[int], keys: int, kv_heads: int) -> tuple[
     sizes = (query.shape[1], inputs.key.shape[1], query.shape[3], value.shape[3])
     call = CallShape(query.shape[0], *sizes, query.element_size(), WINDOW)
     pairs = sum(count * (keys - count / 2) for count in counts)
-    rows = sympy.Rational(sum(counts), len(counts))
-    work = attention_work(call, costs_of(query.device)[0], rows, kv_heads, sympy.Integer(keys))
-    return 2.0 * query.shape[0] * (query.shape[3] + value.shape[3]) * pairs, work.ms_at(keys)
+    work = attention_work(call, costs_of(query.device)[0], sum(counts) / len(counts), kv_heads, keys)
+    return 2.0 * query.shape[0] * (query.shape[3] + value.shape[3]) * pairs, work.ms

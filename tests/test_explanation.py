@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from tsa_compile import ConfigError, Coverage, Decision, Reason, RewriteReport, TSAConfig, TSAWarning, explain, reports
 from tsa_compile.costs.breakeven import expected_kept
-from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
+from tsa_compile.costs.calls import CallShape, dense_work, sparse_path
 from tsa_compile.costs.devices import H200
 
 from .support import Attention, Stack, exhaustive_but, heads, mixed_padding, tiny, tokens
@@ -112,8 +112,8 @@ class TestExpectations:
         query, key, value = heads(length=80)
         (row,) = explain(chunk, query[:, :, :40], key, value, config=CONFIG.replace(layers=[0], min_length=1), device="h200")
         call = CallShape.configured(CONFIG, 2, 4, 2, 16, 16, itemsize=4, past=40)
-        assert row.decision is Decision.SPARSE and row.expected_dense_ms == dense_ms(call, H200)(40)
-        assert row.expected_ms == sparse_ms(call, H200)(40, expected_kept(CONFIG, 80))
+        assert row.decision is Decision.SPARSE and row.expected_dense_ms == dense_work(call, H200, 40).ms
+        assert row.expected_ms == sparse_path(call, H200, 40, expected_kept(CONFIG, 80)).ms
 
     def test_what_is_long_enough_is_decided_for_the_device_that_is_asked_about(self):
         report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="h200")

@@ -7,8 +7,8 @@ import torch
 
 from tsa_compile.config import Coverage, KeepRatio, TSAConfig
 from tsa_compile.costs import breakeven
-from tsa_compile.costs.breakeven import FEW_QUERIES, MARGIN, Minimum, break_even, expected_kept, kept_share, minimum
-from tsa_compile.costs.calls import CallShape, dense_ms, dense_work, sparse_ms, sparse_path
+from tsa_compile.costs.breakeven import FEW_QUERIES, MARGIN, Minimum, break_even, expected_kept, minimum
+from tsa_compile.costs.calls import CallShape, dense_work, sparse_path
 from tsa_compile.costs.devices import H100, H200
 
 K, CPU, CUDA = 1024, torch.device("cpu"), torch.device("cuda", 0)
@@ -72,16 +72,7 @@ def test_a_chunk_needs_fewer_rows_the_longer_its_cache_is():
     assert found == sorted(found, reverse=True) and found[-1] < found[0] / 4
     for past, length in zip(pasts, found, strict=True):
         kept = expected_kept(CONFIG, length + past)
-        assert sparse_ms(shape(past), H200)(length, kept) <= (1 - MARGIN) * dense_ms(shape(past), H200)(length)
-
-
-@pytest.mark.parametrize("past", [1, 3000, 8 * K, 100 * K])
-def test_times_behind_a_cache_of_any_length_are_those_of_that_length(past):
-    """Expressions with the length as a symbol, evaluated, against those with the number."""
-    for config in (CONFIG, TSAConfig.published(), CONFIG.replace(granularity="group")):
-        call, kept = shape(past, config), kept_share(config, 8 * K + past, 0.2)
-        assert dense_ms(call, H200)(8 * K) == pytest.approx(dense_work(call, H200).ms_at(8 * K), rel=1e-9)
-        assert sparse_ms(call, H200)(8 * K, kept) == pytest.approx(sparse_path(call, H200).ms_at(8 * K, kept), rel=1e-9)
+        assert sparse_path(shape(past), H200, length, kept).ms <= (1 - MARGIN) * dense_work(shape(past), H200, length).ms
 
 
 @pytest.mark.parametrize("heads, lengths", [(32, (6144, 2560, 512)), (16, (9216, 4608, 768))])

@@ -23,15 +23,11 @@ from tsa_compile.costs.breakeven import (
     largest_share,
 )
 from tsa_compile.costs.calls import (
-    KEPT,
-    LENGTH,
     CallShape,
-    RestShape,
-    dense_ms,
     dense_work,
     rest_work,
     slowness,
-    sparse_ms,
+    sparse_path,
     sparse_work,
     window_work,
 )
@@ -59,7 +55,7 @@ ATTENTION = list(DENSE.items()) + [
 
 
 def steps(call, length, keep):
-    return {name: float(w.ms.subs({LENGTH: length, KEPT: keep})) for name, w in sparse_work(call, H200).items()}
+    return {name: work.ms for name, work in sparse_work(call, H200, length, keep).items()}
 
 
 def fit_attention(call, times):
@@ -77,7 +73,7 @@ def fit_attention(call, times):
 
 @pytest.mark.parametrize(("rows", "ms"), ATTENTION)
 def test_attention_takes_what_was_measured(rows, ms):
-    assert dense_ms(LLAMA, H200)(rows) == pytest.approx(ms, rel=0.035)
+    assert dense_work(LLAMA, H200, rows).ms == pytest.approx(ms, rel=0.035)
 
 
 def test_the_h200s_attention_is_the_fit_of_the_measured_times():
@@ -90,34 +86,34 @@ def test_the_h200s_attention_is_the_fit_of_the_measured_times():
 @pytest.mark.parametrize(("heads", "head_dim", "ms"), [(32, 64, 9.49), (16, 256, 12.7), (64, 128, 27.4)])
 def test_other_heads_take_what_was_measured(heads, head_dim, ms):
     call = dataclasses.replace(LLAMA, heads=heads, head_dim=head_dim, value_head_dim=head_dim)
-    assert dense_ms(call, H200)(32 * K) == pytest.approx(ms, rel=0.1)
+    assert dense_work(call, H200, 32 * K).ms == pytest.approx(ms, rel=0.1)
 
 
 def test_long_runs_are_slower_than_the_curve():
     """The clock drops: three times the rows take more than nine times as long, of short ones less."""
-    assert dense_ms(LLAMA, H200)(120 * K) > 9.2 * dense_ms(LLAMA, H200)(40 * K)
-    assert dense_ms(LLAMA, H200)(30 * K) < 9 * dense_ms(LLAMA, H200)(10 * K)
+    assert dense_work(LLAMA, H200, 120 * K).ms > 9.2 * dense_work(LLAMA, H200, 40 * K).ms
+    assert dense_work(LLAMA, H200, 30 * K).ms < 9 * dense_work(LLAMA, H200, 10 * K).ms
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_layer_of_llama_without_attention_takes_what_was_measured(batch):
     """347 ms a layer at 128K in an exact prefill of an H200, of which attention takes 249 to 256."""
-    rest = RestShape(batch, None, active=218_103_808, weights=218_112_000, elements=86_016, itemsize=2)
-    work = rest_work(rest, H200)
-    assert float(work.ms.subs(LENGTH, 128 * K)) == pytest.approx(batch * (346.5 - 253), rel=0.1)
-    assert work.flops.subs(LENGTH, 1000) == batch * 2 * 1000 * 218_103_808
-    assert work.bytes.subs(LENGTH, 1000) == 2 * (218_112_000 + batch * 1000 * 86_016)
+    sizes = dict(active=218_103_808, weights=218_112_000, itemsize=2, elements=86_016)
+    assert rest_work(H200, batch * 128 * K, **sizes).ms == pytest.approx(batch * (346.5 - 253), rel=0.1)
+    work = rest_work(H200, batch * 1000, **sizes)
+    assert work.flops == batch * 2 * 1000 * 218_103_808
+    assert work.bytes == 2 * (218_112_000 + batch * 1000 * 86_016)
 
 
 def test_a_head_multiplies_one_token_of_each_item():
-    head = rest_work(RestShape(3, 1, active=10**9, weights=10**9, elements=0, itemsize=2), H200)
-    assert head.flops == 6 * 10**9 and not head.ms.free_symbols
-    assert float(head.ms) == pytest.approx(2e9 / (H200.bandwidth_tbs * 1e9)), "reading the weights takes longer"
+    head = rest_work(H200, 3, active=10**9, weights=10**9, itemsize=2)
+    assert head.flops == 6 * 10**9
+    assert head.ms == pytest.approx(2e9 / (H200.bandwidth_tbs * 1e9)), "reading the weights takes longer"
 
 
 def test_a_fit_finds_the_figures_that_made_the_times():
     call = CallShape(2, 16, 4, 256, 64, itemsize=4, window=16)
-    fitted = fit_attention(call, [(rows, dense_ms(call, H200)(rows)) for rows in (1000, 2000, 7000, 50_000)])
+    fitted = fit_attention(call, [(rows, dense_work(call, H200, rows).ms) for rows in (1000, 2000, 7000, 50_000)])
     assert fitted == pytest.approx((H200.attention_tflops, H200.attention_half_length, H200.attention_ms))
 
 
@@ -153,25 +149,24 @@ def test_each_step_takes_at_128k_what_was_measured(step, keep, ms):
 )
 def test_whole_chains_take_what_was_measured(length, keep, counted, ms):
     share = kept_share(TSAConfig(), length, keep)
-    assert sparse_ms(COUNTED if counted else LLAMA, H200)(length, share) == pytest.approx(ms, rel=0.1)
+    assert sparse_path(COUNTED if counted else LLAMA, H200, length, share).ms == pytest.approx(ms, rel=0.1)
 
 
 def test_steps_add_up_to_the_chain_and_work_is_counted():
-    at = {LENGTH: 10_000, KEPT: 0.4}
-    assert sum(steps(COUNTED, 10_000, 0.4).values()) == pytest.approx(sparse_ms(COUNTED, H200)(10_000, 0.4))
-    dense, sparse = dense_work(LLAMA, H200), sparse_work(LLAMA, H200)
-    assert float(dense.flops.subs(at)) == 4 * 32 * 128 * 10_000**2 / 2  # two products of 2 D, half of the pairs
-    assert float(sparse["attend"].flops.subs(at)) == pytest.approx(0.16 * 4 * 32 * 128 * 10_000**2 / 2)
-    assert float(sparse["score"].flops.subs(at)) == 2 * 2 * 128 * 10_000 * 128 * 32
+    assert sum(steps(COUNTED, 10_000, 0.4).values()) == pytest.approx(sparse_path(COUNTED, H200, 10_000, 0.4).ms)
+    dense, sparse = dense_work(LLAMA, H200, 10_000), sparse_work(LLAMA, H200, 10_000, 0.4)
+    assert dense.flops == 4 * 32 * 128 * 10_000**2 / 2  # two products of 2 D, half of the pairs
+    assert sparse["attend"].flops == pytest.approx(0.16 * 4 * 32 * 128 * 10_000**2 / 2)
+    assert sparse["score"].flops == 2 * 2 * 128 * 10_000 * 128 * 32
     kept = 4000
     moved = 2 * 128 * (2 * 32 * kept + 2 * 8 * 10_000 + 2 * 32 * kept) + 4 * 32 * kept  # every key row is in some head's
-    assert float(sparse["compress"].bytes.subs(at)) == pytest.approx(moved)
-    assert float(sparse["decompress"].bytes.subs(at)) == pytest.approx(2 * 128 * 32 * 14_000 + 4 * 32 * kept)
+    assert sparse["compress"].bytes == pytest.approx(moved)
+    assert sparse["decompress"].bytes == pytest.approx(2 * 128 * 32 * 14_000 + 4 * 32 * kept)
 
 
 @pytest.mark.parametrize("change", [dict(batch=3), dict(itemsize=4), dict(window=256), dict(counted=True), dict(heads=64)])
 def test_more_of_anything_takes_longer(change):
-    assert sparse_ms(dataclasses.replace(LLAMA, **change), H200)(8 * K, 0.5) > sparse_ms(LLAMA, H200)(8 * K, 0.5)
+    assert sparse_path(dataclasses.replace(LLAMA, **change), H200, 8 * K, 0.5).ms > sparse_path(LLAMA, H200, 8 * K, 0.5).ms
 
 
 def test_groups_that_select_together_move_less():
@@ -281,8 +276,8 @@ def test_a_slow_host_does_not_slow_the_model_by_much():
     config = TSAConfig(budget=KeepRatio(0.5))
     minimum = break_even(H200, LLAMA, config)
     assert minimum > 4 * K >= break_even(AHEAD, LLAMA, config)
-    layer = dense_ms(LLAMA, H200)(minimum) + 2 * minimum * 218e6 / (H200.matmul_tflops * 1e9)
-    assert 0.5 * (H200.host_ms - dense_ms(LLAMA, H200)(minimum)) < 0.02 * layer
+    layer = dense_work(LLAMA, H200, minimum).ms + 2 * minimum * 218e6 / (H200.matmul_tflops * 1e9)
+    assert 0.5 * (H200.host_ms - dense_work(LLAMA, H200, minimum).ms) < 0.02 * layer
 
 
 def test_coverage_that_finds_little_to_drop_does_not_slow_the_model_by_much():
@@ -290,9 +285,9 @@ def test_coverage_that_finds_little_to_drop_does_not_slow_the_model_by_much():
     config = TSAConfig.published()
     minimum = break_even(H200, COUNTED, config)
     for length in (minimum, 2 * minimum, 128 * K):
-        layer = DENSE.get(length, dense_ms(LLAMA, H200)(length)) + 2 * length * 218e6 / (H200.matmul_tflops * 1e9)
-        worst = sparse_ms(COUNTED, H200)(length, kept_share(config, length, 0.995))
-        assert 0.5 * (worst - dense_ms(LLAMA, H200)(length)) < 0.02 * layer
+        layer = DENSE.get(length, dense_work(LLAMA, H200, length).ms) + 2 * length * 218e6 / (H200.matmul_tflops * 1e9)
+        worst = sparse_path(COUNTED, H200, length, kept_share(config, length, 0.995)).ms
+        assert 0.5 * (worst - dense_work(LLAMA, H200, length).ms) < 0.02 * layer
     assert length_of(Coverage(), sparse_layers=1.0) > minimum > length_of(Coverage(), sparse_layers=0.1)
 
 
@@ -369,7 +364,7 @@ def test_the_margin_is_kept():
     config = TSAConfig(budget=KeepRatio(0.5))
     minimum = break_even(H200, LLAMA, config)
     share = kept_share(config, minimum, 0.5)
-    assert sparse_ms(LLAMA, H200)(minimum, share) <= (1 - MARGIN) * dense_ms(LLAMA, H200)(minimum)
+    assert sparse_path(LLAMA, H200, minimum, share).ms <= (1 - MARGIN) * dense_work(LLAMA, H200, minimum).ms
 
 
 def test_lengths_are_found_at_any_scale():
@@ -385,8 +380,8 @@ def test_lengths_are_found_at_any_scale():
 @pytest.mark.parametrize(("length", "ms"), [(16 * K, 0.327), (32 * K, 0.653), (64 * K, 1.23), (128 * K, 2.73)])
 def test_the_floor_takes_what_was_measured(length, ms):
     floor = dataclasses.replace(LLAMA, floor=272)
-    assert sparse_work(floor, H100)["decompress"].ms_at(length, 0.5) == pytest.approx(ms, rel=0.1)
-    assert sparse_ms(floor, H100)(length, 0.5) > sparse_ms(LLAMA, H100)(length, 0.5)
+    assert sparse_work(floor, H100, length, 0.5)["decompress"].ms == pytest.approx(ms, rel=0.1)
+    assert sparse_path(floor, H100, length, 0.5).ms > sparse_path(LLAMA, H100, length, 0.5).ms
     assert CallShape.configured(TSAConfig(floor=Floor(250, 22)), 1, 32, 8, 128, 128, 2).floor == 272
 
 
@@ -396,15 +391,15 @@ def test_the_floor_takes_what_was_measured(length, ms):
 @pytest.mark.parametrize("size", [8 * K, 16 * K])
 def test_chunks_of_a_prompt_are_all_of_its_work(size):
     """Operations add up exactly; times nearly, by what each call takes to start."""
-    whole = dense_work(LLAMA, H200)
-    chunks = [(dense_work(dataclasses.replace(LLAMA, past=past), H200), size) for past in range(0, 64 * K, size)]
-    assert sum(work.flops.subs(LENGTH, length) for work, length in chunks) == whole.flops.subs(LENGTH, 64 * K)
-    assert sum(work.ms_at(length) for work, length in chunks) == pytest.approx(whole.ms_at(64 * K), rel=0.06)
+    whole = dense_work(LLAMA, H200, 64 * K)
+    chunks = [dense_work(dataclasses.replace(LLAMA, past=past), H200, size) for past in range(0, 64 * K, size)]
+    assert sum(work.flops for work in chunks) == whole.flops
+    assert sum(work.ms for work in chunks) == pytest.approx(whole.ms, rel=0.06)
 
 
 def test_a_chunk_of_which_all_is_kept_gains_nothing():
     call = dataclasses.replace(LLAMA, past=32 * K, floor=272)
-    assert sparse_ms(call, H200)(8 * K, 1.0) > dense_ms(call, H200)(8 * K)
+    assert sparse_path(call, H200, 8 * K, 1.0).ms > dense_work(call, H200, 8 * K).ms
 
 
 @pytest.mark.parametrize(
@@ -414,14 +409,13 @@ def test_a_chunk_of_which_all_is_kept_gains_nothing():
 def test_a_sliding_window_takes_what_it_took(heads, kv_heads, dim, window, ms):
     """On an H200, 128K tokens (benchmarks/results/windows.md)."""
     call = CallShape(1, heads, kv_heads, dim, dim, itemsize=2, window=128)
-    assert window_work(call, H200, window).ms_at(128 * K) == pytest.approx(ms, rel=0.15)
-    assert window_work(call, H200, window).ms_at(64 * K) < dense_work(call, H200).ms_at(64 * K)
+    assert window_work(call, H200, window, 128 * K).ms == pytest.approx(ms, rel=0.15)
+    assert window_work(call, H200, window, 64 * K).ms < dense_work(call, H200, 64 * K).ms
 
 
 def test_a_chunk_keeps_its_window():
     """Bytes of the rows that are gathered: those of the window are in the chunk, whatever else is."""
     call = dataclasses.replace(LLAMA, past=60 * K, window=4 * K)
     few = dataclasses.replace(call, window=1)
-    with_window, without = (sparse_work(each, H200)["attend"].flops for each in (call, few))
-    at = {LENGTH: 4 * K, KEPT: 0.1}
-    assert float(with_window.subs(at)) > 5 * float(without.subs(at))
+    with_window, without = (sparse_work(each, H200, 4 * K, 0.1)["attend"].flops for each in (call, few))
+    assert with_window > 5 * without

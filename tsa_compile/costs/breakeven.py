@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from tsa_compile.config import Budget, KeepRatio, TSAConfig
-from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms
+from tsa_compile.costs.calls import CallShape, dense_work, sparse_path
 from tsa_compile.costs.devices import DeviceCosts, for_device
 from tsa_compile.kernels.kept import kept_of_share, never_dropped
 
@@ -72,10 +72,9 @@ def gains(costs: DeviceCosts, call: CallShape, config: TSAConfig, length: int, s
     around attention are spent in vain, and where the host does not run ahead, the GPU waits for it: each may slow the model,
     of whose layers `sparse_layers` are sparse, by `WORST_LOSS`.
     """
-    dense, sparse = dense_ms(call, costs)(length), sparse_ms(call, costs)
-    keys = length + call.past
-    expected = sparse(length, expected_kept(config, keys))
-    worst = sparse(length, kept_share(config, keys, largest_share(config.budget)))
+    dense, keys = dense_work(call, costs, length).ms, length + call.past
+    expected = sparse_path(call, costs, length, expected_kept(config, keys)).ms
+    worst = sparse_path(call, costs, length, kept_share(config, keys, largest_share(config.budget))).ms
     weights = LAYER_WEIGHTS * (call.heads * call.head_dim) ** 2
     layer = dense + 2 * call.batch * length * weights / (costs.matmul_tflops * 1e9)
     loss = max(worst, costs.host_ms) - dense

@@ -5,9 +5,8 @@
     sparse(L, s) = launches + score + budget + select + compress + attention over s L rows + decompress, or the floor
     rest(L)      = a layer's projections and MLP, and what is between them
 
-FLOPs, bytes and milliseconds are sympy expressions in `LENGTH` (L, tokens) and `KEPT` (s, the kept share of them), and in
-`PAST` where a chunk is judged, behind a cache of any length. Everything else is a number: B, H, G, D, Dv, bytes per
-element and the window come from a `CallShape`; rates come from devices.py, the only place with measured figures.
+L is the number of tokens, s the kept share of them. B, H, G, D, Dv, bytes per element, the window and the keys before the
+call's come from a `CallShape`; rates come from devices.py, the only place with measured figures.
 Attention over n rows takes t0 + B H (D + Dv) (n^2 + h n) / rate, at n = h (the half length) twice what its causal pairs
 are worth: short rows do not fill the GPU, diagonal tiles are half empty. The rate is that of D = Dv = 128; a pair's
 exponential takes as long whatever the head size, so narrower heads are slower.
@@ -19,28 +18,25 @@ padding with holes, and a kernel asked for by name that is slower than the dense
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.devices import DeviceCosts
 
-LENGTH, KEPT, PAST = sympy.symbols("L s P", positive=True)
-ROUNDED_ROWS = sympy.Rational(33, 32)  # rows computed for a count read on the host (kernels/attend.py), at most
+ROUNDED_ROWS = 33 / 32  # rows computed for a count read on the host (kernels/attend.py), at most
 SCORED_DIM = 128  # narrower heads score no faster: their exponentials are as many
-FLOOR_RATE = sympy.Rational(57, 100)  # of dense attention's: a program of the floor's kernel has few tiles
-FLOOR_MS = sympy.Rational(2, 100)  # its launches
+FLOOR_RATE = 0.57  # of dense attention's: a program of the floor's kernel has few tiles
+FLOOR_MS = 0.02  # its launches
 # Of dense attention's, by the kernel behind a cache: `benchmarks/attention.py --parts behind` prints this ratio under its
 # table. The lowest of an H100 at 16K to 128K keys (benchmarks/results/behind-h100.md).
-BEHIND_RATE = sympy.Rational(72, 100)
+BEHIND_RATE = 0.72
 FLOOR_TILES = 128  # keys that a row computes beyond its window and the sinks, in tiles that are half empty
-LONG_WINDOW, WINDOW_RATE = 512, sympy.Rational(7, 10)  # of the same kernel, over more (benchmarks/results/windows.md)
+LONG_WINDOW, WINDOW_RATE = 512, 0.7  # of the same kernel, over more (benchmarks/results/windows.md)
 MEASURED_WIDTH = 256  # D + Dv of which `attention_tflops` is the rate
 
 
@@ -62,8 +58,8 @@ class CallShape:
     """Whether the number of kept rows is known on the device only, as with Coverage."""
     floor: int = 0
     """How many tokens every row sees besides the selected ones: window and sinks. 0: none, and no floor."""
-    past: int | sympy.Symbol = 0
-    """How many keys lie before those of the L queries: a chunk of a prompt, or a prefill onto a filled cache. Or `PAST`."""
+    past: int = 0
+    """How many keys lie before those of the L queries: a chunk of a prompt, or a prefill onto a filled cache."""
 
     @property
     def selections(self) -> int:
@@ -106,33 +102,24 @@ class CallShape:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, bytes read and written, and the time that they take in ms: expressions in L and s."""
+    """Floating-point operations, bytes read and written, and the time that they take in ms."""
 
-    flops: sympy.Expr
-    bytes: sympy.Expr
-    ms: sympy.Expr
-
-    def ms_at(self, length: float, kept: float = 1.0) -> float:
-        """Milliseconds at a length and a kept share."""
-        return float(_function(self.ms)(length, kept))
+    flops: float
+    bytes: float
+    ms: float
 
 
-NOTHING = Work(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
+NOTHING = Work(0, 0, 0.0)
 
 
-def attention_work(
-    call: CallShape, costs: DeviceCosts, rows: sympy.Expr, kv_heads: int, keys: sympy.Expr | None = None
-) -> Work:
-    """Causal attention of [B,H,rows,D] over as many keys, or as the last of `keys`, at `kv_heads` heads. Its bytes hide
-    behind its FLOPs.
-    """
-    keys = rows if keys is None else keys
+def attention_work(call: CallShape, costs: DeviceCosts, rows: float, kv_heads: int, keys: float) -> Work:
+    """Causal attention of [B,H,rows,D] over the last of `keys`, at `kv_heads` heads. Its bytes hide behind its FLOPs."""
     width = call.head_dim + call.value_head_dim
     per_pair = call.batch * call.heads * width  # 2 FLOPs, for half of the pairs
     seen = rows * (2 * keys - rows)
     pairs = seen + rows * costs.attention_half_length
     running = per_pair * slowness(width, costs.attention_exponential) * pairs / (costs.attention_tflops * 1e9)
-    slower = costs.attention_slowdown * sympy.Max(0, running - costs.attention_sustained_ms)
+    slower = costs.attention_slowdown * max(0, running - costs.attention_sustained_ms)
     moved = call.batch * (call.heads * rows + kv_heads * keys) * width * call.itemsize
     return Work(per_pair * seen, moved, costs.attention_ms + running + slower)
 
@@ -142,19 +129,18 @@ def slowness(width: int, exponential: float) -> float:
     return (1 + exponential / width) / (1 + exponential / MEASURED_WIDTH)
 
 
-@functools.lru_cache(maxsize=512)
-def dense_work(call: CallShape, costs: DeviceCosts) -> Work:
+def dense_work(call: CallShape, costs: DeviceCosts, length: int) -> Work:
     """The call as the model wrote it, by the fastest dense kernel."""
-    return attention_work(call, costs, LENGTH, call.kv_heads, LENGTH + call.past)
+    return attention_work(call, costs, length, call.kv_heads, length + call.past)
 
 
-def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
-    """The sparse path by steps, of which "launches" is what it takes at any length."""
-    batch, heads, size = call.batch, call.heads, call.itemsize
-    keys, selections, zero = LENGTH + call.past, call.selections, sympy.Integer(0)
-    kept, rows = KEPT * keys, _kept_rows(call)
+def sparse_work(call: CallShape, costs: DeviceCosts, length: int, share: float) -> dict[str, Work]:
+    """The sparse path by steps, of which "launches" is what it takes at any length; `share` of all tokens is kept."""
+    batch, heads, size, selections = call.batch, call.heads, call.itemsize, call.selections
+    keys, rows = length + call.past, _kept_rows(call, length, share)
+    kept = share * keys
 
-    def moved(count: sympy.Expr, rate: float, flops: sympy.Expr = zero) -> Work:
+    def moved(count: float, rate: float, flops: float = 0) -> Work:
         return Work(flops, count, count / (rate * 1e9) + flops / (costs.score_tflops * 1e9))
 
     indices = 4 * batch * selections * kept
@@ -164,121 +150,80 @@ def sparse_work(call: CallShape, costs: DeviceCosts) -> dict[str, Work]:
     scored = (2 * call.kv_heads * call.head_dim * size + 12 * heads) * batch * keys
     # A row of key and value is read from memory once, for however many heads of its group.
     pair = call.head_dim + call.value_head_dim
-    pair_in = keys * sympy.Min(1, KEPT * (heads // call.kv_heads)) * call.kv_heads * pair
+    pair_in = keys * min(1, share * (heads // call.kv_heads)) * call.kv_heads * pair
     gathered = 2 * rows * heads * call.head_dim + pair_in + kept * selections * pair
-    scattered = batch * heads * call.value_head_dim * size * (LENGTH + rows)
+    scattered = batch * heads * call.value_head_dim * size * (length + rows)
+    floor = call.floor + FLOOR_TILES
     return {
-        "launches": Work(zero, zero, sympy.Float(costs.sparse_ms + (costs.count_ms if call.counted else 0.0))),
+        "launches": Work(0, 0, costs.sparse_ms + (costs.count_ms if call.counted else 0.0)),
         "score": moved(scored, costs.bandwidth_tbs, products),
-        "budget": moved(batch * (4 * heads + 12) * keys if call.counted else zero, costs.bandwidth_tbs),
+        "budget": moved(batch * (4 * heads + 12) * keys if call.counted else 0, costs.bandwidth_tbs),
         "select": moved(4 * batch * heads * (5 * keys + kept), costs.select_tbs),
         "compress": moved(batch * size * gathered + indices, costs.bandwidth_tbs),
-        "attend": _attend_work(call, costs),
-        "decompress": moved(scattered + indices, costs.bandwidth_tbs) if not call.floor else _floor_work(call, costs),
+        "attend": _attend_work(call, costs, length, share),
+        "decompress": (
+            _near_work(call, costs, length, floor, FLOOR_RATE, share)
+            if call.floor
+            else moved(scattered + indices, costs.bandwidth_tbs)
+        ),
     }
 
 
-@functools.lru_cache(maxsize=512)
-def window_work(call: CallShape, costs: DeviceCosts, window: int) -> Work:
+def window_work(call: CallShape, costs: DeviceCosts, window: int, length: int) -> Work:
     """Dense attention in which a row sees `window` tokens, by the floor's kernel (kernels/sliding.py)."""
-    width, seen = call.head_dim + call.value_head_dim, sympy.Min(sympy.Integer(window), LENGTH / 2 + call.past)
-    flops = 2 * call.batch * call.heads * width * LENGTH * (seen + FLOOR_TILES)
-    rate = (WINDOW_RATE if window > LONG_WINDOW else FLOOR_RATE) * costs.attention_tflops
-    ms = flops * slowness(width, costs.attention_exponential) / (rate * 1e9)
-    return Work(flops, call.batch * (call.heads + call.kv_heads) * width * call.itemsize * LENGTH, FLOOR_MS + ms)
+    seen = min(window, length / 2 + call.past) + FLOOR_TILES
+    return _near_work(call, costs, length, seen, WINDOW_RATE if window > LONG_WINDOW else FLOOR_RATE)
 
 
-def _floor_work(call: CallShape, costs: DeviceCosts) -> Work:
-    """The kernel that writes every row with its floor: its bytes hide behind its FLOPs."""
+def _near_work(call: CallShape, costs: DeviceCosts, length: int, seen: float, rate: float, selected: float = 0) -> Work:
+    """The kernel that writes every row with what is near it: its bytes hide behind its FLOPs."""
     width = call.head_dim + call.value_head_dim
-    flops = 2 * call.batch * call.heads * width * LENGTH * (call.floor + FLOOR_TILES)
-    rows = call.heads * (width + KEPT * call.value_head_dim) + call.kv_heads * width
-    ms = flops * slowness(width, costs.attention_exponential) / (FLOOR_RATE * costs.attention_tflops * 1e9)
-    return Work(flops, call.batch * rows * call.itemsize * LENGTH, FLOOR_MS + ms)
+    flops = 2 * call.batch * call.heads * width * length * seen
+    moved = call.heads * (width + selected * call.value_head_dim) + call.kv_heads * width
+    ms = flops * slowness(width, costs.attention_exponential) / (rate * costs.attention_tflops * 1e9)
+    return Work(flops, call.batch * moved * call.itemsize * length, FLOOR_MS + ms)
 
 
-@functools.lru_cache(maxsize=512)
-def sparse_path(call: CallShape, costs: DeviceCosts) -> Work:
+def sparse_path(call: CallShape, costs: DeviceCosts, length: int, share: float) -> Work:
     """All steps of the sparse path together."""
-    return added(sparse_work(call, costs).values())
+    return added(sparse_work(call, costs, length, share).values())
 
 
-def _kept_rows(call: CallShape, kept: sympy.Expr = KEPT) -> sympy.Expr:
-    """How many of the L rows are kept, of `kept` of all keys: of a chunk's the whole window is."""
-    return kept * LENGTH + call.window * call.past / (LENGTH + call.past) if call.past else kept * LENGTH
+def _kept_rows(call: CallShape, length: int, share: float) -> float:
+    """How many of the L rows are kept, of `share` of all keys: of a chunk's the whole window is."""
+    return share * length + call.window * call.past / (length + call.past)
 
 
-def _attend_work(call: CallShape, costs: DeviceCosts) -> Work:
+def _attend_work(call: CallShape, costs: DeviceCosts, length: int, share: float) -> Work:
     """Attention over the kept rows; with a count, at worst one call per item, on as many more rows as are rounded up.
 
     A chunk's runs by our own kernel, at `BEHIND_RATE` of the fastest one's rate.
     """
-    keys = LENGTH + call.past
-    exact = attention_work(call, costs, _kept_rows(call), call.selections, KEPT * keys)
+    keys, rows = share * (length + call.past), _kept_rows(call, length, share)
+    exact = attention_work(call, costs, rows, call.selections, keys)
     if call.past:
         return replace(exact, ms=exact.ms / BEHIND_RATE)
     if not call.counted:
         return exact
-    rounded = attention_work(call, costs, LENGTH * sympy.Min(1, KEPT * ROUNDED_ROWS), call.selections)
+    most = length * min(1, share * ROUNDED_ROWS)
+    rounded = attention_work(call, costs, most, call.selections, most)
     return replace(exact, ms=rounded.ms + (call.batch - 1) * costs.attention_ms)
 
 
-@dataclass(frozen=True)
-class RestShape:
-    """What the costs of a layer without its attention, or of the head, depend on besides the length."""
+def rest_work(costs: DeviceCosts, tokens: int, active: int, weights: int, itemsize: int, elements: int = 0) -> Work:
+    """Projections and MLP, at the rate of the products or of reading the weights, and the kernels between them.
 
-    batch: int
-    tokens: int | None
-    """How many tokens of each item pass; None for all L."""
-    active: int
-    """Weights that each token is multiplied with: of a mixture of experts those of its experts."""
-    weights: int
-    """Weights that are read."""
-    elements: int
-    """Elements per token that kernels between the products read and write: norms, residuals, positions, activations."""
-    itemsize: int
-
-
-@functools.lru_cache(maxsize=512)
-def rest_work(rest: RestShape, costs: DeviceCosts) -> Work:
-    """Projections and MLP, at the rate of the products or of reading the weights, and the kernels between them."""
-    tokens = rest.batch * (LENGTH if rest.tokens is None else sympy.Integer(rest.tokens))
-    flops, read, moved = 2 * rest.active * tokens, rest.weights * rest.itemsize, rest.elements * rest.itemsize * tokens
-    products = sympy.Max(flops / (costs.matmul_tflops * 1e9), read / (costs.bandwidth_tbs * 1e9))
+    Args:
+        tokens: how many pass, of all items.
+        active, weights: those that each token is multiplied with, of a mixture of experts those of its experts; all, read.
+        elements: per token that kernels between the products read and write: norms, residuals, positions, activations.
+    """
+    flops, read, moved = 2 * active * tokens, weights * itemsize, elements * itemsize * tokens
+    products = max(flops / (costs.matmul_tflops * 1e9), read / (costs.bandwidth_tbs * 1e9))
     return Work(flops, read + moved, products + moved / (costs.bandwidth_tbs * 1e9))
 
 
 def added(works: Iterable[Work]) -> Work:
     """Several works, one after the other."""
-    several = [NOTHING, *works]
-    return Work(*(sympy.Add(*(getattr(work, name) for work in several)) for name in ("flops", "bytes", "ms")))
-
-
-@functools.lru_cache(maxsize=512)
-def _function(expression: sympy.Expr) -> Callable[[float, float], float]:
-    return sympy.lambdify((LENGTH, KEPT), expression, "math")
-
-
-@functools.lru_cache(maxsize=512)
-def _milliseconds(
-    work: Callable[[CallShape, DeviceCosts], Work], call: CallShape, costs: DeviceCosts
-) -> Callable[[float, float, float], float]:
-    """Of a length, a kept share and `PAST`."""
-    return sympy.lambdify((LENGTH, KEPT, PAST), work(call, costs).ms, "math")
-
-
-def _of_any_past(call: CallShape) -> CallShape:
-    """The call behind a cache of any length, if it is behind one: what takes 0.2 s is done once."""
-    return replace(call, past=PAST) if call.past else call
-
-
-def dense_ms(call: CallShape, costs: DeviceCosts) -> Callable[[float], float]:
-    """Milliseconds of the dense call, of its length."""
-    ms = _milliseconds(dense_work, _of_any_past(call), costs)
-    return lambda length: float(ms(length, 1.0, call.past))
-
-
-def sparse_ms(call: CallShape, costs: DeviceCosts) -> Callable[[float, float], float]:
-    """Milliseconds of the whole sparse path, of the length and the kept share."""
-    ms = _milliseconds(sparse_path, _of_any_past(call), costs)
-    return lambda length, kept: float(ms(length, kept, call.past))
+    several = [*works]
+    return Work(*(sum(getattr(work, name) for work in several) for name in ("flops", "bytes", "ms")))

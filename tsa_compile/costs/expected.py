@@ -9,7 +9,7 @@ import torch
 
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, minimum
-from tsa_compile.costs.calls import CallShape, dense_ms, sparse_ms, window_work
+from tsa_compile.costs.calls import CallShape, dense_work, sparse_path, window_work
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
@@ -41,10 +41,10 @@ def _with_times(row: CallRow, config: TSAConfig, costs: DeviceCosts) -> CallRow:
     if shape is None or not isinstance(length, int) or length < 1 or row.decision is Decision.UNCHANGED:
         return row
     if row.window is not None:
-        ms = window_work(shape, costs, row.window).ms_at(length)
+        ms = window_work(shape, costs, row.window, length).ms
         return replace(row, expected_dense_ms=ms, expected_ms=ms)
-    dense = dense_ms(shape, costs)(length)
-    sparse = sparse_ms(shape, costs)(length, expected_kept(_own(row, config), length + shape.past))
+    dense = dense_work(shape, costs, length).ms
+    sparse = sparse_path(shape, costs, length, expected_kept(_own(row, config), length + shape.past)).ms
     return replace(row, expected_dense_ms=dense, expected_ms=sparse if row.decision is Decision.SPARSE else dense)
 
 

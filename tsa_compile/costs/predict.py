@@ -1,8 +1,8 @@
 """`predict(config, model.config, length, device)`: what a prefill costs layer by layer, dense and sparse, before any run.
 
-FLOPs, bytes and time are sympy expressions in L and in the kept share s (calls.py), evaluated with the device's
-measured costs. They include the projections and the MLP of every layer and the head for the last token, so the whole
-prefill is predicted, not its attention alone.
+FLOPs, bytes and time (calls.py) follow from the length, the kept share and the device's measured costs. They include the
+projections and the MLP of every layer and the head for the last token, so the whole prefill is predicted, not its attention
+alone.
 
 Assumed is what holds for transformers' models with a padding mask of ones: the masks of full attention are proven, those of
 sliding windows too. `explain` says what the compiler really does with a model. Not included: a host that launches more
@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,17 +24,7 @@ from rich.table import Table
 
 from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number, is_named, upper_half
 from tsa_compile.costs.breakeven import Minimum, expected_kept, minimum
-from tsa_compile.costs.calls import (
-    NOTHING,
-    CallShape,
-    RestShape,
-    Work,
-    added,
-    dense_work,
-    rest_work,
-    sparse_path,
-    window_work,
-)
+from tsa_compile.costs.calls import NOTHING, CallShape, Work, added, dense_work, rest_work, sparse_path, window_work
 from tsa_compile.costs.devices import DeviceCosts, costs_of
 from tsa_compile.costs.models import FULL, LayerSizes, ModelSizes, anatomy
 from tsa_compile.errors import ConfigError
@@ -49,7 +38,7 @@ _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Rea
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """One layer: its work as expressions in L and s, and milliseconds at the predicted length."""
+    """One layer and its work at the predicted length."""
 
     index: int
     name: str
@@ -64,12 +53,22 @@ class LayerPrediction:
     """Sparse attention with all its steps; nothing where the layer has no full attention."""
     rest: Work = field(repr=False)
     """Projections, MLP, and the kernels between them."""
-    dense_ms: float
-    """Attention, dense."""
-    sparse_ms: float
-    """Attention, sparse at `sparse_kept`, whether or not it is made so; NaN where it cannot be."""
     sparse_kept: float
-    rest_ms: float
+
+    @property
+    def dense_ms(self) -> float:
+        """Attention, dense."""
+        return self.dense.ms
+
+    @property
+    def sparse_ms(self) -> float:
+        """Attention, sparse at `sparse_kept`, whether or not it is made so; NaN where it cannot be."""
+        return math.nan if self.sparse is NOTHING else self.sparse.ms
+
+    @property
+    def rest_ms(self) -> float:
+        """All but attention."""
+        return self.rest.ms
 
     @property
     def ms(self) -> float:
@@ -87,14 +86,14 @@ class LayerPrediction:
         return _gain(self.dense_ms, self.ms)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; expressions as text that sympy reads."""
+        """Plain JSON types."""
         values = {
             name: getattr(self, name) for name in ("index", "name", "kind", "kept", "dense_ms", "ms", "saved_ms", "gain")
         }
         possible = {"sparse_ms": self.sparse_ms, "sparse_kept": self.sparse_kept} if self.sparse is not NOTHING else {}
         works = {"dense": self.dense, "sparse": self.sparse, "rest": self.rest}
-        expressions = {name: _texts(work) for name, work in works.items() if work is not NOTHING}
-        return values | {"reason": str(self.reason), **possible, "rest_ms": self.rest_ms, "work": expressions}
+        done = {name: asdict(work) for name, work in works.items() if work is not NOTHING}
+        return values | {"reason": str(self.reason), **possible, "rest_ms": self.rest_ms, "work": done}
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,16 @@ class Prediction:
     batch: int
     layers: tuple[LayerPrediction, ...]
     head: Work
-    head_ms: float
     break_even: int | None
     """The shortest length from which layers become sparse; None if there is none."""
     notes: tuple[str, ...] = ()
     kept: float | None = None
     """The kept share that was given instead of being expected of the budget."""
+
+    @property
+    def head_ms(self) -> float:
+        """The head, for the last token."""
+        return self.head.ms
 
     @property
     def attention_dense_ms(self) -> float:
@@ -157,12 +160,12 @@ class Prediction:
 
     @property
     def dense(self) -> Work:
-        """The whole prefill with dense attention: expressions in L."""
+        """The whole prefill with dense attention."""
         return added([*(layer.dense for layer in self.layers), *(layer.rest for layer in self.layers), self.head])
 
     @property
     def sparse(self) -> Work:
-        """The whole prefill with those layers sparse that are at this length: expressions in L and s."""
+        """The whole prefill with those layers sparse that are at this length."""
         attention = (layer.sparse if layer.reason is Reason.SPARSE else layer.dense for layer in self.layers)
         return added([*attention, *(layer.rest for layer in self.layers), self.head])
 
@@ -254,32 +257,29 @@ def _predict(
     for index, (sizes, shape) in enumerate(zip(model.layers, shapes, strict=True)):
         reason = _reason(sizes, index in selected, length, minima[index])
         sparse_kept = expected_kept(configs[index], length) if kept is None else kept
-        dense = _dense(sizes, shape, costs)
-        sparse = sparse_path(shape, costs) if sizes.kind == FULL else NOTHING
-        rest = rest_work(RestShape(batch, None, sizes.active, sizes.weights, 2 * sizes.outputs, itemsize), costs)
         layers.append(
             LayerPrediction(
-                index=index, name=sizes.name, kind=sizes.kind, reason=reason, dense=dense, sparse=sparse, rest=rest,
+                index=index, name=sizes.name, kind=sizes.kind, reason=reason, dense=_dense(sizes, shape, costs, length),
+                sparse=sparse_path(shape, costs, length, sparse_kept) if sizes.kind == FULL else NOTHING,
+                rest=rest_work(costs, batch * length, sizes.active, sizes.weights, itemsize, 2 * sizes.outputs),
                 kept=sparse_kept if reason is Reason.SPARSE else 1.0, sparse_kept=sparse_kept,
-                dense_ms=dense.ms_at(length), rest_ms=rest.ms_at(length),
-                sparse_ms=sparse.ms_at(length, sparse_kept) if sparse is not NOTHING else math.nan,
             )
         )  # fmt: skip
-    head = rest_work(RestShape(batch, 1, model.head, model.head, 0, itemsize), costs)
+    head = rest_work(costs, batch, model.head, model.head, itemsize)
     full = [index for index, layer in enumerate(model.layers) if layer.kind == FULL]
     gaining = [minima[index].shortest for index in [index for index in full if index in selected] or full[:1]]
     said = dict.fromkeys((*notes, *_notes(config, model, kept)))
     return Prediction(
         model=model, config=config, costs=costs, length=length, batch=batch, layers=tuple(layers), head=head,
-        head_ms=head.ms_at(length), break_even=min((length for length in gaining if length is not None), default=None),
+        break_even=min((length for length in gaining if length is not None), default=None),
         notes=tuple(said), kept=kept,
     )  # fmt: skip
 
 
-def _dense(sizes: LayerSizes, shape: CallShape, costs: DeviceCosts) -> Work:
+def _dense(sizes: LayerSizes, shape: CallShape, costs: DeviceCosts, length: int) -> Work:
     if sizes.window is not None:
-        return window_work(shape, costs, sizes.window)
-    return dense_work(shape, costs) if sizes.attends else NOTHING
+        return window_work(shape, costs, sizes.window, length)
+    return dense_work(shape, costs, length) if sizes.attends else NOTHING
 
 
 def _selected(config: TSAConfig, model: ModelSizes) -> frozenset[int]:
@@ -329,10 +329,6 @@ def _notes(config: TSAConfig, model: ModelSizes, kept: float | None) -> list[str
 
 def _gain(dense: float, now: float) -> float:
     return dense / now if now else 1.0
-
-
-def _texts(work: Work) -> Mapping[str, str]:
-    return {name: str(getattr(work, name)) for name in ("flops", "bytes", "ms")}
 
 
 def _render(prediction: Prediction, width: int | None = None) -> str:
