@@ -119,8 +119,9 @@ class TestExpectations:
         report = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="h200")
         assert [row.reason for row in report] == [Reason.LAYER_NOT_SELECTED, *[Reason.TOO_SHORT] * 2]
         assert report.expected["break_even"] > 4096 and f"40 < {report.expected['break_even']}" in report.rows[1].detail
-        on_cpu = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device="cpu")
-        assert on_cpu.sparse == 2 and on_cpu.expected["break_even"] == 9
+        for device in ("cpu", "cpu:0"):
+            on_cpu = explain(tiny("llama"), input_ids=tokens(1, 40), config=CONFIG, device=device)
+            assert on_cpu.sparse == 2 and on_cpu.expected["break_even"] == 9
 
     def test_a_kernel_of_a_device_that_is_not_here(self):
         config = CONFIG.replace(layers=[1], kernel="triton", min_length=1)

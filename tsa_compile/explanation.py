@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from tsa_compile.config import TSAConfig, given
-from tsa_compile.costs.devices import DeviceCosts, costs_of
+from tsa_compile.costs.devices import DeviceCosts, costs_of, is_cpu
 from tsa_compile.costs.expected import with_expectations
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.pipeline import run_passes
@@ -52,7 +52,7 @@ def explain(
         raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
     config = given(config, "explain")
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
-    decider = None if getattr(device, "type", device) == "cpu" else costs  # which is None where no device is given
+    decider = None if is_cpu(device) else costs  # which is None where no device is given
     seen: list[RewriteReport] = []
     devices: list[torch.device] = []
 

@@ -113,6 +113,11 @@ def for_device(device: torch.device) -> DeviceCosts:
     )
 
 
+def is_cpu(device: torch.device | str | DeviceCosts | None) -> bool:
+    """Whether a CPU is asked about, where speed is not claimed: by itself, or by one of its names ("cpu:0")."""
+    return isinstance(device, (torch.device, str)) and str(device).partition(":")[0] == "cpu"
+
+
 def costs_of(device: torch.device | str | DeviceCosts | None = None) -> tuple[DeviceCosts, tuple[str, ...]]:
     """The costs of a device, and what must be said about them.
 

@@ -10,7 +10,7 @@ import torch
 from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import expected_kept, minimum
 from tsa_compile.costs.calls import CallShape, dense_work, sparse_path, window_work
-from tsa_compile.costs.devices import DeviceCosts, costs_of
+from tsa_compile.costs.devices import DeviceCosts, costs_of, is_cpu
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.report import CallRow, RewriteReport
 
@@ -29,7 +29,7 @@ def with_expectations(
     candidates = [row for row in rows if row.reason in (Reason.SPARSE, Reason.TOO_SHORT)]
     shapes = [(row, shape) for row in candidates if (shape := _shape(row, config)) is not None]
     if shapes:
-        decider = None if getattr(device, "type", device) == "cpu" else costs  # as the calls were decided about
+        decider = None if is_cpu(device) else costs  # as the calls were decided about
         share = len(candidates) / len(rows)
         known = [minimum(_own(row, config), shape, share, decider).shortest for row, shape in shapes]
         expected["break_even"] = min((length for length in known if length is not None), default=None)
