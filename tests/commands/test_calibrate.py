@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -10,8 +11,11 @@ import transformers
 
 from tsa_compile import TSAConfig, shapes
 from tsa_compile.calibration.calibrate import Calibration
+from tsa_compile.calibration.loss import _batches
 from tsa_compile.calibration.loss_search import LossCalibration
 from tsa_compile.commands import texts
+from tsa_compile.commands.calibrate import _samples
+from tsa_compile.commands.evaluate import _bytes
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 
@@ -64,6 +68,12 @@ def test_calibrate_by_loss_on_tasks(folder, tmp_path):
     assert done.exit_code == 0, done.output
     found = LossCalibration.from_dict(json.loads(done.stdout))
     assert (found.prompts, found.length, found.ratios) == (2, 1200, (0.5, 0.5)) and found.tokens > 100
+
+
+def test_samples_with_answers_of_one_length_run_at_once():
+    source = SimpleNamespace(tokenizer=lambda advice: _bytes())
+    samples = _samples(source, "needle,copy", None, 1200, 3)
+    assert max(len(batch) for _, batch in _batches(samples, 3)) == 3
 
 
 def test_calibrate_reads_token_ids_from_a_file(tmp_path):

@@ -182,7 +182,8 @@ def _samples(source: Source, tasks: str | None, file: Path | None, length: int, 
 
     names = texts.names(tasks or "")
     writer = Writer(source.tokenizer("tasks are asked in words"), None if file is None else prompts.read_text(file))
-    return [writer.sample(name, length, _SEED, index) for index in range(count or _EACH) for name in names]
+    found = [writer.sample(name, length, _SEED, index) for name in names for index in range(count or _EACH)]
+    return sorted(found, key=lambda sample: len(sample.answer))  # neighbours with answers of one length run at once
 
 
 def _prompts(source: Source, file: Path | None, random: int | None, length: int, count: int | None) -> Any:
