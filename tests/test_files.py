@@ -67,8 +67,6 @@ def test_where_nothing_can_be_written(tmp_path):
         with pytest.raises(ConfigError, match=r"cannot be written .*choose another path"):
             write(path, "text")
     assert listing(tmp_path) == []
-    write(tmp_path / "made" / "for it" / "a.json", "text", folders=True)
-    assert (tmp_path / "made" / "for it" / "a.json").read_text() == "text"
 
 
 def test_the_disk_of_a_compilers_files_is_named(tmp_path):

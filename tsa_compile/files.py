@@ -32,14 +32,14 @@ _ANOTHER_PATH = (
 )  # fmt: skip
 
 
-def write(path: StrPath, content: str | bytes, *, folders: bool = False) -> None:
-    """Writes a file; see `replacing` for errors. With `folders`, in folders that are made for it."""
-    with replacing(path, folders=folders) as beside:
+def write(path: StrPath, content: str | bytes) -> None:
+    """Writes a file; see `replacing` for errors."""
+    with replacing(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def replacing(path: StrPath, *, folders: bool = False) -> Iterator[Path]:
+def replacing(path: StrPath) -> Iterator[Path]:
     """A path of the same name in a folder beside; what was written there takes the place of `path` in the end.
 
     Raises:
@@ -51,17 +51,14 @@ def replacing(path: StrPath, *, folders: bool = False) -> Iterator[Path]:
             yield Path(path)
         return
     target = Path(os.path.realpath(path))  # a link stays one
-    with _errors_that_name(path, target):
-        if folders:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as folder:
-            beside = Path(folder) / target.name
-            yield beside
-            written = sorted(Path(folder).iterdir(), key=lambda file: file == beside)  # what it refers to goes first
-            for file in written:
-                _settle(file, target)
-            for file in written:
-                os.replace(file, target.parent / file.name)
+    with _errors_that_name(path, target), TemporaryDirectory(prefix=_PREFIX, dir=target.parent) as folder:
+        beside = Path(folder) / target.name
+        yield beside
+        written = sorted(Path(folder).iterdir(), key=lambda file: file == beside)  # what it refers to goes first
+        for file in written:
+            _settle(file, target)
+        for file in written:
+            os.replace(file, target.parent / file.name)
 
 
 def writable(path: StrPath, *suffixes: str) -> Path:

@@ -21,8 +21,6 @@ class Saved(ABC):
     """What writes such files."""
     REMEDY: ClassVar[str]
     """What to do if a file is damaged."""
-    FOLDERS: ClassVar[bool] = False
-    """Whether folders are made for a file."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +54,7 @@ class Saved(ABC):
             ConfigError: no file can be written there.
             WriteError: it could not be written whole; a file that was there is unchanged.
         """
-        write(path, json.dumps(self.to_dict(), indent=1) + "\n", folders=self.FOLDERS)
+        write(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
