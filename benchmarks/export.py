@@ -28,17 +28,10 @@ from torch import Tensor
 
 from tsa_compile import KeepRatio, TSAConfig, reports
 from tsa_compile.export import aoti, export_program
+from tsa_compile.shapes import build, model_config, prompts
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "aoti_cpp"
-SHAPES: dict[str, dict[str, int]] = {
-    "8b": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128,
-    ),
-    "tiny": dict(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-    ),
-}  # fmt: skip
+SHAPES = {"8b": "llama-3.1-8b", "tiny": "tiny"}
 
 
 class LastLogits(torch.nn.Module):
@@ -54,20 +47,9 @@ class LastLogits(torch.nn.Module):
 
 def build_model(arguments: argparse.Namespace) -> LastLogits:
     """Random weights, made where they stay; bfloat16 on CUDA."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    rope = {"rope_type": "default", "rope_theta": 5e5}
-    shape = SHAPES[arguments.shape]
-    config = LlamaConfig(
-        **shape, num_hidden_layers=arguments.layers, max_position_embeddings=131072, rope_parameters=rope, pad_token_id=0
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if arguments.device == "cuda" else torch.float32)
-    try:
-        with torch.device(arguments.device):
-            return LastLogits(LlamaForCausalLM(config)).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    config = model_config(SHAPES[arguments.shape], arguments.layers)
+    return LastLogits(build(config, arguments.device, dtype)).eval()
 
 
 def make_config(arguments: argparse.Namespace) -> TSAConfig:
@@ -78,8 +60,7 @@ def make_config(arguments: argparse.Namespace) -> TSAConfig:
 
 def inputs(arguments: argparse.Namespace, length: int) -> dict[str, Tensor]:
     """Random tokens [1, length], the same for the same length, and a mask of ones if asked for."""
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(1, SHAPES[arguments.shape]["vocab_size"], (1, length), generator=generator).to(arguments.device)
+    ids = prompts(model_config(SHAPES[arguments.shape]), 1, length, arguments.device, seed=length)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if arguments.masked else {"input_ids": ids}
 
 

@@ -45,6 +45,7 @@ import torch
 from prefill_report import COMPOSED, DESCRIPTIONS, UPPER, Row, mask_name, table, write
 
 from tsa_compile import KeepRatio, Prefill, TSAConfig, prefill, reports
+from tsa_compile.shapes import build, model_config
 
 MASKS = {"both": (True, False), "ones": (True,), "none": (False,)}
 LONG, LONG_REPEATS = 131072, 2
@@ -54,19 +55,7 @@ Key = tuple[str, bool, int]  # mode, masked, length
 
 def build_model(layers: int) -> Any:
     """Llama-3.1-8B's shape with random bfloat16 weights, made on the GPU."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5}, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
+    return build(model_config("llama-3.1-8b", layers), "cuda", torch.bfloat16)
 
 
 def modes(arguments: argparse.Namespace) -> list[str]:

@@ -33,20 +33,19 @@ MODES = {
 VOCABULARY = 1024
 
 
-def build(folder: str, layers: int, hidden: int) -> None:
+def write_checkpoint(folder: str, layers: int, hidden: int) -> None:
     """Writes a checkpoint of Llama-3.1-70B's shape, but for its number of layers, its vocabulary and its width."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
+
+    from tsa_compile.shapes import build
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=7 * hidden // 2, num_hidden_layers=layers,
         num_attention_heads=hidden // 128, num_key_value_heads=max(hidden // 1024, 2), head_dim=128,
         max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, dtype="bfloat16",
     )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        LlamaForCausalLM(config).save_pretrained(folder)
+    build(config, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16).save_pretrained(folder)
 
 
 def timed(model: Any, length: int, repeats: int) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         writer = multiprocessing.get_context("spawn").Process(
-            target=build, args=(folder, arguments.layers, arguments.hidden)
+            target=write_checkpoint, args=(folder, arguments.layers, arguments.hidden)
         )
         writer.start()  # a process of its own, whose memory on the GPU is free afterwards
         writer.join()

@@ -39,6 +39,7 @@ from tsa_compile import Floor, KeepRatio, TSAConfig, reports
 from tsa_compile.kernels import sliding
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.sdpa import fastest_first
+from tsa_compile.shapes import build
 
 assert sliding
 Row = dict[str, Any]
@@ -107,11 +108,11 @@ def layer_rows(
 ) -> list[Row]:
     """Times, memory and errors of one layer's methods on one set of inputs."""
     rows, calls = [], {}
-    for name, build in methods:
+    for name, make in methods:
         row = what | {"method": name}
         rows.append(row)
         try:
-            call = build()
+            call = make()
             call()
             out, memory = peak_of(call)
             row |= {"memory_gib": round(memory, 3), "error": checked(name, out)}
@@ -157,34 +158,24 @@ def heads_part(length: int) -> list[Row]:
 
 def gemma() -> Any:
     """Gemma 3's 4B shape with 12 layers and random bfloat16 weights; every sixth layer sees everything."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import Gemma3TextConfig
 
     config = Gemma3TextConfig(
         vocab_size=32768, hidden_size=2560, intermediate_size=10240, num_hidden_layers=12, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, sliding_window=1024, max_position_embeddings=131072, pad_token_id=0,
     )  # fmt: skip
-    return on_gpu(Gemma3ForCausalLM, config)
+    return build(config, "cuda", torch.bfloat16)
 
 
 def gpt_oss() -> Any:
     """gpt-oss's 20B shape with 12 layers, 8 experts and random bfloat16 weights; every other layer sees everything."""
-    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers import GptOssConfig
 
     config = GptOssConfig(
         vocab_size=32768, hidden_size=2880, intermediate_size=2880, num_hidden_layers=12, num_attention_heads=64,
         num_key_value_heads=8, head_dim=64, sliding_window=128, num_local_experts=8, num_experts_per_tok=4, pad_token_id=0,
     )  # fmt: skip
-    return on_gpu(GptOssForCausalLM, config)
-
-
-def on_gpu(kind: Any, config: Any) -> Any:
-    """A model with random bfloat16 weights."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = kind(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
+    return build(config, "cuda", torch.bfloat16)
 
 
 MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
