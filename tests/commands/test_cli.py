@@ -282,14 +282,13 @@ def test_what_is_not_installed_is_told_before_the_model_is_loaded(monkeypatch, t
 
 @pytest.mark.parametrize(("certain", "code"), [(True, 1), (False, 0), (None, 0)])
 def test_what_tensorrt_would_refuse_is_a_failure(certain, code, monkeypatch, tmp_path):
-    def save(program, kind, target):
+    def save(program, kind, target, check):
         target.write_text(program)
+        return [finding] if finding and check else []
 
     finding = None if certain is None else Finding("node", "TopK", "k is too large", "operators.md", certain)
-    monkeypatch.setattr(export, "_program", lambda *args: "a program")
-    monkeypatch.setattr(export, "_last_report", lambda: "1 of 2 attention calls sparse")
+    monkeypatch.setattr(export, "_program", lambda *args: ("a program", "1 of 2 attention calls sparse"))
     monkeypatch.setattr(export, "_save", save)
-    monkeypatch.setattr(export, "_findings", lambda target: [finding] if finding else [])
     path = tmp_path / "model.onnx"
     done = run("export", *TINY, "--format", "onnx", "--out", str(path), "--lengths", "1K", "2K", "--check", "--json")
     values = json.loads(done.stdout)

@@ -88,12 +88,12 @@ def test_a_setting_with_the_calibration_of_other_weights_warns_once(calibration,
     shapes.build(shapes.model_config("tiny", layers=2), seed=1).save_pretrained(tmp_path)
     asked = []
 
-    def stop(model, tokenizer, settings, request, out):
+    def stop(model, tokenizer, *, settings, **request):
         asked.extend(setting.config.layers for setting in settings)
         raise ConfigError("enough")
 
     monkeypatch.setattr(evaluate, "_tokenizer", lambda source: None)
-    monkeypatch.setattr(evaluate, "_run", stop)
+    monkeypatch.setattr("tsa_compile.evaluation.evaluate", stop)
     settings = ["--setting", f"layers={calibration}", "--setting", f"keep:0.5,layers={calibration}"]
     done = run("eval", str(tmp_path), *settings)
     assert asked == [Calibration.load(calibration).sparse_layers] * 2 and "error: enough" in done.stderr
@@ -119,10 +119,10 @@ def test_the_defaults_are_the_librarys():
 
 
 def test_a_budget_is_for_the_settings_without_one(calibration, tmp_path, monkeypatch):
-    def stop(model, tokenizer, settings, request, out):
+    def stop(model, tokenizer, *, settings, **request):
         raise ConfigError(", ".join(str(setting.config.budget) for setting in settings))
 
-    monkeypatch.setattr(evaluate, "_run", stop)
+    monkeypatch.setattr("tsa_compile.evaluation.evaluate", stop)
     settings = ["--setting", "keep:0.3", "--setting", f"layers={calibration}"]
     done = run("eval", *TINY, "--budget", "keep:0.5", *settings)
     assert "error: KeepRatio(ratio=0.3), KeepRatio(ratio=0.5)" in done.stderr

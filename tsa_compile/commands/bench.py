@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tsa_compile.commands import output, texts
-from tsa_compile.commands.options import (
-    Batch,
-    FigureOptions,
-    ModelOptions,
-    SparseOptions,
-    command,
-)
+from tsa_compile.commands.options import Batch, FigureOptions, ModelOptions, SparseOptions, command
 from tsa_compile.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tsa_compile.bench import Benchmark
-    from tsa_compile.commands.loading import Source
-    from tsa_compile.config import TSAConfig
 
 MODE_NAMES = ("eager", "compile", "exact", "sparse")  # bench.MODES, which needs PyTorch; a test holds the two together
 
@@ -73,24 +62,17 @@ def bench(
         changes = {"compiler": compiler or "eager"} if compiler or (on_cpu and sparse.config is None) else {}
         config = sparse.tsa_config(source, **changes)
         source.check(max(tokens), batch)
-    found = _run(source, sparse, config, tokens, chosen, batch, rounds or (1 if on_cpu else 5))
+    from tsa_compile.bench import bench as measure
+
+    with output.working(f"Loading {source.name}"):
+        loaded = source.load(max(tokens), batch)
+    sparse.check_model(loaded)
+    rounds = rounds or (1 if on_cpu else 5)
+    with output.steps() as progress:
+        found = measure(loaded, tokens, config=config, modes=chosen, batch=batch, rounds=rounds, progress=progress)
     if on_cpu:
         output.say(
             "note", f"speed is claimed on GPUs only: this CPU's figures (compiler {config.compiler}) show that all modes run"
         )
     out.draw(found.plot)
     out.show(found.narrow(output.WIDTH), found.to_dict())
-
-
-def _run(
-    source: Source, sparse: SparseOptions, config: TSAConfig, lengths: list[int], modes: list[str], batch: int, rounds: int
-) -> Benchmark:
-    from tsa_compile.bench import bench as measure
-    from tsa_compile.bench import check_request
-
-    check_request(lengths, modes, rounds)
-    with output.working(f"Loading {source.name}"):
-        model = source.load(max(lengths), batch)
-    sparse.check_model(model)
-    with output.steps() as progress:
-        return measure(model, lengths, config=config, modes=modes, batch=batch, rounds=rounds, progress=progress)

@@ -16,7 +16,7 @@ from tsa_compile.files import read_json, writable
 
 if TYPE_CHECKING:
     from tsa_compile.commands.loading import Source
-    from tsa_compile.evaluation import Setting, Study
+    from tsa_compile.evaluation import Setting
 
 _MOST_SAMPLES = 1_000_000
 _DENSE = "dense"  # evaluation.DENSE
@@ -107,22 +107,12 @@ def evaluate(
     _check_weights(loaded, source, sparse, setting or [])
     if source.folder is None:
         output.say("note", "the weights are random: this shows that the study runs; its accuracies mean nothing")
-    study = _run(loaded, tokenizer, settings, request, out)
-    _show(study, result)
-
-
-def _run(model: Any, tokenizer: Any, settings: list[Setting], request: dict[str, Any], out: Path | None) -> Study:
     from tsa_compile.evaluation import evaluate as run
+    from tsa_compile.evaluation import tables
 
     with output.steps() as progress:
-        return run(model, tokenizer, settings=settings, file=out, progress=progress, **request)
-
-
-def _show(study: Study, result: ResultOptions) -> None:
-    from tsa_compile.evaluation.tables import summary
-    from tsa_compile.evaluation.tables import text as table
-
-    result.show(table(study), {**study.to_dict(), "summary": summary(study)})
+        study = run(loaded, tokenizer, settings=settings, file=out, progress=progress, **request)
+    result.show(tables.text(study), {**study.to_dict(), "summary": tables.summary(study)})
 
 
 def _check_settings(named: list[str], budget: str | None) -> None:

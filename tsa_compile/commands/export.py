@@ -91,11 +91,9 @@ def export(
         loaded = source.load(length, _example_batch(batches))
         sparse.check_model(loaded)
     with output.working(f"Exporting {source.name} for {span[0]:,} to {span[1]:,} tokens"):
-        program = _program(loaded, source, config, length, span, batches)
-        summary = _last_report()
+        program, summary = _program(loaded, source, config, length, span, batches)
     with output.working(f"Writing {target}"):
-        _save(program, kind, target)
-        findings = _findings(target) if check else []
+        findings = _save(program, kind, target, check)
     if kind is Format.ONNX and "bfloat16" in str(source.dtype):
         output.say("note", "onnxruntime runs bfloat16 on GPUs alone: for its CPU provider, pass --dtype float16 or float32")
     beside = target.with_name(f"{target.name}.data")  # weights that do not fit into one ONNX file
@@ -163,23 +161,20 @@ def _example_batch(batches: tuple[int, int] | None) -> int:
 
 
 def _program(model: Any, source: Source, config: TSAConfig, length: int, span: tuple[int, int], batches: Any) -> Any:
+    """The program, and a line on what became of the attention calls in it."""
     import torch
 
     from tsa_compile.export import export_program
+    from tsa_compile.report import reports
     from tsa_compile.shapes import prompts
 
     ids = prompts(source.config, _example_batch(batches), length, source.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return export_program(model, inputs, config, dynamic_lengths=span, dynamic_batch=batches)
+    return export_program(model, inputs, config, dynamic_lengths=span, dynamic_batch=batches), reports()[-1].summary
 
 
-def _last_report() -> str:
-    from tsa_compile.report import reports
-
-    return reports()[-1].summary
-
-
-def _save(program: Any, kind: Format, target: Path) -> None:
+def _save(program: Any, kind: Format, target: Path, check: bool) -> list[Any]:
+    """Writes the file; what TensorRT would refuse in it, if that is asked for."""
     import torch
 
     from tsa_compile.export import aoti, onnx, tensorrt
@@ -197,9 +192,4 @@ def _save(program: Any, kind: Format, target: Path) -> None:
     else:
         with stream(target) as file:
             torch.export.save(program, file)
-
-
-def _findings(target: Path) -> list[Any]:
-    from tsa_compile.export import tensorrt
-
-    return tensorrt.check(target)
+    return tensorrt.check(target) if check else []
