@@ -212,7 +212,7 @@ def run_each(model, configs, **inputs):
 
 
 def chunks(model, ids, mask, size, cache=None):
-    """The logits of a prompt that goes through a model in chunks of one size or of those listed, behind what a cache holds."""
+    """The logits of a prompt in chunks, of one size or of those listed, behind what a cache holds."""
     cache = transformers.DynamicCache(config=model.config) if cache is None else cache
     found, past = [], cache.get_seq_length()
     with torch.no_grad():

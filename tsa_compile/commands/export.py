@@ -160,7 +160,9 @@ def _example_batch(batches: tuple[int, int] | None) -> int:
     return 1 if batches is None else max(2, batches[0])
 
 
-def _program(model: Any, source: Source, config: TSAConfig, length: int, span: tuple[int, int], batches: Any) -> Any:
+def _program(
+    model: Any, source: Source, config: TSAConfig, length: int, span: tuple[int, int], batches: Any
+) -> tuple[Any, str]:
     """The program, and a line on what became of the attention calls in it."""
     import torch
 
