@@ -210,7 +210,7 @@ def options(**changes):
         ({"config": BASE.replace(dense_kernel="a_shape")}, "config.dense_kernel='a_shape'"),
         ({"nonsense": 1, "more": 2}, "nonsense, more: objective='loss' has no such option; its options are max_kl, ratios"),
         ({"ratios": 0.5}, "ratios=0.5 is not allowed"),
-        ({"config": "x"}, "config is a str: pass a TSAConfig"),
+        ({"config": "x"}, r"config='x' is not allowed: calibrate_loss\(\) takes a TSAConfig"),
         ({"delta": 7.0}, "delta=7.0: objective='loss' has no such option"),
         ({"delta": 0.5}, "delta=0.5: objective='loss' has no such option"),
     ],

@@ -25,9 +25,9 @@ from tsa_compile.calibration.drift import PROBE, find_layers
 from tsa_compile.calibration.fingerprint import Fingerprint, unwrapped
 from tsa_compile.calibration.loss import Choice, LossMeter, read_samples
 from tsa_compile.calibration.token_ids import items
-from tsa_compile.config import KeepRatio, LayerBudgets, TSAConfig, check_int, checked_number
+from tsa_compile.config import KeepRatio, LayerBudgets, TSAConfig, check_int, checked_number, given
 from tsa_compile.costs.breakeven import kept_share
-from tsa_compile.errors import ConfigError, check_type
+from tsa_compile.errors import ConfigError
 from tsa_compile.evaluation.cached import check_model
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.progress import Progress, bar
@@ -162,8 +162,7 @@ def calibrate_loss(
         ConfigError: an option or prompt is not allowed, no layer can be sparse, no prompt is long enough to matter, or no KL
             is a finite number.
     """
-    check_type("config", config, (TSAConfig, type(None)), "a TSAConfig, or None for the default one")
-    base = TSAConfig() if config is None else config
+    base = given(config, "calibrate_loss")
     if base.dense_kernel is not None:
         raise ConfigError(
             f"config.dense_kernel={base.dense_kernel!r} is not measured here: what is sparse is compared with dense. "

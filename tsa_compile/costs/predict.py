@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number, is_named, upper_half
+from tsa_compile.config import Coverage, TSAConfig, check_int, checked_number, given, is_named, upper_half
 from tsa_compile.costs.breakeven import Minimum, expected_kept, minimum
 from tsa_compile.costs.calls import NOTHING, CallShape, Work, added, dense_work, rest_work, sparse_path, window_work
 from tsa_compile.costs.devices import DeviceCosts, costs_of
@@ -31,7 +31,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.kernels import registry
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.reasons import Reason
-from tsa_compile.text import as_text, number, spans, wrapped
+from tsa_compile.text import as_text, new_table, number, spans, wrapped
 
 _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}
 
@@ -223,9 +223,7 @@ def predict(
         ConfigError: a value is not allowed, or the configuration is of no causal language model.
         KernelError: `config` names a kernel that is not registered.
     """
-    config = TSAConfig() if config is None else config
-    if not isinstance(config, TSAConfig):
-        raise ConfigError(f"config is {type(config).__name__}: pass a TSAConfig, or None for the defaults")
+    config = given(config, "predict")
     registry.check(config.kernel, config.dense_kernel)
     check_int("length", length, 1)
     check_int("batch", batch, 1)
@@ -351,10 +349,7 @@ _NARROW = tuple(name for name in _COLUMNS if name not in ("kind", "saved"))
 
 
 def _table(prediction: Prediction, columns: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    for name in columns:
-        left = name in ("layers", "kind", "decision")
-        table.add_column(name, no_wrap=True, justify="left" if left else "right")
+    table = new_table(*columns, right=[name for name in columns if name not in ("layers", "kind", "decision")])
 
     def add(*cells: str) -> None:
         table.add_row(*(cell for name, cell in zip(_COLUMNS, cells, strict=True) if name in columns))
