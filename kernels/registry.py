@@ -151,7 +151,7 @@ def _refusal(kernel: AttentionKernel, request: KernelRequest | None, lse: bool, 
     if behind and kernel.run_behind is None:
         return "it takes as many queries as keys alone: register it with run_behind, or prefill the whole prompt at once"
     if lse and kernel.run_lse is None:
-        return "it gives no log-sum-exp, which the floor is merged by: register it with run_lse, or set floor=None"
+        return "it gives no log-sum-exp, which a floor and sinks are merged by: register it with run_lse, or set floor=None"
     return None if request is None else _asked(kernel, request)
 
 

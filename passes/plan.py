@@ -122,6 +122,7 @@ class PlanCalls(Pass):
             _operands(plan), plan.config, selected, plan.place.doubt, sparse_layers,
             padded=plan.mask.padding is not None, behind=is_behind_cache(plan), filled=plan.mask.kind in FILLED_KINDS,
             settled=self._settled(plan, sparse_layers) if selected is None else None, costs=self.state.costs,
+            sinks=plan.call.sink_logits is not None,
         )  # fmt: skip
         if plan.decision in (Decision.DENSE, Decision.DENSE_PADDED) and plan.mask.nan_rows:
             plan.kernel = ""
@@ -132,7 +133,7 @@ class PlanCalls(Pass):
 def decide(
     operands: tuple[Tensor, Tensor, Tensor], config: TSAConfig, unselected: Reason | None, doubt: str,
     sparse_layers: float, *, padded: bool, behind: bool, filled: bool = False, settled: TSAConfig | None = None,
-    costs: DeviceCosts | None = None,
+    costs: DeviceCosts | None = None, sinks: bool = False,
 ) -> tuple[Decision, Reason, str, str]:  # fmt: skip
     """What becomes of a call that need not stay as the model wrote it: the decision, its reason, a detail and the kernel.
 
@@ -142,6 +143,7 @@ def decide(
         padded, behind: some keys are invalid; the queries are the last of more keys.
         filled, costs: see `sparse_obstacle`.
         settled: by which its length is judged, if not by `config`.
+        sinks: its softmaxes have sinks, which take a kernel that gives the log-sum-exp.
     """
     dense = Decision.DENSE_PADDED if padded else Decision.DENSE
     decision, reason, detail = dense, unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else ""
@@ -152,7 +154,7 @@ def decide(
     elif config.dense_kernel is not None and not behind and kernel_obstacle(*operands)[0] is None:
         decision = Decision.KERNEL
     try:
-        return decision, reason, detail, kernel_of(*operands, decision, config, costs)
+        return decision, reason, detail, kernel_of(*operands, decision, config, costs, sinks=sinks)
     except KernelError as error:  # a kernel that was asked for by name and does not fit this call
         return dense, Reason.KERNEL, str(error), ""
 
@@ -370,8 +372,9 @@ def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, al
 
 
 def kernel_of(
-    query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig, costs: DeviceCosts | None = None
-) -> str:
+    query: Tensor, key: Tensor, value: Tensor, decision: Decision, config: TSAConfig, costs: DeviceCosts | None = None, *,
+    sinks: bool = False,
+) -> str:  # fmt: skip
     """The kernel that will run at a call: the one configured for it, else the fastest that fits; KernelError if none.
 
     A dense call of a whole prompt without padding becomes SDPA, which chooses among torch's own.
@@ -388,5 +391,6 @@ def kernel_of(
     behind = sparse and not known(query.shape[2] == key.shape[2])
     elsewhere = costs is not None and not query.is_cuda and configured not in (None, AUTO)
     request = None if elsewhere else KernelRequest.of(query, key, value)
-    chosen = choose(request, configured or AUTO, lse=sparse and config.floor is not None, behind=behind).name
+    lse = sinks or (sparse and config.floor is not None)
+    chosen = choose(request, configured or AUTO, lse=lse, behind=behind).name
     return "triton" if behind and query.is_cuda else chosen  # it takes rows of which each head has another number

@@ -1,11 +1,14 @@
 """Sinks of written-out attention: read where they are a number for each head, rewritten exactly, left alone otherwise."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tsa_compile import Floor, KeepRatio, TSAConfig
-from tsa_compile.kernels import reference
+from tsa_compile.errors import TSAWarning
+from tsa_compile.kernels import reference, registry
 from tsa_compile.pipeline import run_passes
 from tsa_compile.reasons import Decision, Reason
 from tsa_compile.testing import capture_all
@@ -228,3 +231,18 @@ def test_a_dense_kernel_that_is_named():
     graph, row, (out,) = rewritten(function, EXACT.replace(dense_kernel="sdpa"), *args)
     assert row.decision is Decision.KERNEL and [n for n in graph.graph.nodes if n.target is tsa.attend.default]
     torch.testing.assert_close(out, function(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [EXACT.replace(dense_kernel="mute"), SPARSE.replace(floor=None, kernel="mute")])
+def test_a_kernel_without_a_log_sum_exp_is_not_asked_for_sinks(config):
+    kernel = registry.get("sdpa")
+    registry.register(registry.AttentionKernel("mute", lambda *rows: kernel.run(*rows), lambda request: None, priority=-50))
+    try:
+        args = (*longer(), sink(), None)
+        function = attention_with(torch.finfo(torch.float32).min)
+        with pytest.warns(TSAWarning) if config.kernel == "mute" else nullcontext():
+            _, row, (out,) = rewritten(function, config, *args)
+        assert (row.decision, row.reason) == (Decision.DENSE, Reason.KERNEL)
+        torch.testing.assert_close(out, function(*args), rtol=1e-5, atol=1e-5)
+    finally:
+        registry.unregister("mute")

@@ -211,6 +211,7 @@ class Implementation:
             decision, reason, detail, kernel = decide(
                 (call.query, call.key, call.value), config, seat.unselected, seat.place.doubt, seat.stack.share,
                 padded=call.padding is not None, behind=call.is_behind,
+                sinks=call.sink_logits is not None,
             )  # fmt: skip
         budget = pipeline.own_budget(config) if decision is Decision.SPARSE else None
         self._note(call, seat, decision, reason, detail, kernel, budget)
