@@ -25,7 +25,7 @@ from torch import Tensor
 from tsa_compile.costs.calls import CallShape, attention_work
 from tsa_compile.costs.devices import costs_of
 from tsa_compile.kernels.compress import compress_behind_triton
-from tsa_compile.kernels.flash_behind import behind_triton
+from tsa_compile.kernels.flash import behind_triton
 from tsa_compile.kernels.merge import merged
 from tsa_compile.kernels.registry import get
 

@@ -29,8 +29,7 @@ from tsa_compile.kernels import fused
 from tsa_compile.kernels.budget import coverage_triton
 from tsa_compile.kernels.compress import compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import decompress_triton
-from tsa_compile.kernels.flash import flash_triton
-from tsa_compile.kernels.flash_behind import behind_triton
+from tsa_compile.kernels.flash import behind_triton, flash_triton
 from tsa_compile.kernels.floor import merge_floor_triton, near_triton
 from tsa_compile.kernels.merge import merge_triton
 from tsa_compile.kernels.padded import valid_ranges

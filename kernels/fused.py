@@ -3,7 +3,7 @@
     out = decompress(attend(compress(query, key, value, select(score(query, key), count))))
 
     query [B, H, Lq, D], key [B, G, L, D], value [B, G, L, Dv], any strides; padding bool [B, L] (True = valid); the queries
-    are those of the last Lq positions: all L, or a chunk of a prompt behind a cache (flash_behind.py)
+    are those of the last Lq positions: all L, or a chunk of a prompt behind a cache (flash.py)
     ->  out [B, H, Lq, Dv] in the memory layout [B, Lq, H, Dv]
 
 It computes what the single ops compute one after the other, and saves what they cost as single calls:
@@ -43,7 +43,7 @@ from tsa_compile.kernels.cached import behind, check_operands
 from tsa_compile.kernels.compress import compress_aten, compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import attention_output, decompress_aten, decompress_triton
 from tsa_compile.kernels.define import define
-from tsa_compile.kernels.flash_behind import behind_triton
+from tsa_compile.kernels.flash import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.options import Options

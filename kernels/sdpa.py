@@ -19,7 +19,7 @@ from torch.backends import cuda as cuda_backends
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsa_compile.kernels._aten import torch_attention
-from tsa_compile.kernels.flash_behind import run_behind
+from tsa_compile.kernels.flash import run_behind
 from tsa_compile.kernels.interface import MAX_HEAD_DIM, AttentionKernel, KernelRequest
 from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.kernels.merge import merged

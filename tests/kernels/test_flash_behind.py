@@ -6,7 +6,7 @@ import torch
 from tsa_compile.kernels import reference
 from tsa_compile.kernels.compress import compress_behind_triton, compress_triton
 from tsa_compile.kernels.decompress import decompress_triton
-from tsa_compile.kernels.flash_behind import behind_triton
+from tsa_compile.kernels.flash import behind_triton
 from tsa_compile.kernels.floor import merge_floor_triton
 
 from .support import choose_tokens, close, counts_of, make_padding, poison_behind, qkv
