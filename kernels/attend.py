@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import repeat_heads, slots_below, torch_attention
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.sink import causal_with_sink_aten, check_sink, with_sink
 
 
-@torch.library.custom_op("tsa::attend", mutates_args=())
+@define(lambda query, key, value, *others, **options: query.new_empty((*query.shape[:3], value.shape[3])))
 def attend(
     query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str,
     sink_logits: Tensor | None = None,
@@ -56,7 +57,12 @@ def attend(
     return _attend_counts(chosen, query, key, value, counts, scale)
 
 
-@torch.library.custom_op("tsa::attend_lse", mutates_args=())
+def _with_lse(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@define(_with_lse)
 def attend_lse(
     query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
@@ -67,12 +73,6 @@ def attend_lse(
     chosen = choose(KernelRequest.of(query, key, value), kernel, device_count=device_count, lse=True)
     out, lse = chosen.causal_lse(query, key, value, scale, count)  # rows from the count on are in no real row's way
     return out.contiguous(), lse.contiguous()
-
-
-@attend_lse.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:3], value.shape[3]))
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def attend_lse_aten(
@@ -134,8 +134,3 @@ def _attend_counts(
         result = kernel.causal(query[items, :, :rows], key[items, :, :rows], value[items, :, :rows], scale)
         output[items, :, :n] = result[:, :, :n]
     return output
-
-
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))

@@ -26,6 +26,7 @@ from torch import Tensor
 from tsa_compile.kernels._aten import at_least, repeat_heads, take_rows
 from tsa_compile.kernels.attend import attend_lse
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.floor import merge_floor
 from tsa_compile.kernels.neighbourhood import near_aten, placed_aten
 from tsa_compile.kernels.sink import attention_beside
@@ -51,7 +52,7 @@ def attend_floor_aten(
     return placed_aten(output.to(value.dtype), padding, rank)
 
 
-@torch.library.custom_op("tsa::attend_floor", mutates_args=())
+@define(attention_output)
 def attend_floor(
     query: Tensor, key: Tensor, value: Tensor, query_rows: Tensor, key_rows: Tensor, value_rows: Tensor, indices: Tensor,
     count: Tensor | None, padding: Tensor | None, scale: float, kernel: str, window: int, sinks: int,
@@ -61,6 +62,3 @@ def attend_floor(
     compressed, lse = attend_lse(query_rows, key_rows, value_rows, count, scale, kernel)
     rows = (query, key, value, compressed, lse, indices, count, padding)
     return merge_floor(*rows, scale, window, sinks, sink_logits)
-
-
-attend_floor.register_fake(attention_output)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tsa_compile.config import KeepRatio
 from tsa_compile.kernels._aten import at_least
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.kept import at_least_and_most, at_least_and_most_triton, kept_candidates
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 
@@ -173,16 +174,11 @@ def budget_cuda(scores: Tensor, coverage: float | None, keep_ratio: float | None
     return budget_aten(scores, coverage, keep_ratio, min_tokens)
 
 
-@torch.library.custom_op("tsa::budget", mutates_args=())
+@define(lambda scores, *others: scores.new_empty(scores.shape[:1], dtype=torch.int32))
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """Count [B] int32 of tokens to keep, the window included; ValueError unless exactly one budget is given."""
     _check(scores, coverage, keep_ratio, min_tokens)
     return _compute(scores, coverage, keep_ratio, min_tokens)
-
-
-@budget.register_fake
-def _(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
-    return scores.new_empty(scores.shape[:1], dtype=torch.int32)
 
 
 def _check(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> None:

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import as_rows, keys_before
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.registry import KernelRequest, choose
 from tsa_compile.kernels.sdpa import SDPA, fastest_first
 from tsa_compile.kernels.sink import (
@@ -44,15 +45,12 @@ FEW = 128
 """Fewer rows than that are one block: what leads to a fast kernel costs more."""
 
 
-@torch.library.custom_op("tsa::cached_attention", mutates_args=())
+@define(attention_output)
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None) -> Tensor:
     """Dense attention under kv <= q + Lk - Lq; ValueError where shapes do not fit. See the module's docstring."""
     check_operands("cached_attention", query, key, value)
     check_sink("cached_attention", query, sink_logits)
     return as_rows(behind(query, key, value, scale, sink_logits))
-
-
-cached_attention.register_fake(attention_output)
 
 
 def cached_attention_aten(

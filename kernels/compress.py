@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import repeat_heads, slots_below, take_rows
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import (
     at_head,
@@ -176,18 +177,13 @@ def _allocate(query: Tensor, key: Tensor, value: Tensor, indices: Tensor) -> tup
     )
 
 
-@torch.library.custom_op("tsa::compress", mutates_args=())
+@define(lambda query, key, value, indices, count: _allocate(query, key, value, indices))
 def compress(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selected rows of query, key and value; ValueError where shapes do not fit. See the module's docstring."""
     _check(query, key, value, indices, count)
     return _compute(query, key, value, indices, count)
-
-
-@compress.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(query, key, value, indices)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, count: Tensor | None) -> None:

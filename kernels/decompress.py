@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tsa_compile.kernels._aten import at_least, repeat_heads, running_count, slots_below
 from tsa_compile.kernels.compress import block_rows
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.tiles import (
     at_head,
@@ -116,16 +117,11 @@ def attention_output(query: Tensor, key: Tensor, value: Tensor, *others: Any, **
     return empty_output(query, query.shape[2], value.shape[3])
 
 
-@torch.library.custom_op("tsa::decompress", mutates_args=())
+@define(lambda compressed, indices, count, seq_len: empty_output(compressed, seq_len, compressed.shape[3]))
 def decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
     """The rows back in their places; ValueError where shapes do not fit. See the module's docstring."""
     _check(compressed, indices, count)
     return _compute(compressed, indices, count, seq_len)
-
-
-@decompress.register_fake
-def _(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    return empty_output(compressed, seq_len, compressed.shape[3])
 
 
 def _check(compressed: Tensor, indices: Tensor, count: Tensor | None) -> None:

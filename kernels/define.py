@@ -8,9 +8,14 @@ from typing import Any
 import torch
 
 
-def define(function: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> None:
-    """The op tsa::<name of the function>, with the schema of its signature, on CPUs and on CUDA; `fake` gives the shapes."""
-    name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    torch.library.impl(name, ("cpu", "cuda"), function)
-    torch.library.register_fake(name, fake)
+def define(fake: Callable[..., Any], *tags: torch.Tag) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function the op tsa::<its name>, of its signature's schema, on CPUs and on CUDA; `fake` gives the shapes."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        name, schema = f"tsa::{function.__name__}", torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        torch.library.impl(name, ("cpu", "cuda"), function)
+        torch.library.register_fake(name, fake)
+        return getattr(torch.ops.tsa, function.__name__)
+
+    return register

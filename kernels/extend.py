@@ -22,6 +22,12 @@ from torch import Tensor
 from tsa_compile.kernels.define import define
 
 
+def _extended_fake(past_keys: Tensor, past_values: Tensor, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    shapes = [(*new.shape[:2], past + new.shape[2], new.shape[3]) for new in (keys, values)]
+    return keys.new_empty(shapes[0]), values.new_empty(shapes[1])
+
+
+@define(_extended_fake)
 def extend_cache(past_keys: Tensor, past_values: Tensor, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """See the module's docstring; ValueError if the cache holds other numbers than `past` tokens of these shapes take."""
     return _extended(past_keys, past, keys), _extended(past_values, past, values)
@@ -37,13 +43,3 @@ def _extended(cached: Tensor, past: int, new: Tensor) -> Tensor:
             f"{batch} items, {heads} heads and {size} numbers of {new.dtype}: pass the cache that the model filled"
         )
     return torch.cat([cached.reshape(batch, heads, past, size), new], dim=2)
-
-
-def _extended_fake(past_keys: Tensor, past_values: Tensor, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    shapes = [(*new.shape[:2], past + new.shape[2], new.shape[3]) for new in (keys, values)]
-    return keys.new_empty(shapes[0]), values.new_empty(shapes[1])
-
-
-define(extend_cache, _extended_fake)
-OP = torch.ops.tsa.extend_cache
-"""What a model calls."""

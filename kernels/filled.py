@@ -22,21 +22,17 @@ from torch import Tensor
 from tsa_compile.kernels._aten import as_rows
 from tsa_compile.kernels.cached import behind, check_operands
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
 from tsa_compile.kernels.padded import HOST, Range, attend_ranges, check_padding, masked_attention_aten
 from tsa_compile.kernels.sink import check_sink
 
 
-@torch.library.custom_op("tsa::filled", mutates_args=(), tags=HOST)
+@define(lambda positions: torch.empty(2, dtype=torch.int64, device="cpu"), *HOST)
 def filled(positions: Tensor) -> Tensor:
     """(first, consecutive) of positions int64 [Lq]: int64 [2] on the CPU. The one synchronisation is here."""
     return filled_aten(positions).cpu()
-
-
-@filled.register_fake
-def _(positions: Tensor) -> Tensor:
-    return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 def filled_aten(positions: Tensor) -> Tensor:
@@ -45,7 +41,7 @@ def filled_aten(positions: Tensor) -> Tensor:
     return torch.stack([positions[0], consecutive.to(torch.int64)])
 
 
-@torch.library.custom_op("tsa::filled_attention", mutates_args=(), tags=HOST)
+@define(attention_output, *HOST)
 def filled_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None, positions: Tensor,
     filled: Tensor, scale: float, mean_rows: bool, sink_logits: Tensor | None = None,
@@ -61,9 +57,6 @@ def filled_attention(
         return as_rows(behind(*used, scale, sink_logits))
     ranges, mean_of = ranges_until(valid_ranges, stop), value if mean_rows else None
     return attend_ranges(*used, padding[:, :stop], ranges, scale, mean_of, sink_logits)
-
-
-filled_attention.register_fake(attention_output)
 
 
 def _check(

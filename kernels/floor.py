@@ -39,6 +39,7 @@ from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, keys_before, take_rows
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 from tsa_compile.kernels.neighbourhood import LOWEST_LOGIT, near_aten, placed_aten
 from tsa_compile.kernels.sink import check_sink
@@ -363,7 +364,7 @@ def valid_first(padding: Tensor) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), padding.sum(dim=1, dtype=torch.int32)
 
 
-@torch.library.custom_op("tsa::merge_floor", mutates_args=())
+@define(attention_output)
 def merge_floor(
     query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
     padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
@@ -373,9 +374,6 @@ def merge_floor(
     _check(*tensors, window, sinks)
     check_sink("merge_floor", query, sink_logits)
     return _compute(*tensors, scale, window, sinks, sink_logits)
-
-
-merge_floor.register_fake(attention_output)
 
 
 def merge_floor_by_heads(

@@ -64,7 +64,7 @@ def define_op(function: Callable[..., Tensor], *tags: torch.Tag) -> None:
     tensors, by_name = given[:-2], given[-1]
     parameters = [*tensors, *signature(Options).parameters.values(), by_name]
     vars(function)["__signature__"] = Signature(parameters, return_annotation=Tensor)
-    define(function, attention_output, *tags)
+    define(attention_output, *tags)(function)
 
 
 @functools.lru_cache(maxsize=256)

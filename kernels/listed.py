@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import torch_attention
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.padded import HOST
 
 _MASK_ELEMENTS = 2**26
 
 
-@torch.library.custom_op("tsa::listed", mutates_args=(), tags=HOST)
+@define(lambda *others: torch.empty(1, dtype=torch.int64, device="cpu"), *HOST)
 def listed(
     partial_count: Tensor, partial: Tensor, full_count: Tensor | None, full: Tensor | None, padding: Tensor | None,
     positions: Tensor | None, queries: int, keys: int, rows: int, columns: int,
@@ -40,11 +41,6 @@ def listed(
     total = found + whole
     agree = (total <= 1) & ((total == 1) | ~some) & ((whole == 0) | every)
     return agree.all().to(torch.int64).reshape(1).cpu()
-
-
-@listed.register_fake
-def _(*others: Any) -> Tensor:
-    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _last_seen(positions: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -39,6 +39,7 @@ from tsa_compile.kernels._aten import (
 )
 from tsa_compile.kernels.cached import behind, causal_behind, check_operands, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.sink import attention_aten, causal_with_sink_aten, check_sink
 
 _COLUMNS = 8
@@ -55,7 +56,7 @@ HOST = (torch.Tag.cudagraph_unsafe,)
 """Tags of ops that look at numbers on the host: a captured CUDA graph would be replayed with those of the first call."""
 
 
-@torch.library.custom_op("tsa::valid_ranges", mutates_args=(), tags=HOST)
+@define(lambda padding: torch.empty(padding.shape[0], 3, dtype=torch.int64, device="cpu"), *HOST)
 def valid_ranges(padding: Tensor) -> Tensor:
     """(start, stop, contiguous) of every item's valid tokens: bool [B, L] -> int64 [B, 3] on the CPU.
 
@@ -64,12 +65,7 @@ def valid_ranges(padding: Tensor) -> Tensor:
     return valid_ranges_aten(padding).cpu()
 
 
-@valid_ranges.register_fake
-def _(padding: Tensor) -> Tensor:
-    return torch.empty(padding.shape[0], 3, dtype=torch.int64, device="cpu")
-
-
-@torch.library.custom_op("tsa::padded_attention", mutates_args=(), tags=HOST)
+@define(attention_output, *HOST)
 def padded_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, mean_rows: bool,
     sink_logits: Tensor | None = None,
@@ -119,9 +115,6 @@ def attend_ranges(
         else:
             _fill_blocks(output[group], *parts, padding[group], start, scale, sink_logits)
     return output
-
-
-padded_attention.register_fake(attention_output)
 
 
 def valid_ranges_aten(padding: Tensor) -> Tensor:

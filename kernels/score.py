@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, keys_before, positions_by_slot, take_rows
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.launch import by_device, cdiv, launch, next_power_of_2, tl, triton
 from tsa_compile.kernels.sink import check_sink
@@ -304,7 +305,7 @@ def score_cuda(
     return score_triton(query, key, padding, scale, window, pool, reduce, sink_logits)
 
 
-@torch.library.custom_op("tsa::score", mutates_args=())
+@define(lambda query, key, *others, **options: query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32))
 def score(
     query: Tensor, key: Tensor, padding: Tensor | None, scale: float, window: int, pool: int, reduce: str = "mean",
     sink_logits: Tensor | None = None,
@@ -316,11 +317,6 @@ def score(
     _check(query, key, padding, window, pool, reduce)
     check_sink("score", query, sink_logits)
     return _compute(query, key, padding, scale, window, pool, reduce, sink_logits)
-
-
-@score.register_fake
-def _(query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
-    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
 def _check(query: Tensor, key: Tensor, padding: Tensor | None, window: int, pool: int, reduce: str) -> None:

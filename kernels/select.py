@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from tsa_compile.kernels._aten import at_least, running_count
+from tsa_compile.kernels.define import define
 from tsa_compile.kernels.launch import by_device, cdiv, launch, tl, triton
 
 STEPS = 4
@@ -229,16 +230,11 @@ def select_triton(
     return indices
 
 
-@torch.library.custom_op("tsa::select", mutates_args=())
+@define(lambda scores, count, capacity: scores.new_empty((*scores.shape[:2], capacity), dtype=torch.int32))
 def select(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
     """Indices [B,Hs,C] int32 of each row's best tokens, ascending; ValueError where shapes or dtypes do not fit."""
     _check(scores, count, capacity)
     return _compute(scores, count, capacity)
-
-
-@select.register_fake
-def _(scores: Tensor, count: Tensor | None, capacity: int) -> Tensor:
-    return scores.new_empty((*scores.shape[:2], capacity), dtype=torch.int32)
 
 
 def _check(scores: Tensor, count: Tensor | None, capacity: int) -> None:

@@ -44,6 +44,7 @@ from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
 from tsa_compile.kernels.sink import attention_aten, check_sink
 
 
+@define(attention_output)
 def sliding_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None
 ) -> Tensor:
@@ -54,6 +55,7 @@ def sliding_attention(
     return output
 
 
+@define(attention_output, *HOST)
 def padded_sliding_attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor, scale: float, window: int,
     mean_rows: bool, sink_logits: Tensor | None = None,
@@ -77,10 +79,6 @@ def padded_sliding_attention(
         if stop:
             _fill_blocks(part, *rows, padding[group], range(first, reach), scale, window, sink_logits, mean_rows)
     return output
-
-
-define(sliding_attention, attention_output)
-define(padded_sliding_attention, attention_output, *HOST)
 
 
 def sliding_attention_aten(

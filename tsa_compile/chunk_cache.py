@@ -70,7 +70,7 @@ def _layer_class() -> type:
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if self.rows is not None and _alike(self.rows[0], key_states) and _alike(self.rows[1], value_states):
-                self._hold(*extend.OP(*self.rows, self.get_seq_length(), key_states, value_states))
+                self._hold(*extend.extend_cache(*self.rows, self.get_seq_length(), key_states, value_states))
                 return self.keys, self.values
             if self.rows is not None:  # an empty cache was taken for one of another dtype or device: it gets its own graph
                 self._unpack()
