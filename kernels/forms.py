@@ -69,23 +69,11 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, count: Tensor, scale: floa
     return flash_triton(query, key, value, scale, count)
 
 
-def _decompress(compressed: Tensor, indices: Tensor, count: Tensor | None, seq_len: int) -> Tensor:
-    return decompress_triton(compressed, indices, count, seq_len)
-
-
 def _flash_lse(
     query: Tensor, key: Tensor, value: Tensor, count: Tensor | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     return flash_triton(query, key, value, scale, count, lse=lse), lse
-
-
-def _merge_floor(
-    query: Tensor, key: Tensor, value: Tensor, compressed: Tensor, lse: Tensor, indices: Tensor, count: Tensor | None,
-    padding: Tensor | None, scale: float, window: int, sinks: int, sink_logits: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    rows = (query, key, value, compressed, lse, indices, count, padding)
-    return merge_floor_triton(*rows, scale, window, sinks, sink_logits)
 
 
 _LAUNCHERS: dict[str, Callable[..., Any]] = {
@@ -95,10 +83,10 @@ _LAUNCHERS: dict[str, Callable[..., Any]] = {
     "compress": compress_triton,
     "attend": _flash,
     "attend_lse": _flash_lse,
-    "decompress": _decompress,
-    "merge_floor": _merge_floor,
+    "decompress": decompress_triton,
+    "merge_floor": merge_floor_triton,
 }
-for _name, _launcher in _LAUNCHERS.items():
+for _name, _launcher in _LAUNCHERS.items():  # a launcher may have further parameters, which a graph leaves out
     torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={})
 
 tsa, _triton = torch.ops.tsa, torch.ops.tsa_triton
