@@ -48,8 +48,7 @@ FEW = 128
 @define(attention_output)
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None = None) -> Tensor:
     """Dense attention under kv <= q + Lk - Lq; ValueError where shapes do not fit. See the module's docstring."""
-    check_operands("cached_attention", query, key, value)
-    check_sink("cached_attention", query, sink_logits)
+    check_operands("cached_attention", query, key, value, sink_logits)
     return as_rows(behind(query, key, value, scale, sink_logits))
 
 
@@ -73,8 +72,11 @@ def query_positions(query: Tensor, key: Tensor) -> Tensor:
     return positions if isinstance(past, int) and past == 0 else positions + past
 
 
-def check_operands(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """ValueError where query, key and value do not fit: lengths among others, which a graph with symbols cannot know."""
+def check_operands(
+    op: str, query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, padding: Tensor | None = None,
+    valid_ranges: Tensor | None = None,
+) -> None:  # fmt: skip
+    """ValueError where an op's tensors do not fit: lengths among others, which a graph with symbols cannot know."""
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(f"tsa::{op}: tensors of {query.dim()}, {key.dim()} and {value.dim()} dimensions; expected 4")
     (batch, heads, rows, dim), (_, kv_heads, keys, _) = query.shape, key.shape
@@ -89,6 +91,14 @@ def check_operands(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"tsa::{op}: {given}; expected query [B,H,Lq,D], key [B,G,L,D] and value [B,G,L,Dv] of one dtype, G a divisor "
             "of H"
+        )
+    check_sink(op, query, sink_logits)
+    if padding is None or valid_ranges is None:
+        return
+    if padding.shape != (batch, keys) or valid_ranges.shape != (batch, 3):
+        raise ValueError(
+            f"tsa::{op}: padding {list(padding.shape)} and valid ranges {list(valid_ranges.shape)} for {batch} items of "
+            f"{keys} keys; expected [{batch}, {keys}] and [{batch}, 3]"
         )
 
 

@@ -25,8 +25,7 @@ from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
 from tsa_compile.kernels.fused import define_op, padded_sparse_attention, sparse_attention
 from tsa_compile.kernels.options import Options
-from tsa_compile.kernels.padded import HOST, Range, attend_ranges, check_padding, masked_attention_aten
-from tsa_compile.kernels.sink import check_sink
+from tsa_compile.kernels.padded import HOST, Range, attend_ranges, masked_attention_aten
 
 
 @define(lambda positions: torch.empty(2, dtype=torch.int64, device="cpu"), *HOST)
@@ -47,7 +46,7 @@ def filled_attention(
     filled: Tensor, scale: float, mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the module's docstring."""
-    _check("filled_attention", query, key, value, padding, valid_ranges, positions, sink_logits)
+    _check("filled_attention", positions, query, key, value, sink_logits, padding, valid_ranges)
     stop = keys_in_use(filled, query, key)
     if stop is None:
         operands = (query, key, value, padding, valid_ranges, positions, filled)
@@ -59,14 +58,8 @@ def filled_attention(
     return attend_ranges(*used, padding[:, :stop], ranges, scale, mean_of, sink_logits)
 
 
-def _check(
-    op: str, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, valid_ranges: Tensor | None,
-    positions: Tensor, sink_logits: Tensor | None,
-) -> None:  # fmt: skip
-    check_operands(op, query, key, value)
-    check_sink(op, query, sink_logits)
-    if padding is not None and valid_ranges is not None:
-        check_padding(op, key, padding, valid_ranges)
+def _check(op: str, positions: Tensor, query: Tensor, *others: Any) -> None:
+    check_operands(op, query, *others)
     if len(positions) != query.shape[2]:
         raise ValueError(f"tsa::{op}: {len(positions)} positions for {query.shape[2]} queries; expected one for each")
 
@@ -101,7 +94,7 @@ def filled_sparse_attention(
     filled: Tensor, *options: Any, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention over the keys up to the last query's position, by the ops of fused.py."""
-    _check("filled_sparse_attention", query, key, value, padding, valid_ranges, positions, sink_logits)
+    _check("filled_sparse_attention", positions, query, key, value, sink_logits, padding, valid_ranges)
     stop = keys_in_use(filled, query, key)
     if stop is None:
         operands = (query, key, value, padding, valid_ranges, positions, filled)

@@ -47,12 +47,12 @@ from tsa_compile.kernels.flash import behind_triton
 from tsa_compile.kernels.floor import merge_floor_by_heads, merge_floor_triton
 from tsa_compile.kernels.launch import HAS_TRITON, remembered
 from tsa_compile.kernels.options import Options
-from tsa_compile.kernels.padded import HOST, check_padding, runs_of_ranges
+from tsa_compile.kernels.padded import HOST, runs_of_ranges
 from tsa_compile.kernels.ranks import mean_over_ranks
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.score import check_window, score_aten, score_cuda
 from tsa_compile.kernels.select import select_by_sorting, select_triton
-from tsa_compile.kernels.sink import check_sink, with_sink
+from tsa_compile.kernels.sink import with_sink
 
 STREAM_BYTES = 2**30
 """The compressed rows of as many heads as fit in this are in memory at a time, unless the kernel asks for more."""
@@ -88,8 +88,7 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, s
 
     KernelError if the kernel cannot run it, ValueError where tensors do not fit or an option is not allowed.
     """
-    check_operands("sparse_attention", query, key, value)
-    check_sink("sparse_attention", query, sink_logits)
+    check_operands("sparse_attention", query, key, value, sink_logits)
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, None, _checked(*options), sink_logits)
     with torch.cuda.device_of(query):
@@ -104,9 +103,7 @@ def padded_sparse_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Token sparse attention with padding; `valid_ranges` [B, 3] as `tsa::valid_ranges` makes them of it. Pad rows are 0."""
-    check_operands("padded_sparse_attention", query, key, value)
-    check_padding("padded_sparse_attention", key, padding, valid_ranges)
-    check_sink("padded_sparse_attention", query, sink_logits)
+    check_operands("padded_sparse_attention", query, key, value, sink_logits, padding, valid_ranges)
     if not (query.is_cuda and HAS_TRITON):
         return _plain(query, key, value, padding, _checked(*options), sink_logits)
     with torch.cuda.device_of(query):

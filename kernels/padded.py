@@ -40,7 +40,7 @@ from tsa_compile.kernels._aten import (
 from tsa_compile.kernels.cached import behind, causal_behind, check_operands, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
-from tsa_compile.kernels.sink import attention_aten, causal_with_sink_aten, check_sink
+from tsa_compile.kernels.sink import attention_aten, causal_with_sink_aten
 
 _COLUMNS = 8
 """Further columns in the column form: one is used, and rows of half precision stay aligned to 16 bytes."""
@@ -71,21 +71,9 @@ def padded_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Dense attention under (kv <= q + Lk - Lq) & padding[b, kv]. See the module's docstring."""
-    check_operands("padded_attention", query, key, value)
-    check_padding("padded_attention", key, padding, valid_ranges)
-    check_sink("padded_attention", query, sink_logits)
+    check_operands("padded_attention", query, key, value, sink_logits, padding, valid_ranges)
     items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
     return attend_ranges(query, key, value, padding, items, scale, value if mean_rows else None, sink_logits)
-
-
-def check_padding(op: str, key: Tensor, padding: Tensor, valid_ranges: Tensor) -> None:
-    """ValueError unless every item of the batch has its row of padding and its valid range."""
-    batch, length = key.shape[0], key.shape[2]
-    if padding.shape != (batch, length) or valid_ranges.shape != (batch, 3):
-        raise ValueError(
-            f"tsa::{op}: padding {list(padding.shape)} and valid ranges {list(valid_ranges.shape)} for {batch} items of "
-            f"{length} keys; expected [{batch}, {length}] and [{batch}, 3]"
-        )
 
 
 def runs_of_ranges(items: list[Range]) -> Iterator[tuple[slice, Range]]:

@@ -23,6 +23,8 @@ Method: the window is that of Longformer, arXiv 2004.05150.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,14 +36,13 @@ from tsa_compile.kernels.floor import near_triton
 from tsa_compile.kernels.launch import remembered
 from tsa_compile.kernels.padded import (
     HOST,
-    check_padding,
     fill_masked_rows,
     masked_attention_aten,
     mean_of_keys,
     runs_of_ranges,
 )
 from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
-from tsa_compile.kernels.sink import attention_aten, check_sink
+from tsa_compile.kernels.sink import attention_aten
 
 
 @define(attention_output)
@@ -49,7 +50,7 @@ def sliding_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None
 ) -> Tensor:
     """Dense attention under p(q) - window < kv <= p(q); ValueError where shapes do not fit. See the module's docstring."""
-    _check("sliding_attention", query, key, value, window, sink_logits)
+    _check("sliding_attention", window, query, key, value, sink_logits)
     output = attention_output(query, key, value)
     _fill(output, query, key, value, scale, window, sink_logits)
     return output
@@ -61,8 +62,7 @@ def padded_sliding_attention(
     mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same with padding; `valid_ranges` as `tsa.valid_ranges` gives them."""
-    _check("padded_sliding_attention", query, key, value, window, sink_logits)
-    check_padding("padded_sliding_attention", key, padding, valid_ranges)
+    _check("padded_sliding_attention", window, query, key, value, sink_logits, padding, valid_ranges)
     output, length, past = attention_output(query, key, value), key.shape[2], keys_before(query, key)
     items = [(start, stop, contiguous) for start, stop, contiguous in valid_ranges.tolist()]
     for group, (start, stop, contiguous) in runs_of_ranges(items):
@@ -106,9 +106,8 @@ def _near(query: Tensor, key: Tensor, window: int) -> Tensor:
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def _check(op: str, query: Tensor, key: Tensor, value: Tensor, window: int, sink_logits: Tensor | None) -> None:
-    check_operands(op, query, key, value)
-    check_sink(op, query, sink_logits)
+def _check(op: str, window: int, *operands: Any) -> None:
+    check_operands(op, *operands)
     if window < 1:
         raise ValueError(f"tsa::{op}: a window of {window} tokens; expected at least 1")
 
