@@ -27,16 +27,15 @@ _SUMS = ("all_reduce", "all_reduce_", "reduce_scatter_tensor")
 
 def group_of_heads(call: Node) -> str | None:
     """The name of the process group over which a call's output is summed; None if the graph names none, or several."""
-    names, seen, queue = set(), {call}, [call]
-    while queue:
-        for reader in queue.pop().users:
-            if reader in seen:
-                continue
-            seen.add(reader)
-            if _is_reduction(reader):
-                names.add(_group_name(reader))
-            elif reader.target in _PRODUCTS or all(source in seen or _is_given(source) for source in reader.all_input_nodes):
-                queue.append(reader)
+    names, followed = set(), {call}
+    for node in call.graph.nodes:  # in order, so that what a node reads was looked at before
+        read = node.all_input_nodes
+        if followed.isdisjoint(read):
+            continue
+        if _is_reduction(node):
+            names.add(_group_name(node))
+        elif node.target in _PRODUCTS or all(source in followed or _is_given(source) for source in read):
+            followed.add(node)
     return names.pop() if len(names) == 1 else None
 
 
