@@ -264,5 +264,6 @@ def _fill_blocks(
 ) -> None:  # fmt: skip
     """Rows from position `start` on, the first valid token: every row sees that one at least, so no softmax is empty."""
     first = max(start - (key.shape[2] - query.shape[2]), 0)
+    key = torch.where(padding[:, None, :, None], key, 0.0)  # under a mask, kernels may add -inf to the NaN of a hidden key
     seen = (key[:, :, start:], value[:, :, start:], padding[:, start:])
     output[:, :, first:] = in_blocks(query[:, :, first:], *seen, scale, sink_logits)

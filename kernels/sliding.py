@@ -132,6 +132,8 @@ def _fill_blocks(
     positions = torch.arange(key.shape[2], device=query.device)
     elsewhere = mean_of_keys(value, query.shape[1]).to(output.dtype) if mean_rows else output.new_zeros(())
     past = keys_before(query, key)
+    if padding is not None:
+        key = torch.where(padding[:, None, :, None], key, 0.0)  # as in padded.py
     for low in range(rows.start, rows.stop, ROWS):
         high = min(low + ROWS, rows.stop)
         first, until = max(past + low - window + 1, 0), past + high

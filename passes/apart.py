@@ -25,12 +25,20 @@ Pieces: TypeAlias = "list[tuple[list[int], bool]]"
 
 
 def pieces_of_inputs(graph: Graph, aten: AtenGraph) -> Pieces:
-    """The memory of a graph's inputs, weights left out; none if the graph writes to no input."""
+    """The memory of a graph's inputs; none if the graph writes to no input.
+
+    Weights are left out, but for those that the graph writes to, or that what was inserted reads.
+    """
+    inserted = (node for node in graph.nodes if node not in aten.order)
+    read = {aten.pieces[source] for node in inserted for source in node.all_input_nodes if source in aten.pieces}
     found: dict[int, tuple[list[int], bool]] = {}
     for position, node in enumerate(graph.find_nodes(op="placeholder")):
-        if is_plain(fake(node)) and not isinstance(fake(node), Parameter) and node in aten.pieces:
-            positions, writes = found.get(aten.pieces[node], ([], bool(aten.writers(node))))
-            found[aten.pieces[node]] = ([*positions, position], writes)
+        if not is_plain(fake(node)) or node not in aten.pieces:
+            continue
+        piece, writes = aten.pieces[node], bool(aten.writers(node))
+        if writes or piece in read or not isinstance(fake(node), Parameter):
+            positions, _ = found.get(piece, ([], writes))
+            found[piece] = ([*positions, position], writes)
     return [*found.values()] if any(writes for _, writes in found.values()) else []
 
 

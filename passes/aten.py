@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from tsa_compile.passes.fakes import Memory
@@ -102,10 +101,6 @@ class AtenGraph:
             return []
         nodes, began = list(self.order), list(self.order.values())
         return [nodes[bisect_right(began, write) - 1] for write in writes]
-
-    def runs(self, node: Node, *targets: OpOverload) -> bool:
-        """Whether a node of the graph ran one of these operators."""
-        return not self.ran.get(node, set()).isdisjoint(targets)
 
 
 def is_input(value: Node) -> bool:

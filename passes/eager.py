@@ -83,7 +83,7 @@ class WrittenOut:
 
 def _read_product(call: Node, weights: _Weights) -> RecordedCall | None:
     assert weights.softmax is not None
-    scores = _Scores().walk(weights.softmax.args[0])
+    scores = _Scores(held=_computed_in(weights.softmax)).walk(weights.softmax.args[0])
     value = factors_of(call)[1]
     if scores.product is None:
         product = _product_behind(weights.softmax.args[0])
@@ -147,6 +147,12 @@ def _is_over_last(softmax: Node) -> bool:
     return arguments(softmax)[1] in (-1, fake(softmax).dim() - 1)
 
 
+def _computed_in(softmax: Node) -> torch.dtype:
+    """The type to which a softmax casts its scores first."""
+    given = softmax.kwargs.get("dtype", softmax.args[2] if len(softmax.args) > 2 else None)
+    return given if isinstance(given, torch.dtype) else fake(softmax.args[0]).dtype
+
+
 # -- the scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +174,8 @@ class _Scores:
     symbol: Any = None
     """A number that the graph computes, in place of factors."""
     chain: list[Node] = field(default_factory=list)
+    held: torch.dtype = torch.float64
+    """The narrowest type in which the scores are held from the last step that was read to the softmax."""
     problem: str | None = None
 
     @property
@@ -177,8 +185,16 @@ class _Scores:
     def walk(self, node: Any) -> _Scores:
         while isinstance(node, Node) and self.product is None:
             self.chain.append(node)
+            self._narrow(fake(node).dtype)
             node = self._step(node)
         return self
+
+    def _narrow(self, dtype: torch.dtype) -> None:
+        """What is masked in one type and held in a narrower one behind it is rounded to that."""
+        if holds(self.held, dtype):
+            self.held = dtype
+        elif not holds(dtype, self.held):
+            self.problem = f"the scores are held in {dtype} and then in {self.held}"
 
     def _step(self, node: Node) -> Any:
         target = functional(node.target)
@@ -231,7 +247,7 @@ class _Scores:
 
     def _take_product(self, node: Node) -> None:
         self.product = node
-        if node.target is aten.baddbmm.default:
+        if functional(node.target) is aten.baddbmm.default:
             added, _, _, beta, alpha = arguments(node)
             if beta != 0:
                 self._add(node, added, plain=beta == 1)
@@ -268,7 +284,7 @@ class _Scores:
         if not self._is_unscaled():
             self.problem = "the mask is scaled together with the scores"
         if plain and isinstance(mask, Node) and isinstance(fake(mask), torch.Tensor):
-            self.masks.append((MaskTerm(mask, "bias", dtype=fake(node).dtype), node))
+            self.masks.append((MaskTerm(mask, "bias", dtype=self.held), node))
         else:
             self.problem = "something that is no mask is added to the scores"
 
@@ -279,7 +295,7 @@ class _Scores:
         elif not isinstance(fake(mask), torch.Tensor) or fake(mask).dtype != torch.bool:
             self.problem = "the mask is not of truth values"
         else:
-            self.masks.append((MaskTerm(mask, role, value, fake(node).dtype), node))
+            self.masks.append((MaskTerm(mask, role, value, self.held), node))
         return scores if isinstance(scores, Node) else None
 
     def _is_unscaled(self) -> bool:
@@ -310,7 +326,7 @@ def _product_behind(node: Any) -> Node | None:
     for _ in range(_FAR):
         if not isinstance(node, Node):
             return None
-        if node.target in _PRODUCTS:
+        if functional(node.target) in _PRODUCTS:
             return node if all(map(_is_scores, factors_of(node))) else None
         if node.target in (aten.sum.dim_IntList, aten.cat.default):  # products by hand, columns for sinks
             wide = (each for each in node.all_input_nodes if not known(fake(each).shape[-1] == 1))

@@ -41,6 +41,13 @@ class Memory:
             together |= self._shared.get(piece, {piece})
         self._shared.update(dict.fromkeys(together, together))
 
+    def unite(self, before: int, tensor: Tensor) -> None:
+        """A tensor has left one piece of memory for another: what was written to either counts for both from now on."""
+        together = {piece for one in (before, self.piece(tensor)) for piece in self._shared.get(one, {one})}
+        writes = sorted({tick for piece in together for tick in self.writes.get(piece, ())})
+        self._shared.update(dict.fromkeys(together, together))
+        self.writes.update({piece: [*writes] for piece in together})
+
     def write(self, tensor: Tensor, tick: int) -> None:
         """Notes a write to a tensor, and so to all that shares its memory."""
         piece = self.piece(tensor)
@@ -65,9 +72,16 @@ def run_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     """Runs an operator; `linear`, which would take a third of the time, only makes a tensor of that shape."""
     if func is torch.ops.aten.linear.default and not kwargs and all(map(is_plain, tensors_in(args))):
         features, weight = args[:2]
-        if not torch.is_autocast_enabled(features.device.type):
+        if autocast_type(features.device) is None:
             return features.new_empty((*features.shape[:-1], *weight.shape[:-1]))
     return func(*args, **kwargs)
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type to which torch.autocast casts on a device at this moment; None if it does not."""
+    kind = device.type
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if active else None
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def calls_of(graph: AtenGraph) -> list[AttentionCall]:
             read = read_sdpa(node) or written_out.read(node) or read_flex(graph, node) or read_other(node)
             call = None if read is None else normal_form(graph, read)
         except Exception as error:  # noqa: BLE001  # one call that cannot be read must not hide the others
-            call = _unreadable(graph, node, f"reading it failed: {type(error).__name__}: {error}")
+            found = node in written_out.softmaxes or is_attention(node.target) or "softmax" in str(node.target)
+            call = _unreadable(graph, node, f"reading it failed: {type(error).__name__}: {error}") if found else None
         if call is not None:
             calls.append(call)
     return calls
@@ -74,10 +75,13 @@ def read_sdpa(call: Node) -> RecordedCall | None:
         return None
     query, key, value, mask, dropout, is_causal, scale, grouped = arguments(call)
     masks: tuple[MaskTerm, ...] = ()
+    problem: Problem | None = None
     if mask is not None:
-        dtype = fake(mask).dtype
+        dtype, cast = fake(mask).dtype, call.meta["autocast"]
         masks = (MaskTerm(mask, "keep") if dtype == torch.bool else MaskTerm(mask, "bias", dtype=dtype),)
-    return RecordedCall(call, "sdpa", query, key, value, masks, is_causal, scale, dropout, grouped)
+        if dtype not in (torch.bool, torch.float64, cast) and cast is not None:  # its lowest number may become -inf
+            problem = Reason.DTYPE, f"torch.autocast casts the {dtype} mask to {cast}"
+    return RecordedCall(call, "sdpa", query, key, value, masks, is_causal, scale, dropout, grouped, problem=problem)
 
 
 def read_other(call: Node) -> RecordedCall | None:
@@ -140,11 +144,9 @@ def _place(graph: AtenGraph, call: RecordedCall) -> tuple[Node, Problem | None]:
     return origin, call.problem or (Reason.UNSUPPORTED_FORM, f"it is inside {name}{leave}")
 
 
-def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionCall | None:
-    """What stands for a call whose reading failed; None if it looks like no attention at all."""
+def _unreadable(graph: AtenGraph, call: Node, why: str) -> AttentionCall:
+    """What stands for a call whose reading failed."""
     origin = call.meta["origin"]
-    if not (is_attention(call.target) or "softmax" in str(call.target)):
-        return None
     problem = (Reason.PASS_FAILED, why)
     return AttentionCall(origin, graph, "other", None, None, None, layer=_module_of(origin), problem=problem)
 
@@ -189,6 +191,8 @@ def _shape_problem(query: Any, key: Any, value: Any, grouped: bool) -> Problem |
         return Reason.UNSUPPORTED_FORM, f"{heads} query heads over {kv_heads} key and {v.shape[1]} value heads"
     if not (known(q.shape[0] == k.shape[0]) and known(q.shape[0] == v.shape[0])):
         return Reason.UNSUPPORTED_FORM, "query, key and value are broadcast against each other"
+    if not known(q.shape[3] == k.shape[3]):  # einsum broadcasts a width of 1
+        return Reason.UNSUPPORTED_FORM, f"queries are {q.shape[3]} wide, keys {k.shape[3]}"
     # A cache's keys and values may have separate symbols for their length. The model's attention fails where these differ,
     # and so do our ops, which compare them when they run.
     if known(k.shape[2] != v.shape[2]) or (known(q.shape[2] == k.shape[2]) and not known(k.shape[2] == v.shape[2])):

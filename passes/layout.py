@@ -62,7 +62,7 @@ def _strides_are_seen(node: Node, value: torch.Tensor, aten: AtenGraph | None) -
     for reader in list(node.graph.nodes):
         if not any(source in changed for source in reader.all_input_nodes):
             continue
-        plain = aten is not None and aten.is_pure(reader) and not aten.runs(reader, torch.ops.aten.as_strided.default)
+        plain = aten is not None and aten.is_pure(reader) and not any(map(_reads_memory, aten.ran.get(reader, ())))
         if not plain or len(changed) > _FAR:
             return True
         args, kwargs = map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, fake(source)))
@@ -76,6 +76,11 @@ def _strides_are_seen(node: Node, value: torch.Tensor, aten: AtenGraph | None) -
         if not same:
             changed[reader] = result
     return False
+
+
+def _reads_memory(target: Any) -> bool:
+    """Whether an operator takes elements as they lie in memory, whatever the strides of its input are."""
+    return "as_strided" in str(target) or "_reshape_alias" in str(target)
 
 
 def _same_layout(made: Any, wanted: Any) -> bool | None:

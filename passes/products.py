@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.graph import fake, known
-from tsa_compile.passes.operators import arguments, aten, without_copies
+from tsa_compile.passes.operators import arguments, aten, functional, without_copies
 
 CASTS = (
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
@@ -29,7 +29,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a
 
 def factors_of(product: Node) -> tuple[Any, Any]:
     """The two factors of a product."""
-    if product.target is aten.baddbmm.default:
+    if functional(product.target) is aten.baddbmm.default:
         return product.args[1], product.args[2]
     if product.target is aten.einsum.default:
         factors: Any = product.args[1]
@@ -84,11 +84,11 @@ def _transposed(node: Any) -> Any:
     node = without_copies(node)
     if not isinstance(node, Node):
         return None
-    rank, swapped, given = fake(node).dim(), False, arguments(node)
+    rank, swapped = fake(node).dim(), False
     if node.target in (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
-        swapped = {dim % rank for dim in given[1:3]} == {rank - 2, rank - 1}
+        swapped = {dim % rank for dim in arguments(node)[1:3]} == {rank - 2, rank - 1}
     elif node.target is aten.permute.default:
-        swapped = [dim % rank for dim in given[1]] == [*range(rank - 2), rank - 1, rank - 2]
+        swapped = [dim % rank for dim in arguments(node)[1]] == [*range(rank - 2), rank - 1, rank - 2]
     elif node.target is aten.mT.default:
         swapped = True
     return node.args[0] if swapped else None

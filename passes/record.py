@@ -31,6 +31,7 @@ from tsa_compile.passes import operators
 from tsa_compile.passes.aten import AtenGraph, unknown
 from tsa_compile.passes.fakes import (
     alike,
+    autocast_type,
     functorch_depth,
     is_arithmetic,
     is_laid_out_like,
@@ -43,7 +44,7 @@ from tsa_compile.passes.fakes import (
     tensors_in,
 )
 from tsa_compile.passes.flex import FLEX, RecordedFlex, at_index, flex_arguments
-from tsa_compile.passes.graph import fake, fake_mode
+from tsa_compile.passes.graph import fake, fake_mode, known
 from tsa_compile.passes.values import Values
 
 
@@ -70,6 +71,12 @@ class _Mode(SchemaCheckMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recording.call(func, args, kwargs or {})
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements may be one place in memory, as those of an expanded tensor are."""
+    sizes = zip(tensor.stride(), tensor.shape, strict=True) if is_plain(tensor) else ()
+    return any(known(stride == 0) and not known(size == 1) for stride, size in sizes)
 
 
 class _Recording:
@@ -272,10 +279,13 @@ class _Recording:
         inputs, options = self.book.of(args), self.book.of(kwargs)
         if torch.Tag.inplace_view in func.tags:
             self.book.freeze_shapes(written)
+        pieces = [self.memory.piece(tensor) for tensor in written]
         result = self._borrow(func)
         if result is None:
             result = run_operator(func, args, kwargs)
-        for tensor in written:
+        for piece, tensor in zip(pieces, written, strict=True):
+            if self.memory.piece(tensor) != piece:  # Tensor.set_
+                self.memory.unite(piece, tensor)
             self._write(tensor)
         self._keep_results(func, inputs, options, result, {id(tensor) for tensor in (*tensors_in((args, kwargs)),)}, written)
         return result
@@ -313,7 +323,11 @@ class _Recording:
     def _keep_results(self, func: Any, args: Any, kwargs: Any, result: Any, given: set[int], written: list[Tensor]) -> None:
         if not written and isinstance(result, Tensor) and id(result) in given:
             return  # the input itself, as dropout in evaluation and casts to the same type return it
+        if any(map(_overlaps_itself, written)):
+            return  # of the numbers that are written to one place, one stays: the result is an unknown value
         call = (self.book.new if written else self.book.repeated)(func, args, result, kwargs)
+        if func is operators.aten.scaled_dot_product_attention.default:
+            call.meta["autocast"] = autocast_type(result.device)
         if isinstance(result, Tensor):
             in_place = any(result is tensor for tensor in written) and torch.Tag.inplace_view not in func.tags
             if in_place or id(result) not in given:

@@ -53,7 +53,7 @@ class Values:
         """The node of this value: two calls of one operator on the same values are one value, if nothing is drawn."""
         if not operators.is_repeatable(func):
             return self.new(func, args, value, kwargs)
-        key = key_of((func, args, kwargs))
+        key = key_of((func, args, kwargs, getattr(value, "dtype", None)))  # torch.autocast chooses another type
         try:
             known = self._numbered.get(key)
         except TypeError:

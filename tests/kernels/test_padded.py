@@ -99,6 +99,16 @@ def test_dtypes_and_head_sizes(device, dtype, heads, kv_heads, dim, value_dim):
     check(inputs, padding, mean_rows=True, scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("hidden", [torch.nan, torch.inf])
+def test_hidden_keys_reach_no_row(device, hidden):
+    """As where a model replaces their scores. Their values are left out only where scores are."""
+    padding = MASKS["mixed with holes"].to(device)
+    query, key, value = operands(3, device=device)
+    key = key.masked_fill(~padding[:, None, :, None], hidden)
+    out = padded_attention(query, key, value, padding, valid_ranges(padding), 0.2, False)
+    assert torch.isfinite(out.transpose(1, 2)[padding]).all()
+
+
 class TestAtenForm:
     """What exports and ONNX files are made of."""
 

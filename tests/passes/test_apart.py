@@ -60,6 +60,25 @@ def test_the_model_is_right_in_later_calls(function, share, compiler):
     assert reports()[-1].unchanged == 0
 
 
+def test_weights_that_a_call_reads_are_looked_at():
+    class Keys(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key = torch.nn.Parameter(torch.randn(2, 4, LENGTH, 8), requires_grad=False)
+
+        def forward(self, query, value, spare):
+            return written_out(query, self.key, value, spare)
+
+    torch._dynamo.reset()
+    model, (query, value, spare) = Keys(), (x.clone() for x in heads())
+    compiled = torch.compile(model, backend="tsa", options={"config": EXACT.replace(compiler="eager")})
+    with torch.no_grad():
+        wanted = written_out(query, model.key.clone(), value, spare)
+        for given in (spare, model.key.data):
+            torch.testing.assert_close(compiled(query, value, given), wanted)
+    assert reports()[-1].unchanged == 0
+
+
 def _together(tensors):
     """Copies of tensors, of which the first and the last are one tensor if they share their memory."""
     first, *others, last = (x.clone() for x in tensors)

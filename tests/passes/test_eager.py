@@ -119,6 +119,16 @@ EAGER_NEAR_MISSES = {
     "filled with a tensor": lambda q, k, v: torch.where(triangle(), scores(q, k), q[..., :1]).softmax(-1) @ v,
     "negated": lambda q, k, v: (-scores(q, k)).softmax(-1) @ v,
     "subtracted mask": lambda q, k, v: (scores(q, k) - bias()).softmax(-1) @ v,
+    "added to the query": lambda q, k, v: torch.bmm(
+        q[..., :L].flatten(0, 1).clone().baddbmm_(k[..., :L].flatten(0, 1).mT, v[..., :L].flatten(0, 1)).softmax(-1),
+        v.flatten(0, 1),
+    ),
+    "query of width 1": lambda q, k, v: torch.einsum(
+        "bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q[..., :1], k).softmax(-1), v
+    ),
+    "key of width 1": lambda q, k, v: torch.einsum(
+        "bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k[..., :1]).softmax(-1), v
+    ),
     "where, the other way round": lambda q, k, v: torch.where(triangle(), lowest(), scores(q, k)).softmax(-1) @ v,
 }
 

@@ -31,6 +31,10 @@ READERS = {
     ),
     "reshaped": lambda out: out.transpose(1, 2).reshape(2, LENGTH, -1),
     "added": lambda out: out + 1,
+    "as it lies in memory": lambda out: torch.as_strided_copy(out, (out.numel(),), (1,)),
+    "written over as it lies in memory": lambda out: torch.as_strided_scatter(
+        out, torch.zeros(100), (100,), (1,)
+    ).contiguous(),
 }
 
 

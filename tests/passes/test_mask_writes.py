@@ -57,6 +57,27 @@ class TestWrites:
     def test_whole(self, build):
         expect(NONE, build)
 
+    @pytest.mark.filterwarnings("ignore:Use of masked_fill_ on expanded tensors")
+    def test_rows_that_are_one_row(self):
+        """Of what is written to one place, one number stays."""
+        expect(OPAQUE, lambda n, m, pad: torch.ones(1, m).bool().expand(n, m).masked_fill_(~causal(n, m), False))
+        expect(OPAQUE, lambda n, m, pad: torch.zeros(1, m).expand(n, m).masked_fill_(~causal(n, m), INF))
+
+    def test_other_memory(self):
+        """`set_` leaves what was there; that each piece of memory was written to once says nothing."""
+
+        def build(n, m, pad):
+            mask = causal(n, m)
+            mask &= True
+            return mask.set_(torch.ones_like(mask) | mask)
+
+        def replaced(n, m, pad):
+            mask = build(n, m, pad)
+            return mask.fill_(True)
+
+        expect(OPAQUE, build)
+        expect(NONE, replaced)
+
     def test_filled_in_place(self):
         expect(CAUSAL, lambda n, m, pad: torch.zeros(n, m).masked_fill_(~causal(n, m), INF))
 

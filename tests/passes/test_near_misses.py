@@ -49,6 +49,21 @@ def with_a_cache(q, k, v, pad):
     return F.scaled_dot_product_attention(q[:, :, -1:], k, v, enable_gqa=True)
 
 
+def set_to_other_memory(q, k, v, pad):
+    key = repeat_kv(k).clone().mul_(2)
+    scores = (q @ key.mT).masked_fill(~causal(q.shape[2]), float("-inf"))
+    key.set_(repeat_kv(v).clone())
+    return scores.softmax(-1) @ repeat_kv(v)
+
+
+def mask_cast_by_autocast(q, k, v, pad):
+    """Its lowest number becomes -inf, so that rows which see nothing are 0 and no mean."""
+    mask = torch.where(causal(q.shape[2]) & pad.bool()[:, None, None], 0.0, torch.finfo(torch.float32).min)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), attn_mask=mask, enable_gqa=True)
+    return out
+
+
 def capped(q, k, v, pad):
     scores = torch.tanh(q @ repeat_kv(k).mT) + torch.where(causal(q.shape[2]), 0.0, float("-inf"))
     return scores.softmax(-1) @ repeat_kv(v)
@@ -61,6 +76,8 @@ NEAR_MISSES = {
     with_dropout: Reason.DROPOUT,
     with_a_cache: Reason.NOT_SELF_ATTENTION,
     capped: Reason.UNSUPPORTED_FORM,
+    set_to_other_memory: Reason.UNSUPPORTED_FORM,
+    mask_cast_by_autocast: Reason.DTYPE,
 }
 
 
@@ -70,6 +87,38 @@ def test_near_miss_stays(function, config):
     rewritten = Rewritten(function, *inputs(), padding(), config=config)
     assert graph_text(rewritten.after) == graph_text(rewritten.before)
     assert [(row.decision, row.reason) for row in rewritten.report] == [(Decision.UNCHANGED, NEAR_MISSES[function])]
+
+
+def hidden_by(pad, length, low):
+    return torch.where(causal(length) & pad.bool()[:, None, None], 0.0, low)
+
+
+LOW = torch.finfo(torch.float32).min
+ROUNDED = {
+    "cast": lambda q, k, v, pad: (
+        (q.bfloat16() @ repeat_kv(k).bfloat16().mT).float().add(hidden_by(pad, q.shape[2], LOW)).bfloat16().softmax(-1)
+        @ repeat_kv(v).bfloat16()
+    ),
+    "softmax in half precision": lambda q, k, v, pad: (
+        torch.softmax(
+            (q.bfloat16() @ repeat_kv(k).bfloat16().mT).float() + hidden_by(pad, q.shape[2], LOW), -1, torch.bfloat16
+        )
+        @ repeat_kv(v).bfloat16()
+    ),
+    "softmax in single precision": lambda q, k, v, pad: (
+        torch.softmax(
+            (q @ repeat_kv(k).mT).double().masked_fill(hidden_by(pad, q.shape[2], 1.0).bool(), -1e300), -1, torch.float32
+        )
+        @ repeat_kv(v)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_hidden_scores_that_a_later_cast_makes_infinite(name):
+    """A row that sees nothing is NaN then, and not the mean of all values."""
+    rewritten = Rewritten(ROUNDED[name], *inputs(), padding(), config=EXACT)
+    assert [(row.decision, row.reason) for row in rewritten.report] == [(Decision.UNCHANGED, Reason.LAYER_NOT_SELECTED)]
 
 
 def test_a_near_miss_beside_a_match():
