@@ -100,7 +100,7 @@ class Floor:
     """Every row sees its neighbourhood: the last `window` tokens up to itself, and the item's first `sinks` tokens.
 
     A selected row sees the selected tokens as well, in one softmax. Without a floor the rows that are not selected become 0,
-    as published. Without one, at keep 0.5, a small pretrained model lost 24 to 55 points where a fact is asked for
+    as published. Without one, at keep 0.5, a small pretrained model lost 24 to 53 points where a fact is asked for
     (docs/accuracy.md).
     """
 

@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 import torch
-from pretrained import FLOOR, handbook, setting
+from pretrained import FLOOR, abridged, handbook, setting
 from torch import Tensor
 
 from tsa_compile import attention
@@ -144,7 +144,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file, from which to go on")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--settings", nargs="+", help="one of the two settings, by name; default: both")
+    parser.add_argument("--settings", nargs="+", type=abridged, help="one of the two settings, by name; default: both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     return parser.parse_args(arguments)
