@@ -46,6 +46,38 @@ def test_generate_compiles_prompts_alone_and_only_once(options, graphs, sparse):
     assert len(reports()) == graphs, "a second prompt of that length compiles nothing"
 
 
+class Wrapper(torch.nn.Module):
+    """As PEFT's: `generate` is that of a model inside, which never calls what is around it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.config = model, model.config
+
+    def forward(self, *args, **kwargs):
+        return self.base_model.forward(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        return self.base_model.generate(*args, **kwargs)
+
+
+def test_the_model_that_generate_runs_is_compiled():
+    expected, inner = generate(tiny("llama")), tiny("llama")
+    with tsa_compile.prefill(Wrapper(inner), CONFIG.replace(layers=[])) as handle:
+        assert torch.equal(generate(handle.model), expected)
+        assert len(reports()) == 1, "the prompt of generate"
+        handle.model(PROMPT)
+        assert len(reports()) == 2, "a call of the model that was given"
+    assert inner._compiled_call_impl is None
+
+
+def test_an_encoder_that_generate_runs_is_named():
+    inner = tiny("llama")
+    model = Wrapper(inner)
+    model.config, inner.config.is_encoder_decoder = None, True
+    with pytest.warns(tsa_compile.TSAWarning, match=r"generate\(\) of a Wrapper runs its LlamaForCausalLM, which has an encoder"):
+        tsa_compile.prefill(model, CONFIG).remove()
+
+
 class Caches(DynamicCache):
     """Of a class of its own, which is passed to the model as it is."""
 

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from inspect import signature
+from inspect import getsource, isfunction, signature
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +26,7 @@ from tsa_compile.calibration.fingerprint import text_config
 from tsa_compile.chunk_cache import carried, find, serves
 from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.breakeven import FEW_QUERIES
-from tsa_compile.errors import ConfigError, check_type
+from tsa_compile.errors import ConfigError, TSAWarning, check_type
 from tsa_compile.tracing import is_traced
 
 _TOKENS = ("input_ids", "inputs_embeds")
@@ -43,6 +45,7 @@ class Prefill:
 
     def __init__(self, model: Module, config: TSAConfig, *, dynamic: bool | None, fullgraph: bool) -> None:
         self.model, self.config, self.dynamic = model, config, dynamic
+        self._inside = [Prefill(part, config, dynamic=dynamic, fullgraph=fullgraph) for part in _run_by_generate(model)]
         self._is_entered = False
         earlier = model._compiled_call_impl
         self._around = earlier if isinstance(earlier, Prefill) and earlier._is_entered else None
@@ -53,6 +56,7 @@ class Prefill:
         self._compiled = torch.compile(
             _with_own_code(model._call_impl), backend=tsa_backend, options=options, dynamic=dynamic, fullgraph=fullgraph
         )
+        model._compiled_call_impl = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call; calls of fewer than 32 tokens are decode steps, and run as without `prefill`."""
@@ -81,6 +85,8 @@ class Prefill:
         self._is_entered = False
         if self.model._compiled_call_impl is self:
             self.model._compiled_call_impl = None
+        for part in self._inside:
+            part.remove()
 
     def __enter__(self) -> Prefill:
         if self.model._compiled_call_impl is not self:
@@ -88,12 +94,16 @@ class Prefill:
                 f"this prefill of a {type(self.model).__name__} was removed, or another replaced it: call prefill() again"
             )
         self._is_entered = True
+        for part in self._inside:
+            part.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         around = self._around if self._around is not None and self._around._is_entered else None
         if self.model._compiled_call_impl is self:
             self.model._compiled_call_impl = around
+        for part in self._inside:
+            part.__exit__(kind, error, trace)
         self.remove()
 
     def __repr__(self) -> str:
@@ -120,8 +130,9 @@ def prefill(
     """Compiles the prefill of a model, in place: `model(...)` and `model.generate(...)` use it from now on.
 
     A call of 32 tokens or more is a prefill, or a chunk of one (`generate(prefill_chunk_size=...)`). Shorter calls are
-    decode steps: the model runs them as before, so they are neither compiled nor reported. Copies of the model, and models
-    that are loaded from a file, are not compiled.
+    decode steps: the model runs them as before, so they are neither compiled nor reported. Where `model.generate` runs a
+    model inside (PEFT, BLIP-2), that one's prefill is compiled as well. Copies of the model, and models that are loaded from
+    a file, are not compiled.
 
     Args:
         model: a module whose calls hold token ids [B, L] as `input_ids`, or embeddings [B, L, D] as `inputs_embeds`, or have
@@ -147,9 +158,38 @@ def prefill(
     check_type("dynamic", dynamic, (bool, type(None)), "True, False or None")
     check_type("fullgraph", fullgraph, bool, "True or False")
     _check(model)
-    handle = Prefill(model, config, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = handle
-    return handle
+    return Prefill(model, config, dynamic=dynamic, fullgraph=fullgraph)
+
+
+def _run_by_generate(model: Module) -> list[Module]:
+    """The models inside that `model.generate` runs in its place, as those of PEFT and BLIP-2 do.
+
+    Encoders among them are said to stay as they are.
+    """
+    generate = getattr(type(model), "generate", None)
+    source = getsource(generate) if isfunction(generate) else ""
+    parts = [getattr(model, name, None) for name in dict.fromkeys(re.findall(r"\bself\.(\w+)\.generate\(", source))]
+    found = []
+    for part in parts:
+        inner = (
+            next((each for each in part.modules() if hasattr(type(each), "generate")), None)
+            if isinstance(part, Module)
+            else None
+        )
+        if inner is not None and _has_encoder(inner):
+            warnings.warn(
+                f"generate() of a {type(model).__name__} runs its {type(inner).__name__}, which has an encoder for the "
+                "prompt, and stays as it is; calls of the model itself are compiled",
+                TSAWarning,
+                stacklevel=4,
+            )
+        elif inner is not None:
+            found.append(inner)
+    return found
+
+
+def _has_encoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _check(model: Any) -> None:
@@ -165,7 +205,7 @@ def _check(model: Any) -> None:
             f"the {type(model).__name__} is compiled already, by torch.compile or model.compile(): its decode steps would "
             "be compiled too. Pass the model as it was before"
         )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _has_encoder(model):
         raise ConfigError(
             f"a {type(model).__name__} is not allowed: prefill() is for models that read the prompt in the decoder, and "
             'this one has an encoder for it; compile it with torch.compile(model, backend="tsa")'

@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsa_compile import (
@@ -50,6 +52,29 @@ def sparse(name, config=FLOOR, **changes):
 def logits(model, *inputs, **named):
     with torch.no_grad():
         return model(*inputs, **named).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is SDPA in a compiled:tsa_compile.TSAWarning")
+@pytest.mark.parametrize("tracer", ["make_fx", "jit", "fake"])
+def test_it_is_sdpa_for_other_tracers_too(tracer):
+    """Padding that they are shown is none that they may know of every call."""
+
+    def run(ids, mask):
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    model, ids = sparse("llama").requires_grad_(False), tokens(2, LENGTH)
+    mask, ones = mixed_padding(LENGTH, (0, 9)), torch.ones_like(ids)
+    wanted = tiny("llama")(ids, attention_mask=mask).logits
+    with torch.no_grad():
+        if tracer == "fake":
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                assert run(mode.from_tensor(ids), mode.from_tensor(mask)).shape == wanted.shape
+            return
+        if tracer == "jit":
+            traced = torch.jit.trace(run, (ids, ones), check_trace=False)
+        else:
+            traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(ids, ones)
+        assert difference(traced(ids, mask), wanted, mask) < ATOL
 
 
 def rows_of(report):

@@ -23,6 +23,7 @@ from torch.nn import Module
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.sdpa import fastest_first
 from tsa_compile.passes import plan
+from tsa_compile.passes.fakes import autocast_type
 from tsa_compile.passes.find import types_problem
 from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.reasons import Reason
@@ -117,8 +118,7 @@ class Call:
 
     def _computed_in(self) -> torch.dtype:
         """The type that SDPA computes in: autocast casts for it, but not for our ops."""
-        kind = self.query.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.query.dtype
+        return autocast_type(self.query.device) or self.query.dtype
 
     @property
     def is_chunk(self) -> bool:
