@@ -367,7 +367,7 @@ def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, al
             said = f"the range marked for length {length} has lengths on both sides of {least}, {why}"
             return (None, "") if least <= all_kept else (Reason.LENGTH_UNKNOWN, said)
     if length < least:  # on a SymInt this adds the guard
-        return Reason.TOO_SHORT, f"length {length} < {least}, {why}"
+        return Reason.TOO_SHORT, f"length {hint(length)} < {least}, {why}"
     return None, ""
 
 

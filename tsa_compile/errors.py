@@ -38,7 +38,7 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: 
 def check_list(name: str, value: object) -> None:
     """Raises ConfigError unless an argument is a list or another sequence, with something in it; a str is none."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise ConfigError(f"{name}={value!r} is not allowed: {name} must be a list with at least one of them")
+        raise ConfigError(f"{name}={value!r} is not allowed: {name} must be a list that is not empty")
 
 
 def check_inference(model: Any, what: str) -> None:

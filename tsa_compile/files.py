@@ -155,6 +155,7 @@ def read_json(path: StrPath, advice: str) -> Any:
     Raises:
         ConfigError: it cannot be read or is not JSON; the message ends in `advice`.
     """
+    check_type("path", path, (str, os.PathLike), "the path of a file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

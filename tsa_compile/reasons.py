@@ -95,7 +95,10 @@ REMEDIES: dict[Reason, str] = {
         "Compile the whole model without graph breaks (regional=True compiles its layers once), or name modules by pattern "
         f"in `layers`. {_BY_LAYER}"
     ),
-    Reason.TOO_SHORT: "Set `min_length`, or lower `min_tokens` and `window`, to compress shorter sequences.",
+    Reason.TOO_SHORT: (
+        "Nothing need be done where no time would be gained. To compress shorter sequences all the same, set `min_length`, or "
+        "lower `min_tokens` and `window`."
+    ),
     Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
     Reason.MASK_OPAQUE: (
         f"Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input. {_BY_LAYER}"

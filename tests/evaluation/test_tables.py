@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from tsa_compile.evaluation import Cell, Study
-from tsa_compile.evaluation.tables import markdown, remark, rows, summary, text
+from tsa_compile.config import Coverage, TSAConfig
+from tsa_compile.evaluation import Cell, Setting, Study
+from tsa_compile.evaluation.tables import markdown, notes, remark, rows, summary, text
 
 pytest.importorskip("statsmodels")
 LONG = "coverage:0.005,floor=none,layers=2-29,min_tokens=1024,select=random"
@@ -90,6 +92,25 @@ def test_tables_fit_a_terminal(study):
     assert names.count(LONG) == 2, "a long name is folded, not cut"
     copied = lines[lines.index("copy, 4,096 tokens, 10 samples") + 1]
     assert copied.split() == ["setting", "kept", "nll", "-", "dense", "[95%]", "KL"], "nothing is right or wrong there"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "29% and not 15%. To measure the ratio itself, choose min_tokens=0"),
+        ({"min_tokens": 4000}, "all of them, so this is dense attention"),
+        ({"min_tokens": 0}, ""),
+        ({"budget": Coverage(0.1)}, ""),
+        ({"budget": Coverage(0.1), "min_tokens": 4000}, "all of them"),
+        ({"min_tokens": 4000, "layers": []}, ""),
+    ],
+)
+def test_it_is_said_where_more_is_kept_than_the_budget_says(study, changes, said):
+    config = TSAConfig(**{"min_tokens": 1050, **changes})
+    study = replace(study, settings={LONG: Setting(LONG, config).to_dict()})
+    (note,) = notes(study) or [""]
+    assert (said in note) and (note == "") == (said == "")
+    assert ("note:" in text(study)) == bool(said)
 
 
 def test_markdown_has_a_table_for_each_length(study):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    ("Which layers of a small model become sparse at 8K tokens?", "tsa-compile explain --shape tiny"),
+    ("Which layers of a small model become sparse at 64K tokens?", "tsa-compile explain --shape tiny --length 64K"),
     (
         "Of an 8B-shaped one at 128K on an H100, and what is gained?",
         "tsa-compile explain --shape qwen3-8b --length 128K --device h100",

@@ -13,6 +13,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_type_hints
 
@@ -204,10 +205,13 @@ class SparseOptions:
         return base.replace(**changes)
 
     def check_model(self, model: Any) -> None:
-        """Warns where the layers come from the calibration of another model."""
+        """Warns where the layers come from the calibration of another model; ConfigError for a pattern that no module has."""
         chosen: Any = None if self.sparse_layers is None else texts.layers(self.sparse_layers)
         if hasattr(chosen, "check"):
             chosen.check(model)
+        for pattern in [each for each in chosen if isinstance(each, str)] if isinstance(chosen, tuple) else ():
+            if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
+                raise ConfigError(f"--sparse-layers: no module of the model matches {pattern!r}: name layers, as 15-30,31")
 
 
 def read_config(path: Path) -> TSAConfig:

@@ -103,10 +103,10 @@ class Runner:
             made = reports()[-self.probe.graphs :] if self.probe.graphs else []
             rows = [row for report in made for row in report.rows]
             if not any(row.decision in (Decision.SPARSE, Decision.KERNEL) for row in rows):
-                reasons = ", ".join(sorted({str(row.reason) for row in rows})) or "no attention call was found"
+                reasons = " ".join(reason.said() for reason in sorted({row.reason for row in rows}))
                 raise ConfigError(
-                    f"{self.setting.name} at {length:,} tokens: no layer became sparse ({reasons}); choose other layers or "
-                    "budgets, and see what explain says"
+                    f"{self.setting.name} at {length:,} tokens: no layer became sparse. "
+                    f"{reasons or 'No attention call was found.'} explain says more"
                 )
             self._checked = True
         if not selections:

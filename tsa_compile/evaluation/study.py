@@ -155,8 +155,8 @@ def _plan(
     check_list("lengths", lengths)
     for task in tasks:
         known_tasks.check(task)
-    for length in lengths:
-        check_int("lengths", length, 1)
+    for place, length in enumerate(lengths):
+        check_int(f"lengths[{place}]", length, 1)
     check_int("samples", samples, 1)
     check_int("seed", seed, 0)
     check_int("batch_tokens", batch_tokens, 1)
@@ -172,7 +172,7 @@ def _plan(
 
 
 def _check_settings(settings: Sequence[Setting]) -> None:
-    check_type("settings", settings, Sequence, "a list of Setting(name, config)")
+    check_list("settings", settings)
     for place, setting in enumerate(settings):
         check_type(f"settings[{place}]", setting, Setting, "a Setting(name, config)")
         check_type(f"the name of setting {setting.name!r}", setting.name, str, "a str")

@@ -18,6 +18,7 @@ from tsa_compile.evaluation.outcomes import Cell, Study, finite
 from tsa_compile.evaluation.settings import DENSE
 from tsa_compile.evaluation.statistics import CHANCE, Mean, Paired, Share, mcnemar, mean_difference, wilson
 from tsa_compile.evaluation.tasks import is_scored
+from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.text import as_text
 
 WIDTH = 80
@@ -94,15 +95,35 @@ def summary(study: Study) -> list[dict[str, Any]]:
     return [finite(row) for row in found]
 
 
+def notes(study: Study) -> list[str]:
+    """Where a setting keeps more tokens than its budget says, since `min_tokens` are selected at least."""
+    found = []
+    for name, length in sorted({(cell.setting, cell.length) for cell in study.cells if cell.samples}):
+        config = study.settings.get(name, {}).get("config")
+        if config is None or config["layers"] == []:
+            continue
+        window, least, ratio = config["window"], config["min_tokens"], config["budget"].get("keep_ratio")
+        said = f"{name} at {length:,} tokens: min_tokens={least} tokens and the window of {window} are always kept, "
+        if length <= never_dropped(window, least):
+            found.append(said + "which is all of them, so this is dense attention. Choose longer prompts or min_tokens=0")
+        elif ratio is not None and least > ratio * (length - window):
+            kept = never_dropped(window, least) / length
+            found.append(said + f"{kept:.0%} and not {ratio:.0%}. To measure the ratio itself, choose min_tokens=0")
+    return found
+
+
 def text(study: Study) -> str:
     """A table for each length and task."""
     parts: list[Any] = []
+    told = False
     for length, task in _pairs(study):
         why, found = remark(study, task, length), rows(study, task, length)
+        told = told or why is None
         samples = found[0].samples if found else study.find(task, length, DENSE.name).samples
         title = Text(f"{task}, {length:,} tokens, {samples} samples")
         parts += [title, Padding(Text(why), (0, 0, 0, 2)) if why else _table(found), ""]
-    return as_text(Group(*parts, Text(LEGEND)), WIDTH)
+    parts += [Text(f"note: {note}") for note in notes(study)]
+    return as_text(Group(*parts, *([Text(LEGEND)] if told else [])), WIDTH)
 
 
 def _table(found: Sequence[Row]) -> Table:

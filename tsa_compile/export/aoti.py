@@ -15,6 +15,7 @@ A number is a fixed size; a symbol with its range is one size wherever it stands
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def load(path: StrPath) -> Package:
     Raises:
         ConfigError: there is no such file, or it is not such a package.
     """
+    check_type("path", path, (str, os.PathLike), "the path of a package")
     if not Path(path).is_file():
         raise ConfigError(f"there is no package {str(path)!r}")
     try:

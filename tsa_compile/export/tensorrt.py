@@ -130,6 +130,8 @@ def check(model: Any, *, runtime: str = "auto") -> list[Finding]:
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime={runtime!r} is not allowed: runtime must be one of {', '.join(RUNTIMES)}")
+    if not isinstance(model, (str, os.PathLike)) and not hasattr(model, "graph"):
+        raise ConfigError(f"model is a {type(model).__name__}: pass an onnx.ModelProto, or the path of a file")
     findings = documented(model) if runtime != "rtx" else []
     if runtime == "rtx":
         _rtx.require_library()
