@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from tsa_compile.errors import ConfigError, WriteError
+from tsa_compile.errors import ConfigError, WriteError, check_type
 
 StrPath = str | os.PathLike[str]
 

@@ -96,8 +96,8 @@ REMEDIES: dict[Reason, str] = {
         f"in `layers`. {_BY_LAYER}"
     ),
     Reason.TOO_SHORT: (
-        "Nothing need be done where no time would be gained. To compress shorter sequences all the same, set `min_length`, or "
-        "lower `min_tokens` and `window`."
+        "Nothing need be done where no time would be gained. To compress shorter sequences all the same, set `min_length`, "
+        "or lower `min_tokens` and `window`."
     ),
     Reason.LENGTH_UNKNOWN: "Compile with a static length, or one in a range above the minimum, or set `min_length`.",
     Reason.MASK_OPAQUE: (

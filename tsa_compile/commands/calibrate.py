@@ -125,8 +125,10 @@ def _check_prompts(model: ModelOptions, file: Path | None, random: int | None, t
     if file is not None:
         prompts.read_text(file)
     if file is None and random is None and tasks is None and model.folder is not None:
-        raise ConfigError("no prompts given: pass --prompts FILE (text or JSON lines), --tasks (with --objective loss), or --random 8 for "
-            "random tokens")
+        raise ConfigError(
+            "no prompts given: pass --prompts FILE (text or JSON lines), --tasks (with --objective loss), or --random 8 for "
+            "random tokens"
+        )
 
 
 def _check_length(length: str, search: dict[str, Any], by_task: bool) -> None:
@@ -209,7 +211,7 @@ def _table(found: Calibration, path: Path | None) -> str:
     for index, (name, drift, rank) in enumerate(zip(found.layers, found.drift, found.ranks, strict=True)):
         table.add_row(name, f"{drift:.4f}", str(rank), "sparse" if index in sparse else "")
     chosen = ",".join(map(str, found.sparse_layers))
-    said = f"{len(sparse)} of {len(found.layers)} layers sparse at delta {found.delta:g}, by {found.tokens:,} measured tokens"
+    said = f"{len(sparse)} of {len(found.layers)} layers sparse at delta {found.delta:g}, of {found.tokens:,} tokens"
     lines = [as_text(table), said]
     lines.append(f"use them: --sparse-layers {path or chosen}" if sparse else "no layer is sparse: take a larger --delta")
     return "\n".join(lines)

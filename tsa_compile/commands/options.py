@@ -205,7 +205,7 @@ class SparseOptions:
         return base.replace(**changes)
 
     def check_model(self, model: Any) -> None:
-        """Warns where the layers come from the calibration of another model; ConfigError for a pattern that no module has."""
+        """Warns where layers come from the calibration of another model; ConfigError for a pattern that no module has."""
         chosen: Any = None if self.sparse_layers is None else texts.layers(self.sparse_layers)
         if hasattr(chosen, "check"):
             chosen.check(model)
