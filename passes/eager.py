@@ -49,13 +49,14 @@ from tsa_compile.reasons import Reason
 
 _TRANSPARENT = (*CASTS, *SAME, *VIEWS)
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+_PRODUCTS = (aten.matmul.default, aten.linalg_matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+_PROJECTIONS = (aten.linear.default, aten.addmm.default, aten.mm.default)  # a router's softmax is over these
 _FACTORS = {
     aten.mul.Tensor: "mul", aten.mul.Scalar: "mul", aten.multiply.Tensor: "mul", aten.multiply.Scalar: "mul",
     aten.div.Tensor: "div", aten.div.Scalar: "div", aten.divide.Tensor: "div", aten.true_divide.Tensor: "div",
 }  # fmt: skip
 _COLUMNS = (aten.cat.default, aten.slice.Tensor)  # a sink's comes and goes
-_FAR = 12  # steps within which a softmax's product is looked for
+_FAR = 40  # values among which a softmax's product is looked for
 
 
 class WrittenOut:
@@ -73,7 +74,8 @@ class WrittenOut:
         """The attention that ends with this operator; None if none does."""
         if call in self.softmaxes:
             return _read_product(call, self.softmaxes[call])
-        if call.target not in _SOFTMAXES or any(call is weights.softmax for weights in self.softmaxes.values()):
+        plain = call.target in _SOFTMAXES and not any(call is weights.softmax for weights in self.softmaxes.values())
+        if not plain and call.target is not aten.special_softmax.default:
             return None
         product = _product_behind(call.args[0])
         if not _is_over_last(call) or product is None:
@@ -322,18 +324,19 @@ def _is_scores(node: Any) -> bool:
 
 
 def _product_behind(node: Any) -> Node | None:
-    """The product that a value is made of, by steps that are understood or not."""
-    for _ in range(_FAR):
-        if not isinstance(node, Node):
-            return None
-        if functional(node.target) in _PRODUCTS:
-            return node if all(map(_is_scores, factors_of(node))) else None
-        if node.target in (aten.sum.dim_IntList, aten.cat.default):  # products by hand, columns for sinks
-            wide = (each for each in node.all_input_nodes if not known(fake(each).shape[-1] == 1))
-            node = next(wide, None)
+    """The product that scores are made of, by steps that are understood or not; the nearest of several."""
+    queue = [node]
+    for value in queue:
+        if not isinstance(value, Node) or value.target in _PROJECTIONS or len(queue) > _FAR:
             continue
-        operands = node.all_input_nodes[1:] if "where" in str(node.target) else node.all_input_nodes
-        node = next(filter(_is_scores, operands), None)
+        if functional(value.target) in _PRODUCTS:
+            if all(map(_is_scores, factors_of(value))):
+                return value
+        elif value.target in (aten.sum.dim_IntList, aten.cat.default):  # products by hand, columns for sinks
+            queue += [each for each in value.all_input_nodes if not known(fake(each).shape[-1] == 1)]
+        else:
+            operands = value.all_input_nodes[1:] if "where" in str(value.target) else value.all_input_nodes
+            queue += [each for each in operands if _is_scores(each) and each not in queue]
     return None
 
 

@@ -8,6 +8,7 @@ strides, on fake tensors, until what they make is as before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.aten import AtenGraph
+from tsa_compile.passes.fakes import tensors_in
 from tsa_compile.passes.graph import fake, insert, known, propagate, same_shape
 
 _FAR = 64  # readers with changed strides beyond which a copy is cheaper than finding out
@@ -62,8 +64,9 @@ def _strides_are_seen(node: Node, value: torch.Tensor, aten: AtenGraph | None) -
     for reader in list(node.graph.nodes):
         if not any(source in changed for source in reader.all_input_nodes):
             continue
-        plain = aten is not None and aten.is_pure(reader) and not any(map(_reads_memory, aten.ran.get(reader, ())))
-        if not plain or len(changed) > _FAR:
+        if aten is None or not aten.is_pure(reader) or any(map(_reads_memory, aten.ran.get(reader, ()))):
+            return True
+        if len(changed) > _FAR:
             return True
         args, kwargs = map_arg((reader.args, reader.kwargs), lambda source: changed.get(source, fake(source)))
         try:
@@ -73,9 +76,21 @@ def _strides_are_seen(node: Node, value: torch.Tensor, aten: AtenGraph | None) -
         same = _same_layout(result, fake(reader))
         if same is None:
             return True
+        read = [source for source in reader.all_input_nodes if source in changed]
+        copied = _lies_in(aten, result, [changed[source] for source in read]) != _lies_in(
+            aten, fake(reader), map(fake, read)
+        )
+        if copied and any(aten.writers(touched) for touched in (reader, *read)):
+            return True  # a copy where the model has a view, or the other way round, and one of the two is written to
         if not same:
             changed[reader] = result
     return False
+
+
+def _lies_in(aten: AtenGraph, made: Any, sources: Iterable[Any]) -> list[bool]:
+    """Of each tensor in a result, whether it shares memory with one of those that it was made of."""
+    pieces = {aten.memory.piece(tensor) for source in sources for tensor in tensors_in(source)}
+    return [aten.memory.piece(tensor) in pieces for tensor in tensors_in(made)]
 
 
 def _reads_memory(target: Any) -> bool:

@@ -13,6 +13,7 @@ its inputs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -92,6 +93,7 @@ class _Recording:
         self.laid: set[int] = set()  # the pieces of memory in which they lie
         self.wanted: tuple[Node, Any, Any] | None = None  # the node, its first argument and its value in the trace
         self.mode = fake_mode(graph_module.graph)
+        self.entered: list[tuple[Node, Any]] = []  # contexts such as autocast, and what entering them has given
         self.memory = self.result.memory
         self.tick = 0
         self.paused = False
@@ -99,9 +101,20 @@ class _Recording:
         self.indices: dict[Any, list[Tensor]] = {}  # b, h, q and kv, as functions of positions are given them
 
     def run(self, graph_module: GraphModule) -> AtenGraph:
-        with quiet(self.mode), _Mode(self):
-            self._run_graph(graph_module)
+        with quiet(self.mode):
+            try:
+                with _Mode(self):
+                    self._run_graph(graph_module)
+            finally:
+                self._leave_contexts()
         return self.result
+
+    def _leave_contexts(self) -> None:
+        """Those that are still entered, as where the recording ends in the middle: all that follows would be under them."""
+        while self.entered:
+            node, context = self.entered.pop()
+            enter: Any = node.target
+            getattr(sys.modules[enter.__module__], enter.__name__.replace("_enter_", "_exit_", 1))(context)
 
     def _run_graph(self, graph_module: GraphModule, given: Sequence[Any] = ()) -> Any:
         """Runs all nodes. Inputs for which a value is given have that one. Returns what the graph returns, recorded."""
@@ -117,12 +130,20 @@ class _Recording:
                 continue
             value = next(inputs, None) if node.op == "placeholder" else None
             self.env[node] = self._value(graph_module, node) if value is None else value
+            self._note_context(node)
             for tensor in tensors_in(fake(node)):
                 self.traced.add(id(tensor))
                 self.laid.add(self.memory.piece(tensor))
             if self.book.inside is None:
                 self._settle(node)
         return returned
+
+    def _note_context(self, node: Node) -> None:
+        name = getattr(node.target, "__name__", "")
+        if name.startswith("_enter_") and node not in self.result.problems:
+            self.entered.append((node, self.env[node]))
+        elif name.startswith("_exit_"):
+            self.entered = [(other, context) for other, context in self.entered if other not in node.all_input_nodes]
 
     def _value(self, graph_module: GraphModule, node: Node) -> Any:
         wanted = fake(node)

@@ -78,6 +78,23 @@ def test_an_encoder_that_generate_runs_is_named():
         tsa_compile.prefill(model, CONFIG).remove()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_the_model_writes_to_its_arguments_is_there(mode):
+    class Noting(torch.nn.Module):
+        def forward(self, inputs_embeds, sums):
+            rows = inputs_embeds.unflatten(-1, (2, -1)).transpose(1, 2)
+            out = torch.nn.functional.scaled_dot_product_attention(rows, rows, rows, is_causal=True)
+            sums.copy_(out.sum((1, 3)))
+            return out
+
+    model, embeds, buffer = Noting(), torch.randn(2, 40, 32), torch.zeros(2, 64)
+    with mode():
+        wanted = model(inputs_embeds=embeds, sums=torch.zeros(2, 40)).sum((1, 3))
+        with tsa_compile.prefill(model, CONFIG.replace(layers=[]), dynamic=True):
+            model(inputs_embeds=embeds, sums=buffer[:, :40])
+    assert difference(buffer[:, :40], wanted) < 1e-5
+
+
 class Caches(DynamicCache):
     """Of a class of its own, which is passed to the model as it is."""
 

@@ -49,6 +49,29 @@ def test_six_layers_are_compiled_as_two(name):
     assert [report.sparse for report in reports()] == [3, 3]
 
 
+class Padded(nn.Module):
+    """Layers that read the graph's inputs, of which nothing is computed in front of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(is_causal=False) for _ in range(4))
+
+    def forward(self, query, key, value, valid):
+        for layer in self.layers:
+            positions = torch.arange(query.shape[2])
+            mask = (positions <= positions[:, None]) & valid[:, None, None]
+            query = layer(query, key, value, mask)
+        return query
+
+
+def test_padding_is_in_front_of_layers_that_nothing_precedes():
+    config = CONFIG.replace(layers=[], compiler="eager", strict=True)
+    given = (*heads(3, length=60), mixed_padding(60).bool())
+    whole = run(Padded(), config, *given)
+    assert torch.equal(run(Padded(), config.replace(regional=True), *given), whole)
+    assert "parts of the graph, of which" in notes() and reports()[-1].unchanged == 0
+
+
 def test_the_padding_stays_where_it_is_if_the_graph_writes_to_an_input():
     compiled = []
     config = CONFIG.replace(layers=[], compiler=counting(compiled))

@@ -77,8 +77,11 @@ class Prefill:
             if cache is not None:
                 kwargs = {**kwargs, **_mask_of_ones(self.model, args, kwargs, tokens, cache.get_seq_length())}
                 stack.enter_context(carried(cache, self.model, tokens.device))
+            own = [value if value is cache else _prepared(value) for value in args]
             given = {name: value if value is cache else _prepared(value) for name, value in kwargs.items()}
-            return self._compiled(*(value if value is cache else _prepared(value) for value in args), **given)
+            result = self._compiled(*own, **given)
+            _copy_back((*args, *kwargs.values()), (*own, *given.values()))
+            return result
 
     def remove(self) -> None:
         """Makes the model what it was. Does nothing if it is that already, or if a later `prefill` took over."""
@@ -221,6 +224,17 @@ def _prepared(value: Any) -> Any:
             if isinstance(cached, Tensor) and cached.dim() == 4:
                 setattr(layer, name, _one_for_all_layers(cached))
     return _with_own_lengths(value) if isinstance(value, Tensor) else value
+
+
+def _copy_back(values: Sequence[Any], prepared: Sequence[Any]) -> None:
+    """What the model has written to its arguments, where it was given copies of them."""
+    for value, own in zip(values, prepared, strict=True):
+        if not isinstance(value, Tensor) or own.data_ptr() == value.data_ptr():
+            continue
+        # Tensors of the inference mode do not tell. Ids and masks, which are integers, are left alone there.
+        written = own.is_floating_point() and 0 not in value.stride() if own.is_inference() else own._version > 0
+        if written:
+            value.copy_(own)
 
 
 def _with_own_lengths(value: Tensor) -> Tensor:

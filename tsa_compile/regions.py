@@ -128,8 +128,9 @@ def _shared(graph_module: GraphModule) -> list[Node]:
 
 
 def _cut(graph: Graph, container: str, first: Sequence[Node]) -> list[list[Node]]:
-    """The nodes of each part, in the graph's order, but for those that are to be in the first part."""
-    parts: list[list[Node]] = [[]]
+    """The nodes of each part, in the graph's order, but for those that are to be in front of all, in a part of their own
+    where nothing is in front of the layers."""
+    parts: list[list[Node]] = [[*first]]
     current, opened = "", 0
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or node in first:
@@ -141,7 +142,6 @@ def _cut(graph: Graph, container: str, first: Sequence[Node]) -> list[list[Node]
         opened += _opens(node)
         current = layer
         parts[-1].append(node)
-    parts[0] += first
     return parts
 
 

@@ -222,7 +222,9 @@ def _numbers(evaluator: Evaluator, node: Node, index: Index, *operands: Any) -> 
         return cases
     if not all(number.is_number for case in cases for _, number in case):
         raise NotUnderstood
-    computed = torch.float64 if dtype == torch.float64 else torch.float32  # where a number too large for it is infinite
+    # The operands' type, which in place may be wider than the result's; a number too large for it is infinite.
+    promoted = torch.result_type(_typed(operands[0]), _typed(operands[-1]))
+    computed = torch.float64 if promoted == torch.float64 else torch.float32
     return [[(condition, round_constant(number, computed)) for condition, number in case] for case in cases]
 
 

@@ -80,6 +80,15 @@ class TestOperators:
         (call,) = [node for node in graph.calls.nodes if node.target is aten.linear.default]
         assert fake(call).dtype == torch.bfloat16 and not graph.problems
 
+    def test_autocast_is_left_where_the_recording_begins_anew(self):
+        def change(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                mask = x + 0
+                return mask.unsqueeze_(0) @ x  # a change of a shape that was taken from the trace
+
+        recorded(change, torch.randn(3, 3))
+        assert not torch.is_autocast_enabled("cpu")
+
     def test_equal_calls_are_one_value(self):
         _, graph = recorded(lambda x: x.clamp(max=1) + x.clamp(max=1), torch.randn(3))
         assert targets(graph).count(aten.clamp.default) == 1

@@ -30,6 +30,7 @@ EAGER_SPELLINGS = {
     ),
     "two factors": lambda q, k, v: ((q @ k.transpose(2, 3)) * 0.5 / 2.0).softmax(-1) @ v,
     "softmax by name": lambda q, k, v: torch.matmul(F.softmax(input=scores(q, k), dim=-1), v),
+    "linalg.matmul": lambda q, k, v: torch.linalg.matmul(torch.linalg.matmul(q, k.mT).softmax(-1), v),
     "no scale": lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1) @ v,
     "mT": lambda q, k, v: (q @ k.mT * 0.35).softmax(-1) @ v,
     "permuted key": lambda q, k, v: (q @ k.permute(0, 1, 3, 2) * 0.35).softmax(-1) @ v,
@@ -119,6 +120,8 @@ EAGER_NEAR_MISSES = {
     "filled with a tensor": lambda q, k, v: torch.where(triangle(), scores(q, k), q[..., :1]).softmax(-1) @ v,
     "negated": lambda q, k, v: (-scores(q, k)).softmax(-1) @ v,
     "subtracted mask": lambda q, k, v: (scores(q, k) - bias()).softmax(-1) @ v,
+    "soft cap behind the mask": lambda q, k, v: (bias() + 30 * torch.tanh(scores(q, k) / 30)).softmax(-1) @ v,
+    "special softmax": lambda q, k, v: torch.special.softmax(scores(q, k), -1) @ v,
     "added to the query": lambda q, k, v: torch.bmm(
         q[..., :L].flatten(0, 1).clone().baddbmm_(k[..., :L].flatten(0, 1).mT, v[..., :L].flatten(0, 1)).softmax(-1),
         v.flatten(0, 1),

@@ -63,6 +63,29 @@ def test_shape_strides_and_values_survive(reader, config, inputs):
         assert found.stride() == expected.stride()
 
 
+COPIES = {
+    "a copy that becomes a view": lambda out: out.transpose(1, 2).reshape(2, LENGTH, -1),
+    "another one": lambda out: out.transpose(1, 2).contiguous(),
+    "a view that becomes a copy": lambda out: out.contiguous(),
+}
+
+
+@pytest.mark.parametrize("config", [EXACT, SPARSE], ids=["exact", "sparse"])
+@pytest.mark.parametrize("reader", COPIES)
+def test_what_is_written_to_a_copy_stays_there(reader, config, inputs):
+    def function(x, padding):
+        out = (x @ x.mT * 0.25).masked_fill(~mask_of(x.shape[2], padding), torch.finfo(x.dtype).min).softmax(-1) @ x
+        read = COPIES[reader](out)
+        read += 1
+        return read, out.mean(-1)
+
+    captured = capture_all(function, *inputs)
+    (graph,), expected = captured.graphs, function(*inputs)
+    assert run_passes(graph, config).unchanged == 0
+    valid = inputs[1][:, None, :].expand(2, 4, LENGTH)
+    torch.testing.assert_close(graph(*captured.inputs[0])[1][valid], expected[1][valid])
+
+
 def test_no_copy_where_strides_are_not_seen(inputs):
     graph = capture(lambda x, padding: attention(x, padding).transpose(1, 2).reshape(2, LENGTH, -1), *inputs)
     run_passes(graph, EXACT)

@@ -36,6 +36,21 @@ def both_later(query, key, value, number):
     return attend(query, key, value, at[None] + number <= at[:, None] + number)
 
 
+def multiplied_in_place(query, key, value, _):
+    """In float64: 1e-39 times -1e39 is -1, which hides nothing."""
+    at = torch.arange(LENGTH)
+    large = torch.full((LENGTH, LENGTH), -1e39, dtype=torch.float64).masked_fill_(at <= at[:, None], 0.0)
+    return attend(query, key, value, torch.full((LENGTH, LENGTH), 1e-39).mul_(large))
+
+
+def test_the_type_of_both_operands_is_computed_in():
+    torch._dynamo.reset()
+    config = EXACT.replace(compiler="eager", skip_passes=("Validate",))
+    compiled, given = torch.compile(multiplied_in_place, backend="tsa", options={"config": config}), (*inputs(), 0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given), multiplied_in_place(*given))
+
+
 NUMBERS = {
     later_keys: (-3, -5, 2**32, LARGEST - 4, -(2**32), 2**30),
     later_queries: [torch.tensor(number) for number in (3, 2**32, LARGEST - 4)],
