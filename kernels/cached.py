@@ -93,12 +93,14 @@ def check_operands(
             "of H"
         )
     check_sink(op, query, sink_logits)
-    if padding is None or valid_ranges is None:
+    if padding is None and valid_ranges is None:
         return
-    if padding.shape != (batch, keys) or valid_ranges.shape != (batch, 3):
+    if padding is None or valid_ranges is None:
+        raise ValueError(f"tsa::{op}: padding and its valid ranges belong together; expected both or neither")
+    if padding.shape != (batch, keys) or padding.dtype != torch.bool or valid_ranges.shape != (batch, 3):
         raise ValueError(
-            f"tsa::{op}: padding {list(padding.shape)} and valid ranges {list(valid_ranges.shape)} for {batch} items of "
-            f"{keys} keys; expected [{batch}, {keys}] and [{batch}, 3]"
+            f"tsa::{op}: padding {padding.dtype} {list(padding.shape)} and valid ranges {list(valid_ranges.shape)} for "
+            f"{batch} items of {keys} keys; expected torch.bool [{batch}, {keys}] and [{batch}, 3]"
         )
 
 

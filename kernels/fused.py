@@ -274,7 +274,7 @@ def _sparse_behind(
         capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
         on_host = None if capturing else _Fetched(count)
         indices = _selected(scores, count, limit)  # while the count travels
-        most = limit if on_host is None else max(on_host.get())
+        most = limit if on_host is None else max(on_host.get(), default=0)
         indices = indices[:, :, : max(most, 1)]
     for tensors, sink in _streamed(output, query, key, value, indices, sink_logits, STREAM_BYTES):
         _, query_part, key_part, value_part, chosen = tensors

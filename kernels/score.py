@@ -378,13 +378,14 @@ def _over_window(
         picked = take_rows(query, at.expand(batch, heads, -1)).to(wide) * scale
         logits = picked.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ transposed_key
         logits = logits.unflatten(2, (-1, chunk.shape[2])).flatten(1, 2)
-        allowed = positions <= chunk[..., None]
+        live = alive[:, None, first : first + 32, None]
+        allowed = (positions <= chunk[..., None]) & live
         if padding is not None:
             allowed = allowed & padding[:, None, None]
         logits = torch.where(allowed, logits, -math.inf)
         weights = _softmax(logits, sink_logits)
         sound = ~weights[..., :1].isnan()  # a softmax is NaN everywhere or nowhere
-        weights = torch.where(alive[:, None, first : first + 32, None] & sound, weights, 0.0)
+        weights = torch.where(live & sound, weights, 0.0)
         total = total + weights.sum(dim=2) if reduce == "mean" else torch.maximum(total, weights.amax(dim=2))
         # NaN or +inf if one of them is (or if they pass 1e37); a maximum passes NaN over in some runtimes.
         faulty = faulty | ~(logits.sum(dim=2) < math.inf)

@@ -112,3 +112,5 @@ def test_operands_that_do_not_fit_are_refused(device, op, options):
         call(query, key, value, None, None, at[1:], filled(at[1:]), *options)
     with pytest.raises(ValueError, match="for 3 items"):
         call(query, key, value, mask[:1], valid_ranges(mask[:1]), at, filled(at), *options)
+    with pytest.raises(ValueError, match="both or neither"):
+        call(query, key, value, mask, None, at, filled(at), *options)

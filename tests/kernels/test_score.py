@@ -122,6 +122,16 @@ def test_no_fault_looks_like_the_window_or_padding(device, kind, fault):
     assert torch.equal(faulty.isneginf(), sound.isneginf())
 
 
+@REDUCED
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf])
+def test_pads_that_a_chunk_begins_with_are_no_rows_of_the_window(device, fault, reduce):
+    """Fewer rows than the window has are valid: in the places of the others stands the chunk's first row."""
+    query, key = query_and_key(24, batch=1, device=device)
+    query, padding = query[:, :, -6:].clone(), torch.ones(1, 24, dtype=torch.bool, device=device)
+    query[:, :, :2], padding[:, 18:20] = fault, False
+    assert_scores(score(query, key, padding, 0.3, 5, 3, reduce), query, key, padding, 0.3, 5, 3, reduce)
+
+
 def test_a_nan_score_says_where_the_fault_is(device):
     """One key's NaN is its own, whatever the pooling; one query's is nobody's, so that all candidates share it."""
     query, key = query_and_key(device=device)
