@@ -114,7 +114,9 @@ class _Recording:
         while self.entered:
             node, context = self.entered.pop()
             enter: Any = node.target
-            getattr(sys.modules[enter.__module__], enter.__name__.replace("_enter_", "_exit_", 1))(context)
+            leave = getattr(sys.modules[enter.__module__], enter.__name__.replace("_enter_", "_exit_", 1), None)
+            if leave is not None:
+                leave(context)
 
     def _run_graph(self, graph_module: GraphModule, given: Sequence[Any] = ()) -> Any:
         """Runs all nodes. Inputs for which a value is given have that one. Returns what the graph returns, recorded."""
