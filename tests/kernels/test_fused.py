@@ -308,5 +308,5 @@ def test_operands_that_do_not_fit_are_refused(device):
     padding, scalars = sided().to(device), dataclasses.astuple(OPTIONS["floor"])
     with pytest.raises(ValueError, match=f"{L - 1} keys and {L} values"):
         torch.ops.tsa.sparse_attention(query[:, :, 1:], key[:, :, 1:], value, *scalars)
-    with pytest.raises(ValueError, match=rf"expected \[3, {L}\]"):
+    with pytest.raises(ValueError, match=rf"expected torch.bool \[3, {L}\]"):
         torch.ops.tsa.padded_sparse_attention(query, key, value, padding[:1], valid_ranges(padding[:1]), *scalars)
