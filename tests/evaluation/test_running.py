@@ -147,7 +147,7 @@ def test_a_random_selection_keeps_as_many_and_is_the_same_again(model, words, sa
 
 @pytest.mark.filterwarnings("ignore:no attention call of this graph became sparse")
 def test_a_setting_that_makes_no_layer_sparse_is_refused(model, words, samples):
-    with pytest.raises(ConfigError, match=r"long at 300 tokens: no layer became sparse .TOO_SHORT"):
+    with pytest.raises(ConfigError, match=r"long at 300 tokens: no layer became sparse. TOO_SHORT"):
         Runner(model, words, Setting("long", CONFIG.replace(min_length=1000))).run(samples)
 
 

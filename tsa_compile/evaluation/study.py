@@ -172,7 +172,7 @@ def _plan(
 
 
 def _check_settings(settings: Sequence[Setting]) -> None:
-    check_list("settings", settings)
+    check_type("settings", settings, Sequence, "a list of Setting(name, config)")
     for place, setting in enumerate(settings):
         check_type(f"settings[{place}]", setting, Setting, "a Setting(name, config)")
         check_type(f"the name of setting {setting.name!r}", setting.name, str, "a str")
