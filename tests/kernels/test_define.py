@@ -3,17 +3,20 @@
 import pytest
 import torch
 
-from tsa_compile.kernels import attend, cached, compress, fused  # noqa: F401  # they register the ops
+from tsa_compile.kernels.cached import cached_attention
+from tsa_compile.kernels.compress import compress
+from tsa_compile.kernels.decompress import decompress
 
 from .support import qkv
 
-tsa = torch.ops.tsa
 INDICES = torch.arange(20, dtype=torch.int32).expand(1, 4, 20).contiguous()
 CALLS = {
-    "one tensor": lambda q, k, v: tsa.cached_attention(q, k, v, 0.3),
-    "by name": lambda q, k, v: tsa.cached_attention(query=q, key=k, value=v, scale=0.3),
-    "several tensors": lambda q, k, v: tsa.compress(q, k, v, INDICES, None),
-    "a whole layer": lambda q, k, v: tsa.sparse_attention(q, k, v, 0.3, 4, 7, None, 0.5, 0, None, False, "auto", None, 0),
+    "one tensor": lambda q, k, v: cached_attention(q, k, v, 0.3),
+    "by name": lambda q, k, v: cached_attention(query=q, key=k, value=v, scale=0.3),
+    "several tensors": lambda q, k, v: compress(q, k, v, INDICES, None),
+    "of others' results": lambda q, k, v: decompress(
+        cached_attention(q, k, v, 0.3)[:, :, :20].contiguous(), INDICES, None, 40
+    ),
 }
 
 
