@@ -379,7 +379,7 @@ def test_a_chunk_that_is_computed_wrongly_is_found(load, methods, monkeypatch):
 
 # The interpreter computes with numpy, which warns of log2(0) and 0 / 0 in lanes that are masked later.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memcheck_launches_every_kernel(load, monkeypatch):
     pytest.importorskip("triton")
     memcheck = load("memcheck")

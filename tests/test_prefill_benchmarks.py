@@ -9,7 +9,7 @@ import torch
 
 from tsa_compile import KeepRatio, TSAConfig, reports
 
-from .support import tiny
+from .support import exhaustive_but, tiny
 
 
 def test_modes_of_the_prefill_benchmark(load):
@@ -106,7 +106,7 @@ def test_a_prompt_in_chunks_is_measured_beside_the_whole_prompt(load, tmp_path, 
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("form", ["whole", "regional", "chunks", "chunks-apart"])
+@pytest.mark.parametrize("form", exhaustive_but(["whole", "regional", "chunks", "chunks-apart"], "regional"))
 def test_a_first_prompt_compiles_and_a_later_one_does_not(load, form):
     load("prefill_chunks")
     first_call, model = load("first_call"), tiny("llama", num_hidden_layers=3)

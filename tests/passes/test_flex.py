@@ -10,7 +10,7 @@ from tsa_compile.passes.masks.info import MaskKind
 from tsa_compile.passes.validate import Case
 from tsa_compile.testing import capture_all
 
-from ..support import chunks, difference, heads, mixed_padding, tiny, tokens
+from ..support import chunks, difference, exhaustive_but, heads, mixed_padding, tiny, tokens
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -97,10 +97,15 @@ class TestMaskFunctions:
         assert row.decision is (Decision.DENSE if kind is MaskKind.CAUSAL else Decision.DENSE_PADDED)
 
     @pytest.mark.parametrize("name", KEPT)
-    @pytest.mark.parametrize("config", [EXACT, ALL], ids=["exact", "sparse"])
-    def test_kept(self, name, config):
+    def test_kept(self, name):
         function, reason = KEPT[name]
-        row = run(attend, *inputs(), masked(function, by_head=4), config=config)
+        row = run(attend, *inputs(), masked(function, by_head=4))
+        assert (row.decision, row.reason) == (Decision.UNCHANGED, reason)
+
+    @pytest.mark.parametrize("name", exhaustive_but(KEPT, "a window", "one ahead", "not understood of keys"))
+    def test_kept_where_it_would_be_sparse(self, name):
+        function, reason = KEPT[name]
+        row = run(attend, *inputs(), masked(function, by_head=4), config=ALL)
         assert (row.decision, row.reason) == (Decision.UNCHANGED, reason)
 
     def test_sparse(self):

@@ -14,6 +14,8 @@ from tsa_compile.reasons import Reason
 from tsa_compile.report import reports
 from tsa_compile.testing import capture, capture_all
 
+from ..support import exhaustive_but
+
 CONFIG = TSAConfig(budget=KeepRatio(0.5), window=4, min_tokens=4, compiler="eager")
 WIDTH = 16
 UNKNOWN = Reason.LAYER_COUNT_UNKNOWN
@@ -322,10 +324,11 @@ class Wrapper(nn.Module):
         return getattr(self, self.name)(hidden)
 
 
+NAMES = [["module"], ["model", "base_model"], ["_fsdp_wrapped_module"], ["_orig_mod", "module"]]
+
+
 class TestWrappers:
-    @pytest.mark.parametrize(
-        "names", [["module"], ["model", "base_model"], ["_fsdp_wrapped_module"], ["_orig_mod", "module"]]
-    )
+    @pytest.mark.parametrize("names", exhaustive_but(NAMES, NAMES[1]))
     @pytest.mark.parametrize("layers", [None, [2], ["layers.2.*"]], ids=str)
     def test_names_are_those_of_the_model(self, names, layers):
         model = Stack(Block() for _ in range(3))
