@@ -15,7 +15,7 @@ traced, and read nothing on the host. Therefore, in "triton":
 - attend takes a count from the device, by the kernel of flash.py, without TMA, whose descriptors hold addresses; with count
   None (KeepRatio without padding) it is SDPA, by the fastest kernel that torch has;
 - padded dense attention is causal attention over the valid tokens, moved together: no L x L mask, and zeros where the other
-  op computes what pad tokens see.
+  op computes what pad tokens see. Over a window positions count, so with padding that is ATen's form.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tsa_compile.kernels.compress import compress_aten, compress_triton
 from tsa_compile.kernels.decompress import decompress_aten, decompress_triton
 from tsa_compile.kernels.filled import filled_aten, filled_attention_aten
 from tsa_compile.kernels.flash import flash_triton
-from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton, valid_first
+from tsa_compile.kernels.floor import merge_floor_aten, merge_floor_triton, near_triton, valid_first
 from tsa_compile.kernels.padded import padded_attention_aten, valid_ranges_aten
 from tsa_compile.kernels.registry import get
 from tsa_compile.kernels.score import score_aten, score_cuda
@@ -76,6 +76,12 @@ def _flash_lse(
     return flash_triton(query, key, value, scale, count, lse=lse), lse
 
 
+def _sliding(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None
+) -> Tensor:
+    return near_triton(query, key, value, scale, min(window, 2**31 - 1), sink_logits)  # kernels count in 32 bits
+
+
 _LAUNCHERS: dict[str, Callable[..., Any]] = {
     "score": score_cuda,
     "budget": budget_cuda,
@@ -85,6 +91,7 @@ _LAUNCHERS: dict[str, Callable[..., Any]] = {
     "attend_lse": _flash_lse,
     "decompress": decompress_triton,
     "merge_floor": merge_floor_triton,
+    "sliding_attention": _sliding,
 }
 for _name, _launcher in _LAUNCHERS.items():  # a launcher may have further parameters, which a graph leaves out
     torch.library.triton_op(f"tsa_triton::{_name}", _launcher, mutates_args={})

@@ -132,10 +132,10 @@ def padded_attention_aten(
     width = query.shape[3] + _COLUMNS * (1 if sink_logits is None else 2)
     if whole and width <= _WIDEST and scale >= _LEAST_SCALE:
         out = _attention_by_column(query, key, value, padding, scale, sink_logits)
-        return _where_seen(out, value, sees, mean_rows)
+        return where_seen(out, value, sees, mean_rows)
     if whole and scale > 0 and sink_logits is None:
         out = _attention_by_shares(query, key, value, padding, rank, scale)
-        return _where_seen(out, value, sees, mean_rows)
+        return where_seen(out, value, sees, mean_rows)
     allowed = causal_behind(query, key) & padding[:, None, None, :]
     return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows, sink_logits)
 
@@ -148,7 +148,7 @@ def masked_attention_aten(
 
     They look at everything instead: runtimes differ on a softmax over nothing.
     """
-    return _where_seen(attention_aten(query, key, value, allowed | ~sees, scale, sink_logits), value, sees, mean_rows)
+    return where_seen(attention_aten(query, key, value, allowed | ~sees, scale, sink_logits), value, sees, mean_rows)
 
 
 def _attention_by_column(
@@ -216,7 +216,7 @@ def _in_order(tensor: Tensor, positions: Tensor) -> Tensor:
     return take_rows(tensor, positions[:, None].expand(-1, tensor.shape[1], -1))
 
 
-def _where_seen(output: Tensor, value: Tensor, sees: Tensor, mean_rows: bool) -> Tensor:
+def where_seen(output: Tensor, value: Tensor, sees: Tensor, mean_rows: bool) -> Tensor:
     """The output, and in rows that see nothing 0 or the mean of value."""
     elsewhere = _mean(value).to(value.dtype) if mean_rows else torch.zeros_like(value[:, :, :1])
     return as_rows(torch.where(sees, output, repeat_heads(elsewhere, output.shape[1])))

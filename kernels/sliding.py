@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import as_rows, keys_before
+from tsa_compile.kernels._aten import as_rows, at_least, keys_before
 from tsa_compile.kernels.cached import ROWS, check_operands, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
@@ -40,9 +41,13 @@ from tsa_compile.kernels.padded import (
     masked_attention_aten,
     mean_of_keys,
     runs_of_ranges,
+    where_seen,
 )
 from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
 from tsa_compile.kernels.sink import attention_aten
+
+LEAST_BLOCK = 64
+"""Rows of a block, in the ATen form, where the window is narrower."""
 
 
 @define(attention_output)
@@ -84,17 +89,64 @@ def padded_sliding_attention(
 def sliding_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, sink_logits: Tensor | None = None
 ) -> Tensor:
-    """The same in ATen ops, on any device; holds a bool mask [1, 1, Lq, Lk]."""
-    return as_rows(attention_aten(query, key, value, _near(query, key, window), scale, sink_logits))
+    """The same in ATen ops, on any device; holds what `_blocks_aten` says."""
+    if _is_short(key, window):
+        return as_rows(attention_aten(query, key, value, _near(query, key, window), scale, sink_logits))
+    return as_rows(_blocks_aten(query, key, value, None, scale, window, sink_logits)[0])
 
 
 def padded_sliding_attention_aten(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor, valid_ranges: Tensor | None, scale: float, window: int,
     mean_rows: bool, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same in ATen ops, on any device; holds a bool mask [B, 1, Lq, Lk]. The valid ranges go unused."""
-    allowed = _near(query, key, window) & padding[:, None, None, :]
-    return masked_attention_aten(query, key, value, allowed, allowed.any(3, keepdim=True), scale, mean_rows, sink_logits)
+    """The same with padding. The valid ranges go unused."""
+    if _is_short(key, window):
+        allowed = _near(query, key, window) & padding[:, None, None, :]
+        sees = allowed.any(3, keepdim=True)
+        return masked_attention_aten(query, key, value, allowed, sees, scale, mean_rows, sink_logits)
+    out, sees = _blocks_aten(query, key, value, padding, scale, window, sink_logits)
+    return where_seen(out, value, sees, mean_rows)
+
+
+def _is_short(key: Tensor, window: int) -> bool:
+    """Whether a mask [Lq, Lk] has no more columns than the masks of blocks, at all lengths of a trace."""
+    return statically_known_true(key.shape[2] <= 2 * window)
+
+
+def _blocks_aten(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, window: int,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Blocks of R rows, as many as the window has, each over the keys of its own positions and of the window before.
+
+    The N blocks of all items are items of one attention: queries [N, H, R, D], keys [N, G, R + W, D], and a bool mask
+    [N, 1, R, R + W]. They are gathered by index: a reshape of the length would ask whether it is a multiple of R, and hold
+    for some lengths alone.
+
+    Returns:
+        The rows [B, H, Lq, Dv], and which of them see a key, bool [B, 1, Lq, 1]; those that do not are unspecified.
+    """
+    (batch, _, queries, _), keys, device = query.shape, key.shape[2], query.device
+    block = max(window, LEAST_BLOCK)
+    blocks = (queries + block - 1) // block
+    number = torch.arange(batch * blocks, device=device)[:, None]
+    item = torch.div(number, blocks, rounding_mode="floor")
+    rows = (number - item * blocks) * block + torch.arange(block, device=device)  # [N, R]
+    places = rows + keys_before(query, key)
+    band = places[:, :1] + torch.arange(-window, block, device=device)  # [N, R + W]
+    allowed = (band[:, None] <= places[:, :, None]) & (band[:, None] > places[:, :, None] - window) & (band >= 0)[:, None]
+    rows, band = (torch.minimum(at_least(x, 0), torch.full_like(x, end - 1)) for x, end in ((rows, queries), (band, keys)))
+    if padding is not None:
+        allowed = allowed & padding[item, band][:, None]
+        key, value = (torch.where(padding[:, None, :, None], x, 0.0) for x in (key, value))  # as in padded.py
+    sees = allowed.any(2, keepdim=True)  # [N, R, 1]
+    parts = ((query, rows), (key, band), (value, band))
+    several = (x.transpose(1, 2)[item, positions].transpose(1, 2) for x, positions in parts)
+    out = attention_aten(*several, (allowed | ~sees)[:, None], scale, sink_logits)
+    position = torch.arange(queries, device=device)
+    lines = torch.arange(batch, device=device)[:, None] * blocks + torch.div(position, block, rounding_mode="floor")
+    place = lines, position % block  # [B, Lq], [Lq]
+    return out.transpose(1, 2)[place].transpose(1, 2), sees[place][:, None]
 
 
 _near_rows = remembered(near_triton)
@@ -102,8 +154,8 @@ _near_rows = remembered(near_triton)
 
 def _near(query: Tensor, key: Tensor, window: int) -> Tensor:
     """Where p(q) - window < kv <= p(q): bool [1, 1, Lq, Lk]."""
-    distance = query_positions(query, key)[:, None] - torch.arange(key.shape[2], device=key.device)
-    return ((distance >= 0) & (distance < window))[None, None]
+    rows, keys = query_positions(query, key)[:, None], torch.arange(key.shape[2], device=key.device)
+    return ((keys <= rows) & (keys > rows - window))[None, None]
 
 
 def _check(op: str, window: int, *operands: Any) -> None:

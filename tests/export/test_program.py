@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, RewriteError, TSAConfig, clear_reports, reports
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
+from tsa_compile.kernels import sliding
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
@@ -140,8 +141,9 @@ class Windowed(torch.nn.Module):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("lower", exhaustive_but([None, "aten"], "aten"))
-def test_windows(lower, padded, tmp_path):
-    """In operators of torch's and in ONNX files, in which no domain has one for them, they are masks again."""
+def test_windows(lower, padded, tmp_path, monkeypatch):
+    """In operators of torch's and in ONNX files, in which no domain has one for them, they are blocks: no mask is L x L."""
+    monkeypatch.setattr(sliding, "LEAST_BLOCK", 8)
 
     def inputs(length):
         return *heads(batch=3, length=length), *([mixed_padding(length)] if padded else [])
@@ -149,6 +151,7 @@ def test_windows(lower, padded, tmp_path):
     module, exact = Windowed().eval(), HALF.replace(layers=())
     program = export_program(module, inputs(40), exact, dynamic_lengths=LENGTHS, dynamic_batch=BATCHES, lower=lower)
     assert [row.decision for row in reports()[-1]] == [Decision.WINDOW]
+    assert wide_values(program) == []
     for length in (20, 64):
         torch.testing.assert_close(program.module()(*inputs(length)), module(*inputs(length)))
     for domain in (None, "tsa") if lower is None else ():

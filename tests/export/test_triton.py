@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tsa_compile import ConfigError, Coverage, Floor, KeepRatio
+from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, reports
 from tsa_compile.export import aoti, export_program
 
-from ..support import Attention, difference, heads, mixed_padding, tiny, tokens, without_interpreter
+from ..support import Attention, difference, heads, mixed_padding, tiny, tokens, with_sinks, without_interpreter
 from .support import SMALL
 
 TRACE = """
@@ -42,6 +42,13 @@ class WithSinks(torch.nn.Module):
         return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value
 
 
+class Windowed(torch.nn.Module):
+    def forward(self, query, key, value):
+        row = torch.arange(query.shape[2])[:, None]
+        mask = (row.mT <= row) & (row.mT > row - 5)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
 triton.runtime.driver.set_active(Driver())
 lower._require_cuda = lambda program: None
 query, key, value = (torch.randn(2, n, 40, 16) for n in (4, 2, 2))
@@ -63,6 +70,11 @@ with_sinks = padded_config.replace(floor=None, layers=(0,))
 program = export_program(
     WithSinks().eval(), (query, key, value, torch.ones(4), padding), with_sinks, dynamic_lengths=(16, 20000),
     dynamic_batch=(1, 8), lower="triton",
+)
+print(*sorted(name for name in {str(node.target) for node in program.graph.nodes} if "tsa" in name))
+program = export_program(
+    Windowed().eval(), (query, key, value), common.replace(layers=()), dynamic_lengths=(16, 20000), dynamic_batch=(1, 8),
+    lower="triton",
 )
 print(*sorted(name for name in {str(node.target) for node in program.graph.nodes} if "tsa" in name))
 """
@@ -88,7 +100,8 @@ def test_the_kernels_can_be_traced_for_all_lengths_at_once():
         ("attend_lse", "budget", "decompress"),  # sinks
     ]
     assert printed.splitlines() == [
-        "triton_kernel_wrapper_functional" if names is None else named(*common, *names) for names in steps
+        *("triton_kernel_wrapper_functional" if names is None else named(*common, *names) for names in steps),
+        named("sliding_attention"),
     ]
 
 
@@ -97,6 +110,29 @@ def test_on_a_cpu_it_is_refused():
         export_program(
             Attention().eval(), heads(length=40), SMALL.replace(layers=(0,)), dynamic_lengths=(16, 200), lower="triton"
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss"])
+def test_windows_in_a_cuda_package(name, padded, tmp_path):
+    """Against the plain model: a window in every layer, in some, and beside sinks."""
+    model = (with_sinks() if name == "gpt_oss" else tiny(name)).cuda()
+
+    def inputs(length, pads):
+        made = {"input_ids": tokens(len(pads), length)}
+        made |= {"attention_mask": mixed_padding(length, pads)} if padded else {}
+        return {name: value.cuda() for name, value in made.items()}
+
+    exact = SMALL.replace(layers=())
+    program = export_program(model, inputs(40, (0, 9)), exact, dynamic_lengths=(16, 200), dynamic_batch=(1, 8), lower=None)
+    assert any(row.decision is Decision.WINDOW for row in reports()[-1])
+    package = aoti.load(aoti.save(program, tmp_path / "model.pt2"))
+    for length, pads in ((170, (5, -7, 0)), (33, (0, 0))):
+        made = inputs(length, pads)
+        with torch.no_grad():
+            result, expected = package(**made)["logits"], model(**made, use_cache=False).logits
+        assert difference(result, expected, made.get("attention_mask")) < 1e-3
 
 
 @pytest.mark.gpu
