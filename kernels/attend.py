@@ -30,7 +30,7 @@ from torch import Tensor
 from tsa_compile.kernels._aten import repeat_heads, slots_below, torch_attention
 from tsa_compile.kernels.define import define
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
-from tsa_compile.kernels.sink import causal_with_sink_aten, check_sink, with_sink
+from tsa_compile.kernels.sink import check_sink, sink_as_key_aten, with_sink
 
 
 @define(lambda query, key, value, *others, **options: query.new_empty((*query.shape[:3], value.shape[3])))
@@ -109,7 +109,7 @@ def attend_aten(
     if sink_logits is None:
         out = torch_attention(query, key, value, scale)
     else:
-        out = causal_with_sink_aten(query, key, value, scale, sink_logits)
+        out = sink_as_key_aten(query, key, value, scale, sink_logits)
     if count is not None:
         out = torch.where(slots_below(count, query.shape[2])[..., None], out, 0.0)
     return out.contiguous()

@@ -34,8 +34,8 @@ from tsa_compile.kernels.sdpa import SDPA, fastest_first
 from tsa_compile.kernels.sink import (
     attention_aten,
     attention_with_sink,
-    causal_with_sink_aten,
     check_sink,
+    sink_as_key_aten,
     with_sink,
 )
 
@@ -57,7 +57,7 @@ def cached_attention_aten(
 ) -> Tensor:
     """The same in ATen ops, on any device; of a chunk holds a bool mask [1, 1, Lq, Lk], and with a sink its logits."""
     if sink_logits is not None and statically_known_true(query.shape[2] == key.shape[2]):
-        return as_rows(causal_with_sink_aten(query, key, value, scale, sink_logits))
+        return as_rows(sink_as_key_aten(query, key, value, scale, sink_logits))
     return as_rows(attention_aten(query, key, value, causal_behind(query, key), scale, sink_logits))
 
 

@@ -40,7 +40,7 @@ from tsa_compile.kernels._aten import (
 from tsa_compile.kernels.cached import behind, causal_behind, check_operands, in_blocks, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
-from tsa_compile.kernels.sink import attention_aten, causal_with_sink_aten
+from tsa_compile.kernels.sink import attention_aten, sink_as_key_aten
 
 _COLUMNS = 8
 """Further columns in the column form: one is used, and rows of half precision stay aligned to 16 bytes."""
@@ -167,7 +167,7 @@ def _attention_by_column(
     if query.shape[3] == width + _COLUMNS:  # kernels are fast where rows of all three are as wide
         value = _with_column(value, torch.zeros_like(value[..., :1]))
     if sink_logits is not None:
-        return causal_with_sink_aten(query, key, value, scale, sink_logits)[..., :width]
+        return sink_as_key_aten(query, key, value, scale, sink_logits)[..., :width]
     return torch_attention(query, key, value, scale)[..., :width]
 
 

@@ -81,17 +81,22 @@ def attention_with_sink(
     return (out.unflatten(2, (share, query.shape[2])) / total).flatten(1, 2).to(query.dtype)
 
 
-def causal_with_sink_aten(query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor) -> Tensor:
-    """Causal attention over as many queries as keys, [B, H, C, Dv], in ATen ops."""
+def sink_as_key_aten(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor, allowed: Tensor | None = None
+) -> Tensor:
+    """The rows [B, H, C, Dv] in ATen ops: causal over as many keys, or under a mask, as `attention_beside` has it."""
     wide = torch.promote_types(query.dtype, torch.float32)
     logits = sink_logits.to(wide)[None, :, None].expand(query.shape[:3])
-    return attention_beside(logits, query, key, value, scale)[..., : value.shape[3]].to(query.dtype)
+    return attention_beside(logits, query, key, value, scale, allowed)[..., : value.shape[3]].to(query.dtype)
 
 
-def attention_beside(logits: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention over rows [B, H, C, D], and one key before them that has `logits` [B, H, C] and no value.
+def attention_beside(
+    logits: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None = None
+) -> Tensor:
+    """Attention of rows [B, H, C, D], and to one key before theirs that has `logits` [B, H, C] and no value.
 
-    In ATen ops, one call of torch's attention with somewhat wider heads, for a positive scale; nothing is [C, C].
+    In ATen ops, one call of torch's attention with somewhat wider heads, for a positive scale: causal over as many keys as
+    queries, with nothing of [C, C], or over K keys under `allowed`, bool [B or 1, 1, C, K].
 
     Returns:
         [B, H, C, Dv + 8]; the further key's share is in column Dv.
@@ -102,9 +107,12 @@ def attention_beside(logits: Tensor, query: Tensor, key: Tensor, value: Tensor, 
         parts.append(rest.to(query.dtype)[..., None])
         rest = rest - parts[-1][..., 0].to(rest.dtype)
     unused = torch.zeros_like(query[..., :1]).expand(-1, -1, -1, _COLUMNS - _PARTS)
-    query = _behind_one(torch.cat((query, *parts, unused), 3), 0, 0, 0.0)  # row i sees the keys up to i, and one more
+    query = torch.cat((query, *parts, unused), 3)
     key = _behind_one(key, _COLUMNS, _PARTS, _FACTOR)
     value = _behind_one(value, _COLUMNS, 1, 1.0)
+    if allowed is not None:
+        return torch_attention(query, key, value, scale, torch.cat((torch.ones_like(allowed[..., :1]), allowed), 3))
+    query = _behind_one(query, 0, 0, 0.0)  # row i sees the keys up to i, and one more
     return torch_attention(query, key, value, scale)[:, :, 1:]
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import as_rows, at_least, keys_before
+from tsa_compile.kernels._aten import as_rows, at_least, keys_before, torch_attention
 from tsa_compile.kernels.cached import ROWS, check_operands, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
@@ -44,7 +44,7 @@ from tsa_compile.kernels.padded import (
     where_seen,
 )
 from tsa_compile.kernels.registry import TRITON, KernelRequest, of_window
-from tsa_compile.kernels.sink import attention_aten
+from tsa_compile.kernels.sink import attention_aten, sink_as_key_aten
 
 LEAST_BLOCK = 64
 """Rows of a block, in the ATen form, where the window is narrower."""
@@ -141,8 +141,12 @@ def _blocks_aten(
         key, value = (torch.where(padding[:, None, :, None], x, 0.0) for x in (key, value))  # as in padded.py
     sees = allowed.any(2, keepdim=True)  # [N, R, 1]
     parts = ((query, rows), (key, band), (value, band))
-    several = (x.transpose(1, 2)[item, positions].transpose(1, 2) for x, positions in parts)
-    out = attention_aten(*several, (allowed | ~sees)[:, None], scale, sink_logits)
+    query, key, value = (x.transpose(1, 2)[item, positions].transpose(1, 2) for x, positions in parts)
+    allowed = (allowed | ~sees)[:, None]
+    if sink_logits is None:
+        out = torch_attention(query, key, value, scale, allowed)
+    else:
+        out = sink_as_key_aten(query, key, value, scale, sink_logits, allowed)
     position = torch.arange(queries, device=device)
     lines = torch.arange(batch, device=device)[:, None] * blocks + torch.div(position, block, rounding_mode="floor")
     place = lines, position % block  # [B, Lq], [Lq]

@@ -15,7 +15,7 @@ from tsa_compile.kernels import sliding
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
-from ..support import Attention, difference, exhaustive_but, heads, mixed_padding, tiny, tokens
+from ..support import Attention, difference, exhaustive_but, heads, mixed_padding, tiny, tokens, with_sinks
 from .support import SMALL
 
 HALF = SMALL.replace(budget=KeepRatio(0.5))
@@ -163,6 +163,22 @@ def test_windows(lower, padded, tmp_path, monkeypatch):
         names = [value.name for value in file.graph.input]
         found = run(None, {name: value.numpy() for name, value in zip(names, inputs(33), strict=True)})[0]
         torch.testing.assert_close(torch.from_numpy(found), module(*inputs(33)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", exhaustive_but([False, True], True))
+def test_windows_beside_sinks(padded, monkeypatch):
+    """gpt-oss: a layer has a window, and each softmax a learned logit besides."""
+    monkeypatch.setattr(sliding, "LEAST_BLOCK", 8)
+    model = with_sinks()
+    program = export_program(
+        model, model_inputs(40, padded), HALF.replace(layers=()), dynamic_lengths=(36, 200), dynamic_batch=BATCHES
+    )
+    assert Decision.WINDOW in {row.decision for row in reports()[-1]}
+    assert wide_values(program) == []
+    inputs = model_inputs(70, padded)
+    with torch.no_grad():
+        found, wanted = program.module()(**inputs)["logits"], model(**inputs, use_cache=False).logits
+    assert difference(found, wanted, inputs.get("attention_mask")) < ATOL
 
 
 def test_sizes_stay_free_where_sdpa_is_traced_by_its_plain_form(monkeypatch):

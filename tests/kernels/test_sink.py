@@ -74,6 +74,7 @@ class TestDenseOps:
     @pytest.mark.parametrize("kind", PADDINGS)
     def test_a_sliding_window(self, device, window, kind, monkeypatch):
         monkeypatch.setattr(sliding, "ROWS", 8)
+        monkeypatch.setattr(sliding, "LEAST_BLOCK", 8)
         inputs, padding = operands(device=device), make_padding(kind, 2, L, device)
         sink = sink_of(inputs[0])
         wanted = dense(inputs, padding, sink, window=window)
