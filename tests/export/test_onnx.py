@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tsa_compile.config import Coverage, Floor, KeepRatio, TSAConfig
-from tsa_compile.errors import ConfigError
+from tsa_compile.errors import ConfigError, RewriteError
 from tsa_compile.export import export_program, tensorrt
 from tsa_compile.export import onnx as tsa_onnx
+from tsa_compile.export._onnx_domain import schema_table
 from tsa_compile.kernels import reference
 from tsa_compile.passes.lower import lower_program, with_joined_floors
 
@@ -250,7 +251,7 @@ def test_schemas_are_registered_and_documented():
 
 
 def test_the_page_on_exports_has_the_table_of_schemas():
-    table = tsa_onnx.schema_table()
+    table = schema_table()
     assert "| `Budget` | scores float [B,S,L] | count int32 [B] | coverage? float, keep_denominator? int, " in table
     page = (Path(__file__).parents[2] / "docs" / "exports.md").read_text()
     found = page.split("<!-- schemas:begin -->")[1].split("<!-- schemas:end -->")[0].strip()
@@ -370,3 +371,19 @@ def test_outputs_have_the_models_names_unless_they_are_taken(tmp_path):
     model = onnx.load(tmp_path / "model.onnx")
     names = [value.name for value in model.graph.output]
     assert names[0] == "input_ids" and names[-1] == "parts.0" and len(set(names)) == 3
+
+
+class Experts(torch.nn.Module):
+    def forward(self, rows, weight, offsets):
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight, offsets)
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    """With what to do, where it is that of a mixture of experts."""
+    from transformers.integrations import moe  # noqa: F401 registers it
+
+    inputs = (torch.randn(6, 4), torch.randn(2, 4, 5), torch.tensor([2, 6]))
+    program = torch.export.export(Experts(), inputs)
+    said = r'no form for the operator transformers\.grouped_mm_fallback.*set_experts_implementation\("batched_mm"\)'
+    with pytest.raises(RewriteError, match=said):
+        tsa_onnx.save(program, tmp_path / "model.onnx")
