@@ -20,11 +20,10 @@ from torch import Tensor
 from tsa_compile.kernels._aten import torch_attention
 
 _COLUMNS = 8
-"""Further columns of query, key and value: three are used, and rows of half precision stay aligned to 16 bytes."""
-_PARTS = 3
-"""A logit is handed over as a sum of numbers of the query's dtype: three of bfloat16 hold what float32 does."""
-_FACTOR = 64.0
-"""Of the further key, so that a logit of -1e6 fits into float16."""
+"""Further columns of query, key and value: four are used, and rows of half precision stay aligned to 16 bytes."""
+_FACTORS = (32768.0, 64.0, 64.0, 64.0)
+"""The further key's numbers. A logit is handed over as a sum of numbers of the query's dtype times these: the first product
+reaches as far as float16 does with queries and keys, 2e9 times the scale, and three of bfloat16 hold what float32 does."""
 
 
 def check_sink(op: str, query: Tensor, sink_logits: Tensor | None) -> None:
@@ -101,25 +100,27 @@ def attention_beside(
     Returns:
         [B, H, C, Dv + 8]; the further key's share is in column Dv.
     """
-    logits = logits / (_FACTOR * scale)
-    parts, rest = [], torch.maximum(logits, torch.full_like(logits, torch.finfo(query.dtype).min))
-    for _ in range(_PARTS):
-        parts.append(rest.to(query.dtype)[..., None])
-        rest = rest - parts[-1][..., 0].to(rest.dtype)
-    unused = torch.zeros_like(query[..., :1]).expand(-1, -1, -1, _COLUMNS - _PARTS)
+    most = min(torch.finfo(query.dtype).max * _FACTORS[0], torch.finfo(logits.dtype).max)
+    parts, rest = [], (logits / scale).clamp(-most, most)
+    for factor in _FACTORS:
+        parts.append((rest / factor).to(query.dtype)[..., None])
+        rest = rest - parts[-1][..., 0].to(rest.dtype) * factor
+    unused = torch.zeros_like(query[..., :1]).expand(-1, -1, -1, _COLUMNS - len(_FACTORS))
     query = torch.cat((query, *parts, unused), 3)
-    key = _behind_one(key, _COLUMNS, _PARTS, _FACTOR)
-    value = _behind_one(value, _COLUMNS, 1, 1.0)
+    key = _behind_one(key, _COLUMNS, _FACTORS)
+    value = _behind_one(value, _COLUMNS, (1.0,))
     if allowed is not None:
         return torch_attention(query, key, value, scale, torch.cat((torch.ones_like(allowed[..., :1]), allowed), 3))
-    query = _behind_one(query, 0, 0, 0.0)  # row i sees the keys up to i, and one more
+    query = _behind_one(query, 0, ())  # row i sees the keys up to i, and one more
     return torch_attention(query, key, value, scale)[:, :, 1:]
 
 
-def _behind_one(rows: Tensor, columns: int, filled: int, number: float) -> Tensor:
-    """The rows with further columns of zeros, behind a row of zeros that has `number` in the first of these columns."""
+def _behind_one(rows: Tensor, columns: int, numbers: tuple[float, ...]) -> Tensor:
+    """The rows with further columns of zeros, behind a row of zeros that has `numbers` in the first of these columns."""
     width = rows.shape[3]
     rows = torch.cat((rows, torch.zeros_like(rows[..., :1]).expand(-1, -1, -1, columns)), 3) if columns else rows
     places = torch.arange(width + columns, device=rows.device)
-    first = torch.where((places >= width) & (places < width + filled), number, 0.0).to(rows.dtype)
+    first = torch.zeros_like(places, dtype=rows.dtype)
+    for place, number in enumerate(numbers, width):
+        first = torch.where(places == place, number, first)
     return torch.cat((first.expand(rows.shape[0], rows.shape[1], 1, width + columns), rows), 2)

@@ -48,9 +48,9 @@ def register(config: TSAConfig | None = None, *, name: str = "tsa") -> str:
             f"name={name!r} is not allowed: it must be letters, digits, '.', '-' and '_', and may not contain "
             f"{', '.join(_TAKEN)}, by which transformers knows its own implementations"
         )
-    registry.check(config.kernel, config.dense_kernel)
-    from tsa_compile.engines.transformers import add
+    from tsa_compile.engines.transformers import add  # which registers this package's kernels
 
+    registry.check(config.kernel, config.dense_kernel)
     add(name, config)
     return name
 

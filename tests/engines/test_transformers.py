@@ -26,7 +26,17 @@ from tsa_compile import (
     reports,
 )
 
-from ..support import chunks, difference, exhaustive_but, mixed_padding, oracle, tiny, tokens, with_sinks
+from ..support import (
+    chunks,
+    difference,
+    exhaustive_but,
+    mixed_padding,
+    oracle,
+    tiny,
+    tokens,
+    with_sinks,
+    without_interpreter,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
@@ -183,6 +193,21 @@ def test_autocast_is_left_to_sdpa_as_in_a_compiled_model():
     assert Reason.SPARSE in reasons(model), "whose types are all that of autocast"
 
 
+def test_windows_in_a_static_cache_that_generate_makes_masks_for():
+    """A prompt in chunks, and a second turn: the model hands the masks to the interface once more."""
+    ids, settings, found = tokens(1, 90), dict(max_new_tokens=2, do_sample=False), []
+    scores = dict(return_dict_in_generate=True, output_logits=True)
+    exact = attention.register(FLOOR.replace(layers=[]), name=f"tsa-{next(numbers)}")
+    for name in ("sdpa", exact):
+        model = tiny("mistral", name, num_hidden_layers=1, pad_token_id=0, eos_token_id=None)
+        static = dict(cache_implementation="static", prefill_chunk_size=40)
+        cache = transformers.StaticCache(config=model.config, max_cache_len=100)
+        model.generate(ids[:, :40], past_key_values=cache, **settings)
+        for kind in (static, dict(past_key_values=cache)):
+            found.append(torch.stack(model.generate(ids, **kind, **settings, **scores).logits))
+    assert difference(found[2], found[0]) < ATOL and difference(found[3], found[1]) < ATOL
+
+
 @pytest.mark.parametrize("rows", [33, 21])
 def test_chunks_in_a_static_cache(rows):
     """As in one that grows. As many rows as transformers has in a step of assisted decoding keep their mask, and stay
@@ -253,6 +278,18 @@ def test_training_is_dense():
     assert all(torch.allclose(*pair, atol=1e-6) for pair in gradients)
     with torch.no_grad(), pytest.warns(TSAWarning, match="DROPOUT"):
         model(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
+def test_checkpoints_that_run_a_layer_without_gradients_are_training():
+    found = []
+    for name in ("sdpa", attention.register(FLOOR, name=f"tsa-{next(numbers)}")):
+        model = tiny("llama", name, num_hidden_layers=1).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=True))
+        rows = model.get_input_embeddings()(tokens(1, LENGTH))
+        model(inputs_embeds=rows, labels=tokens(1, LENGTH), use_cache=False).loss.backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_layers_by_default_by_number_and_by_name():
@@ -390,6 +427,12 @@ def test_a_dense_kernel():
     model = sparse("llama", FLOOR.replace(kernel="triton"))
     with pytest.warns(TSAWarning, match="KERNEL"):
         assert difference(logits(model, tokens(1, LENGTH)), logits(tiny("llama"), tokens(1, LENGTH))) < ATOL
+
+
+@pytest.mark.exhaustive
+def test_block_sparse_kernels_are_there_in_a_fresh_process():
+    source = "from tsa_compile import TSAConfig, attention; print(attention.register(TSAConfig(dense_kernel='a_shape')))"
+    assert without_interpreter(source).strip() == "tsa"
 
 
 def test_compiled_it_is_what_the_backend_finds():

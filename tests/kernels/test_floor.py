@@ -157,6 +157,18 @@ def test_large_logits(device, dtype, boost):
     case.check(case.attending(attend_floor_aten), 9, 3, tolerance * max(1, boost / 100))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("scale", [1e-5, 0.125])
+def test_large_products(sign, scale):
+    """Of queries and keys of float16, up to 4e7: a row's own key has its largest logit, or one far below the others."""
+    case = Case(80, paddings=("left", "none"), dtype=torch.float16)
+    case.scale = scale
+    query, key, value = case.inputs
+    key = sign * query[:, : key.shape[1]]
+    case.inputs = (query * 1000, key * 1000, value)
+    case.check(case.attending(attend_floor_aten), 9, 3, 4e-3)
+
+
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 def test_nothing_or_everything_is_selected(triton_device, keep):
     Case(70, paddings=("none", "left"), keep=keep, device=triton_device).check(merge_floor_triton, 9, 3)

@@ -95,6 +95,8 @@ class Call:
             return Reason.UNSUPPORTED_FORM, "its weights are asked for"
         obstacle = types_problem(self.query, self.key, self.value, self._computed_in())
         obstacle = obstacle or plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
+        if self.module.training:  # reentrant checkpoints run a layer without gradients, and again for them
+            obstacle = obstacle or (Reason.NEEDS_GRAD, "the module is in training mode; model.eval() is for inference")
         if torch.is_grad_enabled() and self.sink_logits is not None and self.sink_logits.requires_grad:
             obstacle = obstacle or (Reason.NEEDS_GRAD, "")
         if obstacle is not None:

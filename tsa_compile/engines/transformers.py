@@ -130,7 +130,10 @@ class Implementation:
             return _padding(attention_mask, batch_size, so_far, q_length == kv_length, others.get("device"))
         ends = kv_offset + kv_length == so_far  # the last key is the last query's own
         if ours and ends and local_size is not None and _is_window(mask_function, local_size, first, q_length):
-            seen = None if attention_mask is None else attention_mask[:, kv_offset:]
+            # `generate` makes masks for a static cache, and the model hands them over once more: one of as many columns as
+            # there are keys is cut already.
+            cut = attention_mask is not None and attention_mask.shape[1] == kv_length
+            seen = attention_mask if attention_mask is None or cut else attention_mask[:, kv_offset:]
             return _windowed(_padding(seen, batch_size, kv_length, False, others.get("device")), local_size)
         mask = (eager_mask if whole == "eager" else sdpa_mask)(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
