@@ -23,6 +23,7 @@ from tsa_compile.kernels.flash import run_behind
 from tsa_compile.kernels.interface import MAX_HEAD_DIM, AttentionKernel, KernelRequest
 from tsa_compile.kernels.launch import HAS_TRITON
 from tsa_compile.kernels.merge import merged
+from tsa_compile.kernels.tiles import rows_contiguous
 
 PRIORITY = (
     SDPBackend.CUDNN_ATTENTION,
@@ -52,20 +53,24 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, backends: tup
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal cuDNN attention: its operator itself where it surely fits, as `sdpa_kernel` costs the host 30 to 60 us."""
+    """Causal cuDNN attention: its operator itself where it surely fits, as `sdpa_kernel` costs the host 30 to 60 us.
+
+    The operator wants dense rows; SDPA would take another kernel for others.
+    """
     if query.shape[2] < _CUDNN_ROWS or query.shape[1] != key.shape[1] or not query.is_cuda:
         return _sdpa(query, key, value, scale, PRIORITY)
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    return attention(query, key, value, None, False, 0.0, True, False, scale=scale)[0]
+    rows = map(rows_contiguous, (query, key, value))
+    return attention(*rows, None, False, 0.0, True, False, scale=scale)[0]
 
 
 def _cudnn_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """With the log-sum-exp, which cuDNN's operator gives [B, H, rows, 1]."""
     if query.shape[2] < _CUDNN_ROWS or not query.is_cuda:
         return _lse_elsewhere(query, key, value, scale)
-    key, value = (_repeated(tensor, query) for tensor in (key, value))
+    rows = (rows_contiguous(_repeated(tensor, query)) for tensor in (query, key, value))
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    out, lse = attention(query, key, value, None, True, 0.0, True, False, scale=scale)[:2]
+    out, lse = attention(*rows, None, True, 0.0, True, False, scale=scale)[:2]
     return out, lse.reshape(query.shape[:3])
 
 
@@ -76,9 +81,9 @@ def _flash_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple
     """
     if not query.is_cuda or query.shape[3] % 8 != 0 or query.shape[3] != value.shape[3]:
         return _lse_elsewhere(query, key, value, scale)
-    key, value = (_repeated(tensor, query) for tensor in (key, value))
+    rows = (rows_contiguous(_repeated(tensor, query)) for tensor in (query, key, value))
     attention = torch.ops.aten._scaled_dot_product_flash_attention.default
-    out, lse = attention(query, key, value, 0.0, True, False, scale=scale)[:2]
+    out, lse = attention(*rows, 0.0, True, False, scale=scale)[:2]
     return out, lse[:, :, : query.shape[2]]
 
 
@@ -116,8 +121,8 @@ def _cudnn_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
     group = query.shape[1] // key.shape[1]
     rows = query.unflatten(1, (-1, group)).flatten(2, 3)  # without causality a group's heads are further rows
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    operands = (rows, key[:, :, :past], value[:, :, :past], None, True, 0.0, False, False)
-    out, lse = attention(*operands, scale=scale)[:2]
+    operands = map(rows_contiguous, (rows, key[:, :, :past], value[:, :, :past]))
+    out, lse = attention(*operands, None, True, 0.0, False, False, scale=scale)[:2]
     out, lse = (part.unflatten(2, (group, -1)).flatten(1, 2) for part in (out, lse.reshape(rows.shape[:3])))
     return merged(*own, out, lse)
 

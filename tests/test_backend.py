@@ -19,6 +19,7 @@ from tsa_compile import (
     reports,
     tsa_backend,
 )
+from tsa_compile.backend import dense_kernels
 from tsa_compile.kernels import reference, registry
 from tsa_compile.kernels.sparse import a_shape_lists, block_sparse
 from tsa_compile.testing import count_ops, widest_elements
@@ -443,3 +444,12 @@ def test_layers_of_a_model_in_a_list_of_arguments_have_numbers():
         for call in (Attention(), half_of, Attention(), Attention()):
             query = call(query, key, value)
     assert difference(out, query) < ATOL
+
+
+def test_graphs_of_other_backends_keep_their_kernels(monkeypatch):
+    """The order of kernels is no part of the keys of torch's caches, so what is compiled in ours has a mark of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tag = torch.compiler.config.cache_key_tag
+    with dense_kernels():
+        assert torch.compiler.config.cache_key_tag not in ("", tag)
+    assert torch.compiler.config.cache_key_tag == tag

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -154,9 +154,16 @@ def _mode_options(mode: str) -> dict[str, Any]:
     return modes[mode]
 
 
-def dense_kernels() -> AbstractContextManager[Any]:
+@contextmanager
+def dense_kernels() -> Iterator[None]:
     """Which kernel a dense SDPA call becomes is decided while it is traced, so the order is set around tracing.
 
-    Which one a plain call picks differs between versions of torch.
+    Which one a plain call picks differs between versions of torch. The keys of torch's caches do not have the order: without
+    a mark of its own, a graph that another backend compiles would get the kernels that were chosen here.
     """
-    return fastest_first() if torch.cuda.is_available() else nullcontext()
+    if not torch.cuda.is_available():
+        yield
+        return
+    settings: Any = torch.compiler.config
+    with fastest_first(), settings.patch(cache_key_tag=f"{settings.cache_key_tag} tsa: fastest kernels first"):
+        yield
