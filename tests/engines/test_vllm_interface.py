@@ -225,35 +225,59 @@ class TestWatched:
     @pytest.fixture(autouse=True)
     def registered(self, monkeypatch):
         from vllm.platforms import current_platform
+        from vllm.v1.attention import selector
 
         from tsa_compile.engines import vllm as plugin
         from tsa_compile.engines.vllm import interface, settings
 
         self.installed = []
         monkeypatch.delenv(settings.CONFIG, raising=False)
-        monkeypatch.setattr(current_platform, "get_attn_backend_cls", lambda *arguments: "vllm's")
-        monkeypatch.setattr(interface, "install", lambda: self.installed.append(True))
+        monkeypatch.setattr(
+            current_platform, "get_attn_backend_cls", lambda *_, **__: "ours" if self.installed else "vllm's"
+        )
+        monkeypatch.setattr(selector, "resolve_obj_by_qualname", lambda path: path)
+        monkeypatch.setattr(selector, "_cached_get_attn_backend", selector._cached_get_attn_backend)
+        monkeypatch.setattr(interface, "register_backend", lambda *_: self.installed.append(True))
+        selector._cached_get_attn_backend.cache_clear()
         plugin.register()
+        yield
+        selector._cached_get_attn_backend.cache_clear()
 
     def chosen(self, additional):
         from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.platforms import current_platform
+        from vllm.v1.attention import selector
 
         config = VllmConfig.__new__(VllmConfig)
         object.__setattr__(config, "additional_config", additional)
         with set_current_vllm_config(config):
-            return current_platform.get_attn_backend_cls(None, None)
+            return selector._cached_get_attn_backend(None, None)
 
     @pytest.mark.parametrize("additional", [{}, {"other": {}}])
     def test_an_engine_without_a_configuration(self, additional):
         assert self.chosen(additional) == "vllm's" and not self.installed
 
     def test_an_engine_with_one(self):
-        assert self.chosen({"tsa": {}}) == "vllm's" and self.installed == [True]
-        self.chosen({"tsa": {}})
-        assert self.installed == [True], "once"
+        assert self.chosen({"tsa": {}}) == "ours" and self.installed == [True]
+        assert self.chosen({"tsa": {}}) == "ours" and self.installed == [True], "once"
+
+    def test_an_engine_with_one_after_one_without(self):
+        """What vLLM remembers of the first engine does not hold for the second."""
+        assert [self.chosen(additional) for additional in ({}, {"tsa": {}}, {})] == ["vllm's", "ours", "ours"]
+
+    def test_the_environment_after_an_engine_without(self, monkeypatch):
+        assert self.chosen({}) == "vllm's"
+        monkeypatch.setenv("TSA_CONFIG", "{}")
+        assert self.chosen({}) == "ours"
+
+    def test_a_version_that_is_refused_is_refused_again(self, monkeypatch):
+        from tsa_compile.engines.vllm import interface
+
+        monkeypatch.setattr(interface.vllm, "__version__", "0.1.0")
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="not supported"):
+                self.chosen({"tsa": {}})
 
     def test_outside_of_an_engine(self):
-        from vllm.platforms import current_platform
+        from vllm.v1.attention import selector
 
-        assert current_platform.get_attn_backend_cls(None, None) == "vllm's" and not self.installed
+        assert selector._cached_get_attn_backend(None, None) == "vllm's" and not self.installed

@@ -33,21 +33,40 @@ def register() -> None:
 def _watch() -> None:
     """Installs the backend as soon as vLLM chooses one for an engine that was given a configuration."""
     from vllm import config as configs
-    from vllm.platforms import current_platform
 
-    choose = getattr(current_platform, "get_attn_backend_cls", None)
+    place, name = _choice()
+    choose = getattr(place, name, None)
     current = getattr(configs, "get_current_vllm_config_or_none", None) or configs.get_current_vllm_config
     if choose is None:  # of some other version: whoever did not ask for sparse attention must not notice
         return
 
     @functools.wraps(choose)
-    def get_attn_backend_cls(*args: Any, **kwargs: Any) -> str:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         if config_of(current()) is None:
             return choose(*args, **kwargs)
         from tsa_compile.engines.vllm.interface import install
 
-        current_platform.get_attn_backend_cls = choose
         install()
-        return current_platform.get_attn_backend_cls(*args, **kwargs)
+        setattr(place, name, choose)
+        return choose(*args, **kwargs)
 
-    current_platform.get_attn_backend_cls = get_attn_backend_cls
+    for of_cache in ("cache_clear", "cache_info"):
+        if hasattr(choose, of_cache):
+            setattr(watched, of_cache, getattr(choose, of_cache))
+    setattr(place, name, watched)
+
+
+def _choice() -> tuple[Any, str]:
+    """The function of vLLM's that chooses a backend, and what has it.
+
+    The one in front of its cache, behind which nobody is asked again: what was chosen for an engine without a configuration
+    would hold for all later ones of its process. A version that has no such function is one that `install` refuses.
+    """
+    from vllm.platforms import current_platform
+
+    try:
+        from vllm.v1.attention import selector
+    except ImportError:
+        return current_platform, "get_attn_backend_cls"
+    name = "_cached_get_attn_backend"
+    return (selector, name) if hasattr(selector, name) else (current_platform, "get_attn_backend_cls")

@@ -26,6 +26,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn, flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -81,6 +82,7 @@ def install() -> None:
     else:
         register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{CUDABackend.__name__}")
     _say_what_else_is_chosen()
+    selector._cached_get_attn_backend.cache_clear()  # it may have what was chosen for an earlier engine
 
 
 def own_config(vllm_config: Any) -> TSAConfig:
