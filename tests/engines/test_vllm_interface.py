@@ -187,29 +187,42 @@ class TestObstacles:
 
 
 class TestRefused:
-    def settings(self, **changes):
-        scheduler = SimpleNamespace(enable_chunked_prefill=True, max_num_batched_tokens=64)
-        cache = SimpleNamespace(enable_prefix_caching=changes.pop("prefixes", False))
-        parallel = SimpleNamespace(decode_context_parallel_size=changes.pop("context", 1), prefill_context_parallel_size=1)
+    SPARSE, DENSE = core.Layers({"0": None}, {"0": HALF}), core.Layers({}, {})
+
+    def settings(self, prefixes=False, context=1, connector=None):
+        parallel = SimpleNamespace(decode_context_parallel_size=context, prefill_context_parallel_size=1)
         return SimpleNamespace(
-            scheduler_config=scheduler, cache_config=cache, parallel_config=parallel,
-            model_config=SimpleNamespace(max_model_len=128),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefixes), parallel_config=parallel,
+            kv_transfer_config=None if connector is None else SimpleNamespace(kv_connector=connector),
         )  # fmt: skip
 
-    def test_prefix_caching(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "settings, said",
+        [
+            (dict(prefixes=True), "enable_prefix_caching=True"),
+            (dict(connector="LMCacheConnectorV1"), "kv_transfer_config with LMCacheConnectorV1"),
+        ],
+    )
+    def test_keys_of_other_prompts(self, monkeypatch, settings, said):
         from tsa_compile.engines.vllm.interface import check
 
-        with pytest.raises(ConfigError, match=r"enable_prefix_caching=True.*TSA_ALLOW_PREFIX_CACHING"):
-            check(self.settings(prefixes=True), HALF)
-        check(self.settings(prefixes=True), HALF.replace(layers=[]))
+        with pytest.raises(ConfigError, match=rf"{said}.*another prompt.*TSA_ALLOW_PREFIX_CACHING"):
+            check(self.settings(**settings), self.SPARSE)
+        check(self.settings(**settings), self.DENSE)
         monkeypatch.setenv("TSA_ALLOW_PREFIX_CACHING", "1")
-        check(self.settings(prefixes=True), HALF)
+        check(self.settings(**settings), self.SPARSE)
+
+    def test_nothing_else(self):
+        from tsa_compile.engines.vllm.interface import check
+
+        check(self.settings(), self.SPARSE)
 
     def test_context_parallel(self):
         from tsa_compile.engines.vllm.interface import check
 
         with pytest.raises(ConfigError, match="decode_context_parallel_size=2"):
-            check(self.settings(context=2), HALF)
+            check(self.settings(context=2), self.SPARSE)
+        check(self.settings(context=2), self.DENSE)
 
     def test_other_versions(self, monkeypatch):
         from tsa_compile.engines.vllm import interface

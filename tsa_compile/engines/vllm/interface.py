@@ -131,8 +131,8 @@ class Builder(_BESIDE):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = own_config(vllm_config)
-        check(vllm_config, config)
         layers = layers_of(vllm_config)
+        check(vllm_config, layers)
         self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
         self.group = _group(config)
         self.rule: Rule | None = None
@@ -329,16 +329,22 @@ def rule_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device)
     return strictest(Rule(own, CallShape.configured(own, 1, *sizes, dtype.itemsize), share, device) for own in configs)
 
 
-def check(vllm_config: Any, config: TSAConfig) -> None:
-    """Raises ConfigError where the engine's settings cannot go together with sparse layers."""
-    if config.layers == ():
+def check(vllm_config: Any, layers: Layers) -> None:
+    """Raises ConfigError where the engine's settings cannot go together with sparse layers, if it has any."""
+    if not layers.sparse:
         return
-    if vllm_config.cache_config.enable_prefix_caching and os.environ.get(PREFIXES) != "1":
-        raise ConfigError(
-            "enable_prefix_caching=True is not possible with sparse layers: above one a token's keys depend on the "
-            "whole prompt, on the question at its end as well, so that another prompt with the same beginning would get "
-            f"keys that are not its own. Pass enable_prefix_caching=False, or set {PREFIXES}=1 if you accept that"
-        )
+    connector = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
+    shared = {
+        "enable_prefix_caching=True": (vllm_config.cache_config.enable_prefix_caching, "Pass enable_prefix_caching=False"),
+        f"kv_transfer_config with {connector}": (connector, "Leave it out, and kv_offloading_size, which implies it"),
+    }
+    for what, (is_there, remedy) in shared.items():
+        if is_there and os.environ.get(PREFIXES) != "1":
+            raise ConfigError(
+                f"{what} is not possible with sparse layers: above one a token's keys depend on the whole prompt, on the "
+                "question at its end as well, so that another prompt with the same beginning would get keys that are not "
+                f"its own. {remedy}, or set {PREFIXES}=1 if you accept that"
+            )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         found = getattr(parallel, name, 1)
