@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsa_compile import ConfigError, Coverage, KeepRatio, Reason, TSAConfig
+from tsa_compile import ConfigError, Coverage, KeepRatio, KernelError, Reason, TSAConfig
 from tsa_compile.costs.devices import H200
 from tsa_compile.engines import vllm as plugin
 from tsa_compile.engines.vllm import core, settings
 from tsa_compile.kernels import reference
+from tsa_compile.passes.layers import place_in, select_layers
 
 from ..support import heads
 from .vllm_support import ANY, COVERAGE, CPU, HALF, SHAPE, compare, flat, has_vllm
@@ -61,20 +62,113 @@ def test_layers_with_budgets_of_their_own_are_sparse_where_all_of_them_gain():
     assert never.minimum().tokens is None and core.strictest([*rules, never]) is never
 
 
+def attention(numbers, name="model.layers.{}.self_attn.attn"):
+    return {name.format(number): torch.nn.Module for number in numbers}
+
+
+def upper_half(names, count=None, **more):
+    """The numbers of the layers that are sparse by default."""
+    found = core.choose_layers(names, {}, TSAConfig(), count, **more).sparse
+    return [int(part) for name in found for part in name.split(".") if part.isdigit()]
+
+
 def test_layers_by_the_compilers_rule():
-    names = {f"model.layers.{number}.self_attn.attn": torch.nn.Module for number in range(4)}
+    names = attention(range(4))
     upper = core.choose_layers(names, {}, TSAConfig())
     assert sorted(upper.sparse) == sorted(names)[2:]
     named = core.choose_layers(names, {"model.layers.1.self_attn.attn": "a sliding window"}, TSAConfig(layers=[1, 3, 9]))
     assert [*named.sparse] == ["model.layers.3.self_attn.attn"]
     each = core.choose_layers(names, {}, TSAConfig(layers={1: 0.25, 3: Coverage(0.1)})).sparse
     assert [own.budget for own in each.values()] == [KeepRatio(0.25), Coverage(0.1)]
-    assert named.reasons["model.layers.1.self_attn.attn"] == (Reason.UNSUPPORTED_FORM, "a sliding window")
+    assert named.reasons["model.layers.1.self_attn.attn"] == (Reason.SLIDING_WINDOW, "a sliding window")
     assert "a sliding window" in named.summary and "layers=[9] not found" in named.summary
     stage = {name: kind for name, kind in names.items() if name > "model.layers.2"}
     assert {reason for reason, _ in core.choose_layers(stage, {}, TSAConfig()).reasons.values()} == {
         Reason.LAYER_COUNT_UNKNOWN
     }
+
+
+class TestTheUpperHalf:
+    """Of all layers that the model has, whichever are here: the numbers come from its configuration."""
+
+    def test_of_a_stage_of_a_pipeline(self):
+        stages = [range(4), range(4, 7), [7]]
+        assert [upper_half(attention(stage), 8, whole=False) for stage in stages] == [[], [4, 5, 6], [7]]
+
+    def test_of_a_hybrid_model_is_what_a_compiled_one_has(self):
+        assert upper_half(attention([4, 12, 20, 28]), 32) == [20, 28]
+        held = attention(range(32), "model.layers.{}") | attention([4, 12, 20, 28])
+        places = [place_in(held, name) for name in held if name.endswith(".attn")]
+        found = select_layers(places, TSAConfig())
+        assert [place.number for place, reason in zip(places, found, strict=True) if reason is None] == [20, 28]
+
+    def test_of_two_stacks_is_of_each(self):
+        """A count of one number cannot be that of both."""
+        names = attention(range(4), "model.decoder.layers.{}.attn") | attention(range(2), "model.encoder.layers.{}.attn")
+        assert upper_half(names, 4) == [2, 3, 1]
+
+    @pytest.mark.parametrize("name", ["model.layers.{}.self_attn.attn", "language_model.model.layers.{}.self_attn.attn"])
+    @pytest.mark.parametrize("config", [TSAConfig(layers=["*"]), TSAConfig(layers=[4, 5, 6, 7]), TSAConfig()])
+    def test_and_never_a_draft_models(self, name, config):
+        """Which vLLM numbers on."""
+        found = core.choose_layers(attention(range(7), name) | attention([7]), {}, config, 7)
+        chosen = {"*": range(7), None: range(3, 7), 4: range(4, 7)}[config.layers[0] if config.layers else None]
+        assert [*found.sparse] == [*attention(chosen, name)]
+        assert "a draft model's: model.layers.7.self_attn.attn" in found.summary
+        assert ("layers=[7] not found" in found.unused) == (config.layers == (4, 5, 6, 7))
+
+
+class TestWhatIsSaid:
+    NAMES: ClassVar = attention(range(4))
+
+    def said(self, config, obstacles=(), **more):
+        return core.complaints(core.choose_layers(self.NAMES, dict(obstacles), config, **more), config)
+
+    @pytest.mark.parametrize("layers", [None, [], [0, 3], ["model.layers.?.*"]])
+    def test_nothing(self, layers):
+        assert self.said(TSAConfig(layers=layers, strict=True)) == []
+
+    @pytest.mark.parametrize("layers", [[9, 1], ["model.layerz.*", "*.1.*"]])
+    def test_of_layers_that_are_not_there(self, layers):
+        (said,) = self.said(TSAConfig(layers=layers))
+        assert f"layers=[{layers[0]!r}] not found" in said and "0..3 (model.layers.*.self_attn.attn)" in said
+        with pytest.raises(ConfigError, match=r"not found: .*strict=True"):
+            self.said(TSAConfig(layers=layers, strict=True))
+
+    def test_in_a_stage_of_a_pipeline(self):
+        """What is not here may be in another process."""
+        assert self.said(TSAConfig(layers=[7], strict=True), count=8, whole=False) == []
+        assert self.said(TSAConfig(layers=["*.7.*"], strict=True), count=8, whole=False) == []
+        assert "layers=[8] not found" in self.said(TSAConfig(layers=[7, 8]), count=8, whole=False)[0]
+
+    def test_where_nothing_is_sparse(self):
+        windows = dict.fromkeys(self.NAMES, core.WINDOW)
+        (said,) = self.said(TSAConfig(strict=True), windows)
+        assert "no layer is sparse" in said and "SLIDING_WINDOW" in said
+        assert self.said(TSAConfig(strict=True), [*windows.items()][:3]) == []
+
+    def test_of_what_the_plug_in_cannot_do(self):
+        found = {"model.layers.3.self_attn.attn": "a soft cap"}
+        assert self.said(TSAConfig(), found) == []
+        with pytest.raises(ConfigError, match=r"a soft cap: model.layers.3.*strict=True"):
+            self.said(TSAConfig(strict=True), found)
+        self.said(TSAConfig(strict=True, layers=[2]), found)
+
+    def test_of_options_without_a_meaning(self):
+        assert self.said(TSAConfig(compiler="inductor", regional=None)) == []
+        (said,) = self.said(TSAConfig(dense_kernel="a_shape", skip_passes=["Validate"]))
+        assert "dense_kernel='a_shape', skip_passes=('Validate',)" in said and "vLLM's own kernel runs" in said
+        assert "compiler='eager'" in self.said(TSAConfig(compiler="eager"))[0]
+        assert self.said(TSAConfig(layers=[], dense_kernel="a_shape"))
+
+
+@pytest.mark.parametrize("options", [dict(kernel="flashh"), dict(kernel="flash"), dict(dense_kernel="flashh")])
+def test_kernels_are_checked_before_a_prompt_comes(options):
+    sizes = dict(heads=4, kv_heads=2, width=32, dtype=torch.float32, where=CPU, sinks=False)
+    core.check_kernels(HALF, **sizes)
+    core.check_kernels(HALF.replace(kernel="sdpa"), **sizes)
+    with pytest.raises(KernelError, match=r"'flash+'"):
+        core.check_kernels(HALF.replace(**options), **sizes)
 
 
 def paged(tokens, size, blocks):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from tsa_compile import ConfigError
+from tsa_compile import ConfigError, KernelError, TSAConfig
 from tsa_compile.engines.vllm import core
 from tsa_compile.kernels import reference
 from tsa_compile.kernels.cached import cached_attention_aten
@@ -184,6 +184,79 @@ class TestObstacles:
         from vllm.model_executor.layers.attention import Attention
 
         assert self.found(kind=type("ChunkedLocalAttention", (Attention,), {})) == "attention by ChunkedLocalAttention"
+
+
+class TestAnEnginesStart:
+    """The metadata builder, the first of our classes that sees the whole engine: what it takes, says and refuses."""
+
+    def builder(self, monkeypatch, config, numbers=range(4), more=(), count=4, **settings):
+        from vllm.model_executor.layers.attention import Attention
+
+        from tsa_compile.engines.vllm import interface
+
+        impl = interface.CPUImpl.__new__(interface.CPUImpl)
+        impl.__dict__.update(
+            attn_type="decoder", sliding_window=(-1, -1), alibi_slopes=None, logits_soft_cap=0, sinks=None, num_heads=4,
+            kv_sharing_target_layer_name=None, kv_cache_dtype="auto", num_kv_heads=2, head_size=32,
+        )  # fmt: skip
+        held = {}
+        for name in [*(f"model.layers.{number}.self_attn.attn" for number in numbers), *more]:
+            held[name] = Attention.__new__(Attention)
+            object.__setattr__(held[name], "impl", impl)
+        parallel = SimpleNamespace(pipeline_parallel_size=settings.pop("stages", 1))
+        model = SimpleNamespace(
+            runner_type=settings.pop("runner_type", "generate"), is_encoder_decoder=False, dtype=torch.float32,
+            get_total_num_hidden_layers=lambda: count,
+        )  # fmt: skip
+        engine = SimpleNamespace(
+            additional_config={"tsa": config.to_dict()}, model_config=model, parallel_config=parallel,
+            cache_config=SimpleNamespace(enable_prefix_caching=settings.pop("prefixes", False)), kv_transfer_config=None,
+            compilation_config=SimpleNamespace(static_forward_context=held),
+        )  # fmt: skip
+        self.warned = []
+        monkeypatch.delenv("TSA_CONFIG", raising=False)
+        monkeypatch.setattr(interface.cpu_attn.CPUAttentionMetadataBuilder, "__init__", lambda *_: None)
+        monkeypatch.setattr(interface, "_group", lambda _: None)
+        monkeypatch.setattr(interface, "_log", SimpleNamespace(
+            warning_once=lambda text, *given: self.warned.append(text % given), info_once=lambda *_: None,
+        ))  # fmt: skip
+        return interface.CPUBuilder(None, [*held], engine, torch.device("cpu"))
+
+    def sparse(self, *given, **settings):
+        return [int(name.split(".")[2]) for name in self.builder(*given, **settings).sparse_layers]
+
+    def test_takes_the_upper_half_of_the_model(self, monkeypatch):
+        config = TSAConfig()
+        assert self.sparse(monkeypatch, config) == [2, 3] and not self.warned
+        assert self.sparse(monkeypatch, config, range(4, 8), count=8, stages=2) == [4, 5, 6, 7]
+        assert self.sparse(monkeypatch, config, range(4), count=8, stages=2) == [] and not self.warned
+        assert self.sparse(monkeypatch, config, [4, 12, 20, 28], count=32) == [20, 28]
+
+    def test_leaves_drafts_alone(self, monkeypatch):
+        drafts = ["model.layers.4.self_attn.attn", *(f"draft_model.model.layers.{n}.self_attn.attn" for n in range(2))]
+        drafts += ["mtp.layers.0.self_attn.attn", "model.mtp.layers.1.attn"]
+        for layers, chosen in ((None, [2, 3]), (["*"], [0, 1, 2, 3]), ([0, 1], [0, 1])):
+            assert self.sparse(monkeypatch, TSAConfig(layers=layers, strict=True), more=drafts) == chosen
+
+    def test_warns_of_what_has_no_effect(self, monkeypatch):
+        self.builder(monkeypatch, TSAConfig(dense_kernel="a_shape", layers=[1, 9]))
+        missing, kernel = self.warned
+        assert "layers=[9] not found" in missing and "dense_kernel='a_shape'" in kernel
+
+    def test_refuses_what_strict_forbids(self, monkeypatch):
+        with pytest.raises(ConfigError, match=r"model\.layerz.*not found.*strict=True"):
+            self.builder(monkeypatch, TSAConfig(layers=["model.layerz.*"], strict=True))
+
+    @pytest.mark.parametrize("options", [dict(kernel="flashh"), dict(kernel="flash"), dict(dense_kernel="flashh")])
+    def test_refuses_kernels_that_cannot_run(self, monkeypatch, options):
+        with pytest.raises(KernelError, match=r"'flash+'"):
+            self.builder(monkeypatch, TSAConfig(**options))
+
+    def test_refuses_prefix_caching_where_a_layer_is_sparse(self, monkeypatch):
+        with pytest.raises(ConfigError, match="enable_prefix_caching=True"):
+            self.builder(monkeypatch, TSAConfig(), prefixes=True)
+        self.builder(monkeypatch, TSAConfig(), prefixes=True, runner_type="pooling")
+        assert "no layer is sparse" in self.warned[0]
 
 
 class TestRefused:

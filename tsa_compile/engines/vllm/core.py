@@ -20,11 +20,18 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.costs.breakeven import Minimum, minimum
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.costs.devices import DeviceCosts
+from tsa_compile.errors import ConfigError
+from tsa_compile.kernels import registry
 from tsa_compile.passes.layers import Place, place_in, said_of_unused, select_layers, unused_layers
+from tsa_compile.passes.plan import kernel_of
 from tsa_compile.passes.rewrite import options_of
-from tsa_compile.reasons import Reason
+from tsa_compile.reasons import NOT_UNDERSTOOD, Decision, Reason
 
 assert pipeline.OPS
+
+WINDOW = "a sliding window"
+"""What is in the way of layers with one."""
+_DEFAULT, _OF_COMPILING = TSAConfig(), ("dense_kernel", "regional", "compiler", "skip_passes")
 
 
 @dataclass(frozen=True)
@@ -117,43 +124,104 @@ class Layers:
         reasons: why a layer stays dense; None for the sparse ones.
         sparse: the configuration of each sparse one.
         unused: what to say of layers that were named and are not there.
+        whole: whether all of the model's layers are here, not those of one stage of a pipeline.
     """
 
     reasons: Mapping[str, tuple[Reason, str] | None]
     sparse: Mapping[str, TSAConfig]
     unused: str = ""
+    whole: bool = True
 
     @property
     def summary(self) -> str:
         """One line: which layers are sparse, and why the others are not."""
+        return "; ".join([*self._said(Reason), *filter(None, [self.unused])])
+
+    @property
+    def not_understood(self) -> str:
+        """Which selected layers are not sparse because of what the plug-in cannot do; "" if there are none."""
+        return "; ".join(self._said((*NOT_UNDERSTOOD, Reason.LAYER_COUNT_UNKNOWN)))
+
+    def _said(self, which: Iterable[Reason]) -> Iterable[str]:
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self.reasons.items():
-            by_reason.setdefault("sparse" if reason is None else " ".join(reason).strip(), []).append(name)
-        said = (f"{what}: {names[0]} to {names[-1]} ({len(names)})" for what, names in by_reason.items())
-        return "; ".join([*said, *filter(None, [self.unused])])
+        for name, (reason, detail) in ((name, found or (Reason.SPARSE, "")) for name, found in self.reasons.items()):
+            if reason in which:
+                title = "sparse" if reason is Reason.SPARSE else f"{reason} {detail}".strip()
+                by_reason.setdefault(title, []).append(name)
+        return (f"{what}: {names[0]} to {names[-1]} ({len(names)})" for what, names in by_reason.items())
 
 
-def choose_layers(names: Mapping[str, type], obstacles: Mapping[str, str], config: TSAConfig) -> Layers:
+def choose_layers(
+    names: Mapping[str, type], obstacles: Mapping[str, str], config: TSAConfig, count: int | None = None, whole: bool = True
+) -> Layers:
     """Which layers are sparse, by the compiler's rule.
 
     Args:
-        names: all attention layers of the model and their classes.
+        names: the attention layers of the model that are in this process, and their classes.
         obstacles: what is in the way of some of them.
+        count: how many layers the model has, with those of other processes and without attention, if that is known.
+        whole: whether no other process has layers of the model.
     """
-    places: list[Place] = [place_in(names, name) for name in names]
-    reasons: dict[str, tuple[Reason, str] | None] = {}
-    for name, place, reason in zip(names, places, select_layers(places, config), strict=True):
+    places = _places(names, count)
+    reasons: dict[str, tuple[Reason, str] | None] = dict.fromkeys(names, (Reason.LAYER_NOT_SELECTED, "a draft model's"))
+    for (name, place), reason in zip(places.items(), select_layers([*places.values()], config), strict=True):
         if reason is None and name in obstacles:
-            reasons[name] = (Reason.UNSUPPORTED_FORM, obstacles[name])
+            what = obstacles[name]
+            reasons[name] = (Reason.SLIDING_WINDOW if what == WINDOW else Reason.UNSUPPORTED_FORM, what)
         else:
             reasons[name] = None if reason is None else (reason, place.doubt)
-    sparse = {
-        name: config.of_layer(place.number, place.names)
-        for name, place in zip(names, places, strict=True)
-        if reasons[name] is None
-    }
-    unused = unused_layers(places, config)
-    return Layers(reasons, sparse, said_of_unused(unused, places) if unused else "")
+    sparse = {name: config.of_layer(place.number, place.names) for name, place in places.items() if reasons[name] is None}
+    unused = unused_layers([*places.values()], config)
+    if not whole:
+        unused = [layer for layer in unused if count is not None and isinstance(layer, int) and layer >= count]
+    return Layers(reasons, sparse, said_of_unused(unused, [*places.values()]) if unused else "", whole)
+
+
+def _places(names: Mapping[str, type], count: int | None) -> dict[str, Place]:
+    """The place of each layer, but for those numbered beyond `count`: those of a draft model, which stands behind the model.
+
+    The names here may be those of a stage of a pipeline, or of the layers of a hybrid model that have attention. So how many
+    layers a stack has is `count`, if that can be meant: where there is one stack.
+    """
+    found = {name: place_in(names, name) for name in names}
+    if count is None:
+        return found
+    found = {name: place for name, place in found.items() if place.number is None or place.number < count}
+    if len({place.stack.partition("*")[0] for place in found.values()}) > 1:
+        return found
+    return {name: place if place.number is None else replace(place, count=count, doubt="") for name, place in found.items()}
+
+
+def complaints(layers: Layers, config: TSAConfig) -> list[str]:
+    """What to warn of when an engine starts.
+
+    Raises:
+        ConfigError: with `strict`, for layers that were named and are not there, and for what the plug-in cannot do.
+    """
+    said = [*filter(None, [layers.unused, layers.not_understood])]
+    if config.strict and said:
+        raise ConfigError(f"not sparse although asked for: {'; '.join(said)} (strict=True). Name others in `layers`")
+    found = [layers.unused] if layers.unused else []
+    if config.layers != () and layers.whole and not layers.sparse:
+        found = [f"no layer is sparse: {layers.summary}"]
+    changed = [
+        f"{name}={getattr(config, name)!r}" for name in _OF_COMPILING if getattr(config, name) != getattr(_DEFAULT, name)
+    ]
+    if changed:
+        found.append(
+            f"{', '.join(changed)}: without effect in vLLM. This package compiles nothing there, and vLLM's own kernel runs "
+            "in the layers that are not sparse"
+        )
+    return found
+
+
+def check_kernels(
+    config: TSAConfig, heads: int, kv_heads: int, width: int, dtype: torch.dtype, where: torch.device, sinks: bool
+) -> None:
+    """Raises KernelError where a kernel is not registered, or that of sparse layers does not fit them."""
+    registry.check(config.kernel, config.dense_kernel)
+    query, key = (torch.empty(1, each, 1, width, dtype=dtype, device=where) for each in (heads, kv_heads))
+    kernel_of(query, key, key, Decision.SPARSE, config, sinks=sinks)
 
 
 def gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:

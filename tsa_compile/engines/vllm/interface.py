@@ -34,22 +34,26 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from tsa_compile.config import Coverage, TSAConfig
 from tsa_compile.costs.calls import CallShape
 from tsa_compile.engines.vllm.core import (
+    WINDOW,
     Layers,
     Request,
     Rule,
     Split,
     attend,
+    check_kernels,
     choose_layers,
+    complaints,
     gather,
     rehearse,
     split,
     strictest,
 )
-from tsa_compile.engines.vllm.settings import CONFIG, KEY, config_of
+from tsa_compile.engines.vllm.settings import CONFIG, KEY, own_config
 from tsa_compile.errors import ConfigError
 
 SUPPORTED = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
 PREFIXES = "TSA_ALLOW_PREFIX_CACHING"
+_DRAFTS = {"draft_model", "mtp"}  # in the names of a draft model's layers, where these are not numbered on
 _CACHES = ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "_seq_lens_cpu", "_num_computed_tokens_cpu")
 """What vLLM's metadata of a batch remember of it, by version."""
 
@@ -83,11 +87,6 @@ def install() -> None:
         register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{CUDABackend.__name__}")
     _say_what_else_is_chosen()
     selector._cached_get_attn_backend.cache_clear()  # it may have what was chosen for an earlier engine
-
-
-def own_config(vllm_config: Any) -> TSAConfig:
-    """The configuration of an engine. Without one no layer is sparse: another engine of this process may have some."""
-    return config_of(vllm_config) or TSAConfig(layers=[])
 
 
 def _say_what_else_is_chosen() -> None:
@@ -130,19 +129,23 @@ class Builder(_BESIDE):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        config = own_config(vllm_config)
-        layers = layers_of(vllm_config)
+        config, layers = own_config(vllm_config), layers_of(vllm_config)
         check(vllm_config, layers)
+        warned = complaints(layers, config)
+        for said in warned:
+            _log.warning_once("Token Sparse Attention: %s", said)
         self.sparse_layers = {name: own for name, own in layers.sparse.items() if name in layer_names}
         self.group = _group(config)
         self.rule: Rule | None = None
         for name in self.sparse_layers:  # which have one shape, that of their cache
-            impl = get_layers_from_vllm_config(vllm_config, Attention)[name].impl
-            self.rule = rule_of(impl, vllm_config.model_config.dtype, layers, device)
+            impl, dtype = get_layers_from_vllm_config(vllm_config, Attention)[name].impl, vllm_config.model_config.dtype
+            sizes = (impl.num_heads, impl.num_kv_heads, impl.head_size)
+            check_kernels(config, *sizes, dtype, device, impl.sinks is not None)
+            self.rule = rule_of(impl, dtype, layers, device)
             break
         if self.rule is not None:
             _log.info_once("Token Sparse Attention: %s; %s", layers.summary, self.rule.minimum())
-        elif not layers.sparse:
+        elif not layers.sparse and not warned:
             _log.info_once("Token Sparse Attention: %s", layers.summary)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
@@ -316,9 +319,13 @@ class CUDABackend(flash_attn.FlashAttentionBackend):
 
 def layers_of(vllm_config: Any) -> Layers:
     """Which layers of a model are sparse, and why the others are not."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    held, model = get_layers_from_vllm_config(vllm_config, Attention), vllm_config.model_config
+    layers = {name: layer for name, layer in held.items() if _DRAFTS.isdisjoint(name.split("."))}
+    count = None if model.is_encoder_decoder else model.get_total_num_hidden_layers() or None
+    whole = vllm_config.parallel_config.pipeline_parallel_size == 1
     obstacles = {name: found for name, layer in layers.items() if (found := _obstacle(layer, vllm_config)) is not None}
-    return choose_layers({name: type(layer) for name, layer in layers.items()}, obstacles, own_config(vllm_config))
+    kinds = {name: type(layer) for name, layer in layers.items()}
+    return choose_layers(kinds, obstacles, own_config(vllm_config), count, whole)
 
 
 def rule_of(impl: Any, dtype: torch.dtype, layers: Layers, device: torch.device) -> Rule:
@@ -360,7 +367,7 @@ def _obstacle(layer: Any, vllm_config: Any) -> str | None:
         f"attention by {type(layer).__name__}": type(layer) is not Attention,
         f"attention of type {impl.attn_type}": impl.attn_type != AttentionType.DECODER,
         f"attention by {type(impl).__name__}": not isinstance(impl, Impl),
-        "a sliding window": impl.sliding_window not in (None, -1, (-1, -1)),
+        WINDOW: impl.sliding_window not in (None, -1, (-1, -1)),
         "a window behind the prompt": getattr(model, "rswa_window", None) is not None,
         "parts of a prompt that are not causal": bool(getattr(model, "is_mm_prefix_lm", False)),
         "ALiBi": impl.alibi_slopes is not None,

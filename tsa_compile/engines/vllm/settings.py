@@ -33,3 +33,8 @@ def config_of(vllm_config: Any) -> TSAConfig | None:
             "for all engines, the second for one"
         )
     return TSAConfig.from_json(given)
+
+
+def own_config(vllm_config: Any) -> TSAConfig:
+    """The configuration of an engine. Without one no layer is sparse: another engine of this process may have some."""
+    return config_of(vllm_config) or TSAConfig(layers=[])
