@@ -31,7 +31,7 @@ assert pipeline.OPS
 
 WINDOW = "a sliding window"
 """What is in the way of layers with one."""
-_DEFAULT, _OF_COMPILING = TSAConfig(), ("dense_kernel", "regional", "compiler", "skip_passes")
+_DEFAULT, _WITHOUT_EFFECT = TSAConfig(), ("dense_kernel", "regional", "compiler", "skip_passes")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def complaints(layers: Layers, config: TSAConfig) -> list[str]:
     if config.layers != () and layers.whole and not layers.sparse:
         found = [f"no layer is sparse: {layers.summary}"]
     changed = [
-        f"{name}={getattr(config, name)!r}" for name in _OF_COMPILING if getattr(config, name) != getattr(_DEFAULT, name)
+        f"{name}={getattr(config, name)!r}" for name in _WITHOUT_EFFECT if getattr(config, name) != getattr(_DEFAULT, name)
     ]
     if changed:
         found.append(
