@@ -20,7 +20,8 @@ With a floor, "aten" and ONNX's standard operators take its two steps in one, as
 "aten" gives padded dense attention a mask [B, 1, L, L]; "triton" moves the valid tokens together instead, and leaves zeros
 in the rows of pad tokens, which no valid token reads.
 
-The program is traced anew by `ExportedProgram.run_decompositions`, so that its signature, weights and ranges stay right.
+The program is traced anew by `ExportedProgram.run_decompositions` (retrace.py), so that its signature, weights and ranges
+stay right.
 """
 
 from __future__ import annotations
@@ -28,20 +29,19 @@ from __future__ import annotations
 import operator
 from typing import Any, Literal, get_args
 
-import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.errors import ConfigError, RewriteError
+from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS, why_not
 from tsa_compile.kernels.launch import HAS_TRITON
-from tsa_compile.passes.graph import argument, fake, fake_mode, given, insert
+from tsa_compile.passes.graph import argument, fake, given, insert
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.operators import arguments
+from tsa_compile.passes.retrace import for_all_sizes, retraced
 from tsa_compile.passes.traces import without_stacks
 
 Form = Literal["aten", "triton"]
@@ -58,7 +58,7 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
     """
     if form is None:
         with without_stacks():
-            return program.run_decompositions({})
+            return retraced(program, {})
     if form not in get_args(Form):
         allowed = ", ".join(map(repr, get_args(Form)))
         raise ConfigError(f"lower={form!r} is not allowed: lower must be one of {allowed}, or None")
@@ -66,30 +66,19 @@ def lower_program(program: ExportedProgram, form: Form | None = "aten") -> Expor
         _require_cuda(program)
     check_opened(program, f"lower={form!r}")
     check_kernels(program, f"lower={form!r}", "keep the ops with lower=None")
-    with simplified_minima(), without_stacks():
-        return _lowered(program if form == "triton" else with_joined_floors(program), form)
-
-
-def _lowered(program: ExportedProgram, form: Form) -> ExportedProgram:
-    mode = fake_mode(program.graph)
-    environment = None if mode is None else mode.shape_env
-    table = FORMS[form]
-    if environment is None:
-        return program.run_decompositions(table)
-    # A guard on a symbol also narrows its range, by which the guard would then always hold.
-    known_guards, ranges = len(environment.guards), dict(environment.var_to_range)
-    lowered = program.run_decompositions(table)
-    if form == "triton":  # as a compiler will open them, for the questions that are asked on the way
-        lowered.run_decompositions({}, decompose_custom_triton_ops=True)
-    _check_guards(environment.guards[known_guards:], ranges)
-    return lowered
+    with simplified_minima(), without_stacks(), for_all_sizes(program):
+        if form == "aten":
+            return retraced(with_joined_floors(program), FORMS[form])
+        lowered = retraced(program, FORMS[form])
+        retraced(lowered, {}, decompose_custom_triton_ops=True)  # as a compiler will open them, for what is asked on the way
+        return lowered
 
 
 def with_joined_floors(program: ExportedProgram) -> ExportedProgram:
     """The program with tsa.attend_floor for each attend_lse and merge_floor that belong together; itself without a floor."""
     if not program.graph.find_nodes(op="call_function", target=tsa.merge_floor.default):
         return program
-    program = program.run_decompositions({})  # a copy
+    program = retraced(program, {})  # a copy
     graph = program.graph
     for merge in graph.find_nodes(op="call_function", target=tsa.merge_floor.default):
         query, key, value, compressed, lse, indices, count, padding, scale, window, sinks, sink_logits = arguments(merge)
@@ -193,17 +182,3 @@ def default_form(program: ExportedProgram) -> Form:
 def is_lowered(program: ExportedProgram) -> bool:
     """Whether a program has no tsa ops, and so needs none of this package to run."""
     return not any(str(node.target).startswith("tsa.") for node in program.graph.nodes)
-
-
-def _check_guards(guards: list[Any], ranges: dict[Any, Any]) -> None:
-    """What tracing an ATen form asked about the sizes must be so for all of them: nobody would look again.
-
-    Raises:
-        RewriteError: an answer holds for the example's length and cannot be shown to hold for every other one.
-    """
-    unproven = [guard.expr for guard in guards if bound_sympy(guard.expr, ranges).lower is not sympy.true]
-    if unproven:
-        raise RewriteError(
-            f"the lowered program would hold for some lengths alone, those with {sympy.And(*unproven)}; raise the shortest "
-            "of dynamic_lengths to at least the window, below which nothing is dropped"
-        )

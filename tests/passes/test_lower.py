@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, TSAConfig
+from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, RewriteError, TSAConfig
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import reference
+from tsa_compile.kernels.forms import FORMS
 from tsa_compile.kernels.padded import padded_attention, padded_attention_aten, valid_ranges, valid_ranges_aten
 from tsa_compile.kernels.registry import AttentionKernel, names, register, unregister
 from tsa_compile.passes.graph import fake
@@ -212,17 +213,53 @@ def test_the_packages_own_causal_kernels_are_lowered():
     lower_program(export(kernel="sdpa"))
 
 
-def test_an_answer_that_does_not_hold_for_all_lengths_is_refused(monkeypatch):
-    def specialised(scores, count, capacity):
-        assert scores.shape[2] == 40
-        return torch.zeros(*scores.shape[:2], capacity, dtype=torch.int32)
+def specialised(scores, count, capacity):
+    """A form of tsa.select for one length."""
+    assert scores.shape[2] == 40
+    return torch.zeros(*scores.shape[:2], capacity, dtype=torch.int32)
 
-    from tsa_compile import RewriteError
-    from tsa_compile.kernels.forms import FORMS
 
-    monkeypatch.setitem(FORMS["aten"], torch.ops.tsa.select.default, specialised)
-    with pytest.raises(RewriteError, match="would hold for some lengths alone"):
-        lower_program(export())
+@pytest.mark.parametrize("floor", [None, Floor(5, 2)], ids=str)
+def test_an_answer_that_does_not_hold_for_all_lengths_is_refused_each_time(floor, monkeypatch):
+    """Also behind a trace of torch's own that got the same answer; and the program is as it was."""
+    program, select = export(floor=floor), tsa.select.default
+    for form in ("aten", "standard"):
+        monkeypatch.setitem(FORMS[form], select, specialised)
+    program.run_decompositions({select: specialised})
+    for lower in (lower_program, lower_program, tsa_onnx.to_portable, lower_program):
+        with pytest.raises(RewriteError, match="would hold for some lengths alone"):
+            lower(program)
+    monkeypatch.undo()
+    for lowered in (lower_program(program), tsa_onnx.to_portable(program)):
+        torch.testing.assert_close(lowered.module()(*heads(length=77)), program.module()(*heads(length=77)))
+
+
+@pytest.mark.parametrize("floor", exhaustive_but([None, Floor(5, 2)], None), ids=str)
+def test_a_range_that_begins_below_the_window_is_lowered_in_any_order(floor):
+    """The program's own guards hold min(8, length), and Python's min() asked whether the length is at least 8."""
+    config = TSAConfig(KeepRatio(0.4), 8, floor, min_tokens=3, min_length=1, layers=(0,))
+    program, aten = (
+        export_program(Attention().eval(), heads(length=40), config, dynamic_lengths=(2, 90), lower=lower)
+        for lower in (None, "aten")
+    )
+    forms = [aten, lower_program(program), tsa_onnx.to_portable(program), lower_program(program)]
+    for inputs in (heads(length=length) for length in (2, 5, 8, 31)):
+        for lowered in forms:
+            torch.testing.assert_close(lowered.module()(*inputs), program.module()(*inputs))
+
+
+class Chosen(torch.nn.Module):
+    """Has a size that depends on data, which each trace gives a symbol of its own."""
+
+    def forward(self, x):
+        return torch.nn.functional.silu(x[x[:, 0].nonzero()[:, 0]]) * x.shape[0]
+
+
+def test_sizes_that_depend_on_data_stay_known():
+    x = torch.eye(6)[:, :3]
+    program = torch.export.export(Chosen().eval(), (x,), dynamic_shapes=({0: torch.export.Dim("length", min=2, max=64)},))
+    again = lower_program(lower_program(program))
+    torch.testing.assert_close(again.module()(x[:4]), Chosen()(x[:4]))
 
 
 class Whole(torch.nn.Module):

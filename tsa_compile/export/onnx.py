@@ -34,6 +34,7 @@ from tsa_compile.files import StrPath, replacing, writable
 from tsa_compile.kernels.forms import FORMS
 from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import check_kernels, check_opened, layer_of, with_joined_floors
+from tsa_compile.passes.retrace import for_all_sizes, retraced
 from tsa_compile.passes.traces import without_stacks
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     if domain not in (None, DOMAIN):
         raise ConfigError(f'domain={domain!r} is not allowed: domain must be None (standard operators) or "{DOMAIN}"')
     target = writable(path, ".onnx")
-    with without_stacks():
+    with torch.no_grad(), without_stacks():
         exported = _export(program, opset) if domain is None else _export_domain(program, opset)
     _name_axes(exported, program)
     _name_outputs(exported, program)
@@ -111,7 +112,8 @@ def to_portable(program: ExportedProgram) -> ExportedProgram:
                 "operators compute as many rows as the shapes say: all of them. Use TSAConfig(budget=KeepRatio(...)), or "
                 f'set a capacity below the length, or export with domain="{DOMAIN}" for a runtime with kernels'
             )
-    return with_joined_floors(program).run_decompositions(FORMS["standard"])
+    with for_all_sizes(program):
+        return retraced(with_joined_floors(program), FORMS["standard"])
 
 
 def _check_form(program: ExportedProgram) -> None:
@@ -191,7 +193,8 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
         tsa.valid_ranges, tsa.cached_attention, tsa.filled, tsa.filled_attention, tsa.sliding_attention,
         tsa.padded_sliding_attention,
     )  # fmt: skip
-    program = program.run_decompositions({op.default: FORMS["standard"][op.default] for op in ops})
+    with for_all_sizes(program):
+        program = retraced(program, {op.default: FORMS["standard"][op.default] for op in ops})
     table = {getattr(tsa, name).default: form for name, form in translations(require("onnxscript")[0].values, opset).items()}
     return _export(program, opset, table)
 

@@ -38,6 +38,7 @@ from tsa_compile.passes.graph import fake, known
 from tsa_compile.passes.lower import Form, lower_program
 from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.plan import PlanCalls, all_kept_below
+from tsa_compile.passes.retrace import remember_sizes
 from tsa_compile.pipeline import PASSES, run_passes
 from tsa_compile.report import record
 
@@ -107,6 +108,7 @@ def export_program(
         program = lower_program(program, lower)
         _check_sizes(program, free)
         _check_ends(program)
+        remember_sizes(program)
     record(report)
     return program
 
