@@ -12,6 +12,7 @@ from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, Rewri
 from tsa_compile.export import export_program
 from tsa_compile.export import onnx as tsa_onnx
 from tsa_compile.kernels import sliding
+from tsa_compile.passes.lower import lower_program
 from tsa_compile.pipeline import run_passes
 from tsa_compile.testing import count_ops
 
@@ -179,6 +180,36 @@ def test_windows_beside_sinks(padded, monkeypatch):
     with torch.no_grad():
         found, wanted = program.module()(**inputs)["logits"], model(**inputs, use_cache=False).logits
     assert difference(found, wanted, inputs.get("attention_mask")) < ATOL
+
+
+class Biased(torch.nn.Module):
+    """Attention with a learned bias, as T5's: SDPA lays its output out otherwise where the bias asks for a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.linspace(-1, 1, 4).reshape(1, 4, 1, 1))
+        self.tied = self.bias
+
+    def forward(self, query, key, value):
+        positions = torch.arange(key.shape[2])
+        bias = self.bias * (positions - positions[:, None]) + self.tied
+        projected = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in projected), attn_mask=bias)
+        return out.transpose(1, 2).contiguous().view(query.shape[0], query.shape[2], -1)
+
+
+def test_programs_need_no_gradients_off_to_run_and_to_be_traced_again():
+    module, example, inputs = Biased().eval(), heads(length=40, kv_heads=4), heads(length=64, kv_heads=4)
+    program = export_program(module, example, HALF.replace(layers=()), dynamic_lengths=LENGTHS)
+    with torch.no_grad():
+        plain = torch.export.export(module, example, dynamic_shapes=({2: Dim("length", min=16, max=200)},) * 3)
+        plain = plain.run_decompositions({})
+    tsa_onnx.to_portable(plain)
+    for each in (program, lower_program(program)):
+        torch.testing.assert_close(each.module()(*inputs), module(*inputs))
+    lower_program(plain)
+    assert module.bias.requires_grad and program.state_dict["bias"].data_ptr() == module.bias.data_ptr()
+    assert program.state_dict["bias"] is program.state_dict["tied"]
 
 
 def test_sizes_stay_free_where_sdpa_is_traced_by_its_plain_form(monkeypatch):

@@ -100,6 +100,7 @@ def export_program(
                 f"torch.export cannot trace the model with dynamic_lengths={dynamic_lengths} and "
                 f"dynamic_batch={dynamic_batch}: {summary(error)}{sizes * _is_about_sizes(error)}"
             ) from error
+        _freeze(program)
         _write_constants(program)
         free = _free_sizes(program)
         report = run_passes(program.graph_module, config, _EXPORTED)
@@ -328,6 +329,15 @@ class PlanExported(PlanCalls):
 
 
 _EXPORTED = tuple(PlanExported if step is PlanCalls else step for step in PASSES)
+
+
+def _freeze(program: ExportedProgram) -> None:
+    """Its weights stay the model's in memory, but ask for no gradients: SDPA's layout with them is not the one traced."""
+    frozen: dict[int, Tensor] = {}  # one for names that are tied
+    for name, weight in program.state_dict.items():
+        if weight.requires_grad:
+            again = torch.nn.Parameter(weight.detach(), requires_grad=False)
+            program.state_dict[name] = frozen.setdefault(id(weight), again)
 
 
 def _write_constants(program: ExportedProgram) -> None:
