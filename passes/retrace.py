@@ -34,14 +34,13 @@ _exported: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 def retraced(program: ExportedProgram, table: Mapping[Any, Any], **options: Any) -> ExportedProgram:
-    """`program.run_decompositions`, as the program was exported: without gradients, for any of its sizes.
+    """`program.run_decompositions`, for any of its sizes.
 
     torch would run the guards of the program in the trace, where Python's `min(8, s)` becomes a guard that 8 <= s.
     """
     unguarded = copy.copy(program)
     unguarded._guards_code = []
-    with torch.no_grad():
-        return unguarded.run_decompositions(dict(table), **options)
+    return unguarded.run_decompositions(dict(table), **options)
 
 
 def remember_sizes(program: ExportedProgram) -> None:

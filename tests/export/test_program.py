@@ -1,5 +1,6 @@
 """`export_program`: the passes on torch.export's graph, for every length and batch of a range."""
 
+import importlib.util
 import warnings
 
 import pytest
@@ -198,16 +199,16 @@ class Biased(torch.nn.Module):
         return out.transpose(1, 2).contiguous().view(query.shape[0], query.shape[2], -1)
 
 
-def test_programs_need_no_gradients_off_to_run_and_to_be_traced_again():
+def test_programs_run_and_are_written_with_gradients_switched_on(tmp_path):
     module, example, inputs = Biased().eval(), heads(length=40, kv_heads=4), heads(length=64, kv_heads=4)
     program = export_program(module, example, HALF.replace(layers=()), dynamic_lengths=LENGTHS)
     with torch.no_grad():
         plain = torch.export.export(module, example, dynamic_shapes=({2: Dim("length", min=16, max=200)},) * 3)
         plain = plain.run_decompositions({})
-    tsa_onnx.to_portable(plain)
     for each in (program, lower_program(program)):
         torch.testing.assert_close(each.module()(*inputs), module(*inputs))
-    lower_program(plain)
+    if importlib.util.find_spec("onnxscript"):
+        tsa_onnx.save(plain, tmp_path / "model.onnx")
     assert module.bias.requires_grad and program.state_dict["bias"].data_ptr() == module.bias.data_ptr()
     assert program.state_dict["bias"] is program.state_dict["tied"]
 
