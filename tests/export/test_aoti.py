@@ -1,5 +1,6 @@
 """AOTInductor packages: run in Python, and by the C++ program of examples/aoti_cpp without it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -184,3 +185,35 @@ def test_none_among_the_arguments_is_no_input():
     aoti.check_inputs(entries, (ids, None, ids), {})
     with pytest.raises(ConfigError, match="the package takes ids, mask; found ids"):
         aoti.check_inputs(entries, (ids, None), {})
+
+
+class Constants(torch.nn.Module):
+    def forward(self, input_ids, keep: int = 0, mode: str = "a", share: float = 1.0, flag: bool = False):
+        return input_ids[:, -keep:] * (share if mode == "a" and flag else 2)
+
+
+def entries_with_constants():
+    ids = {"input_ids": torch.ones(2, 40, dtype=torch.long)}
+    constants = {"keep": 3, "mode": "b", "share": 0.1, "flag": True}
+    program = export_program(Constants().eval(), {**ids, **constants}, TSAConfig(layers=()), dynamic_lengths=(16, 90))
+    return json.loads(json.dumps(aoti.describe_inputs(program))), ids, constants
+
+
+def test_a_constant_that_is_not_the_examples_is_refused():
+    entries, ids, constants = entries_with_constants()
+    assert entries[1:] == [{"name": name, "value": value} for name, value in constants.items()]
+    aoti.check_inputs(entries, (), {**ids, **constants})
+    aoti.check_inputs(entries, (*ids.values(), *constants.values()), {})
+    for name, value in {"keep": 5, "mode": "a", "share": 0.2, "flag": 1}.items():
+        message = f"input '{name}' is {value!r}; the package was exported for {constants[name]!r}: what is no tensor is comp"
+        with pytest.raises(ConfigError, match=message):
+            aoti.check_inputs(entries, (), {**ids, **constants, name: value})
+        with pytest.raises(ConfigError, match=message):
+            aoti.check_inputs(entries, (*ids.values(), *{**constants, name: value}.values()), {})
+    with pytest.raises(ConfigError, match="takes input_ids, keep, mode, share, flag; found input_ids"):
+        aoti.check_inputs(entries, (), ids)
+    with pytest.raises(ConfigError, match="'input_ids' is 3; the package was exported for a tensor"):
+        aoti.check_inputs(entries, (3, *constants.values()), {})
+    with pytest.raises(ConfigError, match="'keep' is a Tensor; the package was exported for 3"):
+        aoti.check_inputs(entries, (), {**ids, **constants, "keep": torch.ones(2)})
+    aoti.check_inputs(entries[:1], (*ids.values(), 5), {"mode": "c"})  # as older packages are, which do not say

@@ -8,8 +8,9 @@ was exported for (`INPUTS_KEY` in its metadata, JSON), and the loaded package ho
 
     [{"name": "input_ids", "dtype": "int64", "device": "cpu", "shape": [["s43", 1, 8], ["s53", 1024, 131072]]}, ...]
 
-A number is a fixed size; a symbol with its range is one size wherever it stands. A C++ program reads the same key from
-`AOTIModelPackageLoader::get_metadata()`. It must pass contiguous tensors: the compiled code asks none for its strides.
+A number is a fixed size; a symbol with its range is one size wherever it stands. An input that was no tensor is compiled in:
+{"name": "keep", "value": 3}. A C++ program reads the same key from `AOTIModelPackageLoader::get_metadata()`. It passes the
+tensors alone, and contiguous ones: the compiled code asks none for its strides.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
 
 from tsa_compile.backend import dense_kernels
 from tsa_compile.errors import ConfigError, check_type
@@ -141,39 +143,61 @@ def _check_strides(program: ExportedProgram) -> None:
 
 
 def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:
-    """Name, dtype, device and shape of each tensor that a program takes, in JSON's types."""
-    names = set(program.graph_signature.user_inputs)
-    inputs = ((node.name, fake(node)) for node in program.graph.find_nodes(op="placeholder") if node.name in names)
-    return [
-        {
-            "name": name,
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "device": value.device.type,
-            "shape": [size if isinstance(size, int) else [str(size), *bounds(program, size)] for size in value.shape],
-        }
-        for name, value in inputs
-        if isinstance(value, Tensor)
-    ]
+    """Name, dtype, device and shape of each tensor that a program takes; name and value of each constant. In JSON's types."""
+    values = {node.name: fake(node) for node in program.graph.find_nodes(op="placeholder")}
+    specs = (spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    entries: list[dict[str, Any]] = []
+    for arg in (spec.arg for spec in specs):
+        value = arg.value if isinstance(arg, ConstantArgument) else values[arg.name]
+        if isinstance(value, Tensor):
+            entries.append({"name": arg.name, **_describe_tensor(program, value)})
+        elif isinstance(value, (int, float, str)):
+            entries.append({"name": arg.name, "value": value})
+    return entries
+
+
+def _describe_tensor(program: ExportedProgram, value: Tensor) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else [str(size), *bounds(program, size)] for size in value.shape]
+    return {"dtype": str(value.dtype).removeprefix("torch."), "device": value.device.type, "shape": shape}
 
 
 def check_inputs(expected: list[dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Holds a call against what `describe_inputs` said.
 
     Raises:
-        ConfigError: an input too many or too few, another dtype, device or size, or a size outside its range.
+        ConfigError: an input too many or too few, another dtype, device, size or constant, or a size outside its range.
     """
     names = [entry["name"] for entry in expected]
-    tensors = [value for value in args if isinstance(value, Tensor)]  # None is no input of a program
-    given = dict(zip(names, tensors, strict=False))
-    given.update({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
-    if len(tensors) > len(names) or sorted(given) != sorted(names):
+    constants = any("value" in entry for entry in expected)  # older packages do not name them
+
+    def is_input(value: Any) -> bool:  # None is none
+        return isinstance(value, Tensor) or (constants and value is not None)
+
+    values = list(filter(is_input, args))
+    given = dict(zip(names, values, strict=False))
+    given.update({name: value for name, value in kwargs.items() if is_input(value)})
+    if len(values) > len(names) or sorted(given) != sorted(names):
         raise ConfigError(f"the package takes {', '.join(names)}; found {', '.join(given) or 'nothing'}")
     sizes: dict[str, int] = {}
     for entry in expected:
-        _check_input(entry, given[entry["name"]], sizes)
+        value = given[entry["name"]]
+        if isinstance(value, Tensor) and "shape" in entry:
+            _check_tensor(entry, value, sizes)
+        else:
+            _check_constant(entry, value)
 
 
-def _check_input(entry: dict[str, Any], value: Tensor, sizes: dict[str, int]) -> None:
+def _check_constant(entry: dict[str, Any], value: Any) -> None:
+    found = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+    wanted = repr(entry["value"]) if "value" in entry else "a tensor"
+    if found != wanted:
+        raise ConfigError(
+            f"input {entry['name']!r} is {found}; the package was exported for {wanted}: what is no tensor is compiled "
+            "in, so export a package for each constant"
+        )
+
+
+def _check_tensor(entry: dict[str, Any], value: Tensor, sizes: dict[str, int]) -> None:
     name, shape = entry["name"], entry["shape"]
     found = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device.type}"
     if (str(value.dtype), value.device.type) != (f"torch.{entry['dtype']}", entry["device"]) or value.dim() != len(shape):
