@@ -43,6 +43,8 @@ def check_list(name: str, value: object) -> None:
 
 def check_inference(model: Any, what: str) -> None:
     """Raises ConfigError for a model in training mode; `what` is done with it: "a benchmark is of inference"."""
+    if model.training and "eval" in vars(model):  # of torch.export, which puts one there that raises
+        raise ConfigError(f"the model is a program's module, which has no mode: {what}, pass the model it was exported from")
     if model.training:
         raise ConfigError(f"the model is in training mode: {what}, call model.eval() first")
 
