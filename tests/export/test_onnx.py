@@ -363,14 +363,15 @@ class HandsThrough(torch.nn.Module):
         return {"input_ids": input_ids, "mul": doubled + 1, "parts": [doubled]}
 
 
-def test_outputs_have_the_models_names_unless_they_are_taken(tmp_path):
+def test_inputs_and_outputs_have_the_models_names_unless_they_are_taken(tmp_path):
     program = export_program(
         HandsThrough().eval(), {"input_ids": torch.ones(1, 80, dtype=torch.int64)}, dynamic_lengths=LENGTHS
     )
     tsa_onnx.save(program, tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     names = [value.name for value in model.graph.output]
-    assert names[0] == "input_ids" and names[-1] == "parts.0" and len(set(names)) == 3
+    assert names[0] == "output.input_ids" and names[-1] == "parts.0" and len(set(names)) == 3
+    assert [value.name for value in model.graph.input] == ["input_ids"]
 
 
 class Experts(torch.nn.Module):

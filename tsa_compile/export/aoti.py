@@ -143,7 +143,7 @@ def _check_strides(program: ExportedProgram) -> None:
 
 
 def describe_inputs(program: ExportedProgram) -> list[dict[str, Any]]:
-    """Name, dtype, device and shape of each tensor that a program takes; name and value of each constant. In JSON's types."""
+    """Name, dtype, device and shape of each tensor that a program takes; name and value of each constant. In JSON."""
     values = {node.name: fake(node) for node in program.graph.find_nodes(op="placeholder")}
     specs = (spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     entries: list[dict[str, Any]] = []

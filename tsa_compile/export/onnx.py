@@ -75,6 +75,7 @@ def save(program: ExportedProgram, path: StrPath, *, opset: int = OPSETS[0], dom
     with torch.no_grad(), without_stacks():
         exported = _export(program, opset) if domain is None else _export_domain(program, opset)
     _name_axes(exported, program)
+    _name_inputs(exported, program)
     _name_outputs(exported, program)
     with replacing(target) as beside:
         exported.save(str(beside))
@@ -211,6 +212,18 @@ def _name_axes(exported: Any, program: ExportedProgram) -> None:
         if symbol in ranges:
             exported.model.metadata_props[f"tsa_compile.{name}"] = f"{ranges[symbol].lower}..{ranges[symbol].upper}"
     exported.rename_axes(names)
+
+
+def _name_inputs(exported: Any, program: ExportedProgram) -> None:
+    """An input that the model hands through has its name back, which torch's exporter gives to the output."""
+    names = set(program.graph_signature.user_inputs)
+    outputs = {value.name: value for value in exported.model.graph.outputs}
+    for value in exported.model.graph.inputs:
+        name = value.name.removesuffix("_orig")
+        if value.name not in names and name in names:
+            if name in outputs:
+                outputs[name].name = f"output.{name}"
+            value.name = name
 
 
 def _name_outputs(exported: Any, program: ExportedProgram) -> None:
