@@ -297,6 +297,15 @@ def test_what_tensorrt_would_refuse_is_a_failure(certain, code, monkeypatch, tmp
     assert (values["bytes"], values["lengths"]) == (len("a program"), [1024, 2048])
 
 
+@pytest.mark.parametrize("kind", ["program", "aoti"])
+def test_what_a_saved_program_needs_to_be_loaded_is_told(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "_program", lambda *args: ("a program", "1 of 2 attention calls sparse"))
+    monkeypatch.setattr(export, "_save", lambda program, kind, target, check: [])
+    monkeypatch.setattr(export, "_check_installed", lambda *args: None)
+    done = run("export", *TINY, "--format", kind, "--out", str(tmp_path / "model.pt2"), "--lengths", "1K", "2K")
+    assert done.exit_code == 0 and ("`import tsa_compile.export`" in done.stderr) is (kind == "program")
+
+
 def test_the_example_of_an_export_has_a_length_that_is_no_size_of_the_model():
     source = Source("tiny", None, shapes.model_config("tiny"), torch.device("cpu"), torch.float32)
     assert export._example_length(source, 63, 200) == 65  # 64 is the hidden size

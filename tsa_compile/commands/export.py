@@ -96,6 +96,8 @@ def export(
         findings = _save(program, kind, target, check)
     if kind is Format.ONNX and "bfloat16" in str(source.dtype):
         output.say("note", "onnxruntime runs bfloat16 on GPUs alone: for its CPU provider, pass --dtype float16 or float32")
+    if kind is Format.PROGRAM:
+        output.say("note", "torch.export.load reads it after `import tsa_compile.export`, which registers the ops in it")
     beside = target.with_name(f"{target.name}.data")  # weights that do not fit into one ONNX file
     size = sum(path.stat().st_size for path in (target, beside) if path.exists())
     text = f"{target}: {kind}, {size / 1e6:,.1f} MB, lengths {span[0]:,} to {span[1]:,}\n{summary}"
