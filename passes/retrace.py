@@ -103,7 +103,7 @@ def _restore(environment: Any, state: dict[str, Any]) -> None:
     setattr(environment, version, getattr(environment, version, 0) + 1)
 
 
-def _holds(question: Any, ranges: Mapping[Any, Any]) -> bool:
+def _holds(question: Any, ranges: dict[Any, Any]) -> bool:
     """Whether the answer is yes for all sizes: by interval arithmetic, or else by trying all of them where they are few."""
     if bound_sympy(question, ranges).lower is sympy.true:
         return True
