@@ -28,7 +28,7 @@ from tsa_compile.errors import RewriteError
 from tsa_compile.passes.graph import fake_mode
 
 _VALUES = 1 << 22  # so many combinations of sizes are tried at most
-# What a torch.fx ShapeEnv knows of its symbols, and what it remembers because of that.
+# What a torch.fx ShapeEnv knows of its symbols, and what it remembers because of that; some versions have less.
 _KNOWN = ("guards", "axioms", "var_to_range", "replacements", "divisible", "fake_tensor_cache")
 _exported: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
@@ -84,7 +84,7 @@ def _environment(program: ExportedProgram) -> Any:
 
 
 def _state(environment: Any) -> dict[str, Any]:
-    return {name: copy.copy(getattr(environment, name)) for name in _KNOWN}
+    return {name: copy.copy(getattr(environment, name)) for name in _KNOWN if hasattr(environment, name)}
 
 
 def _restore(environment: Any, state: dict[str, Any]) -> None:
