@@ -100,7 +100,8 @@ def attention_beside(
     Returns:
         [B, H, C, Dv + 8]; the further key's share is in column Dv.
     """
-    most = min(torch.finfo(query.dtype).max * _FACTORS[0], torch.finfo(logits.dtype).max)
+    # Somewhat below what a logit can be, for the first part is rounded, and may be larger.
+    most = min(torch.finfo(query.dtype).max * _FACTORS[0], 0.99 * torch.finfo(logits.dtype).max)
     parts, rest = [], (logits / scale).clamp(-most, most)
     for factor in _FACTORS:
         parts.append((rest / factor).to(query.dtype)[..., None])

@@ -117,23 +117,24 @@ def _blocks_aten(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float, window: int,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Blocks of R rows, as many as the window has, each over the keys of its own positions and of the window before.
+    """Blocks of R rows, each over the keys of its own positions and of the W before, the window or all that there are.
 
-    The N blocks of all items are items of one attention: queries [N, H, R, D], keys [N, G, R + W, D], and a bool mask
-    [N, 1, R, R + W]. They are gathered by index: a reshape of the length would ask whether it is a multiple of R, and hold
-    for some lengths alone.
+    The N blocks of all items are items of one attention: queries [N, H, R, D], keys [N, G, W + R, D], and a bool mask
+    [N, 1, R, W + R]. An eighth of the window as R copies each key nine times, and computes an eighth more than is seen.
+    They are gathered by index: a reshape of the length would ask whether it is a multiple of R, and hold for some lengths
+    alone. So would a number of blocks that may be 1, so there is one without rows.
 
     Returns:
         The rows [B, H, Lq, Dv], and which of them see a key, bool [B, 1, Lq, 1]; those that do not are unspecified.
     """
     (batch, _, queries, _), keys, device = query.shape, key.shape[2], query.device
-    block = max(window, LEAST_BLOCK)
-    blocks = (queries + block - 1) // block
+    block, window_keys = max(window // 8, LEAST_BLOCK), torch.sym_min(window, keys)
+    blocks = (queries + block - 1) // block + 1
     number = torch.arange(batch * blocks, device=device)[:, None]
     item = torch.div(number, blocks, rounding_mode="floor")
     rows = (number - item * blocks) * block + torch.arange(block, device=device)  # [N, R]
     places = rows + keys_before(query, key)
-    band = places[:, :1] + torch.arange(-window, block, device=device)  # [N, R + W]
+    band = places[:, :1] + torch.arange(window_keys + block, device=device) - window_keys  # [N, W + R]
     allowed = (band[:, None] <= places[:, :, None]) & (band[:, None] > places[:, :, None] - window) & (band >= 0)[:, None]
     rows, band = (torch.minimum(at_least(x, 0), torch.full_like(x, end - 1)) for x, end in ((rows, queries), (band, keys)))
     if padding is not None:

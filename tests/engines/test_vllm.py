@@ -107,6 +107,10 @@ class TestTheUpperHalf:
         names = attention(range(4), "model.decoder.layers.{}.attn") | attention(range(2), "model.encoder.layers.{}.attn")
         assert upper_half(names, 4) == [2, 3, 1]
 
+    def test_a_layer_without_a_number_is_no_stack(self):
+        names = attention([0, 1, 2, 4, 5]) | attention([5], "model.layers.{}.global_attn.attn")
+        assert upper_half(names, 6) == [4, 5]
+
     @pytest.mark.parametrize("name", ["model.layers.{}.self_attn.attn", "language_model.model.layers.{}.self_attn.attn"])
     @pytest.mark.parametrize("config", [TSAConfig(layers=["*"]), TSAConfig(layers=[4, 5, 6, 7]), TSAConfig()])
     def test_and_never_a_draft_models(self, name, config):

@@ -1,5 +1,6 @@
 """`export_program`: the passes on torch.export's graph, for every length and batch of a range."""
 
+import functools
 import importlib.util
 import warnings
 
@@ -165,6 +166,22 @@ def test_windows(lower, padded, tmp_path, monkeypatch):
         names = [value.name for value in file.graph.input]
         found = run(None, {name: value.numpy() for name, value in zip(names, inputs(33), strict=True)})[0]
         torch.testing.assert_close(torch.from_numpy(found), module(*inputs(33)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", exhaustive_but([7, 40], 7))
+def test_windows_of_one_prompt(example, tmp_path, monkeypatch):
+    """The shortest, and the example, may be a single block."""
+    monkeypatch.setattr(sliding, "LEAST_BLOCK", 8)
+    module, exact = Windowed().eval(), HALF.replace(layers=())
+    program = export_program(module, heads(batch=1, length=example), exact, dynamic_lengths=(2, 90), lower=None)
+    tsa_onnx.save(program, tmp_path / "model.onnx")
+    run = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx").run
+    names = [node.name for node in program.graph.find_nodes(op="placeholder")]
+    for inputs in (heads(batch=1, length=length) for length in (2, 8, 9, 41)):
+        close = functools.partial(torch.testing.assert_close, module(*inputs), rtol=1e-4, atol=1e-5)
+        close(lower_program(program).module()(*inputs))
+        found = run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})[0]
+        close(torch.from_numpy(found))
 
 
 @pytest.mark.parametrize("padded", exhaustive_but([False, True], True))

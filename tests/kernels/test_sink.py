@@ -91,6 +91,13 @@ class TestDenseOps:
             close(each.cpu(), wanted)
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("least", [float("-inf"), -3.39e38, -1e30])
+    def test_a_sink_without_weight_in_a_further_key(self, dtype, least):
+        inputs = operands(dtype=dtype)
+        found = sliding.sliding_attention_aten(*inputs, SCALE, 5, torch.full((inputs[0].shape[1],), least))
+        close(found, sliding.sliding_attention(*inputs, SCALE, 5), dtype)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
     @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
     def test_dtypes(self, device, dtype, of):
         inputs = operands(2, 8, 2, dim=64, dtype=dtype, device=device)

@@ -187,7 +187,7 @@ def _places(names: Mapping[str, type], count: int | None) -> dict[str, Place]:
     if count is None:
         return found
     found = {name: place for name, place in found.items() if place.number is None or place.number < count}
-    if len({place.stack.partition("*")[0] for place in found.values()}) > 1:
+    if len({place.stack.partition("*")[0] for place in found.values() if place.number is not None}) > 1:
         return found
     return {name: place if place.number is None else replace(place, count=count, doubt="") for name, place in found.items()}
 
