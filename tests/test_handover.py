@@ -188,7 +188,7 @@ PROCESSES = """
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_no_process_runs_what_another_compiled(tmp_path):
-    """Neither with other options nor with another backend, before or after: (rows kept, reports) of processes that share
+    """Neither with other options nor with another backend: (rows kept, reports) of processes that share
     torch's caches on the disk. They are forks of one that has imported torch and compiled nothing."""
     calls = [("tsa", 0.9), ("tsa", 0.1), ("inductor", 0)]
     script = tmp_path / "script.py"
