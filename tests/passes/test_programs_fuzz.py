@@ -12,7 +12,7 @@ from ..support import exhaustive_but
 from .program_check import MODES, check
 from .programs import HEADER, generate, shrink
 
-CHUNKS, PROGRAMS = 10, 46  # in each are due one of the 457 spellings of masks and one of the 305 of attention
+CHUNKS, PROGRAMS = 5, 92  # in each are due one of the 457 spellings of masks and one of the 305 of attention
 
 
 def failure(program):
@@ -41,7 +41,7 @@ def test_random_programs(chunk):
     # Enough of them, or the comparison above would compare nothing.
     rewritten = sum(count for (_, _, decision), count in calls.items() if decision != "unchanged")
     assert rewritten >= 0.2 * calls.total(), calls
-    assert skipped <= 0.15 * PROGRAMS
+    assert skipped <= 0.1 * PROGRAMS
 
 
 def test_a_seed_is_a_program():
