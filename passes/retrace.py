@@ -117,5 +117,5 @@ def _holds(question: Any, ranges: dict[Any, Any]) -> bool:
     grid = torch.meshgrid(*sizes, indexing="ij")
     try:
         return bool(sympy_interp(TensorReferenceAnalysis, dict(zip(symbols, grid, strict=True)), question).all())
-    except (AttributeError, NotImplementedError, RuntimeError):  # a function that has no form on tensors
-        return False
+    except (AttributeError, NotImplementedError, RuntimeError):  # how torch says that a function has no form on tensors
+        return False  # not shown, so the program is refused

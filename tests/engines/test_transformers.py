@@ -1,9 +1,5 @@
 """`attn_implementation="tsa"` beside the compiled model, and beside the same model over the method's reference."""
 
-import contextlib
-import itertools
-import warnings
-
 import pytest
 import torch
 import transformers
@@ -15,8 +11,6 @@ from tsa_compile import (
     ConfigError,
     Coverage,
     Decision,
-    Floor,
-    KeepRatio,
     KernelError,
     Reason,
     RewriteError,
@@ -37,31 +31,16 @@ from ..support import (
     with_sinks,
     without_interpreter,
 )
+from .transformers_support import ATOL, FLOOR, LENGTH, SMALL, logits, no_warning, numbers, reasons, rows_of, sparse
 
 pytestmark = [
     pytest.mark.usefixtures("fresh"),
     pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),  # its new name is too new
 ]
 
-LENGTH = 50
-SMALL = dict(window=4, min_tokens=4, compiler="eager")
-FLOOR = TSAConfig(budget=KeepRatio(0.5), layers=[0, 2], floor=Floor(8, 2), **SMALL)
 COVERAGE = TSAConfig(budget=Coverage(0.2), layers=[0, 2], floor=None, **SMALL)
 GROUPS = FLOOR.replace(granularity="group")
 KEEP_ALL = COVERAGE.replace(budget=Coverage(0))
-ATOL = 1e-5
-
-numbers = itertools.count()
-
-
-def sparse(name, config=FLOOR, **changes):
-    """A tiny model whose attention follows a configuration, whatever other models of the test follow."""
-    return tiny(name, attention.register(config, name=f"tsa-{next(numbers)}"), **changes)
-
-
-def logits(model, *inputs, **named):
-    with torch.no_grad():
-        return model(*inputs, **named).logits
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is SDPA in a compiled:tsa_compile.TSAWarning")
@@ -85,21 +64,6 @@ def test_it_is_sdpa_for_other_tracers_too(tracer):
         else:
             traced = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(ids, ones)
         assert difference(traced(ids, mask), wanted, mask) < ATOL
-
-
-def rows_of(report):
-    return [(row.layer_index, row.decision, row.reason) for row in report]
-
-
-def reasons(model):
-    return [row.reason for row in attention.report(model)]
-
-
-@contextlib.contextmanager
-def no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TSAWarning)
-        yield
 
 
 @pytest.mark.filterwarnings("ignore::tsa_compile.TSAWarning")
@@ -292,59 +256,6 @@ def test_checkpoints_that_run_a_layer_without_gradients_are_training():
     torch.testing.assert_close(*found)
 
 
-def test_layers_by_default_by_number_and_by_name():
-    ids, names = tokens(1, LENGTH), {}
-    for layers in (None, [1], ["model.layers.0.*"], []):
-        model = sparse("llama", FLOOR.replace(layers=layers))
-        with no_warning():
-            logits(model, ids)
-        names[str(layers)] = [row.layer for row in attention.report(model).sparse_calls]
-    layer = "model.layers.{}.self_attn".format
-    assert [*names.values()] == [[layer(1), layer(2)], [layer(1)], [layer(0)], []]
-
-
-def test_layers_with_a_budget_each():
-    """As compiled, in logits and in what the report says that each keeps."""
-    config = FLOOR.replace(layers={2: 0.25, 0: Coverage(0.3)})
-    model, ids = sparse("llama", config), tokens(1, LENGTH)
-    compiled = logits(torch.compile(tiny("llama"), backend="tsa", options={"config": config}), ids)
-    assert difference(logits(model, ids), compiled) < ATOL
-    found = [row.budget for row in attention.report(model)]
-    assert found == [row.budget for row in reports()[-1]] == [("coverage", 0.3), None, ("keep_ratio", 0.25)]
-
-
-def test_layers_that_there_are_not():
-    model = sparse("llama", FLOOR.replace(layers=[1, 9]))
-    with pytest.warns(TSAWarning, match=r"layers=\[9\] not found.*0..2") as said:
-        logits(model, tokens(1, LENGTH))
-        logits(model, tokens(1, LENGTH))
-    assert len(said) == 1
-
-
-def test_a_layer_alone_has_no_place():
-    """It is not known of which model, so the default selects it not."""
-    model = sparse("llama", FLOOR.replace(layers=None))
-    hidden = torch.randn(1, LENGTH, 64)
-    embeddings = model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
-    with torch.no_grad(), pytest.warns(TSAWarning, match="LAYER_COUNT_UNKNOWN"):
-        alone, _ = model.model.layers[2].self_attn(hidden, embeddings, None)
-        plain, _ = tiny("llama").model.layers[2].self_attn(hidden, embeddings, None)
-    assert difference(alone, plain) < ATOL
-    with no_warning():
-        logits(model, tokens(1, LENGTH))
-    assert reasons(model)[2] is Reason.SPARSE, "and in the model it has one"
-
-
-def test_short_prompts_are_dense():
-    model = sparse("llama", FLOOR.replace(min_length=40))
-    with pytest.warns(TSAWarning, match=r"TOO_SHORT.*length 39 < 40"):
-        found = logits(model, tokens(1, 39))
-    assert difference(found, logits(tiny("llama"), tokens(1, 39))) < ATOL
-    with no_warning():
-        logits(model, tokens(1, 40))
-    assert reasons(model)[0] is Reason.SPARSE
-
-
 class Shapes(TorchDispatchMode):
     """The shapes of all tensors that come about, outside of opaque ops."""
 
@@ -465,10 +376,6 @@ def test_configurations_that_are_not_allowed():
         attention.register(FLOOR.replace(kernel="no"))
 
 
-def test_without_a_prefill_there_are_no_rows():
-    assert len(attention.report(tiny("llama"))) == 0
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("padded", [False, True])
 def test_on_a_gpu(padded):
@@ -504,29 +411,3 @@ def test_a_cache_that_holds_less_than_the_mask_says_is_refused():
     last.keys, last.values = last.keys[:, :, :0], last.values[:, :, :0]
     with pytest.raises(ConfigError, match=r"an attention_mask of 72 tokens for 36 keys.*new cache"):
         logits(model, ids[:, 36:], past_key_values=cache, attention_mask=torch.ones(1, 72, dtype=torch.long))
-
-
-def test_the_report_is_of_the_prefill_when_decoding_is_assisted():
-    model = sparse("llama", pad_token_id=0, eos_token_id=None, bos_token_id=None)
-    ids = tokens(1, 12).repeat(1, 4)  # what comes next stands in the prompt
-    model.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=20)
-    assert reasons(model) == [Reason.SPARSE, Reason.LAYER_NOT_SELECTED, Reason.SPARSE]
-
-
-@pytest.mark.parametrize("change", [lambda layers: layers[:2], lambda layers: torch.nn.ModuleList(reversed(layers))])
-def test_layers_that_are_cut_off_or_change_places_are_looked_up_again(change):
-    used, fresh, ids = *(sparse("llama", FLOOR.replace(layers=layers)) for layers in (None, None)), tokens(2, LENGTH)
-    logits(used, ids)
-    for model in (used, fresh):
-        model.model.layers = change(model.model.layers)
-    assert difference(logits(used, ids, use_cache=False), logits(fresh, ids, use_cache=False)) == 0
-    assert rows_of(attention.report(used)) == rows_of(attention.report(fresh))
-    assert Reason.SPARSE in reasons(used)
-
-
-def test_a_report_is_of_the_implementation_that_a_model_has():
-    model, ids = sparse("llama"), tokens(2, LENGTH)
-    logits(model, ids)
-    assert len(attention.report(model)) == 3
-    model.set_attn_implementation("sdpa")
-    assert len(attention.report(model)) == 0

@@ -5,29 +5,17 @@ import torch
 import transformers
 from packaging.version import Version
 
-from tsa_compile import ConfigError, Coverage, Decision, Floor, KeepRatio, Reason, TSAConfig, TSAWarning, attention
+from tsa_compile import ConfigError, Coverage, Decision, Reason, TSAConfig, TSAWarning, attention
 from tsa_compile.engines.calls import as_written, read
 from tsa_compile.engines.transformers import _is_window
 from tsa_compile.passes.masks.info import MaskKind
 
 from ..support import difference, mixed_padding, short, tiny, tokens
+from .transformers_support import ATOL, FLOOR, LENGTH, SMALL, logits, reasons
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
-LENGTH = 50
-SMALL = dict(window=4, min_tokens=4, compiler="eager")
-FLOOR = TSAConfig(budget=KeepRatio(0.5), layers=[0, 2], floor=Floor(8, 2), **SMALL)
 KEEP_ALL = TSAConfig(budget=Coverage(0), layers=[0, 2], floor=None, **SMALL)
-ATOL = 1e-5
-
-
-def logits(model, *inputs, **named):
-    with torch.no_grad():
-        return model(*inputs, **named).logits
-
-
-def reasons(model):
-    return [row.reason for row in attention.report(model)]
 
 
 @pytest.mark.parametrize("config", [FLOOR.replace(layers=[]), KEEP_ALL], ids=["exact", "sparse"])
