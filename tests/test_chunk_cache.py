@@ -53,7 +53,7 @@ def assert_same(cache, plain):
 
 
 @pytest.mark.parametrize("padded", exhaustive_but([False, True], False))
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", exhaustive_but(["sdpa", "eager"], "sdpa"))
 def test_one_graph_equals_the_whole_prompt(form, padded):
     graphs = []
 
@@ -78,7 +78,7 @@ REFERENCE = [("llama", KeepRatio(0.3)), ("llama", Coverage(0.3)), ("qwen3", Keep
 """qwen3 has norms of its own between projections and cache, and else llama's code."""
 
 
-@pytest.mark.parametrize("name, budget", exhaustive_but(REFERENCE, *REFERENCE[:2]))
+@pytest.mark.parametrize("name, budget", exhaustive_but(REFERENCE, REFERENCE[1]))
 def test_one_graph_equals_the_reference(name, budget):
     """Each chunk selects among all tokens so far, by its own last rows; the first one among its own."""
     model = compiled(name, SPARSE.replace(budget=budget))

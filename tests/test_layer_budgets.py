@@ -12,7 +12,7 @@ from tsa_compile.reasons import Reason
 from tsa_compile.report import RewriteReport, reports
 from tsa_compile.shapes import model_config
 
-from .support import tiny, tokens
+from .support import exhaustive_but, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh")
 BASE = TSAConfig(window=4, min_tokens=0, min_length=1, floor=None, compiler="eager")
@@ -39,7 +39,7 @@ def ratios(graph):
     return [(node.args[6], node.args[7]) for node in calls]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", exhaustive_but([False, True], True))
 def test_each_layer_keeps_its_own_share(model, dynamic):
     seen = []
 

@@ -168,7 +168,7 @@ def test_inductor_runs_the_sparse_graph():
     assert difference(logits, wanted, inputs["attention_mask"]) < ATOL
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_runs_the_exact_graph_of_mixed_windows():
     model = tiny("gemma3", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     inputs = dict(input_ids=tokens(3, LENGTH), attention_mask=mixed_padding(LENGTH), use_cache=False)

@@ -293,7 +293,7 @@ def test_errors_say_what_to_do():
         model(labels=None)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", exhaustive_but([None, True], True))
 def test_one_mask_holds_for_all_items(dynamic):
     """transformers reads a row of the mask for every item: it would raise an IndexError."""
     model, mask, ids = tiny("llama"), mixed_padding(96, (9,)), tokens(3, 96)
@@ -322,7 +322,7 @@ def test_images_have_no_length():
         model(torch.randn(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", exhaustive_but([None, True], True))
 def test_a_model_that_is_not_causal_stays_so(dynamic):
     """A mask of ones, which costs a causal model nothing, would make it causal. Plain `torch.compile` makes it so with
     transformers before 5.24."""

@@ -92,6 +92,7 @@ def test_the_report_and_the_prediction_say_the_same(device, length):
         assert found["prediction"]["device"] == "NVIDIA H100 80GB HBM3" and found["report"]["rows"][0]["dtype"] == "bfloat16"
 
 
+@pytest.mark.exhaustive
 def test_they_agree_on_a_model_with_windows():
     """Of its upper half, one layer in six can be sparse: by that share the length from which on that pays is found."""
     shape = ["--shape", "gemma-3-12b", "--layers", "12"]

@@ -121,9 +121,12 @@ V4 = dict(
     layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
 )  # fmt: skip
 WITHOUT_SDPA = [
-    pytest.param("BigBirdPegasus", dict(PEGASUS, is_decoder=True), [Reason.MASK_OPAQUE] * 2, id="relies on the mask"),
+    pytest.param(
+        "BigBirdPegasus", dict(PEGASUS, is_decoder=True), [Reason.MASK_OPAQUE] * 2, id="relies on the mask",
+        marks=pytest.mark.exhaustive,
+    ),
     pytest.param("DeepseekV4", V4, [Reason.MASK_OPAQUE, Reason.NOT_SELF_ATTENTION], id="adds to the mask"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, sizes, said", WITHOUT_SDPA)

@@ -71,17 +71,24 @@ def compiled(model, wanted):
 
 
 def chunked(model, size=36):
-    """The logits of the batch in chunks through a cache, by the one graph of `prefill(dynamic=True)`."""
-    model.set_attn_implementation("sdpa")
+    """The logits of the batch in chunks through a cache."""
     inputs, cache, parts = batch(), transformers.DynamicCache(config=model.config), []
     ids, mask = inputs["input_ids"].to(DEVICE), inputs["attention_mask"].to(DEVICE)
-    before = len(reports())
-    with prefill(model, CHUNKED, dynamic=True), torch.no_grad():
+    with torch.no_grad():
         for low in range(0, ids.shape[1], size):
             given = dict(input_ids=ids[:, low : low + size], attention_mask=mask[:, : low + size], past_key_values=cache)
             parts.append(model(**given).logits)
-    assert [report.sparse for report in reports()[before:]] == [len(CHUNKED.layers)], reports()[before:]
     return torch.cat(parts, dim=1)[mask.bool()]
+
+
+def chunked_by_one_graph(model):
+    """The same by the graph of `prefill(dynamic=True)`."""
+    model.set_attn_implementation("sdpa")
+    before = len(reports())
+    with prefill(model, CHUNKED, dynamic=True):
+        found = chunked(model)
+    assert [report.sparse for report in reports()[before:]] == [len(CHUNKED.layers)], reports()[before:]
+    return found
 
 
 def gap(left, right):
@@ -106,6 +113,7 @@ def main(checkpoint, output):
         torch.cuda.set_device(DEVICE)
     whole = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().to(DEVICE)
     wanted = {name: logits(whole, names[name]) for name in CONFIGS}
+    whole.set_attn_implementation(names["coverage, floor"])
     in_chunks = chunked(whole)
     block = re.search(r"^```python\n([^`]*tp_plan.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     page = dict(
@@ -125,7 +133,7 @@ def main(checkpoint, output):
             found["refused"] = str(error)
     found["device"] = DEVICE.type
     found |= {f"compiled, {name}": value for name, value in compiled(split, wanted).items()}
-    found["chunks"] = gap(chunked(split), in_chunks)
+    found["chunks"] = gap(chunked_by_one_graph(split), in_chunks)
     Path(output).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
