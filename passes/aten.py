@@ -108,6 +108,15 @@ def is_input(value: Node) -> bool:
     return value.target is unknown and not value.args and value.meta["origin"].op == "placeholder"
 
 
+def inputs_behind(value: Node) -> list[Node]:
+    """The inputs of the graph that a recorded value is computed from."""
+    seen, queue = {value}, [value]
+    for each in queue:
+        queue += [source for source in each.all_input_nodes if source not in seen]
+        seen.update(queue)
+    return [each for each in queue if is_input(each)]
+
+
 def users(node: Node) -> Iterable[Node]:
     """The recorded nodes that read a value, without those that only check its dtype, device and layout."""
     return [user for user in node.users if user.target is not torch.ops.aten._assert_tensor_metadata.default]

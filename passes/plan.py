@@ -29,7 +29,7 @@ from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_dense, of_window
-from tsa_compile.passes.aten import is_input
+from tsa_compile.passes.aten import inputs_behind, is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.graph import fake, guarded, hint, in_marked_range, known, static
 from tsa_compile.passes.layers import not_found, select_layers
@@ -122,7 +122,7 @@ class PlanCalls(Pass):
             _operands(plan), plan.config, selected, plan.place.doubt, sparse_layers,
             padded=plan.mask.padding is not None, behind=is_behind_cache(plan), filled=plan.mask.kind in FILLED_KINDS,
             settled=self._settled(plan, sparse_layers) if selected is None else None, costs=self.state.costs,
-            sinks=plan.call.sink_logits is not None,
+            sinks=plan.call.sink_logits is not None, fixed=plan.mask.fixed,
         )  # fmt: skip
         if plan.decision in (Decision.DENSE, Decision.DENSE_PADDED) and plan.mask.nan_rows:
             plan.kernel = ""
@@ -133,7 +133,7 @@ class PlanCalls(Pass):
 def decide(
     operands: tuple[Tensor, Tensor, Tensor], config: TSAConfig, unselected: Reason | None, doubt: str,
     sparse_layers: float, *, padded: bool, behind: bool, filled: bool = False, settled: TSAConfig | None = None,
-    costs: DeviceCosts | None = None, sinks: bool = False,
+    costs: DeviceCosts | None = None, sinks: bool = False, fixed: bool = False,
 ) -> tuple[Decision, Reason, str, str]:  # fmt: skip
     """What becomes of a call that need not stay as the model wrote it: the decision, its reason, a detail and the kernel.
 
@@ -144,14 +144,17 @@ def decide(
         filled, costs: see `sparse_obstacle`.
         settled: by which its length is judged, if not by `config`.
         sinks: its softmaxes have sinks, which take a kernel that gives the log-sum-exp.
+        fixed: which keys are invalid does not depend on the input, so that the rows of their positions must be right.
     """
     dense = Decision.DENSE_PADDED if padded else Decision.DENSE
     decision, reason, detail = dense, unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else ""
+    if reason is None and fixed:
+        reason, detail = Reason.MASK_OPAQUE, "it hides fixed positions, whose tokens need not be padding"
     if reason is None:
         reason, detail = sparse_obstacle(*operands, settled or config, sparse_layers, costs, filled=filled)
     if reason is None:
         decision, reason = Decision.SPARSE, Reason.SPARSE
-    elif config.dense_kernel is not None and not behind and kernel_obstacle(*operands)[0] is None:
+    elif config.dense_kernel is not None and not (behind or fixed) and kernel_obstacle(*operands)[0] is None:
         decision = Decision.KERNEL
     try:
         return decision, reason, detail, kernel_of(*operands, decision, config, costs, sinks=sinks)
@@ -263,11 +266,7 @@ def _is_given(mask: Node) -> bool:
 
 def _inputs_behind(value: Node) -> set[str]:
     """The inputs of the graph that a recorded value is computed from, as the model calls them: "position_ids"."""
-    seen, queue = {value}, [value]
-    while queue:
-        queue.extend(source for source in queue.pop().all_input_nodes if source not in seen)
-        seen.update(queue)
-    return {_INPUT.sub("", each.meta["origin"].name).strip("_") for each in seen if is_input(each)}
+    return {_INPUT.sub("", each.meta["origin"].name).strip("_") for each in inputs_behind(value)}
 
 
 def _is_positive(scale: Any) -> bool:

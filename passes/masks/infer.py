@@ -19,9 +19,10 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from sympy.logic.inference import satisfiable
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
+from tsa_compile.passes.aten import inputs_behind
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.call import AttentionCall, MaskTerm
 from tsa_compile.passes.graph import expr_of, fake, known
@@ -194,7 +195,16 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     calls = (call for symbol in normal.free_symbols for call in atoms.table[symbol].expr.atoms(AppliedUndef))
     leaves = {name: evaluator.leaves[name] for name in sorted({call.func.__name__ for call in calls})}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    return MaskInfo(kind, normal, padding, atoms.table, leaves, mean_rows, False, positions, reading.offset, window, detail)
+    fixed = padding is not None and any(not _reads_input(clause, atoms.table, leaves) for clause in reading.padding)
+    return MaskInfo(
+        kind, normal, padding, fixed, atoms.table, leaves, mean_rows, False, positions, reading.offset, window, detail
+    )
+
+
+def _reads_input(clause: Boolean, table: dict[sympy.Symbol, Atom], leaves: dict[str, Node]) -> bool:
+    """Whether a clause is about something that is computed from an input of the graph."""
+    calls = (call for symbol in clause.free_symbols for call in table[symbol].expr.atoms(AppliedUndef))
+    return any(inputs_behind(leaves[call.func.__name__]) for call in calls)
 
 
 class _Reading:

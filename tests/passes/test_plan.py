@@ -191,6 +191,30 @@ class TestWhereAMaskComesFrom:
         assert (reason, detail) == (Reason.PACKED, "computed from position_ids")
 
 
+class TestKeysThatAMaskHides:
+    def plan(self, hides, config=SPARSE):
+        def attention(x, ids):
+            causal = torch.arange(32) <= torch.arange(32)[:, None]
+            return masked(x, x, causal & ~hides(torch.arange(32), ids)[:, None, None, :])
+
+        graph = capture(attention, torch.randn(2, 2, 32, 8), torch.ones(2, 32))
+        (row,) = run_passes(graph, config.replace(layers=["*"])).rows
+        return row.decision, row.reason
+
+    def test_what_an_input_says_is_padding(self):
+        assert self.plan(lambda at, ids: ids == 0) == (Decision.SPARSE, Reason.SPARSE)
+
+    @pytest.mark.filterwarnings("ignore:no attention call")
+    @pytest.mark.parametrize("config", [SPARSE, SPARSE.replace(dense_kernel="sdpa")])
+    @pytest.mark.parametrize(
+        "hides",
+        [lambda at, ids: (at % 4 == 1)[None], lambda at, ids: (at == 3)[None], lambda at, ids: (ids == 0) | (at == 3)],
+    )
+    def test_tokens_at_fixed_positions_have_rows_of_their_own(self, hides, config):
+        """Every fourth token is hidden, say, and still looks at the others: a sparse layer would make its row 0."""
+        assert self.plan(hides, config) == (Decision.DENSE_PADDED, Reason.MASK_OPAQUE)
+
+
 def test_a_graph_without_causal_attention_is_no_miss(recwarn):
     """A vision tower beside the language model, which Dynamo compiles by itself."""
     for layers in (None, ["*"]):
