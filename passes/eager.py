@@ -2,7 +2,8 @@
 
     scores  = matmul(q, transpose(k))                         [B, H, Lq, Lk]; or bmm, baddbmm, einsum
     scores  = mul(scores, scale)                              any number of factors, or none
-    scores  = add(scores, mask)                               or masked_fill(~mask, min), or where(mask, scores, min)
+    scores  = add(scores, mask)                               or masked_fill(~mask, min), where(mask, scores, min),
+                                                              where(~mask, min, scores)
     weights = softmax(scores, -1), cast to q's type
     weights = dropout(weights, p=0)
     output  = matmul(weights, v)                              [B, H, Lq, Dv]; or bmm, einsum
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tsa_compile.passes.aten import AtenGraph, users
+from tsa_compile.passes.aten import AtenGraph, unknown, users
 from tsa_compile.passes.call import OUT_OF_RANGE, MaskTerm, RecordedCall, keeps_range
 from tsa_compile.passes.graph import fake, known, same_shape
 from tsa_compile.passes.operators import arguments, aten, functional
@@ -215,10 +216,12 @@ class _Scores:
         if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
             scores, mask, fill = arguments(node)
             return self._fill(node, scores, mask, fill, "drop")
-        if target in (aten.where.self, aten.where.ScalarOther):
-            mask, scores, fill = arguments(node)
-            return self._fill(node, scores, mask, fill, "keep")
-        self.problem = f"the scores go through {target}"
+        if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            mask, chosen, other = arguments(node)
+            if _is_scores(other) and not _is_scores(chosen):
+                return self._fill(node, other, mask, chosen, "drop")
+            return self._fill(node, chosen, mask, other, "keep")
+        self.problem = f"the scores go through {'something that is not read' if target is unknown else target}"
         return None
 
     def _shift(self, node: Node, maximum: Node) -> Any:

@@ -41,6 +41,10 @@ EAGER_SPELLINGS = {
     "masked_fill with -inf": lambda q, k, v: scores(q, k).masked_fill(~triangle(), -math.inf).softmax(-1) @ v,
     "where": lambda q, k, v: torch.where(triangle(), scores(q, k), lowest()).softmax(-1) @ v,
     "where with a tensor": lambda q, k, v: torch.where(triangle(), scores(q, k), torch.full([], lowest())).softmax(-1) @ v,
+    "where with the number first": lambda q, k, v: torch.where(~triangle(), lowest(), scores(q, k)).softmax(-1) @ v,
+    "where with a tensor first": lambda q, k, v: (
+        torch.where(~triangle(), torch.full([], -math.inf), scores(q, k)).softmax(-1) @ v
+    ),
     "where and an added mask": lambda q, k, v: (torch.where(triangle(), scores(q, k), lowest()) + bias()).softmax(-1) @ v,
     "added in place": lambda q, k, v: scores(q, k).add_(bias()).softmax(-1) @ v,
     "filled in place": lambda q, k, v: scores(q, k).masked_fill_(~triangle(), lowest()).softmax(-1) @ v,
@@ -132,7 +136,6 @@ EAGER_NEAR_MISSES = {
     "key of width 1": lambda q, k, v: torch.einsum(
         "bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k[..., :1]).softmax(-1), v
     ),
-    "where, the other way round": lambda q, k, v: torch.where(triangle(), lowest(), scores(q, k)).softmax(-1) @ v,
 }
 
 # No softmax over the keys of a product.
@@ -151,6 +154,13 @@ class TestEager:
         assert len(calls) == (0 if name in NO_ATTENTION else 1)
         for call in calls:
             assert call.problem is not None and call.problem[0] is Reason.UNSUPPORTED_FORM
+
+    def test_where_says_by_its_order_what_is_hidden(self):
+        seen, hidden = (
+            lambda q, k, v: torch.where(triangle(), scores(q, k), lowest()).softmax(-1) @ v,
+            lambda q, k, v: torch.where(triangle(), lowest(), scores(q, k)).softmax(-1) @ v,
+        )
+        assert [read(each, *inputs())[1][0].masks[0].role for each in (seen, hidden)] == ["keep", "drop"]
 
     @pytest.mark.parametrize("dtype, read_as_one", [(torch.float16, False), (torch.bfloat16, True), (torch.float32, True)])
     def test_scores_that_grow_before_they_shrink(self, dtype, read_as_one):
