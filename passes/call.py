@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from tsa_compile.passes.aten import AtenGraph
+from tsa_compile.passes.graph import fake
 from tsa_compile.reasons import Reason
 
 Form = Literal["sdpa", "eager", "flex", "other"]
@@ -101,6 +102,14 @@ class AttentionCall:
     wide_value: Node | None = None
     lists: BlockLists | None = None
     sink_logits: Node | None = None
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient may flow through the call. Where none is computed, a view of a parameter says all the same
+        that it needs one, and the output does not.
+        """
+        given = any(fake(operand).requires_grad for operand in (self.query, self.key, self.value))
+        return given and (self.form == "flex" or fake(self.node).requires_grad)
 
     @property
     def peeled(self) -> bool:

@@ -167,11 +167,11 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     call = plan.call
     if call.problem is not None:
         return call.problem
-    query, key, value = _operands(plan)
+    query, key, _ = _operands(plan)
     unknown = [size for size in (query.shape[2], key.shape[2]) if isinstance(size, torch.SymInt) and size.node.hint is None]
     if unknown and call.form != "sdpa":
         return Reason.LENGTH_UNKNOWN, f"length {unknown[0]} is not known before the graph runs"
-    obstacle = inputs_obstacle(query, key, value, call.dropout, call.scale)
+    obstacle = inputs_obstacle(query, call.needs_grad, call.dropout, call.scale)
     if obstacle is not None:
         return obstacle
     assert plan.mask is not None
@@ -185,9 +185,9 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
 
 
-def inputs_obstacle(query: Tensor, key: Tensor, value: Tensor, dropout: Any, scale: Any) -> tuple[Reason, str] | None:
+def inputs_obstacle(query: Tensor, needs_grad: bool, dropout: Any, scale: Any) -> tuple[Reason, str] | None:
     """Why a call of these inputs must stay as it is, whatever its mask."""
-    if query.requires_grad or key.requires_grad or value.requires_grad:
+    if needs_grad:
         return Reason.NEEDS_GRAD, ""
     if not isinstance(dropout, (int, float)) or dropout != 0:
         return Reason.DROPOUT, f"dropout {dropout}"

@@ -124,6 +124,27 @@ def test_what_the_kernels_cannot_take_is_dense_all_the_same(call, reason):
     assert row.reason is reason
 
 
+@pytest.mark.filterwarnings("ignore:no attention call")
+@pytest.mark.parametrize(
+    ("grad", "causal", "reason"),
+    [(True, True, Reason.NEEDS_GRAD), (False, True, Reason.SPARSE), (False, False, Reason.NOT_CAUSAL)],
+)
+def test_a_view_of_a_parameter_needs_a_gradient_where_one_is_computed(grad, causal, reason):
+    """Under no_grad its fake says that it needs one all the same."""
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Parameter(torch.randn(1, 2, 32, 8))
+
+        def forward(self, query):
+            keys = self.keys.expand(2, -1, -1, -1)
+            return nn.functional.scaled_dot_product_attention(query, keys, keys, is_causal=causal)
+
+    graph = capture(Learned(), torch.randn(2, 2, 32, 8), grad=grad)
+    assert run_passes(graph, SPARSE.replace(layers=["*"])).rows[0].reason is reason
+
+
 def test_cross_attention_is_not_self_attention():
     def cross(query, key):
         return nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)

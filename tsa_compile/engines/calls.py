@@ -94,7 +94,8 @@ class Call:
         if self.others.get("output_attentions"):
             return Reason.UNSUPPORTED_FORM, "its weights are asked for"
         obstacle = types_problem(self.query, self.key, self.value, self._computed_in())
-        obstacle = obstacle or plan.inputs_obstacle(self.query, self.key, self.value, self.dropout, self.scale)
+        needs_grad = any(tensor.requires_grad for tensor in (self.query, self.key, self.value))
+        obstacle = obstacle or plan.inputs_obstacle(self.query, needs_grad, self.dropout, self.scale)
         if self.module.training:  # reentrant checkpoints run a layer without gradients, and again for them
             obstacle = obstacle or (Reason.NEEDS_GRAD, "the module is in training mode; model.eval() is for inference")
         if torch.is_grad_enabled() and self.sink_logits is not None and self.sink_logits.requires_grad:
