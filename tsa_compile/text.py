@@ -39,6 +39,11 @@ def number(ms: float) -> str:
     return f"{ms:,.0f}" if abs(ms) >= 100 else f"{ms:.3g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 token, 1,024 tokens."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def spans(indices: Iterable[int]) -> str:
     """Numbers as text, neighbours together: 0..3,5."""
     runs: list[list[int]] = []

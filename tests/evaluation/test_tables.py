@@ -103,6 +103,9 @@ def test_tables_fit_a_terminal(study):
         ({"budget": Coverage(0.1)}, ""),
         ({"budget": Coverage(0.1), "min_tokens": 4000}, "all of them"),
         ({"min_tokens": 4000, "layers": []}, ""),
+        ({"layers": {2: 0.5}}, ""),
+        ({"layers": {2: 0.5, 3: 0.1, 4: 0.2, 5: 0.1}}, "29% and not 10% or 20%. To measure the ratio itself"),
+        ({"layers": {2: Coverage(0.1)}}, ""),
     ],
 )
 def test_it_is_said_where_more_is_kept_than_the_budget_says(study, changes, said):

@@ -19,16 +19,16 @@ from tsa_compile.evaluation.settings import DENSE
 from tsa_compile.evaluation.statistics import CHANCE, Mean, Paired, Share, mcnemar, mean_difference, wilson
 from tsa_compile.evaluation.tasks import is_scored
 from tsa_compile.kernels.kept import never_dropped
-from tsa_compile.text import as_text
+from tsa_compile.text import as_text, counted
 
 WIDTH = 80
 _SCORED = ("right % [95%]", "lost", "won", "p")
 _HEADER = ("setting", "kept", *_SCORED, "nll - dense [95%]", "KL")
 LEGEND = (
-    "n: samples of a setting that ran fewer than dense. kept: mean share of the tokens in sparse layers. right: everything "
-    "expected is in the output. lost, won: samples that dense alone, or the setting alone, has right; p: McNemar's exact "
-    "test of these. nll: mean negative log-likelihood of the expected answer's tokens, and of settings its difference to "
-    "dense with Student's interval. KL: from dense to the setting at these tokens, in nats."
+    "n: how many samples a setting ran, where it ran fewer than dense. kept: mean share of the tokens in sparse layers. "
+    "right: everything expected is in the output. lost, won: samples that dense alone, or the setting alone, has right; p: "
+    "McNemar's exact test of these. nll: mean negative log-likelihood of the expected answer's tokens, and of settings its "
+    "difference to dense with Student's interval. KL: from dense to the setting at these tokens, in nats."
 )
 
 
@@ -102,14 +102,25 @@ def notes(study: Study) -> list[str]:
         config = study.settings.get(name, {}).get("config")
         if config is None or config["layers"] == []:
             continue
-        window, least, ratio = config["window"], config["min_tokens"], config["budget"].get("keep_ratio")
+        window, least = config["window"], config["min_tokens"]
+        missed = [f"{ratio:.0%}" for ratio in _ratios(config) if least > ratio * (length - window)]
         said = f"{name} at {length:,} tokens: min_tokens={least} tokens and the window of {window} are always kept, "
         if length <= never_dropped(window, least):
             found.append(said + "which is all of them, so this is dense attention. Choose longer prompts or min_tokens=0")
-        elif ratio is not None and least > ratio * (length - window):
+        elif missed:
             kept = never_dropped(window, least) / length
-            found.append(said + f"{kept:.0%} and not {ratio:.0%}. To measure the ratio itself, choose min_tokens=0")
+            found.append(
+                said + f"{kept:.0%} and not {' or '.join(missed)}. To measure the ratio itself, choose min_tokens=0"
+            )
     return found
+
+
+def _ratios(config: dict[str, Any]) -> list[float]:
+    """The keep ratios of the sparse layers in a configuration's JSON form, where layers may have a budget each."""
+    layers = config["layers"]
+    if isinstance(layers, dict):
+        return sorted({each for each in layers.values() if not isinstance(each, dict)})
+    return list(config["budget"].values()) if "keep_ratio" in config["budget"] else []
 
 
 def text(study: Study) -> str:
@@ -120,7 +131,7 @@ def text(study: Study) -> str:
         why, found = remark(study, task, length), rows(study, task, length)
         told = told or why is None
         samples = found[0].samples if found else study.find(task, length, DENSE.name).samples
-        title = Text(f"{task}, {length:,} tokens, {samples} samples")
+        title = Text(f"{task}, {length:,} tokens, {counted(samples, 'sample')}")
         parts += [title, Padding(Text(why), (0, 0, 0, 2)) if why else _table(found), ""]
     parts += [Text(f"note: {note}") for note in notes(study)]
     return as_text(Group(*parts, *([Text(LEGEND)] if told else [])), WIDTH)
@@ -163,7 +174,7 @@ def markdown(study: Study) -> str:
                 lines.append([setting, f"{_percent(math.fsum(kept) / len(kept))}%", *cells_of])
         remarks = [f"- {task}: {why}" for task in names if (why := remark(study, task, length))]
         fewer = ", or n" if any(row.samples < samples for row in cells.values()) else ""
-        title = f"**{length:,} tokens**, {samples} samples of each task{fewer}"
+        title = f"**{length:,} tokens**, {counted(samples, 'sample')} of each task{fewer}"
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append("\n\n".join(filter(None, (title, table, "\n".join(remarks)))))
     return "\n\n".join(parts)
