@@ -115,8 +115,13 @@ OTHERS = {
     ),
     "tasks of a shape": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--tasks", "needle"],
-        "'tiny' has no tokenizer",
+        "--tasks are asked in words, and the shape 'tiny' has no tokenizer: pass a model folder",
     ),
+    "tasks in JSON lines": (
+        ["calibrate", "FOLDER", "--objective", "loss", "--max-kl", "1", "--tasks", "needle", "--prompts", "IDS"],
+        "is JSON, and tasks hide things in plain text",
+    ),
+    "eval in JSON lines": (["eval", "FOLDER", "--text", "IDS"], "is JSON, and tasks hide things in plain text"),
     "ratios without a number": (
         ["calibrate", *TINY, "--objective", "loss", "--max-kl", "1", "--ratios", ""],
         "--ratios '' is not understood",

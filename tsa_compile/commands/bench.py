@@ -38,7 +38,10 @@ def bench(
     rounds: Annotated[
         int | None,
         typer.Option(
-            "--rounds", min=1, max=10_000, help="At least so many timed calls of each. Default: 5 on a GPU, 1 on a CPU."
+            "--rounds",
+            min=1,
+            max=10_000,
+            help="The least number of timed calls of each mode. Default: 5 on a GPU, 1 on a CPU.",
         ),
     ] = None,
     compiler: Annotated[

@@ -12,7 +12,7 @@ from tsa_compile.commands import output, prompts, texts
 from tsa_compile.commands.options import TASK_NAMES, Batch, FigureOptions, ModelOptions, command, read_config
 from tsa_compile.config import KeepRatio, TSAConfig
 from tsa_compile.errors import ConfigError
-from tsa_compile.text import as_text, new_table
+from tsa_compile.text import as_text, counted, new_table
 
 if TYPE_CHECKING:
     from tsa_compile.calibration.calibrate import Calibration
@@ -47,20 +47,30 @@ def calibrate(
     ] = None,
     random: Annotated[
         int | None,
-        typer.Option("--random", min=1, max=10_000, help="So many prompts of random tokens instead; 2 for a shape."),
+        typer.Option(
+            "--random", min=1, max=10_000, help="A number of prompts of random tokens instead. Default: 2 for a shape."
+        ),
     ] = None,
     length: Annotated[
         str | None,
         typer.Option("--length", help="Prompt length in tokens: 8192, or 8K. Default: 1K for drift, 4K for loss."),
     ] = None,
     batch: Batch = 1,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="At most so many prompts of the file.")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--count", min=1, help="The largest number of prompts to take from the file; with --tasks, of each task."
+        ),
+    ] = None,
     delta: Annotated[
         float | None, typer.Option("--delta", help="The share of the layers to be sparse, in (0, 1]. Default: 0.5.")
     ] = None,
     objective: Annotated[
         str,
-        typer.Option("--objective", help="drift: how much a layer changes its input; loss: what it costs in the answers."),
+        typer.Option(
+            "--objective",
+            help="drift: how much a layer changes its input; loss: how much a sparse layer changes the answers.",
+        ),
     ] = "drift",
     max_kl: Annotated[
         float | None,
@@ -71,18 +81,22 @@ def calibrate(
     ] = None,
     answer: Annotated[
         int | None,
-        typer.Option("--answer", min=1, help="loss: so many last tokens of a prompt are its answer. Default: 64."),
+        typer.Option("--answer", min=1, help="loss: how many tokens at the end of a prompt are its answer. Default: 64."),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--tasks",
-            help="loss: prompts of these tasks of `tsa-compile eval`, --count (4) of each, hidden in the text of --prompts.",
+            help="loss: ask these tasks of `tsa-compile eval` instead, --count of each (default: 4). They hide things in "
+            "the text of --prompts, or else in a few sentences.",
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="loss: a TSAConfig as JSON (floor, window, ...), without its budget."),
+        typer.Option(
+            "--config",
+            help="loss: a TSAConfig as JSON (floor, window, ...). Its budget is not used; only its layers are tried.",
+        ),
     ] = None,
 ) -> None:
     """Find the layers that may be sparse: those that change their input least, or cost the answers least.
@@ -121,9 +135,15 @@ def _check_prompts(model: ModelOptions, file: Path | None, random: int | None, t
     if random is not None and (file is not None or tasks is not None):
         raise ConfigError(f"both {'--tasks' if file is None else '--prompts'} and --random given: choose one")
     if count is not None and file is None and tasks is None:
-        raise ConfigError(f"--count goes with --prompts or --tasks; so many random prompts are --random {count}")
+        raise ConfigError(f"--count goes with --prompts or --tasks; for {count} random prompts, pass --random {count}")
+    if tasks is not None and model.shape is not None:
+        raise ConfigError(
+            f"--tasks are asked in words, and the shape {model.shape!r} has no tokenizer: pass a model folder, or leave "
+            "--tasks out"
+        )
     if file is not None:
-        prompts.read_text(file)
+        read = prompts.read_text if tasks is None else prompts.read_prose
+        read(file, "--prompts")
     if file is None and random is None and tasks is None and model.folder is not None:
         raise ConfigError(
             "no prompts given: pass --prompts FILE (text or JSON lines), --tasks (with --objective loss), or --random 8 for "
@@ -184,7 +204,8 @@ def _samples(source: Source, tasks: str | None, file: Path | None, length: int, 
     from tsa_compile.evaluation.prompts import Writer
 
     names = texts.names(tasks or "")
-    writer = Writer(source.tokenizer("tasks are asked in words"), None if file is None else prompts.read_text(file))
+    text = None if file is None else prompts.read_prose(file, "--prompts")
+    writer = Writer(source.tokenizer("tasks are asked in words"), text)
     found = [writer.sample(name, length, _SEED, index) for name in names for index in range(count or _EACH)]
     return sorted(found, key=lambda sample: len(sample.answer))  # neighbours with answers of one length run at once
 
@@ -194,8 +215,8 @@ def _prompts(source: Source, file: Path | None, random: int | None, length: int,
         found = prompts.read(file, length, count, source.tokenizer)
         if (shortest := min(map(len, found))) < _SHORTEST:
             raise ConfigError(
-                f"{str(file)!r} holds a prompt of {shortest} tokens, too short to calibrate: leave out what is shorter than "
-                f"{_SHORTEST} tokens"
+                f"{str(file)!r} holds a prompt of {counted(shortest, 'token')}, too short to calibrate: leave out what is "
+                f"shorter than {_SHORTEST} tokens"
             )
         if (longest := max(map(len, found))) < length // 2:
             output.say("warning", f"no prompt has more than {longest:,} tokens, of the {length:,} asked for by --length")
@@ -228,7 +249,8 @@ def _costs(found: LossCalibration, path: Path | None) -> str:
     error = "" if found.kl_error is None else f" +- {found.kl_error:.1g}"
     lines = [
         as_text(table),
-        f"(KL of the answers to dense with that layer alone sparse; {found.tokens:,} tokens of {found.prompts:,} answers)",
+        f"(KL of the answers to dense with that layer alone sparse; {counted(found.tokens, 'token')} of "
+        f"{counted(found.prompts, 'answer')})",
         f"{len(chosen)} of {len(found.layers)} layers sparse: KL {found.kl:.2g}{error} as a whole, of {found.max_kl:g} "
         f"allowed; {found.saved:.0%} of the pairs of queries and keys left out of selected attention",
     ]

@@ -44,8 +44,9 @@ def evaluate(
         typer.Option(
             "--setting",
             help="A budget and, behind commas, what differs from the options below: floor=none or 256+16, layers=2-29+31, "
-            "window=32, min_tokens=0, granularity=group, kernel=NAME, select=random (the control: random tokens). Once for "
-            "each; all are compared with dense. Default: the options below.",
+            "window=32, min_tokens=0, granularity=group, kernel=NAME, select=random (the control: random tokens). A "
+            "calibration by loss stands in the budget's place: layers=layers.json. Pass the option once for each setting; "
+            "all are compared with dense. Default: the options below.",
         ),
     ] = None,
     tasks: Annotated[
@@ -62,19 +63,21 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", min=1, max=_MOST_SAMPLES, help="Of each task and length. Default: 50; 8 on a CPU."),
+        typer.Option(
+            "--samples", min=1, max=_MOST_SAMPLES, help="Samples of each task and length. Default: 50; 8 on a CPU."
+        ),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option("--text", help="A text file of yours, to hide things in. Default: a few sentences, repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="The seed of the samples.")] = 0,
     batch_tokens: Annotated[
         int | None, typer.Option("--batch-tokens", min=1, help="Tokens that run at once. Default: 32768; 4096 on a CPU.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="A JSON file that keeps the results as they come, and from which to go on."),
+        typer.Option("--out", help="A JSON file for the results, written as they come. The same command continues from it."),
     ] = None,
 ) -> None:
     """Compare settings with dense attention on tasks in plain English that need the whole prompt.
@@ -91,7 +94,7 @@ def evaluate(
     _check_settings(setting or [], sparse.budget)
     if out is not None and writable(out).exists():
         read_json(out, "pass a file that tsa-compile eval wrote, or a new name")
-    request |= {"text": prompts.read_text(text, "--text")} if text else {}
+    request |= {"text": prompts.read_prose(text, "--text")} if text else {}
     with output.working("Loading PyTorch and transformers"):
         from tsa_compile.evaluation.statistics import require_statsmodels
 

@@ -46,7 +46,7 @@ SUFFIXES = {
         "tsa-compile export my-llama --format aoti --out model.pt2 --min-length 1024",
     ),
     (
-        "Standard ONNX operators, held against what TensorRT takes",
+        "Standard ONNX operators, compared with what TensorRT supports",
         "tsa-compile export my-llama --format onnx --out model.onnx --check",
     ),
 )
@@ -62,7 +62,9 @@ def export(
     lengths: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            "--lengths", metavar="MIN MAX", help="The shortest and the longest prompt. Default: 1K 128K, or the positions."
+            "--lengths",
+            metavar="MIN MAX",
+            help="The shortest and the longest prompt. Default: 1K 128K, or up to the model's positions.",
         ),
     ] = None,
     batches: Annotated[
@@ -70,7 +72,10 @@ def export(
         typer.Option("--batches", metavar="MIN MAX", help="A range of batch sizes. Default: 1 alone."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Hold an ONNX file against what TensorRT takes; findings are failures.")
+        bool,
+        typer.Option(
+            "--check", help="Compare the ONNX file with what TensorRT supports. What it refuses is a failure: exit code 1."
+        ),
     ] = False,
 ) -> None:
     """Export the prefill for a range of lengths: for C++ (AOTInductor), ONNX, TensorRT, or as a torch.export program."""

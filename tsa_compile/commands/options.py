@@ -79,7 +79,7 @@ class ModelOptions:
     ] = None
     layers: Annotated[
         int | None,
-        _option("--layers", min=1, max=MOST_LAYERS, panel=_MODEL, help="So many layers of the shape instead of all."),
+        _option("--layers", min=1, max=MOST_LAYERS, panel=_MODEL, help="Build the shape with this number of layers only."),
     ] = None
     device: Annotated[
         str,
@@ -151,7 +151,9 @@ class SparseOptions:
     ] = None
     min_tokens: Annotated[
         str | None,
-        _option("--min-tokens", panel=_SPARSE, help="At least so many are kept besides the window, or 0. Default: 1K."),
+        _option(
+            "--min-tokens", panel=_SPARSE, help="The least number of tokens kept besides the window, from 0 on. Default: 1K."
+        ),
     ] = None
     min_length: Annotated[
         str | None,
@@ -288,7 +290,7 @@ class FigureOptions(OutputOptions):
 
 
 Length = Annotated[str, typer.Option("--length", help="Prompt length in tokens: 8192, or 8K.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, max=2**16, help="Prompts at once.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, max=2**16, help="How many prompts run at once.")]
 
 
 class Command(Protocol):

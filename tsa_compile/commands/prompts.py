@@ -27,7 +27,7 @@ def read(path: Path, length: int, count: int | None, tokenizer: Any) -> list[lis
         ConfigError: the file cannot be read or holds no prompts.
     """
     text = read_text(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json") or _begins_with_prompt(text):
+    if _is_lines(path, text):
         found = [ids[:length] for ids in _lines(path, text, count, tokenizer)]
     else:
         found = _pieces(_encode(path, tokenizer(), text), length)[:count]
@@ -47,6 +47,20 @@ def read_text(path: Path, option: str = "--prompts") -> str:
     if not text.strip():
         raise ConfigError(f"{option} {str(path)!r} is empty: pass {allowed}")
     return text
+
+
+def read_prose(path: Path, option: str) -> str:
+    """The text of a file in which tasks hide things; ConfigError for JSON lines too, whose braces would be read as words."""
+    text = read_text(path, option)
+    if _is_lines(path, text):
+        raise ConfigError(
+            f"{option} {str(path)!r} is JSON, and tasks hide things in plain text: write the text alone into a file"
+        )
+    return text
+
+
+def _is_lines(path: Path, text: str) -> bool:
+    return path.suffix.lower() in (".jsonl", ".ndjson", ".json") or _begins_with_prompt(text)
 
 
 def _pieces(ids: list[int], length: int) -> list[list[int]]:
