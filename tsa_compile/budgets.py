@@ -12,12 +12,19 @@ from fractions import Fraction
 
 from tsa_compile.errors import ConfigError
 
+_SHOWN = 200  # characters
 MOST_TOKENS = 2**31 - 1  # tokens: up to where budgets are exact, and far beyond any memory
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: in one line, of which a model or a long list has only the beginning."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def rejected(option: str, value: object, allowed: str) -> ConfigError:
     """The error about an option's value."""
-    return ConfigError(f"{option}={value!r} is not allowed: {option} must be {allowed}")
+    return ConfigError(f"{option}={shown(value)} is not allowed: {option} must be {allowed}")
 
 
 def checked_number(option: str, value: object, allowed: str, within: Callable[[float], bool]) -> float:

@@ -28,6 +28,7 @@ from tsa_compile.budgets import (
     read_budget,
     read_floor,
     rejected,
+    shown,
 )
 from tsa_compile.errors import ConfigError, unknown
 
@@ -263,7 +264,7 @@ def given(config: object, function: str) -> TSAConfig:
     if config is None:
         return TSAConfig()
     if not isinstance(config, TSAConfig):
-        raise ConfigError(f"config={config!r} is not allowed: {function}() takes a TSAConfig, or None for the defaults")
+        raise ConfigError(f"config={shown(config)} is not allowed: {function}() takes a TSAConfig, or None for the defaults")
     return config
 
 

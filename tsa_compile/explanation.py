@@ -15,7 +15,7 @@ from tsa_compile.config import TSAConfig, given
 from tsa_compile.costs.devices import DeviceCosts, costs_of, is_cpu
 from tsa_compile.costs.expected import with_expectations
 from tsa_compile.errors import ConfigError, TSAWarning
-from tsa_compile.pipeline import run_passes
+from tsa_compile.pipeline import check_names, run_passes
 from tsa_compile.report import RewriteReport
 
 
@@ -47,10 +47,12 @@ def explain(
 
     Raises:
         ConfigError: `model` cannot be called, or `config`, a value in it or `device` is not allowed.
+        KernelError: `config` names a kernel that is not registered.
     """
     if not callable(model) or isinstance(model, type):  # torch.compile would change a class for all of its instances
         raise ConfigError(f"a {type(model).__name__} is not allowed: explain() takes a model, or a function, and its inputs")
     config = given(config, "explain")
+    check_names(config)  # inside of Dynamo it would be raised as Dynamo's own error
     costs = None if device is None else costs_of(device)[0]  # before the whole model has run, should it be unknown
     decider = None if is_cpu(device) else costs  # which is None where no device is given
     seen: list[RewriteReport] = []

@@ -46,6 +46,7 @@ def replacing(path: StrPath) -> Iterator[Path]:
         ConfigError: no file can be written there.
         WriteError: it could not be written whole, or not put into its place.
     """
+    check_path(path)
     if is_special(path):
         with _errors_that_name(path, Path(path)):
             yield Path(path)
@@ -65,8 +66,9 @@ def writable(path: StrPath, *suffixes: str) -> Path:
     """Holds an output path against the disk before anything long is begun.
 
     Raises:
-        ConfigError: no file can be written there, or its name does not end in one of `suffixes`.
+        ConfigError: it is no path, no file can be written there, or its name does not end in one of `suffixes`.
     """
+    check_path(path)
     target = Path(path)
     folder = target.parent
     if target.is_dir():
@@ -80,6 +82,11 @@ def writable(path: StrPath, *suffixes: str) -> Path:
     else:
         return target
     raise ConfigError(f"{str(path)!r} cannot be written: {problem}")
+
+
+def check_path(path: object) -> None:
+    """Raises ConfigError for what cannot be a file's path."""
+    check_type("path", path, (str, os.PathLike), "the path of a file")
 
 
 def is_special(path: StrPath) -> bool:
@@ -155,7 +162,7 @@ def read_json(path: StrPath, advice: str) -> Any:
     Raises:
         ConfigError: it cannot be read or is not JSON; the message ends in `advice`.
     """
-    check_type("path", path, (str, os.PathLike), "the path of a file")
+    check_path(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -57,6 +57,17 @@ WHOLE: tuple[type[Pass], ...] = tuple(kind for kind in PASSES if kind is not Dec
 _log = logging.getLogger(__name__)
 
 
+def check_names(config: TSAConfig) -> None:
+    """Raises ConfigError or KernelError where a configuration names a pass or a kernel that does not exist."""
+    optional = [kind.__name__ for kind in PASSES if kind.optional]
+    for skipped in config.skip_passes:
+        if skipped not in optional:
+            raise ConfigError(
+                f"skip_passes={skipped!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
+            )
+    registry.check(config.kernel, config.dense_kernel)
+
+
 def run_passes(
     graph_module: GraphModule,
     config: TSAConfig,
@@ -77,13 +88,7 @@ def run_passes(
         ConfigError, KernelError: the configuration names a layer, a kernel or a pass that does not exist.
         RewriteError: a pass failed and `config.strict` is set.
     """
-    optional = [kind.__name__ for kind in PASSES if kind.optional]
-    for skipped in config.skip_passes:
-        if skipped not in optional:
-            raise ConfigError(
-                f"skip_passes={skipped!r} is not allowed: the passes that can be left out are {', '.join(optional)}"
-            )
-    registry.check(config.kernel, config.dense_kernel)
+    check_names(config)
     state = GraphState(config, costs=costs)
     original = copy.deepcopy(graph_module.graph)
     _log.debug("%s", lazy_format_graph_code("before the passes", graph_module))

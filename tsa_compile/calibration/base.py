@@ -51,6 +51,7 @@ class Calibrated(Saved):
         Its architecture, its sizes and samples of its weights are compared, whatever its dtype and device. Weights that were
         changed by less than the rounding of bfloat16, or that are quantised or on the meta device, are not told apart.
         """
+        check_type("model", model, nn.Module, "a torch.nn.Module")
         layers = _layer_list(model, self.layers)
         if layers is None:
             different = [f"no layers {_stem(self.layers[0])}.0..{len(self.layers) - 1}"]

@@ -46,7 +46,7 @@ def read_prompts(prompts: Iterable[Any], tokenizer: Any = None) -> Iterator[tupl
 def rows_of(place: int, prompt: Any, tokenizer: Any = None) -> Iterator[Tensor]:
     """The token ids [L] of each row of a prompt, without pad tokens."""
     if isinstance(prompt, str):
-        if tokenizer is None:
+        if not callable(tokenizer):
             raise ConfigError(f"prompt {place} is text: pass tokenizer=, or token ids instead")
         prompt = tokenizer(prompt)
     mask = None
