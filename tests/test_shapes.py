@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig
 
 from tsa_compile import Coverage, Reason, RewriteError, TSAConfig, TSAWarning, explain, shapes
 from tsa_compile.costs import memory, models
@@ -167,3 +168,11 @@ def test_free_memory_counts_what_pytorch_holds_without_using_it(monkeypatch):
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     assert unused > 0
     assert memory.free_bytes("cuda") == 7 + unused
+
+
+def test_a_prompt_beyond_the_positions_of_a_model_that_cannot_be_traced_with_it(caplog):
+    """BERT cuts a table of token types, which has its positions."""
+    config = BertConfig(num_hidden_layers=1, is_decoder=True, max_position_embeddings=64)
+    with pytest.raises(ConfigError, match="prompts of 80 tokens do not fit: BertLMHeadModel has 64 positions"):
+        explain_weightless(config, 80, CONFIG)
+    assert not caplog.records

@@ -10,6 +10,9 @@ one). Phi-3's positions are plain RoPE instead of the 128K model's LongRoPE, whi
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from tsa_compile.config import TSAConfig
 from tsa_compile.costs.devices import DeviceCosts
 from tsa_compile.costs.models import causal_model, require_transformers
 from tsa_compile.errors import ConfigError, RewriteError, TSAError, unknown
+from tsa_compile.evaluation.limits import check_positions
 from tsa_compile.explanation import explain
 from tsa_compile.passes.base import summary
 from tsa_compile.report import RewriteReport
@@ -132,6 +136,17 @@ def prompts(config: Any, count: int, length: int, device: Any = "cpu", seed: int
     return torch.randint(min(3, vocab - 1), vocab, (count, length), generator=generator).to(device)
 
 
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Torch logs the traceback of an operator that fails on fake tensors; the error that follows says enough."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def explain_weightless(
     model_config: Any,
     length: int,
@@ -149,6 +164,7 @@ def explain_weightless(
     every tokenizer does. With `costs` it is decided for the device that has them, which need not be there.
 
     Raises:
+        ConfigError: an argument is not allowed, or the model has fewer positions than that and so cannot be traced.
         RewriteError: the model's own code looks at values (remote code may), so it runs with weights alone.
     """
     with FakeTensorMode():
@@ -157,10 +173,12 @@ def explain_weightless(
             ids = torch.zeros(batch, length, dtype=torch.int64)
             mask = torch.ones_like(ids)
         try:
-            return explain(model, input_ids=ids, attention_mask=mask, config=config, device=costs)
+            with _without_tracebacks():
+                return explain(model, input_ids=ids, attention_mask=mask, config=config, device=costs)
         except Exception as error:
             if isinstance(error, TSAError) or isinstance(getattr(error, "inner_exception", None), TSAError):
                 raise
+            check_positions(model, length)
             raise RewriteError(
                 f"{type(model).__name__} cannot be traced without weights ({summary(error)}): load it and call "
                 "explain(model, ...), at the command line --weights"

@@ -106,7 +106,7 @@ class Runner:
                 reasons = " ".join(reason.said() for reason in sorted({row.reason for row in rows}))
                 raise ConfigError(
                     f"{self.setting.name} at {length:,} tokens: no layer became sparse. "
-                    f"{reasons or 'No attention call was found.'} explain says more"
+                    f"{reasons or 'No attention call was found.'} `tsa-compile explain` shows each call"
                 )
             self._checked = True
         if not selections:
