@@ -312,7 +312,7 @@ def _notes(config: TSAConfig, model: ModelSizes, kept: float | None) -> list[str
     notes = []
     counted = [budget for budget in config.budgets if isinstance(budget, Coverage)]
     if counted and kept is None:
-        notes.append(f"what {counted[0]} keeps depends on the input: expected is what the publication found")
+        notes.append(f"what {counted[0]} keeps depends on the input: the times are for the share that the publication found")
     if any(layer.window is not None for layer in model.layers):
         notes.append("layers with a window are charged for their windows, as they run without a mask")
     if any(layer.kind in _WINDOWS and layer.window is None for layer in model.layers):
