@@ -31,6 +31,7 @@ from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_dense, of_window
 from tsa_compile.passes.aten import inputs_behind, is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
+from tsa_compile.passes.call import Problem
 from tsa_compile.passes.graph import fake, guarded, hint, in_marked_range, known, static
 from tsa_compile.passes.layers import not_found, select_layers
 from tsa_compile.passes.masks.info import CAUSAL_KINDS, FILLED_KINDS, MaskInfo, MaskKind
@@ -116,7 +117,7 @@ class PlanCalls(Pass):
             plan.keep(*obstacle)
             if obstacle[0] is Reason.SLIDING_WINDOW and _is_exact_window(plan):
                 plan.decision, plan.kernel = Decision.WINDOW, of_window(KernelRequest.of(*_operands(plan)))
-            return None
+            return
         assert plan.mask is not None
         plan.decision, plan.reason, plan.detail, plan.kernel = decide(
             _operands(plan), plan.config, selected, plan.place.doubt, sparse_layers,
@@ -127,7 +128,6 @@ class PlanCalls(Pass):
         if plan.decision in (Decision.DENSE, Decision.DENSE_PADDED) and plan.mask.nan_rows:
             plan.kernel = ""
             plan.keep(plan.reason, plan.detail or "it stays as it is: a row that may attend to no token is NaN in it")
-        return None
 
 
 def decide(
@@ -147,14 +147,16 @@ def decide(
         fixed: which keys are invalid does not depend on the input, so that the rows of their positions must be right.
     """
     dense = Decision.DENSE_PADDED if padded else Decision.DENSE
-    decision, reason, detail = dense, unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else ""
-    if reason is None and fixed:
-        reason, detail = Reason.MASK_OPAQUE, "it hides fixed positions, whose tokens need not be padding"
-    if reason is None:
-        reason, detail = sparse_obstacle(*operands, settled or config, sparse_layers, costs, filled=filled)
-    if reason is None:
-        decision, reason = Decision.SPARSE, Reason.SPARSE
-    elif config.dense_kernel is not None and not (behind or fixed) and kernel_obstacle(*operands)[0] is None:
+    if unselected is not None:
+        obstacle: Problem | None = (unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else "")
+    elif fixed:
+        obstacle = Reason.MASK_OPAQUE, "it hides fixed positions, whose tokens need not be padding"
+    else:
+        obstacle = sparse_obstacle(*operands, settled or config, sparse_layers, costs, filled=filled)
+    decision, (reason, detail) = dense, obstacle or (Reason.SPARSE, "")
+    if obstacle is None:
+        decision = Decision.SPARSE
+    elif config.dense_kernel is not None and not (behind or fixed) and kernel_obstacle(*operands) is None:
         decision = Decision.KERNEL
     try:
         return decision, reason, detail, kernel_of(*operands, decision, config, costs, sinks=sinks)
@@ -162,7 +164,7 @@ def decide(
         return dense, Reason.KERNEL, str(error), ""
 
 
-def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
+def _obstacle(plan: CallPlan) -> Problem | None:
     """Why a call must stay exactly as the model wrote it."""
     call = plan.call
     if call.problem is not None:
@@ -185,7 +187,7 @@ def _obstacle(plan: CallPlan) -> tuple[Reason, str] | None:
     return None if reason is None else (reason, _found_in_mask(plan, plan.mask))
 
 
-def inputs_obstacle(query: Tensor, needs_grad: bool, dropout: Any, scale: Any) -> tuple[Reason, str] | None:
+def inputs_obstacle(query: Tensor, needs_grad: bool, dropout: Any, scale: Any) -> Problem | None:
     """Why a call of these inputs must stay as it is, whatever its mask."""
     if needs_grad:
         return Reason.NEEDS_GRAD, ""
@@ -205,7 +207,7 @@ def _is_exact_window(plan: CallPlan) -> bool:
         return False
     rows, keys = query.shape[2], fake(plan.call.key).shape[2]
     alike = known(rows == keys) or (known(rows <= keys) and not known(rows < FEW_QUERIES))
-    return alike and kernel_obstacle(*_operands(plan))[0] is None
+    return alike and kernel_obstacle(*_operands(plan)) is None
 
 
 def is_behind_cache(plan: CallPlan) -> bool:
@@ -293,20 +295,18 @@ def sparse_obstacle(
     costs: DeviceCosts | None = None,
     *,
     filled: bool = False,
-) -> tuple[Reason | None, str]:
+) -> Problem | None:
     """Why a call whose layer is selected stays dense all the same.
 
     Args:
         costs: of the device that is decided for; None for those of the query's.
         filled: the keys are a cache of a fixed size, of which may be filled no more than the queries.
     """
-    reason, detail = kernel_obstacle(query, key, value)
-    if reason is not None:
-        return reason, detail
-    if not known(query.shape[2] == key.shape[2]):
-        reason, detail = _length_obstacle(query.shape[2], FEW_QUERIES, "more than a step of assisted decoding has", 0)
-        if reason is not None:
-            return reason, detail
+    obstacle = kernel_obstacle(query, key, value)
+    if obstacle is None and not known(query.shape[2] == key.shape[2]):
+        obstacle = _length_obstacle(query.shape[2], FEW_QUERIES, "more than a step of assisted decoding has", 0)
+    if obstacle is not None:
+        return obstacle
     shape = CallShape.of(query, key, value, config)
     shape = replace(shape, past=0) if filled else shape
     least = minimum(config, shape, sparse_layers, query.device if costs is None else costs)
@@ -315,7 +315,7 @@ def sparse_obstacle(
         if shape.past == 0 or (queries is not None and least.reached_by(queries, queries + shape.past)):
             least = least.of_all_keys(shape.past)
         if least.of_keys and least.tokens is not None and least.tokens <= all_kept_below(config):
-            return None, ""  # the op decides: of fewer keys it keeps all
+            return None  # the op decides: of fewer keys it keeps all
     return _length_obstacle(least.length(query.shape[2], key.shape[2]), least.tokens, least.why, all_kept_below(config))
 
 
@@ -329,7 +329,7 @@ def may_be_whole(query: Tensor, key: Tensor) -> bool:
     return not known(query.shape[2] == key.shape[2]) and not known(query.shape[2] < key.shape[2])
 
 
-def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason | None, str]:
+def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> Problem | None:
     """Why no kernel of the registry can be asked to run a call."""
     if query.device.type not in _DEVICES:
         return Reason.DEVICE, f"on {query.device.type}"
@@ -342,7 +342,7 @@ def kernel_obstacle(query: Tensor, key: Tensor, value: Tensor) -> tuple[Reason |
         return Reason.HEAD_DIM, f"head sizes {widths[0]} and {widths[1]}"
     if static(query.shape[1]) is None:
         return Reason.UNSUPPORTED_FORM, "the number of heads is not static"
-    return None, ""
+    return None
 
 
 def all_kept_below(config: TSAConfig) -> int:
@@ -351,7 +351,7 @@ def all_kept_below(config: TSAConfig) -> int:
     return 1 + (kept if config.capacity is None else min(kept, config.capacity))
 
 
-def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, all_kept: int) -> tuple[Reason | None, str]:
+def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, all_kept: int) -> Problem | None:
     """Compares a length with the minimum. A symbolic length is guarded: a shorter one compiles anew, as dense.
 
     A range that the user marked must hold as a whole, so no guard may cut it: where both sides of the minimum are in it,
@@ -364,10 +364,10 @@ def _length_obstacle(length: int | torch.SymInt, least: int | None, why: str, al
             return Reason.LENGTH_UNKNOWN, f"length {length} is not known before the graph runs"
         if in_marked_range(length):
             said = f"the range marked for length {length} has lengths on both sides of {least}, {why}"
-            return (None, "") if least <= all_kept else (Reason.LENGTH_UNKNOWN, said)
+            return None if least <= all_kept else (Reason.LENGTH_UNKNOWN, said)
     if length < least:  # on a SymInt this adds the guard
         return Reason.TOO_SHORT, f"length {hint(length)} < {least}, {why}"
-    return None, ""
+    return None
 
 
 def kernel_of(

@@ -208,7 +208,7 @@ class Implementation:
         if obstacle is not None:
             decision, reason, detail, kernel = Decision.UNCHANGED, *obstacle, ""
             operands = (call.query, call.key, call.value)
-            if reason is Reason.SLIDING_WINDOW and call.window is not None and kernel_obstacle(*operands)[0] is None:
+            if reason is Reason.SLIDING_WINDOW and call.window is not None and kernel_obstacle(*operands) is None:
                 decision, kernel = Decision.WINDOW, of_window(KernelRequest.of(*operands))
         else:
             decision, reason, detail, kernel = decide(
