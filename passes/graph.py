@@ -19,6 +19,8 @@ from torch.fx.node import map_arg
 from torch.utils._sympy.functions import Max, Min
 from torch.utils._sympy.value_ranges import bound_sympy
 
+from tsa_compile.passes.operators import arguments
+
 
 def fake(node: Any) -> Any:
     """The fake value that tracing recorded for a node (Dynamo: "example_value", export: "val"); constants pass through."""
@@ -28,25 +30,9 @@ def fake(node: Any) -> Any:
     return node.meta.get("val") if value is None else value
 
 
-def argument(node: Node, position: int, name: str) -> Any:
-    """An operator's argument, whether it was written by position or by name; None where it was left out."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
 def given(**options: Any) -> dict[str, Any]:
     """The options that are not None: an argument that is left out is not written into a graph."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies a function to every leaf of a node's arguments, those of slices included."""
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(map_leaves(function, leaf) for leaf in tree)
-    if isinstance(tree, dict):
-        return {name: map_leaves(function, leaf) for name, leaf in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(map_leaves(function, part) for part in (tree.start, tree.stop, tree.step)))
-    return function(tree)
 
 
 def expr_of(extent: int | torch.SymInt) -> sympy.Expr:
@@ -127,12 +113,10 @@ def readers(node: Node) -> list[Node]:
 
 def is_type_check(node: Node) -> bool:
     """Whether a node asserts the dtype, device and layout of a tensor, and nothing else."""
-    return (
-        node.target is torch.ops.aten._assert_tensor_metadata.default
-        and not node.users
-        and argument(node, 1, "size") is None
-        and argument(node, 2, "stride") is None
-    )
+    if node.target is not torch.ops.aten._assert_tensor_metadata.default or node.users:
+        return False
+    _, size, stride, *_ = arguments(node)
+    return size is None and stride is None
 
 
 def unread(node: Node, is_pure: Callable[[Node], bool]) -> list[Node] | None:

@@ -37,7 +37,7 @@ from torch.fx import Node
 from tsa_compile.errors import ConfigError
 from tsa_compile.kernels.forms import CAUSAL_KERNELS, FORMS, why_not
 from tsa_compile.kernels.launch import HAS_TRITON
-from tsa_compile.passes.graph import argument, fake, given, insert
+from tsa_compile.passes.graph import fake, given, insert
 from tsa_compile.passes.layers import module_name
 from tsa_compile.passes.minima import simplified_minima
 from tsa_compile.passes.operators import arguments
@@ -133,7 +133,7 @@ def check_kernels(program: ExportedProgram, form: str, otherwise: str) -> None:
     for node in program.graph.nodes:
         if node.target not in (tsa.attend.default, tsa.attend_lse.default):
             continue
-        name: Any = argument(node, 5, "kernel")
+        name: Any = arguments(node)[5]
         why = why_not(name)
         if why is not None:
             raise ConfigError(

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tsa_compile.errors import RewriteError
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.flex import FLEX, flex_arguments
-from tsa_compile.passes.graph import fake, map_leaves, static
+from tsa_compile.passes.graph import fake, static
 from tsa_compile.passes.masks.info import FILLED_KINDS
 from tsa_compile.passes.operators import aten
 from tsa_compile.reasons import Decision
@@ -189,7 +189,7 @@ class Case:
         if self._is_given(node):
             return self._given(node, generator, trial)
         args, kwargs = map_arg((node.args, node.kwargs), env.get if node.target is FLEX else env.__getitem__)
-        args, kwargs = map_leaves(self.sizes.shorten, args), map_leaves(self.sizes.shorten, kwargs)
+        args, kwargs = map_aggregate((args, kwargs), self.sizes.shorten)
         call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         if not callable(call) or node.op not in ("call_function", "call_method"):
             raise Skipped(f"{node.name} is no call")
@@ -208,7 +208,7 @@ class Case:
         body = self._attribute(node)
         short = GraphModule(body, copy.deepcopy(body.graph))
         for inner in short.graph.nodes:
-            inner.args, inner.kwargs = (map_leaves(self.sizes.shorten, part) for part in (inner.args, inner.kwargs))
+            inner.args, inner.kwargs = map_aggregate((inner.args, inner.kwargs), self.sizes.shorten)
         short.recompile()
         return short
 

@@ -8,8 +8,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.node import map_aggregate
 
-from tsa_compile.passes.graph import fake, map_leaves
+from tsa_compile.passes.graph import fake
 
 HEADS, WIDTH = 4, 8
 HALF = (torch.float16, torch.bfloat16)
@@ -44,7 +45,7 @@ class Program:
     def call(self, target, *args, **kwargs):
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, args, kwargs)
-        values, keywords = map_leaves(fake, (args, kwargs))
+        values, keywords = map_aggregate((args, kwargs), fake)
         with self.mode:
             call = getattr(values[0], target) if kind == "call_method" else target
             node.meta["example_value"] = call(*(values[1:] if kind == "call_method" else values), **keywords)
