@@ -36,6 +36,7 @@ _HIDDEN = re.compile(r"\.(?:_modules|__dict__|__self__)\b")
 _CLOSURE = re.compile(r"^.*\bcell_contents\b")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PREFIXES = (("module",), ("base_model", "model"))
+APPLIED_AGAIN = "one module is applied several times"
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,10 @@ class _Numbering:
         if position is None:
             return Place(names, doubt=doubt)
         parts = name.split(".")
-        container, number = ".".join(parts[:position]), int(parts[position])
-        count = self._count(container)
+        numbers = self.numbers[".".join(parts[:position])]
+        count = len(numbers) if self.whole and numbers == set(range(len(numbers))) else None
         doubt = "" if count is not None else "how many layers there are is not known in this part of the model"
-        return Place(names, number, unwrapped(_starred(name, [position])), count, doubt)
+        return Place(names, int(parts[position]), unwrapped(_starred(name, [position])), count, doubt)
 
     def _position(self, name: str) -> tuple[int | None, str]:
         """Where in a name the layer's number stands, or why none of its numbers is known to be that."""
@@ -167,10 +168,6 @@ class _Numbering:
         pattern = _starred(name, numbered)
         alike = (other.split(".") for other in others if _starred(other, _numbered(other)) == pattern)
         return {tuple(parts[position] for position in numbered) for parts in alike}
-
-    def _count(self, container: str) -> int | None:
-        numbers = self.numbers[container]
-        return len(numbers) if self.whole and numbers == set(range(len(numbers))) else None
 
 
 class _Stacks:
@@ -218,9 +215,7 @@ class _Stacks:
             possible = (alias for other in alike for alias in aliases(other))
             return Place((module_name(call.node) or call.node.name,), doubt=doubt, possible=tuple(possible))
         if name in self.repeated:
-            return Place(
-                names, doubt="one module is applied several times" if _numbered(name) else "its module has no number"
-            )
+            return Place(names, doubt=APPLIED_AGAIN if _numbered(name) else "its module has no number")
         return self.numbering.place(name, names)
 
 
@@ -263,24 +258,20 @@ def select_layers(places: list[Place], config: TSAConfig) -> list[Reason | None]
 
     By default that is the upper half of each stack, the middle one of an odd number included.
     """
-    if config.layers is None:
-        return [_upper_half(place) for place in places]
-    return [_named(place, config.layers) for place in places]
+    return [_unselected(place, config.layers) for place in places]
 
 
-def _named(place: Place, layers: Layers) -> Reason | None:
+def _unselected(place: Place, layers: Layers | None) -> Reason | None:
+    if layers is None:
+        if place.number is None or place.count is None:
+            return Reason.LAYER_COUNT_UNKNOWN
+        return None if place.number in upper_half(place.count) else Reason.LAYER_NOT_SELECTED
     if any(is_named(layer, place.number, place.names) for layer in layers):
         return None
     numbers = any(isinstance(layer, int) for layer in layers)
     perhaps = any(is_named(layer, None, place.possible) for layer in layers)
     unknown = perhaps or (numbers and place.number is None)
     return Reason.LAYER_COUNT_UNKNOWN if unknown else Reason.LAYER_NOT_SELECTED
-
-
-def _upper_half(place: Place) -> Reason | None:
-    if place.number is None or place.count is None:
-        return Reason.LAYER_COUNT_UNKNOWN
-    return None if place.number in upper_half(place.count) else Reason.LAYER_NOT_SELECTED
 
 
 def not_found(places: list[Place], config: TSAConfig, graph_module: GraphModule, frame: Frame | None) -> str | None:

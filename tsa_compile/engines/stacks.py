@@ -16,10 +16,8 @@ from torch.nn import Module
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import TSAWarning
 from tsa_compile.passes.frame import running_modules
-from tsa_compile.passes.layers import Place, is_among, place_in, said_of_unused, select_layers, unused_layers
+from tsa_compile.passes.layers import APPLIED_AGAIN, Place, is_among, place_in, said_of_unused, select_layers, unused_layers
 from tsa_compile.reasons import Reason
-
-_APPLIED_AGAIN = "one module is applied several times"
 
 
 @dataclass
@@ -133,7 +131,7 @@ class Seats:
         for name, inner in modules.items():
             if type(inner) is kind:
                 place = place_in(kinds, name)
-                places[name] = place if held[id(inner)] == 1 else Place(place.names, doubt=_APPLIED_AGAIN)
+                places[name] = place if held[id(inner)] == 1 else Place(place.names, doubt=APPLIED_AGAIN)
         reasons = select_layers([*places.values()], self.config)
         unused = [layer for layer in unused_layers([*places.values()], self.config) if not is_among(layer, kinds)]
         if unused:
