@@ -81,29 +81,18 @@ def _arange_in_steps(evaluator: Evaluator, node: Node, index: Index, start: Any,
     return [(sympy.true, integer(start) + integer(step) * index[0])]
 
 
-@rule("ones.default", "new_ones.default", "ones_like.default")
-def _ones(evaluator: Evaluator, node: Node, index: Index, *_: Any) -> Value:
-    return constant(1)
+rule("ones.default", "new_ones.default", "ones_like.default")(lambda *_: constant(1))
+rule("zeros.default", "new_zeros.default", "zeros_like.default", "zero.default")(lambda *_: constant(0))
 
 
-@rule("zeros.default", "new_zeros.default", "zeros_like.default", "zero.default")
-def _zeros(evaluator: Evaluator, node: Node, index: Index, *_: Any) -> Value:
-    return constant(0)
+def _filled(place: int) -> Rule:
+    """The rule of a tensor of one number, which is the argument at this place."""
+    return lambda evaluator, node, index, *arguments: evaluator.element(arguments[place], ())
 
 
-@rule("full.default", "full_like.default", "fill.Scalar", "fill.Tensor")
-def _full(evaluator: Evaluator, node: Node, index: Index, size: Any, number: Any, *_: Any) -> Value:
-    return evaluator.element(number, ())
-
-
-@rule("new_full.default")
-def _new_full(evaluator: Evaluator, node: Node, index: Index, source: Any, size: Any, number: Any, *_: Any) -> Value:
-    return constant(number)
-
-
-@rule("scalar_tensor.default")
-def _scalar(evaluator: Evaluator, node: Node, index: Index, number: Any, *_: Any) -> Value:
-    return constant(number)
+rule("scalar_tensor.default")(_filled(0))
+rule("full.default", "full_like.default", "fill.Scalar", "fill.Tensor")(_filled(1))
+rule("new_full.default")(_filled(2))
 
 
 # -- logic --------------------------------------------------------------------------------------------------------------
