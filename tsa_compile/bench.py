@@ -13,7 +13,6 @@ is passed, as every tokenizer does. Speed is claimed on GPUs only: a CPU's figur
 from __future__ import annotations
 
 import functools
-import json
 import math
 import statistics
 import time
@@ -32,10 +31,11 @@ from tsa_compile.files import new_figure, save_figure
 from tsa_compile.progress import Progress
 from tsa_compile.report import reports
 from tsa_compile.shapes import prompts
-from tsa_compile.text import as_text, new_table, wrapped
+from tsa_compile.text import Shown, as_text, new_table, wrapped
 
 MODES = ("eager", "compile", "exact", "sparse")
 _WORDS = {"eager": "eager", "compile": "torch.compile", "exact": 'backend="tsa", exact'}
+_COLOURS = {"eager": "0.45", "compile": "0.7", "exact": "tab:blue", "sparse": "tab:orange"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Shown):
     """The rows of a run, and the conditions under which they were measured."""
 
     rows: tuple[Measurement, ...]
@@ -94,18 +94,43 @@ class Benchmark:
         """Plain JSON types."""
         return {"conditions": self.conditions, "rows": [asdict(row) for row in self.rows]}
 
-    def to_json(self) -> str:
-        """The rows and the conditions as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
     def plot(self, path: str | Path) -> None:
-        """A figure of speed relative to the first mode, by length. Needs matplotlib."""
-        _plot(self, path)
+        """A figure of speed relative to the first mode: a line for each by length; of one length, a bar for each.
 
-    def narrow(self, width: int) -> str:
-        """As text in lines of at most so many characters: where a column for each length is too wide, a row for each."""
-        check_int("width", width, 1)
+        Needs matplotlib.
+        """
+        figure = new_figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for position, mode in enumerate(self.modes):
+            rows = [self.row(mode, length) for length in self.lengths]
+            points = [(row.length, row.speed) for row in rows if row.speed is not None]
+            style: dict[str, Any] = {"color": _COLOURS[mode], "label": self.words(mode)}
+            if points and len(self.lengths) > 1:
+                axes.plot(*zip(*points), marker="o", **style)
+            elif points:
+                axes.bar(position, points[0][1], **style)
+        if len(self.lengths) > 1:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(self.lengths, [_length_words(length) for length in self.lengths])
+            axes.minorticks_off()
+            axes.set_xlabel("prompt length")
+        else:
+            axes.set_xticks(range(len(self.modes)), self.modes)
+            axes.set_xlabel(f"a prompt of {_length_words(self.lengths[0])} tokens")
+        axes.set_ylabel(f"prefill speed, {self.words(self.modes[0])} = 1")
+        axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+        axes.set_title(
+            f"{self.conditions['model']}, {self.conditions['layers']} layers, {self.conditions['device']}", size=9
+        )
+        axes.legend(loc="upper left", fontsize=8)
+        axes.grid(alpha=0.3)
+        save_figure(figure, path, dpi=150)
+
+    def _text(self, width: int | None) -> str:
+        """With a width: where a column for each length is too wide, a row for each."""
         table = self._table()
+        if width is None:
+            return f"{table}\n{self._first_calls()}"
         if max(map(len, table.splitlines())) > width:
             rows = new_table("tokens", "mode", "prefill", right=("tokens",), fold=("mode", "prefill"))
             for length in self.lengths:
@@ -124,9 +149,6 @@ class Benchmark:
         """What compiling takes: each mode's longest first call."""
         longest = {mode: max(row.first_call_s or 0.0 for row in self.rows if row.mode == mode) for mode in self.modes}
         return "first call, which compiles: " + ", ".join(f"{self.words(mode)} {longest[mode]:.3g} s" for mode in self.modes)
-
-    def __str__(self) -> str:
-        return f"{self._table()}\n{self._first_calls()}"
 
 
 def bench(
@@ -156,7 +178,7 @@ def bench(
             not allowed; or lengths that there are none of, or that the model has no positions for.
     """
     config = given(config, "bench")
-    lengths = check_request(lengths, modes, rounds, batch, seed)
+    lengths = _check_request(lengths, modes, rounds, batch, seed)
     _check_model(model, lengths[-1])
     steps = 2 * len(modes)
     rows: list[Measurement] = []
@@ -180,7 +202,7 @@ def bench(
     return Benchmark(tuple(rows), _conditions(model, config, batch, rounds))
 
 
-def check_request(lengths: Sequence[int], modes: Sequence[str], rounds: int, batch: int = 1, seed: int = 0) -> list[int]:
+def _check_request(lengths: Sequence[int], modes: Sequence[str], rounds: int, batch: int, seed: int) -> list[int]:
     """The lengths, ascending, once it is clear that they and the modes can be measured; ConfigError otherwise."""
     check_list("modes", modes)
     if not all(mode in MODES for mode in modes) or len(set(modes)) < len(modes):
@@ -348,36 +370,3 @@ def _cell(row: Measurement) -> str:
     text += "" if row.speed is None else f" ({row.speed:.2f}x)"
     text += "" if row.peak_gib is None else f", {row.peak_gib:.1f} GiB"
     return text + (" (no sparse call)" if row.mode == "sparse" and row.sparse_calls == 0 else "")
-
-
-_COLOURS = {"eager": "0.45", "compile": "0.7", "exact": "tab:blue", "sparse": "tab:orange"}
-
-
-def _plot(result: Benchmark, path: str | Path) -> None:
-    """A line for each mode by length; of one length, a bar for each mode."""
-    figure = new_figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for position, mode in enumerate(result.modes):
-        rows = [result.row(mode, length) for length in result.lengths]
-        points = [(row.length, row.speed) for row in rows if row.speed is not None]
-        style: dict[str, Any] = {"color": _COLOURS[mode], "label": result.words(mode)}
-        if points and len(result.lengths) > 1:
-            axes.plot(*zip(*points), marker="o", **style)
-        elif points:
-            axes.bar(position, points[0][1], **style)
-    if len(result.lengths) > 1:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(result.lengths, [_length_words(length) for length in result.lengths])
-        axes.minorticks_off()
-        axes.set_xlabel("prompt length")
-    else:
-        axes.set_xticks(range(len(result.modes)), result.modes)
-        axes.set_xlabel(f"a prompt of {_length_words(result.lengths[0])} tokens")
-    axes.set_ylabel(f"prefill speed, {result.words(result.modes[0])} = 1")
-    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
-    axes.set_title(
-        f"{result.conditions['model']}, {result.conditions['layers']} layers, {result.conditions['device']}", size=9
-    )
-    axes.legend(loc="upper left", fontsize=8)
-    axes.grid(alpha=0.3)
-    save_figure(figure, path, dpi=150)

@@ -10,17 +10,15 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from tsa_compile.budgets import check_int
 from tsa_compile.errors import ConfigError
 from tsa_compile.reasons import Decision, Reason
-from tsa_compile.text import as_text, new_table, number, spans, wrapped
+from tsa_compile.text import Shown, as_text, new_table, number, spans, wrapped
 
 MAX_REPORTS = 256
 
@@ -73,7 +71,7 @@ class CallRow:
 
 
 @dataclass(frozen=True)
-class RewriteReport:
+class RewriteReport(Shown):
     """What one compilation did: a row per attention call, the config it followed and notes on the whole graph.
 
     `expected` is empty, or names the "device" of the rows' expected times and the "break_even" length, from which calls
@@ -171,10 +169,6 @@ class RewriteReport:
         values = {"rows": rows, "config": self.config, "notes": list(self.notes), "torch_version": self.torch_version}
         return values | ({"expected": self.expected} if self.expected else {})
 
-    def to_json(self) -> str:
-        """The whole report as JSON text; `from_json` reads it back."""
-        return json.dumps(self.to_dict(), indent=2)
-
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> RewriteReport:
         """Reads what `to_json` or `to_dict` wrote; ConfigError for anything else."""
@@ -189,29 +183,19 @@ class RewriteReport:
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"no report can be read ({error!r}): pass what RewriteReport.to_json wrote") from error
 
-    def narrow(self, width: int) -> str:
-        """As text in lines of at most so many characters: what was decided and why, without masks, shapes and kernels."""
-        check_int("width", width, 1)
-        return render(self, width)
+    def _text(self, width: int | None) -> str:
+        """A table in which like layers share a row, a summary, and a legend of the reasons.
 
-    def __str__(self) -> str:
-        return render(self)
-
-
-def render(report: RewriteReport, width: int | None = None) -> str:
-    """The report as text: a table in which like layers share a row, a summary, and a legend of the reasons.
-
-    Args:
-        width: lines are at most so long, and the table says what was decided and why, without masks, shapes and kernels.
-    """
-    lines = [report.summary, *_sight(report), *_expectation(report)]
-    for reason in dict.fromkeys(row.reason for row in report.rows if row.reason is not Reason.SPARSE):
-        details = dict.fromkeys(row.detail for row in report.rows if row.reason is reason and row.detail)
-        short = "" if width is None else "; ".join([*details][:1] + ["..."] * (len(details) > 1))
-        lines.append(reason.said(" ".join(short.split())))
-    lines.extend(f"note: {note}" for note in report.notes)
-    table = [_table(report.rows, width)] if report.rows else []
-    return "\n".join(table + (lines if width is None else wrapped(lines, width)))
+        With a width the table says what was decided and why, without masks, shapes and kernels.
+        """
+        lines = [self.summary, *_sight(self), *_expectation(self)]
+        for reason in dict.fromkeys(row.reason for row in self.rows if row.reason is not Reason.SPARSE):
+            details = dict.fromkeys(row.detail for row in self.rows if row.reason is reason and row.detail)
+            short = "" if width is None else "; ".join([*details][:1] + ["..."] * (len(details) > 1))
+            lines.append(reason.said(" ".join(short.split())))
+        lines.extend(f"note: {note}" for note in self.notes)
+        table = [_table(self.rows, width)] if self.rows else []
+        return "\n".join(table + (lines if width is None else wrapped(lines, width)))
 
 
 def _sight(report: RewriteReport) -> list[str]:
@@ -250,14 +234,14 @@ def _expectation(report: RewriteReport) -> list[str]:
 
 def _table(rows: tuple[CallRow, ...], width: int | None) -> str:
     if width is None:
-        return as_text(_wide_table(rows))
+        return _wide_table(rows)
     table = new_table("layer", "calls", "decision", "reason", right=("calls",), fold=("layer",))
     for group in _collapse(rows):
         table.add_row(_name(group), f"x{len(group)}", _decided(group[0]), str(group[0].reason))
     return as_text(table, width)
 
 
-def _wide_table(rows: tuple[CallRow, ...]) -> Table:
+def _wide_table(rows: tuple[CallRow, ...]) -> str:
     timed, detailed = any(row.expected_ms is not None for row in rows), any(row.detail for row in rows)
     names = ("layer", "calls", "query", "key", "value", "dtype", "form", "mask", "decision", "reason", "kernel")
     times = ("dense ms", "expected ms")
@@ -267,18 +251,17 @@ def _wide_table(rows: tuple[CallRow, ...]) -> Table:
     for group in _collapse(rows):
         detail = [" ".join(group[0].detail.split())] if detailed else []
         table.add_row(*_cells(group), *(_times(group[0]) if timed else ()), *detail)
-    return table
+    return as_text(table)
 
 
 def _collapse(rows: tuple[CallRow, ...]) -> list[list[CallRow]]:
     """Neighbouring rows that differ in the layer's number alone, together."""
-    return [list(group) for _, group in groupby(rows, key=_likeness)]
 
+    def likeness(row: CallRow) -> object:
+        before, _, after = _split(row)
+        return before, after, replace(row, index=0, layer="", layer_index=None)
 
-def _likeness(row: CallRow) -> tuple[object, ...]:
-    stem = _split(row)
-    rest = tuple(getattr(row, f.name) for f in fields(row) if f.name not in ("index", "layer", "layer_index"))
-    return (stem[0], stem[2], *rest)
+    return [list(group) for _, group in groupby(rows, key=likeness)]
 
 
 def _split(row: CallRow) -> tuple[str, str, str]:
@@ -299,7 +282,7 @@ def _cells(group: list[CallRow]) -> list[str]:
 
 
 def _decided(row: CallRow) -> str:
-    return " ".join([str(row.decision), *([] if row.budget is None else [_budget_words(*row.budget)])])
+    return str(row.decision) if row.budget is None else f"{row.decision} {_budget_words(*row.budget)}"
 
 
 def _times(row: CallRow) -> list[str]:

@@ -1,16 +1,44 @@
-"""Tables, lines, numbers and runs of numbers as plain text."""
+"""Tables, lines, numbers and runs of numbers as plain text, and the base of results that are read and kept."""
 
 from __future__ import annotations
 
 import io
+import json
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from tsa_compile.budgets import check_int
+
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+class Shown(ABC):
+    """A result that is printed as text, and kept as JSON."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+
+    @abstractmethod
+    def _text(self, width: int | None) -> str:
+        """As text; with a width in lines of at most so many characters, which say less where a table would not fit."""
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def narrow(self, width: int) -> str:
+        """As text in lines of at most so many characters."""
+        check_int("width", width, 1)
+        return self._text(width)
+
+    def __str__(self) -> str:
+        return self._text(None)
 
 
 def wrapped(lines: Iterable[str], width: int) -> list[str]:

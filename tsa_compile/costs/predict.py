@@ -14,7 +14,6 @@ Rates are those of bfloat16 at the sizes of Llama-3.1-8B; much smaller products 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -31,7 +30,7 @@ from tsa_compile.errors import ConfigError
 from tsa_compile.kernels import registry
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.reasons import Reason
-from tsa_compile.text import as_text, new_table, number, spans, wrapped
+from tsa_compile.text import Shown, as_text, new_table, number, spans, wrapped
 
 _WINDOWS = {"sliding_attention": Reason.SLIDING_WINDOW, "chunked_attention": Reason.CHUNKED}
 
@@ -97,7 +96,7 @@ class LayerPrediction:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Shown):
     """What one prefill of a model costs, layer by layer and in all."""
 
     model: ModelSizes = field(repr=False)
@@ -107,16 +106,12 @@ class Prediction:
     batch: int
     layers: tuple[LayerPrediction, ...]
     head: Work
+    """The head, for the last token."""
     break_even: int | None
     """The shortest length from which layers become sparse; None if there is none."""
     notes: tuple[str, ...] = ()
     kept: float | None = None
     """The kept share that was given instead of being expected of the budget."""
-
-    @property
-    def head_ms(self) -> float:
-        """The head, for the last token."""
-        return self.head.ms
 
     @property
     def attention_dense_ms(self) -> float:
@@ -131,7 +126,7 @@ class Prediction:
     @property
     def rest_ms(self) -> float:
         """All but attention, the head for the last token included."""
-        return sum(layer.rest_ms for layer in self.layers) + self.head_ms
+        return sum(layer.rest_ms for layer in self.layers) + self.head.ms
 
     @property
     def dense_ms(self) -> float:
@@ -180,21 +175,23 @@ class Prediction:
         return {
             "model": self.model.name, "dtype": str(self.model.dtype).removeprefix("torch."), "device": self.costs.name,
             "length": self.length, "batch": self.batch, "break_even": self.break_even, "config": self.config.to_dict(),
-            **{name: getattr(self, name) for name in totals}, "head_ms": self.head_ms,
+            **{name: getattr(self, name) for name in totals}, "head_ms": self.head.ms,
             "layers": [layer.to_dict() for layer in self.layers], "notes": list(self.notes),
         }  # fmt: skip
 
-    def to_json(self) -> str:
-        """The whole prediction as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def narrow(self, width: int) -> str:
-        """As text whose sentences are broken into lines of at most so many characters; the table has 78."""
-        check_int("width", width, 1)
-        return _render(self, width)
-
-    def __str__(self) -> str:
-        return _render(self)
+    def _text(self, width: int | None) -> str:
+        """With a width sentences are broken into lines of at most so many characters; the table has 78."""
+        sizes = f"{self.batch} x {self.length:,} tokens, {self.model.name}"
+        head = [f"prefill of {sizes} in {str(self.model.dtype).removeprefix('torch.')}, {self.costs.name}"]
+        if self.break_even is None:
+            rest = ["sparse layers gain at no length"]
+        else:
+            rest = [f"layers become sparse from {self.break_even:,} tokens on"]
+        rest.extend(f"note: {note}" for note in self.notes)
+        table = as_text(_table(self, _COLUMNS if width is None else _NARROW))
+        if width is not None:
+            head, rest = wrapped(head, width), wrapped(rest, width)
+        return "\n".join([*head, table, *rest])
 
 
 def predict(
@@ -329,21 +326,6 @@ def _gain(dense: float, now: float) -> float:
     return dense / now if now else 1.0
 
 
-def _render(prediction: Prediction, width: int | None = None) -> str:
-    sizes = f"{prediction.batch} x {prediction.length:,} tokens, {prediction.model.name}"
-    lines = [f"prefill of {sizes} in {str(prediction.model.dtype).removeprefix('torch.')}, {prediction.costs.name}"]
-    if prediction.break_even is None:
-        lines.append("sparse layers gain at no length")
-    else:
-        lines.append(f"layers become sparse from {prediction.break_even:,} tokens on")
-    lines.extend(f"note: {note}" for note in prediction.notes)
-    table = as_text(_table(prediction, _COLUMNS if width is None else _NARROW))
-    head, rest = lines[:1], lines[1:]
-    if width is not None:
-        head, rest = wrapped(head, width), wrapped(rest, width)
-    return "\n".join([*head, table, *rest])
-
-
 _COLUMNS = ("layers", "kind", "decision", "kept", "attention ms", "becomes", "saved", "gain", "rest ms")
 _NARROW = tuple(name for name in _COLUMNS if name not in ("kind", "saved"))
 
@@ -360,10 +342,8 @@ def _table(prediction: Prediction, columns: tuple[str, ...]) -> Table:
     for layer, indices in alike.items():
         times = [*_cells(layer.dense_ms, layer.ms), number(layer.rest_ms)]
         add(spans(indices), layer.kind, str(layer.reason), f"{layer.kept:.3f}", *times)
-    total = prediction
-    attention = (total.attention_dense_ms, total.attention_ms)
-    add("all attention", "", "", "", *_cells(*attention), "")
-    add("whole prefill", "", "", "", *_cells(total.dense_ms, total.ms), number(total.rest_ms))
+    add("all attention", "", "", "", *_cells(prediction.attention_dense_ms, prediction.attention_ms), "")
+    add("whole prefill", "", "", "", *_cells(prediction.dense_ms, prediction.ms), number(prediction.rest_ms))
     return table
 
 
