@@ -137,21 +137,16 @@ def resolve_compiler(config: TSAConfig, mode: str | None = None) -> Compiled:
         return compiler
     if config.compiler != "inductor":
         raise ConfigError(f"mode={mode!r} is not allowed with compiler={config.compiler!r}: only Inductor has modes")
-    patches = _mode_options(mode)
+    modes = torch._inductor.list_mode_options()  # what torch.compile's own Inductor wrapper makes of them
+    if mode not in modes:
+        raise ConfigError(f"mode={mode!r} is not allowed: Inductor's modes are {', '.join(modes)}")
+    patches = modes[mode]
     if config.regional and patches.get("triton.cudagraphs"):
         raise ConfigError(
             f"mode={mode!r} is not allowed with regional=True: a CUDA graph holds the addresses of one layer's weights, and "
             "layers share their code here; choose one of the two"
         )
     return partial(compiler, config_patches=patches)
-
-
-def _mode_options(mode: str) -> dict[str, Any]:
-    """What torch.compile's own Inductor wrapper makes of a mode."""
-    modes = torch._inductor.list_mode_options()
-    if mode not in modes:
-        raise ConfigError(f"mode={mode!r} is not allowed: Inductor's modes are {', '.join(modes)}")
-    return modes[mode]
 
 
 @contextmanager

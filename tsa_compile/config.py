@@ -164,7 +164,9 @@ class TSAConfig:
             raise rejected("regional", self.regional, "True, False or None")
         if not isinstance(self.strict, bool):
             raise rejected("strict", self.strict, "True or False")
-        object.__setattr__(self, "skip_passes", _names("skip_passes", self.skip_passes))
+        if not isinstance(self.skip_passes, (list, tuple)) or not all(isinstance(name, str) for name in self.skip_passes):
+            raise rejected("skip_passes", self.skip_passes, "a list of names")
+        object.__setattr__(self, "skip_passes", tuple(self.skip_passes))
         if not (callable(self.compiler) or (isinstance(self.compiler, str) and self.compiler)):
             raise rejected("compiler", self.compiler, 'a Dynamo backend by name ("inductor", "eager", ...) or a callable')
 
@@ -285,12 +287,6 @@ def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
             raise unknown(str(name), "an option", known)
-
-
-def _names(option: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    raise rejected(option, value, "a list of names")
 
 
 def _layers_dict(layers: Layers | None) -> Any:

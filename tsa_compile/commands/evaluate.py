@@ -174,16 +174,11 @@ def _settings(source: Source, sparse: SparseOptions, named: list[str]) -> list[S
 
 
 def _tokenizer(source: Source) -> Any:
-    """The folder's; for a shape with random weights, which know no words, bytes."""
-    if source.folder is None:
-        return _bytes()
-    return source.tokenizer(
-        "eval asks in words, so copy the model's tokenizer (tokenizer.json, tokenizer_config.json) into the folder"
-    )
-
-
-def _bytes() -> Any:
-    """A tokenizer whose tokens are bytes."""
+    """The folder's; for a shape with random weights, which know no words, one whose tokens are bytes."""
+    if source.folder is not None:
+        return source.tokenizer(
+            "eval asks in words, so copy the model's tokenizer (tokenizer.json, tokenizer_config.json) into the folder"
+        )
     from tsa_compile.costs.models import require_transformers
 
     transformers = require_transformers()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.status import Status
 
 from tsa_compile import files
 from tsa_compile.progress import Progress, bar
@@ -57,16 +58,12 @@ def write(data: Any, path: Path) -> None:
     say("note", f"wrote {path}")
 
 
-@contextmanager
-def working(text: str) -> Iterator[None]:
+def working(text: str) -> Status:
     """A spinner on stderr while something of unknown length runs; nothing where stderr is no terminal."""
-    with stderr().status(text):
-        yield
+    return stderr().status(text)
 
 
-@contextmanager
-def steps() -> Iterator[Progress]:
+def steps() -> AbstractContextManager[Progress]:
     """A progress bar on stderr, as a function of (what comes next, steps done, steps in all); nothing without a terminal."""
     console = stderr()
-    with bar(console.is_terminal, console, transient=True) as show:
-        yield show
+    return bar(console.is_terminal, console, transient=True)

@@ -78,17 +78,11 @@ def budget(text: str) -> Budget:
     return kinds[kind](value)
 
 
-def unchecked_layers(text: str) -> HeldLayers | None:
-    """The layers that a text names, of any calibration: for what can be said before the model is known."""
-    found = layers(text)
-    return found if found is None or isinstance(found, (tuple, LayerBudgets)) else found.sparse_layers
-
-
-def layers_of(text: str, config: Any, name: str, model: Any = None) -> HeldLayers | None:
+def layers_of(text: str, config: Any = None, name: str = "", model: Any = None) -> HeldLayers | None:
     """The layers that a text names for a model; every command reads them here once it knows the model.
 
     Args:
-        config: of transformers.
+        config: of transformers; None: any calibration will do, for what can be said before the model is known.
         name: of the model, for errors.
         model: where it is at hand, a TSAWarning says that a calibration is of other weights.
 
@@ -98,7 +92,8 @@ def layers_of(text: str, config: Any, name: str, model: Any = None) -> HeldLayer
     found = layers(text)
     if found is None or isinstance(found, (tuple, LayerBudgets)):
         return found
-    found.check_config(config, name)
+    if config is not None:
+        found.check_config(config, name)
     if model is not None:
         found.check(model)
     return found.sparse_layers
@@ -115,10 +110,10 @@ def measured(text: str) -> dict[str, Any]:
 
 
 LayerReader = Callable[[str], HeldLayers | None]
-"""`unchecked_layers`, or `layers_of` a model."""
+"""`layers_of`, of some model or of any."""
 
 
-def setting(text: str, read: LayerReader = unchecked_layers) -> tuple[dict[str, Any], bool]:
+def setting(text: str, read: LayerReader = layers_of) -> tuple[dict[str, Any], bool]:
     """A budget and fields behind it, as changes of a TSAConfig, and whether random tokens are selected.
 
     Layers of a calibration that gives each a budget come first, in the budget's place: layers=layers.json. They come with
@@ -155,7 +150,7 @@ FIELDS = (
 )
 
 
-def field(name: str, value: str, read: LayerReader = unchecked_layers) -> dict[str, Any] | None:
+def field(name: str, value: str, read: LayerReader = layers_of) -> dict[str, Any] | None:
     """A field of a TSAConfig where fields are written in a row, `FIELDS`; None where it is not understood.
 
     What else has commas in it, layers and a floor, is written with + there.

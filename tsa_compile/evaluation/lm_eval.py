@@ -172,7 +172,8 @@ def read_config(given: Mapping[str, Any], model: torch.nn.Module | None = None) 
     budget = written.pop("budget", None)
     changes |= {} if budget is None else {"budget": texts.budget(budget)}
     changes |= {"compiler": written.pop("compiler")} if "compiler" in written else {}
-    read = texts.unchecked_layers if model is None else _reader(model)
+    known: dict[str, Any] = {} if model is None else {"config": model.config, "name": type(model).__name__, "model": model}
+    read = functools.partial(texts.layers_of, **known)
     for name, value in written.items():
         change = texts.field(name, value, read)
         if change is None:
@@ -182,10 +183,6 @@ def read_config(given: Mapping[str, Any], model: torch.nn.Module | None = None) 
     config = config.replace(**changes)
     registry.check(config.kernel, config.dense_kernel)
     return config
-
-
-def _reader(model: torch.nn.Module) -> texts.LayerReader:
-    return functools.partial(texts.layers_of, config=model.config, name=type(model).__name__, model=model)
 
 
 def _likelihood(scored: Tensor, answer: list[int]) -> tuple[float, bool]:
