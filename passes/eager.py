@@ -361,23 +361,17 @@ def _constant(value: Node) -> float | None:
         return float(value.meta["constant"].item())
     if value.target in (*CASTS, *SAME, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.expand.default):
         return _scalar(value.args[0])
-    if value.target in (aten.full.default, aten.scalar_tensor.default, aten.new_full.default):
-        number = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}[value.target]
-        found = value.args[number]
-        return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
-    return None
-
-
-def _is_read_once(step: Node, shifted: dict[Node, Node]) -> bool:
-    """Whether the next step alone reads it, besides what computes its maximum for that step."""
-    return len([reader for reader in users(step) if reader is not shifted.get(step)]) == 1
+    place = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}.get(value.target)
+    found = None if place is None else value.args[place]
+    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
 
 def _chain_problem(call: Node, weights: _Weights, scores: _Scores) -> str | None:
     """Every step must be read by the next one only, and none may mix, move or round away what it is handed."""
     chain = [*weights.chain, *scores.chain]
-    if any(not _is_read_once(step, scores.shifted) for step in chain):
-        return "scores or weights are used elsewhere too"
+    for step in chain:  # what computes a step's maximum for the next one may read it as well
+        if len([reader for reader in users(step) if reader is not scores.shifted.get(step)]) != 1:
+            return "scores or weights are used elsewhere too"
     needed = fake(factors_of(scores.chain[-1])[0]).dtype
     rounding = next((step for step in chain if not holds(fake(step).dtype, needed)), None)
     if rounding is not None:

@@ -63,36 +63,26 @@ def broadcast(node: Any, index: Index) -> Index:
 # -- sources ------------------------------------------------------------------------------------------------------------
 
 
-@rule("arange.default")
-def _arange(evaluator: Evaluator, node: Node, index: Index, end: Any, *_: Any) -> Value:
-    integer(end)
-    return [(sympy.true, index[0])]
-
-
-@rule("arange.start")
-def _arange_from(evaluator: Evaluator, node: Node, index: Index, start: Any, end: Any, *_: Any) -> Value:
-    integer(end)
-    return [(sympy.true, integer(start) + index[0])]
-
-
-@rule("arange.start_step")
-def _arange_in_steps(evaluator: Evaluator, node: Node, index: Index, start: Any, end: Any, step: Any, *_: Any) -> Value:
-    integer(end)
-    return [(sympy.true, integer(start) + integer(step) * index[0])]
+@rule("arange.default", "arange.start", "arange.start_step")
+def _arange(evaluator: Evaluator, node: Node, index: Index, *arguments: Any) -> Value:
+    """With an end, a start and an end, or a step as well, in front of dtype, layout, device and pin_memory."""
+    numbers = [integer(number) for number in arguments[:-4]]
+    start, step = numbers[0] if len(numbers) > 1 else 0, numbers[2] if len(numbers) > 2 else 1
+    return [(sympy.true, start + step * index[0])]
 
 
 rule("ones.default", "new_ones.default", "ones_like.default")(lambda *_: constant(1))
 rule("zeros.default", "new_zeros.default", "zeros_like.default", "zero.default")(lambda *_: constant(0))
 
 
-def _filled(place: int) -> Rule:
-    """The rule of a tensor of one number, which is the argument at this place."""
-    return lambda evaluator, node, index, *arguments: evaluator.element(arguments[place], ())
+def _broadcast(place: int) -> Rule:
+    """The rule of a tensor of what the argument at this place holds, a number or a tensor."""
+    return lambda evaluator, node, index, *arguments: evaluator.element(arguments[place], broadcast(arguments[place], index))
 
 
-rule("scalar_tensor.default")(_filled(0))
-rule("full.default", "full_like.default", "fill.Scalar", "fill.Tensor")(_filled(1))
-rule("new_full.default")(_filled(2))
+rule("scalar_tensor.default", "expand.default", "expand_as.default", "broadcast_to.default")(_broadcast(0))
+rule("full.default", "full_like.default", "fill.Scalar", "fill.Tensor", "copy.default")(_broadcast(1))
+rule("new_full.default")(_broadcast(2))
 
 
 # -- logic --------------------------------------------------------------------------------------------------------------
@@ -181,20 +171,13 @@ def _holds(evaluator: Evaluator, name: str, left: sympy.Expr, right: sympy.Expr)
     return getattr(evaluator.atoms, name)(left, right)
 
 
-def _negated(positive: Rule) -> Rule:
-    def compare(evaluator: Evaluator, node: Node, index: Index, left: Any, right: Any) -> Value:
-        return sympy.Not(positive(evaluator, node, index, left, right))
-
-    return compare
-
-
 _COMPARISONS: dict[tuple[str, str], Rule] = {
     ("le", "less_equal"): _comparison("le"),
     ("ge", "greater_equal"): _comparison("le", swapped=True),
     ("lt", "less"): _comparison("lt"),
     ("gt", "greater"): _comparison("lt", swapped=True),
     ("eq", "eq"): _comparison("eq"),
-    ("ne", "not_equal"): _negated(_comparison("eq")),
+    ("ne", "not_equal"): lambda *operands: sympy.Not(_comparison("eq")(*operands)),
 }
 for _names, _compare in _COMPARISONS.items():
     rule(*(f"{_name}.{_overload}" for _name in _names for _overload in ("Tensor", "Scalar")))(_compare)

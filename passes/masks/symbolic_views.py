@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from tsa_compile.passes.graph import known
 from tsa_compile.passes.masks.symbolic import Evaluator, Index, NotUnderstood, Value, rule
-from tsa_compile.passes.masks.symbolic_ops import broadcast, dimension, shape_of
+from tsa_compile.passes.masks.symbolic_ops import dimension, shape_of
 
 
 @rule("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default")
@@ -18,16 +18,6 @@ from tsa_compile.passes.masks.symbolic_ops import broadcast, dimension, shape_of
 )
 def _same(evaluator: Evaluator, node: Node, index: Index, source: Any, *_: Any) -> Value:
     return evaluator.element(source, index)  # the caller stores the result as the node's dtype
-
-
-@rule("expand.default", "expand_as.default", "broadcast_to.default")
-def _expand(evaluator: Evaluator, node: Node, index: Index, source: Any, *_: Any) -> Value:
-    return evaluator.element(source, broadcast(source, index))
-
-
-@rule("copy.default")
-def _copy(evaluator: Evaluator, node: Node, index: Index, target: Any, source: Any, *_: Any) -> Value:
-    return evaluator.element(source, broadcast(source, index))
 
 
 @rule("unsqueeze.default")
@@ -59,14 +49,8 @@ def _transpose(evaluator: Evaluator, node: Node, index: Index, source: Any, firs
     return evaluator.element(source, tuple(swapped))
 
 
-@rule("t.default", "numpy_T.default")
-def _t(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
-    return evaluator.element(source, index[::-1])
-
-
-@rule("mT.default")
-def _m_t(evaluator: Evaluator, node: Node, index: Index, source: Any) -> Value:
-    return evaluator.element(source, (*index[:-2], index[-1], index[-2]))
+rule("t.default", "numpy_T.default")(lambda evaluator, node, index, source: evaluator.element(source, index[::-1]))
+rule("mT.default")(lambda evaluator, _, index, source: evaluator.element(source, (*index[:-2], index[-1], index[-2])))
 
 
 @rule("permute.default")
