@@ -177,14 +177,10 @@ def budget_cuda(scores: Tensor, coverage: float | None, keep_ratio: float | None
 @define(lambda scores, *others: scores.new_empty(scores.shape[:1], dtype=torch.int32))
 def budget(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> Tensor:
     """Count [B] int32 of tokens to keep, the window included; ValueError unless exactly one budget is given."""
-    _check(scores, coverage, keep_ratio, min_tokens)
-    return _compute(scores, coverage, keep_ratio, min_tokens)
-
-
-def _check(scores: Tensor, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> None:
     if scores.dim() != 3 or scores.dtype != torch.float32:
         raise ValueError(f"tsa::budget: scores is {scores.dtype} {tuple(scores.shape)}; expected float32 [B,Hs,L]")
     check_numbers("budget", coverage, keep_ratio, min_tokens)
+    return _compute(scores, coverage, keep_ratio, min_tokens)
 
 
 def check_numbers(op: str, coverage: float | None, keep_ratio: float | None, min_tokens: int) -> None:

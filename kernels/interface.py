@@ -99,12 +99,11 @@ class AttentionKernel:
         return self._with_lse(self.run_behind(query, key, value, scale), query, value)
 
     def _with_lse(self, found: Any, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(found, tuple) or len(found) != 2 or not self._fits(found[0], query, value):
-            self._refuse(found, query, value, lse=True)
-        out, lse = found
-        if not isinstance(lse, Tensor) or lse.shape != query.shape[:3] or lse.dtype != torch.float32:
-            self._refuse(found, query, value, lse=True)
-        return out, lse
+        match found:
+            case tuple((out, Tensor(dtype=torch.float32) as lse)) if lse.shape == query.shape[:3]:
+                if self._fits(out, query, value):
+                    return out, lse
+        self._refuse(found, query, value, lse=True)
 
     def _fits(self, out: Any, query: Tensor, value: Tensor) -> bool:
         """Whether an output is [B, H, rows, Dv] of the query's dtype, where the query is."""

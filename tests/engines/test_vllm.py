@@ -48,10 +48,10 @@ def by(where=CPU, **options):
     ],
 )
 def test_which_requests_are_prompts(starts, lengths, prefilling, rule, prompts, others):
-    batch = core.split(starts, lengths, prefilling, rule)
-    assert [(each.start, each.stop) for each in batch.prompts] == [*prompts]
-    assert batch.others == others
-    assert all(lengths[each.number] == each.length for each in batch.prompts)
+    found, rest = core.split(starts, lengths, prefilling, rule)
+    assert [(each.start, each.stop) for each in found] == [*prompts]
+    assert rest == others
+    assert all(lengths[each.number] == each.length for each in found)
 
 
 def test_layers_with_budgets_of_their_own_are_sparse_where_all_of_them_gain():

@@ -86,16 +86,10 @@ def strictest(rules: Iterable[Rule]) -> Rule:
     return max(rules, key=least)
 
 
-@dataclass(frozen=True)
-class Split:
-    """The requests of a batch. `prompts`: those that are sparse. `others`: the numbers of the rest."""
-
-    prompts: tuple[Request, ...]
-    others: tuple[int, ...]
-
-
-def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bool] | None, rule: Rule) -> Split:
-    """Which requests are prompts, or chunks of them, that are long enough.
+def split(
+    starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bool] | None, rule: Rule
+) -> tuple[tuple[Request, ...], tuple[int, ...]]:
+    """Which requests are prompts, or chunks of them, that are long enough; and the numbers of the others.
 
     Args:
         starts: where each request's tokens begin in the batch, and where the last one's end.
@@ -113,7 +107,7 @@ def split(starts: Sequence[int], lengths: Sequence[int], prefilling: Sequence[bo
             prompts.append(request)
         else:
             others.append(number)
-    return Split(tuple(prompts), tuple(others))
+    return tuple(prompts), tuple(others)
 
 
 @dataclass(frozen=True)

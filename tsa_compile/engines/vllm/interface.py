@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,6 @@ from tsa_compile.engines.vllm.core import (
     Layers,
     Request,
     Rule,
-    Split,
     attend,
     check_kernels,
     choose_layers,
@@ -153,25 +152,25 @@ class Builder(_BESIDE):
         if self.rule is None or metadata.causal is not True:
             return metadata
         starts, lengths, prefilling = _on_host(common_attn_metadata)
-        batch = split(starts, lengths, prefilling, self.rule)
-        if batch.prompts:
-            others = self._others(common_attn_metadata, batch, starts) if batch.others else None
-            metadata.tsa = Plan(self.sparse_layers, batch.prompts, others, self.group)
+        prompts, others = split(starts, lengths, prefilling, self.rule)
+        if prompts:
+            rest = self._others(common_attn_metadata, others, starts) if others else None
+            metadata.tsa = Plan(self.sparse_layers, prompts, rest, self.group)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """Without a plan: a graph of a whole step is replayed for decode steps only."""
         return super().build(0, common_attn_metadata)
 
-    def _others(self, common: CommonAttentionMetadata, batch: Split, starts: list[int]) -> tuple[Any, Tensor]:
+    def _others(self, common: CommonAttentionMetadata, others: Sequence[int], starts: list[int]) -> tuple[Any, Tensor]:
         """The metadata of some requests, as if the batch had no others, and their tokens.
 
         By `fast_build`: what vLLM schedules ahead lies in a buffer that the metadata of the whole batch use.
         """
         device = common.seq_lens.device
-        requests = torch.tensor(batch.others, device=device)
-        tokens = torch.cat([torch.arange(starts[number], starts[number + 1], device=device) for number in batch.others])
-        rows = [starts[number + 1] - starts[number] for number in batch.others]
+        requests = torch.tensor(others, device=device)
+        tokens = torch.cat([torch.arange(starts[number], starts[number + 1], device=device) for number in others])
+        rows = [starts[number + 1] - starts[number] for number in others]
         offsets = torch.tensor([0, *rows], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         some = common.replace(
             query_start_loc=offsets.to(device), query_start_loc_cpu=offsets, seq_lens=common.seq_lens[requests],
