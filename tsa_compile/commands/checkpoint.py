@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def why(folder: Path, error: Exception, suffixes: Iterable[str]) -> str:
     for suffix in suffixes:
         for file in sorted(folder.glob(f"*{suffix}")):
             try:
-                _READERS[suffix](file)
+                _read(file, suffix)
             except Exception as damage:  # noqa: BLE001, readers of other packages, which raise what they like
                 return f"{str(file)!r} is damaged ({summary(damage)}): copy or download it again"
     text = " ".join(str(error).split())[:300]
@@ -64,46 +64,28 @@ def _few(names: list[str]) -> str:
 
 def _in_a_layer(model: nn.Module, name: str) -> bool:
     """Whether a weight's name leads into a list of layers: of a head or a tower beside them the layers know nothing."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return any(_leads_into_a_list(model, words) for words in (name.split("."), [prefix, *name.split(".")]))
-
-
-def _leads_into_a_list(module: nn.Module, words: list[str]) -> bool:
-    for word in words:
-        if isinstance(module, nn.ModuleList):
-            return True
-        inner = getattr(module, word, None)
-        if not isinstance(inner, nn.Module):
-            return False
-        module = inner
+    for module in (model, getattr(model, getattr(model, "base_model_prefix", ""), None)):
+        for word in name.split("."):
+            if isinstance(module, nn.ModuleList):
+                return True
+            module = getattr(module, word, None) if isinstance(module, nn.Module) else None
     return False
 
 
-def _json(file: Path) -> None:
-    json.loads(file.read_text(encoding="utf-8"))
+def _read(file: Path, suffix: str) -> None:
+    """Reads a file as its kind is read, which raises where it is damaged."""
+    if suffix == "tokenizer.json":
+        from tokenizers import Tokenizer
 
+        Tokenizer.from_file(str(file))
+    elif suffix == ".safetensors":
+        from safetensors import safe_open
 
-def _index(file: Path) -> None:
-    dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
-
-
-def _tokenizer(file: Path) -> None:
-    from tokenizers import Tokenizer
-
-    Tokenizer.from_file(str(file))
-
-
-def _safetensors(file: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(str(file), "pt"):  # which holds the header against the file's size
-        pass
-
-
-def _pickle(file: Path) -> None:
-    torch.load(file, map_location="meta", weights_only=True)
-
-
-_READERS: dict[str, Callable[[Path], None]] = {
-    ".json": _json, "tokenizer.json": _tokenizer, ".index.json": _index, ".safetensors": _safetensors, ".bin": _pickle,
-}  # fmt: skip
+        with safe_open(str(file), "pt"):  # which holds the header against the file's size
+            pass
+    elif suffix == ".bin":
+        torch.load(file, map_location="meta", weights_only=True)
+    else:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if suffix == ".index.json":
+            dict(values["weight_map"])

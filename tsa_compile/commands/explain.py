@@ -63,7 +63,12 @@ def explain(
         if weights:
             report = _with_weights(source, sparse, config, tokens, batch)
         else:
-            report = _report(source, config, tokens, batch, costs)
+            from tsa_compile.shapes import explain_weightless
+
+            report = explain_weightless(
+                source.config, tokens, config, batch=batch, device=source.device, dtype=source.dtype,
+                trust_remote_code=source.trust_remote_code, costs=costs,
+            )  # fmt: skip
     data: dict[str, Any] = {"model": source.name, "length": tokens, "batch": batch, "report": report.to_dict()}
     text = _text(report, details)
     if predict:
@@ -134,15 +139,6 @@ def _prediction(
     except ConfigError as error:
         output.say("note", f"no times are predicted: {error}")
         return None
-
-
-def _report(source: Source, config: TSAConfig, length: int, batch: int, costs: DeviceCosts | None) -> RewriteReport:
-    from tsa_compile.shapes import explain_weightless
-
-    return explain_weightless(
-        source.config, length, config, batch=batch, device=source.device, dtype=source.dtype,
-        trust_remote_code=source.trust_remote_code, costs=costs,
-    )  # fmt: skip
 
 
 def _with_weights(source: Source, sparse: SparseOptions, config: TSAConfig, length: int, batch: int) -> RewriteReport:
