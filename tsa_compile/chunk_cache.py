@@ -202,22 +202,14 @@ def _hand_over(filled: list[Any], own: list[Any]) -> None:
     """Gives a cache's own layers what a call filled theirs with; adds those that the call has added."""
     from transformers.cache_utils import DynamicLayer
 
-    used = [at for at, layer in enumerate(filled) if not _is_packed(layer) and layer.is_initialized]
+    # Not those of which nobody has asked for what they hold, and which nobody has changed: they still have their rows.
+    used = [at for at, layer in enumerate(filled) if getattr(layer, "rows", None) is None and layer.is_initialized]
     for at, layer in enumerate(filled[: max(used, default=-1) + 1]):
         if at == len(own):
             own.append(DynamicLayer())
         if at in used:
             if not own[at].is_initialized:
-                _initialize(own[at], layer.keys, layer.values)
+                # As the first update does: of the keys alone in the first versions of transformers 5.
+                taken = len(signature(own[at].lazy_initialization).parameters)
+                own[at].lazy_initialization(*(layer.keys, layer.values)[:taken])
             own[at].keys, own[at].values = layer.keys, layer.values
-
-
-def _is_packed(layer: Any) -> bool:
-    """Whether nobody has asked for what a layer holds, and nobody has changed it."""
-    return getattr(layer, "rows", None) is not None
-
-
-def _initialize(layer: Any, keys: Tensor, values: Tensor) -> None:
-    """As the first update does: of the keys alone in the first versions of transformers 5."""
-    taken = len(signature(layer.lazy_initialization).parameters)
-    layer.lazy_initialization(*(keys, values)[:taken])

@@ -79,14 +79,11 @@ class Probe:
 
         def run(*inputs: Any) -> Any:
             found = compiled(*inputs)
-            self._remember(found[outputs:], counted)
+            tapped = iter(found[outputs:])
+            self._taken += [Selection(next(tapped), next(tapped) if has_count else None) for has_count in counted]
             return found[:outputs]
 
         return run
-
-    def _remember(self, tapped: Sequence[Tensor], counted: list[bool]) -> None:
-        rest = iter(tapped)
-        self._taken += [Selection(next(rest), next(rest) if has_count else None) for has_count in counted]
 
 
 def _shuffle(select: Node) -> None:

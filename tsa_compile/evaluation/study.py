@@ -26,7 +26,7 @@ from tsa_compile.evaluation import tasks as known_tasks
 from tsa_compile.evaluation.cached import check_model
 from tsa_compile.evaluation.limits import check_positions
 from tsa_compile.evaluation.outcomes import Study
-from tsa_compile.evaluation.prompts import Sample, Writer
+from tsa_compile.evaluation.prompts import Writer
 from tsa_compile.evaluation.running import MORE, Runner
 from tsa_compile.evaluation.settings import DENSE, Setting
 from tsa_compile.evaluation.tasks import CONTINUED
@@ -112,7 +112,8 @@ def evaluate(
     done, total = 0, sum(map(len, (names for *_, names in todo)))
     runners = _Runners(model, tokenizer)
     for length, task, indices, names in todo:
-        made = _same_shape([writer.sample(task, length, plan.seed, index) for index in indices], plan.batch(length))
+        made = [writer.sample(task, length, plan.seed, index) for index in indices]
+        made += made[-1:] * (plan.batch(length) - len(made))  # the last batch repeats a sample rather than be compiled anew
         dense = None
         for setting in [setting for setting in plan.settings if setting is DENSE or setting.name in names]:
             progress(f"{length:,} tokens, {task}, {setting.name}", done, total)
@@ -247,11 +248,6 @@ def _missing(study: Study, plan: Plan, batch: tuple[int, str, range]) -> list[st
     length, task, indices = batch
     names = [setting.name for setting in plan.settings]
     return [name for name in names if study.find(task, length, name).samples < indices.stop]
-
-
-def _same_shape(samples: list[Sample], count: int) -> list[Sample]:
-    """The last batch repeats a sample rather than be compiled anew."""
-    return samples + samples[-1:] * (count - len(samples))
 
 
 def _notes(model: nn.Module, study: Study) -> dict[str, Any]:

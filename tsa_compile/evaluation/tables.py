@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import compress
 from typing import Any
 
@@ -86,8 +86,6 @@ def _row(study: Study, cell: Cell) -> Row:
 
 def summary(study: Study) -> list[dict[str, Any]]:
     """All rows as plain JSON types, and the remarks in place of rows. JSON has no NaN: what is no number is None."""
-    from dataclasses import asdict
-
     found: list[dict[str, Any]] = []
     for length, task in _pairs(study):
         why = remark(study, task, length)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,9 +202,9 @@ def _export_domain(program: ExportedProgram, opset: int) -> Any:
 
 def _name_axes(exported: Any, program: ExportedProgram) -> None:
     """Calls symbolic sizes "batch" (the first dimension of an input) and "length" (the only other one)."""
-    dims = [(dim, place) for place, dim in _symbolic_dims(exported)]
-    batch = {name for name, place in dims if place == 0}
-    others = {name for name, _ in dims} - batch
+    shapes = [value.shape for value in exported.model.graph.inputs if value.shape is not None and len(value.shape) > 1]
+    batch = {shape[0].value for shape in shapes if not isinstance(shape[0], int)}
+    others = {dim.value for shape in shapes for dim in shape if not isinstance(dim, int)} - batch
     names = dict.fromkeys(batch, "batch") if len(batch) == 1 else {}
     names.update(dict.fromkeys(others, "length") if len(others) == 1 else {})
     ranges = {str(symbol): extent for symbol, extent in program.range_constraints.items()}
@@ -241,10 +241,3 @@ def _name_outputs(exported: Any, program: ExportedProgram) -> None:
     for value, name in zip(outputs, names, strict=True):
         if value.name not in given and name not in taken:  # an input may be handed through
             value.name = name
-
-
-def _symbolic_dims(exported: Any) -> Iterator[tuple[int, str]]:
-    """(dimension, symbol) of the inputs that have at least two dimensions."""
-    for value in exported.model.graph.inputs:
-        if value.shape is not None and len(value.shape) > 1:
-            yield from ((place, dim.value) for place, dim in enumerate(value.shape) if not isinstance(dim, int))

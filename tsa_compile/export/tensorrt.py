@@ -19,7 +19,6 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -81,22 +80,17 @@ def save(program: ExportedProgram, path: StrPath, **options: Any) -> None:
         write(target, build(lowered, arg_inputs=args, kwarg_inputs=kwargs, require_full_compilation=True, **options))
         return
     module = torch_tensorrt.dynamo.compile(lowered, arg_inputs=args, kwarg_inputs=kwargs, **options)
+    # As torch-tensorrt traces it, on the example that the program was exported with.
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), lowered.example_inputs or ((), {}))
     with replacing(target) as beside:
-        _save_module(torch_tensorrt, module, lowered, beside)
+        torch_tensorrt.save(
+            module, str(beside), output_format=FORMATS[beside.suffix], arg_inputs=args or None, kwarg_inputs=kwargs or None
+        )
 
 
 def package() -> Any:
     """The package torch-tensorrt, by which `save` builds; ImportError where it is missing."""
     return require("torch_tensorrt", extra="torch-tensorrt")[0]
-
-
-def _save_module(torch_tensorrt: Any, module: Any, program: ExportedProgram, target: Path) -> None:
-    """As torch-tensorrt traces it, on the example that the program was exported with."""
-    example: Any = program.example_inputs or ((), {})
-    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), example)
-    torch_tensorrt.save(
-        module, str(target), output_format=FORMATS[target.suffix], arg_inputs=args or None, kwarg_inputs=kwargs or None
-    )
 
 
 def example_ranges(program: ExportedProgram, make: Callable[..., Any]) -> tuple[Any, Any]:
