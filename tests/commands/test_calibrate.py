@@ -15,7 +15,7 @@ from tsa_compile.calibration.loss import _batches
 from tsa_compile.calibration.loss_search import LossCalibration
 from tsa_compile.commands import texts
 from tsa_compile.commands.calibrate import _samples
-from tsa_compile.commands.evaluate import _bytes
+from tsa_compile.commands.evaluate import _tokenizer
 from tsa_compile.config import KeepRatio
 from tsa_compile.errors import ConfigError
 
@@ -71,7 +71,7 @@ def test_calibrate_by_loss_on_tasks(folder, tmp_path):
 
 
 def test_samples_with_answers_of_one_length_run_at_once():
-    source = SimpleNamespace(tokenizer=lambda advice: _bytes())
+    source = SimpleNamespace(tokenizer=lambda advice: _tokenizer(SimpleNamespace(folder=None)))
     samples = _samples(source, "needle,copy", None, 1200, 3)
     assert max(len(batch) for _, batch in _batches(samples, 3)) == 3
 
