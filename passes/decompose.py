@@ -100,7 +100,9 @@ def _open(graph: Graph, call: _SparseCall) -> Node:
     scored = (call.query, call.key, call.padding, call.scale, call.window, call.pool, call.reduce)
     scores = insert(graph, tsa.score.default, *scored, **call.sink)
     if call.shared:
-        scores = _group_mean(graph, call, scores)
+        # [B, H, L] -> [B, G, L]; +inf (the window) and -inf (padding) are the same for all heads and stay.
+        grouped = insert(graph, "unflatten", scores, 1, (fake(call.key).shape[1], -1))
+        scores = insert(graph, "mean", grouped, 2)
     capacity = _capacity(graph, call, rows, length)
     count = _count(graph, call, scores, capacity)
     indices = insert(graph, tsa.select.default, scores, count, capacity)
@@ -127,13 +129,6 @@ def _attend(graph: Graph, call: _SparseCall, indices: Node, count: Node | None, 
         return insert(graph, tsa.merge_floor.default, *operands, call.floor_window, call.floor_sinks, **call.sink)
     compressed = insert(graph, tsa.attend.default, query, key, value, count, call.scale, call.kernel, **call.sink)
     return insert(graph, tsa.decompress.default, compressed, indices, count, length)
-
-
-def _group_mean(graph: Graph, call: _SparseCall, scores: Node) -> Node:
-    """[B, H, L] -> [B, G, L]; +inf (the window) and -inf (padding) are the same for all heads and stay."""
-    groups = fake(call.key).shape[1]
-    grouped = insert(graph, "unflatten", scores, 1, (groups, -1))
-    return insert(graph, "mean", grouped, 2)
 
 
 def _capacity(graph: Graph, call: _SparseCall, rows: int | Node, length: int | Node) -> int | Node:

@@ -24,6 +24,10 @@ from tsa_compile.passes.masks.info import MaskInfo
 from tsa_compile.passes.masks.predicate import KV, Atom, B
 
 _EMITTED = "tsa_emitted"
+# What makes an element's tensor broadcast to [B, L], by the variables of its dimensions.
+_VIEWS: dict[Any, Any] = {
+    (): ("reshape", 1, 1), (B,): ("unsqueeze", 1), (KV,): ("unsqueeze", 0), (B, KV): None, (KV, B): ("transpose", 0, 1),
+}  # fmt: skip
 
 
 def unwritable(
@@ -265,21 +269,14 @@ class _Emitter:
         leaf = self.call.aten.source(self.mask.leaves[call.func.__name__], self.call.node)
         if leaf is None:
             raise RewriteError(f"the padding reads {call.func.__name__}, which the graph holds no longer")
-        axes = [B if argument.has(B) else KV for argument in call.args if argument.has(B, KV)]
-        if axes not in ([], [B], [KV], [B, KV], [KV, B]):
+        axes = tuple(B if argument.has(B) else KV for argument in call.args if argument.has(B, KV))
+        if axes not in _VIEWS:
             raise RewriteError(f"the element {call} cannot be written as a tensor over (b, kv)")
         entries = tuple(self._entry(argument, dim, leaf) for dim, argument in enumerate(call.args))
         whole = all(entry == slice(None) for entry in entries)
         node = leaf if whole else _emit(self.graph, operator.getitem, leaf, entries)
-        if axes == [B]:
-            return _emit(self.graph, "unsqueeze", node, 1)
-        if axes == [KV]:
-            return _emit(self.graph, "unsqueeze", node, 0)
-        if axes == [KV, B]:
-            return _emit(self.graph, "transpose", node, 0, 1)
-        if not axes:
-            return _emit(self.graph, "reshape", node, 1, 1)
-        return node
+        view = _VIEWS[axes]
+        return node if view is None else _emit(self.graph, view[0], node, *view[1:])
 
     def _entry(self, argument: sympy.Expr, dim: int, leaf: Node) -> Any:
         """One dimension's index: a constant, or from a constant on as many elements as there are items or keys."""

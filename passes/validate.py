@@ -150,7 +150,8 @@ class Case:
         return tuple(lines), tuple(ends), str(self.call.scale), self.call.is_causal, tuple(bodies)
 
     def _is_given(self, node: Node) -> bool:
-        return self._operand(node) is not None or node.op in ("placeholder", "get_attr") or _is_number(fake(node))
+        number = isinstance(fake(node), (bool, int, float, torch.SymInt, torch.SymFloat))
+        return number or self._operand(node) is not None or node.op in ("placeholder", "get_attr")
 
     def _operand(self, node: Node) -> Node | None:
         """The operand of the call that a node holds: it may have been computed twice."""
@@ -399,10 +400,6 @@ def _read(node: Node) -> list[Node]:
     read: list[Node] = []
     map_arg(tuple(others.values()), read.append)
     return read
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, torch.SymInt, torch.SymFloat))
 
 
 def _described(value: Any) -> str:

@@ -180,21 +180,16 @@ def calibrate(
     """
     check_int("batch_size", batch_size, 1)
     if objective == "loss":
-        _check_search(delta, search)
+        wrong = [name for name in search if name not in ("max_kl", "ratios", "config", "answer")]
+        wrong += [] if delta is None else [f"delta={delta!r}"]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: objective='loss' has no such option; its options are {_LOSS_OPTIONS}")
         return calibrate_loss(model, prompts, tokenizer=tokenizer, progress=progress, batch_size=batch_size, **search)
     if objective != "drift":
         raise ConfigError(f"objective={objective!r} is not allowed: it must be 'drift' or 'loss'")
     if search:
         raise ConfigError(f"{', '.join(search)}: objective='drift' has no such option; {_LOSS_OPTIONS} are for 'loss'")
     return _by_drift(model, prompts, _share(0.5 if delta is None else delta), tokenizer, progress, batch_size)
-
-
-def _check_search(delta: float | None, search: Mapping[str, Any]) -> None:
-    """Raises ConfigError for options that are not of objective 'loss'."""
-    wrong = [name for name in search if name not in ("max_kl", "ratios", "config", "answer")]
-    wrong += [] if delta is None else [f"delta={delta!r}"]
-    if wrong:
-        raise ConfigError(f"{', '.join(wrong)}: objective='loss' has no such option; its options are {_LOSS_OPTIONS}")
 
 
 def _by_drift(

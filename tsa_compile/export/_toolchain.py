@@ -61,7 +61,8 @@ def _cuda_headers(device: str) -> Iterator[None]:
 
     before = cpp_extension.CUDA_HOME
     if device == "cuda" and before is None:
-        home = next((str(path) for path in _cuda_candidates() if _has_headers(path)), None)
+        found = (path for path in _cuda_candidates() if all((path / "include" / name).is_file() for name in _HEADERS))
+        home = next(map(str, found), None)
         if home is None:
             raise ConfigError(
                 f"a CUDA package is compiled with {' and '.join(_HEADERS)}, which were not found: pip install "
@@ -79,10 +80,6 @@ def _cuda_candidates() -> list[Path]:
     roots = [Path(entry) for entry in sys.path if entry.endswith("packages")]
     places = ("nvidia/cu13", "nvidia/cu12", "nvidia/cuda_runtime", "triton/backends/nvidia")
     return [root / place for root in roots for place in places]
-
-
-def _has_headers(path: Path) -> bool:
-    return all((path / "include" / name).is_file() for name in _HEADERS)
 
 
 def loaded_libraries(name: str) -> list[str]:

@@ -92,13 +92,16 @@ def export_program(
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
+            of_sizes = isinstance(error, UserError) or any(
+                word in str(error) for word in ("onstrain", "dynamic", "specializ")
+            )
             sizes = (
                 ". If a size of the model equals the example's length or batch, choose another; if the model itself fixes a "
                 "size, pass None for it"
             )
             raise RewriteError(
                 f"torch.export cannot trace the model with dynamic_lengths={dynamic_lengths} and "
-                f"dynamic_batch={dynamic_batch}: {summary(error)}{sizes * _is_about_sizes(error)}"
+                f"dynamic_batch={dynamic_batch}: {summary(error)}{sizes * of_sizes}"
             ) from error
         _freeze(program)
         _write_constants(program)
@@ -119,10 +122,6 @@ def default_lengths(config: Any) -> Range:
     positions = getattr(config, "max_position_embeddings", None)
     longest = min(_LONGEST, positions) if isinstance(positions, int) and positions > 1 else _LONGEST
     return min(_SHORTEST, longest // 2), longest
-
-
-def _is_about_sizes(error: Exception) -> bool:
-    return isinstance(error, UserError) or any(word in str(error) for word in ("onstrain", "dynamic", "specializ"))
 
 
 def _unaligned_masks() -> AbstractContextManager[Any]:
