@@ -361,8 +361,8 @@ def _constant(value: Node) -> float | None:
         return float(value.meta["constant"].item())
     if value.target in (*CASTS, *SAME, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.expand.default):
         return _scalar(value.args[0])
-    place = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}.get(value.target)
-    found = None if place is None else value.args[place]
+    places: dict[Any, int] = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.new_full.default: 2}
+    found = value.args[places[value.target]] if value.target in places else None
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
 

@@ -122,20 +122,21 @@ class PaddingBuilder:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._padding: dict[Any, Node] = {}
-        self._counted: dict[Any, Node] = {}
-        self._filled: dict[Any, tuple[Node, Node]] = {}
-        self._lists_match: dict[Any, Node] = {}
+        self._emitted: dict[Any, Node] = {}
+
+    def _once(self, key: Any, emit: Callable[[], Node]) -> Node:
+        """What was emitted for a key, unless it has been taken out of the graph again."""
+        if key not in self._emitted or is_erased(self._emitted[key]):
+            self._emitted[key] = emit()
+        return self._emitted[key]
 
     def padding(self, call: AttentionCall, info: MaskInfo) -> Node | None:
         """The bool tensor [B, L] of valid tokens for a call; None if all are. Must be called in front of the call."""
         if info.padding is None:
             return None
         leaves = ((name, leaf, call.aten.source(leaf, call.node)) for name, leaf in sorted(info.leaves.items()))
-        key = (info.padding, tuple(leaves), tuple(map(str, fake(call.key).shape)))
-        if key not in self._padding or is_erased(self._padding[key]):
-            self._padding[key] = _Emitter(self.graph, call, info).emit()
-        return self._padding[key]
+        key = ("padding", info.padding, tuple(leaves), tuple(map(str, fake(call.key).shape)))
+        return self._once(key, _Emitter(self.graph, call, info).emit)
 
     def valid_ranges(self, padding: Node) -> Node:
         """The valid range of each item, computed once behind the padding that it is of."""
@@ -151,18 +152,20 @@ class PaddingBuilder:
 
         Must be called in front of the call.
         """
-        leaf = None if info.positions is None else info.leaves[info.positions]
-        given = self._counted_positions(call, info.offset) if leaf is None else call.aten.source(leaf, call.node)
+        rows, leaf = fake(call.query).shape[2], None if info.positions is None else info.leaves[info.positions]
+        if leaf is None:
+            given = self._once(("counted", str(rows), str(info.offset)), lambda: self._counted(call, info.offset))
+        else:
+            given = call.aten.source(leaf, call.node)
         if given is None:
             raise RewriteError(f"the graph holds {info.positions} no longer, which says what queries see")
         if fake(given).dtype != torch.int64 or fake(given).device != fake(call.key).device:
             raise RewriteError(f"{info.positions} is {fake(given).dtype} on {fake(given).device}, not int64 beside the keys")
-        key = (leaf, given, str(fake(call.query).shape[2]))
-        if key not in self._filled or any(map(is_erased, self._filled[key])):
-            if not known(fake(given).shape[0] == fake(call.query).shape[2]):  # more positions than the mask reads
-                given = _emit(self.graph, operator.getitem, given, slice(size(self.graph, call.query, 2)))
-            self._filled[key] = given, _emit(self.graph, torch.ops.tsa.filled.default, given)
-        return self._filled[key]
+        key = (leaf, given, str(rows))
+        if not known(fake(given).shape[0] == rows):  # more positions than the mask reads
+            read = (operator.getitem, given)
+            given = self._once(("read", *key), lambda: _emit(self.graph, *read, slice(size(self.graph, call.query, 2))))
+        return given, self._once(("filled", *key), lambda: _emit(self.graph, torch.ops.tsa.filled.default, given))
 
     def lists_match(self, call: AttentionCall, lists: BlockLists, padding: Node | None, positions: Node | None) -> Node:
         """What the host is told of lists of blocks: whether they are those of the mask. Once for all calls with the same.
@@ -173,25 +176,19 @@ class PaddingBuilder:
         arguments = (*lists.tensors, padding, positions, *extents, lists.rows, lists.columns)
         lengths = (str(fake(call.query).shape[2]), str(fake(call.key).shape[2]))
         read = (node for node in (*lists.tensors, positions) if node is not None)
-        key = (lists, padding, positions, lengths, tuple(call.aten.version(node, call.node) for node in read))
-        if key not in self._lists_match or is_erased(self._lists_match[key]):
-            self._lists_match[key] = _emit(self.graph, torch.ops.tsa.listed.default, *arguments)
-        return self._lists_match[key]
+        key = ("lists", lists, padding, positions, lengths, tuple(call.aten.version(node, call.node) for node in read))
+        return self._once(key, lambda: _emit(self.graph, torch.ops.tsa.listed.default, *arguments))
 
-    def _counted_positions(self, call: AttentionCall, offset: sympy.Expr) -> Node:
+    def _counted(self, call: AttentionCall, offset: sympy.Expr) -> Node:
         """The numbers of a call's queries in a cache, one after the other from `offset` on; int64 [Lq]."""
-        key = str(fake(call.query).shape[2]), str(offset)
-        if key not in self._counted or is_erased(self._counted[key]):
-            extent = size(self.graph, call.query, 2)
-            positions = _emit(self.graph, torch.arange, extent, device=fake(call.key).device)
-            for term in sympy.Add.make_args(offset):
-                factor, symbol = term.as_coeff_Mul()  # plus or minus a symbol, or a number
-                number = call.aten.number(str(symbol), call.node) if symbol.is_Symbol else int(factor)
-                if number != 0:
-                    join = operator.sub if symbol.is_Symbol and factor < 0 else operator.add
-                    positions = _emit(self.graph, join, positions, number)
-            self._counted[key] = positions
-        return self._counted[key]
+        positions = _emit(self.graph, torch.arange, size(self.graph, call.query, 2), device=fake(call.key).device)
+        for term in sympy.Add.make_args(offset):
+            factor, symbol = term.as_coeff_Mul()  # plus or minus a symbol, or a number
+            number = call.aten.number(str(symbol), call.node) if symbol.is_Symbol else int(factor)
+            if number != 0:
+                join = operator.sub if symbol.is_Symbol and factor < 0 else operator.add
+                positions = _emit(self.graph, join, positions, number)
+        return positions
 
 
 class _Emitter:
@@ -230,11 +227,10 @@ class _Emitter:
     def _truth(self, expr: sympy.Basic) -> Node:
         if isinstance(expr, AppliedUndef):
             return self._element(expr)
-        comparisons = {sympy.Le: operator.le, sympy.Lt: operator.lt, sympy.Eq: operator.eq}
-        for kind, call in comparisons.items():
-            if isinstance(expr, kind):
-                return _emit(self.graph, call, self._value(expr.args[0]), self._value(expr.args[1]))
-        raise RewriteError(f"the padding condition {expr} cannot be written as a tensor")
+        comparison = {sympy.Le: operator.le, sympy.Lt: operator.lt, sympy.Eq: operator.eq}.get(expr.func)
+        if comparison is None:
+            raise RewriteError(f"the padding condition {expr} cannot be written as a tensor")
+        return _emit(self.graph, comparison, *map(self._value, expr.args))
 
     def _value(self, expr: sympy.Expr) -> Any:
         """An expression in (b, kv) as a number or as a tensor that broadcasts to [B, L]."""

@@ -9,6 +9,7 @@ print(graph_text(graph))                              one line a node, for golde
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -124,11 +125,10 @@ def _truth(formula: Any, info: MaskInfo, environment: dict[Any, Any], values: Ma
         return torch.stack(parts).all(0) if isinstance(formula, sympy.And) else torch.stack(parts).any(0)
     atom = info.atoms[formula]
     if atom.kind == "opaque":
-        relations = {sympy.Le: torch.le, sympy.Lt: torch.lt, sympy.Eq: torch.eq}
-        for kind, call in relations.items():
-            if isinstance(atom.expr, kind):
-                return call(*(_number(side, environment, values) for side in atom.expr.args))
-        return _number(atom.expr, environment, values).bool()
+        relation = {sympy.Le: torch.le, sympy.Lt: torch.lt, sympy.Eq: torch.eq}.get(atom.expr.func)
+        if relation is None:
+            return _number(atom.expr, environment, values).bool()
+        return relation(*(_number(side, environment, values) for side in atom.expr.args))
     number = _number(atom.expr, environment, values)
     return number <= 0 if atom.kind == "le" else number == 0
 
@@ -146,11 +146,7 @@ def _number(expr: Any, environment: dict[Any, Any], values: Mapping[str, Any]) -
     if isinstance(expr, sympy.floor):
         return torch.floor(operands[0])
     operations: dict[Any, Callable[..., Tensor]] = {sympy.Add: torch.add, sympy.Mul: torch.mul}
-    operation = operations[expr.func]
-    result = operands[0]
-    for operand in operands[1:]:
-        result = operation(result, operand)
-    return result
+    return functools.reduce(operations[expr.func], operands)
 
 
 _ALIASES = {
