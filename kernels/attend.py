@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsa_compile.kernels._aten import repeat_heads, slots_below, torch_attention
+from tsa_compile.kernels._aten import repeat_heads, slots_below
 from tsa_compile.kernels.define import define
 from tsa_compile.kernels.registry import AttentionKernel, KernelRequest, choose
 from tsa_compile.kernels.sink import check_sink, sink_as_key_aten, with_sink
@@ -106,10 +106,7 @@ def attend_aten(
     sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in ATen ops, for any exact kernel: all C rows, whatever the count, then zeros behind it."""
-    if sink_logits is None:
-        out = torch_attention(query, key, value, scale)
-    else:
-        out = sink_as_key_aten(query, key, value, scale, sink_logits)
+    out = sink_as_key_aten(query, key, value, scale, sink_logits)
     if count is not None:
         out = torch.where(slots_below(count, query.shape[2])[..., None], out, 0.0)
     return out.contiguous()

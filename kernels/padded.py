@@ -166,9 +166,7 @@ def _attention_by_column(
     value, width = torch.where(valid, value, 0.0), value.shape[3]  # a weight of 0 times NaN is NaN
     if query.shape[3] == width + _COLUMNS:  # kernels are fast where rows of all three are as wide
         value = _with_column(value, torch.zeros_like(value[..., :1]))
-    if sink_logits is not None:
-        return sink_as_key_aten(query, key, value, scale, sink_logits)[..., :width]
-    return torch_attention(query, key, value, scale)[..., :width]
+    return sink_as_key_aten(query, key, value, scale, sink_logits)[..., :width]
 
 
 def _with_column(rows: Tensor, column: Tensor) -> Tensor:

@@ -81,9 +81,13 @@ def attention_with_sink(
 
 
 def sink_as_key_aten(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor, allowed: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sink_logits: Tensor | None, allowed: Tensor | None = None
 ) -> Tensor:
-    """The rows [B, H, C, Dv] in ATen ops: causal over as many keys, or under a mask, as `attention_beside` has it."""
+    """The rows [B, H, C, Dv] in ATen ops, with a sink or without: causal over as many keys, or under a mask, as
+    `attention_beside` has it.
+    """
+    if sink_logits is None:
+        return torch_attention(query, key, value, scale, allowed)
     wide = torch.promote_types(query.dtype, torch.float32)
     logits = sink_logits.to(wide)[None, :, None].expand(query.shape[:3])
     return attention_beside(logits, query, key, value, scale, allowed)[..., : value.shape[3]].to(query.dtype)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tsa_compile.kernels._aten import as_rows, at_least, keys_before, torch_attention
+from tsa_compile.kernels._aten import as_rows, at_least, keys_before
 from tsa_compile.kernels.cached import ROWS, check_operands, query_positions, shared_keys
 from tsa_compile.kernels.decompress import attention_output
 from tsa_compile.kernels.define import define
@@ -144,10 +144,7 @@ def _blocks_aten(
     parts = ((query, rows), (key, band), (value, band))
     query, key, value = (x.transpose(1, 2)[item, positions].transpose(1, 2) for x, positions in parts)
     allowed = (allowed | ~sees)[:, None]
-    if sink_logits is None:
-        out = torch_attention(query, key, value, scale, allowed)
-    else:
-        out = sink_as_key_aten(query, key, value, scale, sink_logits, allowed)
+    out = sink_as_key_aten(query, key, value, scale, sink_logits, allowed)
     position = torch.arange(queries, device=device)
     lines = torch.arange(batch, device=device)[:, None] * blocks + torch.div(position, block, rounding_mode="floor")
     place = lines, position % block  # [B, Lq], [Lq]
