@@ -52,7 +52,7 @@ class Source:
         if self.folder is None:
             return shapes.build(self.config, self.device, self.dtype)
         options = {"config": self.config, "dtype": self.dtype, **_where(self.folder, self.trust_remote_code)}
-        options.update(_unpacked(self.folder))
+        options.update(unpacked(texts.gguf_file(self.folder)))
         told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told, not ignored
         try:
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(str(self.folder), **options, **told)
@@ -142,10 +142,10 @@ def _where(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     return options if file is None else {**options, "gguf_file": file}
 
 
-def _unpacked(folder: Path) -> dict[str, Any]:
+def unpacked(file: str | None) -> dict[str, Any]:
     """What gives a GGUF file's weights as plain tensors, where transformers would keep them packed."""
-    packed = getattr(_transformers(), "GgufConfig", None)
-    return {} if packed is None or texts.gguf_file(folder) is None else {"quantization_config": packed(dequantize=True)}
+    packed = getattr(require_transformers(), "GgufConfig", None)
+    return {} if packed is None or file is None else {"quantization_config": packed(dequantize=True)}
 
 
 def find_device(name: str) -> torch.device:

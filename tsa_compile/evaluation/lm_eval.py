@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tsa_compile.backend import tsa_backend
 from tsa_compile.commands import texts
+from tsa_compile.commands.loading import unpacked
 from tsa_compile.config import TSAConfig
 from tsa_compile.errors import ConfigError, TSAWarning
 from tsa_compile.evaluation.cached import CachedModel, check_model, dynamo_remembers
@@ -69,12 +70,7 @@ class TSALM(HFLM):
         self._cached = CachedModel(self.model, self._prefill)
 
     def _create_model(self, *args: Any, gguf_file: str | None = None, **given: Any) -> None:
-        import transformers
-
-        packed = getattr(transformers, "GgufConfig", None)
-        if gguf_file is not None and packed is not None:  # or the weights stay packed
-            given["quantization_config"] = packed(dequantize=True)
-        super()._create_model(*args, gguf_file=gguf_file, **given)
+        super()._create_model(*args, gguf_file=gguf_file, **{**given, **unpacked(gguf_file)})
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
