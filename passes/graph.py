@@ -154,9 +154,9 @@ def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, name: str
     return node
 
 
-def hint(size: int | torch.SymInt) -> int | None:
-    """A size in the call that is being compiled; None where nobody knows it before the graph runs. Guards nothing."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+def hint(number: Any) -> Any:
+    """A number in the call that is being compiled; None where nobody knows it before the graph runs. Guards nothing."""
+    return number.node.hint if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
 def propagate(graph: Graph, target: Callable[..., Any] | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

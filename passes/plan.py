@@ -196,7 +196,7 @@ def inputs_obstacle(query: Tensor, needs_grad: bool, dropout: Any, scale: Any) -
     if known(query.shape[1] == 0) or known(query.shape[3] == 0):
         return Reason.UNSUPPORTED_FORM, f"a query of {query.shape[1]} heads of {query.shape[3]} numbers"
     if not _is_positive(scale):
-        return Reason.UNSUPPORTED_FORM, f"the scale is {fake(scale)}, not a number above 0, as causal kernels need it"
+        return Reason.UNSUPPORTED_FORM, f"the scale is {hint(fake(scale))}, not a number above 0, as causal kernels need it"
     return None
 
 

@@ -141,6 +141,10 @@ OTHERS = {
         ["export", *TINY, "--out", "x.pt2", "--lengths", "1K", "1000K"],
         "prompts of 1,024,000 tokens do not fit",
     ),
+    "standard operators of a coverage": (
+        ["export", *TINY, "--out", "x.onnx", "--format", "onnx", "--budget", "coverage:0.01"],
+        "at run time how many tokens are kept: pass --budget keep:0.15",
+    ),
     "export of a range upside down": (["export", *TINY, "--out", "x.pt2", "--lengths", "4K", "1K"], "is not a range"),
     "batches from none on": (["export", *TINY, "--out", "x.pt2", "--batches", "0", "4"], "--batches 0 4 is not a range"),
     "batches upside down": (

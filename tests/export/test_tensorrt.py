@@ -176,9 +176,10 @@ def layer_program():
 
 def test_a_file_that_is_no_model_is_named(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"something else")
-    for name in ("model.onnx", "none.onnx"):
-        with pytest.raises(ConfigError, match=rf"{name}' cannot be read as an ONNX model .*export it again"):
-            check(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"model.onnx' cannot be read as an ONNX model .*export it again"):
+        check(tmp_path / "model.onnx")
+    with pytest.raises(ConfigError, match=r"none.onnx' cannot be read \(No such file or directory\)"):
+        check(tmp_path / "none.onnx")
 
 
 @pytest.mark.exhaustive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,6 +89,7 @@ def export(
     with output.working("Loading PyTorch and transformers"):
         source = model.source()
         config = sparse.tsa_config(source)
+        _check_budgets(config, kind)
         span = _span(source, given)
         _check_installed(kind, target)
         length = _example_length(source, *span)
@@ -139,6 +141,19 @@ def _span(source: Source, given: tuple[int, int] | None) -> tuple[int, int]:
     span = given or default_lengths(config)
     check_config(config, source.name, span[1])
     return span
+
+
+def _check_budgets(config: TSAConfig, kind: Format) -> None:
+    """Raises what standard operators are refused for, before the model is loaded and traced."""
+    from tsa_compile.budgets import Coverage
+
+    budgets = config.layers.values() if isinstance(config.layers, Mapping) else [config.budget]
+    unbounded = config.capacity is None and any(isinstance(budget, Coverage) and budget.tau for budget in budgets)
+    if unbounded and config.layers != () and kind in (Format.ONNX, Format.TENSORRT):
+        raise ConfigError(
+            f"--format {kind} computes as many rows as the shapes say, and a coverage decides at run time how many tokens "
+            "are kept: pass --budget keep:0.15, or --config with a file that sets a capacity"
+        )
 
 
 def _check_installed(kind: Format, target: Path) -> None:

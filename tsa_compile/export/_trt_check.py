@@ -82,6 +82,8 @@ def read(onnx: Any, path: StrPath) -> Any:
     """The model in a file, without weights that lie beside it; ConfigError if it holds none."""
     try:
         return onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror})") from error
     except Exception as error:  # protobuf's own, which has a name in no package that must be there
         raise ConfigError(f"{str(path)!r} cannot be read as an ONNX model ({summary(error)}): export it again") from error
 
