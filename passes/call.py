@@ -105,11 +105,14 @@ class AttentionCall:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether a gradient may flow through the call. Where none is computed, a view of a parameter says all the same
-        that it needs one, and the output does not.
+        """Whether a gradient may flow through what takes the call's place.
+
+        Where none is computed, a view of a parameter says all the same that it needs one. But then what reads it says that
+        it needs none. Weights may be detached, so an output that needs none does not say by itself that none is computed.
         """
-        given = any(fake(operand).requires_grad for operand in (self.query, self.key, self.value))
-        return given and (self.form == "flex" or fake(self.node).requires_grad)
+        computed = fake(self.node).requires_grad if self.form != "flex" else True
+        stopped = not computed and any(map(_needs_grad, self.node.all_input_nodes))
+        return not stopped and any(map(_needs_grad, (self.query, self.key, self.value)))
 
     @property
     def peeled(self) -> bool:
@@ -134,3 +137,8 @@ class RecordedCall:
     lists: BlockLists | None = None
     sink_logits: Node | None = None
     problem: Problem | None = None
+
+
+def _needs_grad(node: Node) -> bool:
+    value = fake(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad

@@ -79,6 +79,21 @@ def test_a_gradient_through_one_operand_is_enough(which):
     assert reports()[-1].rows[0].reason is Reason.NEEDS_GRAD
 
 
+@pytest.mark.parametrize("stop", [torch.Tensor.detach, torch.no_grad()(torch.clone)])
+def test_weights_without_a_gradient_leave_the_call_as_it_is(stop):
+    """The output needs no gradient then, and what took its place would have one to compute, as its query has."""
+
+    def attention(query, key, value):
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        scores = scores + torch.full((40, 40), float("-inf")).triu(1)
+        return stop(scores.softmax(-1)) @ value
+
+    query, key, value = heads(kv_heads=4)
+    out = compiled(attention, layers=["*"], min_length=1)(query.requires_grad_(), key, value)
+    assert not out.requires_grad
+    assert reports()[-1].rows[0].reason is Reason.NEEDS_GRAD
+
+
 @pytest.mark.parametrize("mode", exhaustive_but([torch.no_grad, torch.inference_mode], torch.no_grad))
 def test_without_gradients_trainable_parameters_do_not_matter(mode):
     model = tiny("llama")
