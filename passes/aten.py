@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, Node
 
 from tsa_compile.passes.fakes import Memory
-from tsa_compile.passes.graph import is_mutating, unread
+from tsa_compile.passes.graph import fake, is_mutating, unread
 
 
 def unknown(*inputs: Any) -> Any:
@@ -102,19 +102,40 @@ class AtenGraph:
         nodes, began = list(self.order), list(self.order.values())
         return [nodes[bisect_right(began, write) - 1] for write in writes]
 
+    def inputs_behind(self, value: Node) -> set[Node]:
+        """The graph's inputs that a recorded value is computed from. Numbers that are sizes alone do not count.
+
+        Of a value that is no operator's the graph has to say what it may be: its node, what that reads, and all that was
+        written there before.
+        """
+        recorded, queue, inputs = {value}, [value], set[Node]()
+        for each in queue:
+            if each.target is unknown and "position" not in each.meta:
+                origin = each.meta["origin"]
+                inputs |= self._inputs_behind_node(self.holder(each) or origin, self.order[origin])
+            new = [source for source in each.all_input_nodes if source not in recorded]
+            recorded.update(new)
+            queue += new
+        return inputs
+
+    def _inputs_behind_node(self, node: Node, until: int) -> set[Node]:
+        seen, queue = {node}, [node]
+        for each in queue:
+            before = [*each.all_input_nodes, *(writer for writer in self.writers(each) if self.order[writer] < until)]
+            new = [source for source in dict.fromkeys(before) if source not in seen and not self._is_size(source)]
+            seen.update(new)
+            queue += new
+        return {each for each in queue if each.op == "placeholder"}
+
+    def _is_size(self, node: Node) -> bool:
+        """Whether a node of the graph is a number that sizes of tensors alone say."""
+        number = fake(node)
+        return isinstance(number, torch.SymInt) and number.node.expr.free_symbols <= self.extents
+
 
 def is_input(value: Node) -> bool:
     """Whether a recorded value is an input of the graph."""
     return value.target is unknown and not value.args and value.meta["origin"].op == "placeholder"
-
-
-def inputs_behind(value: Node) -> list[Node]:
-    """The inputs of the graph that a recorded value is computed from."""
-    seen, queue = {value}, [value]
-    for each in queue:
-        queue += [source for source in each.all_input_nodes if source not in seen]
-        seen.update(queue)
-    return [each for each in queue if is_input(each)]
 
 
 def users(node: Node) -> Iterable[Node]:

@@ -29,7 +29,7 @@ from tsa_compile.errors import ConfigError, KernelError, TSAWarning
 from tsa_compile.kernels.interface import MAX_HEAD_DIM
 from tsa_compile.kernels.kept import never_dropped
 from tsa_compile.kernels.registry import AUTO, KernelRequest, choose, of_dense, of_window
-from tsa_compile.passes.aten import inputs_behind, is_input
+from tsa_compile.passes.aten import is_input
 from tsa_compile.passes.base import CallPlan, Pass, PassResult
 from tsa_compile.passes.call import Problem
 from tsa_compile.passes.graph import fake, guarded, hint, in_marked_range, known, static
@@ -251,7 +251,8 @@ def _found_in_mask(plan: CallPlan, info: MaskInfo) -> str:
     if info.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.call.masks):
         return "the mask is an input of this graph: it was built outside"
     if info.kind is MaskKind.PACKED:
-        behind = sorted({name for leaf in info.leaves.values() for name in _inputs_behind(leaf)})
+        inputs = set().union(*map(plan.call.aten.inputs_behind, info.leaves.values()))
+        behind = sorted({_INPUT.sub("", each.name).strip("_") for each in inputs})  # as the model calls them: "position_ids"
         return f"computed from {', '.join(behind)}" if behind else info.detail
     return info.detail
 
@@ -264,11 +265,6 @@ def _is_given(mask: Node) -> bool:
             return False
         mask = tensors[0]
     return fake(mask).dim() > 2
-
-
-def _inputs_behind(value: Node) -> set[str]:
-    """The inputs of the graph that a recorded value is computed from, as the model calls them: "position_ids"."""
-    return {_INPUT.sub("", each.meta["origin"].name).strip("_") for each in inputs_behind(value)}
 
 
 def _is_positive(scale: Any) -> bool:

@@ -22,7 +22,7 @@ from sympy.logic.inference import satisfiable
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from tsa_compile.passes.aten import inputs_behind
+from tsa_compile.passes.aten import AtenGraph
 from tsa_compile.passes.base import Pass, PassResult
 from tsa_compile.passes.call import AttentionCall, MaskTerm
 from tsa_compile.passes.graph import expr_of, fake, known
@@ -88,7 +88,7 @@ def infer_mask(call: AttentionCall) -> MaskInfo:
     large = next((symbol for symbol in evaluator.moderate if not _is_moderate(symbol, call)), None)
     if large is not None:
         return MaskInfo(MaskKind.OPAQUE, detail=f"{large} may be too large for the integers that it is computed with")
-    info = _classify(allowed, atoms, evaluator, hidden, absorbing)
+    info = _classify(allowed, atoms, evaluator, hidden, absorbing, call.aten)
     if call.sink_logits is not None:  # what is hidden has no weight beside it, so a row that sees nothing is 0
         return replace(info, mean_rows=False)
     return replace(info, nan_rows=call.form == "eager" and -sympy.oo in hidden and _may_hide_all(info))
@@ -170,7 +170,9 @@ def _hidden_value(number: Any, dtype: torch.dtype) -> sympy.Expr:
     return value
 
 
-def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], absorbing: bool) -> MaskInfo:
+def _classify(
+    allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[sympy.Expr], absorbing: bool, graph: AtenGraph
+) -> MaskInfo:
     """Reads a formula. `hidden` are the values of hidden scores; `absorbing`: a score adds nothing to them."""
     if len(allowed.free_symbols) > MAX_ATOMS:
         return MaskInfo(MaskKind.OPAQUE, detail=f"depends on {len(allowed.free_symbols)} conditions")
@@ -195,16 +197,28 @@ def _classify(allowed: Boolean, atoms: Atoms, evaluator: Evaluator, hidden: set[
     calls = (call for symbol in normal.free_symbols for call in atoms.table[symbol].expr.atoms(AppliedUndef))
     leaves = {name: evaluator.leaves[name] for name in sorted({call.func.__name__ for call in calls})}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
-    fixed = padding is not None and any(not _reads_input(clause, atoms.table, leaves) for clause in reading.padding)
+    places = None if positions is not None else Q + (reading.offset if kind in FILLED_KINDS else reading.past)
+    fixed = padding is not None and not all(
+        _reads_input(clause, atoms.table, leaves, graph) or _holds_at(clause, atoms, places) for clause in reading.padding
+    )
     return MaskInfo(
         kind, normal, padding, fixed, atoms.table, leaves, mean_rows, False, positions, reading.offset, window, detail
     )
 
 
-def _reads_input(clause: Boolean, table: dict[sympy.Symbol, Atom], leaves: dict[str, Node]) -> bool:
+def _reads_input(clause: Boolean, table: dict[sympy.Symbol, Atom], leaves: dict[str, Node], graph: AtenGraph) -> bool:
     """Whether a clause is about something that is computed from an input of the graph."""
     calls = (call for symbol in clause.free_symbols for call in table[symbol].expr.atoms(AppliedUndef))
-    return any(inputs_behind(leaves[call.func.__name__]) for call in calls)
+    return any(graph.inputs_behind(leaves[call.func.__name__]) for call in calls)
+
+
+def _holds_at(clause: Boolean, atoms: Atoms, places: sympy.Expr | None) -> bool:
+    """Whether a clause hides no query's own key. `places`: the queries' positions among the keys; None: not known."""
+    if places is None:
+        return False
+    held = {symbol: atoms.table[symbol] for symbol in clause.free_symbols}
+    bounds = {symbol: atom.expr.subs(KV, places) for symbol, atom in held.items() if atom.kind == "le"}
+    return clause.subs({symbol: atoms.le(bound, sympy.Integer(0)) for symbol, bound in bounds.items()}) == sympy.true
 
 
 class _Reading:

@@ -39,8 +39,9 @@ class MaskInfo:
     Attributes:
         predicate: which (b, h, q, kv) are allowed, a formula over `atoms`; None if opaque.
         padding: the part of the predicate in (b, kv) alone; None if every key is valid.
-        fixed: some of the padding is computed from no input. It hides the same positions in every call, and the tokens
-            there need not be padding: their own rows are results, which a sparse layer would make 0.
+        fixed: some of the padding is computed from no input, and may hide a query's own key. It hides the same positions in
+            every call, and the tokens there need not be padding: their own rows are results, which a sparse layer would
+            make 0.
         leaves: the recorded values that stand in atoms as uninterpreted functions, by name.
         mean_rows: a row with no allowed key yields the mean of all values (an additive, finite mask) and not zeros.
         nan_rows: it yields NaN (minus infinity in written-out attention), which no rewrite reproduces.

@@ -212,6 +212,23 @@ class TestWhereAMaskComesFrom:
         assert (reason, detail) == (Reason.PACKED, "computed from position_ids")
 
 
+def hidden_by_rows(at, ids):
+    hidden = torch.zeros(2, 32, dtype=torch.bool)
+    for item in range(2):
+        hidden[item] = ids[item] == 0
+    return hidden
+
+
+def hidden_by_a_view(at, ids):
+    hidden = torch.zeros(2, 32, dtype=torch.bool)
+    hidden.view(-1).masked_fill_((ids == 0).view(-1), True)
+    return hidden
+
+
+def hidden_by_items(at, ids):
+    return torch.vmap(lambda count: at >= count)(ids.sum(-1))
+
+
 class TestKeysThatAMaskHides:
     def plan(self, hides, config=SPARSE):
         def attention(x, ids):
@@ -234,6 +251,37 @@ class TestKeysThatAMaskHides:
     def test_tokens_at_fixed_positions_have_rows_of_their_own(self, hides, config):
         """Every fourth token is hidden, say, and still looks at the others: a sparse layer would make its row 0."""
         assert self.plan(hides, config) == (Decision.DENSE_PADDED, Reason.MASK_OPAQUE)
+
+    @pytest.mark.parametrize("hides", [hidden_by_rows, hidden_by_a_view, hidden_by_items])
+    def test_what_an_input_says_may_be_written_into_a_mask(self, hides):
+        assert self.plan(hides) == (Decision.SPARSE, Reason.SPARSE)
+
+    @pytest.mark.filterwarnings("ignore:no attention call")
+    def test_a_mask_into_which_a_constant_is_written_hides_fixed_positions(self):
+        def hides(at, ids):
+            hidden = torch.zeros(ids.shape, dtype=torch.bool)
+            hidden[:, 3] = True
+            return hidden
+
+        assert self.plan(hides) == (Decision.DENSE_PADDED, Reason.MASK_OPAQUE)
+
+    @pytest.mark.filterwarnings("ignore:no attention call")
+    @pytest.mark.parametrize(
+        ("past", "sees", "reason"),
+        [
+            (0, lambda at: at < 32, Reason.SPARSE),  # the rest of a static cache, which no query sees either way
+            (0, lambda at: at < 31, Reason.MASK_OPAQUE),
+            (16, lambda at: at >= 16, Reason.SPARSE),  # tokens in a cache, whose rows are not asked for
+            (16, lambda at: at >= 17, Reason.MASK_OPAQUE),
+        ],
+    )
+    def test_keys_that_are_no_querys_own_may_be_hidden(self, past, sees, reason):
+        def attention(query, key):
+            at = torch.arange(48)
+            return masked(query, key, (at <= torch.arange(32)[:, None] + past) & sees(at))
+
+        graph = capture(attention, torch.randn(2, 2, 32, 8), torch.randn(2, 2, 48, 8))
+        assert run_passes(graph, SPARSE.replace(layers=["*"])).rows[0].reason is reason
 
 
 def test_a_graph_without_causal_attention_is_no_miss(recwarn):
