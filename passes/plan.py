@@ -251,7 +251,7 @@ def _found_in_mask(plan: CallPlan, info: MaskInfo) -> str:
     if info.kind is MaskKind.OPAQUE and any(_is_given(term.mask) for term in plan.call.masks):
         return "the mask is an input of this graph: it was built outside"
     if info.kind is MaskKind.PACKED:
-        inputs = set().union(*map(plan.call.aten.inputs_behind, info.leaves.values()))
+        inputs = {each for leaf in info.leaves.values() for each in plan.call.aten.inputs_behind(leaf)}
         behind = sorted({_INPUT.sub("", each.name).strip("_") for each in inputs})  # as the model calls them: "position_ids"
         return f"computed from {', '.join(behind)}" if behind else info.detail
     return info.detail
