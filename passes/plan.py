@@ -150,7 +150,7 @@ def decide(
     if unselected is not None:
         obstacle: Problem | None = (unselected, doubt if unselected is Reason.LAYER_COUNT_UNKNOWN else "")
     elif fixed:
-        obstacle = Reason.MASK_OPAQUE, "it hides fixed positions, whose tokens need not be padding"
+        obstacle = Reason.MASK_FIXED, ""
     else:
         obstacle = sparse_obstacle(*operands, settled or config, sparse_layers, costs, filled=filled)
     decision, (reason, detail) = dense, obstacle or (Reason.SPARSE, "")

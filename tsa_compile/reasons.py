@@ -25,6 +25,7 @@ class Reason(StrEnum):
     TOO_SHORT = "TOO_SHORT"
     LENGTH_UNKNOWN = "LENGTH_UNKNOWN"
     MASK_OPAQUE = "MASK_OPAQUE"
+    MASK_FIXED = "MASK_FIXED"
     NOT_CAUSAL = "NOT_CAUSAL"
     SLIDING_WINDOW = "SLIDING_WINDOW"
     CHUNKED = "CHUNKED"
@@ -67,6 +68,7 @@ EXPLANATIONS: dict[Reason, str] = {
     Reason.TOO_SHORT: "The sequence is too short for compression to drop tokens or to gain time.",
     Reason.LENGTH_UNKNOWN: "The sequence length is not known well enough to prove the rewrite right and worth it.",
     Reason.MASK_OPAQUE: "The meaning of the mask could not be proven.",
+    Reason.MASK_FIXED: "The mask hides the same positions in every call, whose tokens need not be padding.",
     Reason.NOT_CAUSAL: "The attention is not causal.",
     Reason.SLIDING_WINDOW: "The mask is a sliding window.",
     Reason.CHUNKED: "The mask splits the sequence into chunks that do not see each other.",
@@ -103,6 +105,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.MASK_OPAQUE: (
         f"Compile the whole model, and let it build its own causal mask, with the 2-D padding mask as input. {_BY_LAYER}"
     ),
+    Reason.MASK_FIXED: "If they are padding, pass an `attention_mask` that says so: rows of padding are zeros.",
     Reason.PACKED: "Leave `position_ids` out, or pass an `attention_mask` too. Do not pack: one sequence a batch item.",
     Reason.NOT_SELF_ATTENTION: (
         "Let the model build the mask of a prefill itself, over a DynamicCache or a StaticCache. For a padded batch and a "

@@ -250,7 +250,7 @@ class TestKeysThatAMaskHides:
     )
     def test_tokens_at_fixed_positions_have_rows_of_their_own(self, hides, config):
         """Every fourth token is hidden, say, and still looks at the others: a sparse layer would make its row 0."""
-        assert self.plan(hides, config) == (Decision.DENSE_PADDED, Reason.MASK_OPAQUE)
+        assert self.plan(hides, config) == (Decision.DENSE_PADDED, Reason.MASK_FIXED)
 
     @pytest.mark.parametrize("hides", [hidden_by_rows, hidden_by_a_view, hidden_by_items])
     def test_what_an_input_says_may_be_written_into_a_mask(self, hides):
@@ -263,16 +263,16 @@ class TestKeysThatAMaskHides:
             hidden[:, 3] = True
             return hidden
 
-        assert self.plan(hides) == (Decision.DENSE_PADDED, Reason.MASK_OPAQUE)
+        assert self.plan(hides) == (Decision.DENSE_PADDED, Reason.MASK_FIXED)
 
     @pytest.mark.filterwarnings("ignore:no attention call")
     @pytest.mark.parametrize(
         ("past", "sees", "reason"),
         [
             (0, lambda at: at < 32, Reason.SPARSE),  # the rest of a static cache, which no query sees either way
-            (0, lambda at: at < 31, Reason.MASK_OPAQUE),
+            (0, lambda at: at < 31, Reason.MASK_FIXED),
             (16, lambda at: at >= 16, Reason.SPARSE),  # tokens in a cache, whose rows are not asked for
-            (16, lambda at: at >= 17, Reason.MASK_OPAQUE),
+            (16, lambda at: at >= 17, Reason.MASK_FIXED),
         ],
     )
     def test_keys_that_are_no_querys_own_may_be_hidden(self, past, sees, reason):
