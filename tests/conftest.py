@@ -15,10 +15,6 @@ from . import quick
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; read when its package is imported
 
-# Inductor's kernels are not what is tested: without vector instructions they compile in two thirds of the time, and no
-# empty cache makes it try out every extension first.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
-
 # Triton reads this when a kernel is decorated, so it must be set before any test module imports the package.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -106,6 +102,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gradients() -> Iterator[None]:
     """Each test begins with gradients enabled: a benchmark's `main` switches them off for the whole process."""
     with torch.enable_grad():
+        yield
+
+
+@pytest.fixture
+def vectors() -> Iterator[None]:
+    """Inductor writes vector instructions, as its kernel for FlexAttention on CPUs needs them (see quick.py)."""
+    with importlib.import_module("torch._inductor.config").patch({"cpp.simdlen": None}):
         yield
 
 

@@ -145,6 +145,7 @@ def dynamo() -> None:
     """Makes compilations quicker. Behind each, Dynamo measures its guards with a flushed cache, for a log: more than half of
     the time that the compilation of a small function takes."""
     import torch._dynamo.guards
+    import torch._inductor.config
     import torch.fx.config
     from torch._dynamo import symbolic_convert
 
@@ -154,6 +155,9 @@ def dynamo() -> None:
     torch._dynamo.config.run_gc_after_compile = False
     if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
         torch._dynamo.config.side_effect_replay_policy = "silent"
+    # Inductor's kernels are not what is tested: of no vector length, and so without vector instructions, they compile in two
+    # thirds of the time.
+    torch._inductor.config.cpp.simdlen = 1
     # To each node are written the lines of the model that it comes of, those in torch's modules left out, and for a log in
     # which function they stand, for which their files are read: a tenth of the time that a trace takes.
     translator: Any = symbolic_convert.InstructionTranslatorBase

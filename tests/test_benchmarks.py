@@ -212,10 +212,10 @@ def test_methods_take_turns(load):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [200, 129, 128, 50])
-def test_block_lists_end_at_the_count(load, methods, count):
+def test_block_lists_end_at_the_count(load, methods, count, vectors):
     kernels, checks = load("attention_kernels"), load("attention_checks")
     rows = kernels.make_rows(small(methods, kv_heads=4), count, 512, "cpu")
-    with torch.no_grad(), torch._inductor.config.patch({"cpp.vec_isa_ok": None}):  # FlexAttention needs a vector extension
+    with torch.no_grad():
         out = kernels.flex_cut(rows, torch.tensor([count], dtype=torch.int32))()
     valid = (tensor[:, :, :count] for tensor in rows.tensors)
     checks.check_output(*valid, out[:, :, :count], rows.scale, "cut")

@@ -58,7 +58,7 @@ def test_a_training_step_under_inductor():
             loss = one(*heads()).square().mean()
             loss.backward()
             optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert abs(losses[0] - losses[1]) < ATOL < losses[0]
     assert model.factor != 1 and reports()[-1].rows[0].reason is Reason.NEEDS_GRAD
 

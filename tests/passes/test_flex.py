@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._inductor import config as inductor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import StaticCache
 
@@ -341,10 +340,9 @@ class TestModels:
         assert {row.decision for report in reports() for row in report} == {Decision.SPARSE}
 
     @pytest.mark.exhaustive
-    def test_a_static_cache(self, monkeypatch):
+    def test_a_static_cache(self, vectors):
         """Its mask function counts from a number that the cache moves on before it is asked, in transformers 5.24: whatever
         the model computes, it does."""
-        monkeypatch.setattr(inductor.cpp, "vec_isa_ok", None)  # transformers compiles the operator: its kernel needs vectors
         found, ids = [], tokens(2, 40)
         for model in (tiny("llama", "flex_attention", num_hidden_layers=2), self.compiled()):
             cache = StaticCache(config=model.config, max_cache_len=64)
