@@ -110,8 +110,7 @@ class AttentionCall:
         Where none is computed, a view of a parameter says all the same that it needs one. But then what reads it says that
         it needs none. Weights may be detached, so an output that needs none does not say by itself that none is computed.
         """
-        computed = fake(self.node).requires_grad if self.form != "flex" else True
-        stopped = not computed and any(map(_needs_grad, self.node.all_input_nodes))
+        stopped = self.form != "flex" and not _needs_grad(self.node) and any(map(_needs_grad, self.node.all_input_nodes))
         return not stopped and any(map(_needs_grad, (self.query, self.key, self.value)))
 
     @property

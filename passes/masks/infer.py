@@ -19,7 +19,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from sympy.logic.inference import satisfiable
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import bound_sympy
 
 from tsa_compile.passes.aten import AtenGraph
@@ -194,31 +194,31 @@ def _classify(
     positions = reading.positions(kind)
     if positions is not None and fake(evaluator.leaves[positions]).dtype != torch.int64:
         kind, detail, positions = MaskKind.OPAQUE, f"bounded by {positions}, which is no int64", None
-    calls = (call for symbol in normal.free_symbols for call in atoms.table[symbol].expr.atoms(AppliedUndef))
-    leaves = {name: evaluator.leaves[name] for name in sorted({call.func.__name__ for call in calls})}
+    leaves = {name: evaluator.leaves[name] for name in sorted(_leaves_of(normal, atoms))}
     mean_rows = bool(hidden) and -sympy.oo not in hidden
     places = None if positions is not None else Q + (reading.offset if kind in FILLED_KINDS else reading.past)
     fixed = padding is not None and not all(
-        _reads_input(clause, atoms.table, leaves, graph) or _holds_at(clause, atoms, places) for clause in reading.padding
+        any(graph.inputs_behind(leaves[name]) for name in _leaves_of(clause, atoms)) or _holds_at(clause, atoms, places)
+        for clause in reading.padding
     )
     return MaskInfo(
         kind, normal, padding, fixed, atoms.table, leaves, mean_rows, False, positions, reading.offset, window, detail
     )
 
 
-def _reads_input(clause: Boolean, table: dict[sympy.Symbol, Atom], leaves: dict[str, Node], graph: AtenGraph) -> bool:
-    """Whether a clause is about something that is computed from an input of the graph."""
-    calls = (call for symbol in clause.free_symbols for call in table[symbol].expr.atoms(AppliedUndef))
-    return any(graph.inputs_behind(leaves[call.func.__name__]) for call in calls)
+def _leaves_of(formula: Boolean, atoms: Atoms) -> set[str]:
+    """The names of the recorded values that a formula reads."""
+    calls = (call for symbol in formula.free_symbols for call in atoms.table[symbol].expr.atoms(AppliedUndef))
+    return {call.func.__name__ for call in calls}
 
 
 def _holds_at(clause: Boolean, atoms: Atoms, places: sympy.Expr | None) -> bool:
     """Whether a clause hides no query's own key. `places`: the queries' positions among the keys; None: not known."""
     if places is None:
         return False
-    held = {symbol: atoms.table[symbol] for symbol in clause.free_symbols}
-    bounds = {symbol: atom.expr.subs(KV, places) for symbol, atom in held.items() if atom.kind == "le"}
-    return clause.subs({symbol: atoms.le(bound, sympy.Integer(0)) for symbol, bound in bounds.items()}) == sympy.true
+    bounds = {symbol: atoms.table[symbol] for symbol in clause.free_symbols if atoms.table[symbol].kind == "le"}
+    at_places = {symbol: atoms.le(atom.expr.subs(KV, places), sympy.Integer(0)) for symbol, atom in bounds.items()}
+    return clause.subs(at_places) == sympy.true
 
 
 class _Reading:
